@@ -1,0 +1,66 @@
+# `make demo` and `make test` do all the set-up on a fresh clone; a rerun only does what has changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+
+# Models the tests compare with. Without their dependencies: open-flamingo pins an old torch.
+PEERS := open-flamingo flamingo-pytorch einops-exts
+
+.PHONY: help demo test test-slow lint format bench info build clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: build ## swap a Flamingo's modules for kernels on real images, compare and time them
+	@$(BIN)/python -m flamingo_kernels demo $(ARGS)
+
+test: build ## run the tests (ARGS="-k mask" for some of them)
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: build ## run the slow tests too
+	@$(BIN)/python -m pytest -m "" $(ARGS)
+
+bench: build ## time every operator and layer against its rivals
+	@$(BIN)/python -m flamingo_kernels bench $(ARGS)
+
+info: build ## show versions, processor and what runs here
+	@$(BIN)/python -m flamingo_kernels info
+
+lint: $(VENV)/installed ## check formatting, style and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(VENV)/installed ## format the code
+	@$(BIN)/ruff check --fix --quiet . || true
+	@$(BIN)/ruff format .
+
+build: $(VENV)/installed ## compile the kernels that have changed
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+clean: ## remove everything that make has made
+	rm -rf $(VENV) build dist *.egg-info flamingo_kernels/_C.* .benchmarks .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/torch
+	@echo "installing the dependencies"
+	@# BUILD=none: pip would hide the compiler's output, the target 'build' shows it
+	@FLAMINGO_KERNELS_BUILD=none $(PIP) --no-build-isolation --editable ".[dev,bench,demo]"
+	@$(PIP) --no-deps $(PEERS)
+	@touch $@
+
+# Torch first and by its exact version: left to choose, pip may take a build with gigabytes of CUDA.
+$(VENV)/torch: constraints.txt | $(VENV)/created
+	@echo "installing $$(grep '^torch==' constraints.txt)"
+	@$(PIP) "$$(grep '^torch==' constraints.txt)" setuptools wheel
+	@touch $@
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or newer is needed: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null \
+		|| { echo "$(PYTHON) has no venv module: install it (on Debian: apt install python3-venv)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@

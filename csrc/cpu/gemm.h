@@ -1,0 +1,156 @@
+// Small matrix products on packed operands, C = A B or C += A B, the only inner loops of attention.
+//
+// A word is 32 bits: one float (Single), or two bfloat16 that follow each other along the summed
+// dimension (Pairs, for processors with a bf16 dot product). A is read one word at a time and broadcast,
+// in any strides; B and C are read a vector at a time, their rows padded to whole vectors.
+#pragma once
+
+#include "simd.h"
+
+namespace flamingo_kernels::FK_ISA {
+
+struct Single {
+  static constexpr int lanes = 1;
+  static FK_INLINE Floats dot(Floats sum, Floats a, Floats b) { return a * b + sum; }
+};
+
+struct Pairs {
+  static constexpr int lanes = 2;
+  static FK_INLINE Floats dot(Floats sum, Floats a, Floats b) {
+#ifdef __AVX512BF16__
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    Floats odd = (Floats)((Bits)a & 0xffff0000) * (Floats)((Bits)b & 0xffff0000) + sum;
+    return (Floats)((Bits)a << 16) * (Floats)((Bits)b << 16) + odd;
+#endif
+  }
+};
+
+// The tile of C held in registers: 6 x 2 vectors fill the 16 registers of AVX2, 6 x 4 the 32 of AVX-512.
+constexpr int tile_rows = 6;
+constexpr int tile_vectors = width == 16 ? 4 : 2;
+
+// Rows of B and C: whole vectors, plus a skew so that rows do not fall into the same cache sets.
+constexpr int64_t padded(int64_t columns) { return round_up(columns, width) + 16; }
+
+struct Operand {  // A[i][k] = words[i * row + k * step]
+  const float* words;
+  int64_t row, step;
+};
+
+template <class Dot, bool accumulate, int rows, int vectors>
+FK_INLINE void multiply_tile(
+    int64_t depth, Operand a, const float* __restrict b, int64_t b_row, float* __restrict c, int64_t c_row) {
+  Floats sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) sum[i][j] = accumulate ? load(c + i * c_row + j * width) : Floats{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Floats columns[vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) columns[j] = load(b + k * b_row + j * width);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      Floats value = splat(a.words[i * a.row + k * a.step]);
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; ++j) sum[i][j] = Dot::dot(sum[i][j], value, columns[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) store(c + i * c_row + j * width, sum[i][j]);
+}
+
+template <class Dot, bool accumulate, int vectors>
+FK_INLINE void multiply_panel(
+    int64_t rows, int64_t depth, Operand a, const float* b, int64_t b_row, float* c, int64_t c_row) {
+  int64_t i = 0;
+  for (; i + tile_rows <= rows; i += tile_rows)
+    multiply_tile<Dot, accumulate, tile_rows, vectors>(
+        depth, {a.words + i * a.row, a.row, a.step}, b, b_row, c + i * c_row, c_row);
+  for (; i + 2 <= rows; i += 2)
+    multiply_tile<Dot, accumulate, 2, vectors>(
+        depth, {a.words + i * a.row, a.row, a.step}, b, b_row, c + i * c_row, c_row);
+  for (; i < rows; ++i)
+    multiply_tile<Dot, accumulate, 1, vectors>(
+        depth, {a.words + i * a.row, a.row, a.step}, b, b_row, c + i * c_row, c_row);
+}
+
+// C[rows][columns] = or += A[rows][depth words] B[depth words][columns]; columns are rounded up to vectors.
+template <class Dot, bool accumulate>
+__attribute__((noinline)) void multiply(
+    int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t b_row, float* c,
+    int64_t c_row) {
+  int64_t j = 0;
+  for (; j + tile_vectors * width <= round_up(columns, width); j += tile_vectors * width)
+    multiply_panel<Dot, accumulate, tile_vectors>(rows, depth, a, b + j, b_row, c + j, c_row);
+  for (; j < columns; j += width)
+    multiply_panel<Dot, accumulate, 1>(rows, depth, a, b + j, b_row, c + j, c_row);
+}
+
+
+// [rows][columns] to the same rows of words: an A operand summed along its columns.
+template <class Dot, class T>
+FK_INLINE void pack_row(const T* from, int64_t columns, float* words) {
+  if constexpr (Dot::lanes == 1) {
+    for (int64_t j = 0; j < columns; j += width) store(words + j, load(from + j, columns - j));
+  } else {
+    BFloat16* packed = (BFloat16*)words;
+    for (int64_t j = 0; j < columns; j += width) store(packed + j, load(from + j, columns - j));
+  }
+}
+
+// Rows `even` and `odd` (null: zeros) to one row of words: a B operand summed along its rows.
+template <class Dot, class T>
+FK_INLINE void pack_rows(const T* even, const T* odd, int64_t columns, float* words) {
+  for (int64_t j = 0; j < columns; j += width) {
+    Floats first = load(even + j, columns - j);
+    if constexpr (Dot::lanes == 2) {
+      Floats second = odd ? load(odd + j, columns - j) : Floats{};
+      first = (Floats)(float_to_bf16(first) | float_to_bf16(second) << 16);
+    }
+    store(words + j, first);
+  }
+}
+
+template <class Dot, class T>
+FK_INLINE Floats load_words(const T* from, int64_t count) {
+  if constexpr (Dot::lanes == 1) {
+    return load(from, count);
+  } else {
+    if (count >= 2 * width) return read<Floats>(from);
+    T padded_words[2 * width] = {};
+    for (int64_t i = 0; i < count; ++i) padded_words[i] = from[i];
+    return read<Floats>(padded_words);
+  }
+}
+
+// [rows][columns] to [columns / lanes words][rows]: a B operand summed along the columns.
+template <class Dot, class T>
+__attribute__((noinline)) void pack_transposed(
+    const T* from, int64_t stride, int64_t rows, int64_t columns, float* words, int64_t words_row) {
+  constexpr int lanes = Dot::lanes;
+  for (int64_t i = 0; i < rows; i += width)
+    for (int64_t k = 0; k < columns; k += width * lanes) {
+      Floats block[width];
+      for (int r = 0; r < width; ++r)
+        block[r] = i + r < rows ? load_words<Dot>(from + (i + r) * stride + k, columns - k) : Floats{};
+      transpose(block);
+      for (int r = 0; r < width && k + r * lanes < columns; ++r)
+        store(words + (k / lanes + r) * words_row + i, block[r]);
+    }
+}
+
+// [rows][columns] to [rows / lanes words][columns].
+template <class Dot, class T>
+__attribute__((noinline)) void pack_matrix(
+    const T* from, int64_t stride, int64_t rows, int64_t columns, float* words, int64_t words_row) {
+  for (int64_t i = 0; i < rows; i += Dot::lanes)
+    pack_rows<Dot>(
+        from + i * stride, i + 1 < rows ? from + (i + 1) * stride : nullptr, columns,
+        words + i / Dot::lanes * words_row);
+}
+
+}  // namespace flamingo_kernels::FK_ISA

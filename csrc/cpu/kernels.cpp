@@ -1,0 +1,73 @@
+// Every kernel of one instruction set: compiled once for each, with -DFK_ISA=<its name>.
+#include "gated_residual.h"
+#include "gated_residual_norm.h"
+#include "masked_cross_attention.h"
+#include "perceiver_attention.h"
+
+namespace flamingo_kernels {
+namespace FK_ISA {
+
+template <class Implementation, class Params>
+void run_task(const Params& p, int64_t task, float* base) {
+  Scratch scratch{base};
+  Implementation(scratch, p).run(p, task);
+}
+
+template <class Implementation, class Params>
+int64_t scratch_size(const Params& p) {
+  Scratch scratch{nullptr};
+  Implementation(scratch, p);
+  return scratch.used;
+}
+
+// Attention: one element type.
+template <template <class> class Implementation, class Params>
+Kernel<Params> attention(DType dtype) {
+  auto kernel = []<class T>(T) {
+    using I = Implementation<T>;
+    return Kernel<Params>{I::tasks, scratch_size<I, Params>, run_task<I, Params>};
+  };
+  if (dtype == DType::f32) return kernel(float());
+  if (dtype == DType::bf16) return kernel(BFloat16());
+  return kernel(Float16());
+}
+
+// Residuals: the types of x, y and z. z is the wider of x and y, or wider still through the gate's type.
+template <template <class, class, class> class Implementation, class Params>
+Kernel<Params> residual(DType x, DType y, DType z) {
+  auto kernel = []<class X, class Y, class Z>(X, Y, Z) {
+    using I = Implementation<X, Y, Z>;
+    return Kernel<Params>{I::tasks, scratch_size<I, Params>, run_task<I, Params>};
+  };
+  if (z == DType::bf16) return kernel(BFloat16(), BFloat16(), BFloat16());
+  if (z == DType::f16) return kernel(Float16(), Float16(), Float16());
+  auto with_y = [&](auto first) {
+    if (y == DType::f32) return kernel(first, float(), float());
+    if (y == DType::bf16) return kernel(first, BFloat16(), float());
+    return kernel(first, Float16(), float());
+  };
+  if (x == DType::f32) return with_y(float());
+  if (x == DType::bf16) return with_y(BFloat16());
+  return with_y(Float16());
+}
+
+}  // namespace FK_ISA
+
+#define FK_NAME_(isa) #isa
+#define FK_NAME(isa) FK_NAME_(isa)
+
+extern const Variant FK_JOIN(variant_, FK_ISA);
+const Variant FK_JOIN(variant_, FK_ISA) = {
+    FK_NAME(FK_ISA),
+    FK_ISA::attention<FK_ISA::masked_cross_attention::Forward, MaskedCrossAttention>,
+    FK_ISA::attention<FK_ISA::masked_cross_attention::Backward, MaskedCrossAttention>,
+    FK_ISA::attention<FK_ISA::masked_cross_attention::QueryBackward, MaskedCrossAttention>,
+    FK_ISA::attention<FK_ISA::perceiver_attention::Forward, PerceiverAttention>,
+    FK_ISA::attention<FK_ISA::perceiver_attention::Backward, PerceiverAttention>,
+    FK_ISA::residual<FK_ISA::gated_residual::Forward, GatedResidual>,
+    FK_ISA::residual<FK_ISA::gated_residual::Backward, GatedResidual>,
+    FK_ISA::residual<FK_ISA::gated_residual_norm::Forward, GatedResidualNorm>,
+    FK_ISA::residual<FK_ISA::gated_residual_norm::Backward, GatedResidualNorm>,
+};
+
+}  // namespace flamingo_kernels

@@ -1,0 +1,269 @@
+// Text rows attend to the media their span names.
+//
+// Oracle: flamingo_kernels/ops/masked_cross_attention/reference.py. Forward reads q, k, v and writes out and
+// lse once; FLOPs are 4 per (row, visible key, channel), 10 backward (14 where rows see several media).
+//
+// Where no row sees two media (`immediate`), a task is a medium of one head: its keys are packed once, each
+// row's softmax needs one pass, and the backward pass owns dk, dv and the rows of dq. Otherwise forward and
+// dq take a task for each block of rows and visit the media these rows name.
+#pragma once
+
+#include "attention.h"
+
+namespace flamingo_kernels::FK_ISA::masked_cross_attention {
+
+using Params = MaskedCrossAttention;
+
+template <class T>
+FK_INLINE Strided<T> rows_of(const Rows& rows, int64_t b, int64_t h) {
+  return {(T*)rows.data + b * rows.batch + h * rows.head, rows.row};
+}
+
+template <class T>
+FK_INLINE Strided<T> latents_of(const Media& media, int64_t b, int64_t m, int64_t h) {
+  return {(T*)media.data + b * media.batch + m * media.medium + h * media.head, media.latent};
+}
+
+FK_INLINE bool sees(const Params& p, int64_t b, int64_t t, int64_t m) {
+  return p.lo[b * p.length + t] <= m && m < p.hi[b * p.length + t];
+}
+FK_INLINE bool averages(const Params& p, int64_t b, int64_t t) { return p.hi[b * p.length + t] < 0; }
+FK_INLINE bool blind(const Params& p, int64_t b, int64_t t) {
+  return p.hi[b * p.length + t] <= p.lo[b * p.length + t];
+}
+FK_INLINE int64_t kv_head(const Params& p, int64_t h) { return h / (p.heads / p.kv_heads); }
+
+// Call `visit(rows, count)` with every `most` rows between begin and end that see medium m.
+template <int64_t most, class Visit>
+FK_INLINE void visit_rows(const Params& p, int64_t b, int64_t m, int64_t begin, int64_t end, Visit visit) {
+  int64_t rows[most], count = 0;
+  for (int64_t t = begin; t < end; ++t) {
+    if (!sees(p, b, t, m)) continue;
+    rows[count++] = t;
+    if (count == most) visit(rows, count), count = 0;
+  }
+  if (count) visit(rows, count);
+}
+
+// The mean of all values of a sequence: what rows that average return.
+template <class T>
+void average_values(const Params& p, int64_t b, int64_t h, float* mean) {
+  const float share = 1.0f / (p.media * p.latents);
+  for (int64_t j = 0; j < padded(p.head_dim); ++j) mean[j] = 0;
+  for (int64_t m = 0; m < p.media; ++m) {
+    Strided<const T> v = latents_of<const T>(p.v, b, m, kv_head(p, h));
+    for (int64_t r = 0; r < p.latents; ++r)
+      for (int64_t j = 0; j < p.head_dim; j += width)
+        store(mean + j, load(mean + j) + load(v[r] + j, p.head_dim - j) * share);
+  }
+}
+
+// Rows that see no medium: zero, or the mean of all values.
+template <class T>
+void write_blind_rows(const Params& p, int64_t b, int64_t h, int64_t begin, int64_t end, float* mean) {
+  Strided<T> out = rows_of<T>(p.out, b, h);
+  bool ready = false;
+  for (int64_t t = begin; t < end; ++t) {
+    if (!blind(p, b, t)) continue;
+    if (averages(p, b, t) && !ready) average_values<T>(p, b, h, mean), ready = true;
+    for (int64_t j = 0; j < p.head_dim; j += width)
+      store(out[t] + j, averages(p, b, t) ? load(mean + j) : Floats{}, p.head_dim - j);
+    p.lse[(b * p.heads + h) * p.length + t] = -INFINITY;
+  }
+}
+
+template <class T>
+struct Forward {
+  KeyBlock<T> block;
+  QueryTile<T> tile;
+  RunningRows running;
+  float* mean;
+
+  Forward(Scratch& scratch, const Params& p)
+      : block(scratch, p.latents, p.head_dim),
+        tile(scratch, p.latents, p.head_dim),
+        running(scratch, p.head_dim),
+        mean(scratch.take(padded(p.head_dim))) {}
+
+  static int64_t tasks(const Params& p) {
+    const int64_t media = p.media + 1, blocks = (p.length + RunningRows::most - 1) / RunningRows::most;
+    return p.batch * p.heads * (p.immediate ? media : blocks);
+  }
+
+  void run(const Params& p, int64_t task) {
+    const int64_t h = task % p.heads, rest = task / p.heads;
+    if (!p.immediate) {
+      const int64_t blocks = (p.length + RunningRows::most - 1) / RunningRows::most;
+      return attend_block(p, rest / blocks, h, rest % blocks * RunningRows::most);
+    }
+    const int64_t m = rest % (p.media + 1), b = rest / (p.media + 1);
+    if (m == p.media) return write_blind_rows<T>(p, b, h, 0, p.length, mean);
+    attend_medium(p, b, h, m);
+  }
+
+  void pack(const Params& p, int64_t b, int64_t h, int64_t m) {
+    block.pack(
+        latents_of<const T>(p.k, b, m, kv_head(p, h)), latents_of<const T>(p.v, b, m, kv_head(p, h)), p.latents);
+  }
+
+  // All rows that see medium m, and see nothing else.
+  void attend_medium(const Params& p, int64_t b, int64_t h, int64_t m) {
+    const int64_t begin = p.start[b * p.media + m], end = p.stop[b * p.media + m];
+    if (begin >= end) return;
+    pack(p, b, h, m);
+    Strided<const T> q = rows_of<const T>(p.q, b, h);
+    Strided<T> out = rows_of<T>(p.out, b, h);
+    float* lse = p.lse + (b * p.heads + h) * p.length;
+    visit_rows<forward_rows>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
+      float highest[forward_rows], sums[forward_rows];
+      tile.count = 0;
+      for (int64_t i = 0; i < count; ++i) tile.add(q[rows[i]]), highest[i] = -INFINITY;
+      tile.attend(block, p.scale * log2_e, highest, sums);
+      for (int64_t i = 0; i < count; ++i) {
+        write_row(out[rows[i]], tile.out + i * tile.out_row, p.head_dim, 1 / sums[i]);
+        lse[rows[i]] = natural_lse(highest[i], sums[i]);
+      }
+    });
+  }
+
+  // A block of rows, and every medium that one of them sees.
+  void attend_block(const Params& p, int64_t b, int64_t h, int64_t begin) {
+    const int64_t end = begin + RunningRows::most < p.length ? begin + RunningRows::most : p.length;
+    Strided<const T> q = rows_of<const T>(p.q, b, h);
+    running.reset(end - begin);
+    for (int64_t m = 0; m < p.media; ++m) {
+      const int64_t first = p.start[b * p.media + m], last = p.stop[b * p.media + m];
+      if (first >= end || last <= begin) continue;
+      pack(p, b, h, m);
+      visit_rows<forward_rows>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
+        int64_t members[forward_rows];
+        tile.count = 0;
+        for (int64_t i = 0; i < count; ++i) tile.add(q[rows[i]]), members[i] = rows[i] - begin;
+        running.attend(tile, block, p.scale * log2_e, members);
+      });
+    }
+    Strided<T> out = rows_of<T>(p.out, b, h);
+    for (int64_t t = begin; t < end; ++t) {
+      if (blind(p, b, t)) continue;
+      const int64_t i = t - begin;
+      write_row(out[t], running.out + i * running.row, p.head_dim, 1 / running.sum[i]);
+      p.lse[(b * p.heads + h) * p.length + t] = natural_lse(running.max[i], running.sum[i]);
+    }
+    write_blind_rows<T>(p, b, h, begin, end, mean);
+  }
+};
+
+template <class T>
+FK_INLINE void add_row(const Params& p, GradientTile<T>& tile, int64_t b, int64_t h, int64_t t) {
+  tile.add(
+      rows_of<const T>(p.q, b, h)[t], rows_of<const T>(p.dout, b, h)[t], rows_of<const T>(p.out, b, h)[t],
+      p.lse[(b * p.heads + h) * p.length + t]);
+}
+
+// dk and dv of one medium; where rows see one medium only, also their dq.
+template <class T>
+struct Backward {
+  KeyGradients<T> block;
+  GradientTile<T> tile;
+  float* average;
+
+  Backward(Scratch& scratch, const Params& p)
+      : block(scratch, p.latents, p.head_dim),
+        tile(scratch, p.latents, p.head_dim),
+        average(scratch.take(padded(p.head_dim))) {}
+
+  static int64_t tasks(const Params& p) { return p.batch * p.kv_heads * p.media; }
+
+  void run(const Params& p, int64_t task) {
+    const int64_t hk = task % p.kv_heads, m = task / p.kv_heads % p.media, b = task / p.kv_heads / p.media;
+    const int64_t group = p.heads / p.kv_heads;
+    block.pack(latents_of<const T>(p.k, b, m, hk), latents_of<const T>(p.v, b, m, hk), p.latents);
+    block.reset();
+    for (int64_t h = hk * group; h < (hk + 1) * group; ++h) collect(p, b, h, m);
+    for (int64_t h = hk * group; h < (hk + 1) * group; ++h) collect_averages(p, b, h);
+    block.write(latents_of<T>(p.dk, b, m, hk), latents_of<T>(p.dv, b, m, hk));
+  }
+
+  void collect(const Params& p, int64_t b, int64_t h, int64_t m) {
+    const int64_t begin = p.start[b * p.media + m], end = p.stop[b * p.media + m];
+    Strided<T> dq = rows_of<T>(p.dq, b, h);
+    visit_rows<backward_rows>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
+      tile.count = 0;
+      for (int64_t i = 0; i < count; ++i) add_row(p, tile, b, h, rows[i]);
+      tile.differentiate(block, p.scale);
+      tile.key_gradients(block);
+      if (!p.immediate) return;
+      tile.template query_gradient<false>(block, tile.dq);
+      for (int64_t i = 0; i < count; ++i)
+        write_row(dq[rows[i]], tile.dq + i * tile.channel_row, p.head_dim, 1);
+    });
+  }
+
+  // Rows that average all values send each value an equal share of their gradient.
+  void collect_averages(const Params& p, int64_t b, int64_t h) {
+    const float share = 1.0f / (p.media * p.latents);
+    Strided<const T> dout = rows_of<const T>(p.dout, b, h);
+    bool any = false;
+    for (int64_t t = 0; t < p.length; ++t) {
+      if (!averages(p, b, t)) continue;
+      if (!any)
+        for (int64_t j = 0; j < padded(p.head_dim); ++j) average[j] = 0;
+      any = true;
+      for (int64_t j = 0; j < p.head_dim; j += width)
+        store(average + j, load(average + j) + load(dout[t] + j, p.head_dim - j) * share);
+    }
+    if (!any) return;
+    for (int64_t r = 0; r < block.keys; ++r)
+      for (int64_t j = 0; j < p.head_dim; j += width) {
+        float* to = block.dv + r * block.channel_row + j;
+        store(to, load(to) + load(average + j));
+      }
+  }
+};
+
+// dq of the rows that Backward leaves: those that see nothing and, where rows see several media, all.
+template <class T>
+struct QueryBackward {
+  static constexpr int64_t most = backward_rows * 4;
+  KeyGradients<T> block;
+  GradientTile<T> tile;
+  float* dq;
+
+  QueryBackward(Scratch& scratch, const Params& p)
+      : block(scratch, p.latents, p.head_dim),
+        tile(scratch, p.latents, p.head_dim),
+        dq(scratch.take(most * padded(p.head_dim))) {}
+
+  static int64_t tasks(const Params& p) { return p.batch * p.heads * ((p.length + most - 1) / most); }
+
+  void run(const Params& p, int64_t task) {
+    const int64_t h = task % p.heads, blocks = (p.length + most - 1) / most;
+    const int64_t b = task / p.heads / blocks, begin = task / p.heads % blocks * most;
+    const int64_t end = begin + most < p.length ? begin + most : p.length, row = padded(p.head_dim);
+    for (int64_t i = 0; i < (end - begin) * row; ++i) dq[i] = 0;
+    if (!p.immediate)
+      for (int64_t m = 0; m < p.media; ++m) collect(p, b, h, m, begin, end);
+    Strided<T> to = rows_of<T>(p.dq, b, h);
+    for (int64_t t = begin; t < end; ++t)
+      if (!p.immediate || blind(p, b, t)) write_row(to[t], dq + (t - begin) * row, p.head_dim, 1);
+  }
+
+  void collect(const Params& p, int64_t b, int64_t h, int64_t m, int64_t begin, int64_t end) {
+    if (p.start[b * p.media + m] >= end || p.stop[b * p.media + m] <= begin) return;
+    const int64_t hk = kv_head(p, h), row = padded(p.head_dim);
+    block.pack(latents_of<const T>(p.k, b, m, hk), latents_of<const T>(p.v, b, m, hk), p.latents);
+    visit_rows<backward_rows>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
+      tile.count = 0;
+      for (int64_t i = 0; i < count; ++i) add_row(p, tile, b, h, rows[i]);
+      tile.differentiate(block, p.scale);
+      tile.template query_gradient<false>(block, tile.dq);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < p.head_dim; j += width) {
+          float* sum = dq + (rows[i] - begin) * row + j;
+          store(sum, load(sum) + load(tile.dq + i * tile.channel_row + j));
+        }
+    });
+  }
+};
+
+}  // namespace flamingo_kernels::FK_ISA::masked_cross_attention

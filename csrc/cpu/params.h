@@ -1,0 +1,121 @@
+// What crosses from the bindings to the kernels: plain structs of pointers, sizes and strides.
+// No torch and no instruction set here, so every source file sees the same layout.
+#pragma once
+
+#include <cstdint>
+
+namespace flamingo_kernels {
+
+enum class DType : int { f32, bf16, f16 };
+
+// Strides count elements. The last dimension of every tensor is contiguous.
+struct Rows {  // [B, T, H, d], or [N, R, H, d]
+  void* data;
+  int64_t batch, row, head;
+};
+
+struct Media {  // [B, M, R, Hkv, d]
+  void* data;
+  int64_t batch, medium, latent, head;
+};
+
+struct MaskedCrossAttention {
+  DType dtype;
+  int64_t batch, length, heads, head_dim, media, latents, kv_heads;
+  float scale;
+  bool immediate;       // no row sees more than one medium
+  const int32_t* lo;    // [B, T] contiguous
+  const int32_t* hi;    // [B, T]
+  const int32_t* start; // [B, M]
+  const int32_t* stop;  // [B, M]
+  Rows q, out;
+  Media k, v;
+  float* lse;  // [B, H, T]
+  // backward only
+  Rows dout, dq;
+  Media dk, dv;
+};
+
+struct Keys {  // [N, S, Hkv, d]
+  void* data;
+  int64_t batch, row, head;
+};
+
+struct PerceiverAttention {
+  DType dtype;
+  int64_t batch, length, heads, head_dim, kv_heads;
+  int64_t keys[2];               // S media keys, L latent keys
+  const int32_t* media_lengths;  // [N] or null
+  float scale;
+  Rows q, out;
+  Keys k[2], v[2];
+  float* lse;  // [N, H, R]
+  // backward only
+  Rows dout, dq;
+  Keys dk[2], dv[2];
+};
+
+struct Matrix {  // [N, D]
+  void* data;
+  DType dtype;
+  int64_t row;
+};
+
+struct GatedResidual {
+  int64_t rows, columns;
+  bool per_channel;   // the gate has D elements, not 1
+  const float* gate;  // tanh(gate)
+  Matrix x, y, z;
+  // backward only
+  Matrix dz, dy;
+  float* dgate;  // partial sums [tasks, D or 1] of dz * y
+};
+
+struct GatedResidualNorm {
+  GatedResidual residual;
+  bool rms;
+  float eps;
+  const float* weight;  // [D]
+  const float* bias;    // [D] or null
+  Matrix n;
+  float* mean;  // [N]
+  float* rstd;  // [N]
+  // backward only
+  Matrix dn, dx;
+  float* dweight;  // partial sums [tasks, D]
+  float* dbias;    // partial sums [tasks, D]
+};
+
+// A kernel is a list of independent tasks, each of which owns what it writes: the result is the same to
+// the last bit however many threads run them.
+template <class Params>
+struct Kernel {
+  int64_t (*tasks)(const Params&);
+  int64_t (*scratch)(const Params&);  // floats of working memory for one thread
+  void (*run)(const Params&, int64_t task, float* scratch);
+};
+
+// One instruction set's kernels, by element type.
+template <class Params>
+using Attention = Kernel<Params> (*)(DType);
+template <class Params>
+using Residual = Kernel<Params> (*)(DType x, DType y, DType z);
+
+struct Variant {
+  const char* name;
+  Attention<MaskedCrossAttention> masked_cross_attention_fwd, masked_cross_attention_bwd, masked_cross_attention_dq;
+  Attention<PerceiverAttention> perceiver_attention_fwd, perceiver_attention_bwd;
+  Residual<GatedResidual> gated_residual_fwd, gated_residual_bwd;
+  Residual<GatedResidualNorm> gated_residual_norm_fwd, gated_residual_norm_bwd;
+};
+
+// The variant in use: the widest this processor has, unless select() chose another.
+const Variant& variant();
+
+// By name, or "auto"; false if it is not built or this processor lacks it.
+bool select(const char* name);
+
+// The names of the variants usable here, separated by commas, narrowest first.
+const char* variants();
+
+}  // namespace flamingo_kernels

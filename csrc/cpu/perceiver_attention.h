@@ -1,0 +1,140 @@
+// Latents attend to two segments of keys, media and latents, read where they lie.
+//
+// Oracle: flamingo_kernels/ops/perceiver_attention/reference.py. A task is one head of one clip: forward
+// reads k and v once per 96 latents with an online softmax, 4 FLOPs per (latent, key, channel); backward
+// reads them once, writes dk and dv once and keeps dq in cache, 10 FLOPs.
+#pragma once
+
+#include "attention.h"
+
+namespace flamingo_kernels::FK_ISA::perceiver_attention {
+
+using Params = PerceiverAttention;
+
+constexpr int64_t most_keys = 128;  // in flight
+
+template <class T>
+FK_INLINE Strided<T> rows_of(const Rows& rows, int64_t n, int64_t h) {
+  return {(T*)rows.data + n * rows.batch + h * rows.head, rows.row};
+}
+
+template <class T>
+FK_INLINE Strided<T> keys_of(const Keys& keys, int64_t n, int64_t h, int64_t first) {
+  return {(T*)keys.data + n * keys.batch + h * keys.head + first * keys.row, keys.row};
+}
+
+FK_INLINE int64_t visible_keys(const Params& p, int64_t n, int segment) {
+  return segment == 0 && p.media_lengths ? p.media_lengths[n] : p.keys[segment];
+}
+
+// Call `visit(segment, first, count)` with the visible keys of a clip, `most_keys` at a time.
+template <class Visit>
+FK_INLINE void visit_keys(const Params& p, int64_t n, Visit visit) {
+  for (int segment = 0; segment < 2; ++segment) {
+    const int64_t end = visible_keys(p, n, segment);
+    for (int64_t first = 0; first < end; first += most_keys)
+      visit(segment, first, first + most_keys < end ? most_keys : end - first);
+  }
+}
+
+template <class T>
+struct Forward {
+  KeyBlock<T> block;
+  QueryTile<T> tile;
+  RunningRows running;
+
+  Forward(Scratch& scratch, const Params& p)
+      : block(scratch, most_keys, p.head_dim),
+        tile(scratch, most_keys, p.head_dim),
+        running(scratch, p.head_dim) {}
+
+  static int64_t tasks(const Params& p) { return p.batch * p.heads; }
+
+  void run(const Params& p, int64_t task) {
+    const int64_t h = task % p.heads, n = task / p.heads;
+    for (int64_t begin = 0; begin < p.length; begin += RunningRows::most)
+      attend_rows(p, n, h, begin, begin + RunningRows::most < p.length ? begin + RunningRows::most : p.length);
+  }
+
+  void attend_rows(const Params& p, int64_t n, int64_t h, int64_t begin, int64_t end) {
+    const int64_t hk = h / (p.heads / p.kv_heads);
+    Strided<const T> q = rows_of<const T>(p.q, n, h);
+    Strided<T> out = rows_of<T>(p.out, n, h);
+    running.reset(end - begin);
+    visit_keys(p, n, [&](int segment, int64_t first, int64_t count) {
+      block.pack(
+          keys_of<const T>(p.k[segment], n, hk, first), keys_of<const T>(p.v[segment], n, hk, first), count);
+      for (int64_t t = begin; t < end; t += forward_rows) {
+        int64_t members[forward_rows];
+        tile.count = 0;
+        for (int64_t i = t; i < t + forward_rows && i < end; ++i) {
+          members[tile.count] = i - begin;
+          tile.add(q[i]);
+        }
+        running.attend(tile, block, p.scale * log2_e, members);
+      }
+    });
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i = t - begin;
+      write_row(out[t], running.out + i * running.row, p.head_dim, 1 / running.sum[i]);
+      p.lse[(n * p.heads + h) * p.length + t] = natural_lse(running.max[i], running.sum[i]);
+    }
+  }
+};
+
+// One key/value head of one clip: every gradient of it and of the query heads that read it.
+template <class T>
+struct Backward {
+  KeyGradients<T> block;
+  GradientTile<T> tile;
+  float* dq;  // [query heads of the group * R][d]
+
+  Backward(Scratch& scratch, const Params& p)
+      : block(scratch, most_keys, p.head_dim),
+        tile(scratch, most_keys, p.head_dim),
+        dq(scratch.take(p.heads / p.kv_heads * p.length * padded(p.head_dim))) {}
+
+  static int64_t tasks(const Params& p) { return p.batch * p.kv_heads; }
+
+  void run(const Params& p, int64_t task) {
+    const int64_t hk = task % p.kv_heads, n = task / p.kv_heads, group = p.heads / p.kv_heads;
+    const int64_t row = padded(p.head_dim);
+    for (int64_t i = 0; i < group * p.length * row; ++i) dq[i] = 0;
+    visit_keys(p, n, [&](int segment, int64_t first, int64_t count) {
+      block.pack(
+          keys_of<const T>(p.k[segment], n, hk, first), keys_of<const T>(p.v[segment], n, hk, first), count);
+      block.reset();
+      for (int64_t g = 0; g < group; ++g) collect(p, n, hk * group + g, dq + g * p.length * row);
+      block.write(keys_of<T>(p.dk[segment], n, hk, first), keys_of<T>(p.dv[segment], n, hk, first));
+    });
+    for (int64_t g = 0; g < group; ++g)
+      for (int64_t t = 0; t < p.length; ++t)
+        write_row(
+            rows_of<T>(p.dq, n, hk * group + g)[t], dq + (g * p.length + t) * row, p.head_dim, 1);
+    clear_hidden_keys(p, n, hk);
+  }
+
+  void collect(const Params& p, int64_t n, int64_t h, float* head_dq) {
+    Strided<const T> q = rows_of<const T>(p.q, n, h), dout = rows_of<const T>(p.dout, n, h),
+                     out = rows_of<const T>(p.out, n, h);
+    const float* lse = p.lse + (n * p.heads + h) * p.length;
+    for (int64_t begin = 0; begin < p.length; begin += backward_rows) {
+      tile.count = 0;
+      for (int64_t t = begin; t < begin + backward_rows && t < p.length; ++t)
+        tile.add(q[t], dout[t], out[t], lse[t]);
+      tile.differentiate(block, p.scale);
+      tile.key_gradients(block);
+      tile.template query_gradient<true>(block, head_dq + begin * padded(p.head_dim));
+    }
+  }
+
+  // Keys beyond a clip's length have no gradient.
+  void clear_hidden_keys(const Params& p, int64_t n, int64_t hk) {
+    for (int64_t s = visible_keys(p, n, 0); s < p.keys[0]; ++s)
+      for (const Keys& gradient : {p.dk[0], p.dv[0]})
+        for (int64_t j = 0; j < p.head_dim; j += width)
+          store(keys_of<T>(gradient, n, hk, s).data + j, Floats{}, p.head_dim - j);
+  }
+};
+
+}  // namespace flamingo_kernels::FK_ISA::perceiver_attention

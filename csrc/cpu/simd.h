@@ -1,0 +1,209 @@
+// Vectors of `width` floats on the compiler's own vector types: one source for SSE, AVX2, AVX-512 and NEON.
+// Everything lives in namespace FK_ISA: compiled once per instruction set, it must have one name in each.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#define FK_JOIN_(a, b) a##b
+#define FK_JOIN(a, b) FK_JOIN_(a, b)
+#define FK_WIDTH_portable 4
+#define FK_WIDTH_avx2 8
+#define FK_WIDTH_avx512 16
+#define FK_WIDTH_avx512_bf16 16
+#define FK_PAIRS_portable 0
+#define FK_PAIRS_avx2 0
+#define FK_PAIRS_avx512 0
+#define FK_PAIRS_avx512_bf16 1
+#define FK_INLINE inline __attribute__((always_inline))
+
+namespace flamingo_kernels::FK_ISA {
+
+constexpr int width = FK_JOIN(FK_WIDTH_, FK_ISA);
+constexpr bool has_pairs = FK_JOIN(FK_PAIRS_, FK_ISA);
+
+typedef float Floats __attribute__((vector_size(4 * width)));
+typedef int32_t Ints __attribute__((vector_size(4 * width)));
+typedef uint32_t Bits __attribute__((vector_size(4 * width)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * width)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class V, class Element, int... lane>
+FK_INLINE V repeat(Element value, std::integer_sequence<int, lane...>) {
+  return V{((void)lane, value)...};
+}
+
+// Moves bits and does no arithmetic: a word may hold two bfloat16.
+FK_INLINE Floats splat(float value) {
+  return repeat<Floats>(value, std::make_integer_sequence<int, width>());
+}
+FK_INLINE Bits splat_bits(uint32_t value) {
+  return repeat<Bits>(value, std::make_integer_sequence<int, width>());
+}
+
+template <int... lane>
+FK_INLINE Ints count_lanes(std::integer_sequence<int, lane...>) {
+  return Ints{lane...};
+}
+
+// The first `count` lanes of x, `other` in the rest.
+FK_INLINE Floats keep_first(Floats x, int64_t count, float other) {
+  return count_lanes(std::make_integer_sequence<int, width>()) < (int32_t)count ? x : splat(other);
+}
+
+FK_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+template <class V>
+FK_INLINE V read(const void* from) {
+  V value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class V>
+FK_INLINE void write(void* to, V value) {
+  __builtin_memcpy(to, &value, sizeof value);
+}
+
+FK_INLINE Floats bf16_to_float(Shorts h) { return (Floats)(__builtin_convertvector(h, Bits) << 16); }
+
+// Round to nearest even, in the low 16 bits of each lane; NaN stays NaN.
+FK_INLINE Bits float_to_bf16(Floats x) {
+  Bits bits = (Bits)x;
+  Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return x != x ? (bits >> 16) | 0x40 : rounded;
+}
+
+FK_INLINE Floats half_to_float(Shorts h) {
+  Bits wide = __builtin_convertvector(h, Bits);
+  Bits magnitude = wide & 0x7fff;
+  Bits scaled = (Bits)((Floats)(magnitude << 13) * splat(0x1p112f));  // also right for subnormals
+  Bits bits = magnitude >= 0x7c00 ? scaled | 0x7f800000 : scaled;
+  return (Floats)(bits | (wide & 0x8000) << 16);
+}
+
+FK_INLINE Bits float_to_half(Floats x) {
+  Bits sign = ((Bits)x >> 16) & 0x8000, magnitude = (Bits)x & 0x7fffffff;
+  Bits normal = (magnitude + 0xc8000fff + ((magnitude >> 13) & 1)) >> 13;
+  Bits subnormal = (Bits)((Floats)magnitude + splat(0.5f)) - 0x3f000000;
+  Bits special = magnitude > 0x7f800000 ? splat_bits(0x7e00) : splat_bits(0x7c00);
+  Bits rounded = magnitude < 0x38800000 ? subnormal : normal;
+  return sign | (magnitude >= 0x47800000 ? special : rounded);
+}
+
+FK_INLINE Floats load(const float* from) { return read<Floats>(from); }
+FK_INLINE Floats load(const BFloat16* from) { return bf16_to_float(read<Shorts>(from)); }
+FK_INLINE Floats load(const Float16* from) { return half_to_float(read<Shorts>(from)); }
+FK_INLINE void store(float* to, Floats x) { write(to, x); }
+FK_INLINE void store(BFloat16* to, Floats x) { write(to, __builtin_convertvector(float_to_bf16(x), Shorts)); }
+FK_INLINE void store(Float16* to, Floats x) { write(to, __builtin_convertvector(float_to_half(x), Shorts)); }
+
+// The first `count` elements, zeros behind them.
+template <class T>
+FK_INLINE Floats load(const T* from, int64_t count) {
+  if (count >= width) return load(from);
+  T padded[width] = {};
+  for (int64_t i = 0; i < count; ++i) padded[i] = from[i];
+  return load(padded);
+}
+
+template <class T>
+FK_INLINE void store(T* to, Floats x, int64_t count) {
+  if (count >= width) return store(to, x);
+  T padded[width];
+  store(padded, x);
+  for (int64_t i = 0; i < count; ++i) to[i] = padded[i];
+}
+
+struct Plus {
+  template <class V>
+  FK_INLINE V operator()(V a, V b) const { return a + b; }
+};
+struct Larger {
+  template <class V>
+  FK_INLINE V operator()(V a, V b) const { return a > b ? a : b; }
+};
+
+// Reduce by folding the upper half of the vector onto the lower.
+template <class Fold, int lanes = width, class V>
+FK_INLINE float fold(V x) {
+  if constexpr (lanes == 1) {
+    return x[0];
+  } else {
+    typedef float Half __attribute__((vector_size(2 * lanes)));
+    Half low, high;
+    __builtin_memcpy(&low, &x, sizeof low);
+    __builtin_memcpy(&high, (const char*)&x + sizeof low, sizeof high);
+    return fold<Fold, lanes / 2>(Fold()(low, high));
+  }
+}
+
+FK_INLINE float sum(Floats x) { return fold<Plus>(x); }
+FK_INLINE float largest(Floats x) { return fold<Larger>(x); }
+
+// 2^x for x <= 128, to 1e-7 relative; 0 below 2^-126, NaN for NaN.
+FK_INLINE Floats exp2(Floats x) {
+  Floats clamped = x < -126.f ? splat(-126.f) : x;
+  Floats shifted = clamped + 0x1.8p23f;  // rounds to the nearest integer, kept in the low bits
+  Floats f = clamped - (shifted - 0x1.8p23f);
+  Floats p = splat(1.326472721e-3f);  // minimax on [-1/2, 1/2], exact at 0
+  p = p * f + 9.671512812e-3f;
+  p = p * f + 5.550733745e-2f;
+  p = p * f + 2.402224208e-1f;
+  p = p * f + 6.931469776e-1f;
+  p = p * f + 1.f;
+  Floats power = p * (Floats)(((Ints)shifted << 23) + 0x3f800000);
+  return x < -126.f ? splat(0.f) : power;
+}
+
+template <int... lane>
+FK_INLINE Floats interleave(Floats a, Floats b, int from, std::integer_sequence<int, lane...>) {
+#ifdef __clang__
+  return from == 0 ? __builtin_shufflevector(a, b, (lane / 2 + lane % 2 * width)...)
+                   : __builtin_shufflevector(a, b, (lane / 2 + width / 2 + lane % 2 * width)...);
+#else
+  return from == 0 ? __builtin_shuffle(a, b, Ints{(lane / 2 + lane % 2 * width)...})
+                   : __builtin_shuffle(a, b, Ints{(lane / 2 + width / 2 + lane % 2 * width)...});
+#endif
+}
+
+// Transpose a width x width block held in registers: log2(width) rounds of a perfect shuffle.
+FK_INLINE void transpose(Floats (&rows)[width]) {
+  constexpr auto lanes = std::make_integer_sequence<int, width>();
+#pragma GCC unroll 4
+  for (int round = 1; round < width; round *= 2) {
+    Floats shuffled[width];
+#pragma GCC unroll 8
+    for (int i = 0; i < width / 2; ++i) {
+      shuffled[2 * i] = interleave(rows[i], rows[i + width / 2], 0, lanes);
+      shuffled[2 * i + 1] = interleave(rows[i], rows[i + width / 2], 1, lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) rows[i] = shuffled[i];
+  }
+}
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Hands out a thread's working memory; with no base it only counts.
+struct Scratch {
+  float* base;
+  int64_t used = 0;
+
+  float* take(int64_t floats) {
+    float* block = base ? base + used : nullptr;
+    used += round_up(floats, 16);  // cache lines
+    return block;
+  }
+};
+
+}  // namespace flamingo_kernels::FK_ISA

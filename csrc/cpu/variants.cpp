@@ -1,0 +1,77 @@
+// Chooses at run time which instruction set's kernels to use.
+#include <cstring>
+#include <string>
+
+#include "params.h"
+
+namespace flamingo_kernels {
+
+extern const Variant variant_portable, variant_avx2, variant_avx512, variant_avx512_bf16;
+
+namespace {
+
+// An emulating build compiles every variant for the processor it runs on.
+#ifdef FK_EMULATE
+#define FK_SUPPORTS(feature) true
+#else
+#define FK_SUPPORTS(feature) (__builtin_cpu_supports(feature) != 0)
+#endif
+
+struct Candidate {
+  const Variant* variant;
+  bool usable;
+};
+
+// Narrowest first.
+const Candidate candidates[] = {
+    {&variant_portable, true},
+#ifdef FK_HAVE_AVX2
+    {&variant_avx2, FK_SUPPORTS("avx2") && FK_SUPPORTS("fma")},
+#endif
+#ifdef FK_HAVE_AVX512
+    {&variant_avx512, FK_SUPPORTS("avx512f") && FK_SUPPORTS("avx512bw") && FK_SUPPORTS("avx512vl") &&
+                          FK_SUPPORTS("avx512dq")},
+#endif
+#ifdef FK_HAVE_AVX512_BF16
+    {&variant_avx512_bf16, FK_SUPPORTS("avx512bf16") && FK_SUPPORTS("avx512bw") && FK_SUPPORTS("avx512vl") &&
+                               FK_SUPPORTS("avx512dq")},
+#endif
+};
+
+const Variant* widest() {
+  const Variant* best = &variant_portable;
+  for (const Candidate& candidate : candidates)
+    if (candidate.usable) best = candidate.variant;
+  return best;
+}
+
+const Variant* chosen = widest();
+
+}  // namespace
+
+const Variant& variant() { return *chosen; }
+
+bool select(const char* name) {
+  if (std::strcmp(name, "auto") == 0) {
+    chosen = widest();
+    return true;
+  }
+  for (const Candidate& candidate : candidates)
+    if (candidate.usable && std::strcmp(candidate.variant->name, name) == 0) {
+      chosen = candidate.variant;
+      return true;
+    }
+  return false;
+}
+
+const char* variants() {
+  static const std::string names = [] {
+    std::string list;
+    for (const Candidate& candidate : candidates)
+      if (candidate.usable) list += (list.empty() ? "" : ",") + std::string(candidate.variant->name);
+    return list;
+  }();
+  return names.c_str();
+}
+
+}  // namespace flamingo_kernels

@@ -1,0 +1,199 @@
+"""Every size and choice of a Flamingo, and the presets of the published models."""
+
+from dataclasses import dataclass, replace
+
+from flamingo.modules import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlamingoConfig:
+    """The sizes of a Flamingo; `FlamingoConfig.preset(name)` gives the published ones.
+
+    Example:
+        >>> config = FlamingoConfig.preset("openflamingo-9b")
+        >>> config.cross_attn_layers
+        (3, 7, 11, 15, 19, 23, 27, 31)
+    """
+
+    # Vision encoder: a plain ViT, here to make the model whole. It stands in for NFNet-F6 or CLIP ViT-L/14.
+    image_size: int  # pixels of one side
+    patch_size: int  # pixels of one side; (image_size / patch_size)^2 features a frame
+    vision_dim: int  # width of the features
+    vision_layers: int
+    vision_heads: int
+
+    # Perceiver Resampler
+    resampler_dim: int  # width of the latents, which is what cross-attention sees
+    resampler_heads: int
+    resampler_dim_head: int
+    resampler_depth: int = 6
+    num_latents: int = 64  # R, latents of one medium
+    max_num_frames: int | None = None  # learned frame embeddings, None for none
+    max_num_media: int | None = None  # learned medium embeddings, None for none
+
+    # Gated cross-attention blocks, each in front of a language model layer
+    cross_attn_heads: int
+    cross_attn_dim_head: int
+    cross_attn_every: int = 1  # a block before language model layers first, first + every, ...
+    cross_attn_first: int = 0
+    norm_media: bool = False  # LayerNorm on the media before keys and values
+    only_attend_immediate_media: bool = True  # see the last image only, not all before
+    policy: Policy = "zero"  # what text without a visible image gets, see dense_masked_attention
+
+    # Resampler and cross-attention blocks
+    activation: str = "gelu"
+    ff_mult: int = 4
+
+    # Language model: a pre-norm decoder with rotary positions
+    vocab_size: int
+    language_dim: int
+    language_layers: int
+    language_heads: int
+    tie_embeddings: bool = True
+    media_token_id: int = 256  # `<image>` of ByteTokenizer
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"FlamingoConfig: expected image_size to be a multiple of patch_size={self.patch_size}, got "
+                f"{self.image_size}."
+            )
+        if self.vision_dim % self.vision_heads:
+            raise ValueError(
+                f"FlamingoConfig: expected vision_dim to be a multiple of vision_heads={self.vision_heads}, "
+                f"got {self.vision_dim}."
+            )
+        if self.language_dim % (2 * self.language_heads):
+            raise ValueError(
+                f"FlamingoConfig: expected language_dim to be an even multiple of language_heads="
+                f"{self.language_heads} (rotary positions turn pairs), got {self.language_dim}."
+            )
+
+    @property
+    def cross_attn_layers(self) -> tuple[int, ...]:
+        """Indices of the language model layers that have a gated cross-attention block in front."""
+        return tuple(range(self.cross_attn_first, self.language_layers, self.cross_attn_every))
+
+    @staticmethod
+    def preset(name: str, **changes) -> "FlamingoConfig":
+        """A published model's sizes by name, with any field changed.
+
+        Args:
+            name: "flamingo-3b", "flamingo-9b", "flamingo-80b" (the paper's), "openflamingo-3b",
+                "openflamingo-4b", "openflamingo-9b" (the released ones), or "tiny" for tests.
+            changes: fields to replace.
+
+        Raises:
+            ValueError: for an unknown name.
+
+        Source: arXiv 2204.14198, Tables 4 and 5; arXiv 2308.01390, Table 1.
+
+        >>> FlamingoConfig.preset("tiny", language_layers=2).language_layers
+        2
+        """
+        if name not in PRESETS:
+            raise ValueError(f"FlamingoConfig: expected one of {', '.join(PRESETS)}, got {name!r}.")
+        return replace(PRESETS[name], **changes)
+
+
+# The paper's: 320 pixels, a 10 x 10 grid of 3072 features, 8 training frames. Four layers of that width have
+# about as many parameters as its NFNet-F6 (435M).
+_FLAMINGO_3B = FlamingoConfig(
+    image_size=320,
+    patch_size=32,
+    vision_dim=3072,
+    vision_layers=4,
+    vision_heads=24,
+    resampler_dim=1536,
+    resampler_heads=16,
+    # 128 is v1's Table 13 and gives the 194M of Table 5; appendix A.1.4 of v2 says dim / heads = 96.
+    resampler_dim_head=128,
+    max_num_frames=8,
+    cross_attn_heads=16,
+    cross_attn_dim_head=128,
+    norm_media=True,
+    activation="squared_relu",
+    vocab_size=32000,
+    language_dim=2048,
+    language_layers=24,
+    language_heads=16,
+)
+
+# The released ones: CLIP ViT-L/14 at 224, 8 heads of 64 whatever the language model, no time embeddings.
+_OPEN_FLAMINGO_3B = FlamingoConfig(
+    image_size=224,
+    patch_size=14,
+    vision_dim=1024,
+    vision_layers=24,
+    vision_heads=16,
+    resampler_dim=1024,
+    resampler_heads=8,
+    resampler_dim_head=64,
+    cross_attn_heads=8,
+    cross_attn_dim_head=64,
+    policy="open_flamingo",
+    vocab_size=50432,
+    language_dim=2048,
+    language_layers=24,
+    language_heads=16,
+)
+
+PRESETS = {
+    "flamingo-3b": _FLAMINGO_3B,
+    # Table 4's 40 layers and 10 blocks; the 7.1B and 1.6B parameters of Table 5 fit 32 layers and 8 blocks.
+    "flamingo-9b": replace(
+        _FLAMINGO_3B,
+        language_dim=4096,
+        language_layers=40,
+        language_heads=32,
+        cross_attn_heads=32,
+        cross_attn_every=4,
+    ),
+    "flamingo-80b": replace(
+        _FLAMINGO_3B,
+        language_dim=8192,
+        language_layers=80,
+        language_heads=64,
+        cross_attn_heads=64,
+        cross_attn_every=7,
+    ),
+    "openflamingo-3b": _OPEN_FLAMINGO_3B,
+    "openflamingo-4b": replace(
+        _OPEN_FLAMINGO_3B,
+        language_dim=2560,
+        language_layers=32,
+        language_heads=32,
+        cross_attn_every=2,
+        cross_attn_first=1,
+    ),
+    "openflamingo-9b": replace(
+        _OPEN_FLAMINGO_3B,
+        language_dim=4096,
+        language_layers=32,
+        language_heads=32,
+        cross_attn_every=4,
+        cross_attn_first=3,
+    ),
+    "tiny": FlamingoConfig(
+        image_size=32,
+        patch_size=8,
+        vision_dim=48,
+        vision_layers=2,
+        vision_heads=3,
+        resampler_dim=40,
+        resampler_heads=2,
+        resampler_dim_head=16,
+        resampler_depth=2,
+        num_latents=8,
+        max_num_frames=4,
+        cross_attn_heads=2,
+        cross_attn_dim_head=24,
+        cross_attn_every=2,
+        norm_media=True,
+        activation="squared_relu",
+        vocab_size=261,
+        language_dim=64,
+        language_layers=4,
+        language_heads=4,
+    ),
+}

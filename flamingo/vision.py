@@ -1,0 +1,47 @@
+"""A small vision transformer: an image to a grid of features."""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from flamingo.transformer import TransformerLayer
+
+
+class VisionEncoder(nn.Module):
+    """Cuts a frame into patches and returns one feature a patch.
+
+    Args:
+        image_size, patch_size: pixels of one side.
+        dim: width of the features.
+        layers, heads: of the transformer.
+
+    >>> encoder = VisionEncoder(image_size=16, patch_size=8, dim=12, layers=1, heads=2)
+    >>> encoder(torch.zeros(2, 3, 1, 3, 16, 16)).shape
+    torch.Size([2, 3, 1, 4, 12])
+    """
+
+    def __init__(self, *, image_size: int, patch_size: int, dim: int, layers: int, heads: int):
+        super().__init__()
+        self.image_size = image_size
+        self.to_patches = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        self.positions = nn.Parameter(torch.randn((image_size // patch_size) ** 2, dim) * 0.02)
+        self.layers = nn.ModuleList(TransformerLayer(dim, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels `[B, M, F, 3, image_size, image_size]` to features `[B, M, F, v, dim]`.
+
+        Raises:
+            ValueError: if pixels has another shape.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if pixels.ndim != 6 or pixels.shape[3:] != expected:
+            raise ValueError(
+                f"VisionEncoder: expected pixels with shape (B, M, F, {', '.join(map(str, expected))}), got "
+                f"{tuple(pixels.shape)}. Processor makes them."
+            )
+        patches = self.to_patches(pixels.flatten(0, 2))  # [B * M * F, dim, rows, columns]
+        x = rearrange(patches, "n d rows columns -> n (rows columns) d") + self.positions
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x).unflatten(0, pixels.shape[:3])

@@ -1,0 +1,69 @@
+"""The command line: python -m flamingo_kernels {info,check,bench,demo}."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flamingo_kernels", description="Flamingo's attention, gates and resampler, fast."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    info = commands.add_parser("info", help="versions, processor, and which backend runs here or why not")
+    info.add_argument("--json", action="store_true", help="print JSON")
+
+    check = commands.add_parser("check", help="hold every backend of this machine against float64")
+    check.add_argument("--json", action="store_true", help="print JSON")
+
+    bench = commands.add_parser("bench", help="time operators and layers against their rivals")
+    bench.add_argument(
+        "--op", action="append", metavar="NAME", help="only this operator or layer (repeatable)"
+    )
+    bench.add_argument("--against", action="append", metavar="NAME", help="only this rival (repeatable)")
+    bench.add_argument("--quick", action="store_true", help="tiny shapes: shows that it works, not how fast")
+    bench.add_argument("--seconds", type=float, help="how long to time one case (default: 2; 0.1 if quick)")
+    bench.add_argument("--load", metavar="FILE", help="show an earlier --json FILE instead of running")
+    bench.add_argument("--json", metavar="FILE", help="write every row with its conditions")
+    bench.add_argument("--csv", metavar="FILE", help="write the rows for a spreadsheet")
+    bench.add_argument("--picture", metavar="FILE", help="draw the speed-ups (.png, .svg, .pdf)")
+    bench.add_argument("--readme", metavar="FILE", help="replace the table between this file's bench markers")
+
+    demo = commands.add_parser("demo", help="swap a Flamingo's modules on real photographs and compare")
+    demo.add_argument("--picture", metavar="FILE", default="demo.png", help="default: demo.png")
+
+    options = parser.parse_args(arguments)
+    return _COMMANDS[options.command](options)
+
+
+def _info(options: argparse.Namespace) -> int:
+    from .info import run
+
+    return run(options.json)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from .check import run
+
+    return run(options.json)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench import main
+
+    return main(options)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import main
+
+    return main(options.picture)
+
+
+_COMMANDS = {"info": _info, "check": _check, "bench": _bench, "demo": _demo}
+
+if __name__ == "__main__":
+    sys.exit(main())

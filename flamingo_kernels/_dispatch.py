@@ -1,0 +1,121 @@
+"""Which backend runs a call: explicit, by context, by environment, or the first that can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from . import _env, _extension
+
+Reasons = Callable[..., list[str]]
+
+# operator -> backend -> function of the operator's tensors that lists why it cannot run them
+_OPERATORS: dict[str, dict[str, Reasons]] = {}
+_override = _env.BACKEND
+
+
+class UnsupportedError(NotImplementedError):
+    """No backend, or not the requested one, can run these inputs. `.reasons` maps backend to reasons."""
+
+    def __init__(self, message: str, reasons: dict[str, list[str]]) -> None:
+        super().__init__(message)
+        self.reasons = reasons
+
+
+def register(operator: str, **backends: Reasons) -> None:
+    _OPERATORS[operator] = {name: backends[name] for name in _env.BACKENDS if name in backends}
+
+
+def operators() -> list[str]:
+    """The names of all operators."""
+    return list(_OPERATORS)
+
+
+def resolve(operator: str, backend: str, *tensors: Tensor | None) -> str:
+    """The name of the backend that runs `operator` on these tensors; an explicit choice never falls back."""
+    if backend == "auto":
+        backend = _override
+    candidates = _OPERATORS[operator]
+    if backend != "auto":
+        reasons = _why_not(operator, backend, *tensors)
+        if reasons:
+            raise UnsupportedError(
+                f'{operator}: backend="{backend}" was requested but ' + "; ".join(reasons) + ".",
+                {backend: reasons},
+            )
+        return backend
+    for name, why_not in candidates.items():
+        if not why_not(*tensors):
+            return name
+    everything = {name: why_not(*tensors) for name, why_not in candidates.items()}
+    lines = "".join(f"\n  {name}: {'; '.join(reasons)}" for name, reasons in everything.items())
+    raise UnsupportedError(f"{operator}: no backend supports these inputs:{lines}", everything)
+
+
+def _why_not(operator: str, backend: str, *tensors: Tensor | None) -> list[str]:
+    if backend not in _env.BACKENDS:
+        raise ValueError(f"{operator}: backend={backend!r} is not one of auto, {', '.join(_env.BACKENDS)}.")
+    candidates = _OPERATORS[operator]
+    if backend not in candidates:
+        return [f"this version has no {backend} kernel for it (it has: {', '.join(candidates)})"]
+    return candidates[backend](*tensors)
+
+
+def available_backends(operator: str) -> dict[str, bool | str]:
+    """Which backends of an operator this machine can run.
+
+    Args:
+        operator: an operator's name, for example "masked_cross_attention".
+
+    Returns:
+        For each backend True, or the reason why not.
+
+    Example:
+        >>> available_backends("gated_residual")["reference"]
+        True
+    """
+    if operator not in _OPERATORS:
+        raise ValueError(f"operator={operator!r} is not one of {', '.join(_OPERATORS)}.")
+    return {name: "; ".join(_why_not(operator, name)) or True for name in _env.BACKENDS}
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the block, `backend="auto"` means this backend. It holds for the whole process.
+
+    Args:
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     out = gated_residual(torch.ones(2, 4), torch.ones(2, 4), torch.zeros(1))
+    """
+    global _override
+    if backend not in ("auto", *_env.BACKENDS):
+        raise ValueError(f"use_backend: {backend!r} is not one of auto, {', '.join(_env.BACKENDS)}.")
+    before, _override = _override, backend
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def reference_reasons(*tensors: Tensor | None) -> list[str]:
+    """The reference runs anything."""
+    return []
+
+
+def cpu_reasons(*tensors: Tensor | None) -> list[str]:
+    """What every C++ kernel asks: the extension, CPU tensors, a dtype it knows."""
+    if why := _extension.why_not():
+        return [why]
+    given = [tensor for tensor in tensors if tensor is not None]
+    reasons = [f"a tensor is on {t.device}, not on cpu" for t in given if t.device.type != "cpu"][:1]
+    reasons += [
+        f"dtype {tensor.dtype} is not one of float32, bfloat16, float16"
+        for tensor in given
+        if tensor.dtype.is_floating_point and str(tensor.dtype)[6:] not in ("float32", "bfloat16", "float16")
+    ][:1]
+    return reasons

@@ -1,0 +1,25 @@
+"""Every environment variable of the library, read once, here."""
+
+from __future__ import annotations
+
+import os
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+CPU_VARIANTS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+def _choice(name: str, default: str, legal: tuple[str, ...]) -> str:
+    value = os.environ.get(name, default)
+    if value not in legal:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(legal)}.")
+    return value
+
+
+# Which backend `backend="auto"` means; "auto" takes the first that supports the inputs.
+BACKEND = _choice("FLAMINGO_KERNELS_BACKEND", "auto", ("auto", *BACKENDS))
+
+# Which instruction set the C++ kernels use; "auto" takes the widest this processor has.
+CPU_VARIANT = _choice("FLAMINGO_KERNELS_CPU_VARIANT", "auto", ("auto", *CPU_VARIANTS))
+
+# Another build of the extension than the one installed beside this package.
+EXTENSION = os.environ.get("FLAMINGO_KERNELS_EXTENSION", "")

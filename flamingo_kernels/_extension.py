@@ -1,0 +1,65 @@
+"""Finds and loads the compiled extension; a failure is kept as a reason, never raised at import."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from . import _env
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    path = Path(_env.EXTENSION) if _env.EXTENSION else Path(__file__).with_name("_C.abi3.so")
+    if not path.exists():
+        return None, (
+            "the C++ extension is not built; install a C++ compiler and run "
+            "`FLAMINGO_KERNELS_BUILD=cpu pip install --no-build-isolation .`"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+        library.flamingo_kernels_select.argtypes = [ctypes.c_char_p]
+        library.flamingo_kernels_variant.restype = ctypes.c_char_p
+        library.flamingo_kernels_variants.restype = ctypes.c_char_p
+        library.flamingo_kernels_poison.argtypes = [ctypes.c_int]
+        torch.ops.load_library(str(path))
+    except (OSError, AttributeError) as error:
+        return None, f"the C++ extension {path.name} does not load: {error}"
+    if not library.flamingo_kernels_select(_env.CPU_VARIANT.encode()):
+        built = library.flamingo_kernels_variants().decode()
+        return None, (
+            f"FLAMINGO_KERNELS_CPU_VARIANT={_env.CPU_VARIANT} is not built or this processor lacks it "
+            f"(usable here: {built})"
+        )
+    return library, ""
+
+
+def why_not() -> str:
+    """Why the extension cannot be used, or an empty string."""
+    return _REASON
+
+
+def cpu_variant() -> str:
+    """The instruction set the C++ kernels run with: one of `_env.CPU_VARIANTS`, or "" without them."""
+    library, _ = _load()
+    return library.flamingo_kernels_variant().decode() if library else ""
+
+
+def cpu_variants() -> list[str]:
+    """The instruction sets that are built and that this processor has, narrowest first."""
+    library, _ = _load()
+    return library.flamingo_kernels_variants().decode().split(",") if library else []
+
+
+def poison(on: bool) -> None:
+    """A test aid: outputs and working memory of the C++ kernels start as NaN."""
+    library, _ = _load()
+    if library:
+        library.flamingo_kernels_poison(int(on))
+
+
+# A module constant rather than a call, so that compiled graphs guard on a string.
+_REASON = _load()[1]

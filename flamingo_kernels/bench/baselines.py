@@ -1,0 +1,210 @@
+"""Who competes: for every case the call of each contender on the same numbers.
+
+- flamingo_kernels: ours, the backend that `backend="auto"` takes.
+- eager: the reference modules of `flamingo`, dense scores and all.
+- sdpa: `scaled_dot_product_attention`, with the dense boolean mask where there is one.
+- compile: `torch.compile` of eager.
+- torch.add: `x + y`, which moves the bytes of a gated residual and leaves the gate out; a floor, not a rival.
+
+What is built once per batch stays outside the timing: our MediaMask, the dense mask of sdpa, `text_time` for
+eager. Joining the keys of media and latents is inside for eager and sdpa: there it happens in every layer, and
+not needing it is part of what perceiver_attention is for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import flamingo_kernels as fk
+from flamingo import modules
+
+from .shapes import Case
+
+OURS = "flamingo_kernels"
+
+Call = Callable[[], Tensor | tuple[Tensor, ...]]
+Randn = Callable[..., Tensor]
+
+
+class Contender(NamedTuple):
+    """A forward pass, what its backward pass differentiates, and whether it computes what ours does."""
+
+    call: Call
+    wrt: tuple[Tensor, ...]
+    same: bool = True
+
+
+Contenders = dict[str, Callable[[], Contender]]
+
+
+def contenders(case: Case, dtype: torch.dtype | None = None, device: str = "cpu") -> Contenders:
+    """Makers of a case's contenders, all on the same inputs.
+
+    Args:
+        case: operator, sizes, dtype.
+        dtype: what the numbers are held in; they are those of the case's dtype whatever it is. Default: that.
+        device: where the tensors are.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rounded = getattr(torch, case.dtype)
+    held = dtype or rounded
+
+    def randn(*shape: int) -> Tensor:
+        numbers = torch.randn(*shape, generator=generator).to(rounded)
+        return numbers.to(device, held).requires_grad_()
+
+    return _BUILDERS[case.op](randn, **case.sizes)
+
+
+def _masked_cross_attention(randn: Randn, *, B: int, T: int, M: int, R: int, H: int, d: int) -> Contenders:
+    q, k, v = randn(B, T, H, d), randn(B, M, R, H, d), randn(B, M, R, H, d)
+    locations = _media_locations(B, T, M, q.device)
+    mask, times = fk.MediaMask.last_preceding(locations, M), modules.text_time(locations)
+    dense = mask.dense(R)  # [B, 1, T, M * R]
+    return _over(
+        (q, k, v),
+        ours=lambda: fk.masked_cross_attention(q, k, v, mask),
+        eager=lambda: modules.dense_masked_attention(q, k, v, times),
+        sdpa=lambda: _sdpa(q, k.flatten(1, 2), v.flatten(1, 2), dense),
+    )
+
+
+def _perceiver_attention(randn: Randn, *, N: int, S: int, R: int, H: int, d: int) -> Contenders:
+    q, k_media, v_media = randn(N, R, H, d), randn(N, S, H, d), randn(N, S, H, d)
+    k_latents, v_latents = randn(N, R, H, d), randn(N, R, H, d)
+    tensors = (q, k_media, v_media, k_latents, v_latents)
+    module = modules.PerceiverAttention(dim=1, dim_head=d, heads=H)
+    return _over(
+        tensors,
+        ours=lambda: fk.perceiver_attention(*tensors),
+        eager=lambda: module.attend(*tensors),
+        sdpa=lambda: _sdpa(q, torch.cat((k_media, k_latents), dim=1), torch.cat((v_media, v_latents), dim=1)),
+    )
+
+
+def _gated_residual(randn: Randn, *, rows: int, D: int) -> Contenders:
+    x, y, gate = randn(rows, D), randn(rows, D), randn(1)
+    return {
+        **_over(
+            (x, y, gate),
+            ours=lambda: fk.gated_residual(x, y, gate),
+            eager=lambda: x + torch.tanh(gate) * y,
+        ),
+        "torch.add": lambda: Contender(lambda: torch.add(x, y), (x, y), same=False),
+    }
+
+
+def _gated_residual_norm(randn: Randn, *, rows: int, D: int) -> Contenders:
+    x, y, gate, weight, bias = randn(rows, D), randn(rows, D), randn(1), randn(D), randn(D)
+
+    def eager() -> tuple[Tensor, Tensor]:
+        z = x + torch.tanh(gate) * y
+        return z, F.layer_norm(z, (D,), weight, bias)
+
+    ours = lambda: fk.gated_residual_norm(x, y, gate, weight, bias)  # noqa: E731
+    return _over((x, y, gate, weight, bias), ours=ours, eager=eager)
+
+
+def _gated_cross_attention_block(
+    randn: Randn, *, B: int, T: int, M: int, D: int, R: int, H: int, d: int
+) -> Contenders:
+    x, media = randn(B, T, D), randn(B, M, R, D // 2)
+    locations = _media_locations(B, T, M, x.device)
+    block = modules.GatedCrossAttentionBlock(dim=D, dim_visual=D // 2, dim_head=d, heads=H)
+    return _layer(block, randn, (x, media), lambda layer: layer(x, media, locations))
+
+
+def _perceiver_resampler(randn: Randn, *, N: int, S: int, D: int, R: int, H: int, d: int) -> Contenders:
+    x = randn(1, N, 1, S, D)
+    resampler = modules.PerceiverResampler(dim=D, depth=1, dim_head=d, heads=H, num_latents=R)
+    return _layer(resampler, randn, (x,), lambda layer: layer(x))
+
+
+_BUILDERS: dict[str, Callable[..., Contenders]] = {
+    "masked_cross_attention": _masked_cross_attention,
+    "perceiver_attention": _perceiver_attention,
+    "gated_residual": _gated_residual,
+    "gated_residual_norm": _gated_residual_norm,
+    "GatedCrossAttentionBlock": _gated_cross_attention_block,
+    "PerceiverResampler": _perceiver_resampler,
+}
+
+
+def _over(wrt: tuple[Tensor, ...], *, ours: Call, eager: Call, **others: Call) -> Contenders:
+    makers: Contenders = {
+        name: partial(Contender, call, wrt) for name, call in {OURS: ours, "eager": eager, **others}.items()
+    }
+    return {**makers, "compile": lambda: Contender(torch.compile(eager, dynamic=False), wrt)}
+
+
+def _layer(
+    layer: nn.Module, randn: Randn, inputs: tuple[Tensor, ...], call: Callable[[nn.Module], Tensor]
+) -> Contenders:
+    """Every contender gets its own copy of the layer, with the same weights."""
+    _fill(layer, randn)
+
+    def maker(change: Callable[[nn.Module], object]) -> Callable[[], Contender]:
+        def make() -> Contender:
+            changed = copy.deepcopy(layer)
+            change(changed)
+            return Contender(lambda: call(changed), (*inputs, *changed.parameters()))
+
+        return make
+
+    return {
+        OURS: maker(fk.patch),
+        "eager": maker(lambda layer: None),
+        "sdpa": maker(_attend_by_sdpa),
+        "compile": maker(lambda layer: layer.compile(dynamic=False)),
+    }
+
+
+def _fill(layer: nn.Module, randn: Randn) -> None:
+    """Random weights of the usual size, and gates well off 0, where a wrong branch would not show."""
+    for name, parameter in layer.named_parameters():
+        numbers = randn(*parameter.shape).detach()
+        if parameter.ndim == 2:
+            numbers *= parameter.shape[1] ** -0.5
+        elif "gate" not in name:
+            numbers = 1 + 0.1 * numbers
+        parameter.data = numbers
+
+
+class _SdpaCrossAttention(modules.MaskedCrossAttention):
+    def attend(self, q, k, v, media_locations, use_cached_media):
+        mask = fk.MediaMask.last_preceding(media_locations, k.shape[1]).dense(k.shape[2])
+        return _sdpa(q, k.flatten(1, 2), v.flatten(1, 2), mask)
+
+
+class _SdpaPerceiver(modules.PerceiverAttention):
+    def attend(self, q, k_media, v_media, k_latents, v_latents, media_lengths=None):
+        return _sdpa(q, torch.cat((k_media, k_latents), dim=1), torch.cat((v_media, v_latents), dim=1))
+
+
+def _attend_by_sdpa(layer: nn.Module) -> None:
+    swap = {
+        modules.MaskedCrossAttention: _SdpaCrossAttention,
+        modules.PerceiverAttention: _SdpaPerceiver,
+    }
+    for module in layer.modules():
+        module.__class__ = swap.get(type(module), type(module))
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q `[B, T, H, d]`, k and v `[B, S, H, d]`, as views: nothing is copied on the way in."""
+    heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+
+
+def _media_locations(batch: int, length: int, num_media: int, device: torch.device) -> Tensor:
+    """Images at even distances after a first token that sees none, bool `[B, T]`."""
+    locations = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    locations[:, 1 + torch.arange(num_media) * (length // num_media)] = True
+    return locations

@@ -1,0 +1,90 @@
+"""What a run leaves behind: rows, the contenders without one, and the files they are kept in."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Key(NamedTuple):
+    """What tells one case from another."""
+
+    op: str
+    shape: str
+    dtype: str
+    mode: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    op: str
+    shape: str
+    dtype: str
+    mode: str
+    contender: str
+
+    @property
+    def key(self) -> Key:
+        return Key(self.op, self.shape, self.dtype, self.mode)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row(_Entry):
+    """One contender at one case, timed after its result was found right."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    ratio: float  # this median over ours
+    extra_mib: float | None  # peak memory beyond outputs and gradients; None where it cannot be measured
+    err: float | None  # of the worst output or gradient, against float64; None for a floor
+    budget: float | None  # what err may be
+    variant: str  # backend and instruction set of ours, "" for the others
+    device: str
+    threads: int
+    torch: str
+    commit: str | None
+    time: str  # of the run, UTC
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped(_Entry):
+    """One contender without a row, and why."""
+
+    reason: str
+    refused: bool  # its result was wrong, rather than there being none
+
+
+class Run(NamedTuple):
+    """The outcome of one `bench`."""
+
+    rows: list[Row]
+    skipped: list[Skipped]
+
+    @property
+    def cases(self) -> dict[Key, dict[str, Row]]:
+        """The rows of every case by contender."""
+        cases: dict[Key, dict[str, Row]] = {}
+        for row in self.rows:
+            cases.setdefault(row.key, {})[row.contender] = row
+        return cases
+
+    @classmethod
+    def load(cls, path: str | Path) -> Run:
+        """Read what `save_json` wrote."""
+        stored = json.loads(Path(path).read_text())
+        return cls([Row(**row) for row in stored["rows"]], [Skipped(**each) for each in stored["skipped"]])
+
+    def save_json(self, path: str | Path) -> None:
+        lists = {name: [dataclasses.asdict(each) for each in kept] for name, kept in self._asdict().items()}
+        Path(path).write_text(json.dumps(lists, indent=1) + "\n")
+
+    def save_csv(self, path: str | Path) -> None:
+        """The rows alone, for a spreadsheet."""
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+            writer.writeheader()
+            writer.writerows(map(dataclasses.asdict, self.rows))

@@ -1,0 +1,207 @@
+"""Runs a case: every contender is checked against float64 first, and only then timed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch, _extension, info
+from ..testing import compare
+from .baselines import OURS, Contender, contenders
+from .memory import peak_growth
+from .rows import Key, Row, Run, Skipped
+from .shapes import Case, Mode
+from .timing import interleave
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+class Checked(NamedTuple):
+    """A contender whose result is right: a warm call, and the error of its worst tensor."""
+
+    call: Call
+    err: float | None
+    budget: float | None
+
+
+class Refused(NamedTuple):
+    """A contender without a right result."""
+
+    reason: str
+    wrong: bool  # it gave a result, and that was wrong
+
+
+def run(
+    cases: Iterable[Case],
+    *,
+    against: Sequence[str] = (),
+    seconds: float = 2.0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Run:
+    """Check and time every contender of every case.
+
+    Args:
+        cases: what to run.
+        against: names of the contenders to compare with; all if empty.
+        seconds: how long to time one case, all contenders together.
+        progress: told what is going on.
+    """
+    rows: list[Row] = []
+    skipped: list[Skipped] = []
+    for case in cases:
+        key = Key(case.op, case.shape, case.dtype, case.mode)
+        progress(f"{case}: checking")
+        sound, refused = check(case, against)
+        skipped += [Skipped(*key, name, each.reason, each.wrong) for name, each in refused.items()]
+        if OURS not in sound:
+            skipped += [Skipped(*key, name, "nothing to compare with", refused=False) for name in sound]
+            continue
+        progress(f"{case}: timing")
+        rows += _time(key, sound, seconds)
+        torch.compiler.reset()  # or a few cases on it would refuse to compile yet another one
+    return Run(rows, skipped)
+
+
+def _time(key: Key, sound: dict[str, Checked], seconds: float) -> list[Row]:
+    spreads = interleave({name: each.call for name, each in sound.items()}, seconds=seconds)
+    conditions = _conditions()
+    return [
+        Row(
+            *key,
+            name,
+            *spreads[name],
+            ratio=spreads[name].median / spreads[OURS].median,
+            extra_mib=_extra_mib(each.call),
+            err=each.err,
+            budget=each.budget,
+            variant=_variant(key.op) if name == OURS else "",
+            **conditions,
+        )
+        for name, each in sound.items()
+    ]
+
+
+def check(case: Case, against: Sequence[str] = ()) -> tuple[dict[str, Checked], dict[str, Refused]]:
+    """Hold the contenders of a case against float64: those within the error budget, and the others."""
+    exact = _call(contenders(case, torch.float64)["eager"](), case.mode)()
+    makers = contenders(case)
+    eager = _call(makers["eager"](), case.mode)()
+    sound: dict[str, Checked] = {}
+    refused: dict[str, Refused] = {}
+    for name in [name for name in makers if not against or name in (OURS, *against)]:
+        try:
+            rival = makers[name]()
+            call = _call(rival, case.mode)
+            result = call()
+        except Exception as error:  # whatever a contender fails with is why it has no row
+            refused[name] = Refused(_first_line(error), wrong=False)
+            continue
+        if not rival.same:
+            if case.mode == "forward":
+                sound[name] = Checked(call, None, None)
+            continue
+        checked = _judge(call, result, eager, exact)
+        if isinstance(checked, Checked):
+            sound[name] = checked
+        else:
+            refused[name] = checked
+    return sound, refused
+
+
+def _judge(
+    call: Call, result: tuple[Tensor, ...], eager: tuple[Tensor, ...], exact: tuple[Tensor, ...]
+) -> Checked | Refused:
+    try:
+        measured = [compare(f"tensor {i}", *three) for i, three in enumerate(zip(result, eager, exact))]  # noqa: B905
+    except AssertionError as error:  # another shape or dtype
+        return Refused(str(error), wrong=True)
+    # `spent` may be NaN, which max() alone would let pass.
+    worst = max(measured, key=lambda each: (not each.passed, each.spent))
+    if worst.passed:
+        return Checked(call, worst.error, worst.budget)
+    return Refused(f"{worst.name} is off by {worst.error:.1e}, budget {worst.budget:.1e}", wrong=True)
+
+
+def _call(contender: Contender, mode: Mode) -> Call:
+    """Gives the contender's outputs, and in "forward+backward" the gradients as well."""
+
+    @torch.no_grad()
+    def forward() -> tuple[Tensor, ...]:
+        return _tuple(contender.call())
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        outputs = _tuple(contender.call())
+        gradients = torch.autograd.grad(outputs, contender.wrt, douts)
+        return *(output.detach() for output in outputs), *gradients
+
+    if mode == "forward":
+        return forward
+    generator = torch.Generator().manual_seed(1)
+    # Rounded to bfloat16, so that they are the same numbers in every dtype.
+    douts = [torch.randn(out.shape, generator=generator).bfloat16().to(out) for out in forward()]
+    return forward_backward
+
+
+def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _extra_mib(call: Call) -> float | None:
+    kept = sum(tensor.nbytes for tensor in call())
+    growth = peak_growth(call)
+    return None if growth is None else max(growth - kept, 0) / 2**20
+
+
+def _variant(op: str) -> str:
+    """What ours runs on here; a layer takes what its attention takes."""
+    attention = {
+        "GatedCrossAttentionBlock": "masked_cross_attention",
+        "PerceiverResampler": "perceiver_attention",
+    }
+    backend = _dispatch.resolve(attention.get(op, op), "auto")
+    return f"cpu/{_extension.cpu_variant()}" if backend == "cpu" else backend
+
+
+def _conditions() -> dict[str, Any]:
+    return {
+        "device": info.processor_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": info.commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+class ProgressBar:
+    """How many of `total` cases are done and what is going on, on one line of stderr."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.current = total, -1, ""
+        self.terminal = sys.stderr.isatty()
+
+    def __call__(self, text: str) -> None:
+        case, _, _ = text.rpartition(": ")
+        if case != self.current:
+            self.done, self.current = self.done + 1, case
+        filled = round(24 * self.done / self.total)
+        bar = "━" * filled + "─" * (24 - filled)
+        line = f"{bar} {self.done}/{self.total}  {text}"
+        print(
+            f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr
+        )
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Wipe the line."""
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,125 @@
+"""What is timed, and what must be reached: shapes and targets as data.
+
+Letters: B batch, T text tokens, M media per sequence, R latents per medium, H heads, d head dim, N clips,
+S media keys per clip, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+Mode = Literal["forward", "forward+backward"]
+MODES: tuple[Mode, ...] = ("forward", "forward+backward")
+DTYPES = ("float32", "bfloat16")
+HEADS = {"H": 8, "d": 64, "R": 64}  # every attention below is of this size, as in all OpenFlamingo models
+
+
+class Target:
+    """The fastest contender of `against` must take at least `ratio` times as long as ours."""
+
+    def __init__(self, ratio: float, *against: str) -> None:
+        self.ratio, self.against = ratio, against
+
+    def __str__(self) -> str:
+        better_of = "the better of " if len(self.against) > 1 else ""
+        return f"{self.ratio:.3g}x {better_of}{' and '.join(self.against)}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator or layer at one shape, in one dtype, forward or forward and backward."""
+
+    op: str
+    sizes: dict[str, int]
+    dtype: str
+    mode: Mode
+    targets: tuple[Target, ...] = field(default=(), compare=False)
+
+    @property
+    def shape(self) -> str:
+        return " ".join(f"{letter}{size}" for letter, size in self.sizes.items())
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.shape} {self.dtype} {self.mode}"
+
+
+def _cases(
+    op: str,
+    sizes: dict[str, int],
+    targets: dict[tuple[str, Mode], tuple[Target, ...]] | None = None,
+    dtypes: tuple[str, ...] = DTYPES,
+) -> list[Case]:
+    return [
+        Case(op, sizes, dtype, mode, (targets or {}).get((dtype, mode), ()))
+        for dtype in dtypes
+        for mode in MODES
+    ]
+
+
+CASES = (
+    *_cases("masked_cross_attention", {"B": 1, "T": 256, "M": 5, **HEADS}),
+    *_cases(
+        "masked_cross_attention",
+        {"B": 1, "T": 1024, "M": 8, **HEADS},
+        {
+            ("float32", "forward"): (Target(8, "sdpa"), Target(15, "eager")),
+            ("float32", "forward+backward"): (Target(6, "sdpa"),),
+            ("bfloat16", "forward"): (Target(8, "sdpa", "eager"),),
+        },
+    ),
+    *_cases("masked_cross_attention", {"B": 4, "T": 1024, "M": 8, **HEADS}),
+    *_cases(
+        "masked_cross_attention",
+        {"B": 1, "T": 2048, "M": 32, **HEADS},
+        {
+            ("float32", "forward"): (Target(25, "sdpa"),),
+            ("bfloat16", "forward"): (Target(25, "sdpa", "eager"),),
+        },
+    ),
+    *(
+        case
+        for sizes in ({"N": 8, "S": 256}, {"N": 1, "S": 7680})
+        for case in _cases(
+            "perceiver_attention",
+            {**sizes, **HEADS},
+            {
+                ("float32", "forward"): (Target(1.5, "eager", "sdpa"),),
+                ("bfloat16", "forward"): (Target(3, "eager", "sdpa"),),
+            },
+        )
+    ),
+    *_cases(
+        "gated_residual",
+        {"rows": 4096, "D": 2048},
+        {
+            ("float32", "forward"): (Target(1 / 1.1, "torch.add"), Target(1.8, "eager")),
+            ("float32", "forward+backward"): (Target(1.8, "eager"),),
+        },
+    ),
+    *_cases("gated_residual_norm", {"rows": 4096, "D": 2048}),
+    *_cases("GatedCrossAttentionBlock", {"B": 1, "T": 1024, "M": 8, "D": 2048, **HEADS}, dtypes=("float32",)),
+    *_cases("PerceiverResampler", {"N": 2, "S": 256, "D": 1024, **HEADS}, dtypes=("float32",)),
+)
+
+# Every operator and layer once, small enough for a smoke test: these say nothing about speed.
+_SMALL = {"H": 2, "d": 16, "R": 4}
+QUICK = (
+    *_cases("masked_cross_attention", {"B": 1, "T": 48, "M": 3, **_SMALL}, dtypes=("float32",)),
+    *_cases("perceiver_attention", {"N": 2, "S": 12, **_SMALL}, dtypes=("float32",)),
+    *_cases("gated_residual", {"rows": 32, "D": 64}, dtypes=("float32",)),
+    *_cases("gated_residual_norm", {"rows": 32, "D": 64}, dtypes=("float32",)),
+    *_cases("GatedCrossAttentionBlock", {"B": 1, "T": 48, "M": 3, "D": 32, **_SMALL}, dtypes=("float32",)),
+    *_cases("PerceiverResampler", {"N": 2, "S": 12, "D": 32, **_SMALL}, dtypes=("float32",)),
+)
+
+
+class FlatMemory(NamedTuple):
+    """The extra memory of ours at all shapes of one (op, dtype, mode) must lie this close together."""
+
+    case: tuple[str, str, str]
+    tolerance_mib: float
+
+
+# From T1024 M8 to T2048 M32 one score matrix grows by 112 MiB.
+FLAT_MEMORY = FlatMemory(("masked_cross_attention", "float32", "forward+backward"), tolerance_mib=1.0)

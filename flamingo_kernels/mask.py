@@ -1,0 +1,174 @@
+"""MediaMask: which media each text token may see. The only place that knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Policy = Literal["zero", "open_flamingo"]
+
+
+@dataclass(frozen=True, eq=False)
+class MediaMask:
+    """The span of media that every text row sees, built once per batch and shared by every layer.
+
+    Row `t` of sequence `b` attends to all latents of the media `lo[b, t] <= m < hi[b, t]`::
+
+        media_locations   .  1  .  .  1  .  .        (1 = an <image> token)
+        text_time         0  1  1  1  2  2  2
+
+        last_preceding    .  #  #  #  .  .  .        medium 0
+                          .  .  .  .  #  #  #        medium 1
+        all_preceding     .  #  #  #  #  #  #        medium 0
+                          .  .  .  .  #  #  #        medium 1
+
+    A row that sees no medium (here the first) returns exactly 0 under `policy="zero"`. Under
+    `policy="open_flamingo"` the rows that open_flamingo masks completely without zeroing them average
+    all values uniformly instead, as its softmax over equal scores does: rows whose `text_time` exceeds
+    the number of media (last_preceding), and rows before the first image (all_preceding).
+
+    Build one with `last_preceding`, `all_preceding`, `from_text_time` or `cached`.
+
+    Attributes:
+        lo: int32 `[B, T]`, first medium a row sees.
+        hi: int32 `[B, T]`, one past the last; `hi <= lo` sees nothing, `hi == -1` averages everything.
+        start: int32 `[B, M]`, first row that sees medium m.
+        stop: int32 `[B, M]`, one past the last row that sees it. Rows in between may see other media.
+        immediate: no row sees more than one medium, so a softmax needs one pass.
+
+    Source: Flamingo (arXiv 2204.14198), section 2.3; the two policies: open_flamingo 2.0.1 `helpers.py`.
+
+    Example:
+        >>> locations = torch.tensor([[False, True, False, True, False]])
+        >>> mask = MediaMask.last_preceding(locations, num_media=2)
+        >>> mask.lo.tolist(), mask.hi.tolist()
+        ([[0, 0, 0, 1, 1]], [[0, 1, 1, 2, 2]])
+    """
+
+    lo: Tensor
+    hi: Tensor
+    start: Tensor
+    stop: Tensor
+    immediate: bool
+
+    @property
+    def num_media(self) -> int:
+        return self.start.shape[1]
+
+    @classmethod
+    def last_preceding(cls, media_locations: Tensor, num_media: int, *, policy: Policy = "zero") -> MediaMask:
+        """Each row sees the last medium at or before it.
+
+        Args:
+            media_locations: bool or integer `[B, T]`, non-zero at each `<image>` token.
+            num_media: M, the number of media each sequence brings (padding included).
+            policy: "zero" or "open_flamingo", see the class.
+        """
+        text_time = _count_media(media_locations).cumsum(1)
+        return cls.from_text_time(text_time, num_media, policy=policy)
+
+    @classmethod
+    def all_preceding(cls, media_locations: Tensor, num_media: int, *, policy: Policy = "zero") -> MediaMask:
+        """Each row sees every medium at or before it. Arguments as for `last_preceding`."""
+        text_time = _count_media(media_locations).cumsum(1)
+        return cls.from_text_time(text_time, num_media, immediate=False, policy=policy)
+
+    @classmethod
+    def cached(
+        cls,
+        media_locations: Tensor,
+        num_media: int,
+        length: int,
+        *,
+        immediate: bool = True,
+        policy: Policy = "zero",
+    ) -> MediaMask:
+        """For decoding: all `length` new rows come after the whole prompt.
+
+        Args:
+            media_locations: bool or integer `[B, T_prompt]`, the prompt's `<image>` tokens.
+            num_media: M.
+            length: T, the number of new rows (1 in token-by-token decoding).
+            immediate: see the last medium only (True) or all of the prompt's (False).
+            policy: "zero" or "open_flamingo", see the class.
+        """
+        text_time = _count_media(media_locations).sum(1, keepdim=True).expand(-1, length)
+        return cls.from_text_time(text_time, num_media, immediate=immediate, policy=policy)
+
+    @classmethod
+    def from_text_time(
+        cls, text_time: Tensor, num_media: int, *, immediate: bool = True, policy: Policy = "zero"
+    ) -> MediaMask:
+        """From the 1-based index of the last preceding medium of every row, 0 where there is none.
+
+        Args:
+            text_time: integer `[B, T]`, in any order (it need not grow along T).
+            num_media: M.
+            immediate: see medium `text_time` only (True) or all media up to it (False).
+            policy: "zero" or "open_flamingo", see the class.
+        """
+        if text_time.ndim != 2 or text_time.dtype.is_floating_point or text_time.dtype == torch.bool:
+            raise ValueError(
+                "MediaMask: expected integer text_time with shape (B, T), "
+                f"got {text_time.dtype} with shape {tuple(text_time.shape)}."
+            )
+        if policy not in ("zero", "open_flamingo"):
+            raise ValueError(f"MediaMask: policy={policy!r} is not one of 'zero', 'open_flamingo'.")
+        if num_media < 0:
+            raise ValueError(f"MediaMask: expected num_media >= 0, got {num_media}.")
+
+        hi = text_time.clamp(0, num_media)
+        lo = hi - 1 if immediate else torch.zeros_like(hi)
+        seen = (text_time >= 1) & (text_time <= num_media) if immediate else hi > 0
+        lo, hi = torch.where(seen, lo, 0), torch.where(seen, hi, 0)
+        start, stop = _token_ranges(lo, hi, seen, num_media)
+        if policy == "open_flamingo" and num_media > 0:
+            averages = text_time > num_media if immediate else text_time <= 0
+            hi = torch.where(averages, -1, hi)
+        return cls(lo.int(), hi.int(), start, stop, immediate or num_media <= 1)
+
+    def sees(self, medium: int) -> Tensor:
+        """Bool `[B, T]`: the rows that attend to `medium`."""
+        return (self.lo <= medium) & (medium < self.hi)
+
+    def averages(self) -> Tensor:
+        """Bool `[B, T]`: the rows that average every value (policy "open_flamingo" only)."""
+        return self.hi < 0
+
+    def dense(self, num_latents: int) -> Tensor:
+        """The same mask as bool `[B, 1, T, M * R]`, True where a row sees a key, for dense attention."""
+        media = torch.arange(self.num_media, device=self.lo.device)
+        visible = (self.lo[..., None] <= media) & (media < self.hi[..., None])  # [B, T, M]
+        return visible.repeat_interleave(num_latents, dim=-1)[:, None]
+
+    def to(self, device: torch.device | str) -> MediaMask:
+        """The same mask on another device."""
+        moved = (tensor.to(device) for tensor in (self.lo, self.hi, self.start, self.stop))
+        return MediaMask(*moved, immediate=self.immediate)
+
+
+def _count_media(media_locations: Tensor) -> Tensor:
+    if media_locations.ndim != 2 or media_locations.dtype.is_floating_point:
+        raise ValueError(
+            "MediaMask: expected bool or integer media_locations with shape (B, T), "
+            f"got {media_locations.dtype} with shape {tuple(media_locations.shape)}."
+        )
+    return (media_locations != 0).int()
+
+
+def _token_ranges(lo: Tensor, hi: Tensor, seen: Tensor, num_media: int) -> tuple[Tensor, Tensor]:
+    """For every medium the smallest range of rows that holds all rows which see it."""
+    batch, length = lo.shape
+    if length == 0:
+        empty = torch.zeros(batch, num_media, dtype=torch.int32, device=lo.device)
+        return empty, empty
+    media = torch.arange(num_media, device=lo.device, dtype=lo.dtype).expand(batch, -1).contiguous()
+    # Both sequences grow along T even where the spans do not, so a binary search finds each range.
+    reached = torch.where(seen, hi, 0).cummax(1).values
+    left = torch.where(seen, lo, num_media).flip(1).cummin(1).values.flip(1).contiguous()
+    start = torch.searchsorted(reached, media, right=True, out_int32=True)
+    stop = torch.searchsorted(left, media, right=True, out_int32=True)
+    return start, torch.maximum(start, stop)

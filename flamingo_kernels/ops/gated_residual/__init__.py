@@ -1,0 +1,3 @@
+from .api import gated_residual
+
+__all__ = ["gated_residual"]

@@ -1,0 +1,90 @@
+"""The tanh-gated residual of Flamingo's cross-attention and feed-forward layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import _dispatch
+from ..._checks import expect_same_device, expect_shape, unit_stride
+from . import reference
+
+_NAME = "gated_residual"
+
+
+def gated_residual(
+    x: Tensor,  # [..., D]
+    y: Tensor,  # [..., D]
+    gate: Tensor,  # [1] or [D]
+    *,
+    backend: str = "auto",
+) -> Tensor:  # [..., D]
+    """Add a branch to the residual stream through a learnt gate, in one pass: `x + tanh(gate) * y`.
+
+    Args:
+        x: residual stream `[..., D]`, float32, bfloat16 or float16 (the reference takes float64 too).
+        y: the branch, same shape; its dtype may differ.
+        gate: alpha before tanh, 1 element (Flamingo) or D (one a channel; Idefics' vector gate).
+        backend: "auto", "cpu" or "reference".
+
+    Returns:
+        `[..., D]` in the dtype torch's promotion gives `x + tanh(gate) * y`, contiguous.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or a gate of another size.
+        UnsupportedError: the requested backend cannot run these inputs.
+
+    Limits: any strides (a non-contiguous last dimension is copied). Computes in float32 and rounds
+    once. Differentiable once in x, y and gate; the gradient of x is that of the output, uncopied.
+    Bitwise deterministic, for any number of threads.
+
+    Source: Flamingo (arXiv 2204.14198), section 2.2 and figure 4.
+
+    Example:
+        >>> x, y = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+        >>> torch.equal(gated_residual(x, y, torch.zeros(1)), x)
+        True
+    """
+    _validate(x, y, gate)
+    if _dispatch.resolve(_NAME, backend, x, y, gate) == "reference":
+        return reference.gated_residual(x, y, gate.flatten() if gate.ndim > 1 else gate)
+    rows = [unit_stride(tensor.reshape(-1, tensor.shape[-1])) for tensor in (x, y)]
+    return _GatedResidual.apply(*rows, gate).view(x.shape)
+
+
+def _validate(x: Tensor, y: Tensor, gate: Tensor) -> None:
+    expect_branch(_NAME, x, y, gate)
+
+
+def expect_branch(operator: str, x: Tensor, y: Tensor, gate: Tensor) -> None:
+    """The checks shared with gated_residual_norm."""
+    if x.ndim == 0:
+        raise ValueError(f"{operator}: expected x with shape (..., D), got ().")
+    expect_shape(operator, "y", y, tuple(x.shape), "to match x")
+    if gate.numel() not in (1, x.shape[-1]):
+        raise ValueError(
+            f"{operator}: expected a gate of 1 or D={x.shape[-1]} elements, got {tuple(gate.shape)}."
+        )
+    for name, tensor in (("x", x), ("y", y), ("gate", gate)):
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{operator}: expected a floating-point {name}, got {tensor.dtype}.")
+    expect_same_device(operator, x=x, y=y, gate=gate)
+
+
+_dispatch.register(_NAME, cpu=_dispatch.cpu_reasons, reference=_dispatch.reference_reasons)
+
+
+class _GatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, gate):
+        ctx.save_for_backward(y, gate)
+        ctx.dtype = x.dtype
+        return torch.ops.flamingo_kernels.gated_residual_fwd(x, y, gate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz):
+        y, gate = ctx.saved_tensors
+        dy, dgate = torch.ops.flamingo_kernels.gated_residual_bwd(unit_stride(dz), y, gate)
+        return dz.to(ctx.dtype), dy, dgate.to(gate.dtype)

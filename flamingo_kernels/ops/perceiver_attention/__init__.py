@@ -1,0 +1,3 @@
+from .api import perceiver_attention
+
+__all__ = ["perceiver_attention"]

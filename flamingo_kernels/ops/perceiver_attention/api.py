@@ -1,0 +1,145 @@
+"""Perceiver attention: latents attend to the features of a medium and to themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import _dispatch
+from ..._checks import (
+    autocast,
+    expect_head_groups,
+    expect_same_device,
+    expect_same_dtype,
+    expect_shape,
+    unit_stride,
+)
+from . import reference
+
+_NAME = "perceiver_attention"
+_LARGEST = 256  # head_dim that the compiled kernels keep in one block
+
+
+def perceiver_attention(
+    q: Tensor,  # [N, R, H, d]
+    k_media: Tensor,  # [N, S, Hkv, d]
+    v_media: Tensor,  # [N, S, Hkv, d]
+    k_latents: Tensor,  # [N, L, Hkv, d]
+    v_latents: Tensor,  # [N, L, Hkv, d]
+    *,
+    media_lengths: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:  # [N, R, H, d]
+    """Latents attend to `[media ; latents]`, read as two segments that are never concatenated::
+
+        out = softmax(scale * q @ [K_media ; K_latents].T) @ [V_media ; V_latents]
+
+        keys           media 0..S-1        latents
+        a whole clip   # # # # # # # #     # # #
+        length 5       # # # # # . . .     # # #
+
+    Args:
+        q: queries `[N, R, H, d]`, one row of latents for each of N clips; float32, bfloat16 or float16
+            (the reference takes float64 too).
+        k_media: keys of the flattened frames x positions, `[N, S, Hkv, d]`, same dtype; Hkv divides H.
+        v_media: values, like k_media.
+        k_latents: keys of the latents `[N, L, Hkv, d]` (L = R in a resampler).
+        v_latents: values, like k_latents.
+        media_lengths: integer `[N]`, how many of the S media keys of each clip are real, between 0 and
+            S (larger counts as S). Default: all.
+        scale: factor on the scores. Default: `d ** -0.5`.
+        backend: "auto", "cpu" or "reference".
+
+    Returns:
+        `[N, R, H, d]` in the dtype of q, contiguous.
+
+    Raises:
+        ValueError: a shape or device that does not fit, or no latents (L = 0).
+        TypeError: dtypes that differ.
+        UnsupportedError: the requested backend cannot run these inputs.
+
+    Limits: cpu takes d up to 256; any strides (a non-contiguous last dimension is copied). Accumulates
+    in float32. Differentiable once in all five tensors. Bitwise deterministic, for any number of threads.
+
+    Source: Flamingo (arXiv 2204.14198), section 2.1 and appendix A.1.1.
+
+    Example:
+        >>> q, latents = torch.randn(2, 64, 8, 64), torch.randn(2, 64, 8, 64)
+        >>> media = torch.randn(2, 256, 8, 64)
+        >>> perceiver_attention(q, media, media, latents, latents).shape
+        torch.Size([2, 64, 8, 64])
+    """
+    tensors = autocast(q, k_media, v_media, k_latents, v_latents)
+    _validate(*tensors, media_lengths)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if _dispatch.resolve(_NAME, backend, *tensors) == "reference":
+        return reference.perceiver_attention(*tensors, media_lengths, scale)
+    if media_lengths is not None:
+        media_lengths = media_lengths.clamp(0, k_media.shape[1]).int()
+    return _PerceiverAttention.apply(*map(unit_stride, tensors), media_lengths, scale)
+
+
+def _validate(
+    q: Tensor,
+    k_media: Tensor,
+    v_media: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    media_lengths: Tensor | None,
+) -> None:
+    expect_shape(_NAME, "q", q, ("N", "R", "H", "d"), "")
+    clips, _, heads, head_dim = q.shape
+    expect_shape(_NAME, "k_media", k_media, (clips, "S", "Hkv", head_dim), "to match q")
+    expect_shape(_NAME, "v_media", v_media, tuple(k_media.shape), "to match k_media")
+    kv_heads = k_media.shape[2]
+    expect_shape(_NAME, "k_latents", k_latents, (clips, "L", kv_heads, head_dim), "to match k_media")
+    expect_shape(_NAME, "v_latents", v_latents, tuple(k_latents.shape), "to match k_latents")
+    expect_head_groups(_NAME, heads, kv_heads)
+    if k_latents.shape[1] == 0:
+        raise ValueError(f"{_NAME}: expected at least one latent key, got k_latents {tuple(k_latents.shape)}.")
+    expect_same_dtype(
+        _NAME, q=q, k_media=k_media, v_media=v_media, k_latents=k_latents, v_latents=v_latents
+    )
+    expect_same_device(
+        _NAME,
+        q=q,
+        k_media=k_media,
+        v_media=v_media,
+        k_latents=k_latents,
+        v_latents=v_latents,
+        media_lengths=media_lengths,
+    )
+    if media_lengths is not None:
+        expect_shape(_NAME, "media_lengths", media_lengths, (clips,), "to match q[:N]")
+        if media_lengths.dtype.is_floating_point or media_lengths.dtype == torch.bool:
+            raise TypeError(f"{_NAME}: expected integer media_lengths, got {media_lengths.dtype}.")
+
+
+def _cpu_reasons(*tensors: Tensor | None) -> list[str]:
+    reasons = _dispatch.cpu_reasons(*tensors)
+    if tensors and tensors[0].shape[-1] > _LARGEST:
+        reasons.append(f"head_dim={tensors[0].shape[-1]} is above {_LARGEST}")
+    return reasons
+
+
+_dispatch.register(_NAME, cpu=_cpu_reasons, reference=_dispatch.reference_reasons)
+
+
+class _PerceiverAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k_media, v_media, k_latents, v_latents, media_lengths, scale):
+        tensors = (q, k_media, v_media, k_latents, v_latents)
+        out, lse = torch.ops.flamingo_kernels.perceiver_attention_fwd(*tensors, media_lengths, scale)
+        ctx.save_for_backward(*tensors, out, lse, media_lengths)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        gradients = torch.ops.flamingo_kernels.perceiver_attention_bwd(
+            unit_stride(dout), *ctx.saved_tensors, ctx.scale
+        )
+        return *gradients, None, None

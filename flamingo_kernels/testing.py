@@ -1,0 +1,447 @@
+"""What a kernel is held to: inputs for every operator, the eager baseline, and the error budget.
+
+One rule for every operator, backend, dtype and gradient, with all errors measured against float64::
+
+    error(kernel) <= 2 * error(eager in the same dtype) + 2 ulp
+
+An error is the largest absolute difference within one tensor. Inputs are rounded to the dtype first, and the
+exact values are computed in float64 from the rounded inputs, so that only the arithmetic is judged. An ulp is
+the spacing of the tensor's dtype at its largest exact value: a correct kernel rounds its result once where
+eager may by luck be exact, and a sum taken in another order costs another rounding. Where all exact values
+are 0 an ulp is 0 too: what should be exactly zero has no excuse.
+
+The exact values come from the eager baseline, which shares no code with a kernel, its `reference.py` or
+`MediaMask`. Needs `flamingo` (hence einops) beside torch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flamingo.modules import dense_masked_attention, text_time
+
+from .mask import MediaMask, Policy
+from .ops import gated_residual, gated_residual_norm, masked_cross_attention, perceiver_attention
+
+Layout = Literal["contiguous", "slice", "transposed", "strided", "expanded"]
+Outputs = tuple[Tensor, ...]
+Tensors = dict[str, Tensor]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(ABC):
+    """One call of one operator: its shapes, options, dtype and memory layout; a subclass for each operator.
+
+    Args:
+        dtype: of every tensor that has no dtype of its own.
+        layout: how the tensors lie in memory, see `lay_out`.
+        seed: of the random values.
+
+    Example:
+        >>> case = MaskedCrossAttentionCase(dtype=torch.bfloat16, length=63)
+        >>> all(each.passed for each in measure(case, "reference"))
+        True
+    """
+
+    operator: ClassVar[str]
+    outputs: ClassVar[tuple[str, ...]] = ("out",)
+
+    dtype: torch.dtype = torch.float32
+    layout: Layout = "contiguous"
+    seed: int = 0
+
+    @abstractmethod
+    def tensors(self) -> Tensors:
+        """The operator's differentiable tensors by name, rounded to the dtype and laid out."""
+
+    @abstractmethod
+    def kernel(self, backend: str, **tensors: Tensor) -> Outputs:
+        """The operator itself."""
+
+    @abstractmethod
+    def eager(self, **tensors: Tensor) -> Outputs:
+        """What one writes without the operator, in the dtype of the tensors."""
+
+    def douts(self, outputs: Outputs) -> Outputs:
+        """Random gradients for these outputs, in their dtype."""
+        shapes = {
+            name: (tuple(out.shape), out.dtype) for name, out in zip(self.outputs, outputs, strict=True)
+        }
+        return tuple(_random(shapes, self.layout, self.seed + 1).values())
+
+    def __str__(self) -> str:
+        """The fields that differ from their defaults: the name of the case in tables and test ids."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        shown = {name: str(value).removeprefix("torch.").replace(" ", "") for name, value in changed.items()}
+        return ",".join(f"{name}={value}" for name, value in shown.items()) or "default"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedCrossAttentionCase(Case):
+    """A call of `masked_cross_attention`.
+
+    Args:
+        batch, length, media, latents, heads, head_dim: B, T, M, R, H, d.
+        groups: query heads that share one key/value head, H / Hkv.
+        immediate: rows see the last medium only, or all media up to it.
+        times: where text_time comes from: "locations" of images in the text (one more than there are media,
+            as many, one fewer, in turn over the batch), "cached" locations of a prompt, or "jumps": any number
+            from 0 to M + 1 in any order.
+        policy: of the MediaMask.
+        scale: factor on the scores.
+    """
+
+    operator: ClassVar[str] = "masked_cross_attention"
+
+    batch: int = 2
+    length: int = 19
+    media: int = 3
+    latents: int = 8
+    heads: int = 4
+    head_dim: int = 16
+    groups: int = 1
+    immediate: bool = True
+    times: Literal["locations", "cached", "jumps"] = "locations"
+    policy: Policy = "zero"
+    scale: float | None = None
+
+    def tensors(self) -> Tensors:
+        media = (self.batch, self.media, self.latents, self.heads // self.groups, self.head_dim)
+        shapes = {"q": (self.batch, self.length, self.heads, self.head_dim), "k": media, "v": media}
+        return _random({name: (shape, self.dtype) for name, shape in shapes.items()}, self.layout, self.seed)
+
+    def kernel(self, backend: str, **tensors: Tensor) -> Outputs:
+        return (masked_cross_attention(**tensors, mask=self.mask(), scale=self.scale, backend=backend),)
+
+    def eager(self, q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+        k, v = (tensor.repeat_interleave(self.groups, dim=3) for tensor in (k, v))
+        rule: dict[str, Any] = {"only_immediate": self.immediate, "policy": self.policy, "scale": self.scale}
+        return (dense_masked_attention(q, k, v, self.text_time(), **rule),)
+
+    def mask(self) -> MediaMask:
+        """The mask as a user builds it."""
+        rule: dict[str, Any] = {"immediate": self.immediate, "policy": self.policy}
+        if self.times == "jumps":
+            return MediaMask.from_text_time(self.text_time(), self.media, **rule)
+        if self.times == "cached":
+            return MediaMask.cached(self.media_locations(), self.media, self.length, **rule)
+        build = MediaMask.last_preceding if self.immediate else MediaMask.all_preceding
+        return build(self.media_locations(), self.media, policy=self.policy)
+
+    def text_time(self) -> Tensor:
+        """What the mask is made from, int64 `[B, T]`, without the mask's help."""
+        if self.times == "jumps":
+            generator = torch.Generator().manual_seed(self.seed + 2)
+            return torch.randint(0, self.media + 2, (self.batch, self.length), generator=generator)
+        return text_time(self.media_locations(), self.times == "cached", self.length)
+
+    def media_locations(self) -> Tensor:
+        """Bool `[B, T]`, or `[B, 16]` of a cached prompt; the first row is no image where there is room."""
+        length = 16 if self.times == "cached" else self.length
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        locations = torch.zeros(self.batch, length, dtype=torch.bool)
+        for b, row in enumerate(locations):
+            images = max(self.media + 1 - b % 3, 0)
+            room = range(min(1, length - 1), length) if length else range(0)
+            order = torch.randperm(len(room), generator=generator)[:images]
+            row[order + room.start] = True
+        return locations
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceiverAttentionCase(Case):
+    """A call of `perceiver_attention`.
+
+    Args:
+        clips, queries, features, latents, heads, head_dim: N, R, S, L, H, d.
+        groups: query heads that share one key/value head, H / Hkv.
+        lengths: media_lengths, repeated over the clips; None for none.
+        scale: factor on the scores.
+    """
+
+    operator: ClassVar[str] = "perceiver_attention"
+
+    clips: int = 2
+    queries: int = 9
+    features: int = 21
+    latents: int = 9
+    heads: int = 4
+    head_dim: int = 16
+    groups: int = 1
+    lengths: tuple[int, ...] | None = None
+    scale: float | None = None
+
+    def tensors(self) -> Tensors:
+        kv_heads = self.heads // self.groups
+        media = (self.clips, self.features, kv_heads, self.head_dim)
+        latents = (self.clips, self.latents, kv_heads, self.head_dim)
+        shapes = {
+            "q": (self.clips, self.queries, self.heads, self.head_dim),
+            "k_media": media,
+            "v_media": media,
+            "k_latents": latents,
+            "v_latents": latents,
+        }
+        return _random({name: (shape, self.dtype) for name, shape in shapes.items()}, self.layout, self.seed)
+
+    def kernel(self, backend: str, **tensors: Tensor) -> Outputs:
+        options: dict[str, Any] = {"media_lengths": self.media_lengths(), "scale": self.scale}
+        return (perceiver_attention(**tensors, **options, backend=backend),)
+
+    def eager(
+        self, q: Tensor, k_media: Tensor, v_media: Tensor, k_latents: Tensor, v_latents: Tensor
+    ) -> Outputs:
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        keys = torch.cat([k_media, k_latents], dim=1).repeat_interleave(self.groups, dim=2)
+        values = torch.cat([v_media, v_latents], dim=1).repeat_interleave(self.groups, dim=2)
+        scores = torch.einsum("nrhd,nshd->nhrs", q * scale, keys)
+        lengths = self.media_lengths()
+        if lengths is not None:
+            position = torch.arange(keys.shape[1])
+            padding = (position >= lengths[:, None]) & (position < self.features)  # [N, S + L]
+            scores = scores.masked_fill(padding[:, None, None], -torch.inf)
+        return (torch.einsum("nhrs,nshd->nrhd", scores.softmax(-1), values),)
+
+    def media_lengths(self) -> Tensor | None:
+        """Int64 `[N]`, or None."""
+        if self.lengths is None:
+            return None
+        return torch.tensor(
+            [self.lengths[n % len(self.lengths)] for n in range(self.clips)], dtype=torch.int64
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedResidualCase(Case):
+    """A call of `gated_residual`.
+
+    Args:
+        shape: of x and y, `[..., D]`.
+        gate: shape of the gate: `()`, `(1,)`, `(D,)` or either with leading ones.
+        y_dtype, gate_dtype: where they differ from dtype.
+    """
+
+    operator: ClassVar[str] = "gated_residual"
+
+    shape: tuple[int, ...] = (3, 7, 40)
+    gate: tuple[int, ...] = (1,)
+    y_dtype: torch.dtype | None = None
+    gate_dtype: torch.dtype | None = None
+
+    def tensors(self) -> Tensors:
+        return _random(self._shapes(), self.layout, self.seed)
+
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {
+            "x": (self.shape, self.dtype),
+            "y": (self.shape, self.y_dtype or self.dtype),
+            "gate": (self.gate, self.gate_dtype or self.dtype),
+        }
+
+    def kernel(self, backend: str, **tensors: Tensor) -> Outputs:
+        return (gated_residual(**tensors, backend=backend),)
+
+    def eager(self, x: Tensor, y: Tensor, gate: Tensor) -> Outputs:
+        return (x + torch.tanh(gate.reshape(gate.shape[-1:])) * y,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedResidualNormCase(GatedResidualCase):
+    """A call of `gated_residual_norm`.
+
+    Args:
+        shape, gate, y_dtype, gate_dtype: see `GatedResidualCase`.
+        norm: "layer" or "rms".
+        bias: whether there is one.
+        eps: added to the variance.
+        weight_dtype: of weight and bias, where it differs from dtype.
+    """
+
+    operator: ClassVar[str] = "gated_residual_norm"
+    outputs: ClassVar[tuple[str, ...]] = ("z", "n")
+
+    norm: Literal["layer", "rms"] = "layer"
+    bias: bool = True
+    eps: float = 1e-5
+    weight_dtype: torch.dtype | None = None
+
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        vectors = ("weight", "bias") if self.bias and self.norm == "layer" else ("weight",)
+        vector = (self.shape[-1:], self.weight_dtype or self.dtype)
+        return {**super()._shapes(), **dict.fromkeys(vectors, vector)}
+
+    def kernel(self, backend: str, **tensors: Tensor) -> Outputs:
+        return gated_residual_norm(**tensors, eps=self.eps, norm=self.norm, backend=backend)
+
+    def eager(  # type: ignore[override]
+        self, x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Outputs:
+        (z,) = super().eager(x, y, gate)
+        weight = weight.to(z.dtype)
+        if self.norm == "rms":
+            return z, F.rms_norm(z, weight.shape, weight, self.eps)
+        return z, F.layer_norm(z, weight.shape, weight, None if bias is None else bias.to(z.dtype), self.eps)
+
+
+def lay_out(tensor: Tensor, layout: Layout) -> Tensor:
+    """The same values in another place, surrounded by NaN; tensors of too few dimensions come out contiguous.
+
+    Args:
+        tensor: any floating-point tensor.
+        layout: "contiguous"; "slice" of a larger buffer; "transposed", dimensions -3 and -2 swapped in memory;
+            "strided", every second element of a buffer; "expanded", tensor[0] repeated with stride 0 (other
+            values, then).
+    """
+    if layout == "slice":
+        buffer = tensor.new_full([size + 3 for size in tensor.shape], torch.nan)
+        return buffer[(slice(1, -2),) * tensor.ndim].copy_(tensor)
+    if layout == "strided":
+        return tensor.new_full([*tensor.shape, 2], torch.nan)[..., 1].copy_(tensor)
+    if layout == "transposed" and tensor.ndim >= 3:
+        return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
+    if layout == "expanded" and tensor.ndim >= 2:
+        return tensor[:1].contiguous().expand_as(tensor)
+    return tensor.contiguous()
+
+
+def _random(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], layout: Layout, seed: int) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    values = {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, (shape, dtype) in shapes.items()
+    }
+    return {name: lay_out(tensor, layout) for name, tensor in values.items()}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How far one output or gradient is from the exact values, and how far it may be.
+
+    Attributes:
+        name: of the tensor: an output's, or "d" and an input's.
+        error: of the kernel, the largest absolute difference to float64.
+        eager_error: of the eager baseline in the same dtype.
+        ulp: spacing of the dtype at the largest exact value.
+    """
+
+    name: str
+    error: float
+    eager_error: float
+    ulp: float
+
+    @property
+    def budget(self) -> float:
+        return 2 * self.eager_error + 2 * self.ulp
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.budget
+
+    @property
+    def spent(self) -> float:
+        """The share of the budget that the error takes: above 1, or NaN, is a failure."""
+        return self.error / self.budget if self.budget else (0.0 if self.error == 0 else math.inf)
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.passed else "FAILED"
+        return (
+            f"{self.name:<10} error {self.error:.2e}  budget {self.budget:.2e} = "
+            f"2 x {self.eager_error:.2e} (eager) + 2 x {self.ulp:.2e} (ulp)  {verdict}"
+        )
+
+
+def measure(case: Case, backend: str = "auto") -> list[Measurement]:
+    """Run a case forward and backward by the kernel, by eager, and by eager in float64.
+
+    Args:
+        case: what to run.
+        backend: of the kernel.
+
+    Returns:
+        One Measurement for each output and for the gradient of each input.
+
+    Raises:
+        AssertionError: an output has another shape or dtype than eager's.
+
+    Example:
+        >>> for each in measure(GatedResidualCase(), "reference"):
+        ...     print(each.name, each.passed)
+        out True
+        dx True
+        dy True
+        dgate True
+    """
+    tensors = case.tensors()
+    with torch.no_grad():
+        douts = case.douts(case.eager(**tensors))
+    exact = evaluate(case, case.eager, _double(tensors), [dout.double() for dout in douts])
+    eager = evaluate(case, case.eager, tensors, douts)
+    kernel = evaluate(case, partial(case.kernel, backend), tensors, douts)
+    return [compare(name, kernel[name], eager[name], exact[name]) for name in exact]
+
+
+def evaluate(
+    case: Case, function: Callable[..., Outputs], tensors: Tensors, douts: Iterable[Tensor]
+) -> Tensors:
+    """The outputs of `function(**tensors)` by name, and the gradients of the tensors under "d" + name."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    outputs = function(**leaves)
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), list(douts), materialize_grads=True)
+    named = dict(zip(case.outputs, (out.detach() for out in outputs), strict=True))
+    return named | {f"d{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
+
+
+def compare(name: str, kernel: Tensor, eager: Tensor, exact: Tensor) -> Measurement:
+    """Hold one tensor of a kernel and of eager against the exact values."""
+    if (kernel.shape, kernel.dtype) != (eager.shape, eager.dtype):
+        raise AssertionError(
+            f"{name}: expected shape {tuple(eager.shape)} and {eager.dtype} like eager, "
+            f"got {tuple(kernel.shape)} and {kernel.dtype}."
+        )
+    largest = exact.abs().max().item() if exact.numel() else 0.0
+    return Measurement(name, _error(kernel, exact), _error(eager, exact), ulp(largest, kernel.dtype))
+
+
+def _error(tensor: Tensor, exact: Tensor) -> float:
+    return (tensor.double() - exact).abs().max().item() if exact.numel() else 0.0
+
+
+def _double(tensors: Tensors) -> Tensors:
+    return {name: tensor.double() for name, tensor in tensors.items()}
+
+
+def ulp(value: float, dtype: torch.dtype) -> float:
+    """The distance from |value| to the next larger number of a dtype; 0 for 0.
+
+    Example:
+        >>> ulp(1.0, torch.bfloat16), ulp(0.0, torch.float32)
+        (0.0078125, 0.0)
+    """
+    if value == 0:
+        return 0.0
+    info = torch.finfo(dtype)
+    exponent = math.frexp(max(abs(value), info.tiny))[1] - 1
+    return math.ldexp(info.eps, exponent)
+
+
+def assert_within_budget(case: Case, backend: str = "auto") -> None:
+    """Measure a case, print every error and budget, and fail if one exceeds it.
+
+    Raises:
+        AssertionError: with every measurement of the case.
+    """
+    measurements = measure(case, backend)
+    report = "\n".join([f"{case.operator}, {backend}, {case}", *map(str, measurements)])
+    print(report)
+    if not all(each.passed for each in measurements):
+        raise AssertionError(f"error budget exceeded: {report}")

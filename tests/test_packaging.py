@@ -1,0 +1,121 @@
+"""What the built extension needs and holds, and what the wheels are called and carry."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import flamingo_kernels
+
+ROOT = Path(__file__).parents[1]
+EXTENSION = Path(flamingo_kernels.__file__).with_name("_C.abi3.so")
+WIDE = re.compile(r"flamingo_kernels::(avx512_bf16|avx512|avx2)::")
+ALLOWED = {"": set(), "avx2": {"ymm"}, "avx512": {"ymm", "zmm"}, "avx512_bf16": {"ymm", "zmm"}}
+
+
+def run(*command: str | Path, **options) -> str:
+    done = subprocess.run([*map(str, command)], text=True, capture_output=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def needs(tool: str) -> None:
+    if not EXTENSION.exists():
+        pytest.skip("the C++ extension is not built")
+    if shutil.which(tool) is None:
+        pytest.skip(f"no {tool}")
+
+
+def test_the_extension_needs_only_the_stable_abi():
+    needs("nm")
+    symbols = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", EXTENSION).splitlines()]
+    names = [line.split(None, 1)[1] for line in run("nm", "-DuC", EXTENSION).splitlines()]
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
+    assert [name for name in names if re.search(r"\b(c10|at|torch)::", name)] == []
+    assert [name for name in symbols if re.match(r"_?Py", name)] == []
+
+
+def test_the_extension_exports_no_kernel():
+    needs("nm")
+    names = [line.split(None, 2)[-1] for line in run("nm", "-DC", "--defined-only", EXTENSION).splitlines()]
+    assert names
+    assert [name for name in names if name.startswith("flamingo_kernels::")] == []
+
+
+@pytest.mark.skipif(os.environ.get("FLAMINGO_KERNELS_EMULATE") == "1", reason="every variant is native here")
+def test_wide_registers_stay_in_the_variants_that_may_use_them():
+    needs("objdump")
+    used: dict[str, set[str]] = {variant: set() for variant in ALLOWED}
+    for line in run("objdump", "-dC", "--no-show-raw-insn", EXTENSION).splitlines():
+        if line.endswith(">:"):
+            function = line
+            found = WIDE.search(function)
+            variant = found[1] if found else ""
+        for register in re.findall(r"%([yz]mm)\d", line):
+            used[variant].add(register)
+            assert register in ALLOWED[variant], f"{register} in {function}"
+    if WIDE.search(run("nm", "-C", EXTENSION)):
+        assert "ymm" in used["avx2"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of the project, with its compiled objects, so that a wheel takes seconds."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("the sources are not beside the tests")
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("flamingo", "flamingo_kernels", "csrc", "build/objects"):
+        if (ROOT / name).exists():
+            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy2(ROOT / name, copy)
+    return copy
+
+
+def wheel(source: Path, folder: Path, build: str) -> tuple[str, set[str]]:
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
+    environment = os.environ | {"FLAMINGO_KERNELS_BUILD": build}
+    run(sys.executable, "-m", "pip", "wheel", *options, source, env=environment)
+    (made,) = folder.iterdir()
+    with zipfile.ZipFile(made) as archive:
+        return made.name, set(archive.namelist())
+
+
+@pytest.mark.slow
+def test_the_wheel_with_kernels_fits_every_python_from_3_10(source, tmp_path):
+    if not EXTENSION.exists():
+        pytest.skip("the C++ extension is not built")
+    name, files = wheel(source, tmp_path, "cpu")
+    assert re.fullmatch(r"flamingo_kernels-[\d.]+-cp310-abi3-\w+\.whl", name)
+    assert "flamingo_kernels/_C.abi3.so" in files
+    assert {"flamingo/__init__.py", "flamingo_kernels/py.typed"} <= files
+
+
+@pytest.mark.slow
+def test_the_wheel_without_kernels_is_pure(source, tmp_path):
+    name, files = wheel(source, tmp_path, "none")
+    assert re.fullmatch(r"flamingo_kernels-[\d.]+-py3-none-any\.whl", name)
+    assert not [file for file in files if file.endswith(".so")]
+    folders = {file.split("/")[0] for file in files if ".dist-info/" not in file}
+    assert folders == {"flamingo", "flamingo_kernels"}
+
+
+@pytest.mark.slow
+def test_the_source_archive_holds_everything_the_build_reads(source, tmp_path):
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", code, tmp_path, cwd=source, env=os.environ | {"FLAMINGO_KERNELS_BUILD": "cpu"})
+    (made,) = tmp_path.iterdir()
+    with tarfile.open(made) as archive:
+        files = {member.name.split("/", 1)[-1] for member in archive.getmembers()}
+    wanted = {str(path.relative_to(source)) for path in (source / "csrc" / "cpu").iterdir()}
+    assert wanted | {"setup.py", "pyproject.toml", "LICENSE"} <= files

@@ -1,0 +1,136 @@
+"""What setup.py decides: which build, which compiler, which instruction sets, what to compile again."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from setuptools import Distribution
+
+ROOT = Path(__file__).parents[1]
+SETUP = ROOT / "setup.py"
+
+pytestmark = pytest.mark.skipif(not SETUP.exists(), reason="setup.py is not beside the tests")
+
+
+def load_setup():
+    spec = importlib.util.spec_from_file_location("flamingo_setup", SETUP)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_without_torch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs setup.py in a process where `import torch` fails."""
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('setup.py', run_name='__main__')"
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("FLAMINGO_KERNELS_")}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env=clean | environment,
+        text=True,
+        capture_output=True,
+    )
+
+
+@pytest.fixture
+def compiler() -> list[str]:
+    found = load_setup().COMPILER
+    if not found:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+def test_setup_imports_no_torch():
+    done = run_without_torch("--version")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1].count(".") == 2
+
+
+def test_a_build_without_torch_names_the_remedy(compiler, tmp_path):
+    done = run_without_torch("build_ext", "--build-lib", str(tmp_path), FLAMINGO_KERNELS_BUILD="cpu")
+    assert done.returncode != 0
+    assert "torch>=2.10" in done.stderr
+    assert "pip install torch, then pip install --no-build-isolation ." in done.stderr
+
+
+def test_an_unknown_build_lists_the_legal_ones():
+    done = run_without_torch("--version", FLAMINGO_KERNELS_BUILD="gpu")
+    assert done.returncode != 0
+    assert "FLAMINGO_KERNELS_BUILD='gpu' is not one of cpu, cuda, none." in done.stderr
+
+
+def test_cuda_is_refused():
+    done = run_without_torch("--version", FLAMINGO_KERNELS_BUILD="cuda")
+    assert done.returncode != 0
+    assert "no CUDA kernels" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"CXX": "false"}, {"CXX": "no-such-compiler"}, {"CXX": "", "PATH": ""}],
+    ids=["broken", "absent", "empty-path"],
+)
+def test_without_a_compiler_nothing_is_built_and_a_line_says_so(environment, tmp_path):
+    done = run_without_torch("build_ext", "--build-lib", str(tmp_path), **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("backend 'cpu' is not built") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_cpu_without_a_compiler_is_an_error():
+    done = run_without_torch("--version", CXX="false", FLAMINGO_KERNELS_BUILD="cpu")
+    assert done.returncode != 0
+    assert "needs a C++20 compiler" in done.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have the portable variant only")
+def test_a_flag_the_compiler_does_not_know_costs_its_variant(compiler, tmp_path, monkeypatch, capsys):
+    old = tmp_path / "old-c++"
+    old.write_text(f'#!/bin/sh\ncase "$*" in *avx512bf16*) exit 1;; esac\nexec {" ".join(compiler)} "$@"\n')
+    old.chmod(0o755)
+    setup = load_setup()
+    monkeypatch.setattr(setup, "COMPILER", [str(old)])
+    build = setup.Build(Distribution())
+    build.emulate = False
+    assert list(build.variants()) == ["portable", "avx2", "avx512"]
+    assert "no avx512_bf16 kernels" in capsys.readouterr().err
+
+
+def test_an_object_is_made_again_only_when_source_header_or_flags_changed(compiler, tmp_path):
+    setup = load_setup()
+    source, header = tmp_path / "a.cpp", tmp_path / "a.h"
+    header.write_text("inline int one() { return 1; }\n")
+    source.write_text('#include "a.h"\nint two() { return 2 * one(); }\n')
+
+    def unit(*flags: str):
+        output = tmp_path / "a.o"
+        command = [*compiler, *flags, "-MD", "-c", str(source), "-o", str(output)]
+        return setup.Object(source, output, command)
+
+    assert not unit().is_current()
+    unit().compile()
+    assert unit().is_current()
+    assert not unit("-DNEW").is_current()
+    for changed in (source, header):
+        changed.touch()
+        assert not unit().is_current()
+        unit().compile()
+        assert unit().is_current()
+    header.write_text("inline int one() { return 1 }\n")
+    with pytest.raises(SystemExit, match="does not compile"):
+        unit().compile()
+    assert not unit().is_current()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_lists_its_targets():
+    listed = subprocess.run(["make", "help"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    targets = [line.split()[0] for line in listed.splitlines()]
+    assert {"help", "demo", "test", "test-slow", "lint", "format", "bench", "info", "clean"} <= set(targets)
