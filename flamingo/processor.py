@@ -36,8 +36,8 @@ class Processor:
 
     A document is a list of texts and media in reading order, or a tuple `(text, list of media)` whose text
     has one `<image>` for every medium. A medium is an image, or a list of images: the frames of a clip. An
-    image is a PIL image, an array `[h, w]` or `[h, w, 3]`, or a tensor `[1, h, w]` or `[3, h, w]`, of uint8 or
-    of floats in 0..1.
+    image is a PIL image, an array `[h, w]` or `[h, w, 3]`, or a tensor `[1, h, w]` or `[3, h, w]`, of uint8
+    or of floats in 0..1.
 
     Tokens are laid out as in the paper, `<EOC>` before every image and at the end::
 
@@ -193,9 +193,9 @@ def _is_clip(medium: Any) -> bool:
 def _to_image(image: Any) -> Tensor:
     """A PIL image, an array or a tensor to float32 `[3, h, w]` in 0..1."""
     if hasattr(image, "convert"):  # PIL, without importing it
-        image = np.array(image.convert("RGB"))
+        image = np.asarray(image.convert("RGB"))
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image))
+        image = torch.from_numpy(np.array(image, order="C"))
         image = image[None] if image.ndim == 2 else image.movedim(-1, 0)
     if not isinstance(image, Tensor):
         raise TypeError(

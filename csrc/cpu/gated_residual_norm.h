@@ -80,7 +80,7 @@ struct Backward {
   void norm_gradient(const Params& p, int64_t i, float* dweight, float* dbias) {
     const int64_t columns = p.residual.columns;
     const Z *z = row_of<const Z>(p.residual.z, i), *dz = row_of<const Z>(p.residual.dz, i),
-            *dn = row_of<const Z>(p.n, i);
+            *dn = row_of<const Z>(p.dn, i);
     const float mean = p.mean[i], rstd = p.rstd[i];
     Floats along_z = {}, along_one = {};
     for (int64_t j = 0; j < columns; j += width) {

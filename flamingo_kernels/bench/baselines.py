@@ -7,8 +7,8 @@
 - torch.add: `x + y`, which moves the bytes of a gated residual and leaves the gate out; a floor, not a rival.
 
 What is built once per batch stays outside the timing: our MediaMask, the dense mask of sdpa, `text_time` for
-eager. Joining the keys of media and latents is inside for eager and sdpa: there it happens in every layer, and
-not needing it is part of what perceiver_attention is for.
+eager. Joining the keys of media and latents is inside for eager and sdpa: they do it in every layer, and not
+needing it is part of what perceiver_attention is for.
 """
 
 from __future__ import annotations
@@ -199,8 +199,8 @@ def _attend_by_sdpa(layer: nn.Module) -> None:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """q `[B, T, H, d]`, k and v `[B, S, H, d]`, as views: nothing is copied on the way in."""
-    heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def _media_locations(batch: int, length: int, num_media: int, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ _PROCESS = Path("/proc/self")
 def peak_growth(call: Callable[[], object]) -> int | None:
     """Bytes of resident memory that `call` takes at its peak beyond what is resident before it.
 
-    Free memory goes back to the system first, then the high-water mark is reset; what the call returns counts.
+    Free memory goes back to the system first, then the high-water mark is reset. Results count.
     Run the call once before, so that thread pools and caches exist. None where this cannot be measured.
     """
     try:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from .baselines import OURS
-from .rows import Key, Row, Run
+from .rows import Key, Row, Run, Skipped
 from .shapes import CASES, FLAT_MEMORY, Target
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
@@ -165,14 +164,15 @@ def _line(row: Row) -> str:
     time = f"{_milliseconds(row.median_ms):>10} ({row.p20_ms:.4g} to {row.p80_ms:.4g})"
     error = "a floor, not compared" if row.err is None else f"error {row.err:.1e} of {row.budget:.1e}"
     memory = "" if row.extra_mib is None else f"{row.extra_mib:.1f} MiB"
-    return f"    {row.contender:<17} {time:<32} {_times(row.ratio):>7}  {memory:>10}  {error}  {row.variant}".rstrip()
+    cells = [f"{row.contender:<17}", f"{time:<32}", f"{_times(row.ratio):>7}", f"{memory:>10}", error]
+    return "    " + "  ".join([*cells, row.variant]).rstrip()
 
 
-def _reason(skipped) -> str:
+def _reason(skipped: Skipped) -> str:
     return f"{'REFUSED' if skipped.refused else 'skipped'}: {skipped.reason}"
 
 
-def _without_case(run: Run) -> Iterable:
+def _without_case(run: Run) -> list[Skipped]:
     return [each for each in run.skipped if each.key not in run.cases]
 
 

@@ -1,4 +1,4 @@
-"""Times contenders side by side: round-robin in one process, so that what slows the machine slows them all."""
+"""Times contenders side by side: round-robin in one process, so what slows the machine slows them all."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def interleave(
     """
     if device != "cpu":
         raise ValueError(f"interleave: expected device 'cpu', got {device!r}; time that with its own events.")
-    names, samples = list(calls), {name: [] for name in calls}
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -161,11 +161,17 @@ def attention(**kwargs):
     return randomise(MaskedCrossAttention(**sizes)).double()
 
 
-class TestMaskedCrossAttention:
-    x = torch.randn(1, 8, 6, dtype=F64)
-    media = torch.randn(1, 3, 4, 3, dtype=F64)
-    locations = torch.tensor([LOCATIONS], dtype=torch.bool)
+class Document:
+    """The text and media of the drawings."""
 
+    @pytest.fixture(autouse=True)
+    def document(self, seed):
+        self.x = torch.randn(1, 8, 6, dtype=F64)
+        self.media = torch.randn(1, 3, 4, 3, dtype=F64)
+        self.locations = torch.tensor([LOCATIONS], dtype=torch.bool)
+
+
+class TestMaskedCrossAttention(Document):
     def test_parameter_names(self):
         names = ["norm.weight", "norm.bias", "to_q.weight", "to_kv.weight", "to_out.weight"]
         assert list(attention().state_dict()) == names
@@ -274,13 +280,7 @@ def block(**kwargs):
     return GatedCrossAttentionBlock(**sizes).double()
 
 
-class TestGatedCrossAttentionBlock:
-    x, media, locations = (
-        TestMaskedCrossAttention.x,
-        TestMaskedCrossAttention.media,
-        TestMaskedCrossAttention.locations,
-    )
-
+class TestGatedCrossAttentionBlock(Document):
     def test_parameter_names_and_gate_shapes(self):
         state = block().state_dict()
         assert set(state) == {
@@ -299,7 +299,10 @@ class TestGatedCrossAttentionBlock:
     def test_at_zero_only_the_gates_learn(self):
         fresh = block()
         fresh(self.x, self.media, self.locations).square().sum().backward()
-        assert {name for name, p in fresh.named_parameters() if (p.grad != 0).any()} == {"attn_gate", "ff_gate"}
+        assert {name for name, p in fresh.named_parameters() if (p.grad != 0).any()} == {
+            "attn_gate",
+            "ff_gate",
+        }
 
     def test_formula(self):
         layer = randomise(block())

@@ -1,0 +1,64 @@
+"""What every test gets: memory that starts as NaN, a seed, and each backend in turn."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+
+import pytest
+import torch
+
+from flamingo_kernels import _extension, available_backends
+
+BACKENDS = ("reference", "cpu")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend that runs here."""
+    available = available_backends("masked_cross_attention")[request.param]
+    if available is not True:
+        if os.environ.get("CI") == "true" and any(map(shutil.which, ("c++", "g++", "clang++"))):
+            pytest.fail(f"{request.param}: a C++ compiler is here, but {available}")
+        pytest.skip(f"{request.param}: {available}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch):
+    """Fill fresh memory with NaN, so that a kernel which leaves a part unwritten is found out."""
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    _extension.poison(True)
+    yield
+    _extension.poison(False)
+
+
+def _poisoned(allocate):
+    @functools.wraps(allocate)
+    def wrapper(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        if tensor.dtype.is_floating_point:
+            tensor.detach().fill_(torch.nan)
+        return tensor
+
+    return wrapper
+
+
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

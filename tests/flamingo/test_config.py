@@ -1,0 +1,91 @@
+"""The presets have the sizes that were published."""
+
+import pytest
+import torch
+
+from flamingo import Flamingo, FlamingoConfig
+from flamingo.config import PRESETS
+
+
+def count(module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def on_meta(name: str) -> Flamingo:
+    with torch.device("meta"):
+        return Flamingo(FlamingoConfig.preset(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("flamingo-3b", range(24)),
+        ("flamingo-9b", range(0, 40, 4)),
+        ("flamingo-80b", range(0, 80, 7)),
+        ("openflamingo-3b", range(24)),
+        ("openflamingo-4b", range(1, 32, 2)),
+        ("openflamingo-9b", [3, 7, 11, 15, 19, 23, 27, 31]),
+        ("tiny", [0, 2]),
+    ],
+)
+def test_blocks_stand_in_front_of(name, layers):
+    assert FlamingoConfig.preset(name).cross_attn_layers == tuple(layers)
+    assert list(on_meta(name).cross_attn) == [str(i) for i in layers]
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "blocks"),
+    [("openflamingo-3b", 36.7, 24), ("openflamingo-4b", 56.1, 16), ("openflamingo-9b", 139.5, 8)],
+)
+def test_open_flamingo_parameters(name, millions, blocks):
+    model = on_meta(name)
+    assert count(model.resampler) / 1e6 == pytest.approx(63.0, abs=0.05)
+    assert [count(block) / 1e6 for block in model.cross_attn.values()] == pytest.approx(
+        [millions] * blocks, abs=0.05
+    )
+
+
+def test_the_papers_parameters():
+    model = on_meta("flamingo-3b")
+    assert count(model.resampler) / 1e6 == pytest.approx(194, abs=0.5)
+    assert count(model.cross_attn) / 1e9 == pytest.approx(1.2, abs=0.05)
+    assert count(model.vision) / 1e6 == pytest.approx(435, rel=0.1)
+    assert count(model.language) / 1e9 == pytest.approx(1.4, rel=0.1)
+    block = model.cross_attn["0"]
+    assert type(block.ff[2]).__name__ == "SquaredReLU"
+    assert block.attn.norm_media.normalized_shape == (1536,)
+    assert block.attn.scale == 128**-0.5
+
+
+def test_open_flamingo_presets_keep_its_rows():
+    models = [on_meta(f"openflamingo-{size}") for size in ("3b", "4b", "9b")]
+    attns = [block.attn for model in models for block in model.cross_attn.values()]
+    assert {(a.policy, a.heads, a.scale) for a in attns} == {("open_flamingo", 8, 0.125)}
+
+
+def test_every_preset_is_named_in_the_documentation():
+    assert all(f'"{name}"' in FlamingoConfig.preset.__doc__ for name in PRESETS)
+
+
+def test_changes():
+    config = FlamingoConfig.preset("tiny", language_layers=7, cross_attn_first=1, cross_attn_every=3)
+    assert config.cross_attn_layers == (1, 4)
+    assert FlamingoConfig.preset("tiny").language_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": 7}, "expected image_size to be a multiple of patch_size=7, got 32"),
+        ({"vision_heads": 5}, "expected vision_dim to be a multiple of vision_heads=5, got 48"),
+        ({"language_heads": 64}, "an even multiple of language_heads=64 .*got 64"),
+    ],
+)
+def test_sizes_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FlamingoConfig.preset("tiny", **changes)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match=r"expected one of flamingo-3b, .*tiny, got 'gato'"):
+        FlamingoConfig.preset("gato")

@@ -1,0 +1,269 @@
+"""The model whole: what it computes at the start, and what may influence what."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flamingo import Flamingo, FlamingoConfig, GatedCrossAttentionBlock, LanguageModel, VisionEncoder
+from tests.flamingo.weights import randomise
+
+IMAGE = 256
+# text, image, text, image, text; and a document padded on the right
+INPUT_IDS = torch.tensor(
+    [[259, 72, IMAGE, 105, 33, IMAGE, 98, 121, 101], [259, IMAGE, 97, 98, IMAGE, 99, 258, 258, 258]]
+)
+ATTENTION_MASK = INPUT_IDS != 258
+
+
+def pixels(frames=1):
+    return torch.randn(2, 2, frames, 3, 32, 32)
+
+
+@pytest.fixture
+def fresh(seed):
+    return Flamingo(FlamingoConfig.preset("tiny"))
+
+
+@pytest.fixture
+def model(seed):
+    """Every weight random, gates included, in float64 so that an influence cannot drown in rounding."""
+    return randomise(Flamingo(FlamingoConfig.preset("tiny")), std=0.2).double()
+
+
+class TestGates:
+    @pytest.mark.parametrize("mask", [None, ATTENTION_MASK])
+    def test_at_zero_the_language_model_speaks_alone(self, fresh, mask):
+        logits = fresh(INPUT_IDS, pixels(), mask).logits
+        assert torch.equal(logits, fresh.language(INPUT_IDS, mask))
+
+    def test_open_gates_change_the_logits(self, model):
+        logits = model(INPUT_IDS, pixels().double()).logits
+        assert (logits != model.language(INPUT_IDS)).any(dim=-1).all()
+
+    def test_at_zero_the_gates_learn_and_nothing_else(self, fresh):
+        fresh.freeze()(INPUT_IDS, pixels(), labels=INPUT_IDS).loss.backward()
+        gates = {f"cross_attn.{i}.{gate}" for i in (0, 2) for gate in ("attn_gate", "ff_gate")}
+        assert {n for n, p in fresh.named_parameters() if p.grad is not None and (p.grad != 0).any()} == gates
+
+
+class TestInfluence:
+    """logits[:, t] as a function of what the document holds."""
+
+    def changed(self, model, first, second):
+        """`[B, T]`: where the logits of two inputs differ."""
+        return (model(*first).logits != model(*second).logits).any(dim=-1)
+
+    def test_tokens_do_not_look_ahead(self, model):
+        images, other = pixels().double(), INPUT_IDS.clone()
+        other[:, 3] = 7
+        changed = self.changed(model, (INPUT_IDS, images), (other, images))
+        assert changed.tolist() == [[t >= 3 for t in range(9)]] * 2
+
+    @pytest.mark.parametrize("only_immediate", [True, False])
+    @pytest.mark.parametrize("medium", [0, 1])
+    def test_an_image_reaches_its_token_and_what_follows(self, seed, only_immediate, medium):
+        config = FlamingoConfig.preset("tiny", only_attend_immediate_media=only_immediate)
+        model = randomise(Flamingo(config), std=0.2).double()
+        images = pixels().double()
+        other = images.clone()
+        other[:, medium] += 1
+        changed = self.changed(model, (INPUT_IDS, images), (INPUT_IDS, other))
+        places = [(row == IMAGE).nonzero()[medium].item() for row in INPUT_IDS]
+        assert changed.tolist() == [[t >= place for t in range(9)] for place in places]
+
+    def test_the_first_block_sees_the_last_image_only(self, seed):
+        # With one block, in front of the last layer, nothing carries the first image past the second.
+        config = FlamingoConfig.preset("tiny", cross_attn_first=3)
+        model = randomise(Flamingo(config), std=0.2).double()
+        block, seen = model.cross_attn["3"], []
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        images = pixels().double()
+        other = images.clone()
+        other[:, 0] += 1
+        model(INPUT_IDS, images)
+        model(INPUT_IDS, other)
+        changed = (seen[0] != seen[1]).any(dim=-1)
+        times = (INPUT_IDS == IMAGE).cumsum(dim=1)
+        assert torch.equal(changed, times == 1)
+
+    def test_padding_changes_nothing(self, model):
+        images = pixels().double()
+        length = 6  # of the second document
+        alone = model(INPUT_IDS[1:, :length], images[1:]).logits
+        right = model(INPUT_IDS, images, ATTENTION_MASK).logits[1:, :length]
+        torch.testing.assert_close(right, alone)
+        shifted = INPUT_IDS[1:].roll(3, dims=1)
+        left = model(shifted, images[1:], shifted != 258).logits[:, 3:]
+        torch.testing.assert_close(left, alone)
+        unmasked = model(shifted, images[1:]).logits[:, 3:]
+        assert not torch.allclose(unmasked, alone)
+
+    def test_frames_past_the_end_of_a_clip_change_nothing(self, model):
+        clips = pixels(frames=3).double()
+        num_frames = torch.tensor([[1, 3], [2, 1]])
+        past = torch.arange(3) >= num_frames[..., None]
+        noisy = clips + 10 * past[..., None, None, None]
+        first = model(INPUT_IDS, clips, num_frames=num_frames).logits
+        torch.testing.assert_close(model(INPUT_IDS, noisy, num_frames=num_frames).logits, first)
+        assert not torch.allclose(model(INPUT_IDS, noisy).logits, model(INPUT_IDS, clips).logits)
+
+
+class TestForward:
+    def test_loss_is_the_cross_entropy_of_the_next_token(self, model):
+        labels = INPUT_IDS.masked_fill(~ATTENTION_MASK, -100)
+        out = model(INPUT_IDS, pixels().double(), ATTENTION_MASK, labels)
+        log_p = out.logits.log_softmax(dim=-1)
+        picked = [
+            log_p[b, t - 1, labels[b, t]] for b in range(2) for t in range(1, 9) if labels[b, t] != -100
+        ]
+        torch.testing.assert_close(out.loss, -torch.stack(picked).mean())
+
+    def test_every_block_gets_one_tensor_of_locations(self, model):
+        seen = []
+        for block in model.cross_attn.values():
+            block.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+        model(INPUT_IDS, pixels().double())
+        assert len(seen) == 2
+        assert seen[0] is seen[1]
+        assert torch.equal(seen[0], INPUT_IDS == IMAGE)
+
+    def test_blocks_stand_in_front_of_their_layers(self, model):
+        order = []
+        for name, module in [*model.language.layers.named_children(), *model.cross_attn.named_children()]:
+            kind = "block" if isinstance(module, GatedCrossAttentionBlock) else "layer"
+            module.register_forward_pre_hook(lambda m, a, step=(kind, name): order.append(step))
+        model(INPUT_IDS, pixels().double())
+        blocks = [("block", "0"), ("block", "2")]
+        layers = [("layer", str(i)) for i in range(4)]
+        assert order == [blocks[0], layers[0], layers[1], blocks[1], layers[2], layers[3]]
+
+    def test_freeze_leaves_the_new_layers(self, fresh):
+        assert fresh.freeze() is fresh
+        trained = {name.split(".")[0] for name, p in fresh.named_parameters() if p.requires_grad}
+        frozen = {name.split(".")[0] for name, p in fresh.named_parameters() if not p.requires_grad}
+        assert trained == {"resampler", "cross_attn"}
+        assert frozen == {"vision", "language"}
+
+    @pytest.mark.parametrize(("batch", "tokens", "media"), [(0, 9, 2), (2, 0, 2), (2, 9, 0), (2, 0, 0)])
+    def test_empty(self, model, batch, tokens, media):
+        out = model(INPUT_IDS[:batch, :tokens], pixels().double()[:batch, :media])
+        out.logits.sum().backward()
+        assert out.logits.shape == (batch, tokens, 261)
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+    def test_copies_and_pickles(self, model):
+        images = pixels().double()
+        logits = model(INPUT_IDS, images).logits
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin(INPUT_IDS, images).logits, logits)
+
+    def test_a_few_steps_lower_the_loss(self, fresh):
+        images = pixels()
+        trained = [p for p in fresh.freeze().parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        losses = []
+        for _ in range(12):
+            loss = fresh(INPUT_IDS, images, ATTENTION_MASK, INPUT_IDS).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+
+
+class TestGenerate:
+    @pytest.fixture
+    def model(self, seed):
+        """One that does not repeat itself, as a random model with tied embeddings does."""
+        return randomise(Flamingo(FlamingoConfig.preset("tiny", tie_embeddings=False)), std=0.5).double()
+
+    def test_is_greedy(self, model):
+        images = pixels().double()
+        new = model.generate(INPUT_IDS, images, max_new_tokens=4)
+        assert all(len(set(row)) > 2 for row in new.tolist())
+        ids = INPUT_IDS
+        for t in range(4):
+            logits = model(ids, images).logits[:, -1]
+            logits[:, IMAGE] = -torch.inf
+            ids = torch.cat((ids, logits.argmax(dim=-1, keepdim=True)), dim=1)
+            assert torch.equal(new[:, t], ids[:, -1])
+
+    def test_never_says_image(self, model):
+        model.language.embedding.weight.data[IMAGE] *= 100
+        new = model.generate(INPUT_IDS, pixels().double(), max_new_tokens=8)
+        assert (new != IMAGE).all()
+
+    def test_stops(self, model):
+        images = pixels().double()
+        free = model.generate(INPUT_IDS, images, max_new_tokens=6)
+        stop = free[0, 0].item()
+        assert stop not in free[1]
+        stopped = model.generate(INPUT_IDS, images, max_new_tokens=6, stop_token_ids=[stop])
+        assert stopped[0].tolist() == [stop] * 6
+        assert torch.equal(stopped[1], free[1])
+        both = [stop, free[1, 0].item()]
+        assert model.generate(INPUT_IDS, images, max_new_tokens=6, stop_token_ids=both).shape == (2, 1)
+
+    def test_left_padding_changes_nothing(self, model):
+        images = pixels().double()
+        alone = model.generate(INPUT_IDS[1:, :6], images[1:], max_new_tokens=4)
+        ids = torch.stack((INPUT_IDS[0], INPUT_IDS[1].roll(3)))
+        together = model.generate(ids, images, ids != 258, max_new_tokens=4)
+        assert torch.equal(together[1:], alone)
+
+    def test_right_padding_is_refused(self, model):
+        with pytest.raises(ValueError, match=r"padded on the right.*prompt=True"):
+            model.generate(INPUT_IDS, pixels().double(), ATTENTION_MASK)
+        with pytest.raises(ValueError, match="empty"):
+            model.generate(INPUT_IDS[:, :0], pixels().double())
+
+
+class TestLanguageModel:
+    @pytest.mark.parametrize("tie_embeddings", [True, False])
+    def test_head(self, tie_embeddings):
+        language = LanguageModel(vocab_size=10, dim=8, layers=1, heads=2, tie_embeddings=tie_embeddings)
+        randomise(language)
+        weight = language.embedding.weight if tie_embeddings else language.head.weight
+        assert ("head.weight" in language.state_dict()) is not tie_embeddings
+        x = torch.randn(1, 3, 8)
+        torch.testing.assert_close(language.logits(x), F.linear(language.norm(x), weight))
+
+    def test_an_all_ones_mask_is_no_mask(self, model):
+        masked = model.language(INPUT_IDS, torch.ones_like(INPUT_IDS))
+        torch.testing.assert_close(masked, model.language(INPUT_IDS))
+
+    def test_order_matters(self, model):
+        # Without positions, the last token could not tell the order of those before it.
+        ids = torch.tensor([[1, 2, 3, 4], [2, 1, 3, 4]])
+        one = model.language.layers[:1]
+        model.language.layers = one
+        first, second = model.language(ids)[:, -1]
+        assert not torch.allclose(first, second)
+
+    def test_mask_of_another_shape(self, model):
+        with pytest.raises(ValueError, match=r"attention_mask with shape \(2, 9\) .*got \(2, 8\)"):
+            model.language(INPUT_IDS, ATTENTION_MASK[:, :8])
+
+
+class TestVisionEncoder:
+    encoder_sizes = {"image_size": 16, "patch_size": 8, "dim": 12, "layers": 1, "heads": 2}
+
+    def test_frames_do_not_mix_and_keep_their_place(self):
+        encoder = randomise(VisionEncoder(**self.encoder_sizes)).double()
+        frames = torch.randn(2, 3, 2, 3, 16, 16, dtype=torch.float64)
+        features = encoder(frames)
+        assert features.shape == (2, 3, 2, 4, 12)
+        torch.testing.assert_close(features[1, 2, 1], encoder(frames[1:, 2:, 1:])[0, 0, 0])
+
+    def test_the_order_of_patches_matters(self):
+        encoder = randomise(VisionEncoder(**self.encoder_sizes)).double()
+        frame = torch.randn(1, 1, 1, 3, 16, 16, dtype=torch.float64)
+        swapped = frame.roll(8, dims=-1)  # exchanges the left and the right patches
+        assert not torch.allclose(encoder(frame)[..., [1, 0, 3, 2], :], encoder(swapped))
+
+    def test_another_size_is_refused(self):
+        with pytest.raises(ValueError, match=r"\(B, M, F, 3, 16, 16\), got \(1, 1, 1, 3, 16, 20\)"):
+            VisionEncoder(**self.encoder_sizes)(torch.zeros(1, 1, 1, 3, 16, 20))
