@@ -1,18 +1,49 @@
 """Flamingo's attention, gates and resampler, fast: operators, drop-in layers and a one-line swap."""
 
+from typing import TYPE_CHECKING, Any
+
 from ._dispatch import UnsupportedError, available_backends, use_backend
 from .mask import MediaMask
 from .ops import gated_residual, gated_residual_norm, masked_cross_attention, perceiver_attention
+from .patch import PatchReport, patch, unpatch
+
+if TYPE_CHECKING:
+    from .layers import (
+        GatedCrossAttentionBlock,
+        MaskedCrossAttention,
+        PerceiverAttention,
+        PerceiverResampler,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GatedCrossAttentionBlock",
+    "MaskedCrossAttention",
     "MediaMask",
+    "PatchReport",
+    "PerceiverAttention",
+    "PerceiverResampler",
     "UnsupportedError",
     "available_backends",
     "gated_residual",
     "gated_residual_norm",
     "masked_cross_attention",
+    "patch",
     "perceiver_attention",
+    "unpatch",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The layers derive from `flamingo`, which needs more than torch: imported when first asked for.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import layers
+
+    return getattr(layers, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

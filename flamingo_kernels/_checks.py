@@ -8,12 +8,14 @@ from torch import Tensor
 
 def expect_shape(operator: str, name: str, tensor: Tensor, expected: tuple[int | str, ...], why: str) -> None:
     """Raise ValueError unless `tensor` has the expected shape; a str in it names a free dimension."""
-    fits = tensor.ndim == len(expected) and all(
-        isinstance(want, str) or want == size for want, size in zip(expected, tensor.shape, strict=True)
-    )
-    if not fits:
-        shape = "(" + ", ".join(map(str, expected)) + ")"
-        raise ValueError(f"{operator}: expected {name} with shape {shape} {why}, got {tuple(tensor.shape)}.")
+    if len(tensor.shape) == len(expected):
+        for size, want in zip(tensor.shape, expected, strict=True):
+            if size != want and not isinstance(want, str):
+                break
+        else:
+            return
+    shape = str(tuple(expected)).replace("'", "")
+    raise ValueError(f"{operator}: expected {name} with shape {shape} {why}, got {tuple(tensor.shape)}.")
 
 
 def expect_same_device(operator: str, **tensors: Tensor | None) -> None:
@@ -28,12 +30,18 @@ def expect_same_device(operator: str, **tensors: Tensor | None) -> None:
             )
 
 
+def expect_floating_point(operator: str, **tensors: Tensor | None) -> None:
+    """Raise TypeError unless every tensor is a floating-point one."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.dtype.is_floating_point:
+            raise TypeError(f"{operator}: expected a floating-point {name}, got {tensor.dtype}.")
+
+
 def expect_same_dtype(operator: str, **tensors: Tensor) -> None:
     """Raise TypeError unless all tensors have the dtype of the first, a floating-point one."""
     first, *others = tensors
     dtype = tensors[first].dtype
-    if not dtype.is_floating_point:
-        raise TypeError(f"{operator}: expected a floating-point {first}, got {dtype}.")
+    expect_floating_point(operator, **{first: tensors[first]})
     for name in others:
         if tensors[name].dtype != dtype:
             raise TypeError(
@@ -65,3 +73,8 @@ _AUTOCAST_CASTS = (torch.float32, torch.bfloat16, torch.float16)
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor with a contiguous last dimension, copied only if it has none."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd must record the call; if not the operator is called bare, which costs less."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

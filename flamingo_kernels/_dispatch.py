@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from . import _env, _extension
@@ -111,11 +112,14 @@ def cpu_reasons(*tensors: Tensor | None) -> list[str]:
     """What every C++ kernel asks: the extension, CPU tensors, a dtype it knows."""
     if why := _extension.why_not():
         return [why]
-    given = [tensor for tensor in tensors if tensor is not None]
-    reasons = [f"a tensor is on {t.device}, not on cpu" for t in given if t.device.type != "cpu"][:1]
-    reasons += [
-        f"dtype {tensor.dtype} is not one of float32, bfloat16, float16"
-        for tensor in given
-        if tensor.dtype.is_floating_point and str(tensor.dtype)[6:] not in ("float32", "bfloat16", "float16")
-    ][:1]
-    return reasons
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not tensor.is_cpu:
+            return [f"a tensor is on {tensor.device}, not on cpu"]
+        if tensor.dtype not in _CPU_DTYPES:
+            return [f"dtype {tensor.dtype} is not one of float32, bfloat16, float16"]
+    return []
+
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -102,6 +102,13 @@ def commit() -> str | None:
         return None
 
 
+def backends_in_use() -> dict[str, str]:
+    """What each operator runs on here without a choice of the caller's, as in "cpu/avx2"."""
+    chosen = {operator: _dispatch.resolve(operator, "auto") for operator in _dispatch.operators()}
+    variant = _extension.cpu_variant()
+    return {operator: f"cpu/{variant}" if name == "cpu" else name for operator, name in chosen.items()}
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

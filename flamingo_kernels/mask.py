@@ -146,8 +146,8 @@ class MediaMask:
 
     def to(self, device: torch.device | str) -> MediaMask:
         """The same mask on another device."""
-        moved = (tensor.to(device) for tensor in (self.lo, self.hi, self.start, self.stop))
-        return MediaMask(*moved, immediate=self.immediate)
+        lo, hi, start, stop = (span.to(device) for span in (self.lo, self.hi, self.start, self.stop))
+        return MediaMask(lo, hi, start, stop, self.immediate)
 
 
 def _count_media(media_locations: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from .ops import gated_residual, gated_residual_norm, masked_cross_attention, pe
 Layout = Literal["contiguous", "slice", "transposed", "strided", "expanded"]
 Outputs = tuple[Tensor, ...]
 Tensors = dict[str, Tensor]
+Spec = tuple[tuple[int, ...], torch.dtype]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,7 +56,9 @@ class Case(ABC):
     """
 
     operator: ClassVar[str]
+    function: ClassVar[Callable[..., Any]]
     outputs: ClassVar[tuple[str, ...]] = ("out",)
+    mean: ClassVar[float] = 0.0  # of the random values
 
     dtype: torch.dtype = torch.float32
     layout: Layout = "contiguous"
@@ -65,20 +68,33 @@ class Case(ABC):
     def tensors(self) -> Tensors:
         """The operator's differentiable tensors by name, rounded to the dtype and laid out."""
 
-    @abstractmethod
-    def kernel(self, backend: str, **tensors: Tensor) -> Outputs:
-        """The operator itself."""
+    def options(self) -> dict[str, Any]:
+        """The operator's other arguments, without the backend."""
+        return {}
 
     @abstractmethod
     def eager(self, **tensors: Tensor) -> Outputs:
         """What one writes without the operator, in the dtype of the tensors."""
+
+    def kernel(self, backend: str, **tensors: Tensor) -> Outputs:
+        """The operator itself."""
+        outputs = self.function(**tensors, **self.options(), backend=backend)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def douts(self, outputs: Outputs) -> Outputs:
         """Random gradients for these outputs, in their dtype."""
         shapes = {
             name: (tuple(out.shape), out.dtype) for name, out in zip(self.outputs, outputs, strict=True)
         }
-        return tuple(_random(shapes, self.layout, self.seed + 1).values())
+        return tuple(self._random(shapes, self.seed + 1).values())
+
+    def _random(self, shapes: dict[str, Spec], seed: int) -> Tensors:
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for name, (shape, dtype) in shapes.items():
+            values = torch.randn(shape, generator=generator) + self.mean
+            tensors[name] = lay_out(values.to(dtype), self.layout)
+        return tensors
 
     def __str__(self) -> str:
         """The fields that differ from their defaults: the name of the case in tables and test ids."""
@@ -95,14 +111,15 @@ class MaskedCrossAttentionCase(Case):
         batch, length, media, latents, heads, head_dim: B, T, M, R, H, d.
         groups: query heads that share one key/value head, H / Hkv.
         immediate: rows see the last medium only, or all media up to it.
-        times: where text_time comes from: "locations" of images in the text (one more than there are media,
-            as many, one fewer, in turn over the batch), "cached" locations of a prompt, or "jumps": any number
+        times: where text_time comes from: "locations" of images in the text (in turn over the batch one more
+            than there are media, as many, one fewer), "cached" locations of a prompt, or "jumps", any number
             from 0 to M + 1 in any order.
         policy: of the MediaMask.
         scale: factor on the scores.
     """
 
     operator: ClassVar[str] = "masked_cross_attention"
+    function: ClassVar[Callable[..., Any]] = staticmethod(masked_cross_attention)
 
     batch: int = 2
     length: int = 19
@@ -119,10 +136,10 @@ class MaskedCrossAttentionCase(Case):
     def tensors(self) -> Tensors:
         media = (self.batch, self.media, self.latents, self.heads // self.groups, self.head_dim)
         shapes = {"q": (self.batch, self.length, self.heads, self.head_dim), "k": media, "v": media}
-        return _random({name: (shape, self.dtype) for name, shape in shapes.items()}, self.layout, self.seed)
+        return self._random({name: (shape, self.dtype) for name, shape in shapes.items()}, self.seed)
 
-    def kernel(self, backend: str, **tensors: Tensor) -> Outputs:
-        return (masked_cross_attention(**tensors, mask=self.mask(), scale=self.scale, backend=backend),)
+    def options(self) -> dict[str, Any]:
+        return {"mask": self.mask(), "scale": self.scale}
 
     def eager(self, q: Tensor, k: Tensor, v: Tensor) -> Outputs:
         k, v = (tensor.repeat_interleave(self.groups, dim=3) for tensor in (k, v))
@@ -171,6 +188,7 @@ class PerceiverAttentionCase(Case):
     """
 
     operator: ClassVar[str] = "perceiver_attention"
+    function: ClassVar[Callable[..., Any]] = staticmethod(perceiver_attention)
 
     clips: int = 2
     queries: int = 9
@@ -193,11 +211,10 @@ class PerceiverAttentionCase(Case):
             "k_latents": latents,
             "v_latents": latents,
         }
-        return _random({name: (shape, self.dtype) for name, shape in shapes.items()}, self.layout, self.seed)
+        return self._random({name: (shape, self.dtype) for name, shape in shapes.items()}, self.seed)
 
-    def kernel(self, backend: str, **tensors: Tensor) -> Outputs:
-        options: dict[str, Any] = {"media_lengths": self.media_lengths(), "scale": self.scale}
-        return (perceiver_attention(**tensors, **options, backend=backend),)
+    def options(self) -> dict[str, Any]:
+        return {"media_lengths": self.media_lengths(), "scale": self.scale}
 
     def eager(
         self, q: Tensor, k_media: Tensor, v_media: Tensor, k_latents: Tensor, v_latents: Tensor
@@ -233,6 +250,8 @@ class GatedResidualCase(Case):
     """
 
     operator: ClassVar[str] = "gated_residual"
+    function: ClassVar[Callable[..., Any]] = staticmethod(gated_residual)
+    mean: ClassVar[float] = 1.0  # the gradient of a gate is one long sum, which must not cancel by chance
 
     shape: tuple[int, ...] = (3, 7, 40)
     gate: tuple[int, ...] = (1,)
@@ -240,17 +259,14 @@ class GatedResidualCase(Case):
     gate_dtype: torch.dtype | None = None
 
     def tensors(self) -> Tensors:
-        return _random(self._shapes(), self.layout, self.seed)
+        return self._random(self._shapes(), self.seed)
 
-    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def _shapes(self) -> dict[str, Spec]:
         return {
             "x": (self.shape, self.dtype),
             "y": (self.shape, self.y_dtype or self.dtype),
             "gate": (self.gate, self.gate_dtype or self.dtype),
         }
-
-    def kernel(self, backend: str, **tensors: Tensor) -> Outputs:
-        return (gated_residual(**tensors, backend=backend),)
 
     def eager(self, x: Tensor, y: Tensor, gate: Tensor) -> Outputs:
         return (x + torch.tanh(gate.reshape(gate.shape[-1:])) * y,)
@@ -269,6 +285,7 @@ class GatedResidualNormCase(GatedResidualCase):
     """
 
     operator: ClassVar[str] = "gated_residual_norm"
+    function: ClassVar[Callable[..., Any]] = staticmethod(gated_residual_norm)
     outputs: ClassVar[tuple[str, ...]] = ("z", "n")
 
     norm: Literal["layer", "rms"] = "layer"
@@ -276,13 +293,13 @@ class GatedResidualNormCase(GatedResidualCase):
     eps: float = 1e-5
     weight_dtype: torch.dtype | None = None
 
-    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def _shapes(self) -> dict[str, Spec]:
         vectors = ("weight", "bias") if self.bias and self.norm == "layer" else ("weight",)
         vector = (self.shape[-1:], self.weight_dtype or self.dtype)
         return {**super()._shapes(), **dict.fromkeys(vectors, vector)}
 
-    def kernel(self, backend: str, **tensors: Tensor) -> Outputs:
-        return gated_residual_norm(**tensors, eps=self.eps, norm=self.norm, backend=backend)
+    def options(self) -> dict[str, Any]:
+        return {"eps": self.eps, "norm": self.norm}
 
     def eager(  # type: ignore[override]
         self, x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None = None
@@ -299,9 +316,9 @@ def lay_out(tensor: Tensor, layout: Layout) -> Tensor:
 
     Args:
         tensor: any floating-point tensor.
-        layout: "contiguous"; "slice" of a larger buffer; "transposed", dimensions -3 and -2 swapped in memory;
-            "strided", every second element of a buffer; "expanded", tensor[0] repeated with stride 0 (other
-            values, then).
+        layout: "contiguous"; "slice" of a larger buffer; "transposed", dimensions -3 and -2 swapped in
+            memory; "strided", every second element of a buffer; "expanded", tensor[0] repeated with stride 0
+            (other values, then).
     """
     if layout == "slice":
         buffer = tensor.new_full([size + 3 for size in tensor.shape], torch.nan)
@@ -313,14 +330,6 @@ def lay_out(tensor: Tensor, layout: Layout) -> Tensor:
     if layout == "expanded" and tensor.ndim >= 2:
         return tensor[:1].contiguous().expand_as(tensor)
     return tensor.contiguous()
-
-
-def _random(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], layout: Layout, seed: int) -> Tensors:
-    generator = torch.Generator().manual_seed(seed)
-    values = {
-        name: torch.randn(shape, generator=generator).to(dtype) for name, (shape, dtype) in shapes.items()
-    }
-    return {name: lay_out(tensor, layout) for name, tensor in values.items()}
 
 
 @dataclass(frozen=True)
@@ -393,21 +402,26 @@ def measure(case: Case, backend: str = "auto") -> list[Measurement]:
 def evaluate(
     case: Case, function: Callable[..., Outputs], tensors: Tensors, douts: Iterable[Tensor]
 ) -> Tensors:
-    """The outputs of `function(**tensors)` by name, and the gradients of the tensors under "d" + name."""
+    """The outputs of `function(**tensors)` by name, and the gradients of the tensors under "d" + name.
+
+    Raises:
+        AssertionError: an output has not the shape and dtype of its gradient.
+    """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    outputs = function(**leaves)
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), list(douts), materialize_grads=True)
+    outputs, douts = function(**leaves), tuple(douts)
+    for name, out, dout in zip(case.outputs, outputs, douts, strict=True):
+        if (out.shape, out.dtype) != (dout.shape, dout.dtype):
+            raise AssertionError(
+                f"{name}: expected shape {tuple(dout.shape)} and {dout.dtype} like eager, "
+                f"got {tuple(out.shape)} and {out.dtype}."
+            )
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), douts, materialize_grads=True)
     named = dict(zip(case.outputs, (out.detach() for out in outputs), strict=True))
     return named | {f"d{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
 
 
 def compare(name: str, kernel: Tensor, eager: Tensor, exact: Tensor) -> Measurement:
     """Hold one tensor of a kernel and of eager against the exact values."""
-    if (kernel.shape, kernel.dtype) != (eager.shape, eager.dtype):
-        raise AssertionError(
-            f"{name}: expected shape {tuple(eager.shape)} and {eager.dtype} like eager, "
-            f"got {tuple(kernel.shape)} and {kernel.dtype}."
-        )
     largest = exact.abs().max().item() if exact.numel() else 0.0
     return Measurement(name, _error(kernel, exact), _error(eager, exact), ulp(largest, kernel.dtype))
 

@@ -50,20 +50,22 @@ Tensor fresh_like(const Tensor& tensor) {
   return fresh(tensor, {tensor.sizes().begin(), tensor.sizes().end()}, tensor.scalar_type());
 }
 
-// Every thread takes the next task until none is left.
+// Every thread takes the next few tasks until none is left.
 template <class Params>
 void run(const Kernel<Params>& kernel, const Params& params) {
   const int64_t tasks = kernel.tasks(params), floats = kernel.scratch(params);
   if (tasks == 0) return;
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  const int64_t few = std::max<int64_t>(1, tasks / (threads * 8));  // neighbours share cache lines and pages
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     // What one slot leaves undone the others take: the range itself says nothing.
     (void)begin, (void)end;
     const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
     std::unique_ptr<float, decltype(&std::free)> scratch((float*)std::aligned_alloc(64, bytes + 64), std::free);
     if (poisoned) std::memset(scratch.get(), 0xff, bytes);
-    for (int64_t task; (task = next.fetch_add(1)) < tasks;) kernel.run(params, task, scratch.get());
+    for (int64_t first; (first = next.fetch_add(few)) < tasks;)
+      for (int64_t task = first; task < std::min(first + few, tasks); ++task) kernel.run(params, task, scratch.get());
   });
 }
 

@@ -26,9 +26,14 @@ struct Pairs {
   }
 };
 
-// The tile of C held in registers: 6 x 2 vectors fill the 16 registers of AVX2, 6 x 4 the 32 of AVX-512.
+// The tile of C held in registers: 6 x 2 vectors fill the 16 registers of SSE and AVX2, 6 x 4 the 32 of
+// AVX-512 and NEON.
 constexpr int tile_rows = 6;
+#if defined(__aarch64__)
+constexpr int tile_vectors = 4;
+#else
 constexpr int tile_vectors = width == 16 ? 4 : 2;
+#endif
 
 // Rows of B and C: whole vectors, plus a skew so that rows do not fall into the same cache sets.
 constexpr int64_t padded(int64_t columns) { return round_up(columns, width) + 16; }
@@ -67,8 +72,11 @@ template <class Dot, bool accumulate, int vectors>
 FK_INLINE void multiply_panel(
     int64_t rows, int64_t depth, Operand a, const float* b, int64_t b_row, float* c, int64_t c_row) {
   int64_t i = 0;
-  for (; i + tile_rows <= rows; i += tile_rows)
+  for (; i + tile_rows <= rows && rows - i != 8; i += tile_rows)  // 8 rows are two tiles of 4
     multiply_tile<Dot, accumulate, tile_rows, vectors>(
+        depth, {a.words + i * a.row, a.row, a.step}, b, b_row, c + i * c_row, c_row);
+  for (; i + 4 <= rows; i += 4)
+    multiply_tile<Dot, accumulate, 4, vectors>(
         depth, {a.words + i * a.row, a.row, a.step}, b, b_row, c + i * c_row, c_row);
   for (; i + 2 <= rows; i += 2)
     multiply_tile<Dot, accumulate, 2, vectors>(

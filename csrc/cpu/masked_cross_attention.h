@@ -111,11 +111,18 @@ struct Forward {
     const int64_t begin = p.start[b * p.media + m], end = p.stop[b * p.media + m];
     if (begin >= end) return;
     pack(p, b, h, m);
+    if (h + 1 < p.heads) {  // the next task's
+      tile.ahead.plan(0, latents_of<const T>(p.k, b, m, kv_head(p, h + 1)), p.latents);
+      tile.ahead.plan(1, latents_of<const T>(p.v, b, m, kv_head(p, h + 1)), p.latents);
+    }
     Strided<const T> q = rows_of<const T>(p.q, b, h);
     Strided<T> out = rows_of<T>(p.out, b, h);
     float* lse = p.lse + (b * p.heads + h) * p.length;
     visit_rows<forward_rows>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
       float highest[forward_rows], sums[forward_rows];
+      const int64_t next = rows[count - 1] + 1;
+      tile.ahead.plan(2, {q[next], q.row}, end - next < forward_rows ? end - next : forward_rows);
+      tile.ahead.plan(3, {out[rows[0]], out.row}, count);
       tile.count = 0;
       for (int64_t i = 0; i < count; ++i) tile.add(q[rows[i]]), highest[i] = -INFINITY;
       tile.attend(block, p.scale * log2_e, highest, sums);

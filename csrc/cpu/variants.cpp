@@ -67,8 +67,11 @@ bool select(const char* name) {
 const char* variants() {
   static const std::string names = [] {
     std::string list;
-    for (const Candidate& candidate : candidates)
-      if (candidate.usable) list += (list.empty() ? "" : ",") + std::string(candidate.variant->name);
+    for (const Candidate& candidate : candidates) {
+      if (!candidate.usable) continue;
+      if (!list.empty()) list += ',';
+      list += candidate.variant->name;
+    }
     return list;
   }();
   return names.c_str();

@@ -5,6 +5,7 @@ baselines  the contenders' calls
 run        check, then time
 timing     the clock: interleaved, medians and percentiles
 memory     the peak of a call
+proof      whether a result is right
 rows       what is kept of a run
 report     tables and the picture
 """
@@ -13,29 +14,28 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .rows import Run
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command `bench`: 1 if a result of ours was wrong, 2 if there is nothing to run, else 0."""
+    """The command `bench`: 1 if a result of ours was wrong, 2 if it cannot do what was asked, else 0."""
     from .baselines import OURS
-    from .report import picture, table, update_readme
-    from .rows import Run
-    from .run import ProgressBar, run
-    from .shapes import CASES, QUICK
+    from .report import around_markers, new_figure, picture, table, update_readme
 
-    if options.load:
-        outcome = Run.load(options.load)
-    else:
-        every = QUICK if options.quick else CASES
-        cases = [case for case in every if not options.op or case.op in options.op]
-        if not cases:
-            known = ", ".join(dict.fromkeys(case.op for case in every))
-            print(f"bench: --op {' '.join(options.op)} is not one of {known}.", file=sys.stderr)
-            return 2
-        progress = ProgressBar(len(cases))
-        seconds = options.seconds if options.seconds is not None else 0.1 if options.quick else 2.0
-        outcome = run(cases, against=options.against or (), seconds=seconds, progress=progress)
-        progress.close()
+    try:
+        # What would fail at the end fails before the work.
+        if options.picture:
+            new_figure()
+        if options.readme:
+            around_markers(options.readme)
+        outcome = _load_or_run(options)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     print(table(outcome))
     if options.json:
         outcome.save_json(options.json)
@@ -46,3 +46,30 @@ def main(options: argparse.Namespace) -> int:
     if options.picture:
         picture(outcome, options.picture)
     return int(any(each.refused and each.contender == OURS for each in outcome.skipped))
+
+
+def _load_or_run(options: argparse.Namespace) -> Run:
+    from .report import RIVALS
+    from .rows import Run
+    from .run import ProgressBar, run
+    from .shapes import CASES, QUICK
+
+    if options.load:
+        return Run.load(options.load)
+    every = QUICK if options.quick else CASES
+    ops, against = options.op or [], options.against or []
+    _expect_known("--op", ops, [case.op for case in every])
+    _expect_known("--against", against, RIVALS)
+    cases = [case for case in every if not ops or case.op in ops]
+    seconds = options.seconds if options.seconds is not None else 0.1 if options.quick else 2.0
+    progress = ProgressBar(len(cases))
+    try:
+        return run(cases, against=against, seconds=seconds, progress=progress)
+    finally:
+        progress.close()
+
+
+def _expect_known(option: str, names: list[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option} {name} is not one of {', '.join(dict.fromkeys(known))}.")

@@ -56,9 +56,9 @@ def contenders(case: Case, dtype: torch.dtype | None = None, device: str = "cpu"
     rounded = getattr(torch, case.dtype)
     held = dtype or rounded
 
-    def randn(*shape: int) -> Tensor:
-        numbers = torch.randn(*shape, generator=generator).to(rounded)
-        return numbers.to(device, held).requires_grad_()
+    def randn(*shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
+        numbers = mean + std * torch.randn(*shape, generator=generator)
+        return numbers.to(rounded).to(device, held).requires_grad_()
 
     return _BUILDERS[case.op](randn, **case.sizes)
 
@@ -90,7 +90,7 @@ def _perceiver_attention(randn: Randn, *, N: int, S: int, R: int, H: int, d: int
 
 
 def _gated_residual(randn: Randn, *, rows: int, D: int) -> Contenders:
-    x, y, gate = randn(rows, D), randn(rows, D), randn(1)
+    x, y, gate = randn(rows, D), randn(rows, D, mean=1.0), randn(1)
     return {
         **_over(
             (x, y, gate),
@@ -102,14 +102,15 @@ def _gated_residual(randn: Randn, *, rows: int, D: int) -> Contenders:
 
 
 def _gated_residual_norm(randn: Randn, *, rows: int, D: int) -> Contenders:
-    x, y, gate, weight, bias = randn(rows, D), randn(rows, D), randn(1), randn(D), randn(D)
+    x, y, gate = randn(rows, D), randn(rows, D, mean=1.0), randn(1)
+    weight, bias = randn(D), randn(D)
 
     def eager() -> tuple[Tensor, Tensor]:
         z = x + torch.tanh(gate) * y
         return z, F.layer_norm(z, (D,), weight, bias)
 
-    ours = lambda: fk.gated_residual_norm(x, y, gate, weight, bias)  # noqa: E731
-    return _over((x, y, gate, weight, bias), ours=ours, eager=eager)
+    tensors = (x, y, gate, weight, bias)
+    return _over(tensors, ours=lambda: fk.gated_residual_norm(*tensors), eager=eager)
 
 
 def _gated_cross_attention_block(
@@ -117,14 +118,29 @@ def _gated_cross_attention_block(
 ) -> Contenders:
     x, media = randn(B, T, D), randn(B, M, R, D // 2)
     locations = _media_locations(B, T, M, x.device)
+    dense = fk.MediaMask.last_preceding(locations, M).dense(R)
     block = modules.GatedCrossAttentionBlock(dim=D, dim_visual=D // 2, dim_head=d, heads=H)
-    return _layer(block, randn, (x, media), lambda layer: layer(x, media, locations))
+    return _layer(
+        block,
+        randn,
+        (x, media),
+        call=lambda layer: layer(x, media, locations),
+        attend=lambda q, k, v, *_: _sdpa(q, k.flatten(1, 2), v.flatten(1, 2), dense),
+    )
 
 
 def _perceiver_resampler(randn: Randn, *, N: int, S: int, D: int, R: int, H: int, d: int) -> Contenders:
     x = randn(1, N, 1, S, D)
     resampler = modules.PerceiverResampler(dim=D, depth=1, dim_head=d, heads=H, num_latents=R)
-    return _layer(resampler, randn, (x,), lambda layer: layer(x))
+    return _layer(
+        resampler,
+        randn,
+        (x,),
+        call=lambda layer: layer(x),
+        attend=lambda q, k_media, v_media, k_latents, v_latents, _: _sdpa(
+            q, torch.cat((k_media, k_latents), dim=1), torch.cat((v_media, v_latents), dim=1)
+        ),
+    )
 
 
 _BUILDERS: dict[str, Callable[..., Contenders]] = {
@@ -145,9 +161,14 @@ def _over(wrt: tuple[Tensor, ...], *, ours: Call, eager: Call, **others: Call) -
 
 
 def _layer(
-    layer: nn.Module, randn: Randn, inputs: tuple[Tensor, ...], call: Callable[[nn.Module], Tensor]
+    layer: nn.Module,
+    randn: Randn,
+    inputs: tuple[Tensor, ...],
+    *,
+    call: Callable[[nn.Module], Tensor],
+    attend: Callable[..., Tensor],
 ) -> Contenders:
-    """Every contender gets its own copy of the layer, with the same weights."""
+    """Every contender gets its own copy of the layer, with the same weights; sdpa also gets its `attend`."""
     _fill(layer, randn)
 
     def maker(change: Callable[[nn.Module], object]) -> Callable[[], Contender]:
@@ -159,9 +180,9 @@ def _layer(
         return make
 
     return {
-        OURS: maker(fk.patch),
+        OURS: maker(lambda layer: fk.patch(layer)),
         "eager": maker(lambda layer: None),
-        "sdpa": maker(_attend_by_sdpa),
+        "sdpa": maker(lambda layer: _replace_attend(layer, attend)),
         "compile": maker(lambda layer: layer.compile(dynamic=False)),
     }
 
@@ -169,32 +190,19 @@ def _layer(
 def _fill(layer: nn.Module, randn: Randn) -> None:
     """Random weights of the usual size, and gates well off 0, where a wrong branch would not show."""
     for name, parameter in layer.named_parameters():
-        numbers = randn(*parameter.shape).detach()
         if parameter.ndim == 2:
-            numbers *= parameter.shape[1] ** -0.5
-        elif "gate" not in name:
-            numbers = 1 + 0.1 * numbers
-        parameter.data = numbers
+            values = randn(*parameter.shape, std=parameter.shape[1] ** -0.5)
+        elif "gate" in name:
+            values = randn(*parameter.shape)
+        else:
+            values = randn(*parameter.shape, mean=1.0, std=0.1)  # of a norm
+        parameter.data = values.detach()
 
 
-class _SdpaCrossAttention(modules.MaskedCrossAttention):
-    def attend(self, q, k, v, media_locations, use_cached_media):
-        mask = fk.MediaMask.last_preceding(media_locations, k.shape[1]).dense(k.shape[2])
-        return _sdpa(q, k.flatten(1, 2), v.flatten(1, 2), mask)
-
-
-class _SdpaPerceiver(modules.PerceiverAttention):
-    def attend(self, q, k_media, v_media, k_latents, v_latents, media_lengths=None):
-        return _sdpa(q, torch.cat((k_media, k_latents), dim=1), torch.cat((v_media, v_latents), dim=1))
-
-
-def _attend_by_sdpa(layer: nn.Module) -> None:
-    swap = {
-        modules.MaskedCrossAttention: _SdpaCrossAttention,
-        modules.PerceiverAttention: _SdpaPerceiver,
-    }
+def _replace_attend(layer: nn.Module, attend: Callable[..., Tensor]) -> None:
     for module in layer.modules():
-        module.__class__ = swap.get(type(module), type(module))
+        if hasattr(module, "attend"):
+            module.attend = attend  # type: ignore[assignment]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

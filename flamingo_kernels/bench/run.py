@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _dispatch, _extension, info
-from ..testing import compare
+from .. import info
 from .baselines import OURS, Contender, contenders
 from .memory import peak_growth
+from .proof import prove
 from .rows import Key, Row, Run, Skipped
 from .shapes import Case, Mode
 from .timing import interleave
@@ -22,7 +22,7 @@ Call = Callable[[], tuple[Tensor, ...]]
 
 
 class Checked(NamedTuple):
-    """A contender whose result is right: a warm call, and the error of its worst tensor."""
+    """A contender whose result is right: a warm call, and its error; a floor has none."""
 
     call: Call
     err: float | None
@@ -68,7 +68,7 @@ def run(
 
 
 def _time(key: Key, sound: dict[str, Checked], seconds: float) -> list[Row]:
-    spreads = interleave({name: each.call for name, each in sound.items()}, seconds=seconds)
+    spreads = interleave({name: each.call for name, each in sound.items()}, seconds=seconds, least_rounds=3)
     conditions = _conditions()
     return [
         Row(
@@ -117,14 +117,12 @@ def _judge(
     call: Call, result: tuple[Tensor, ...], eager: tuple[Tensor, ...], exact: tuple[Tensor, ...]
 ) -> Checked | Refused:
     try:
-        measured = [compare(f"tensor {i}", *three) for i, three in enumerate(zip(result, eager, exact))]  # noqa: B905
-    except AssertionError as error:  # another shape or dtype
+        proof = prove(result, eager, exact)
+    except AssertionError as error:
         return Refused(str(error), wrong=True)
-    # `spent` may be NaN, which max() alone would let pass.
-    worst = max(measured, key=lambda each: (not each.passed, each.spent))
-    if worst.passed:
-        return Checked(call, worst.error, worst.budget)
-    return Refused(f"{worst.name} is off by {worst.error:.1e}, budget {worst.budget:.1e}", wrong=True)
+    if proof.passed:
+        return Checked(call, proof.err, proof.budget)
+    return Refused(f"relative error {proof.err:.1e} against float64, budget {proof.budget:.1e}", wrong=True)
 
 
 def _call(contender: Contender, mode: Mode) -> Call:
@@ -142,8 +140,9 @@ def _call(contender: Contender, mode: Mode) -> Call:
     if mode == "forward":
         return forward
     generator = torch.Generator().manual_seed(1)
-    # Rounded to bfloat16, so that they are the same numbers in every dtype.
-    douts = [torch.randn(out.shape, generator=generator).bfloat16().to(out) for out in forward()]
+    # Rounded to bfloat16, so that they are the same numbers in every dtype; around 1, so that the gradient of
+    # a gate is no sum that cancels.
+    douts = [(1 + torch.randn(out.shape, generator=generator)).bfloat16().to(out) for out in forward()]
     return forward_backward
 
 
@@ -152,9 +151,9 @@ def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _extra_mib(call: Call) -> float | None:
-    kept = sum(tensor.nbytes for tensor in call())
-    growth = peak_growth(call)
-    return None if growth is None else max(growth - kept, 0) / 2**20
+    kept: list[int] = []
+    growth = peak_growth(lambda: kept.extend(tensor.nbytes for tensor in call()))
+    return None if growth is None else max(growth - sum(kept), 0) / 2**20
 
 
 def _variant(op: str) -> str:
@@ -163,8 +162,7 @@ def _variant(op: str) -> str:
         "GatedCrossAttentionBlock": "masked_cross_attention",
         "PerceiverResampler": "perceiver_attention",
     }
-    backend = _dispatch.resolve(attention.get(op, op), "auto")
-    return f"cpu/{_extension.cpu_variant()}" if backend == "cpu" else backend
+    return info.backends_in_use()[attention.get(op, op)]
 
 
 def _conditions() -> dict[str, Any]:
@@ -194,12 +192,10 @@ class ProgressBar:
         if case != self.current:
             self.done, self.current = self.done + 1, case
         filled = round(24 * self.done / self.total)
-        bar = "━" * filled + "─" * (24 - filled)
-        line = f"{bar} {self.done}/{self.total}  {text}"
-        print(
-            f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr
-        )
-        sys.stderr.flush()
+        line = f"{'━' * filled}{'─' * (24 - filled)} {self.done}/{self.total}  {text}"
+        # On a terminal over the last one, in a log below it.
+        start, end = ("\r\033[K", "") if self.terminal else ("", "\n")
+        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Wipe the line."""

@@ -22,8 +22,11 @@ class Target:
         self.ratio, self.against = ratio, against
 
     def __str__(self) -> str:
+        bound = (
+            f"at least {self.ratio:.3g}x" if self.ratio > 1 else f"at most {1 / self.ratio:.3g}x as long as"
+        )
         better_of = "the better of " if len(self.against) > 1 else ""
-        return f"{self.ratio:.3g}x {better_of}{' and '.join(self.against)}"
+        return f"{bound} {better_of}{' and '.join(self.against)}"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Case:
     """One operator or layer at one shape, in one dtype, forward or forward and backward."""
 
     op: str
-    sizes: dict[str, int]
+    sizes: dict[str, int] = field(hash=False)
     dtype: str
     mode: Mode
     targets: tuple[Target, ...] = field(default=(), compare=False)

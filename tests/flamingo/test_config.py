@@ -67,6 +67,17 @@ def test_every_preset_is_named_in_the_documentation():
     assert all(f'"{name}"' in FlamingoConfig.preset.__doc__ for name in PRESETS)
 
 
+def test_choices_reach_every_block():
+    choices = {"only_attend_immediate_media": False, "policy": "open_flamingo", "norm_media": False}
+    model = Flamingo(FlamingoConfig.preset("tiny", **choices, activation="relu", ff_mult=3))
+    for block in model.cross_attn.values():
+        assert (block.attn.only_attend_immediate_media, block.attn.policy) == (False, "open_flamingo")
+        assert not list(block.attn.norm_media.parameters())
+    for ff in [block.ff for block in model.cross_attn.values()] + [ff for _, ff in model.resampler.layers]:
+        assert isinstance(ff[2], torch.nn.ReLU)
+        assert ff[1].out_features == 3 * ff[1].in_features
+
+
 def test_changes():
     config = FlamingoConfig.preset("tiny", language_layers=7, cross_attn_first=1, cross_attn_every=3)
     assert config.cross_attn_layers == (1, 4)

@@ -17,9 +17,9 @@ def gradcheck(module: nn.Module, *inputs, **kwargs) -> bool:
     names = [name for name, _ in module.named_parameters()]
     parameters = [p.detach().clone().requires_grad_() for p in module.parameters()]
 
-    def call(inputs_and_parameters_count, *tensors):
-        arguments, weights = tensors[:inputs_and_parameters_count], tensors[inputs_and_parameters_count:]
+    def call(*tensors):
+        arguments, weights = tensors[: len(inputs)], tensors[len(inputs) :]
         state = dict(zip(names, weights, strict=True))
         return torch.func.functional_call(module, state, arguments, kwargs)
 
-    return torch.autograd.gradcheck(call, (len(inputs), *inputs, *parameters))
+    return torch.autograd.gradcheck(call, (*inputs, *parameters))

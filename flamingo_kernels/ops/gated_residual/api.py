@@ -7,10 +7,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _dispatch
-from ..._checks import expect_same_device, expect_shape, unit_stride
+from ..._checks import expect_floating_point, expect_same_device, expect_shape, needs_grad, unit_stride
 from . import reference
 
 _NAME = "gated_residual"
+_fwd = torch.ops.flamingo_kernels.gated_residual_fwd.default
+_bwd = torch.ops.flamingo_kernels.gated_residual_bwd.default
 
 
 def gated_residual(
@@ -48,9 +50,10 @@ def gated_residual(
     """
     _validate(x, y, gate)
     if _dispatch.resolve(_NAME, backend, x, y, gate) == "reference":
-        return reference.gated_residual(x, y, gate.flatten() if gate.ndim > 1 else gate)
+        return reference.gated_residual(x, y, gate.flatten() if gate.ndim > 1 else gate).contiguous()
     rows = [unit_stride(tensor.reshape(-1, tensor.shape[-1])) for tensor in (x, y)]
-    return _GatedResidual.apply(*rows, gate).view(x.shape)
+    run = _GatedResidual.apply if needs_grad(x, y, gate) else _fwd
+    return run(*rows, gate).view(x.shape)
 
 
 def _validate(x: Tensor, y: Tensor, gate: Tensor) -> None:
@@ -62,13 +65,11 @@ def expect_branch(operator: str, x: Tensor, y: Tensor, gate: Tensor) -> None:
     if x.ndim == 0:
         raise ValueError(f"{operator}: expected x with shape (..., D), got ().")
     expect_shape(operator, "y", y, tuple(x.shape), "to match x")
-    if gate.numel() not in (1, x.shape[-1]):
+    if gate.numel() not in (1, x.shape[-1]) or gate.shape[:-1].numel() != 1:
         raise ValueError(
             f"{operator}: expected a gate of 1 or D={x.shape[-1]} elements, got {tuple(gate.shape)}."
         )
-    for name, tensor in (("x", x), ("y", y), ("gate", gate)):
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"{operator}: expected a floating-point {name}, got {tensor.dtype}.")
+    expect_floating_point(operator, x=x, y=y, gate=gate)
     expect_same_device(operator, x=x, y=y, gate=gate)
 
 
@@ -80,11 +81,11 @@ class _GatedResidual(torch.autograd.Function):
     def forward(ctx, x, y, gate):
         ctx.save_for_backward(y, gate)
         ctx.dtype = x.dtype
-        return torch.ops.flamingo_kernels.gated_residual_fwd(x, y, gate)
+        return _fwd(x, y, gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dz):
         y, gate = ctx.saved_tensors
-        dy, dgate = torch.ops.flamingo_kernels.gated_residual_bwd(unit_stride(dz), y, gate)
+        dy, dgate = _bwd(unit_stride(dz), y, gate)
         return dz.to(ctx.dtype), dy, dgate.to(gate.dtype)

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _dispatch
-from ..._checks import expect_same_device, expect_shape, unit_stride
+from ..._checks import expect_floating_point, expect_same_device, expect_shape, needs_grad, unit_stride
 from ..gated_residual.api import expect_branch
 from . import reference
 
 _NAME = "gated_residual_norm"
+_fwd = torch.ops.flamingo_kernels.gated_residual_norm_fwd.default
+_bwd = torch.ops.flamingo_kernels.gated_residual_norm_bwd.default
 
 
 def gated_residual_norm(
@@ -65,9 +67,11 @@ def gated_residual_norm(
     _validate(x, y, gate, weight, bias, norm)
     if _dispatch.resolve(_NAME, backend, x, y, gate, weight, bias) == "reference":
         gate = gate.flatten() if gate.ndim > 1 else gate
-        return reference.gated_residual_norm(x, y, gate, weight, bias, eps, norm)
+        z, n = reference.gated_residual_norm(x, y, gate, weight, bias, eps, norm)
+        return z.contiguous(), n.contiguous()
     rows = [unit_stride(tensor.reshape(-1, tensor.shape[-1])) for tensor in (x, y)]
-    z, n = _GatedResidualNorm.apply(*rows, gate, weight, bias, float(eps), norm == "rms")
+    run = _GatedResidualNorm.apply if needs_grad(x, y, gate, weight, bias) else _fwd
+    z, n, *_ = run(*rows, gate, weight, bias, float(eps), norm == "rms")
     return z.view(x.shape), n.view(x.shape)
 
 
@@ -80,6 +84,7 @@ def _validate(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor |
         if norm == "rms":
             raise ValueError(f"{_NAME}: expected no bias with norm='rms', got {tuple(bias.shape)}.")
         expect_shape(_NAME, "bias", bias, (x.shape[-1],), "to match x[..., D]")
+    expect_floating_point(_NAME, weight=weight, bias=bias)
     expect_same_device(_NAME, x=x, weight=weight, bias=bias)
 
 
@@ -89,9 +94,7 @@ _dispatch.register(_NAME, cpu=_dispatch.cpu_reasons, reference=_dispatch.referen
 class _GatedResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, gate, weight, bias, eps, rms):
-        z, n, mean, rstd = torch.ops.flamingo_kernels.gated_residual_norm_fwd(
-            x, y, gate, weight, bias, eps, rms
-        )
+        z, n, mean, rstd = _fwd(x, y, gate, weight, bias, eps, rms)
         ctx.save_for_backward(y, gate, weight, z, mean, rstd)
         ctx.rms, ctx.dtype = rms, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -100,9 +103,8 @@ class _GatedResidualNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dz, dn):
-        _, gate, weight, *_ = ctx.saved_tensors
-        dx, dy, dgate, dweight, dbias = torch.ops.flamingo_kernels.gated_residual_norm_bwd(
-            unit_stride(dz), unit_stride(dn), *ctx.saved_tensors, ctx.rms
-        )
+        saved = ctx.saved_tensors  # once: non-reentrant checkpointing recomputes them at the first access
+        _, gate, weight, *_ = saved
+        dx, dy, dgate, dweight, dbias = _bwd(unit_stride(dz), unit_stride(dn), *saved, ctx.rms)
         dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
         return dx.to(ctx.dtype), dy, dgate.to(gate.dtype), dweight.to(weight.dtype), dbias, None, None

@@ -13,12 +13,15 @@ from ..._checks import (
     expect_same_device,
     expect_same_dtype,
     expect_shape,
+    needs_grad,
     unit_stride,
 )
 from ...mask import MediaMask
 from . import reference
 
 _NAME = "masked_cross_attention"
+_fwd = torch.ops.flamingo_kernels.masked_cross_attention_fwd.default
+_bwd = torch.ops.flamingo_kernels.masked_cross_attention_bwd.default
 _LARGEST = 256  # latents a medium, and head_dim, that the compiled kernels keep in one block
 
 
@@ -78,9 +81,11 @@ def masked_cross_attention(
     _validate(q, k, v, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if _dispatch.resolve(_NAME, backend, q, k, v) == "reference":
-        return reference.masked_cross_attention(q, k, v, mask, scale)
+        with torch.autocast(q.device.type, enabled=False):  # it accumulates in float32 itself
+            return reference.masked_cross_attention(q, k, v, mask, scale).contiguous()
     spans = (mask.lo, mask.hi, mask.start, mask.stop)
-    return _MaskedCrossAttention.apply(*map(unit_stride, (q, k, v)), *spans, mask.immediate, scale)
+    inputs = (unit_stride(q), unit_stride(k), unit_stride(v), *spans, mask.immediate, scale)
+    return _MaskedCrossAttention.apply(*inputs) if needs_grad(q, k, v) else _fwd(*inputs)[0]
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, mask: MediaMask) -> None:
@@ -100,7 +105,7 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, mask: MediaMask) -> None:
     expect_same_device(_NAME, q=q, k=k, v=v, mask=mask.lo)
 
 
-def _cpu_reasons(*tensors: Tensor | None) -> list[str]:
+def _cpu_reasons(*tensors: Tensor) -> list[str]:
     reasons = _dispatch.cpu_reasons(*tensors)
     if tensors:
         _, _, latents, _, head_dim = tensors[1].shape
@@ -115,9 +120,7 @@ _dispatch.register(_NAME, cpu=_cpu_reasons, reference=_dispatch.reference_reason
 class _MaskedCrossAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, lo, hi, start, stop, immediate, scale):
-        out, lse = torch.ops.flamingo_kernels.masked_cross_attention_fwd(
-            q, k, v, lo, hi, start, stop, immediate, scale
-        )
+        out, lse = _fwd(q, k, v, lo, hi, start, stop, immediate, scale)
         ctx.save_for_backward(q, k, v, out, lse, lo, hi, start, stop)
         ctx.immediate, ctx.scale = immediate, scale
         return out
@@ -125,7 +128,5 @@ class _MaskedCrossAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        gradients = torch.ops.flamingo_kernels.masked_cross_attention_bwd(
-            unit_stride(dout), *ctx.saved_tensors, ctx.immediate, ctx.scale
-        )
+        gradients = _bwd(unit_stride(dout), *ctx.saved_tensors, ctx.immediate, ctx.scale)
         return *gradients, None, None, None, None, None, None

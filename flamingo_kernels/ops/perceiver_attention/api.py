@@ -13,11 +13,14 @@ from ..._checks import (
     expect_same_device,
     expect_same_dtype,
     expect_shape,
+    needs_grad,
     unit_stride,
 )
 from . import reference
 
 _NAME = "perceiver_attention"
+_fwd = torch.ops.flamingo_kernels.perceiver_attention_fwd.default
+_bwd = torch.ops.flamingo_kernels.perceiver_attention_bwd.default
 _LARGEST = 256  # head_dim that the compiled kernels keep in one block
 
 
@@ -72,13 +75,17 @@ def perceiver_attention(
         torch.Size([2, 64, 8, 64])
     """
     tensors = autocast(q, k_media, v_media, k_latents, v_latents)
-    _validate(*tensors, media_lengths)
+    _validate(*tensors, media_lengths=media_lengths)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if _dispatch.resolve(_NAME, backend, *tensors) == "reference":
-        return reference.perceiver_attention(*tensors, media_lengths, scale)
+        with torch.autocast(q.device.type, enabled=False):  # it accumulates in float32 itself
+            return reference.perceiver_attention(
+                *tensors, media_lengths=media_lengths, scale=scale
+            ).contiguous()
     if media_lengths is not None:
         media_lengths = media_lengths.clamp(0, k_media.shape[1]).int()
-    return _PerceiverAttention.apply(*map(unit_stride, tensors), media_lengths, scale)
+    inputs = (*map(unit_stride, tensors), media_lengths, scale)
+    return _PerceiverAttention.apply(*inputs) if needs_grad(*tensors) else _fwd(*inputs)[0]
 
 
 def _validate(
@@ -87,6 +94,7 @@ def _validate(
     v_media: Tensor,
     k_latents: Tensor,
     v_latents: Tensor,
+    *,
     media_lengths: Tensor | None,
 ) -> None:
     expect_shape(_NAME, "q", q, ("N", "R", "H", "d"), "")
@@ -98,10 +106,10 @@ def _validate(
     expect_shape(_NAME, "v_latents", v_latents, tuple(k_latents.shape), "to match k_latents")
     expect_head_groups(_NAME, heads, kv_heads)
     if k_latents.shape[1] == 0:
-        raise ValueError(f"{_NAME}: expected at least one latent key, got k_latents {tuple(k_latents.shape)}.")
-    expect_same_dtype(
-        _NAME, q=q, k_media=k_media, v_media=v_media, k_latents=k_latents, v_latents=v_latents
-    )
+        raise ValueError(
+            f"{_NAME}: expected at least one latent key, got k_latents {tuple(k_latents.shape)}."
+        )
+    expect_same_dtype(_NAME, q=q, k_media=k_media, v_media=v_media, k_latents=k_latents, v_latents=v_latents)
     expect_same_device(
         _NAME,
         q=q,
@@ -117,7 +125,7 @@ def _validate(
             raise TypeError(f"{_NAME}: expected integer media_lengths, got {media_lengths.dtype}.")
 
 
-def _cpu_reasons(*tensors: Tensor | None) -> list[str]:
+def _cpu_reasons(*tensors: Tensor) -> list[str]:
     reasons = _dispatch.cpu_reasons(*tensors)
     if tensors and tensors[0].shape[-1] > _LARGEST:
         reasons.append(f"head_dim={tensors[0].shape[-1]} is above {_LARGEST}")
@@ -131,7 +139,7 @@ class _PerceiverAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k_media, v_media, k_latents, v_latents, media_lengths, scale):
         tensors = (q, k_media, v_media, k_latents, v_latents)
-        out, lse = torch.ops.flamingo_kernels.perceiver_attention_fwd(*tensors, media_lengths, scale)
+        out, lse = _fwd(*tensors, media_lengths, scale)
         ctx.save_for_backward(*tensors, out, lse, media_lengths)
         ctx.scale = scale
         return out
@@ -139,7 +147,5 @@ class _PerceiverAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        gradients = torch.ops.flamingo_kernels.perceiver_attention_bwd(
-            unit_stride(dout), *ctx.saved_tensors, ctx.scale
-        )
+        gradients = _bwd(unit_stride(dout), *ctx.saved_tensors, ctx.scale)
         return *gradients, None, None

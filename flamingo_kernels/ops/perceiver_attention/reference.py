@@ -12,6 +12,7 @@ def perceiver_attention(
     v_media: Tensor,
     k_latents: Tensor,
     v_latents: Tensor,
+    *,
     media_lengths: Tensor | None,
     scale: float,
 ) -> Tensor:

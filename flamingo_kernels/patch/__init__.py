@@ -1,0 +1,11 @@
+"""Swap the modules of a model for fast ones, and back.
+
+swap      changes the class of a module
+family    recognises modules; one file for each library it knows
+report    what a patch did
+"""
+
+from .api import patch, unpatch
+from .report import PatchReport
+
+__all__ = ["PatchReport", "patch", "unpatch"]

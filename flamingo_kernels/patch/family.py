@@ -1,0 +1,47 @@
+"""The libraries whose models can be patched, and how a module is recognised as one of theirs."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Family(NamedTuple):
+    """One library: its name, the module that defines its classes, and by class name what replaces them."""
+
+    name: str
+    module: str
+    fused: dict[str, type[nn.Module]]
+
+
+class Match(NamedTuple):
+    """A class of a family, found among the bases of some module's class, and what replaces it."""
+
+    known: type[nn.Module]
+    fused: type[nn.Module]
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """All families. None of their libraries is imported: a model brings its own."""
+    from . import flamingo, flamingo_pytorch, open_flamingo
+
+    return flamingo.FAMILY, open_flamingo.FAMILY, flamingo_pytorch.FAMILY
+
+
+def match(cls: type) -> Match | None:
+    """The nearest class of a family that `cls` is or derives from."""
+    for base in cls.__mro__:
+        for family in families():
+            if base.__module__ == family.module and base.__name__ in family.fused:
+                return Match(base, family.fused[base.__name__])
+    return None
+
+
+def supported() -> str:
+    """One line a family, for messages."""
+    return "".join(
+        f"\n  {family.name}: {', '.join(family.fused)} of {family.module}" for family in families()
+    )

@@ -1,0 +1,97 @@
+"""Models of open-flamingo (PyPI 2.0.1). Their rows without a visible medium follow policy "open_flamingo".
+
+The classes here hold a forward and nothing else: `patch` puts them in front of the class a module has. Each
+computes what that class does, except that x, media and media_locations must have one batch size; the original
+also broadcasts a batch of one. `media_locations=None` lets every row see every medium.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..layers import Fused, add_gated, attend_to_media
+from ..mask import Policy
+from ..ops import perceiver_attention
+from .family import Family
+
+
+class MaskedCrossAttention(Fused):
+    policy: Policy = "open_flamingo"
+
+    heads: int
+    scale: float
+    only_attend_immediate_media: bool
+    norm: nn.LayerNorm
+    to_q: nn.Linear
+    to_kv: nn.Linear
+    to_out: nn.Linear
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+        media: Tensor,  # [B, M, R, D_visual]
+        media_locations: Tensor | None = None,  # [B, T]
+        use_cached_media: bool = False,
+    ) -> Tensor:  # [B, T, D]
+        heads = (self.heads, -1)
+        q = self.to_q(self.norm(x)).unflatten(-1, heads)  # [B, T, H, d]
+        k, v = (kv.unflatten(-1, heads) for kv in self.to_kv(media).chunk(2, dim=-1))  # [B, M, R, H, d]
+        out = attend_to_media(
+            q,
+            k,
+            v,
+            media_locations,
+            use_cached_media,
+            immediate=self.only_attend_immediate_media,
+            policy=self.policy,
+            scale=self.scale,
+        )
+        return self.to_out(out.flatten(-2))
+
+
+class GatedCrossAttentionBlock(Fused):
+    attn: nn.Module
+    attn_gate: nn.Parameter
+    ff: nn.Sequential
+    ff_gate: nn.Parameter
+
+    def forward(
+        self,
+        x: Tensor,
+        media: Tensor,
+        media_locations: Tensor | None = None,
+        use_cached_media: bool = False,
+    ) -> Tensor:
+        attended = self.attn(x, media, media_locations=media_locations, use_cached_media=use_cached_media)
+        return add_gated(x, attended, self.attn_gate, self.ff, self.ff_gate)
+
+
+class PerceiverAttention(Fused):
+    heads: int
+    scale: float
+    norm_media: nn.LayerNorm
+    norm_latents: nn.LayerNorm
+    to_q: nn.Linear
+    to_kv: nn.Linear
+    to_out: nn.Linear
+
+    def forward(
+        self,
+        x: Tensor,  # [B, M, S, D]
+        latents: Tensor,  # [B, M, R, D]
+    ) -> Tensor:  # [B, M, R, D]
+        shape = latents.shape[:2]
+        x, latents = self.norm_media(x).flatten(0, 1), self.norm_latents(latents).flatten(0, 1)  # [N, ., D]
+        heads = (self.heads, -1)
+        q = self.to_q(latents).unflatten(-1, heads)  # [N, R, H, d]
+        k_media, v_media = (kv.unflatten(-1, heads) for kv in self.to_kv(x).chunk(2, dim=-1))
+        k_latents, v_latents = (kv.unflatten(-1, heads) for kv in self.to_kv(latents).chunk(2, dim=-1))
+        out = perceiver_attention(q, k_media, v_media, k_latents, v_latents, scale=self.scale)
+        return self.to_out(out.flatten(-2)).unflatten(0, shape)
+
+
+FAMILY = Family(
+    "open_flamingo",
+    "open_flamingo.src.helpers",
+    {cls.__name__: cls for cls in (MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention)},
+)

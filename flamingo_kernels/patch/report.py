@@ -1,0 +1,69 @@
+"""What a patch did, and the end of a `with patch(model)`."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .swap import restore
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` swapped and what it did not; as a context manager, swaps it back at the end.
+
+    Attributes:
+        replaced: by the module's path in the model, its old class and its new one. A module with several
+            paths stands under the first.
+        skipped: by path, why a module was left as it is.
+        policies: the mask policies of the model's fused cross-attention, see `MediaMask`.
+
+    Example:
+        >>> from flamingo import MaskedCrossAttention
+        >>> from flamingo_kernels import patch
+        >>> print(patch(MaskedCrossAttention(dim=8, dim_visual=8)))
+        patch: 1 module replaced, mask policy "zero"
+          (model)  1  flamingo.modules.MaskedCrossAttention
+    """
+
+    replaced: Mapping[str, tuple[type[nn.Module], type[nn.Module]]]
+    skipped: Mapping[str, str]
+    policies: tuple[str, ...]
+    # Weak, so that a report that outlives its model does not keep it in memory.
+    _modules: tuple[weakref.ref[nn.Module], ...] = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        policies = " and ".join(f'"{policy}"' for policy in self.policies)
+        lines = [
+            f"patch: {len(self.replaced)} module{'s' * (len(self.replaced) != 1)} replaced"
+            + (f", mask policy {policies}" if policies else "")
+        ]
+        lines += _table(
+            {path: f"{old.__module__}.{old.__qualname__}" for path, (old, _) in self.replaced.items()}
+        )
+        if self.skipped:
+            lines += [f"{len(self.skipped)} skipped", *_table(self.skipped)]
+        return "\n".join(lines)
+
+    def __enter__(self) -> PatchReport:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        modules = (reference() for reference in self._modules)
+        restore(module for module in modules if module is not None)
+
+
+def _table(rows: Mapping[str, str]) -> list[str]:
+    """Lines of path, count and text, one for all paths that differ in their numbers only."""
+    counts = Counter(
+        (re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path) or "(model)", text) for path, text in rows.items()
+    )
+    width = max((len(path) for path, _ in counts), default=0)
+    digits = len(str(max(counts.values(), default=0)))
+    return [f"  {path:<{width}}  {count:>{digits}}  {text}" for (path, text), count in counts.items()]

@@ -1,0 +1,71 @@
+"""Changes the class of a module and changes it back; everything else about the module stays.
+
+The new class derives from the old one, so `isinstance` still holds, while `type(module) is` does not. The old
+one is remembered on the module, and travels with it through `copy.deepcopy` and `pickle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+from torch import nn
+
+from .family import match
+
+_ORIGINAL = "_unpatched_class"
+
+
+def swap(module: nn.Module) -> None:
+    """Give a module, of a class that a family knows, the fused class for it."""
+    original = type(module)
+    setattr(module, _ORIGINAL, original)
+    module.__class__ = fused_class(original)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    return _ORIGINAL in vars(module)
+
+
+def restore(modules: Iterable[nn.Module]) -> None:
+    """Give every swapped one of these modules its original class back."""
+    swapped = [module for module in modules if is_swapped(module)]
+    for module in swapped:
+        expected, got = fused_class(vars(module)[_ORIGINAL]), type(module)
+        if got is not expected:
+            raise RuntimeError(
+                f"unpatch: expected a module of {expected.__qualname__}, the class patch gave it, got "
+                f"{got.__qualname__}; undo first what changed its class since."
+            )
+    for module in swapped:
+        module.__class__ = vars(module).pop(_ORIGINAL)
+
+
+def fused_class(original: type[nn.Module]) -> type[nn.Module]:
+    """`original` with another forward: always the same class, so that compiled code finds what it knows."""
+    found = match(original)
+    if found is None:
+        raise TypeError(f"expected a class that a family knows, got {original.__qualname__}.")
+    fused = found.fused
+    if issubclass(fused, original):
+        return fused
+    if original not in _combined:
+        _combined[original] = type(
+            fused.__name__, (_Combined, fused, original), {"__module__": fused.__module__}
+        )
+    return _combined[original]
+
+
+_combined: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class _Combined(nn.Module):
+    """For classes that no import finds: copies and pickles by the original class instead."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]
+        return (_rebuild, (vars(self)[_ORIGINAL],), *state)
+
+
+def _rebuild(original: type[nn.Module]) -> nn.Module:
+    return nn.Module.__new__(fused_class(original))

@@ -1,0 +1,109 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flamingo_kernels
+from flamingo_kernels import __main__ as cli
+from flamingo_kernels import _dispatch, _env, available_backends, info
+from flamingo_kernels.bench import baselines, report
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(*arguments, **environment):
+    """`python -m flamingo_kernels` in a fresh process."""
+    return subprocess.run(
+        [sys.executable, "-m", "flamingo_kernels", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_info_json_lists_every_operator_and_backend():
+    done = python("info", "--json", FLAMINGO_KERNELS_BACKEND="reference")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["backends"] == {operator: available_backends(operator) for operator in _dispatch.operators()}
+    assert all(list(backends) == list(_env.BACKENDS) for backends in found["backends"].values())
+    assert found["versions"]["flamingo_kernels"] == flamingo_kernels.__version__
+    assert found["environment"]["FLAMINGO_KERNELS_BACKEND"] == "reference"
+
+
+def test_info_says_why_there_is_no_extension():
+    done = python("info", FLAMINGO_KERNELS_EXTENSION="/nowhere/_C.so")
+    assert done.returncode == 0, done.stderr
+    assert "extension         none: the C++ extension is not built" in done.stdout
+    assert "  cpu             the C++ extension is not built" in done.stdout
+    assert "  reference       yes" in done.stdout
+
+
+def test_info_page_has_what_the_json_has(capsys):
+    assert cli.main(["info"]) == 0
+    page, found = capsys.readouterr().out, info.collect()
+    for expected in (info.processor_name(), found["versions"]["torch"], *_dispatch.operators()):
+        assert expected in page
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["bench", "--nonsense"]])
+def test_a_wrong_command_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: python -m flamingo_kernels" in capsys.readouterr().err
+
+
+def test_bench_writes_all_its_files_and_shows_them_again(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    files = {option: tmp_path / f"bench.{option}" for option in ("json", "csv", "png")}
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}{report.END}")
+    asked = ["--quick", "--op", "gated_residual", "--against", "eager", "--seconds", "0"]
+    written = ["--json", files["json"], "--csv", files["csv"], "--picture", files["png"], "--readme", readme]
+    assert cli.main(["bench", *asked, *map(str, written)]) == 0
+    shown = capsys.readouterr()
+    rows = json.loads(files["json"].read_text())["rows"]
+    assert [(row["contender"], row["mode"]) for row in rows] == [
+        (name, mode) for mode in ("forward", "forward+backward") for name in (baselines.OURS, "eager")
+    ]
+    for ours, eager in (rows[:2], rows[2:]):
+        assert eager["ratio"] == eager["median_ms"] / ours["median_ms"]
+        assert ours["ratio"] == 1
+    assert len(files["csv"].read_text().splitlines()) == 1 + len(rows)
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    assert "| `gated_residual`" in readme.read_text()
+    assert "2/2" not in shown.out, "progress belongs on stderr"
+    assert "1/2  gated_residual" in shown.err
+
+    assert cli.main(["bench", "--load", str(files["json"])]) == 0
+    assert capsys.readouterr().out == shown.out
+
+
+def test_bench_fails_when_our_result_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(baselines.fk, "gated_residual", lambda x, y, gate: x + gate * y)
+    asked = ["--quick", "--op", "gated_residual", "--against", "eager", "--seconds", "0"]
+    assert cli.main(["bench", *asked]) == 1
+    out = capsys.readouterr().out
+    assert "flamingo_kernels REFUSED: relative error" in out
+    assert " ms " not in out
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--op", "gated_attention"], "--op gated_attention is not one of masked_cross_attention, "),
+        (["--against", "cudnn"], "--against cudnn is not one of eager, sdpa, compile, torch.add."),
+        (["--load", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+        (["--readme", "CHANGELOG.md"], "CHANGELOG.md: expected one '<!-- bench: begin -->'"),
+    ],
+)
+def test_bench_says_before_the_work_what_it_cannot_do(asked, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("flamingo_kernels.bench.run.run", lambda *_, **__: pytest.fail("it went to work"))
+    assert cli.main(["bench", *asked]) == 2
+    assert message in capsys.readouterr().err
