@@ -65,15 +65,19 @@ class Case(ABC):
     seed: int = 0
 
     @abstractmethod
+    def specs(self) -> dict[str, Spec]:
+        """Shape and dtype of each of the operator's differentiable tensors."""
+
     def tensors(self) -> Tensors:
-        """The operator's differentiable tensors by name, rounded to the dtype and laid out."""
+        """Those tensors: random, rounded to their dtype, laid out."""
+        return self._random(self.specs(), self.seed)
 
     def options(self) -> dict[str, Any]:
         """The operator's other arguments, without the backend."""
         return {}
 
     @abstractmethod
-    def eager(self, **tensors: Tensor) -> Outputs:
+    def eager(self, *args: Any, **kwargs: Any) -> Outputs:
         """What one writes without the operator, in the dtype of the tensors."""
 
     def kernel(self, backend: str, **tensors: Tensor) -> Outputs:
@@ -83,15 +87,13 @@ class Case(ABC):
 
     def douts(self, outputs: Outputs) -> Outputs:
         """Random gradients for these outputs, in their dtype."""
-        shapes = {
-            name: (tuple(out.shape), out.dtype) for name, out in zip(self.outputs, outputs, strict=True)
-        }
-        return tuple(self._random(shapes, self.seed + 1).values())
+        specs = {name: (tuple(out.shape), out.dtype) for name, out in zip(self.outputs, outputs, strict=True)}
+        return tuple(self._random(specs, self.seed + 1).values())
 
-    def _random(self, shapes: dict[str, Spec], seed: int) -> Tensors:
+    def _random(self, specs: dict[str, Spec], seed: int) -> Tensors:
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
-        for name, (shape, dtype) in shapes.items():
+        for name, (shape, dtype) in specs.items():
             values = torch.randn(shape, generator=generator) + self.mean
             tensors[name] = lay_out(values.to(dtype), self.layout)
         return tensors
@@ -133,10 +135,10 @@ class MaskedCrossAttentionCase(Case):
     policy: Policy = "zero"
     scale: float | None = None
 
-    def tensors(self) -> Tensors:
+    def specs(self) -> dict[str, Spec]:
         media = (self.batch, self.media, self.latents, self.heads // self.groups, self.head_dim)
         shapes = {"q": (self.batch, self.length, self.heads, self.head_dim), "k": media, "v": media}
-        return self._random({name: (shape, self.dtype) for name, shape in shapes.items()}, self.seed)
+        return {name: (shape, self.dtype) for name, shape in shapes.items()}
 
     def options(self) -> dict[str, Any]:
         return {"mask": self.mask(), "scale": self.scale}
@@ -200,7 +202,7 @@ class PerceiverAttentionCase(Case):
     lengths: tuple[int, ...] | None = None
     scale: float | None = None
 
-    def tensors(self) -> Tensors:
+    def specs(self) -> dict[str, Spec]:
         kv_heads = self.heads // self.groups
         media = (self.clips, self.features, kv_heads, self.head_dim)
         latents = (self.clips, self.latents, kv_heads, self.head_dim)
@@ -211,7 +213,7 @@ class PerceiverAttentionCase(Case):
             "k_latents": latents,
             "v_latents": latents,
         }
-        return self._random({name: (shape, self.dtype) for name, shape in shapes.items()}, self.seed)
+        return {name: (shape, self.dtype) for name, shape in shapes.items()}
 
     def options(self) -> dict[str, Any]:
         return {"media_lengths": self.media_lengths(), "scale": self.scale}
@@ -258,10 +260,7 @@ class GatedResidualCase(Case):
     y_dtype: torch.dtype | None = None
     gate_dtype: torch.dtype | None = None
 
-    def tensors(self) -> Tensors:
-        return self._random(self._shapes(), self.seed)
-
-    def _shapes(self) -> dict[str, Spec]:
+    def specs(self) -> dict[str, Spec]:
         return {
             "x": (self.shape, self.dtype),
             "y": (self.shape, self.y_dtype or self.dtype),
@@ -293,10 +292,10 @@ class GatedResidualNormCase(GatedResidualCase):
     eps: float = 1e-5
     weight_dtype: torch.dtype | None = None
 
-    def _shapes(self) -> dict[str, Spec]:
+    def specs(self) -> dict[str, Spec]:
         vectors = ("weight", "bias") if self.bias and self.norm == "layer" else ("weight",)
         vector = (self.shape[-1:], self.weight_dtype or self.dtype)
-        return {**super()._shapes(), **dict.fromkeys(vectors, vector)}
+        return {**super().specs(), **dict.fromkeys(vectors, vector)}
 
     def options(self) -> dict[str, Any]:
         return {"eps": self.eps, "norm": self.norm}

@@ -64,6 +64,7 @@ struct Forward {
     visit_keys(p, n, [&](int segment, int64_t first, int64_t count) {
       block.pack(
           keys_of<const T>(p.k[segment], n, hk, first), keys_of<const T>(p.v[segment], n, hk, first), count);
+      fetch_ahead(p, n, hk, segment, first + count);
       for (int64_t t = begin; t < end; t += forward_rows) {
         int64_t members[forward_rows];
         tile.count = 0;
@@ -78,6 +79,16 @@ struct Forward {
       const int64_t i = t - begin;
       write_row(out[t], running.out + i * running.row, p.head_dim, 1 / running.sum[i]);
       p.lse[(n * p.heads + h) * p.length + t] = natural_lse(running.max[i], running.sum[i]);
+    }
+  }
+
+  // The next block of the segment, while this one is computed: two keys and two values for each row.
+  void fetch_ahead(const Params& p, int64_t n, int64_t hk, int segment, int64_t first) {
+    const int64_t left = visible_keys(p, n, segment) - first, half = most_keys / 2;
+    for (int64_t i = 0; i < 2; ++i) {
+      const int64_t from = first + i * half, count = left - i * half;
+      tile.ahead.plan(i, keys_of<const T>(p.k[segment], n, hk, from), count < half ? count : half);
+      tile.ahead.plan(2 + i, keys_of<const T>(p.v[segment], n, hk, from), count < half ? count : half);
     }
   }
 };

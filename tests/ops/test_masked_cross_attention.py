@@ -49,11 +49,11 @@ CASES = [
     *(Case(layout=layout, groups=2) for layout in ("slice", "transposed", "strided", "expanded")),
     Case(layout="slice", length=63, media=5, head_dim=40, immediate=False, policy="open_flamingo"),
     Case(layout="transposed", length=63, head_dim=80, times="jumps", immediate=False),
-    # the scale: none, negative, and so large that scores reach 1e4 (with rows enough that some see two keys)
+    # the scale: none, negative, and so large that most rows attend to one key
     Case(scale=0.0),
     Case(scale=-0.5, immediate=False),
-    Case(scale=1e3, length=63),
-    Case(scale=1e3, length=63, immediate=False, policy="open_flamingo"),
+    Case(scale=4.0, length=63),
+    Case(scale=4.0, length=63, immediate=False, policy="open_flamingo"),
 ]
 
 
@@ -194,7 +194,8 @@ def test_large_scores_stay_finite(immediate, dtype, backend):
     (dout,) = case.douts(case.eager(**tensors))
     found = evaluate(case, lambda **t: case.kernel(backend, **t), tensors, [dout])
     assert all(tensor.isfinite().all() for tensor in found.values())
-    assert found["out"].any()
+    largest = tensors["v"].abs().max()
+    assert largest / 2 < found["out"].abs().max() <= largest  # an average of values
 
 
 def _flip(text_time, num_media, *, immediate=True, policy="zero", flip):

@@ -65,9 +65,7 @@ def growth(backend: str, immediate: bool) -> int:
     )
     assert done.returncode == 0, done.stderr
     small, large = json.loads(done.stdout)
-    print(
-        f"{backend}: {small / 2**20:.1f} MiB, then {large / 2**20:.1f} MiB; one head's scores {SCORES / 2**20} MiB"
-    )
+    print(f"{backend}: {small >> 20}, then {large >> 20} MiB; the scores of one head: {SCORES >> 20} MiB")
     return large - small
 
 

@@ -36,10 +36,10 @@ CASES = [
     # memory layouts
     *(Case(layout=layout, groups=2, clips=3) for layout in ("slice", "transposed", "strided", "expanded")),
     Case(layout="slice", features=63, head_dim=40, lengths=(5, 62)),
-    # the scale: none, negative, and so large that most rows see one key (with rows enough that some see two)
+    # the scale: none, negative, and so large that most rows attend to one key
     Case(scale=0.0),
     Case(scale=-0.5),
-    Case(scale=30.0, queries=63, features=63),
+    Case(scale=4.0, queries=63, features=63),
 ]
 
 
@@ -130,4 +130,5 @@ def test_large_scores_stay_finite(dtype, backend):
     (dout,) = case.douts(case.eager(**tensors))
     found = evaluate(case, lambda **t: case.kernel(backend, **t), tensors, [dout])
     assert all(tensor.isfinite().all() for tensor in found.values())
-    assert found["out"].any()
+    largest = torch.cat([tensors["v_media"], tensors["v_latents"]], dim=1).abs().max()
+    assert largest / 2 < found["out"].abs().max() <= largest  # an average of values
