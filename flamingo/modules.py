@@ -240,8 +240,8 @@ class MaskedCrossAttention(nn.Module):
         """
         _check_cross_attention_inputs(x, media, media_locations)
         q = rearrange(self.to_q(self.norm(x)), "b t (h d) -> b t h d", h=self.heads)
-        kv = self.to_kv(self.norm_media(media))
-        k, v = rearrange(kv, "b m r (two h d) -> two b m r h d", two=2, h=self.heads)
+        kv = self.to_kv(self.norm_media(media)).chunk(2, dim=-1)
+        k, v = (rearrange(t, "b m r (h d) -> b m r h d", h=self.heads) for t in kv)
         out = self.attend(q, k, v, media_locations, use_cached_media)  # [B, T, H, d]
         return self.to_out(rearrange(out, "b t h d -> b t (h d)"))
 
@@ -379,7 +379,8 @@ class PerceiverAttention(nn.Module):
         return self.to_out(rearrange(out, "(b m) r h d -> b m r (h d)", b=batch, m=num_media))
 
     def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = rearrange(self.to_kv(x), "b m n (two h d) -> two (b m) n h d", two=2, h=self.heads)
+        kv = self.to_kv(x).chunk(2, dim=-1)
+        k, v = (rearrange(t, "b m n (h d) -> (b m) n h d", h=self.heads) for t in kv)
         return k, v
 
     def attend(

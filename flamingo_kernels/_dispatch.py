@@ -14,7 +14,7 @@ Reasons = Callable[..., list[str]]
 
 # operator -> backend -> function of the operator's tensors that lists why it cannot run them
 _OPERATORS: dict[str, dict[str, Reasons]] = {}
-_override = _env.BACKEND
+default_backend = _env.BACKEND
 
 
 class UnsupportedError(NotImplementedError):
@@ -37,7 +37,7 @@ def operators() -> list[str]:
 def resolve(operator: str, backend: str, *tensors: Tensor | None) -> str:
     """The name of the backend that runs `operator` on these tensors; an explicit choice never falls back."""
     if backend == "auto":
-        backend = _override
+        backend = default_backend
     candidates = _OPERATORS[operator]
     if backend != "auto":
         reasons = _why_not(operator, backend, *tensors)
@@ -93,14 +93,14 @@ def use_backend(backend: str) -> Iterator[None]:
         >>> with use_backend("reference"):
         ...     out = gated_residual(torch.ones(2, 4), torch.ones(2, 4), torch.zeros(1))
     """
-    global _override
+    global default_backend
     if backend not in ("auto", *_env.BACKENDS):
         raise ValueError(f"use_backend: {backend!r} is not one of auto, {', '.join(_env.BACKENDS)}.")
-    before, _override = _override, backend
+    before, default_backend = default_backend, backend
     try:
         yield
     finally:
-        _override = before
+        default_backend = before
 
 
 def reference_reasons(*tensors: Tensor | None) -> list[str]:

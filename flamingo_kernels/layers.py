@@ -24,7 +24,7 @@ class Fused(nn.Module):
     """What every fused layer is an instance of; its repr names the backend."""
 
     def extra_repr(self) -> str:
-        return ", ".join(filter(None, [super().extra_repr(), f"backend={_dispatch._override}"]))
+        return ", ".join(filter(None, [super().extra_repr(), f"backend={_dispatch.default_backend}"]))
 
 
 class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):

@@ -13,6 +13,11 @@ from flamingo_kernels import _extension, available_backends
 
 BACKENDS = ("reference", "cpu")
 
+# Torch learns which functions obey `torch.device("meta")` on first use. Let that be here, before the fixture
+# below replaces torch.empty: the largest presets would be allocated for real.
+with torch.device("meta"):
+    torch.empty(0)
+
 # The shapes are small: threads would only wait for each other. test_threads_change_nothing sets its own.
 torch.set_num_threads(1)
 

@@ -107,7 +107,7 @@ def test_use_backend_restores_after_an_error(calls):
         raise ZeroDivisionError
     with pytest.raises(UnsupportedError), use_backend("triton"):
         gated_residual(*tensors())
-    assert _dispatch._override == "auto"
+    assert _dispatch.default_backend == "auto"
 
 
 def test_use_backend_knows_the_names():

@@ -82,8 +82,14 @@ struct Forward {
     }
   }
 
-  // The next block of the segment, while this one is computed: two keys and two values for each row.
+  // The next block, while this one is computed: two keys and two values for each row. It is the segment's,
+  // or else the next segment's, or else the next head's.
   void fetch_ahead(const Params& p, int64_t n, int64_t hk, int segment, int64_t first) {
+    if (first >= visible_keys(p, n, segment)) {
+      first = 0;
+      if (segment == 1 && ++hk == p.kv_heads) return;
+      segment = 1 - segment;
+    }
     const int64_t left = visible_keys(p, n, segment) - first, half = most_keys / 2;
     for (int64_t i = 0; i < 2; ++i) {
       const int64_t from = first + i * half, count = left - i * half;

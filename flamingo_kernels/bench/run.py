@@ -63,7 +63,8 @@ def run(
             continue
         progress(f"{case}: timing")
         rows += _time(key, sound, seconds)
-        torch.compiler.reset()  # or a few cases on it would refuse to compile yet another one
+        if not against or "compile" in against:
+            torch.compiler.reset()  # or it would soon refuse to compile yet another shape
     return Run(rows, skipped)
 
 
