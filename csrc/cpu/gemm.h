@@ -50,7 +50,7 @@ FK_INLINE void multiply_tile(
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < vectors; ++j) sum[i][j] = accumulate ? load(c + i * c_row + j * width) : Floats{};
+    for (int j = 0; j < vectors; ++j) sum[i][j] = Floats{};
   for (int64_t k = 0; k < depth; ++k) {
     Floats columns[vectors];
 #pragma GCC unroll 4
@@ -65,7 +65,11 @@ FK_INLINE void multiply_tile(
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < vectors; ++j) store(c + i * c_row + j * width, sum[i][j]);
+    for (int j = 0; j < vectors; ++j) {
+      float* to = c + i * c_row + j * width;
+      // Added last, so that a sum over many blocks rounds once a block, not once a term.
+      store(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
+    }
 }
 
 template <class Dot, bool accumulate, int vectors>
