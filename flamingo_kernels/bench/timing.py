@@ -49,7 +49,7 @@ def interleave(
         while rounds < least_rounds or time.perf_counter() < end:
             turn = rounds % len(names)
             for name in names[turn:] + names[:turn]:
-                if not samples[name] or samples[name][-1] < SHORT_MS:
+                if samples[name] and samples[name][-1] < SHORT_MS:
                     calls[name]()
                 samples[name].append(_milliseconds(calls[name]))
             rounds += 1

@@ -1,4 +1,4 @@
-"""The tests can fail: with one comparison of the C++ mask flipped, the oracle refuses the kernels."""
+"""The tests can fail: with one comparison of the C++ mask flipped, or one row left out, the oracle refuses."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ FLIPS = {
     "the medium after the last": ("m < p.hi[", "m <= p.hi["),
     "not the first medium": ("p.lo[b * p.length + t] <= m", "p.lo[b * p.length + t] < m"),
     "averaging rows return zero": ("p.hi[b * p.length + t] < 0;", "false;"),
+    # only poisoned memory gives this one away
+    "rows that see nothing get no gradient written": (
+        "if (!p.immediate || blind(",
+        "if (!p.immediate && blind(",
+    ),
 }
 
 
