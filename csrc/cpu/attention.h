@@ -1,7 +1,7 @@
 // The two steps every attention here is made of: query rows against a block of keys, forward and backward.
 //
 //   forward   S = Q K^T,  P = 2^(c S - max),  O = P V            c = scale * log2(e)
-//   backward  P = 2^(c S - c lse),  dP = dO V^T,  dS = scale P (dP - rowsum(dO * O)),
+//   backward  P = 2^(c S - c lse),  dP = dO V^T,  dS = scale P (dP - delta),  delta = rowsum(P dP) = rowsum(dO O),
 //             dQ = dS K,  dK = dS^T Q,  dV = P^T dO
 //
 // Oracle: flamingo_kernels/ops/*/reference.py. Forward 4 FLOPs, backward 10 FLOPs per (row, key, channel);
@@ -44,7 +44,7 @@ struct Strided {  // rows of head_dim contiguous elements
 // width apart, which the processor does not foresee (measured: 10% of a forward pass).
 template <class T>
 struct Ahead {
-  static constexpr int streams = 4;
+  static constexpr int streams = 5;
   Strided<const T> rows[streams];
   int64_t left[streams] = {};
 
@@ -222,6 +222,7 @@ struct GradientTile {
   float *dq;                      // [rows][d]
   float delta[backward_rows], lse[backward_rows];
   const T *q_from[backward_rows], *dout_from[backward_rows];
+  Ahead<T> ahead;
 
   GradientTile(Scratch& scratch, int64_t most_keys, int64_t d)
       : head_dim(d), row(padded(d)), key_row(padded(most_keys)), channel_row(padded(d)) {
@@ -238,35 +239,67 @@ struct GradientTile {
     ds_pairs = pairs ? scratch.take(rows / 2 * key_row) : ds;
   }
 
-  void add(const T* q_row, const T* dout_row, const T* out_row, float row_lse) {
+  void add(const T* q_row, const T* dout_row) {
     pack_row<Dot>(q_row, head_dim, q + count * row);
     pack_row<Dot>(dout_row, head_dim, dout + count * row);
-    Floats product = {};
-    for (int64_t j = 0; j < head_dim; j += width)
-      product += load(dout_row + j, head_dim - j) * load(out_row + j, head_dim - j);
-    delta[count] = sum(product);
-    lse[count] = row_lse * log2_e;
     q_from[count] = q_row;
     dout_from[count] = dout_row;
     ++count;
   }
 
+  // A row that has more keys than one block: what the forward pass knows of the others.
+  void add(const T* q_row, const T* dout_row, const T* out_row, float row_lse) {
+    Floats product = {};
+    for (int64_t j = 0; j < head_dim; j += width)
+      product += load(dout_row + j, head_dim - j) * load(out_row + j, head_dim - j);
+    delta[count] = sum(product);
+    lse[count] = row_lse * log2_e;
+    add(q_row, dout_row);
+  }
+
   // P and dS of the rows for a block of keys.
   void differentiate(const KeyGradients<T>& block, float scale) {
+    score(block);
+    const float c = scale * log2_e;
+    for (int64_t i = 0; i < count; ++i) {
+      float* weights = p + i * key_row;
+      for (int64_t j = 0; j < block.keys; j += width)
+        store(weights + j, exp2(load(weights + j) * c - splat(lse[i])));
+      score_gradient(i, block.keys, delta[i], scale);
+    }
+  }
+
+  // The same for rows that have no other keys: their softmax is made anew, and out and lse are not read.
+  void differentiate_whole(const KeyGradients<T>& block, float scale) {
+    score(block);
+    for (int64_t i = 0; i < count; ++i) {
+      float *weights = p + i * key_row, *dp = ds + i * key_row, highest = -INFINITY;
+      ahead.fetch(head_dim);
+      const float share = 1 / softmax_row(weights, block.keys, scale * log2_e, highest);
+      Floats product = {};
+      for (int64_t j = 0; j < block.keys; j += width) {
+        Floats weight = load(weights + j) * share;
+        store(weights + j, weight);
+        product += weight * load(dp + j);
+      }
+      score_gradient(i, block.keys, sum(product), scale);
+    }
+  }
+
+  // S into p and dP into ds.
+  void score(const KeyGradients<T>& block) {
     multiply<Dot, false>(
         count, block.keys, words<Dot>(head_dim), {q, row, 1}, block.k, block.key_row, p, key_row);
     multiply<Dot, false>(
         count, block.keys, words<Dot>(head_dim), {dout, row, 1}, block.v, block.key_row, ds, key_row);
-    const float c = scale * log2_e;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t j = 0; j < block.keys; j += width) {
-        float *to_p = p + i * key_row + j, *to_ds = ds + i * key_row + j;
-        Floats weight = exp2(load(to_p) * c - splat(lse[i]));
-        store(to_p, weight);
-        store(to_ds, weight * (load(to_ds) - splat(delta[i])) * scale);
-      }
-    if constexpr (pairs)
-      for (int64_t i = 0; i < count; ++i) pack_row<Dot>(ds + i * key_row, block.keys, ds_words + i * key_row);
+  }
+
+  // dP of row i to dS, where row_delta is the sum of P dP.
+  FK_INLINE void score_gradient(int64_t i, int64_t keys, float row_delta, float scale) {
+    float *weights = p + i * key_row, *to = ds + i * key_row;
+    for (int64_t j = 0; j < keys; j += width)
+      store(to + j, load(weights + j) * (load(to + j) - splat(row_delta)) * scale);
+    if constexpr (pairs) pack_row<Dot>(to, keys, ds_words + i * key_row);
   }
 
   // dq = dS K, or dq += dS K.

@@ -186,6 +186,10 @@ struct Backward {
     const int64_t group = p.heads / p.kv_heads;
     block.pack(latents_of<const T>(p.k, b, m, hk), latents_of<const T>(p.v, b, m, hk), p.latents);
     block.reset();
+    if (hk + 1 < p.kv_heads) {  // the next task's
+      tile.ahead.plan(0, latents_of<const T>(p.k, b, m, hk + 1), p.latents);
+      tile.ahead.plan(1, latents_of<const T>(p.v, b, m, hk + 1), p.latents);
+    }
     for (int64_t h = hk * group; h < (hk + 1) * group; ++h) collect(p, b, h, m);
     for (int64_t h = hk * group; h < (hk + 1) * group; ++h) collect_averages(p, b, h);
     block.write(latents_of<T>(p.dk, b, m, hk), latents_of<T>(p.dv, b, m, hk));
@@ -193,13 +197,22 @@ struct Backward {
 
   void collect(const Params& p, int64_t b, int64_t h, int64_t m) {
     const int64_t begin = p.start[b * p.media + m], end = p.stop[b * p.media + m];
+    Strided<const T> q = rows_of<const T>(p.q, b, h), dout = rows_of<const T>(p.dout, b, h);
     Strided<T> dq = rows_of<T>(p.dq, b, h);
     visit_rows<backward_rows>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
       tile.count = 0;
-      for (int64_t i = 0; i < count; ++i) add_row(p, tile, b, h, rows[i]);
-      tile.differentiate(block, p.scale);
+      if (!p.immediate) {
+        for (int64_t i = 0; i < count; ++i) add_row(p, tile, b, h, rows[i]);
+        tile.differentiate(block, p.scale);
+        return tile.key_gradients(block);
+      }
+      const int64_t next = rows[count - 1] + 1, left = end - next < backward_rows ? end - next : backward_rows;
+      tile.ahead.plan(2, {q[next], q.row}, left);
+      tile.ahead.plan(3, {dout[next], dout.row}, left);
+      tile.ahead.plan(4, {dq[rows[0]], dq.row}, count);
+      for (int64_t i = 0; i < count; ++i) tile.add(q[rows[i]], dout[rows[i]]);
+      tile.differentiate_whole(block, p.scale);
       tile.key_gradients(block);
-      if (!p.immediate) return;
       tile.template query_gradient<false>(block, tile.dq);
       for (int64_t i = 0; i < count; ++i)
         write_row(dq[rows[i]], tile.dq + i * tile.channel_row, p.head_dim, 1);

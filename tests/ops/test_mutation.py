@@ -1,4 +1,4 @@
-"""The tests can fail: with one comparison of the C++ mask flipped, or one row left out, the oracle refuses."""
+"""The tests can fail: with one comparison of the C++ mask flipped, the oracle refuses the kernels."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_flipped_comparison_fails(flip, compiled, tmp_path):
     (clone / SOURCE).write_text(text.replace(before, after))
     extension = build_extension(clone, tmp_path / "flipped")
 
-    tests = ("tests/ops/test_masked_cross_attention.py", "-k", "cpu and test_oracle")
+    tests = ("tests/ops/test_masked_cross_attention.py", "-k", "cpu and test_oracle and (default or jumps)")
     status, output = run_tests(*tests, FLAMINGO_KERNELS_EXTENSION=str(extension))
     assert status == 1, output
     assert "error budget exceeded: masked_cross_attention, cpu" in output
