@@ -15,7 +15,7 @@ from flamingo_kernels.testing import GatedResidualCase
 @pytest.fixture
 def small(monkeypatch):
     """Only one small case, so that a run takes no time."""
-    monkeypatch.setattr(check, "CASES", [GatedResidualCase(shape=(3, 40))])
+    monkeypatch.setattr(check, "CASES", [GatedResidualCase(shape=(30, 40))])
     monkeypatch.setattr(_dispatch, "_OPERATORS", {"gated_residual": _dispatch._OPERATORS["gated_residual"]})
 
 
@@ -51,7 +51,7 @@ def test_a_wrong_kernel_fails(small, monkeypatch, capsys):
     break_reference(monkeypatch)
     assert check.run() == 1
     page = capsys.readouterr().out
-    assert "FAILED: shape=(3,40)" in page
+    assert "FAILED: shape=(30,40)" in page
     assert page.rstrip().endswith("FAILED")
     assert check.run(as_json=True) == 1
     assert json.loads(capsys.readouterr().out)["passed"] is False

@@ -239,7 +239,7 @@ GatedResidual residual_params(const Tensor& y, const Tensor& gate, const std::ve
 }
 
 // Partial sums of all tasks, in their order.
-void add_up(const std::vector<float>& partial, Tensor& total, const std::vector<float>* factor) {
+void add_up(const std::vector<float>& partial, Tensor& total, const std::vector<double>* factor) {
   const int64_t columns = total.numel();
   float* sums = total.mutable_data_ptr<float>();
   std::vector<double> exact(columns, 0);
@@ -251,10 +251,10 @@ Tensor parameter_gradient(const Tensor& parameter) {
   return fresh(parameter, {parameter.sizes().begin(), parameter.sizes().end()}, ScalarType::Float);
 }
 
-// d tanh(gate) / d gate.
-std::vector<float> gate_slope(const std::vector<float>& tanh_gate) {
-  std::vector<float> slope;
-  for (float value : tanh_gate) slope.push_back(1 - value * value);
+// d tanh(gate) / d gate = 1 - tanh(gate)^2, in double because the two nearly cancel for large gates.
+std::vector<double> gate_slope(const Tensor& gate) {
+  std::vector<double> slope;
+  for (double value : floats_of(gate)) slope.push_back(1 - std::tanh(value) * std::tanh(value));
   return slope;
 }
 
@@ -269,7 +269,8 @@ Tensor gated_residual_fwd(Tensor x, Tensor y, Tensor gate) {
 
 std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) {
   Tensor dy = fresh_like(y), dgate = parameter_gradient(gate);
-  const std::vector<float> tanh_gate = tanh_of(gate), slope = gate_slope(tanh_gate);
+  const std::vector<float> tanh_gate = tanh_of(gate);
+  const std::vector<double> slope = gate_slope(gate);
   GatedResidual p = residual_params(y, gate, tanh_gate);
   p.dz = matrix_of("gated_residual", dz), p.dy = matrix_of("gated_residual", dy);
   const Kernel<GatedResidual> kernel = variant().gated_residual_bwd(p.dz.dtype, p.y.dtype, p.dz.dtype);
@@ -303,7 +304,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_bwd(
   const char* operation = "gated_residual_norm";
   Tensor dx = fresh_like(z), dy = fresh_like(y), dgate = parameter_gradient(gate), dweight = parameter_gradient(weight),
          dbias = parameter_gradient(weight);
-  const std::vector<float> tanh_gate = tanh_of(gate), slope = gate_slope(tanh_gate), scale = floats_of(weight);
+  const std::vector<float> tanh_gate = tanh_of(gate), scale = floats_of(weight);
+  const std::vector<double> slope = gate_slope(gate);
   GatedResidualNorm p = {};
   p.residual = residual_params(y, gate, tanh_gate);
   p.residual.z = matrix_of(operation, z), p.residual.dz = matrix_of(operation, dz);

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-
 SHORT_MS = 100.0  # a longer call has outgrown every cache
 
 
@@ -26,7 +25,8 @@ def interleave(
     """Time every call once a round, in a rotating order, until `seconds` have passed.
 
     A short call is made once more before it is timed: the caches it finds are then its own, not what the
-    contender before it left. A result is dropped inside its own timing, as allocating and freeing it is part of its cost.
+    contender before it left. A result is dropped inside its own timing, as allocating and freeing it is part
+    of its cost.
 
     Args:
         calls: name to a call that is warm already.
