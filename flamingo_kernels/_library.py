@@ -1,6 +1,8 @@
 """Schemas and shape functions of the compiled operators; needs torch alone, so everything traces anywhere.
 
-Each operator has one `_fwd` and one `_bwd`; the C++ extension supplies their CPU kernels.
+Each operator has one `_fwd` and one `_bwd`; the C++ extension supplies their CPU kernels. `softmax` is the
+maximum and the sum of every row's softmax, `[2, B, H, T]`: their logarithm in one float would round every weight
+of the backward pass. It is empty where each row sees one medium, whose softmax the backward pass makes anew.
 """
 
 from __future__ import annotations
@@ -12,20 +14,20 @@ _LIBRARY = torch.library.Library("flamingo_kernels", "DEF")
 
 _LIBRARY.define(
     "masked_cross_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor start, "
-    "Tensor stop, bool immediate, float scale) -> (Tensor out, Tensor lse)"
+    "Tensor stop, bool immediate, float scale) -> (Tensor out, Tensor softmax)"
 )
 _LIBRARY.define(
-    "masked_cross_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "masked_cross_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, "
     "Tensor lo, Tensor hi, Tensor start, Tensor stop, bool immediate, float scale) "
     "-> (Tensor dq, Tensor dk, Tensor dv)"
 )
 _LIBRARY.define(
     "perceiver_attention_fwd(Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, "
-    "Tensor v_latents, Tensor? media_lengths, float scale) -> (Tensor out, Tensor lse)"
+    "Tensor v_latents, Tensor? media_lengths, float scale) -> (Tensor out, Tensor softmax)"
 )
 _LIBRARY.define(
     "perceiver_attention_bwd(Tensor dout, Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, "
-    "Tensor v_latents, Tensor out, Tensor lse, Tensor? media_lengths, float scale) "
+    "Tensor v_latents, Tensor out, Tensor softmax, Tensor? media_lengths, float scale) "
     "-> (Tensor dq, Tensor dk_media, Tensor dv_media, Tensor dk_latents, Tensor dv_latents)"
 )
 _LIBRARY.define("gated_residual_fwd(Tensor x, Tensor y, Tensor gate) -> Tensor")
@@ -49,22 +51,22 @@ def _fresh(tensor: Tensor) -> Tensor:
 @torch.library.register_fake("flamingo_kernels::masked_cross_attention_fwd", lib=_LIBRARY)
 def _(q, k, v, lo, hi, start, stop, immediate, scale):
     batch, length, heads, _ = q.shape
-    return _fresh(q), q.new_empty(batch, heads, length, dtype=torch.float32)
+    return _fresh(q), q.new_empty(2, batch, heads, 0 if immediate else length, dtype=torch.float32)
 
 
 @torch.library.register_fake("flamingo_kernels::masked_cross_attention_bwd", lib=_LIBRARY)
-def _(dout, q, k, v, out, lse, lo, hi, start, stop, immediate, scale):
+def _(dout, q, k, v, out, softmax, lo, hi, start, stop, immediate, scale):
     return _fresh(q), _fresh(k), _fresh(v)
 
 
 @torch.library.register_fake("flamingo_kernels::perceiver_attention_fwd", lib=_LIBRARY)
 def _(q, k_media, v_media, k_latents, v_latents, media_lengths, scale):
     batch, latents, heads, _ = q.shape
-    return _fresh(q), q.new_empty(batch, heads, latents, dtype=torch.float32)
+    return _fresh(q), q.new_empty(2, batch, heads, latents, dtype=torch.float32)
 
 
 @torch.library.register_fake("flamingo_kernels::perceiver_attention_bwd", lib=_LIBRARY)
-def _(dout, q, k_media, v_media, k_latents, v_latents, out, lse, media_lengths, scale):
+def _(dout, q, k_media, v_media, k_latents, v_latents, out, softmax, media_lengths, scale):
     return tuple(_fresh(tensor) for tensor in (q, k_media, v_media, k_latents, v_latents))
 
 

@@ -1,7 +1,7 @@
 // The two steps every attention here is made of: query rows against a block of keys, forward and backward.
 //
-//   forward   S = Q K^T,  P = 2^(c S - max),  O = P V            c = scale * log2(e)
-//   backward  P = 2^(c S - c lse),  dP = dO V^T,  dS = scale P (dP - delta),  delta = rowsum(P dP) = rowsum(dO O),
+//   forward   S = scale Q K^T,  P = e^(S - max) / sum,  O = P V
+//   backward  dP = dO V^T,  dS = scale P (dP - delta),  delta = rowsum(P dP) = rowsum(dO O),
 //             dQ = dS K,  dK = dS^T Q,  dV = P^T dO
 //
 // Oracle: flamingo_kernels/ops/*/reference.py. Forward 4 FLOPs, backward 10 FLOPs per (row, key, channel);
@@ -15,7 +15,6 @@
 
 namespace flamingo_kernels::FK_ISA {
 
-constexpr float log2_e = 1.44269504f, ln_2 = 0.693147181f;
 constexpr int64_t forward_rows = 24, backward_rows = 36;  // rows in flight: multiples of 6 and of 2
 
 template <class T>
@@ -80,15 +79,15 @@ struct KeyBlock {
 };
 
 // Scores to weights relative to the running maximum; returns the sum of the weights.
-FK_INLINE float softmax_row(float* scores, int64_t keys, float c, float& running_max) {
+FK_INLINE float softmax_row(float* scores, int64_t keys, float scale, float& running_max) {
   const int64_t whole = keys / width * width;
   Floats highest = splat(running_max);
-  for (int64_t j = 0; j < whole; j += width) highest = max(load(scores + j) * c, highest);
-  if (whole < keys) highest = max(keep_first(load(scores + whole) * c, keys - whole, -INFINITY), highest);
+  for (int64_t j = 0; j < whole; j += width) highest = max(load(scores + j) * scale, highest);
+  if (whole < keys) highest = max(keep_first(load(scores + whole) * scale, keys - whole, -INFINITY), highest);
   running_max = largest(highest);
   Floats pivot = splat(running_max), total = {};
   for (int64_t j = 0; j < keys; j += width) {
-    Floats weight = exp2(load(scores + j) * c - pivot);
+    Floats weight = exp(load(scores + j) * scale - pivot);
     if (j == whole) weight = keep_first(weight, keys - whole, 0);
     store(scores + j, weight);
     total += weight;
@@ -118,13 +117,13 @@ struct QueryTile {
   void add(const T* row) { pack_row<Dot>(row, head_dim, q + count++ * q_row); }
 
   // out = unnormalised attention of the rows to the block; raises each row's maximum, returns its sum.
-  void attend(const KeyBlock<T>& block, float c, float* running_max, float* sums) {
+  void attend(const KeyBlock<T>& block, float scale, float* running_max, float* sums) {
     multiply<Dot, false>(
         count, block.keys, words<Dot>(head_dim), {q, q_row, 1}, block.k, block.k_row, scores, score_row);
     for (int64_t i = 0; i < count; ++i) {
       float* row = scores + i * score_row;
       ahead.fetch(head_dim);
-      sums[i] = softmax_row(row, block.keys, c, running_max[i]);
+      sums[i] = softmax_row(row, block.keys, scale, running_max[i]);
       if constexpr (Dot::lanes > 1) pack_row<Dot>(row, block.keys, weights + i * weight_row);
     }
     multiply<Dot, false>(
@@ -156,13 +155,13 @@ struct RunningRows {
 
   // Attend with the rows `members` of this block, which the tile holds in the same order.
   template <class T>
-  void attend(QueryTile<T>& tile, const KeyBlock<T>& block, float c, const int64_t* members) {
+  void attend(QueryTile<T>& tile, const KeyBlock<T>& block, float scale, const int64_t* members) {
     float before[forward_rows], now[forward_rows], sums[forward_rows];
     for (int64_t i = 0; i < tile.count; ++i) before[i] = now[i] = max[members[i]];
-    tile.attend(block, c, now, sums);
+    tile.attend(block, scale, now, sums);
     for (int64_t i = 0; i < tile.count; ++i) {
       int64_t t = members[i];
-      float shrink = exp2(splat(before[i] - now[i]))[0];
+      float shrink = exp(splat(before[i] - now[i]))[0];
       max[t] = now[i];
       sum[t] = sum[t] * shrink + sums[i];
       for (int64_t j = 0; j < head_dim; j += width)
@@ -170,9 +169,6 @@ struct RunningRows {
     }
   }
 };
-
-// lse of a row from the maximum and sum of its base-2 softmax, as a natural logarithm.
-FK_INLINE float natural_lse(float running_max, float sum) { return running_max * ln_2 + std::log(sum); }
 
 // Keys and values packed for the backward pass, with the gradients they collect.
 template <class T, class Dot = typename DotOf<T>::type>
@@ -220,7 +216,7 @@ struct GradientTile {
   float *q_pairs, *dout_pairs;    // [words(rows)][d]
   float *p_pairs, *ds_pairs;      // [words(rows)][keys]
   float *dq;                      // [rows][d]
-  float delta[backward_rows], lse[backward_rows];
+  float delta[backward_rows], highest[backward_rows], share[backward_rows];  // what add() was told of a row
   const T *q_from[backward_rows], *dout_from[backward_rows];
   Ahead<T> ahead;
 
@@ -248,34 +244,35 @@ struct GradientTile {
   }
 
   // A row that has more keys than one block: what the forward pass knows of the others.
-  void add(const T* q_row, const T* dout_row, const T* out_row, float row_lse) {
+  void add(const T* q_row, const T* dout_row, const T* out_row, float row_max, float row_sum) {
     Floats product = {};
     for (int64_t j = 0; j < head_dim; j += width)
       product += load(dout_row + j, head_dim - j) * load(out_row + j, head_dim - j);
     delta[count] = sum(product);
-    lse[count] = row_lse * log2_e;
+    highest[count] = row_max;
+    share[count] = 1 / row_sum;
     add(q_row, dout_row);
   }
 
   // P and dS of the rows for a block of keys.
   void differentiate(const KeyGradients<T>& block, float scale) {
     score(block);
-    const float c = scale * log2_e;
     for (int64_t i = 0; i < count; ++i) {
       float* weights = p + i * key_row;
       for (int64_t j = 0; j < block.keys; j += width)
-        store(weights + j, exp2(load(weights + j) * c - splat(lse[i])));
+        store(weights + j, exp(load(weights + j) * scale - splat(highest[i])) * share[i]);
       score_gradient(i, block.keys, delta[i], scale);
     }
   }
 
-  // The same for rows that have no other keys: their softmax is made anew, and out and lse are not read.
+  // The same for rows that have no other keys: their softmax is made anew, and nothing of the forward
+  // pass is read.
   void differentiate_whole(const KeyGradients<T>& block, float scale) {
     score(block);
     for (int64_t i = 0; i < count; ++i) {
       float *weights = p + i * key_row, *dp = ds + i * key_row, highest = -INFINITY;
       ahead.fetch(head_dim);
-      const float share = 1 / softmax_row(weights, block.keys, scale * log2_e, highest);
+      const float share = 1 / softmax_row(weights, block.keys, scale, highest);
       Floats product = {};
       for (int64_t j = 0; j < block.keys; j += width) {
         Floats weight = load(weights + j) * share;

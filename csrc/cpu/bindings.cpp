@@ -94,7 +94,7 @@ const int32_t* spans_of(const char* operation, const Tensor& t, int64_t batch, i
 
 MaskedCrossAttention masked_params(
     const char* operation, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi,
-    const Tensor& start, const Tensor& stop, bool immediate, double scale, const Tensor& out, const Tensor& lse) {
+    const Tensor& start, const Tensor& stop, bool immediate, double scale, const Tensor& out, const Tensor& softmax) {
   MaskedCrossAttention p = {};
   p.dtype = dtype_of(q);
   p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
@@ -104,25 +104,26 @@ MaskedCrossAttention masked_params(
   p.start = spans_of(operation, start, p.batch, p.media), p.stop = spans_of(operation, stop, p.batch, p.media);
   p.q = rows_of(operation, q), p.out = rows_of(operation, out);
   p.k = media_of(operation, k), p.v = media_of(operation, v);
-  p.lse = lse.mutable_data_ptr<float>();
+  p.softmax_max = softmax.mutable_data_ptr<float>(), p.softmax_sum = p.softmax_max + softmax.numel() / 2;
   return p;
 }
 
 std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
     Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor start, Tensor stop, bool immediate, double scale) {
-  Tensor out = fresh_like(q), lse = fresh(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
+  Tensor out = fresh_like(q),
+         softmax = fresh(q, {2, q.size(0), q.size(2), immediate ? 0 : q.size(1)}, ScalarType::Float);
   const MaskedCrossAttention p =
-      masked_params("masked_cross_attention_fwd", q, k, v, lo, hi, start, stop, immediate, scale, out, lse);
+      masked_params("masked_cross_attention_fwd", q, k, v, lo, hi, start, stop, immediate, scale, out, softmax);
   run(variant().masked_cross_attention_fwd(p.dtype), p);
-  return {out, lse};
+  return {out, softmax};
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lo, Tensor hi, Tensor start, Tensor stop,
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor lo, Tensor hi, Tensor start, Tensor stop,
     bool immediate, double scale) {
   const char* operation = "masked_cross_attention_bwd";
   Tensor dq = fresh_like(q), dk = fresh_like(k), dv = fresh_like(v);
-  MaskedCrossAttention p = masked_params(operation, q, k, v, lo, hi, start, stop, immediate, scale, out, lse);
+  MaskedCrossAttention p = masked_params(operation, q, k, v, lo, hi, start, stop, immediate, scale, out, softmax);
   p.dout = rows_of(operation, dout), p.dq = rows_of(operation, dq);
   p.dk = media_of(operation, dk), p.dv = media_of(operation, dv);
   run(variant().masked_cross_attention_bwd(p.dtype), p);
@@ -138,7 +139,7 @@ Keys keys_of(const char* operation, const Tensor& t) {  // [N, S, Hkv, d]
 PerceiverAttention perceiver_params(
     const char* operation, const Tensor& q, const Tensor& k_media, const Tensor& v_media, const Tensor& k_latents,
     const Tensor& v_latents, const std::optional<Tensor>& media_lengths, double scale, const Tensor& out,
-    const Tensor& lse) {
+    const Tensor& softmax) {
   PerceiverAttention p = {};
   p.dtype = dtype_of(q);
   p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
@@ -154,28 +155,28 @@ PerceiverAttention perceiver_params(
   p.q = rows_of(operation, q), p.out = rows_of(operation, out);
   p.k[0] = keys_of(operation, k_media), p.k[1] = keys_of(operation, k_latents);
   p.v[0] = keys_of(operation, v_media), p.v[1] = keys_of(operation, v_latents);
-  p.lse = lse.mutable_data_ptr<float>();
+  p.softmax_max = softmax.mutable_data_ptr<float>(), p.softmax_sum = p.softmax_max + softmax.numel() / 2;
   return p;
 }
 
 std::tuple<Tensor, Tensor> perceiver_attention_fwd(
     Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, std::optional<Tensor> media_lengths,
     double scale) {
-  Tensor out = fresh_like(q), lse = fresh(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
+  Tensor out = fresh_like(q), softmax = fresh(q, {2, q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   const PerceiverAttention p = perceiver_params(
-      "perceiver_attention_fwd", q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, lse);
+      "perceiver_attention_fwd", q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
   run(variant().perceiver_attention_fwd(p.dtype), p);
-  return {out, lse};
+  return {out, softmax};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> perceiver_attention_bwd(
-    Tensor dout, Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor out, Tensor lse,
+    Tensor dout, Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor out, Tensor softmax,
     std::optional<Tensor> media_lengths, double scale) {
   const char* operation = "perceiver_attention_bwd";
   Tensor dq = fresh_like(q), dk_media = fresh_like(k_media), dv_media = fresh_like(v_media),
          dk_latents = fresh_like(k_latents), dv_latents = fresh_like(v_latents);
   PerceiverAttention p = perceiver_params(
-      operation, q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, lse);
+      operation, q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
   p.dout = rows_of(operation, dout), p.dq = rows_of(operation, dq);
   p.dk[0] = keys_of(operation, dk_media), p.dk[1] = keys_of(operation, dk_latents);
   p.dv[0] = keys_of(operation, dv_media), p.dv[1] = keys_of(operation, dv_latents);

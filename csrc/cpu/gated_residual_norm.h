@@ -34,12 +34,16 @@ struct Forward {
     Floats total = {}, squares = {};
     if (!p.rms)
       for (int64_t j = 0; j < columns; j += width) total += load(z + j, columns - j);
-    const float mean = sum(total) / columns;
+    const float rough = sum(total) / columns;
+    Floats rests = {};
     for (int64_t j = 0; j < columns; j += width) {
-      Floats centred = keep_first(load(z + j, columns - j) - splat(mean), columns - j, 0);
+      Floats centred = keep_first(load(z + j, columns - j) - splat(rough), columns - j, 0);
+      rests += centred;
       squares += centred * centred;
     }
-    const float rstd = 1 / std::sqrt(sum(squares) / columns + p.eps);
+    // What the rough mean missed: a large mean loses the low bits of its sum.
+    const float rest = p.rms ? 0 : sum(rests) / columns, mean = rough + rest;
+    const float rstd = 1 / std::sqrt(sum(squares) / columns - rest * rest + p.eps);
     for (int64_t j = 0; j < columns; j += width) {
       const int64_t rest = columns - j;
       Floats scaled = (load(z + j, rest) - splat(mean)) * rstd * load(p.weight + j, rest);

@@ -1,7 +1,7 @@
 // Text rows attend to the media their span names.
 //
-// Oracle: flamingo_kernels/ops/masked_cross_attention/reference.py. Forward reads q, k, v and writes out and
-// lse once; FLOPs are 4 per (row, visible key, channel), 10 backward (14 where rows see several media).
+// Oracle: flamingo_kernels/ops/masked_cross_attention/reference.py. Forward reads q, k, v and writes out
+// once; FLOPs are 4 per (row, visible key, channel), 10 backward (14 where rows see several media).
 //
 // Where no row sees two media (`immediate`), a task is a medium of one head: its keys are packed once, each
 // row's softmax needs one pass, and the backward pass owns dk, dv and the rows of dq. Otherwise forward and
@@ -32,6 +32,11 @@ FK_INLINE bool blind(const Params& p, int64_t b, int64_t t) {
   return p.hi[b * p.length + t] <= p.lo[b * p.length + t];
 }
 FK_INLINE int64_t kv_head(const Params& p, int64_t h) { return h / (p.heads / p.kv_heads); }
+
+FK_INLINE void keep_softmax(const Params& p, int64_t b, int64_t h, int64_t t, float max, float sum) {
+  const int64_t row = (b * p.heads + h) * p.length + t;
+  p.softmax_max[row] = max, p.softmax_sum[row] = sum;
+}
 
 // Call `visit(rows, count)` with every `most` rows between begin and end that see medium m.
 template <int64_t most, class Visit>
@@ -68,7 +73,7 @@ void write_blind_rows(const Params& p, int64_t b, int64_t h, int64_t begin, int6
     if (averages(p, b, t) && !ready) average_values<T>(p, b, h, mean), ready = true;
     for (int64_t j = 0; j < p.head_dim; j += width)
       store(out[t] + j, averages(p, b, t) ? load(mean + j) : Floats{}, p.head_dim - j);
-    p.lse[(b * p.heads + h) * p.length + t] = -INFINITY;
+    if (!p.immediate) keep_softmax(p, b, h, t, 0, 1);
   }
 }
 
@@ -117,7 +122,6 @@ struct Forward {
     }
     Strided<const T> q = rows_of<const T>(p.q, b, h);
     Strided<T> out = rows_of<T>(p.out, b, h);
-    float* lse = p.lse + (b * p.heads + h) * p.length;
     visit_rows<forward_rows>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
       float highest[forward_rows], sums[forward_rows];
       const int64_t next = rows[count - 1] + 1;
@@ -125,11 +129,9 @@ struct Forward {
       tile.ahead.plan(3, {out[rows[0]], out.row}, count);
       tile.count = 0;
       for (int64_t i = 0; i < count; ++i) tile.add(q[rows[i]]), highest[i] = -INFINITY;
-      tile.attend(block, p.scale * log2_e, highest, sums);
-      for (int64_t i = 0; i < count; ++i) {
+      tile.attend(block, p.scale, highest, sums);
+      for (int64_t i = 0; i < count; ++i)
         write_row(out[rows[i]], tile.out + i * tile.out_row, p.head_dim, 1 / sums[i]);
-        lse[rows[i]] = natural_lse(highest[i], sums[i]);
-      }
     });
   }
 
@@ -146,7 +148,7 @@ struct Forward {
         int64_t members[forward_rows];
         tile.count = 0;
         for (int64_t i = 0; i < count; ++i) tile.add(q[rows[i]]), members[i] = rows[i] - begin;
-        running.attend(tile, block, p.scale * log2_e, members);
+        running.attend(tile, block, p.scale, members);
       });
     }
     Strided<T> out = rows_of<T>(p.out, b, h);
@@ -154,7 +156,7 @@ struct Forward {
       if (blind(p, b, t)) continue;
       const int64_t i = t - begin;
       write_row(out[t], running.out + i * running.row, p.head_dim, 1 / running.sum[i]);
-      p.lse[(b * p.heads + h) * p.length + t] = natural_lse(running.max[i], running.sum[i]);
+      keep_softmax(p, b, h, t, running.max[i], running.sum[i]);
     }
     write_blind_rows<T>(p, b, h, begin, end, mean);
   }
@@ -162,9 +164,10 @@ struct Forward {
 
 template <class T>
 FK_INLINE void add_row(const Params& p, GradientTile<T>& tile, int64_t b, int64_t h, int64_t t) {
+  const int64_t row = (b * p.heads + h) * p.length + t;
   tile.add(
       rows_of<const T>(p.q, b, h)[t], rows_of<const T>(p.dout, b, h)[t], rows_of<const T>(p.out, b, h)[t],
-      p.lse[(b * p.heads + h) * p.length + t]);
+      p.softmax_max[row], p.softmax_sum[row]);
 }
 
 // dk and dv of one medium; where rows see one medium only, also their dq.

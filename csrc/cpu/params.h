@@ -30,7 +30,7 @@ struct MaskedCrossAttention {
   const int32_t* stop;  // [B, M]
   Rows q, out;
   Media k, v;
-  float* lse;  // [B, H, T]
+  float *softmax_max, *softmax_sum;  // [B, H, T], null if immediate: the backward pass needs them not
   // backward only
   Rows dout, dq;
   Media dk, dv;
@@ -49,7 +49,7 @@ struct PerceiverAttention {
   float scale;
   Rows q, out;
   Keys k[2], v[2];
-  float* lse;  // [N, H, R]
+  float *softmax_max, *softmax_sum;  // [N, H, R]
   // backward only
   Rows dout, dq;
   Keys dk[2], dv[2];

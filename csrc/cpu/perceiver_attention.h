@@ -72,13 +72,14 @@ struct Forward {
           members[tile.count] = i - begin;
           tile.add(q[i]);
         }
-        running.attend(tile, block, p.scale * log2_e, members);
+        running.attend(tile, block, p.scale, members);
       }
     });
     for (int64_t t = begin; t < end; ++t) {
       const int64_t i = t - begin;
       write_row(out[t], running.out + i * running.row, p.head_dim, 1 / running.sum[i]);
-      p.lse[(n * p.heads + h) * p.length + t] = natural_lse(running.max[i], running.sum[i]);
+      const int64_t row = (n * p.heads + h) * p.length + t;
+      p.softmax_max[row] = running.max[i], p.softmax_sum[row] = running.sum[i];
     }
   }
 
@@ -134,11 +135,11 @@ struct Backward {
   void collect(const Params& p, int64_t n, int64_t h, float* head_dq) {
     Strided<const T> q = rows_of<const T>(p.q, n, h), dout = rows_of<const T>(p.dout, n, h),
                      out = rows_of<const T>(p.out, n, h);
-    const float* lse = p.lse + (n * p.heads + h) * p.length;
+    const int64_t row = (n * p.heads + h) * p.length;
     for (int64_t begin = 0; begin < p.length; begin += backward_rows) {
       tile.count = 0;
       for (int64_t t = begin; t < begin + backward_rows && t < p.length; ++t)
-        tile.add(q[t], dout[t], out[t], lse[t]);
+        tile.add(q[t], dout[t], out[t], p.softmax_max[row + t], p.softmax_sum[row + t]);
       tile.differentiate(block, p.scale);
       tile.key_gradients(block);
       tile.template query_gradient<true>(block, head_dq + begin * padded(p.head_dim));

@@ -150,19 +150,22 @@ FK_INLINE float fold(V x) {
 FK_INLINE float sum(Floats x) { return fold<Plus>(x); }
 FK_INLINE float largest(Floats x) { return fold<Larger>(x); }
 
-// 2^x for x <= 128, to 1e-7 relative; 0 below 2^-126, NaN for NaN.
-FK_INLINE Floats exp2(Floats x) {
-  Floats clamped = x < -126.f ? splat(-126.f) : x;
-  Floats shifted = clamped + 0x1.8p23f;  // rounds to the nearest integer, kept in the low bits
-  Floats f = clamped - (shifted - 0x1.8p23f);
-  Floats p = splat(1.326472721e-3f);  // minimax on [-1/2, 1/2], exact at 0
-  p = p * f + 9.671512812e-3f;
-  p = p * f + 5.550733745e-2f;
-  p = p * f + 2.402224208e-1f;
-  p = p * f + 6.931469776e-1f;
+// e^x for x <= 88, to an ulp or two; 0 below e^-87, NaN for NaN.
+FK_INLINE Floats exp(Floats x) {
+  Floats clamped = x < -87.f ? splat(-87.f) : x;
+  Floats shifted = clamped * 1.44269504f + 0x1.8p23f;  // rounds x / ln 2 to an integer, kept in the low bits
+  Floats n = shifted - 0x1.8p23f;
+  Floats f = clamped - n * 0.693359375f;  // exact: ln 2 in two parts, the first of few bits
+  f = f - n * -2.12194440e-4f;
+  Floats p = splat(1.381446694e-03f);  // minimax on half an octave, exact at 0
+  p = p * f + 8.368780515e-03f;
+  p = p * f + 4.166839422e-02f;
+  p = p * f + 1.666652011e-01f;
+  p = p * f + 4.999999341e-01f;
+  p = p * f + 1.f;
   p = p * f + 1.f;
   Floats power = p * (Floats)(((Ints)shifted << 23) + 0x3f800000);
-  return x < -126.f ? splat(0.f) : power;
+  return x < -87.f ? splat(0.f) : power;
 }
 
 template <int... lane>

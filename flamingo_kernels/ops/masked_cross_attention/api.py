@@ -120,8 +120,8 @@ _dispatch.register(_NAME, cpu=_cpu_reasons, reference=_dispatch.reference_reason
 class _MaskedCrossAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, lo, hi, start, stop, immediate, scale):
-        out, lse = _fwd(q, k, v, lo, hi, start, stop, immediate, scale)
-        ctx.save_for_backward(q, k, v, out, lse, lo, hi, start, stop)
+        out, softmax = _fwd(q, k, v, lo, hi, start, stop, immediate, scale)
+        ctx.save_for_backward(q, k, v, out, softmax, lo, hi, start, stop)
         ctx.immediate, ctx.scale = immediate, scale
         return out
 

@@ -139,8 +139,8 @@ class _PerceiverAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k_media, v_media, k_latents, v_latents, media_lengths, scale):
         tensors = (q, k_media, v_media, k_latents, v_latents)
-        out, lse = _fwd(*tensors, media_lengths, scale)
-        ctx.save_for_backward(*tensors, out, lse, media_lengths)
+        out, softmax = _fwd(*tensors, media_lengths, scale)
+        ctx.save_for_backward(*tensors, out, softmax, media_lengths)
         ctx.scale = scale
         return out
 
