@@ -35,8 +35,8 @@ class MediaMask:
     Attributes:
         lo: int32 `[B, T]`, first medium a row sees.
         hi: int32 `[B, T]`, one past the last; `hi <= lo` sees nothing, `hi == -1` averages everything.
-        start: int32 `[B, M]`, first row that sees medium m.
-        stop: int32 `[B, M]`, one past the last row that sees it. Rows in between may see other media.
+        start: int32 `[B, M]`, no row before it sees medium m (the first that does, where text_time grows).
+        stop: int32 `[B, M]`, no row from it on does. Rows in between may see other media.
         immediate: no row sees more than one medium, so a softmax needs one pass.
 
     Source: Flamingo (arXiv 2204.14198), section 2.3; the two policies: open_flamingo 2.0.1 `helpers.py`.
@@ -160,7 +160,7 @@ def _count_media(media_locations: Tensor) -> Tensor:
 
 
 def _token_ranges(lo: Tensor, hi: Tensor, seen: Tensor, num_media: int) -> tuple[Tensor, Tensor]:
-    """For every medium the smallest range of rows that holds all rows which see it."""
+    """For every medium a range of rows that holds all rows which see it."""
     batch, length = lo.shape
     if length == 0:
         empty = torch.zeros(batch, num_media, dtype=torch.int32, device=lo.device)

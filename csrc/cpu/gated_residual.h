@@ -43,20 +43,24 @@ FK_INLINE void forward_row(const Params& p, int64_t i) {
 
 // dy = tanh(gate) * dz, and the sum of dz * y over the row (scalar gate) or added to `sums` (a gate a channel).
 template <class Y, class Z>
-FK_INLINE Floats backward_row(const Params& p, int64_t i, float* sums) {
+FK_INLINE double backward_row(const Params& p, int64_t i, float* sums) {
   const Z* dz = row_of<const Z>(p.dz, i);
   const Y* y = row_of<const Y>(p.y, i);
   Y* dy = row_of<Y>(p.dy, i);
-  Floats total = {};
-  for (int64_t j = 0; j < p.columns; j += width) {
-    const int64_t rest = p.columns - j;
-    Floats gradient = load(dz + j, rest);
-    store(dy + j, gradient * gate_at(p, j), rest);
-    Floats product = gradient * load(y + j, rest);
-    if (p.per_channel)
-      store(sums + j, load(sums + j, rest) + product, rest);
-    else
-      total += product;
+  double total = 0;
+  for (int64_t block = 0; block < p.columns; block += 32 * width) {  // short sums in float, long ones in double
+    Floats short_sum = {};
+    for (int64_t j = block; j < block + 32 * width && j < p.columns; j += width) {
+      const int64_t rest = p.columns - j;
+      Floats gradient = load(dz + j, rest);
+      store(dy + j, gradient * gate_at(p, j), rest);
+      Floats product = gradient * load(y + j, rest);
+      if (p.per_channel)
+        store(sums + j, load(sums + j, rest) + product, rest);
+      else
+        short_sum += product;
+    }
+    total += sum(short_sum);
   }
   return total;
 }
@@ -83,7 +87,7 @@ struct Backward {
     for (int64_t j = 0; j < gates; ++j) sums[j] = 0;
     double total = 0;
     for (int64_t i = task * step; i < (task + 1) * step && i < p.rows; ++i)
-      total += sum(backward_row<Y, Z>(p, i, sums));
+      total += backward_row<Y, Z>(p, i, sums);
     if (!p.per_channel) sums[0] = total;
   }
 };

@@ -73,7 +73,7 @@ struct Backward {
     double total = 0;
     for (int64_t i = task * step; i < (task + 1) * step && i < r.rows; ++i) {
       norm_gradient(p, i, dweight, dbias);
-      total += sum(gated_residual::backward_row<Y, float>(row, i, dgate));
+      total += gated_residual::backward_row<Y, float>(row, i, dgate);
       Z* to = row_of<Z>(p.dx, i);
       for (int64_t j = 0; j < r.columns; j += width) store(to + j, load(dx + j), r.columns - j);
     }

@@ -90,9 +90,8 @@ FK_INLINE void multiply_panel(
         depth, {a.words + i * a.row, a.row, a.step}, b, b_row, c + i * c_row, c_row);
 }
 
-// C[rows][columns] = or += A[rows][depth words] B[depth words][columns]; columns are rounded up to vectors.
 template <class Dot, bool accumulate>
-__attribute__((noinline)) void multiply(
+__attribute__((noinline)) void multiply_block(
     int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t b_row, float* c,
     int64_t c_row) {
   int64_t j = 0;
@@ -100,6 +99,20 @@ __attribute__((noinline)) void multiply(
     multiply_panel<Dot, accumulate, tile_vectors>(rows, depth, a, b + j, b_row, c + j, c_row);
   for (; j < columns; j += width)
     multiply_panel<Dot, accumulate, 1>(rows, depth, a, b + j, b_row, c + j, c_row);
+}
+
+// C[rows][columns] = or += A[rows][depth words] B[depth words][columns]; columns are rounded up to vectors.
+// A long sum is made of shorter ones: its rounding errors grow with the length of each.
+template <class Dot, bool accumulate>
+FK_INLINE void multiply(
+    int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t b_row, float* c,
+    int64_t c_row) {
+  constexpr int64_t block = 64;
+  multiply_block<Dot, accumulate>(rows, columns, depth < block ? depth : block, a, b, b_row, c, c_row);
+  for (int64_t k = block; k < depth; k += block)
+    multiply_block<Dot, true>(
+        rows, columns, depth - k < block ? depth - k : block, {a.words + k * a.step, a.row, a.step}, b + k * b_row,
+        b_row, c, c_row);
 }
 
 
