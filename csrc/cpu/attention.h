@@ -245,10 +245,12 @@ struct GradientTile {
 
   // A row that has more keys than one block: what the forward pass knows of the others.
   void add(const T* q_row, const T* dout_row, const T* out_row, float row_max, float row_sum) {
-    Floats product = {};
-    for (int64_t j = 0; j < head_dim; j += width)
-      product += load(dout_row + j, head_dim - j) * load(out_row + j, head_dim - j);
-    delta[count] = sum(product);
+    double product = 0;  // its error would enter every dS of the row with the same sign
+    for (int64_t j = 0; j < head_dim; j += width) {
+      Floats a = load(dout_row + j, head_dim - j), b = load(out_row + j, head_dim - j);
+      for (int lane = 0; lane < width; ++lane) product += double(a[lane]) * b[lane];
+    }
+    delta[count] = product;
     highest[count] = row_max;
     share[count] = 1 / row_sum;
     add(q_row, dout_row);
