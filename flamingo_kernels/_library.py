@@ -1,8 +1,8 @@
 """Schemas and shape functions of the compiled operators; needs torch alone, so everything traces anywhere.
 
 Each operator has one `_fwd` and one `_bwd`; the C++ extension supplies their CPU kernels. `softmax` is the
-maximum and the sum of every row's softmax, `[2, B, H, T]`: their logarithm in one float would round every weight
-of the backward pass. It is empty where each row sees one medium, whose softmax the backward pass makes anew.
+maximum and the sum of every row's softmax, `[2, B, H, T]`: their logarithm in one float would round all
+weights of a row alike. It is empty where each row sees one medium: there the backward pass makes it anew.
 """
 
 from __future__ import annotations
