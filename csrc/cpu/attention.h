@@ -209,7 +209,7 @@ struct KeyGradients {
 template <class T, class Dot = typename DotOf<T>::type>
 struct GradientTile {
   static constexpr bool pairs = Dot::lanes == 2;
-  int64_t head_dim, row, key_row, channel_row, count = 0;
+  int64_t head_dim, key_row, channel_row, count = 0;
   float *q, *dout;                // [rows][words(d)]
   float *p, *ds;                  // [rows][keys], scores and dP before that
   float *ds_words;                // [rows][words(keys)]
@@ -221,10 +221,10 @@ struct GradientTile {
   Ahead<T> ahead;
 
   GradientTile(Scratch& scratch, int64_t most_keys, int64_t d)
-      : head_dim(d), row(padded(d)), key_row(padded(most_keys)), channel_row(padded(d)) {
+      : head_dim(d), key_row(padded(most_keys)), channel_row(padded(d)) {
     constexpr int64_t rows = backward_rows;
-    q = scratch.take(rows * row);
-    dout = scratch.take(rows * row);
+    q = scratch.take(rows * channel_row);
+    dout = scratch.take(rows * channel_row);
     p = scratch.take(rows * key_row);
     ds = scratch.take(rows * key_row);
     dq = scratch.take(rows * channel_row);
@@ -236,8 +236,8 @@ struct GradientTile {
   }
 
   void add(const T* q_row, const T* dout_row) {
-    pack_row<Dot>(q_row, head_dim, q + count * row);
-    pack_row<Dot>(dout_row, head_dim, dout + count * row);
+    pack_row<Dot>(q_row, head_dim, q + count * channel_row);
+    pack_row<Dot>(dout_row, head_dim, dout + count * channel_row);
     q_from[count] = q_row;
     dout_from[count] = dout_row;
     ++count;
@@ -288,9 +288,9 @@ struct GradientTile {
   // S into p and dP into ds.
   void score(const KeyGradients<T>& block) {
     multiply<Dot, false>(
-        count, block.keys, words<Dot>(head_dim), {q, row, 1}, block.k, block.key_row, p, key_row);
+        count, block.keys, words<Dot>(head_dim), {q, channel_row, 1}, block.k, block.key_row, p, key_row);
     multiply<Dot, false>(
-        count, block.keys, words<Dot>(head_dim), {dout, row, 1}, block.v, block.key_row, ds, key_row);
+        count, block.keys, words<Dot>(head_dim), {dout, channel_row, 1}, block.v, block.key_row, ds, key_row);
   }
 
   // dP of row i to dS, where row_delta is the sum of P dP.
@@ -324,9 +324,9 @@ struct GradientTile {
       }
     const int64_t depth = words<Dot>(count);
     multiply<Dot, true>(
-        block.keys, head_dim, depth, {p_pairs, 1, key_row}, dout_pairs, row, block.dv, block.channel_row);
+        block.keys, head_dim, depth, {p_pairs, 1, key_row}, dout_pairs, channel_row, block.dv, block.channel_row);
     multiply<Dot, true>(
-        block.keys, head_dim, depth, {ds_pairs, 1, key_row}, q_pairs, row, block.dk, block.channel_row);
+        block.keys, head_dim, depth, {ds_pairs, 1, key_row}, q_pairs, channel_row, block.dk, block.channel_row);
   }
 };
 

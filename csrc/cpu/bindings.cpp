@@ -131,11 +131,6 @@ std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
   return {dq, dk, dv};
 }
 
-Keys keys_of(const char* operation, const Tensor& t) {  // [N, S, Hkv, d]
-  check_last_stride(operation, t);
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
-}
-
 PerceiverAttention perceiver_params(
     const char* operation, const Tensor& q, const Tensor& k_media, const Tensor& v_media, const Tensor& k_latents,
     const Tensor& v_latents, const std::optional<Tensor>& media_lengths, double scale, const Tensor& out,
@@ -153,8 +148,8 @@ PerceiverAttention perceiver_params(
   }
   p.scale = scale;
   p.q = rows_of(operation, q), p.out = rows_of(operation, out);
-  p.k[0] = keys_of(operation, k_media), p.k[1] = keys_of(operation, k_latents);
-  p.v[0] = keys_of(operation, v_media), p.v[1] = keys_of(operation, v_latents);
+  p.k[0] = rows_of(operation, k_media), p.k[1] = rows_of(operation, k_latents);
+  p.v[0] = rows_of(operation, v_media), p.v[1] = rows_of(operation, v_latents);
   p.softmax_max = softmax.mutable_data_ptr<float>(), p.softmax_sum = p.softmax_max + softmax.numel() / 2;
   return p;
 }
@@ -178,8 +173,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> perceiver_attention_bwd(
   PerceiverAttention p = perceiver_params(
       operation, q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
   p.dout = rows_of(operation, dout), p.dq = rows_of(operation, dq);
-  p.dk[0] = keys_of(operation, dk_media), p.dk[1] = keys_of(operation, dk_latents);
-  p.dv[0] = keys_of(operation, dv_media), p.dv[1] = keys_of(operation, dv_latents);
+  p.dk[0] = rows_of(operation, dk_media), p.dk[1] = rows_of(operation, dk_latents);
+  p.dv[0] = rows_of(operation, dv_media), p.dv[1] = rows_of(operation, dv_latents);
   run(variant().perceiver_attention_bwd(p.dtype), p);
   return {dq, dk_media, dv_media, dk_latents, dv_latents};
 }

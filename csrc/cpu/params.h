@@ -9,7 +9,7 @@ namespace flamingo_kernels {
 enum class DType : int { f32, bf16, f16 };
 
 // Strides count elements. The last dimension of every tensor is contiguous.
-struct Rows {  // [B, T, H, d], or [N, R, H, d]
+struct Rows {  // [B, T, H, d], [N, R, H, d] or [N, S, Hkv, d]
   void* data;
   int64_t batch, row, head;
 };
@@ -36,11 +36,6 @@ struct MaskedCrossAttention {
   Media dk, dv;
 };
 
-struct Keys {  // [N, S, Hkv, d]
-  void* data;
-  int64_t batch, row, head;
-};
-
 struct PerceiverAttention {
   DType dtype;
   int64_t batch, length, heads, head_dim, kv_heads;
@@ -48,11 +43,11 @@ struct PerceiverAttention {
   const int32_t* media_lengths;  // [N] or null
   float scale;
   Rows q, out;
-  Keys k[2], v[2];
+  Rows k[2], v[2];
   float *softmax_max, *softmax_sum;  // [N, H, R]
   // backward only
   Rows dout, dq;
-  Keys dk[2], dv[2];
+  Rows dk[2], dv[2];
 };
 
 struct Matrix {  // [N, D]

@@ -19,8 +19,8 @@ FK_INLINE Strided<T> rows_of(const Rows& rows, int64_t n, int64_t h) {
 }
 
 template <class T>
-FK_INLINE Strided<T> keys_of(const Keys& keys, int64_t n, int64_t h, int64_t first) {
-  return {(T*)keys.data + n * keys.batch + h * keys.head + first * keys.row, keys.row};
+FK_INLINE Strided<T> keys_of(const Rows& keys, int64_t n, int64_t h, int64_t first) {
+  return {rows_of<T>(keys, n, h)[first], keys.row};
 }
 
 FK_INLINE int64_t visible_keys(const Params& p, int64_t n, int segment) {
@@ -149,7 +149,7 @@ struct Backward {
   // Keys beyond a clip's length have no gradient.
   void clear_hidden_keys(const Params& p, int64_t n, int64_t hk) {
     for (int64_t s = visible_keys(p, n, 0); s < p.keys[0]; ++s)
-      for (const Keys& gradient : {p.dk[0], p.dv[0]})
+      for (const Rows& gradient : {p.dk[0], p.dv[0]})
         for (int64_t j = 0; j < p.head_dim; j += width)
           store(keys_of<T>(gradient, n, hk, s).data + j, Floats{}, p.head_dim - j);
   }
