@@ -5,10 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
+# A worker for every core; the tests of one file stay together, as some build the same files.
+PARALLEL := --numprocesses auto --dist loadfile
+
 # Models the tests compare with. Without their dependencies: open-flamingo pins an old torch.
 PEERS := open-flamingo flamingo-pytorch einops-exts
+# The Triton the kernels are proved with where torch brings none, and the oldest they must compile under.
+TRITON := triton==3.9.0
+OLDEST_TRITON := triton==3.6.0
 
-.PHONY: help demo test test-slow lint format bench info build clean
+.PHONY: help demo test test-slow lint format bench gpu info build clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -17,14 +23,19 @@ help: ## show this list
 demo: build ## swap a Flamingo's modules for kernels on real images, compare and time them
 	@$(BIN)/python -m flamingo_kernels demo $(ARGS)
 
-test: build ## run the tests (ARGS="-k mask" for some of them)
-	@$(BIN)/python -m pytest $(ARGS)
+test: build $(VENV)/triton-oldest ## run the tests (ARGS="-k mask" for some of them)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-test-slow: build ## run the slow tests too
-	@$(BIN)/python -m pytest -m "" $(ARGS)
+test-slow: build $(VENV)/triton-oldest ## run the slow tests too
+	@$(BIN)/python -m pytest $(PARALLEL) -m "" $(ARGS)
 
 bench: build ## time every operator and layer against its rivals
 	@$(BIN)/python -m flamingo_kernels bench $(ARGS)
+
+gpu: ## prove and time the kernels on a GPU: any python3 with torch and Triton, nothing is installed
+	@$(PYTHON) -c 'import importlib.util as i, sys; sys.exit(not (i.find_spec("torch") and i.find_spec("einops")))' \
+		|| { echo "$(PYTHON) has no torch or no einops: make gpu PYTHON=<one that has>"; exit 2; }
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m flamingo_kernels gpu $(ARGS)
 
 info: build ## show versions, processor and what runs here
 	@$(BIN)/python -m flamingo_kernels info
@@ -49,7 +60,13 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/torch
 	@# BUILD=none: pip would hide the compiler's output, the target 'build' shows it
 	@FLAMINGO_KERNELS_BUILD=none $(PIP) --no-build-isolation --editable ".[dev,bench,demo]"
 	@$(PIP) --no-deps $(PEERS)
+	@$(BIN)/python -c 'import triton' 2> /dev/null || $(PIP) --no-deps $(TRITON) \
+		|| echo "no Triton for this machine: the tests of its kernels are skipped"
 	@touch $@
+
+$(VENV)/triton-oldest: | $(VENV)/installed
+	@echo "installing $(OLDEST_TRITON) beside the other"
+	@$(PIP) --no-deps --target $@ $(OLDEST_TRITON) || echo "not for this machine: its test is skipped"
 
 # Torch first and by its exact version: left to choose, pip may take a build with gigabytes of CUDA.
 $(VENV)/torch: constraints.txt | $(VENV)/created

@@ -1,4 +1,4 @@
-"""The command line: python -m flamingo_kernels {info,check,bench,demo}."""
+"""The command line: python -m flamingo_kernels {info,support,check,bench,gpu,demo}."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ def main(arguments: list[str] | None = None) -> int:
     info = commands.add_parser("info", help="versions, processor, and which backend runs here or why not")
     info.add_argument("--json", action="store_true", help="print JSON")
 
+    support = commands.add_parser("support", help="which backend runs what, as the README shows it")
+    support.add_argument("--readme", metavar="FILE", help="replace the table between this file's markers")
+
     check = commands.add_parser("check", help="hold every backend of this machine against float64")
+    check.add_argument("--device", default="cpu", help='where to run, as in "cuda:0" (default: cpu)')
     check.add_argument("--json", action="store_true", help="print JSON")
 
     bench = commands.add_parser("bench", help="time operators and layers against their rivals")
@@ -24,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--op", action="append", metavar="NAME", help="only this operator or layer (repeatable)"
     )
     bench.add_argument("--against", action="append", metavar="NAME", help="only this rival (repeatable)")
+    bench.add_argument("--device", default="cpu", help='where to run, as in "cuda:0" (default: cpu)')
     bench.add_argument("--quick", action="store_true", help="tiny shapes: shows that it works, not how fast")
     bench.add_argument("--seconds", type=float, help="how long to time one case (default: 2; 0.1 if quick)")
     bench.add_argument("--load", metavar="FILE", help="show an earlier --json FILE instead of running")
@@ -31,6 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument("--csv", metavar="FILE", help="write the rows for a spreadsheet")
     bench.add_argument("--picture", metavar="FILE", help="draw the speed-ups (.png, .svg, .pdf)")
     bench.add_argument("--readme", metavar="FILE", help="replace the table between this file's bench markers")
+
+    gpu = commands.add_parser("gpu", help="prove and time the kernels on a GPU, in under nine minutes")
+    gpu.add_argument("--quick", action="store_true", help="in two minutes: fewer cases and rivals")
+    gpu.add_argument("--device", default="cuda:0", help='a GPU, or "cpu" for a rehearsal (default: cuda:0)')
+    gpu.add_argument("--out", metavar="DIR", help="where results go (default: benchmarks/results/<device>)")
+    gpu.add_argument("--load", metavar="DIR", help="show earlier results instead of running")
 
     demo = commands.add_parser("demo", help="swap a Flamingo's modules on real photographs and compare")
     demo.add_argument("--picture", metavar="FILE", default="demo.png", help="default: demo.png")
@@ -45,14 +56,29 @@ def _info(options: argparse.Namespace) -> int:
     return run(options.json)
 
 
+def _support(options: argparse.Namespace) -> int:
+    from . import support
+
+    print(support.table())
+    if options.readme:
+        support.update_readme(options.readme)
+    return 0
+
+
 def _check(options: argparse.Namespace) -> int:
     from .check import run
 
-    return run(options.json)
+    return run(options.json, options.device)
 
 
 def _bench(options: argparse.Namespace) -> int:
     from .bench import main
+
+    return main(options)
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    from .gpu import main
 
     return main(options)
 
@@ -63,7 +89,7 @@ def _demo(options: argparse.Namespace) -> int:
     return main(options.picture)
 
 
-_COMMANDS = {"info": _info, "check": _check, "bench": _bench, "demo": _demo}
+_COMMANDS = {"info": _info, "support": _support, "check": _check, "bench": _bench, "gpu": _gpu, "demo": _demo}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -61,7 +61,7 @@ def expect_head_groups(operator: str, heads: int, kv_heads: int) -> None:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast the tensors in its dtype, as its matrix products take them; else as they are."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.dtype in _AUTOCAST_CASTS else t for t in tensors)

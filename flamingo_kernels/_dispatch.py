@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
-import torch
 from torch import Tensor
 
-from . import _env, _extension
+from . import _env, _extension, _triton
 
 Reasons = Callable[..., list[str]]
 
 # operator -> backend -> function of the operator's tensors that lists why it cannot run them
 _OPERATORS: dict[str, dict[str, Reasons]] = {}
+# operator -> backend -> the largest sizes it takes, by name
+_LIMITS: dict[str, dict[str, dict[str, int]]] = {}
 default_backend = _env.BACKEND
 
 
@@ -25,8 +27,39 @@ class UnsupportedError(NotImplementedError):
         self.reasons = reasons
 
 
-def register(operator: str, **backends: Reasons) -> None:
-    _OPERATORS[operator] = {name: backends[name] for name in _env.BACKENDS if name in backends}
+def register(operator: str, sizes: Callable[..., dict[str, int]], **limits: dict[str, int]) -> None:
+    """Make an operator known.
+
+    Args:
+        operator: its name.
+        sizes: of its tensors, what a backend may limit, by name.
+        limits: for each backend that has the operator the largest sizes it takes.
+    """
+    _LIMITS[operator] = {name: limits[name] for name in _env.BACKENDS if name in limits}
+    _OPERATORS[operator] = {
+        name: partial(_reasons, _GENERAL[name], sizes, largest) for name, largest in _LIMITS[operator].items()
+    }
+
+
+def _reasons(
+    general: Reasons,
+    sizes: Callable[..., dict[str, int]],
+    largest: dict[str, int],
+    *tensors: Tensor | None,
+) -> list[str]:
+    """What keeps a backend from running an operator: as such, and with these tensors."""
+    reasons = general(*tensors)
+    if tensors and largest:
+        found = sizes(*tensors)
+        reasons += [
+            f"{name}={found[name]} is above {most}" for name, most in largest.items() if found[name] > most
+        ]
+    return reasons
+
+
+def limits(operator: str) -> dict[str, dict[str, int]]:
+    """For each backend that has an operator the largest sizes it takes."""
+    return _LIMITS[operator]
 
 
 def operators() -> list[str]:
@@ -48,8 +81,8 @@ def resolve(operator: str, backend: str, *tensors: Tensor | None) -> str:
             )
         return backend
     for name, why_not in candidates.items():
-        if not why_not(*tensors):
-            return name
+        if not why_not(*tensors) and not (name == "triton" and _env.INTERPRET):
+            return name  # an interpreter is never the best there is: it runs when it is asked for by name
     everything = {name: why_not(*tensors) for name, why_not in candidates.items()}
     lines = "".join(f"\n  {name}: {'; '.join(reasons)}" for name, reasons in everything.items())
     raise UnsupportedError(f"{operator}: no backend supports these inputs:{lines}", everything)
@@ -117,9 +150,14 @@ def cpu_reasons(*tensors: Tensor | None) -> list[str]:
             continue
         if not tensor.is_cpu:
             return [f"a tensor is on {tensor.device}, not on cpu"]
-        if tensor.dtype not in _CPU_DTYPES:
+        if tensor.dtype not in KERNEL_DTYPES:
             return [f"dtype {tensor.dtype} is not one of float32, bfloat16, float16"]
     return []
 
 
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = _triton.DTYPES
+_GENERAL: dict[str, Reasons] = {
+    "triton": _triton.reasons,
+    "cpu": cpu_reasons,
+    "reference": reference_reasons,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 CPU_VARIANTS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -20,6 +21,13 @@ BACKEND = _choice("FLAMINGO_KERNELS_BACKEND", "auto", ("auto", *BACKENDS))
 
 # Which instruction set the C++ kernels use; "auto" takes the widest this processor has.
 CPU_VARIANT = _choice("FLAMINGO_KERNELS_CPU_VARIANT", "auto", ("auto", *CPU_VARIANTS))
+
+# Whether the Triton kernels measure their configurations on first use, and where they keep what they found.
+AUTOTUNE = _choice("FLAMINGO_KERNELS_AUTOTUNE", "0", ("0", "1")) == "1"
+CACHE = Path(os.environ.get("FLAMINGO_KERNELS_CACHE") or Path.home() / ".cache" / "flamingo_kernels")
+
+# Triton's own: its kernels run in an interpreter, on the processor.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 # Another build of the extension than the one installed beside this package.
 EXTENSION = os.environ.get("FLAMINGO_KERNELS_EXTENSION", "")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from . import _dispatch, _extension
+from . import _dispatch, _env, info
+from .testing import CASES as EXAMPLES
 from .testing import (
     DTYPES,
     Case,
@@ -60,29 +62,34 @@ class Row:
         }
 
 
-def run(as_json: bool = False) -> int:
+def run(as_json: bool = False, device: str = "cpu") -> int:
     """Hold every operator, backend and dtype to the error budget of `flamingo_kernels.testing`.
 
     Args:
         as_json: print one JSON object instead of a table.
+        device: where the tensors are.
 
     Returns:
-        0 if every output and gradient is within its budget, else 1.
+        0 if every output and gradient is within its budget, 2 if there is no such device, else 1.
     """
+    if why := info.why_not_on(device):
+        print(f"check: {why}", file=sys.stderr)
+        return 2
     found = []
     if not as_json:
         print(
             _LINE.format("operator", "backend", "dtype", "worst in", "error", "eager's", "budget", "result")
         )
-    for row in rows():
+    for row in rows(device):
         found.append(row)
         if not as_json:
             print(_render(row), flush=True)
     passed = all(row.worst.passed for row in found)
     if as_json:
-        print(json.dumps({"passed": passed, "rows": [row.as_dict() for row in found], "not_run": not_run()}))
+        left_out = not_run(device)
+        print(json.dumps({"passed": passed, "rows": [row.as_dict() for row in found], "not_run": left_out}))
     else:
-        for backend, reason in not_run().items():
+        for backend, reason in not_run(device).items():
             print(f"not run: {backend}: {reason}")
         print(
             "errors: largest difference to float64, forward and backward; "
@@ -91,28 +98,51 @@ def run(as_json: bool = False) -> int:
     return 0 if passed else 1
 
 
-_LINE = "{:<24} {:<16} {:<9} {:<10} {:>8}  {:>8}  {:>8}  {}"
+_LINE = "{:<24} {:<18} {:<9} {:<10} {:>8}  {:>8}  {:>8}  {}"
 
 
-def rows() -> Iterator[Row]:
-    """One row for each operator, backend and dtype that runs here."""
+def rows(device: str = "cpu") -> Iterator[Row]:
+    """One row for each operator, backend and dtype that runs on a device."""
     for operator in _dispatch.operators():
-        for backend, available in _dispatch.available_backends(operator).items():
-            for dtype in DTYPES if available is True else ():
-                cases = [replace(case, dtype=dtype) for case in CASES if case.operator == operator]
-                measured = [(each, case) for case in cases for each in measure(case, backend)]
-                worst, case = max(measured, key=lambda pair: (not pair[0].passed, pair[0].spent))
-                yield Row(operator, _with_variant(backend), dtype, case, worst)
+        for backend, able in backends_on(device, operator).items():
+            for dtype in DTYPES if able is True else ():
+                cases = [case for case in _cases_for(backend) if case.operator == operator]
+                found = [_row(replace(case, dtype=dtype, device=device), backend) for case in cases]
+                yield max(found, key=lambda row: severity(row.worst))
 
 
-def not_run() -> dict[str, str]:
+def _cases_for(backend: str) -> list[Case]:
+    if info.variant(backend) == "triton/interpreter":  # which is slow: the smallest shapes have to do
+        return [example() for example in EXAMPLES.values()]
+    return CASES
+
+
+def _row(case: Case, backend: str) -> Row:
+    worst = max(measure(case, backend), key=severity)
+    return Row(case.operator, info.variant(backend), case.dtype, case, worst)
+
+
+def severity(measurement: Measurement) -> tuple[bool, float]:
+    """What sorts measurements: failures last, NaN among them."""
+    return not measurement.passed, measurement.spent
+
+
+def backends_on(device: str, operator: str) -> dict[str, bool | str]:
+    """Which backends run an operator's tensors on a device: True, or the reason why not."""
+    tensors = EXAMPLES[operator](device=device).tensors().values()
+    found: dict[str, bool | str] = {}
+    for backend in _env.BACKENDS:
+        try:
+            found[backend] = bool(_dispatch.resolve(operator, backend, *tensors))
+        except _dispatch.UnsupportedError as error:
+            found[backend] = "; ".join(error.reasons[backend])
+    return found
+
+
+def not_run(device: str = "cpu") -> dict[str, str]:
     """Why the other backends did not run."""
-    reasons = (_dispatch.available_backends(operator).items() for operator in _dispatch.operators())
-    return {backend: why for each in reasons for backend, why in each if isinstance(why, str)}
-
-
-def _with_variant(backend: str) -> str:
-    return f"cpu/{_extension.cpu_variant()}" if backend == "cpu" else backend
+    every = (backends_on(device, operator).items() for operator in _dispatch.operators())
+    return {backend: why for each in every for backend, why in each if isinstance(why, str)}
 
 
 def _render(row: Row) -> str:

@@ -47,7 +47,7 @@ def collect() -> dict[str, Any]:
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith("FLAMINGO_KERNELS_") or name == "OMP_NUM_THREADS"
+            if name.startswith("FLAMINGO_KERNELS_") or name in ("OMP_NUM_THREADS", "TRITON_INTERPRET")
         },
         "backends": {operator: _dispatch.available_backends(operator) for operator in _dispatch.operators()},
     }
@@ -64,7 +64,7 @@ def render(found: dict[str, Any]) -> str:
         f"{'processor':<17} {processor['name']}, {processor['architecture']}, {cores}",
         f"{'instruction set':<17} {processor['instruction_set'] or 'none chosen'}"
         + (f" (usable: {usable})" if usable else ""),
-        f"{'gpu':<17} {', '.join(gpu['devices']) or 'none: ' + gpu['why_not']}",
+        f"{'gpu':<17} {', '.join(map(_render_gpu, gpu['devices'])) or 'none: ' + gpu['why_not']}",
         f"{'extension':<17} {extension['path']}, built {extension['built']}"
         if extension["loaded"]
         else f"{'extension':<17} none: {extension['why_not']}",
@@ -72,8 +72,19 @@ def render(found: dict[str, Any]) -> str:
     ]
     for operator, backends in found["backends"].items():
         lines += ["", operator]
-        lines += [f"  {name:<15} {'yes' if able is True else able}" for name, able in backends.items()]
+        lines += [f"  {name:<15} {_render_able(name, able)}" for name, able in backends.items()]
     return "\n".join(lines)
+
+
+def _render_gpu(gpu: dict[str, Any]) -> str:
+    facts = f"{gpu['architecture']}, {gpu['memory_gib']:.1f} GiB, {gpu['multiprocessors']} multiprocessors"
+    return f"{gpu['name']} ({facts})"
+
+
+def _render_able(backend: str, able: bool | str) -> str:
+    if able is True and variant(backend) == "triton/interpreter":
+        return "yes, in Triton's interpreter on the cpu (TRITON_INTERPRET), and only by name"
+    return "yes" if able is True else str(able)
 
 
 @cache
@@ -102,11 +113,40 @@ def commit() -> str | None:
         return None
 
 
-def backends_in_use() -> dict[str, str]:
-    """What each operator runs on here without a choice of the caller's, as in "cpu/avx2"."""
-    chosen = {operator: _dispatch.resolve(operator, "auto") for operator in _dispatch.operators()}
-    variant = _extension.cpu_variant()
-    return {operator: f"cpu/{variant}" if name == "cpu" else name for operator, name in chosen.items()}
+def backends_in_use(device: str = "cpu") -> dict[str, str]:
+    """What each operator runs on there without a choice of the caller's, as in "cpu/avx2"."""
+    from .testing import CASES  # needs `flamingo`, which this file otherwise does without
+
+    tensors = {name: CASES[name](device=device).tensors().values() for name in _dispatch.operators()}
+    return {name: variant(_dispatch.resolve(name, "auto", *given)) for name, given in tensors.items()}
+
+
+def variant(backend: str) -> str:
+    """A backend's name with what it runs on: "cpu/avx2", "triton/interpreter"."""
+    if backend == "cpu":
+        return f"cpu/{_extension.cpu_variant()}"
+    return "triton/interpreter" if backend == "triton" and _env.INTERPRET else backend
+
+
+def device_name(device: str) -> str:
+    """The name of a cpu or GPU as its maker spells it."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor_name()
+
+
+def why_not_on(device: str) -> str:
+    """Why nothing can run on a device, or an empty string."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    gpu = _gpu()
+    if wanted.type not in ("cpu", "cuda"):
+        return f"expected the device cpu or cuda:0, got {device}"
+    if wanted.type == "cuda" and not gpu["devices"]:
+        return f"there is no GPU here that torch can use: {gpu['why_not']}"
+    if wanted.type == "cuda" and (wanted.index or 0) >= len(gpu["devices"]):
+        return f"there is no {device} here, the number of GPUs is {len(gpu['devices'])}"
+    return ""
 
 
 def _version(package: str) -> str | None:
@@ -118,11 +158,21 @@ def _version(package: str) -> str | None:
 
 def _gpu() -> dict[str, Any]:
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        return {"devices": names, "why_not": None}
+        every = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        return {"devices": list(map(_facts, every)), "why_not": None}
     built_for = torch.version.cuda or torch.version.hip
     why = "no driver or no device" if built_for else f"torch {torch.__version__} is built without GPU support"
     return {"devices": [], "why_not": why}
+
+
+def _facts(gpu: Any) -> dict[str, Any]:
+    return {
+        "name": gpu.name,
+        "architecture": gpu.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{gpu.major}{gpu.minor}",
+        "memory_gib": gpu.total_memory / 2**30,
+        "multiprocessors": gpu.multi_processor_count,
+        "cache_mib": gpu.L2_cache_size / 2**20,
+    }
 
 
 def _extension_file() -> dict[str, Any]:

@@ -38,6 +38,7 @@ class MediaMask:
         start: int32 `[B, M]`, no row before it sees medium m (the first that does, where text_time grows).
         stop: int32 `[B, M]`, no row from it on does. Rows in between may see other media.
         immediate: no row sees more than one medium, so a softmax needs one pass.
+        policy: what rows without a medium get; "zero" promises that none averages.
 
     Source: Flamingo (arXiv 2204.14198), section 2.3; the two policies: open_flamingo 2.0.1 `helpers.py`.
 
@@ -53,6 +54,7 @@ class MediaMask:
     start: Tensor
     stop: Tensor
     immediate: bool
+    policy: Policy
 
     @property
     def num_media(self) -> int:
@@ -128,7 +130,7 @@ class MediaMask:
         if policy == "open_flamingo" and num_media > 0:
             averages = text_time > num_media if immediate else text_time <= 0
             hi = torch.where(averages, -1, hi)
-        return cls(lo.int(), hi.int(), start, stop, immediate or num_media <= 1)
+        return cls(lo.int(), hi.int(), start, stop, immediate or num_media <= 1, policy)
 
     def sees(self, medium: int) -> Tensor:
         """Bool `[B, T]`: the rows that attend to `medium`."""
@@ -147,7 +149,7 @@ class MediaMask:
     def to(self, device: torch.device | str) -> MediaMask:
         """The same mask on another device."""
         lo, hi, start, stop = (span.to(device) for span in (self.lo, self.hi, self.start, self.stop))
-        return MediaMask(lo, hi, start, stop, self.immediate)
+        return MediaMask(lo, hi, start, stop, self.immediate, self.policy)
 
 
 def _count_media(media_locations: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class Case(ABC):
     Args:
         dtype: of every tensor that has no dtype of its own.
         layout: how the tensors lie in memory, see `lay_out`.
-        seed: of the random values.
+        seed: of the random values; they are the same on every device.
+        device: where the tensors are.
 
     Example:
         >>> case = MaskedCrossAttentionCase(dtype=torch.bfloat16, length=63)
@@ -64,6 +65,7 @@ class Case(ABC):
     dtype: torch.dtype = torch.float32
     layout: Layout = "contiguous"
     seed: int = 0
+    device: str = "cpu"
 
     @abstractmethod
     def specs(self) -> dict[str, Spec]:
@@ -96,12 +98,13 @@ class Case(ABC):
         tensors = {}
         for name, (shape, dtype) in specs.items():
             values = torch.randn(shape, generator=generator) + self.mean
-            tensors[name] = lay_out(values.to(dtype), self.layout)
+            tensors[name] = lay_out(values.to(self.device, dtype), self.layout)
         return tensors
 
     def __str__(self) -> str:
         """The fields that differ from their defaults: the name of the case in tables and test ids."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        named = [f for f in fields(self) if f.name != "device"]  # a table is of one device, and says which
+        changed = {f.name: getattr(self, f.name) for f in named if getattr(self, f.name) != f.default}
         shown = {name: str(value).removeprefix("torch.").replace(" ", "") for name, value in changed.items()}
         return ",".join(f"{name}={value}" for name, value in shown.items()) or "default"
 
@@ -163,7 +166,8 @@ class MaskedCrossAttentionCase(Case):
         """What the mask is made from, int64 `[B, T]`, without the mask's help."""
         if self.times == "jumps":
             generator = torch.Generator().manual_seed(self.seed + 2)
-            return torch.randint(0, self.media + 2, (self.batch, self.length), generator=generator)
+            times = torch.randint(0, self.media + 2, (self.batch, self.length), generator=generator)
+            return times.to(self.device)
         return text_time(self.media_locations(), self.times == "cached", self.length)
 
     def media_locations(self) -> Tensor:
@@ -176,7 +180,7 @@ class MaskedCrossAttentionCase(Case):
             room = range(min(1, length - 1), length) if length else range(0)
             order = torch.randperm(len(room), generator=generator)[:images]
             row[order + room.start] = True
-        return locations
+        return locations.to(self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +232,7 @@ class PerceiverAttentionCase(Case):
         scores = torch.einsum("nrhd,nshd->nhrs", q * scale, keys)
         lengths = self.media_lengths()
         if lengths is not None:
-            position = torch.arange(keys.shape[1])
+            position = torch.arange(keys.shape[1], device=keys.device)
             padding = (position >= lengths[:, None]) & (position < self.features)  # [N, S + L]
             scores = scores.masked_fill(padding[:, None, None], -torch.inf)
         return (torch.einsum("nhrs,nshd->nrhd", scores.softmax(-1), values),)
@@ -237,9 +241,8 @@ class PerceiverAttentionCase(Case):
         """Int64 `[N]`, or None."""
         if self.lengths is None:
             return None
-        return torch.tensor(
-            [self.lengths[n % len(self.lengths)] for n in range(self.clips)], dtype=torch.int64
-        )
+        lengths = [self.lengths[n % len(self.lengths)] for n in range(self.clips)]
+        return torch.tensor(lengths, dtype=torch.int64, device=self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,6 +318,12 @@ class GatedResidualNormCase(GatedResidualCase):
         if self.norm == "rms":
             return z, F.rms_norm(z, weight.shape, weight, self.eps)
         return z, F.layer_norm(z, weight.shape, weight, None if bias is None else bias.to(z.dtype), self.eps)
+
+
+CASES: dict[str, type[Case]] = {
+    case.operator: case
+    for case in (MaskedCrossAttentionCase, PerceiverAttentionCase, GatedResidualCase, GatedResidualNormCase)
+}
 
 
 def lay_out(tensor: Tensor, layout: Layout) -> Tensor:
@@ -398,18 +407,26 @@ def measure(case: Case, backend: str = "auto", draws: int = 3) -> list[Measureme
         dy True
         dgate True
     """
-    drawn = [_measure(replace(case, seed=case.seed + draw), backend) for draw in range(draws)]
+    return measure_call(case, lambda case: partial(case.kernel, backend), draws)
+
+
+def measure_call(
+    case: Case, kernel_of: Callable[[Case], Callable[..., Outputs]], draws: int = 3
+) -> list[Measurement]:
+    """`measure` of another call than the operator's own: `kernel_of(case)` takes the tensors of a case."""
+    cases = [replace(case, seed=case.seed + draw) for draw in range(draws)]
+    drawn = [_measure(each, kernel_of(each)) for each in cases]
     return [_worst(each) for each in zip(*drawn, strict=True)]
 
 
-def _measure(case: Case, backend: str) -> list[Measurement]:
+def _measure(case: Case, kernel: Callable[..., Outputs]) -> list[Measurement]:
     tensors = case.tensors()
     with torch.no_grad():
         douts = case.douts(case.eager(**tensors))
     exact = evaluate(case, case.eager, _double(tensors), [dout.double() for dout in douts])
     eager = evaluate(case, case.eager, tensors, douts)
-    kernel = evaluate(case, partial(case.kernel, backend), tensors, douts)
-    return [compare(name, kernel[name], eager[name], exact[name]) for name in exact]
+    found = evaluate(case, kernel, tensors, douts)
+    return [compare(name, found[name], eager[name], exact[name]) for name in exact]
 
 
 def _worst(drawn: tuple[Measurement, ...]) -> Measurement:

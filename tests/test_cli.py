@@ -1,15 +1,20 @@
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import flamingo_kernels
 from flamingo_kernels import __main__ as cli
 from flamingo_kernels import _dispatch, _env, available_backends, info
-from flamingo_kernels.bench import baselines, report
+from flamingo_kernels.bench import baselines, report, shapes
+from flamingo_kernels.gpu import RESULTS, _folder, plan
+from flamingo_kernels.testing import GatedResidualCase
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,6 +89,72 @@ def test_bench_writes_all_its_files_and_shows_them_again(tmp_path, capsys):
     assert capsys.readouterr().out == shown.out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("command", ["gpu", "check", "bench"])
+def test_without_a_gpu_that_is_said_in_a_line(command, capsys):
+    assert cli.main([command, "--device", "cuda"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"{command}: there is no GPU here that torch can use: ")
+    assert (shown.err.count("\n"), shown.out) == (1, "")
+
+
+def test_gpu_takes_a_gpu_by_default(capsys, monkeypatch):
+    monkeypatch.setattr(info, "why_not_on", lambda device: f"asked for {device}")
+    assert cli.main(["gpu"]) == 2
+    assert capsys.readouterr().err == "gpu: asked for cuda:0\n"
+
+
+def test_gpu_rehearses_on_a_cpu_and_shows_it_again(tmp_path, capsys, monkeypatch):
+    one = [GatedResidualCase(shape=(3, 40))]
+    timed = tuple(case for case in shapes.QUICK if case.op == "gated_residual")
+    small = {"cases": one, "repeated": one, "timed": timed, "dtypes": (torch.float32,)}
+    monkeypatch.setattr(plan, "REHEARSAL", dataclasses.replace(plan.REHEARSAL, **small))
+    monkeypatch.setattr(_dispatch, "_OPERATORS", {"gated_residual": _dispatch._OPERATORS["gated_residual"]})
+    folder = tmp_path / "results"
+    assert cli.main(["gpu", "--device", "cpu", "--out", str(folder)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("A rehearsal, which says nothing about a GPU, on ")
+    assert shown.out.endswith(f"all that ran is right\nwritten to {folder}\n")
+    assert [line.split()[2] for line in shown.err.splitlines()][:2] == ["parity", "determinism"]
+    assert cli.main(["gpu", "--load", str(folder)]) == 0
+    assert capsys.readouterr().out == shown.out.removesuffix(f"written to {folder}\n")
+
+    findings = json.loads((folder / "parity.json").read_text())
+    findings[0]["status"] = "failed"
+    (folder / "parity.json").write_text(json.dumps(findings))
+    assert cli.main(["gpu", "--load", str(folder)]) == 1
+
+
+def test_results_lie_under_the_name_of_their_device():
+    assert _folder("cuda:0", "NVIDIA H100 80GB HBM3") == RESULTS / "nvidia-h100-80gb-hbm3"
+    assert _folder("cpu", "AMD EPYC").parts[0] == "build", "which git ignores"
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [("1", "triton          yes, in Triton's interpreter on the cpu"), ("0", "triton          ")],
+)
+def test_info_says_when_triton_is_interpreted(asked, line):
+    pytest.importorskip("triton")
+    page = python("info", TRITON_INTERPRET=asked).stdout
+    assert f"TRITON_INTERPRET={asked}" in page
+    assert f"\n  {line}" in page
+    assert ("interpreter on the cpu" in page) is (asked == "1")
+
+
+def test_info_shows_what_a_gpu_is(monkeypatch, capsys):
+    facts = {"name": "NVIDIA H100", "major": 9, "minor": 0, "total_memory": 80 * 2**30}
+    gpu = SimpleNamespace(**facts, multi_processor_count=132, L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert cli.main(["info"]) == 0
+    assert "gpu               NVIDIA H100 (sm_90, 80.0 GiB, 132 multiprocessors)" in capsys.readouterr().out
+    assert info.why_not_on("cuda:0") == info.why_not_on("cpu") == ""
+    assert info.why_not_on("cuda:1") == "there is no cuda:1 here, the number of GPUs is 1"
+
+
 def test_bench_fails_when_our_result_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(baselines.fk, "gated_residual", lambda x, y, gate: x + gate * y)
     asked = ["--quick", "--op", "gated_residual", "--against", "eager", "--seconds", "0"]
@@ -97,7 +168,8 @@ def test_bench_fails_when_our_result_is_wrong(monkeypatch, capsys):
     ("asked", "message"),
     [
         (["--op", "gated_attention"], "--op gated_attention is not one of masked_cross_attention, "),
-        (["--against", "cudnn"], "--against cudnn is not one of eager, sdpa, compile, torch.add."),
+        (["--against", "cudnn"], "--against cudnn is not one of eager, sdpa, compile, flex, flash-attn, "),
+        (["--device", "mps"], "expected the device cpu or cuda:0, got mps"),
         (["--load", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
         (["--readme", "CHANGELOG.md"], "CHANGELOG.md: expected one '<!-- bench: begin -->'"),
     ],

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from flamingo_kernels import (
+    MediaMask,
     UnsupportedError,
     _dispatch,
     _env,
     _extension,
+    _triton,
     available_backends,
     gated_residual,
+    masked_cross_attention,
     use_backend,
 )
 
@@ -105,7 +108,7 @@ def test_use_backend_nests_and_restores(calls, compiled):
 def test_use_backend_restores_after_an_error(calls):
     with pytest.raises(ZeroDivisionError), use_backend("reference"):
         raise ZeroDivisionError
-    with pytest.raises(UnsupportedError), use_backend("triton"):
+    with pytest.raises(UnsupportedError), use_backend("cuda"):
         gated_residual(*tensors())
     assert _dispatch.default_backend == "auto"
 
@@ -141,8 +144,64 @@ def test_the_environment_chooses():
 
 
 def test_the_environment_never_falls_back():
-    done = python("fk.gated_residual(x, x, g)", FLAMINGO_KERNELS_BACKEND="triton")
-    assert 'UnsupportedError: gated_residual: backend="triton" was requested but' in done.stderr
+    done = python("fk.gated_residual(x, x, g)", FLAMINGO_KERNELS_BACKEND="cuda")
+    assert 'UnsupportedError: gated_residual: backend="cuda" was requested but' in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_says_why_not_and_how():
+    done = python("fk.gated_residual(x, x, g, backend='triton')", TRITON_INTERPRET="0")
+    assert 'backend="triton" was requested but there is no GPU' in done.stderr
+    assert "TRITON_INTERPRET=1" in done.stderr
+
+
+def test_triton_refuses_what_is_on_another_device(monkeypatch):
+    """With a GPU and without the interpreter a tensor on the CPU is refused, with both ways out."""
+    monkeypatch.setattr(_env, "INTERPRET", False)
+    monkeypatch.setattr(_triton, "why_not", lambda: "")
+    with pytest.raises(UnsupportedError, match=r"a tensor is on cpu; .* GPU, .* TRITON_INTERPRET=1"):
+        gated_residual(*tensors(), backend="triton")
+    with pytest.raises(UnsupportedError, match="a tensor is on meta"):
+        gated_residual(*tensors(device="meta"), backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [((1, 1, 300, 1, 8), "R=300 is above 256"), ((1, 1, 4, 1, 300), "head_dim=300 is above 256")],
+)
+def test_triton_names_the_size_that_is_too_large(shape, reason, monkeypatch):
+    monkeypatch.setattr(_triton, "why_not", lambda: "")
+    k = torch.ones(shape)
+    q, mask = torch.ones(1, 2, 1, shape[-1]), MediaMask.from_text_time(torch.ones(1, 2, dtype=torch.int64), 1)
+    with pytest.raises(UnsupportedError, match=reason):
+        masked_cross_attention(q, k, k, mask, backend="triton")
+
+
+def test_an_interpreter_runs_only_by_name(calls, monkeypatch):
+    monkeypatch.setattr(_env, "INTERPRET", True)
+    gated_residual(*tensors())
+    assert calls[0] in ("cpu", "reference")
+    with use_backend("triton"):
+        gated_residual(*tensors())
+    assert calls[1] == "triton"
+
+
+def test_why_triton_cannot_run(monkeypatch):
+    why_not = _triton.why_not.__wrapped__
+    monkeypatch.setattr(_triton, "_installed", lambda: False)
+    assert "triton is not installed" in why_not()
+    monkeypatch.setattr(_triton, "_installed", lambda: True)
+    monkeypatch.setattr(_triton.metadata, "version", lambda _: "3.5.1")
+    assert why_not() == "triton 3.5.1 is older than 3.6"
+    monkeypatch.setattr(_triton.metadata, "version", lambda _: "3.10.0")
+    monkeypatch.setattr(_env, "INTERPRET", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for capabilities, reason in ((((9, 0), (7, 5)), "capability 7.5, below 8.0"), (((9, 0), (8, 0)), "")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+        assert why_not().endswith(reason)
+        assert bool(why_not()) is bool(reason)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from flamingo_kernels import MediaMask, masked_cross_attention
+from flamingo_kernels import MediaMask, _library, masked_cross_attention
 from flamingo_kernels.testing import (
     Case,
     GatedResidualCase,
@@ -19,7 +19,6 @@ from flamingo_kernels.testing import (
     evaluate,
 )
 
-OPERATIONS = torch.ops.flamingo_kernels
 NAMES = ("masked_cross_attention", "perceiver_attention", "gated_residual", "gated_residual_norm")
 CASES = [
     MaskedCrossAttentionCase(length=11),
@@ -29,6 +28,10 @@ CASES = [
     GatedResidualNormCase(),
     GatedResidualNormCase(norm="rms", gate=()),
 ]
+
+
+def operation(name: str, backend: str):
+    return _library.backends_of(name)[backend]
 
 
 def case_name(case: Case) -> str:
@@ -46,7 +49,8 @@ def test_every_operator_has_one_forward_and_one_backward():
     registered = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "flamingo_kern" in name
     }
-    assert registered == {f"{name}_{way}" for name in NAMES for way in ("fwd", "bwd")}
+    both = {f"{name}_{way}" for name in NAMES for way in ("fwd", "bwd")}
+    assert registered == both | {f"{name}.triton" for name in both}
 
 
 def test_the_extension_has_a_kernel_for_each(compiled):
@@ -55,12 +59,12 @@ def test_the_extension_has_a_kernel_for_each(compiled):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flamingo_kernels::{name}_{way}", "CPU")
 
 
-def calls(dtype: torch.dtype) -> dict[str, tuple]:
+def calls(dtype: torch.dtype, backend: str) -> dict[str, tuple]:
     """Arguments for each of the eight operations."""
     masked = MaskedCrossAttentionCase(dtype=dtype, groups=2, immediate=False)
     q, k, v = masked.tensors().values()
     mask = masked.mask()
-    spans = (mask.lo, mask.hi, mask.start, mask.stop, mask.immediate, 0.25)
+    spans = (mask.lo, mask.hi, mask.start, mask.stop, mask.immediate, True, 0.25)
     perceiver = PerceiverAttentionCase(dtype=dtype).tensors()
     q_latents, *keys = perceiver.values()
     lengths = torch.tensor([3, 21], dtype=torch.int32)
@@ -71,9 +75,11 @@ def calls(dtype: torch.dtype) -> dict[str, tuple]:
         "gated_residual_fwd": (x, y, gate),
         "gated_residual_norm_fwd": (x, y, gate, weight, bias, 1e-5, False),
     }
-    out, lse = OPERATIONS.masked_cross_attention_fwd(*forward["masked_cross_attention_fwd"])
-    out_latents, lse_latents = OPERATIONS.perceiver_attention_fwd(*forward["perceiver_attention_fwd"])
-    z, n, *moments = OPERATIONS.gated_residual_norm_fwd(*forward["gated_residual_norm_fwd"])
+    out, lse = operation("masked_cross_attention_fwd", backend)(*forward["masked_cross_attention_fwd"])
+    out_latents, lse_latents = operation("perceiver_attention_fwd", backend)(
+        *forward["perceiver_attention_fwd"]
+    )
+    z, n, *moments = operation("gated_residual_norm_fwd", backend)(*forward["gated_residual_norm_fwd"])
     return forward | {
         "masked_cross_attention_bwd": (q, q, k, v, out, lse, *spans),
         "perceiver_attention_bwd": (q_latents, q_latents, *keys, out_latents, lse_latents, lengths, 0.25),
@@ -84,9 +90,9 @@ def calls(dtype: torch.dtype) -> dict[str, tuple]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", [f"{name}_{way}" for name in NAMES for way in ("fwd", "bwd")])
-def test_opcheck(name, dtype, compiled):
+def test_opcheck(name, dtype, kernels):
     """Inputs without requires_grad: autograd is not registered on the operations but wraps them."""
-    torch.library.opcheck(getattr(OPERATIONS, name).default, calls(dtype)[name])
+    torch.library.opcheck(operation(name, kernels), calls(dtype, kernels)[name])
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_name)

@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import flamingo
 import flamingo_kernels
-from flamingo_kernels import _dispatch, _env
+from flamingo_kernels import _dispatch, _env, support
 from flamingo_kernels.bench import report
 
 ROOT = Path(__file__).parents[1]
@@ -24,8 +26,19 @@ def test_its_python_runs():
 def test_it_names_every_operator_and_backend():
     operators = re.findall(r"^\| `(\w+)\(", README, flags=re.MULTILINE)
     assert sorted(operators) == sorted(_dispatch.operators())
-    table = README.partition("## What runs where")[2].partition("\n\n`cpu` is")[0]
-    assert set(re.findall(r"`(\w+)`", table)) - set(operators) == set(_env.BACKENDS)
+    section = README.partition("## What runs where")[2].partition("## ")[0]
+    assert set(_env.BACKENDS) <= set(re.findall(r"`(\w+)`", section))
+
+
+def test_its_support_table_is_that_of_the_code():
+    shown = README.partition(support.BEGIN)[2].partition(support.END)[0]
+    assert shown.strip() == support.table(), "python -m flamingo_kernels support --readme README.md"
+
+
+def test_a_file_without_markers_is_refused(tmp_path):
+    (tmp_path / "page.md").write_text(f"text {support.BEGIN} text")
+    with pytest.raises(ValueError, match="expected '<!-- support: begin"):
+        support.update_readme(tmp_path / "page.md")
 
 
 def test_its_links_lead_somewhere():

@@ -94,12 +94,13 @@ const int32_t* spans_of(const char* operation, const Tensor& t, int64_t batch, i
 
 MaskedCrossAttention masked_params(
     const char* operation, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi,
-    const Tensor& start, const Tensor& stop, bool immediate, double scale, const Tensor& out, const Tensor& softmax) {
+    const Tensor& start, const Tensor& stop, bool immediate, bool averages, double scale, const Tensor& out,
+    const Tensor& softmax) {
   MaskedCrossAttention p = {};
   p.dtype = dtype_of(q);
   p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
   p.media = k.size(1), p.latents = k.size(2), p.kv_heads = k.size(3);
-  p.scale = scale, p.immediate = immediate;
+  p.scale = scale, p.immediate = immediate, p.averages = averages;
   p.lo = spans_of(operation, lo, p.batch, p.length), p.hi = spans_of(operation, hi, p.batch, p.length);
   p.start = spans_of(operation, start, p.batch, p.media), p.stop = spans_of(operation, stop, p.batch, p.media);
   p.q = rows_of(operation, q), p.out = rows_of(operation, out);
@@ -109,21 +110,23 @@ MaskedCrossAttention masked_params(
 }
 
 std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
-    Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor start, Tensor stop, bool immediate, double scale) {
+    Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor start, Tensor stop, bool immediate, bool averages,
+    double scale) {
   Tensor out = fresh_like(q),
          softmax = fresh(q, {2, q.size(0), q.size(2), immediate ? 0 : q.size(1)}, ScalarType::Float);
-  const MaskedCrossAttention p =
-      masked_params("masked_cross_attention_fwd", q, k, v, lo, hi, start, stop, immediate, scale, out, softmax);
+  const MaskedCrossAttention p = masked_params(
+      "masked_cross_attention_fwd", q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
   run(variant().masked_cross_attention_fwd(p.dtype), p);
   return {out, softmax};
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor lo, Tensor hi, Tensor start, Tensor stop,
-    bool immediate, double scale) {
+    bool immediate, bool averages, double scale) {
   const char* operation = "masked_cross_attention_bwd";
   Tensor dq = fresh_like(q), dk = fresh_like(k), dv = fresh_like(v);
-  MaskedCrossAttention p = masked_params(operation, q, k, v, lo, hi, start, stop, immediate, scale, out, softmax);
+  MaskedCrossAttention p =
+      masked_params(operation, q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
   p.dout = rows_of(operation, dout), p.dq = rows_of(operation, dq);
   p.dk = media_of(operation, dk), p.dv = media_of(operation, dv);
   run(variant().masked_cross_attention_bwd(p.dtype), p);

@@ -194,7 +194,8 @@ struct Backward {
       tile.ahead.plan(1, latents_of<const T>(p.v, b, m, hk + 1), p.latents);
     }
     for (int64_t h = hk * group; h < (hk + 1) * group; ++h) collect(p, b, h, m);
-    for (int64_t h = hk * group; h < (hk + 1) * group; ++h) collect_averages(p, b, h);
+    if (p.averages)
+      for (int64_t h = hk * group; h < (hk + 1) * group; ++h) collect_averages(p, b, h);
     block.write(latents_of<T>(p.dk, b, m, hk), latents_of<T>(p.dv, b, m, hk));
   }
 

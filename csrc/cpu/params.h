@@ -24,6 +24,7 @@ struct MaskedCrossAttention {
   int64_t batch, length, heads, head_dim, media, latents, kv_heads;
   float scale;
   bool immediate;       // no row sees more than one medium
+  bool averages;        // rows with hi < 0 may be there: they average all values
   const int32_t* lo;    // [B, T] contiguous
   const int32_t* hi;    // [B, T]
   const int32_t* start; // [B, M]

@@ -3,7 +3,8 @@
 shapes     what is timed and what must be reached, as data
 baselines  the contenders' calls
 run        check, then time
-timing     the clock: interleaved, medians and percentiles
+timing     the clocks: interleaved, medians and percentiles
+floors     the bytes a call must move, and how fast the device moves bytes
 memory     the peak of a call
 proof      whether a result is right
 rows       what is kept of a run
@@ -49,22 +50,40 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _load_or_run(options: argparse.Namespace) -> Run:
+    import torch
+
+    from ..info import why_not_on
+    from .floors import ceilings
     from .report import RIVALS
     from .rows import Run
     from .run import ProgressBar, run
-    from .shapes import CASES, QUICK
+    from .shapes import CASES_OF, QUICK
 
     if options.load:
         return Run.load(options.load)
-    every = QUICK if options.quick else CASES
+    if why := why_not_on(options.device):
+        raise ValueError(f"{why}.")
+    device = torch.device(options.device)
+    every = QUICK if options.quick else CASES_OF[device.type]
     ops, against = options.op or [], options.against or []
     _expect_known("--op", ops, [case.op for case in every])
     _expect_known("--against", against, RIVALS)
     cases = [case for case in every if not ops or case.op in ops]
     seconds = options.seconds if options.seconds is not None else 0.1 if options.quick else 2.0
+    reached = None
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+        reached = ceilings(options.device)
     progress = ProgressBar(len(cases))
     try:
-        return run(cases, against=against, seconds=seconds, progress=progress)
+        return run(
+            cases,
+            against=against,
+            seconds=seconds,
+            progress=progress,
+            device=options.device,
+            ceilings=reached,
+        )
     finally:
         progress.close()
 

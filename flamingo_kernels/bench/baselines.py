@@ -4,11 +4,13 @@
 - eager: the reference modules of `flamingo`, dense scores and all.
 - sdpa: `scaled_dot_product_attention`, with the dense boolean mask where there is one.
 - compile: `torch.compile` of eager.
+- flex: `torch.compile(flex_attention)` with a block mask of the same spans.
+- flash-attn: its `varlen` attention, where it is installed; the rows of a medium are one sequence.
 - torch.add: `x + y`, which moves the bytes of a gated residual and leaves the gate out; a floor, not a rival.
 
-What is built once per batch stays outside the timing: our MediaMask, the dense mask of sdpa, `text_time` for
-eager. Joining the keys of media and latents is inside for eager and sdpa: they do it in every layer, and not
-needing it is part of what perceiver_attention is for.
+What is built once per batch stays outside the timing: our MediaMask, the dense mask of sdpa, the block mask
+of flex, the sequences of flash-attn, `text_time` for eager. Joining the keys of media and latents is inside
+for eager and sdpa: they do it in every layer, and not needing it is part of what perceiver_attention is for.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import flamingo_kernels as fk
 from flamingo import modules
@@ -52,13 +55,13 @@ def contenders(case: Case, dtype: torch.dtype | None = None, device: str = "cpu"
         dtype: what the numbers are held in; they are those of the case's dtype whatever it is. Default: that.
         device: where the tensors are.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     rounded = getattr(torch, case.dtype)
     held = dtype or rounded
 
     def randn(*shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
-        numbers = mean + std * torch.randn(*shape, generator=generator)
-        return numbers.to(rounded).to(device, held).requires_grad_()
+        numbers = mean + std * torch.randn(*shape, generator=generator, device=device)
+        return numbers.to(rounded).to(held).requires_grad_()
 
     return _BUILDERS[case.op](randn, **case.sizes)
 
@@ -68,12 +71,18 @@ def _masked_cross_attention(randn: Randn, *, B: int, T: int, M: int, R: int, H: 
     locations = _media_locations(B, T, M, q.device)
     mask, times = fk.MediaMask.last_preceding(locations, M), modules.text_time(locations)
     dense = mask.dense(R)  # [B, 1, T, M * R]
-    return _over(
+    eager = _by_sequence if q.dtype == torch.float64 else modules.dense_masked_attention
+    makers = _over(
         (q, k, v),
         ours=lambda: fk.masked_cross_attention(q, k, v, mask),
-        eager=lambda: modules.dense_masked_attention(q, k, v, times),
+        eager=lambda: eager(q, k, v, times),
         sdpa=lambda: _sdpa(q, k.flatten(1, 2), v.flatten(1, 2), dense),
     )
+    return {
+        **makers,
+        "flex": lambda: Contender(_flex(q, k, v, mask), (q, k, v)),
+        "flash-attn": lambda: Contender(_flash_attn(q, k, v, times), (q, k, v)),
+    }
 
 
 def _perceiver_attention(randn: Randn, *, N: int, S: int, R: int, H: int, d: int) -> Contenders:
@@ -119,7 +128,7 @@ def _gated_cross_attention_block(
     x, media = randn(B, T, D), randn(B, M, R, D // 2)
     locations = _media_locations(B, T, M, x.device)
     dense = fk.MediaMask.last_preceding(locations, M).dense(R)
-    block = modules.GatedCrossAttentionBlock(dim=D, dim_visual=D // 2, dim_head=d, heads=H)
+    block = modules.GatedCrossAttentionBlock(dim=D, dim_visual=D // 2, dim_head=d, heads=H).to(x.device)
     return _layer(
         block,
         randn,
@@ -131,7 +140,7 @@ def _gated_cross_attention_block(
 
 def _perceiver_resampler(randn: Randn, *, N: int, S: int, D: int, R: int, H: int, d: int) -> Contenders:
     x = randn(1, N, 1, S, D)
-    resampler = modules.PerceiverResampler(dim=D, depth=1, dim_head=d, heads=H, num_latents=R)
+    resampler = modules.PerceiverResampler(dim=D, depth=1, dim_head=d, heads=H, num_latents=R).to(x.device)
     return _layer(
         resampler,
         randn,
@@ -209,6 +218,54 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor
     """q `[B, T, H, d]`, k and v `[B, S, H, d]`, as views: nothing is copied on the way in."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _by_sequence(q: Tensor, k: Tensor, v: Tensor, times: Tensor) -> Tensor:
+    """Eager, one sequence at a time and anew for the backward pass: all scores in float64 fill a GPU."""
+    alone = [tensor.split(1) for tensor in (q, k, v, times)]
+    parts = [
+        checkpoint(modules.dense_masked_attention, *each, use_reentrant=False)
+        for each in zip(*alone, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: fk.MediaMask) -> Call:
+    """Blocks of 128 keys hold two media: the tiles of its backward pass on sm_90 take no smaller ones."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    (batch, length, _, _), (media, latents) = q.shape, k.shape[1:3]
+
+    def visible(b: Tensor, _: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        medium = key // latents
+        return (mask.lo[b, row] <= medium) & (medium < mask.hi[b, row])
+
+    blocks = create_block_mask(visible, batch, None, length, media * latents, device=str(q.device))
+    attend = torch.compile(flex_attention, dynamic=False)
+
+    def call() -> Tensor:
+        queries, keys, values = (each.transpose(1, 2) for each in (q, k.flatten(1, 2), v.flatten(1, 2)))
+        return attend(queries, keys, values, block_mask=blocks).transpose(1, 2)
+
+    return call
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, times: Tensor) -> Call:
+    """Every sequence is cut where its medium changes; rows before the first one get a piece without keys."""
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    media, latents = k.shape[1:3]
+    rows = (times[..., None] == torch.arange(media + 1, device=times.device)).sum(1)  # [B, 1 + M]
+    keys = torch.full_like(rows, latents)
+    keys[:, 0] = 0
+    ends_q, ends_k = (F.pad(sizes.flatten().cumsum(0), (1, 0)).int() for sizes in (rows, keys))
+    longest = int(rows.max())
+
+    def call() -> Tensor:
+        packed = (q.flatten(0, 1), k.flatten(0, 2), v.flatten(0, 2))
+        return flash_attn_varlen_func(*packed, ends_q, ends_k, longest, latents).view(q.shape)
+
+    return call
 
 
 def _media_locations(batch: int, length: int, num_media: int, device: torch.device) -> Tensor:

@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .baselines import OURS
 from .rows import Key, Row, Run, Skipped
-from .shapes import CASES, FLAT_MEMORY, HEADS, Target
+from .shapes import CASES_OF, FLAT_MEMORY, HEADS, Floor, Target
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
-COLUMNS = ("eager", "sdpa", "compile")
-RIVALS = (*COLUMNS, "torch.add")
+COLUMNS = {"eager": "eager", "sdpa": "SDPA", "compile": "compile"}
+MORE_COLUMNS = {"flex": "flex", "flash-attn": "flash-attn"}  # where there are any
+RIVALS = (*COLUMNS, *MORE_COLUMNS, "torch.add")
 
 
 class Verdict(NamedTuple):
-    """A target, the ratio that was measured, and whether it is enough."""
+    """A target, the ratio or the share that was measured, and whether it is enough."""
 
-    target: Target
-    ratio: float
+    target: Target | Floor
+    measured: float
 
     @property
     def met(self) -> bool:
-        return self.ratio >= self.target.ratio
+        wanted = self.target.share if isinstance(self.target, Floor) else self.target.ratio
+        return self.measured >= wanted
 
     def __str__(self) -> str:
-        # A floor is a ratio below 1, and reads better the other way round.
-        measured = self.ratio if self.target.ratio > 1 else 1 / self.ratio
-        return f"{self.target}: {_met(self.met)} ({_times(measured)})"
+        return f"{self.target}: {_met(self.met)} ({self.shown})"
+
+    @property
+    def shown(self) -> str:
+        if isinstance(self.target, Floor):
+            return f"{self.measured:.0%}"
+        # A rival that may be a little faster is a ratio below 1, and reads better the other way round.
+        return _times(self.measured if self.target.ratio > 1 else 1 / self.measured)
 
 
 def verdicts(key: Key, rows: dict[str, Row]) -> list[Verdict]:
-    """The targets of a case whose contenders all have a row."""
-    targets = next(
-        (case.targets for case in CASES if key == (case.op, case.shape, case.dtype, case.mode)), ()
-    )
-    return [
-        Verdict(target, min(rows[name].ratio for name in target.against))
-        for target in targets
-        if all(name in rows for name in target.against)
-    ]
+    """The targets of a case that could be measured."""
+    judged = ((target, _measured(target, rows)) for target in _targets(key, rows[OURS].device_type))
+    return [Verdict(target, value) for target, value in judged if value is not None]
+
+
+def _targets(key: Key, device_type: str) -> tuple[Target | Floor, ...]:
+    cases = CASES_OF[device_type]
+    return next((case.targets for case in cases if key == (case.op, case.shape, case.dtype, case.mode)), ())
+
+
+def _measured(target: Target | Floor, rows: dict[str, Row]) -> float | None:
+    if isinstance(target, Floor):
+        return rows[OURS].floor_share
+    ratios = [rows[name].ratio for name in target.against if name in rows]
+    return min(ratios) if len(ratios) == len(target.against) else None
 
 
 def memory_verdict(run: Run) -> str:
@@ -72,15 +86,41 @@ def table(run: Run) -> str:
     return "\n".join([*lines, *filter(None, [memory_verdict(run), conditions(run)])])
 
 
+def brief(run: Run) -> str:
+    """One line a case and one for its targets, where there is little room."""
+    columns = [*columns_of(run), "torch.add"]
+    line = "{:<64} {:>9} {:>6}" + "".join(f" {{:>{max(len(name), 7)}}}" for name in columns)
+    lines = [line.format("times as long as ours", "ours", "floor", *columns)]
+    for key, rows in run.cases.items():
+        mode = key.mode.replace("forward+backward", "both")
+        share, ours = rows[OURS].floor_share, _milliseconds(rows[OURS].median_ms)
+        cells = [
+            f"{key.op} {_short(key.shape)} {key.dtype} {mode}",
+            ours,
+            "-" if share is None else f"{share:.0%}",
+        ]
+        cells += [_times(rows[name].ratio) if name in rows else "-" for name in columns]
+        lines.append(line.format(*cells))
+        lines += [f"    {'; '.join(map(str, found))}" for found in [verdicts(key, rows)] if found]
+    return "\n".join(lines + _left_out(run))
+
+
+def _left_out(run: Run) -> list[str]:
+    """The contenders without a row, by reason."""
+    counts = Counter(f"{each.contender} {_reason(each)}"[:160] for each in run.skipped)
+    return [f"{what} ({count}x)" for what, count in counts.items()]
+
+
 def markdown(run: Run) -> str:
     """One line a case, for the README."""
+    columns = columns_of(run)
     lines = [
-        "| | dtype | mode | ours | eager | SDPA | compile | target |",
-        "|---|---|---|--:|--:|--:|--:|---|",
+        f"| | dtype | mode | ours | {' | '.join(columns.values())} | target |",
+        f"|---|---|---|--:|{'--:|' * len(columns)}---|",
     ]
     for key, rows in run.cases.items():
         cells = [f"`{key.op}` {_short(key.shape)}", key.dtype, key.mode, _milliseconds(rows[OURS].median_ms)]
-        cells += [_times(rows[name].ratio) if name in rows else "-" for name in COLUMNS]
+        cells += [_times(rows[name].ratio) if name in rows else "-" for name in columns]
         cells.append("<br>".join(map(str, verdicts(key, rows))))
         lines.append("| " + " | ".join(cells) + " |")
     notes = [
@@ -92,6 +132,12 @@ def markdown(run: Run) -> str:
     return "\n".join([*lines, "", "\n\n".join(filter(None, notes))])
 
 
+def columns_of(run: Run) -> dict[str, str]:
+    """The rivals that have a column in a table of this run, and its heading."""
+    timed = {row.contender for row in run.rows}
+    return COLUMNS | {name: heading for name, heading in MORE_COLUMNS.items() if name in timed}
+
+
 def conditions(run: Run) -> str:
     """What the numbers were measured on."""
     if not run.rows:
@@ -99,8 +145,9 @@ def conditions(run: Run) -> str:
     ours = {row.variant for row in run.rows if row.contender == OURS}
     row = run.rows[0]
     commit = f", commit {row.commit}" if row.commit else ""
+    threads = f", {row.threads} threads" if row.device_type == "cpu" else ""
     return (
-        f"Medians on {row.device}, {row.threads} threads, torch {row.torch}, backend "
+        f"Medians on {row.device}{threads}, torch {row.torch}, backend "
         f"{', '.join(sorted(ours))}{commit}, {row.time}."
     )
 
@@ -174,7 +221,14 @@ def _slot(name: str, rows: dict[str, Row]) -> tuple[float, float]:
 
 
 _USUAL = "".join(f" {letter}{size}" for letter, size in HEADS.items())
-_COLOURS = {"eager": "#c8553d", "sdpa": "#588b8b", "compile": "#f28f3b", "torch.add": "#93b7be"}
+_COLOURS = {
+    "eager": "#c8553d",
+    "sdpa": "#588b8b",
+    "compile": "#f28f3b",
+    "flex": "#6a4c93",
+    "flash-attn": "#8ab17d",
+    "torch.add": "#93b7be",
+}
 
 
 def _label(key: Key) -> str:
@@ -196,7 +250,8 @@ def _line(row: Row) -> str:
     error = "a floor, not compared" if row.err is None else f"error {row.err:.1e} of {row.budget:.1e}"
     memory = "" if row.extra_mib is None else f"{row.extra_mib:.1f} MiB"
     cells = [f"{row.contender:<17}", f"{time:<32}", f"{_times(row.ratio):>7}", f"{memory:>10}", error]
-    return "    " + "  ".join([*cells, row.variant]).rstrip()
+    floor = "" if row.floor_share is None else f"{row.floor_share:.0%} of the byte floor"
+    return "    " + "  ".join([*cells, row.variant, floor]).rstrip()
 
 
 def _reason(skipped: Skipped) -> str:

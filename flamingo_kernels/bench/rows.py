@@ -48,6 +48,9 @@ class Row(_Entry):
     torch: str
     commit: str | None
     time: str  # of the run, UTC
+    device_type: str = "cpu"
+    least_bytes: int | None = None  # see `floors`; None for a layer
+    floor_share: float | None = None  # of the time those bytes take at copy bandwidth; None if not measured
 
 
 @dataclasses.dataclass(frozen=True)

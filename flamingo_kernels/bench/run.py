@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +14,16 @@ from torch import Tensor
 
 from .. import info
 from .baselines import OURS, Contender, contenders
+from .floors import Ceilings, least_bytes
 from .memory import peak_growth
 from .proof import prove
 from .rows import Key, Row, Run, Skipped
 from .shapes import Case, Mode
-from .timing import interleave
+from .timing import Clock, Spread, clock_of, interleave
 
 Call = Callable[[], tuple[Tensor, ...]]
+
+NO_TIME = "no time was left"
 
 
 class Checked(NamedTuple):
@@ -42,6 +47,10 @@ def run(
     against: Sequence[str] = (),
     seconds: float = 2.0,
     progress: Callable[[str], None] = lambda text: None,
+    device: str = "cpu",
+    clock: Clock | None = None,
+    ceilings: Ceilings | None = None,
+    out_of_time: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Check and time every contender of every case.
 
@@ -50,47 +59,106 @@ def run(
         against: names of the contenders to compare with; all if empty.
         seconds: how long to time one case, all contenders together.
         progress: told what is going on.
+        device: where to run.
+        clock: what keeps the time; the device's own by default.
+        ceilings: what the device reaches, to judge ours by; None to leave that out.
+        out_of_time: asked before each case; once it says so, the others are skipped.
     """
     rows: list[Row] = []
     skipped: list[Skipped] = []
+    clock = clock or clock_of(device)
     for case in cases:
-        key = Key(case.op, case.shape, case.dtype, case.mode)
-        progress(f"{case}: checking")
-        sound, refused = check(case, against)
-        skipped += [Skipped(*key, name, each.reason, each.wrong) for name, each in refused.items()]
-        if OURS not in sound:
-            skipped += [Skipped(*key, name, "nothing to compare with", refused=False) for name in sound]
-            continue
-        progress(f"{case}: timing")
-        rows += _time(key, sound, seconds)
-        if not against or "compile" in against:
-            torch.compiler.reset()  # or it would soon refuse to compile yet another shape
+        found: Run | None = None
+        try:
+            if not out_of_time():
+                found = _run_case(case, against, seconds, progress, device, clock, ceilings)
+            why = NO_TIME
+        except RuntimeError as error:  # the device is out of memory, or worse
+            why = _first_line(error)
+        if found is None:
+            found = Run([], [Skipped(*_key(case), OURS, why, refused=False)])
+        rows, skipped = rows + found.rows, skipped + found.skipped
+        _clean_up(against, device)
     return Run(rows, skipped)
 
 
-def _time(key: Key, sound: dict[str, Checked], seconds: float) -> list[Row]:
-    spreads = interleave({name: each.call for name, each in sound.items()}, seconds=seconds, least_rounds=3)
-    conditions = _conditions()
+def _run_case(
+    case: Case,
+    against: Sequence[str],
+    seconds: float,
+    progress: Callable[[str], None],
+    device: str,
+    clock: Clock,
+    ceilings: Ceilings | None,
+) -> Run:
+    progress(f"{case}: checking")
+    sound, refused = check(case, against, device)
+    skipped = [Skipped(*_key(case), name, each.reason, each.wrong) for name, each in refused.items()]
+    if OURS not in sound:
+        alone = [Skipped(*_key(case), name, "nothing to compare with", refused=False) for name in sound]
+        return Run([], skipped + alone)
+    progress(f"{case}: timing")
+    calls = {name: each.call for name, each in sound.items()}
+    spreads = interleave(calls, seconds=seconds, least_rounds=3, clock=clock)
+    return Run(_rows(case, sound, spreads, device, ceilings), skipped)
+
+
+def _key(case: Case) -> Key:
+    return Key(case.op, case.shape, case.dtype, case.mode)
+
+
+def _clean_up(against: Sequence[str], device: str) -> None:
+    if not against or {"compile", "flex"} & set(against):
+        torch.compiler.reset()  # or it would soon refuse to compile yet another shape
+    if torch.device(device).type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _rows(
+    case: Case,
+    sound: dict[str, Checked],
+    spreads: dict[str, Spread],
+    device: str,
+    ceilings: Ceilings | None,
+) -> list[Row]:
+    conditions = _conditions(device)
+    moved = least_bytes(case)
+    floor_ms = moved / ceilings.copy_gb_s / 1e6 if moved and ceilings else 0.0
     return [
         Row(
-            *key,
+            *_key(case),
             name,
             *spreads[name],
             ratio=spreads[name].median / spreads[OURS].median,
-            extra_mib=_extra_mib(each.call),
+            extra_mib=_extra_mib(each.call, device),
             err=each.err,
             budget=each.budget,
-            variant=_variant(key.op) if name == OURS else "",
+            variant=_variant(case.op, device) if name == OURS else "",
+            least_bytes=moved,
+            floor_share=floor_ms / spreads[name].median or None,
             **conditions,
         )
         for name, each in sound.items()
     ]
 
 
-def check(case: Case, against: Sequence[str] = ()) -> tuple[dict[str, Checked], dict[str, Refused]]:
+def prepare(task: tuple[Case, str, str]) -> None:
+    """Call a contender of a case on a device once, for what it leaves on disk: compiled code."""
+    case, name, device = task
+    makers = contenders(case, device=device)
+    with suppress(Exception):  # it will be met again, and reported, when the contender is checked
+        if name in makers:
+            _call(makers[name](), case.mode)()
+    torch.compiler.reset()
+
+
+def check(
+    case: Case, against: Sequence[str] = (), device: str = "cpu"
+) -> tuple[dict[str, Checked], dict[str, Refused]]:
     """Hold the contenders of a case against float64: those within the error budget, and the others."""
-    exact = _call(contenders(case, torch.float64)["eager"](), case.mode)()
-    makers = contenders(case)
+    exact = _call(contenders(case, torch.float64, device)["eager"](), case.mode)()
+    makers = contenders(case, device=device)
     eager = _call(makers["eager"](), case.mode)()
     sound: dict[str, Checked] = {}
     refused: dict[str, Refused] = {}
@@ -127,52 +195,65 @@ def _judge(
 
 
 def _call(contender: Contender, mode: Mode) -> Call:
-    """Gives the contender's outputs, and in "forward+backward" the gradients as well."""
+    """Gives the contender's outputs ("forward"), its gradients ("backward") or both."""
 
     @torch.no_grad()
     def forward() -> tuple[Tensor, ...]:
         return _tuple(contender.call())
+
+    if mode == "forward":
+        return forward
+    douts = _douts(forward())
 
     def forward_backward() -> tuple[Tensor, ...]:
         outputs = _tuple(contender.call())
         gradients = torch.autograd.grad(outputs, contender.wrt, douts)
         return *(output.detach() for output in outputs), *gradients
 
-    if mode == "forward":
-        return forward
-    generator = torch.Generator().manual_seed(1)
-    # Rounded to bfloat16, so that they are the same numbers in every dtype; around 1, so that the gradient of
-    # a gate is no sum that cancels.
-    douts = [(1 + torch.randn(out.shape, generator=generator)).bfloat16().to(out) for out in forward()]
-    return forward_backward
+    if mode == "forward+backward":
+        return forward_backward
+    outputs = _tuple(contender.call())
+    return lambda: torch.autograd.grad(outputs, contender.wrt, douts, retain_graph=True)
+
+
+def _douts(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Gradients for these outputs, the same numbers in every dtype.
+
+    Rounded to bfloat16 to that end; around 1, so that the gradient of a gate is no sum that cancels.
+    """
+    device = outputs[0].device
+    generator = torch.Generator(device).manual_seed(1)
+    numbers = (torch.randn(out.shape, generator=generator, device=device) for out in outputs)
+    return [(1 + each).bfloat16().to(out) for each, out in zip(numbers, outputs, strict=True)]
 
 
 def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _extra_mib(call: Call) -> float | None:
+def _extra_mib(call: Call, device: str) -> float | None:
     kept: list[int] = []
-    growth = peak_growth(lambda: kept.extend(tensor.nbytes for tensor in call()))
+    growth = peak_growth(lambda: kept.extend(tensor.nbytes for tensor in call()), device)
     return None if growth is None else max(growth - sum(kept), 0) / 2**20
 
 
-def _variant(op: str) -> str:
+def _variant(op: str, device: str) -> str:
     """What ours runs on here; a layer takes what its attention takes."""
     attention = {
         "GatedCrossAttentionBlock": "masked_cross_attention",
         "PerceiverResampler": "perceiver_attention",
     }
-    return info.backends_in_use()[attention.get(op, op)]
+    return info.backends_in_use(device)[attention.get(op, op)]
 
 
-def _conditions() -> dict[str, Any]:
+def _conditions(device: str) -> dict[str, Any]:
     return {
-        "device": info.processor_name(),
+        "device": info.device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": info.commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device_type": torch.device(device).type,
     }
 
 

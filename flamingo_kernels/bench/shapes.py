@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-Mode = Literal["forward", "forward+backward"]
+Mode = Literal["forward", "backward", "forward+backward"]
 MODES: tuple[Mode, ...] = ("forward", "forward+backward")
 DTYPES = ("float32", "bfloat16")
 HEADS = {"H": 8, "d": 64, "R": 64}  # every attention below is of this size, as in all OpenFlamingo models
@@ -29,6 +29,16 @@ class Target:
         return f"{bound} {better_of}{' and '.join(self.against)}"
 
 
+class Floor:
+    """Ours must move its bytes at this share of the device's copy bandwidth, see `floors`."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __str__(self) -> str:
+        return f"at least {self.share:.0%} of the byte floor"
+
+
 @dataclass(frozen=True)
 class Case:
     """One operator or layer at one shape, in one dtype, forward or forward and backward."""
@@ -37,7 +47,7 @@ class Case:
     sizes: dict[str, int] = field(hash=False)
     dtype: str
     mode: Mode
-    targets: tuple[Target, ...] = field(default=(), compare=False)
+    targets: tuple[Target | Floor, ...] = field(default=(), compare=False)
 
     @property
     def shape(self) -> str:
@@ -50,13 +60,14 @@ class Case:
 def _cases(
     op: str,
     sizes: dict[str, int],
-    targets: dict[tuple[str, Mode], tuple[Target, ...]] | None = None,
+    targets: dict[tuple[str, Mode], tuple[Target | Floor, ...]] | None = None,
     dtypes: tuple[str, ...] = DTYPES,
+    modes: tuple[Mode, ...] = MODES,
 ) -> list[Case]:
     return [
         Case(op, sizes, dtype, mode, (targets or {}).get((dtype, mode), ()))
         for dtype in dtypes
-        for mode in MODES
+        for mode in modes
     ]
 
 
@@ -104,6 +115,59 @@ CASES = (
     *_cases("GatedCrossAttentionBlock", {"B": 1, "T": 1024, "M": 8, "D": 2048, **HEADS}, dtypes=("float32",)),
     *_cases("PerceiverResampler", {"N": 2, "S": 256, "D": 1024, **HEADS}, dtypes=("float32",)),
 )
+
+# What a GPU is asked, the most important first: where time is short the last ones are left out.
+_HALF = ("bfloat16",)
+_STEP: tuple[str, Mode] = ("bfloat16", "forward+backward")
+_WIDE = {"H": 32, "d": 128, "R": 64}
+GPU_CASES = (
+    *_cases(
+        "masked_cross_attention",
+        {"B": 8, "T": 1024, "M": 8, **HEADS},
+        {_STEP: (Target(12, "eager"), Target(3, "sdpa"), Target(1.5, "flex"))},
+        _HALF,
+    ),
+    *_cases(
+        "masked_cross_attention",
+        {"B": 8, "T": 1024, "M": 32, **HEADS},
+        {_STEP: (Target(25, "eager"), Target(8, "sdpa"), Target(1.5, "flex"))},
+        _HALF,
+    ),
+    *_cases(
+        "masked_cross_attention",
+        {"B": 32, "T": 2048, "M": 32, **HEADS},
+        {_STEP: (Target(40, "eager"), Target(15, "sdpa"), Target(1.5, "flex"), Floor(0.7))},
+        _HALF,
+    ),
+    *(
+        case
+        for sizes in ({"N": 160, "S": 256}, {"N": 8, "S": 7680})
+        for case in _cases(
+            "perceiver_attention",
+            {**sizes, **HEADS},
+            {("bfloat16", mode): (Floor(0.7), Target(3, "eager")) for mode in MODES},
+            _HALF,
+        )
+    ),
+    *(
+        case
+        for op in ("gated_residual", "gated_residual_norm")
+        for case in _cases(
+            op,
+            {"rows": 32768, "D": 2048},
+            {("bfloat16", "forward"): (Floor(0.88),), ("bfloat16", "backward"): (Floor(0.8),)},
+            _HALF,
+            ("forward", "backward", "forward+backward"),
+        )
+    ),
+    *_cases("masked_cross_attention", {"B": 8, "T": 2048, "M": 8, **_WIDE}, {_STEP: (Floor(0.7),)}, _HALF),
+    *_cases("GatedCrossAttentionBlock", {"B": 8, "T": 1024, "M": 8, "D": 2048, **HEADS}, dtypes=_HALF),
+    *_cases("masked_cross_attention", {"B": 1, "T": 1024, "M": 8, **HEADS}, dtypes=_HALF),
+    *_cases("perceiver_attention", {"N": 8, "S": 256, **HEADS}, dtypes=_HALF),
+    *_cases("masked_cross_attention", {"B": 8, "T": 1024, "M": 8, **HEADS}, dtypes=("float32",)),
+)
+
+CASES_OF = {"cpu": CASES, "cuda": GPU_CASES}  # by the type of the device
 
 # Every operator and layer once, small enough for a smoke test: these say nothing about speed.
 _SMALL = {"H": 2, "d": 16, "R": 4}

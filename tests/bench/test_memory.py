@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from flamingo_kernels.bench.memory import peak_growth
 
@@ -16,3 +17,12 @@ def test_peak_counts_what_is_freed_again():
         pytest.skip("this system has no resettable high-water mark")
     assert growth == pytest.approx(32 * MIB, rel=0.2)
     assert peak_growth(lambda: None) < MIB
+
+
+def test_on_a_gpu_torchs_allocator_is_asked(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: seen.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 350)
+    assert peak_growth(lambda: seen.append("called"), "cuda:0") == 250
+    assert seen == ["reset", "called"]

@@ -1,17 +1,21 @@
+import dataclasses
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from flamingo_kernels.bench import report
 from flamingo_kernels.bench.baselines import OURS
 from flamingo_kernels.bench.rows import Key, Row, Run, Skipped
-from flamingo_kernels.bench.shapes import CASES
+from flamingo_kernels.bench.shapes import CASES, CASES_OF, GPU_CASES
 
 MASKED = Key("masked_cross_attention", "B1 T1024 M8 H8 d64 R64", "float32", "forward")
 STEP = MASKED._replace(mode="forward+backward")
 LARGE = STEP._replace(shape="B1 T2048 M32 H8 d64 R64")
+ON_GPU = STEP._replace(shape="B32 T2048 M32 H8 d64 R64", dtype="bfloat16")
+STORED = sorted(Path(__file__).parents[2].glob("benchmarks/results/*/bench.json"))
 
 
 def row(key, contender, median, *, ours=1.0, extra=0.5):
@@ -54,6 +58,7 @@ def outcome():
 def test_the_shapes_of_this_file_are_real():
     keys = {Key(case.op, case.shape, case.dtype, case.mode) for case in CASES}
     assert {MASKED, STEP, LARGE} <= keys
+    assert ON_GPU in {Key(case.op, case.shape, case.dtype, case.mode) for case in GPU_CASES}
 
 
 def test_targets_are_judged_by_the_measured_ratio(outcome):
@@ -80,6 +85,59 @@ def test_the_better_of_two_rivals_counts():
     assert str(verdict) == "at least 8x the better of sdpa and eager: not met (7.00x)"
     del rows["eager"]
     assert report.verdicts(key, rows) == []
+
+
+def on_gpu(share, **medians):
+    rows = [row(ON_GPU, OURS, 1.0), *(row(ON_GPU, name, median) for name, median in medians.items())]
+    return [
+        dataclasses.replace(each, device_type="cuda", floor_share=share / each.median_ms) for each in rows
+    ]
+
+
+def test_a_gpu_has_targets_of_its_own():
+    rows = {each.contender: each for each in on_gpu(0.66, eager=41.0, sdpa=15.0, flex=1.4)}
+    assert [str(verdict) for verdict in report.verdicts(ON_GPU, rows)] == [
+        "at least 40x eager: met (41.0x)",
+        "at least 15x sdpa: met (15.0x)",
+        "at least 1.5x flex: not met (1.40x)",
+        "at least 70% of the byte floor: not met (66%)",
+    ]
+    unmeasured = dataclasses.replace(rows[OURS], floor_share=None)
+    assert report.verdicts(ON_GPU, {OURS: unmeasured}) == []
+    assert report.verdicts(ON_GPU, {OURS: dataclasses.replace(unmeasured, device_type="cpu")}) == []
+
+
+def test_no_case_has_two_sets_of_targets():
+    for cases in CASES_OF.values():
+        keys = [Key(case.op, case.shape, case.dtype, case.mode) for case in cases]
+        assert len(keys) == len(set(keys))
+
+
+def test_a_rival_of_gpus_has_a_column_where_it_was_timed(outcome):
+    found = Run(on_gpu(0.66, eager=41.0, flex=1.4), [])
+    head, _, line, *_ = report.markdown(found).splitlines()
+    assert head == "| | dtype | mode | ours | eager | SDPA | compile | flex | target |"
+    assert "| 1 ms | 41.0x | - | - | 1.40x | at least 40x eager: met" in line
+    assert "threads" not in report.conditions(found)
+    assert "flex" not in report.markdown(outcome)
+
+
+def test_the_brief_table_has_a_line_a_case_and_what_was_left_out(outcome):
+    head, *lines = report.brief(Run(on_gpu(0.66, eager=41.0, flex=1.4), outcome.skipped)).splitlines()
+    assert head.split()[-5:] == ["eager", "sdpa", "compile", "flex", "torch.add"]
+    assert lines[0].split()[-8:] == ["1", "ms", "66%", "41.0x", "-", "-", "1.40x", "-"]
+    assert lines[1].strip().startswith("at least 40x eager: met (41.0x); at least 1.5x flex: not met")
+    assert lines[2:] == [
+        "compile skipped: InvalidCxxCompiler: none found (1x)",
+        f"{OURS} REFUSED: relative error 1e-1 (1x)",
+    ]
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.parent.name)
+def test_stored_results_can_be_read(path):
+    run = Run.load(path)
+    assert all(row.device_type in CASES_OF for row in run.rows)
+    assert [row for row in run.rows if row.contender == OURS]
 
 
 def test_memory_may_not_grow_with_the_shape(outcome):

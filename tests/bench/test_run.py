@@ -1,11 +1,15 @@
 import functools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from flamingo_kernels.bench import baselines
 from flamingo_kernels.bench import run as bench
 from flamingo_kernels.bench.baselines import OURS, Contender, contenders
-from flamingo_kernels.bench.shapes import CASES, QUICK
+from flamingo_kernels.bench.floors import Ceilings, least_bytes
+from flamingo_kernels.bench.shapes import CASES, GPU_CASES, QUICK, Case, Floor
 
 CASE = next(case for case in QUICK if (case.op, case.mode) == ("masked_cross_attention", "forward+backward"))
 AGAINST = ("eager", "sdpa")
@@ -103,6 +107,105 @@ def test_contenders_run_on_the_same_numbers_in_float64(case):
 def test_every_target_names_rivals_of_its_operator():
     names = {case.op: set(contenders(case)) for case in QUICK}
     assert {case.op for case in CASES} == set(names)
-    for case in CASES:
+    for case in (*CASES, *GPU_CASES):
         for target in case.targets:
-            assert set(target.against) <= names[case.op]
+            assert isinstance(target, Floor) or set(target.against) <= names[case.op]
+
+
+def test_ours_is_judged_by_the_bytes_it_must_move():
+    (ours, eager) = bench.run(
+        [CASE], against=["eager"], seconds=0, clock=lambda call, last: 2.0, ceilings=Ceilings(1.0, 1.0)
+    ).rows
+    assert ours.least_bytes == least_bytes(CASE)
+    assert ours.floor_share == eager.floor_share == pytest.approx(least_bytes(CASE) / 1e6 / 2.0)
+    assert ours.device_type == "cpu"
+    assert bench.run([CASE], against=["eager"], seconds=0).rows[0].floor_share is None
+
+
+def test_a_backward_pass_alone_gives_the_same_gradients():
+    both = Case("gated_residual_norm", {"rows": 9, "D": 16}, "float32", "forward+backward")
+    alone = Case(both.op, both.sizes, both.dtype, "backward")
+    found, expected = (bench._call(contenders(case)[OURS](), case.mode) for case in (alone, both))
+    for _ in range(2):  # the graph is kept
+        for one, other in zip(found(), expected()[2:], strict=True):
+            assert torch.equal(one, other)
+    assert [row.mode for row in bench.run([alone], against=["eager"], seconds=0).rows] == ["backward"] * 2
+
+
+def test_what_comes_too_late_is_skipped():
+    answers = iter([False, True])
+    outcome = bench.run([CASE, CASE], against=["eager"], seconds=0, out_of_time=lambda: next(answers))
+    assert [row.contender for row in outcome.rows] == [OURS, "eager"]
+    assert [(each.contender, each.reason) for each in outcome.skipped] == [(OURS, bench.NO_TIME)]
+
+
+def test_a_device_that_fails_in_one_case_is_asked_the_next(monkeypatch):
+    def memory_full(case, *_):
+        if case is CASE:
+            raise torch.OutOfMemoryError("none is left")
+        return check(case, AGAINST)
+
+    check = bench.check
+    monkeypatch.setattr(bench, "check", memory_full)
+    (other,) = [case for case in QUICK if (case.op, case.mode) == (CASE.op, "forward")]
+    outcome = bench.run([CASE, other], against=AGAINST, seconds=0)
+    assert {row.mode for row in outcome.rows} == {"forward"}
+    assert [each.reason for each in outcome.skipped] == ["OutOfMemoryError: none is left"]
+
+
+def test_eager_by_sequence_is_eager():
+    makers = contenders(CASE, torch.float64)
+    one_by_one, at_once = (bench._call(makers[name](), CASE.mode)() for name in ("eager", "sdpa"))
+    for one, other in zip(one_by_one, at_once, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_blocks_of_flex_hold_what_the_mask_shows(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    makers = contenders(
+        Case(CASE.op, {"B": 2, "T": 150, "M": 3, "H": 2, "d": 16, "R": 60}, "float32", "forward")
+    )
+    q, k, v = (tensor.detach() for tensor in makers[OURS]().wrt)
+    locations = baselines._media_locations(2, 150, 3, q.device)
+    mask = baselines.fk.MediaMask.last_preceding(locations, 3)
+    found, expected = baselines._flex(q, k, v, mask)(), makers[OURS]().call()
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+    assert not found[:, 0].any()
+
+
+def test_on_a_cpu_flex_is_skipped_and_says_why():
+    _, refused = bench.check(CASE, ["flex"])
+    assert refused["flex"].reason.startswith(
+        "NotImplementedError: FlexAttention does not support backward on CPU"
+    )
+
+
+def test_without_flash_attn_its_reason_is_kept():
+    _, refused = bench.check(CASE, ["flash-attn"])
+    assert refused["flash-attn"] == bench.Refused(
+        "ModuleNotFoundError: No module named 'flash_attn'", wrong=False
+    )
+
+
+def varlen(q, k, v, ends_q, ends_k, longest_q, longest_k, *, without_keys=0.0):
+    """What flash_attn_varlen_func computes, sequence by sequence."""
+    pieces = []
+    for at in range(len(ends_q) - 1):
+        rows, keys = (slice(ends[at], ends[at + 1]) for ends in (ends_q, ends_k))
+        assert rows.stop - rows.start <= longest_q
+        assert keys.stop - keys.start in (0, longest_k)
+        queries = q[rows]
+        scores = torch.einsum("thd,shd->hts", queries * q.shape[-1] ** -0.5, k[keys])
+        out = torch.einsum("hts,shd->thd", scores.softmax(-1), v[keys])
+        pieces.append(out if keys.stop > keys.start else queries * without_keys)
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize(("without_keys", "right"), [(0.0, True), (float("nan"), False)])
+def test_the_pieces_of_flash_attn_are_the_media(monkeypatch, without_keys, right):
+    function = functools.partial(varlen, without_keys=without_keys)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=function))
+    sound, refused = bench.check(CASE, ["flash-attn"])
+    assert ("flash-attn" in sound) is right
+    assert right or refused["flash-attn"].wrong

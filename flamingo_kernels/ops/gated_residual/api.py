@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _dispatch
+from ... import _dispatch, _library
 from ..._checks import expect_floating_point, expect_same_device, expect_shape, needs_grad, unit_stride
 from . import reference
 
 _NAME = "gated_residual"
-_fwd = torch.ops.flamingo_kernels.gated_residual_fwd.default
-_bwd = torch.ops.flamingo_kernels.gated_residual_bwd.default
+_FWD = _library.backends_of("gated_residual_fwd")
+_BWD = _library.backends_of("gated_residual_bwd")
 
 
 def gated_residual(
@@ -28,7 +28,7 @@ def gated_residual(
         x: residual stream `[..., D]`, float32, bfloat16 or float16 (the reference takes float64 too).
         y: the branch, same shape; its dtype may differ.
         gate: alpha before tanh, 1 element (Flamingo) or D (one a channel; Idefics' vector gate).
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
         `[..., D]` in the dtype torch's promotion gives `x + tanh(gate) * y`, contiguous.
@@ -49,11 +49,13 @@ def gated_residual(
         True
     """
     _validate(x, y, gate)
-    if _dispatch.resolve(_NAME, backend, x, y, gate) == "reference":
+    backend = _dispatch.resolve(_NAME, backend, x, y, gate)
+    if backend == "reference":
         return reference.gated_residual(x, y, gate.flatten() if gate.ndim > 1 else gate).contiguous()
     rows = [unit_stride(tensor.reshape(-1, tensor.shape[-1])) for tensor in (x, y)]
-    run = _GatedResidual.apply if needs_grad(x, y, gate) else _fwd
-    return run(*rows, gate).view(x.shape)
+    if needs_grad(x, y, gate):
+        return _GatedResidual.apply(backend, *rows, gate).view(x.shape)
+    return _FWD[backend](*rows, gate).view(x.shape)
 
 
 def _validate(x: Tensor, y: Tensor, gate: Tensor) -> None:
@@ -73,19 +75,19 @@ def expect_branch(operator: str, x: Tensor, y: Tensor, gate: Tensor) -> None:
     expect_same_device(operator, x=x, y=y, gate=gate)
 
 
-_dispatch.register(_NAME, cpu=_dispatch.cpu_reasons, reference=_dispatch.reference_reasons)
+_dispatch.register(_NAME, sizes=lambda *_: {}, triton={}, cpu={}, reference={})
 
 
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, gate):
+    def forward(ctx, backend, x, y, gate):
         ctx.save_for_backward(y, gate)
-        ctx.dtype = x.dtype
-        return _fwd(x, y, gate)
+        ctx.backend, ctx.dtype = backend, x.dtype
+        return _FWD[backend](x, y, gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dz):
         y, gate = ctx.saved_tensors
-        dy, dgate = _bwd(unit_stride(dz), y, gate)
-        return dz.to(ctx.dtype), dy, dgate.to(gate.dtype)
+        dy, dgate = _BWD[ctx.backend](unit_stride(dz), y, gate)
+        return None, dz.to(ctx.dtype), dy, dgate.to(gate.dtype)

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _dispatch
+from ... import _dispatch, _library
 from ..._checks import expect_floating_point, expect_same_device, expect_shape, needs_grad, unit_stride
 from ..gated_residual.api import expect_branch
 from . import reference
 
 _NAME = "gated_residual_norm"
-_fwd = torch.ops.flamingo_kernels.gated_residual_norm_fwd.default
-_bwd = torch.ops.flamingo_kernels.gated_residual_norm_bwd.default
+_FWD = _library.backends_of("gated_residual_norm_fwd")
+_BWD = _library.backends_of("gated_residual_norm_bwd")
+_WIDEST = 32768  # D that a Triton program holds in one piece
 
 
 def gated_residual_norm(
@@ -43,7 +44,7 @@ def gated_residual_norm(
         bias: offset of the LayerNorm `[D]`, or None. Default: None.
         eps: added to the variance. Default: 1e-5.
         norm: "layer" (LayerNorm) or "rms" (RMSNorm, without bias). Default: "layer".
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
         `(z, n)`, both `[..., D]` in the dtype torch's promotion gives `x + tanh(gate) * y`. n is the norm
@@ -53,8 +54,9 @@ def gated_residual_norm(
         ValueError: shapes or devices that do not fit, an unknown norm, a bias with norm="rms".
         UnsupportedError: the requested backend cannot run these inputs.
 
-    Limits: any strides (a non-contiguous last dimension is copied). Computes in float32. Differentiable
-    once in x, y, gate, weight and bias. Bitwise deterministic, for any number of threads.
+    Limits: triton takes D up to 32768; any strides (a non-contiguous last dimension is copied). Computes in
+    float32. Differentiable once in x, y, gate, weight and bias. Bitwise deterministic, for any number of
+    threads.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2; RMSNorm: arXiv 1910.07467.
 
@@ -65,13 +67,17 @@ def gated_residual_norm(
         True
     """
     _validate(x, y, gate, weight, bias, norm)
-    if _dispatch.resolve(_NAME, backend, x, y, gate, weight, bias) == "reference":
+    backend = _dispatch.resolve(_NAME, backend, x, y, gate, weight, bias)
+    if backend == "reference":
         gate = gate.flatten() if gate.ndim > 1 else gate
         z, n = reference.gated_residual_norm(x, y, gate, weight, bias, eps, norm)
         return z.contiguous(), n.contiguous()
     rows = [unit_stride(tensor.reshape(-1, tensor.shape[-1])) for tensor in (x, y)]
-    run = _GatedResidualNorm.apply if needs_grad(x, y, gate, weight, bias) else _fwd
-    z, n, *_ = run(*rows, gate, weight, bias, float(eps), norm == "rms")
+    inputs = (*rows, gate, weight, bias, float(eps), norm == "rms")
+    if needs_grad(x, y, gate, weight, bias):
+        z, n = _GatedResidualNorm.apply(backend, *inputs)
+    else:
+        z, n, *_ = _FWD[backend](*inputs)
     return z.view(x.shape), n.view(x.shape)
 
 
@@ -88,15 +94,15 @@ def _validate(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor |
     expect_same_device(_NAME, x=x, weight=weight, bias=bias)
 
 
-_dispatch.register(_NAME, cpu=_dispatch.cpu_reasons, reference=_dispatch.reference_reasons)
+_dispatch.register(_NAME, sizes=lambda x, *_: {"D": x.shape[-1]}, triton={"D": _WIDEST}, cpu={}, reference={})
 
 
 class _GatedResidualNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, gate, weight, bias, eps, rms):
-        z, n, mean, rstd = _fwd(x, y, gate, weight, bias, eps, rms)
+    def forward(ctx, backend, x, y, gate, weight, bias, eps, rms):
+        z, n, mean, rstd = _FWD[backend](x, y, gate, weight, bias, eps, rms)
         ctx.save_for_backward(y, gate, weight, z, mean, rstd)
-        ctx.rms, ctx.dtype = rms, x.dtype
+        ctx.backend, ctx.rms, ctx.dtype = backend, rms, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return z, n
 
@@ -105,6 +111,7 @@ class _GatedResidualNorm(torch.autograd.Function):
     def backward(ctx, dz, dn):
         saved = ctx.saved_tensors  # once: non-reentrant checkpointing recomputes them at the first access
         _, gate, weight, *_ = saved
-        dx, dy, dgate, dweight, dbias = _bwd(unit_stride(dz), unit_stride(dn), *saved, ctx.rms)
+        dz, dn = unit_stride(dz), unit_stride(dn)
+        dx, dy, dgate, dweight, dbias = _BWD[ctx.backend](dz, dn, *saved, ctx.rms)
         dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
-        return dx.to(ctx.dtype), dy, dgate.to(gate.dtype), dweight.to(weight.dtype), dbias, None, None
+        return None, dx.to(ctx.dtype), dy, dgate.to(gate.dtype), dweight.to(weight.dtype), dbias, None, None

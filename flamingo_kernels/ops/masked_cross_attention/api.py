@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _dispatch
+from ... import _dispatch, _library
 from ..._checks import (
     autocast,
     expect_head_groups,
@@ -20,8 +20,8 @@ from ...mask import MediaMask
 from . import reference
 
 _NAME = "masked_cross_attention"
-_fwd = torch.ops.flamingo_kernels.masked_cross_attention_fwd.default
-_bwd = torch.ops.flamingo_kernels.masked_cross_attention_bwd.default
+_FWD = _library.backends_of("masked_cross_attention_fwd")
+_BWD = _library.backends_of("masked_cross_attention_bwd")
 _LARGEST = 256  # latents a medium, and head_dim, that the compiled kernels keep in one block
 
 
@@ -53,7 +53,7 @@ def masked_cross_attention(
         v: values, like k.
         mask: which media each row sees, for the same B, T and M; build it once per batch.
         scale: factor on the scores. Default: `d ** -0.5`.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
         `[B, T, H, d]` in the dtype of q, contiguous.
@@ -63,9 +63,10 @@ def masked_cross_attention(
         TypeError: k or v in another dtype than q.
         UnsupportedError: the requested backend cannot run these inputs.
 
-    Limits: cpu takes R and d up to 256; any strides (a non-contiguous last dimension is copied).
-    Accumulates in float32. Differentiable once in q, k and v. Bitwise deterministic, for any number of
-    threads. Memory beside inputs and outputs does not grow with T * M.
+    Limits: cpu and triton take R and d up to 256; any strides (a non-contiguous last dimension is copied).
+    Accumulates in float32 (triton multiplies float32 in tf32 where torch's own switch asks for it).
+    Differentiable once in q, k and v. Bitwise deterministic, for any number of threads. Memory beside inputs
+    and outputs does not grow with T * M.
 
     Source: Flamingo (arXiv 2204.14198), sections 2.2 and 2.3.
 
@@ -80,12 +81,16 @@ def masked_cross_attention(
     q, k, v = autocast(q, k, v)
     _validate(q, k, v, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if _dispatch.resolve(_NAME, backend, q, k, v) == "reference":
+    backend = _dispatch.resolve(_NAME, backend, q, k, v)
+    if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):  # it accumulates in float32 itself
             return reference.masked_cross_attention(q, k, v, mask, scale).contiguous()
     spans = (mask.lo, mask.hi, mask.start, mask.stop)
-    inputs = (unit_stride(q), unit_stride(k), unit_stride(v), *spans, mask.immediate, scale)
-    return _MaskedCrossAttention.apply(*inputs) if needs_grad(q, k, v) else _fwd(*inputs)[0]
+    averages = mask.policy == "open_flamingo"
+    inputs = (unit_stride(q), unit_stride(k), unit_stride(v), *spans, mask.immediate, averages, scale)
+    if needs_grad(q, k, v):
+        return _MaskedCrossAttention.apply(backend, *inputs)
+    return _FWD[backend](*inputs)[0]
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, mask: MediaMask) -> None:
@@ -105,28 +110,29 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, mask: MediaMask) -> None:
     expect_same_device(_NAME, q=q, k=k, v=v, mask=mask.lo)
 
 
-def _cpu_reasons(*tensors: Tensor) -> list[str]:
-    reasons = _dispatch.cpu_reasons(*tensors)
-    if tensors:
-        _, _, latents, _, head_dim = tensors[1].shape
-        reasons += [f"R={latents} is above {_LARGEST}"] if latents > _LARGEST else []
-        reasons += [f"head_dim={head_dim} is above {_LARGEST}"] if head_dim > _LARGEST else []
-    return reasons
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
+    return {"R": k.shape[2], "head_dim": k.shape[4]}
 
 
-_dispatch.register(_NAME, cpu=_cpu_reasons, reference=_dispatch.reference_reasons)
+_dispatch.register(
+    _NAME,
+    sizes=_sizes,
+    triton={"R": _LARGEST, "head_dim": _LARGEST},
+    cpu={"R": _LARGEST, "head_dim": _LARGEST},
+    reference={},
+)
 
 
 class _MaskedCrossAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, lo, hi, start, stop, immediate, scale):
-        out, softmax = _fwd(q, k, v, lo, hi, start, stop, immediate, scale)
+    def forward(ctx, backend, q, k, v, lo, hi, start, stop, *options):
+        out, softmax = _FWD[backend](q, k, v, lo, hi, start, stop, *options)
         ctx.save_for_backward(q, k, v, out, softmax, lo, hi, start, stop)
-        ctx.immediate, ctx.scale = immediate, scale
+        ctx.backend, ctx.options = backend, options
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        gradients = _bwd(unit_stride(dout), *ctx.saved_tensors, ctx.immediate, ctx.scale)
-        return *gradients, None, None, None, None, None, None
+        gradients = _BWD[ctx.backend](unit_stride(dout), *ctx.saved_tensors, *ctx.options)
+        return None, *gradients, None, None, None, None, None, None, None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _dispatch
+from ... import _dispatch, _library
 from ..._checks import (
     autocast,
     expect_head_groups,
@@ -19,8 +19,8 @@ from ..._checks import (
 from . import reference
 
 _NAME = "perceiver_attention"
-_fwd = torch.ops.flamingo_kernels.perceiver_attention_fwd.default
-_bwd = torch.ops.flamingo_kernels.perceiver_attention_bwd.default
+_FWD = _library.backends_of("perceiver_attention_fwd")
+_BWD = _library.backends_of("perceiver_attention_bwd")
 _LARGEST = 256  # head_dim that the compiled kernels keep in one block
 
 
@@ -53,7 +53,7 @@ def perceiver_attention(
         media_lengths: integer `[N]`, how many of the S media keys of each clip are real, between 0 and
             S (larger counts as S). Default: all.
         scale: factor on the scores. Default: `d ** -0.5`.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
         `[N, R, H, d]` in the dtype of q, contiguous.
@@ -63,8 +63,9 @@ def perceiver_attention(
         TypeError: dtypes that differ.
         UnsupportedError: the requested backend cannot run these inputs.
 
-    Limits: cpu takes d up to 256; any strides (a non-contiguous last dimension is copied). Accumulates
-    in float32. Differentiable once in all five tensors. Bitwise deterministic, for any number of threads.
+    Limits: cpu and triton take d up to 256; any strides (a non-contiguous last dimension is copied).
+    Accumulates in float32 (triton multiplies float32 in tf32 where torch's own switch asks for it).
+    Differentiable once in all five tensors. Bitwise deterministic, for any number of threads.
 
     Source: Flamingo (arXiv 2204.14198), section 2.1 and appendix A.1.1.
 
@@ -77,7 +78,8 @@ def perceiver_attention(
     tensors = autocast(q, k_media, v_media, k_latents, v_latents)
     _validate(*tensors, media_lengths=media_lengths)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if _dispatch.resolve(_NAME, backend, *tensors) == "reference":
+    backend = _dispatch.resolve(_NAME, backend, *tensors)
+    if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):  # it accumulates in float32 itself
             return reference.perceiver_attention(
                 *tensors, media_lengths=media_lengths, scale=scale
@@ -85,7 +87,7 @@ def perceiver_attention(
     if media_lengths is not None:
         media_lengths = media_lengths.clamp(0, k_media.shape[1]).int()
     inputs = (*map(unit_stride, tensors), media_lengths, scale)
-    return _PerceiverAttention.apply(*inputs) if needs_grad(*tensors) else _fwd(*inputs)[0]
+    return _PerceiverAttention.apply(backend, *inputs) if needs_grad(*tensors) else _FWD[backend](*inputs)[0]
 
 
 def _validate(
@@ -125,27 +127,26 @@ def _validate(
             raise TypeError(f"{_NAME}: expected integer media_lengths, got {media_lengths.dtype}.")
 
 
-def _cpu_reasons(*tensors: Tensor) -> list[str]:
-    reasons = _dispatch.cpu_reasons(*tensors)
-    if tensors and tensors[0].shape[-1] > _LARGEST:
-        reasons.append(f"head_dim={tensors[0].shape[-1]} is above {_LARGEST}")
-    return reasons
-
-
-_dispatch.register(_NAME, cpu=_cpu_reasons, reference=_dispatch.reference_reasons)
+_dispatch.register(
+    _NAME,
+    sizes=lambda q, *_: {"head_dim": q.shape[-1]},
+    triton={"head_dim": _LARGEST},
+    cpu={"head_dim": _LARGEST},
+    reference={},
+)
 
 
 class _PerceiverAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k_media, v_media, k_latents, v_latents, media_lengths, scale):
+    def forward(ctx, backend, q, k_media, v_media, k_latents, v_latents, media_lengths, scale):
         tensors = (q, k_media, v_media, k_latents, v_latents)
-        out, softmax = _fwd(*tensors, media_lengths, scale)
+        out, softmax = _FWD[backend](*tensors, media_lengths, scale)
         ctx.save_for_backward(*tensors, out, softmax, media_lengths)
-        ctx.scale = scale
+        ctx.backend, ctx.scale = backend, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        gradients = _bwd(unit_stride(dout), *ctx.saved_tensors, ctx.scale)
-        return *gradients, None, None
+        gradients = _BWD[ctx.backend](unit_stride(dout), *ctx.saved_tensors, ctx.scale)
+        return None, *gradients, None, None

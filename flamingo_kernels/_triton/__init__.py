@@ -1,0 +1,70 @@
+"""What the Triton kernels of all operators share.
+
+This file says whether Triton can run here and needs torch alone; the others import Triton.
+
+language    device functions: tiles, dots, tanh
+config      how a kernel is cut into programs, and what a device offers
+launch      starts a kernel on the device of its tensors
+tuning      measures configurations, when asked to
+reduction   adds partial results in order
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import metadata, util
+
+import torch
+from torch import Tensor
+
+from .. import _env
+
+OLDEST = (3, 6)  # the Triton of torch 2.10
+OLDEST_CAPABILITY = (8, 0)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def reasons(*tensors: Tensor | None) -> list[str]:
+    """What every Triton kernel asks: Triton, tensors on a GPU, a dtype it knows."""
+    if why := why_not():
+        return [why]
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not tensor.is_cuda and not (tensor.is_cpu and _env.INTERPRET):
+            return [
+                f"a tensor is on {tensor.device}; Triton computes on a GPU, "
+                "and on a cpu only in its interpreter: TRITON_INTERPRET=1"
+            ]
+        if tensor.dtype not in DTYPES:
+            return [f"dtype {tensor.dtype} is not one of float32, bfloat16, float16"]
+    return []
+
+
+@torch.compiler.assume_constant_result
+@cache
+def why_not() -> str:
+    """Why no Triton kernel can run in this process, or an empty string."""
+    if not _installed():
+        return "triton is not installed; a torch for GPUs brings it, or: pip install triton"
+    version = metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        return f"triton {version} is older than {'.'.join(map(str, OLDEST))}"
+    if _env.INTERPRET:
+        return ""
+    if not torch.cuda.is_available():
+        return (
+            "there is no GPU that torch can use; without one the kernels run in Triton's interpreter: "
+            "TRITON_INTERPRET=1"
+        )
+    found = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+    if torch.version.cuda and found < OLDEST_CAPABILITY:
+        return f"a GPU has compute capability {found[0]}.{found[1]}, below 8.0"
+    return ""
+
+
+def _installed() -> bool:
+    try:
+        return util.find_spec("triton") is not None
+    except ImportError:  # something that stands before it on the way in
+        return False

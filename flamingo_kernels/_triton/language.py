@@ -1,0 +1,70 @@
+"""Device functions that the kernels share.
+
+Attention tiles are `[rows, COLUMNS]` blocks of a matrix with a unit stride along its columns. COLUMNS is the
+power of two that holds D; what lies beyond D, and rows that are masked out, read as 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .. import _env
+
+INTERPRET = tl.constexpr(_env.INTERPRET)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_tile(base, rows, stride, mask, D: tl.constexpr, COLUMNS: tl.constexpr):  # [rows, COLUMNS]
+    columns = tl.arange(0, COLUMNS)
+    at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    return tl.load(at, mask=mask[:, None] & (columns < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(base, rows, stride, tile, mask, D: tl.constexpr, COLUMNS: tl.constexpr):
+    columns = tl.arange(0, COLUMNS)
+    at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    tl.store(at, tile.to(base.dtype.element_ty), mask=mask[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """`a @ b` in float32. The interpreter has no product of bfloat16; in float32 it is the same one."""
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def tanh(a):
+    """Accurate near 0 too, where `1 - exp(-2a)` would cancel."""
+    t = tl.exp(-2 * tl.abs(a))
+    far = (1 - t) / (1 + t)
+    far = tl.where(a < 0, -far, far)
+    s = a * a  # the continued fraction of tanh, cut where it is exact to float32 for |a| < 0.6
+    near = a * (10395 + s * (1260 + s * 21)) / (10395 + s * (4725 + s * (210 + s)))
+    return tl.where(tl.abs(a) < 0.6, near, far)
+
+
+@triton.jit
+def tanh_slope(a):
+    """`1 - tanh(a) ** 2`, without the cancellation where tanh is near 1."""
+    t = tl.exp(-2 * tl.abs(a))
+    return 4 * t / ((1 + t) * (1 + t))
+
+
+@triton.jit
+def wide(index):
+    """An index in 64 bits, for offsets past 2^31."""
+    return tl.cast(index, tl.int64)
+
+
+@triton.jit
+def row_dot(a, b):  # [rows]
+    """`rowsum(a * b)`, in double for float32: what is left of it after a subtraction must still be right."""
+    if a.dtype == tl.float32:
+        return tl.sum(a.to(tl.float64) * b.to(tl.float64), 1).to(tl.float32)
+    return tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)

@@ -1,0 +1,173 @@
+"""What `gpu` proves and times, and how long each part of it may take."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .. import check
+from ..bench import shapes
+from ..testing import (
+    CASES,
+    Case,
+    GatedResidualCase,
+    GatedResidualNormCase,
+    MaskedCrossAttentionCase,
+    PerceiverAttentionCase,
+)
+from . import sanitizer
+from .proofs import Task
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)  # the one that models use first
+HEAD_DIMS = (16, 40, 64, 80, 96, 128, 256)
+
+_RULES: list[dict[str, Any]] = [
+    {"immediate": immediate, "policy": policy, "times": times}
+    for immediate in (True, False)
+    for policy in ("zero", "open_flamingo")
+    for times in ("locations", "cached", "jumps")
+]
+MASKED: list[Case] = [
+    MaskedCrossAttentionCase(batch=4, length=1024, media=8, latents=64, heads=8, head_dim=64),
+    *(MaskedCrossAttentionCase(length=111, latents=64, head_dim=d) for d in HEAD_DIMS),
+    *(MaskedCrossAttentionCase(length=65, latents=r, head_dim=64) for r in (1, 100, 256)),
+    *(MaskedCrossAttentionCase(length=t, media=1, latents=64) for t in (1, 63, 257)),
+    *(MaskedCrossAttentionCase(length=257, media=5, latents=60, **rule) for rule in _RULES),
+    MaskedCrossAttentionCase(length=300, latents=64, heads=8, head_dim=64, groups=4, immediate=False),
+    *(
+        MaskedCrossAttentionCase(length=70, latents=20, head_dim=40, layout=layout)
+        for layout in ("slice", "transposed", "strided", "expanded")
+    ),
+    MaskedCrossAttentionCase(batch=0),
+    MaskedCrossAttentionCase(length=0),
+    MaskedCrossAttentionCase(media=0),
+]
+PERCEIVER: list[Case] = [
+    PerceiverAttentionCase(clips=1, queries=64, features=7680, latents=64, heads=8, head_dim=64),
+    PerceiverAttentionCase(clips=16, queries=64, features=256, latents=64, heads=8, head_dim=64),
+    *(PerceiverAttentionCase(queries=64, features=111, latents=64, head_dim=d) for d in HEAD_DIMS),
+    *(PerceiverAttentionCase(features=s, queries=64, latents=64) for s in (0, 1, 63, 257)),
+    *(PerceiverAttentionCase(queries=r, latents=r, features=100, head_dim=64) for r in (1, 60, 130)),
+    PerceiverAttentionCase(clips=5, features=300, lengths=(0, 7, 63, 300, 500), head_dim=64),
+    PerceiverAttentionCase(clips=2, features=4000, lengths=(0, 3999), head_dim=64, groups=4),
+    *(
+        PerceiverAttentionCase(features=70, head_dim=40, layout=layout)
+        for layout in ("slice", "transposed", "strided", "expanded")
+    ),
+    PerceiverAttentionCase(clips=0),
+]
+ROWS: list[Case] = [
+    GatedResidualCase(shape=(8192, 2048)),
+    GatedResidualCase(shape=(2048, 2048), gate=(2048,)),
+    GatedResidualCase(shape=(7, 20000)),
+    GatedResidualCase(shape=(5000, 64), gate=(64,), layout="slice"),
+    GatedResidualCase(shape=(3, 50, 96), layout="transposed"),
+    GatedResidualCase(shape=(100, 96), y_dtype=torch.bfloat16, gate_dtype=torch.float32),
+    GatedResidualCase(shape=(0, 64)),
+    *(GatedResidualNormCase(shape=(8192, 2048), norm=norm) for norm in ("layer", "rms")),
+    GatedResidualNormCase(shape=(2048, 2048), gate=(2048,)),
+    GatedResidualNormCase(shape=(7, 20000), bias=False),
+    GatedResidualNormCase(shape=(5000, 64), gate=(64,), layout="slice"),
+    GatedResidualNormCase(shape=(3, 50, 96), norm="rms", layout="transposed"),
+    GatedResidualNormCase(shape=(100, 96), weight_dtype=torch.float32, gate_dtype=torch.float32),
+    GatedResidualNormCase(shape=(0, 64)),
+]
+REPEATED: list[Case] = [
+    MaskedCrossAttentionCase(batch=4, length=1024, media=8, latents=64, heads=8, head_dim=64),
+    MaskedCrossAttentionCase(length=1000, media=2, latents=64, head_dim=64, immediate=False, times="jumps"),
+    PerceiverAttentionCase(clips=1, queries=64, features=7680, latents=64, heads=8, head_dim=64),
+    PerceiverAttentionCase(clips=5, features=300, lengths=(0, 7, 63, 300), head_dim=64, groups=2),
+    GatedResidualCase(shape=(8192, 2048)),
+    GatedResidualCase(shape=(2048, 2048), gate=(2048,)),
+    GatedResidualNormCase(shape=(8192, 2048)),
+    GatedResidualNormCase(shape=(2048, 2048), gate=(2048,), norm="rms"),
+]
+LARGE: list[Case] = [
+    MaskedCrossAttentionCase(batch=1, length=2048, media=2, latents=64, heads=8, head_dim=64),
+    PerceiverAttentionCase(clips=1, queries=64, features=2048, latents=64, heads=8, head_dim=64),
+    GatedResidualCase(shape=(500, 2048)),
+    GatedResidualNormCase(shape=(500, 2048)),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One way to run all steps.
+
+    Attributes:
+        cases: every branch of every operator, for parity; the first few on the reference too.
+        dtypes: of all cases, the most important first.
+        repeated: cases for determinism and graphs.
+        large: cases of one sequence, to be the end of tensors past 2^31 elements, in the first dtype.
+        timed: shapes, the most important first.
+        against: the rivals; all if empty.
+        seconds_each: how long to time one shape, all contenders together.
+        seconds: how long each step may take, and "all" how long everything may.
+        sanitizer: whether to run it.
+    """
+
+    cases: list[Case]
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    repeated: list[Case]
+    large: list[Case]
+    timed: tuple[shapes.Case, ...]
+    against: tuple[str, ...] = ()
+    seconds_each: float
+    seconds: Mapping[str, float] = field(hash=False)
+    sanitizer: bool = True
+
+
+def _in_turn(*groups: list[Case]) -> list[Case]:
+    """The first of each group, then the second: where time runs out, it does for all alike."""
+    return [case for each in itertools.zip_longest(*groups) for case in each if case]
+
+
+FULL = Plan(
+    cases=[*check.CASES, *sanitizer.SMALL, *_in_turn(MASKED, PERCEIVER, ROWS)],
+    repeated=REPEATED,
+    large=LARGE,
+    timed=shapes.GPU_CASES,
+    seconds_each=0.6,
+    seconds={"parity": 150, "determinism": 25, "graphs": 25, "large": 20, "sanitizer": 60, "floors": 10}
+    | {"rivals": 60, "all": 500},
+)
+QUICK = Plan(
+    cases=check.CASES,
+    repeated=REPEATED[::2],
+    large=[],
+    timed=tuple(case for case in shapes.GPU_CASES if case.targets),
+    against=("eager", "sdpa", "torch.add"),
+    seconds_each=0.3,
+    seconds={"parity": 35, "determinism": 10, "graphs": 10, "floors": 5, "all": 110},
+    sanitizer=False,
+)
+# On a cpu: every step, of nothing but small calls.
+REHEARSAL = Plan(
+    cases=[example() for example in CASES.values()],
+    repeated=[example() for example in CASES.values()],
+    large=[],
+    timed=shapes.QUICK,
+    against=("eager", "sdpa", "torch.add"),
+    seconds_each=0.0,
+    seconds={"all": 515},
+)
+
+
+def tasks(
+    proof: str,
+    cases: Iterable[Case],
+    backends: Mapping[str, Sequence[str]],
+    device: str,
+    dtypes: tuple[torch.dtype, ...],
+) -> list[Task]:
+    """A proof of every case in every dtype on the backends of its operator."""
+    return [
+        Task(proof, replace(case, dtype=dtype, device=device), backend)
+        for dtype in dtypes
+        for case in cases
+        for backend in backends[case.operator]
+    ]

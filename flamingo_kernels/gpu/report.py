@@ -1,0 +1,153 @@
+"""What is left of a run: its files, and the one table that is printed last."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..bench import report as bench_report
+from ..bench.floors import Ceilings
+from ..bench.rows import Run
+from ..bench.run import NO_TIME
+from .plan import DTYPES
+from .proofs import Finding
+from .run import Outcome
+
+MOST_LINES = 12  # of failures in the table; the files have them all
+_WIDEST = 200  # characters of one failure
+
+
+def save(outcome: Outcome, folder: Path) -> None:
+    """Write parity.json, bench.json, environment.json, summary.md and, where matplotlib is, bench.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {name: getattr(outcome, name) for name in ("problems", "seconds")}
+    measured = None if outcome.ceilings is None else outcome.ceilings._asdict()
+    _write(folder / "environment.json", outcome.environment | kept | {"ceilings": measured})
+    _write(folder / "parity.json", [dataclasses.asdict(each) for each in outcome.findings])
+    outcome.bench.save_json(folder / "bench.json")
+    table = bench_report.markdown(outcome.bench)
+    (folder / "summary.md").write_text(f"# {_title(outcome)}\n\n```\n{summary(outcome)}\n```\n\n{table}\n")
+    if outcome.bench.rows:
+        try:
+            bench_report.picture(outcome.bench, folder / "bench.png")
+        except ImportError:
+            (folder / "bench.png").unlink(missing_ok=True)  # that of an earlier run
+
+
+def load(folder: Path) -> Outcome:
+    """Read what `save` wrote."""
+    environment = json.loads((folder / "environment.json").read_text())
+    measured, problems, seconds = (environment.pop(name) for name in ("ceilings", "problems", "seconds"))
+    return Outcome(
+        environment,
+        [Finding(**each) for each in json.loads((folder / "parity.json").read_text())],
+        problems,
+        seconds,
+        None if measured is None else Ceilings(**measured),
+        Run.load(folder / "bench.json"),
+    )
+
+
+def _write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def summary(outcome: Outcome) -> str:
+    """Everything that matters, in well under 12,000 characters."""
+    parts = [
+        [_title(outcome), _steps(outcome)],
+        [
+            "accuracy: the largest share of a budget of 2 x eager's error + 2 ulp",
+            *_accuracy(outcome.findings),
+        ],
+        _proofs(outcome.findings),
+        _bench(outcome),
+        _failures(outcome.failures),
+        [_verdict(outcome)],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def _title(outcome: Outcome) -> str:
+    versions = outcome.environment["versions"]
+    named = [f"{name} {versions[name]}" for name in ("torch", "triton", "commit") if versions[name]]
+    title = ", ".join([outcome.environment["device"], *named, outcome.environment["time"]])
+    rehearsed = outcome.environment["on"] == "cpu"
+    return f"A rehearsal, which says nothing about a GPU, on {title}" if rehearsed else title
+
+
+def _steps(outcome: Outcome) -> str:
+    return "seconds: " + ", ".join(f"{name} {taken:.0f}" for name, taken in outcome.seconds.items())
+
+
+def _accuracy(findings: list[Finding]) -> list[str]:
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    lines = [_ACCURACY.format("operator", "backend", *dtypes)]
+    groups: dict[tuple[str, str], dict[str, list[Finding]]] = {}
+    for each in findings:
+        if each.check == "parity":
+            by_dtype = groups.setdefault((each.operator, each.backend), {})
+            by_dtype.setdefault(each.dtype, []).append(each)
+    for what, by_dtype in sorted(groups.items()):
+        cells = [_cell(by_dtype.get(dtype, [])) for dtype in dtypes]
+        lines.append(_ACCURACY.format(*what, *cells).rstrip())
+    return lines
+
+
+_ACCURACY = "{:<24} {:<18} {:<22} {:<22} {:<22}"
+
+
+def _cell(findings: list[Finding]) -> str:
+    failed = [each for each in findings if each.status == "failed"]
+    if failed:
+        return f"FAILED {len(failed)} of {len(findings)}"
+    spent = [each.spent for each in findings if each.spent is not None]
+    return f"{max(spent):.2f} ({_counted(findings)})" if spent else _counted(findings)
+
+
+def _counted(findings: Iterable[Finding]) -> str:
+    counts = Counter(each.status for each in findings)
+    return ", ".join(f"{counts[name]} {name}" for name in ("ok", "failed", "skipped", "late") if counts[name])
+
+
+def _proofs(findings: list[Finding]) -> list[str]:
+    """One line for each proof but parity, with the reasons of what was skipped."""
+    lines = []
+    for check in dict.fromkeys(each.check for each in findings if each.check != "parity"):
+        found = [each for each in findings if each.check == check]
+        reasons = dict.fromkeys(each.detail for each in found if each.status == "skipped")
+        lines.append(f"{check}: {_counted(found)}" + (f" ({'; '.join(reasons)})" if reasons else ""))
+    return lines
+
+
+def _bench(outcome: Outcome) -> list[str]:
+    reached = [f"this device reaches: {outcome.ceilings}"] if outcome.ceilings else []
+    return reached + (
+        [bench_report.brief(outcome.bench)] if outcome.bench.rows or outcome.bench.skipped else []
+    )
+
+
+def _failures(failures: list[str]) -> list[str]:
+    if not failures:
+        return []
+    more = len(failures) - MOST_LINES
+    return [
+        "FAILED:",
+        *(f"  {line[:_WIDEST]}" for line in failures[:MOST_LINES]),
+        *([f"  and {more} more, all in the files"] if more > 0 else []),
+    ]
+
+
+def _verdict(outcome: Outcome) -> str:
+    cases = outcome.bench.cases.items()
+    judged = [each for key, rows in cases for each in bench_report.verdicts(key, rows)]
+    met = sum(each.met for each in judged)
+    late = sum(each.status == "late" for each in outcome.findings)
+    late += sum(each.reason == NO_TIME for each in outcome.bench.skipped)
+    parts = ["FAILED" if outcome.failures else "all that ran is right"]
+    parts += [f"{met} of {len(judged)} targets met"] if judged else []
+    parts += [f"{late} not run for want of time"] if late else []
+    return "; ".join(parts)

@@ -1,0 +1,53 @@
+"""How the Triton kernels of the gated residual are launched: in tiles of rows and columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..._triton.config import Choice, Config, Device, power_of_two
+
+_WIDEST = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Config):
+    """A program takes this many rows at a time."""
+
+    rows: int = 1
+
+
+def block_of_columns(columns: int) -> int:
+    """The width of a tile."""
+    return min(power_of_two(columns), _WIDEST)
+
+
+def forward(columns: int, dtype: torch.dtype) -> Choice[Rows]:
+    """So many rows that each thread has a few loads of 16 bytes under way."""
+    tiles = ((8192, 4), (4096, 4), (16384, 8))
+    return Choice.of(*(_tile(*tile, columns, dtype) for tile in tiles), key=(columns, str(dtype)))
+
+
+def backward(columns: int, dtype: torch.dtype) -> Choice[Rows]:
+    """Few programs, which therefore load the next tiles early."""
+    tiles = ((8192, 8, 3), (8192, 8, 2), (8192, 8, 1), (16384, 8, 2), (16384, 8, 1))
+    loops = (_tile(size, warps, columns, dtype, stages) for size, warps, stages in tiles)
+    return Choice.of(*loops, key=(columns, str(dtype)))
+
+
+def parts_of(blocks: int, device: Device) -> int:
+    """Among how many programs the backward pass divides the rows."""
+    return 2 * device.multiprocessors // blocks
+
+
+def rows_of_a_part(rows: int, step: int, parts: int) -> int:
+    """How many rows a program adds up, a multiple of `step`, where there are at most so many parts."""
+    steps = -(-rows // step)
+    return step * max(1, -(-steps // max(1, parts)))
+
+
+def _tile(size: int, num_warps: int, columns: int, dtype: torch.dtype, num_stages: int = 1) -> Rows:
+    """Of so many bytes of each tensor."""
+    rows = max(1, size // (block_of_columns(columns) * dtype.itemsize))
+    return Rows(rows=rows, num_warps=num_warps, num_stages=num_stages)

@@ -1,0 +1,98 @@
+"""How the Triton kernels of masked cross-attention are launched.
+
+The numbers are those that compile without a spilled register; `tests/triton` holds every candidate to that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..._triton.config import Choice, Config, Device, power_of_two
+
+FEW_ROWS = 16  # as in decoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Config):
+    """A program takes `block_t` text rows at a time."""
+
+    block_t: int = 64
+
+
+@dataclass(frozen=True)
+class Static:
+    """What a launch depends on: of the length of the text no more than whether it is a tile or less."""
+
+    latents: int
+    head_dim: int
+    dtype: torch.dtype
+    few_rows: bool
+    device: Device
+
+    @property
+    def exact(self) -> bool:
+        """Products in true float32: no tensor cores, and operands in registers, so tiles must be small."""
+        return self.dtype == torch.float32
+
+    @property
+    def wide_tiles(self) -> bool:
+        """Tensor cores that take their operands from shared memory leave registers for larger tiles."""
+        return self.device.architecture in ("sm_90", "sm_100", "sm_103")
+
+
+def is_one_shot(immediate: bool, latents: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether a row's softmax is one tile: it sees one medium, whose keys a program holds in one piece."""
+    return immediate and power_of_two(latents) <= _most_keys(head_dim, dtype)
+
+
+def block_of_latents(one_shot: bool, latents: int, head_dim: int, dtype: torch.dtype) -> int:
+    """How many keys of a medium make a tile."""
+    return power_of_two(latents) if one_shot else min(power_of_two(latents), 64, _most_keys(head_dim, dtype))
+
+
+def _most_keys(head_dim: int, dtype: torch.dtype) -> int:
+    """So many that the two gradients of a tile of keys fit in the registers of a program."""
+    return (4096 if dtype == torch.float32 else 8192) // power_of_two(head_dim)
+
+
+def forward(static: Static) -> Choice[Rows]:
+    """Small tiles, as a tile multiplies every medium that its rows name with all of them."""
+    if static.exact:
+        return _choose(static, Rows(block_t=16, num_warps=8))
+    if static.few_rows:
+        return _choose(static, Rows(block_t=16), Rows(block_t=16, num_warps=2))
+    if static.head_dim <= 64:
+        return _choose(static, Rows(block_t=64), Rows(block_t=32), Rows(block_t=32, num_warps=8))
+    if static.head_dim <= 128 and static.wide_tiles:
+        return _choose(static, Rows(block_t=64, num_warps=8), Rows(block_t=32, num_warps=8))
+    return _choose(static, Rows(block_t=32, num_warps=8), Rows(block_t=16))
+
+
+def backward_rows(static: Static) -> Choice[Rows]:
+    """The kernel that owns rows, where they see several media."""
+    if static.exact:
+        return _choose(static, Rows(block_t=16, num_warps=8 if static.head_dim <= 128 else 4))
+    return forward(static)
+
+
+def backward_keys(static: Static, one_shot: bool) -> Choice[Rows]:
+    """The kernels that own keys: dk and dv stay in registers, which leaves the fewer for the rows."""
+    if static.exact and one_shot:
+        return _choose(static, Rows(block_t=16, num_warps=8))
+    if static.exact:  # without loads ahead, for which there are no registers
+        return _choose(
+            static, Rows(block_t=16, num_warps=16 if 64 < static.head_dim <= 128 else 8, num_stages=1)
+        )
+    if static.device.architecture == "sm_90" and static.head_dim <= 64 and not static.few_rows:
+        return _choose(static, Rows(block_t=64), Rows(block_t=32), Rows(block_t=32, num_warps=8))
+    return _choose(static, Rows(block_t=32, num_warps=8), Rows(block_t=16, num_warps=8))
+
+
+def _choose(static: Static, default: Rows, *others: Rows) -> Choice[Rows]:
+    key = (static.latents, static.head_dim, str(static.dtype), static.few_rows)
+    return Choice.of(default, *others, key=key)
+
+
+AVERAGES = Choice.of(Rows(block_t=64), key=())

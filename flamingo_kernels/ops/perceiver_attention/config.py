@@ -1,0 +1,107 @@
+"""How the Triton kernels of perceiver attention are launched.
+
+A program keeps one tile and goes through many: the forward pass and one kernel of the backward pass keep
+queries, the other keeps keys. No choice here spills registers on sm_80 to sm_100 for 16-bit dtypes and
+head_dim up to 128.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..._triton.config import Choice, Config, Device, power_of_two, splits
+
+_TILE = 16384  # bytes of the largest tile
+_LEAST_KEYS = 256  # of a part: with fewer, what a part reads and writes besides outweighs its keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queries(Config):
+    """A program takes a block of queries."""
+
+    block_queries: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles(Queries):
+    """A program takes blocks of queries and blocks of keys."""
+
+    block_keys: int = 16
+
+
+def parts_of(programs: int, keys: int, device: Device) -> int:
+    """How many parts to cut the keys of a clip into."""
+    return splits(programs, keys // _LEAST_KEYS, device)
+
+
+def is_whole(queries: int, head_dim: int, dtype: torch.dtype, group: int) -> bool:
+    """Whether one backward program can keep all queries that read its keys."""
+    return group == 1 and power_of_two(queries) <= _rows(256 // dtype.itemsize, head_dim, dtype)
+
+
+def forward(queries: int, head_dim: int, dtype: torch.dtype, device: Device) -> Choice[Tiles]:
+    kept = min(power_of_two(queries), _rows(64, head_dim, dtype))
+    tiles = Tiles(
+        block_queries=kept,
+        block_keys=_passing(head_dim, dtype, device),
+        num_warps=_warps(kept, head_dim, dtype),
+    )
+    key = (queries, head_dim, str(dtype))
+    if dtype == torch.float32:
+        return Choice.of(tiles, key=key)
+    deep = replace(tiles, num_stages=3)
+    return Choice.of(deep, tiles, replace(deep, block_keys=max(tiles.block_keys // 2, 16)), key=key)
+
+
+def backward_queries(
+    whole: bool, queries: int, head_dim: int, dtype: torch.dtype, device: Device
+) -> Choice[Tiles]:
+    """Of the kernel that keeps queries; where it keeps all, their keys bring gradients that need room."""
+    kept = power_of_two(queries)
+    keys = _passing(head_dim, dtype, device)
+    if whole:
+        keys = max(keys // 2, 16)
+    else:
+        kept = min(kept, _rows(64, head_dim, dtype))
+    tiles = Tiles(block_queries=kept, block_keys=keys, num_warps=_warps(kept, head_dim, dtype))
+    key = (whole, queries, head_dim, str(dtype))
+    if dtype == torch.float32 or not whole:
+        return Choice.of(tiles, key=key)
+    more_keys = 2 * keys if kept >= 64 and device.architecture in _FROM_SHARED_MEMORY else keys
+    return Choice.of(tiles, replace(tiles, num_stages=1), replace(tiles, block_keys=more_keys), key=key)
+
+
+def backward_keys(head_dim: int, dtype: torch.dtype, device: Device) -> Choice[Tiles]:
+    """Of the kernel that keeps keys, where no program keeps all queries."""
+    kept = _rows(64, head_dim, dtype)
+    tiles = Tiles(
+        block_queries=max(_passing(head_dim, dtype, device) // 2, 16),
+        block_keys=kept,
+        num_warps=_warps(kept, head_dim, dtype),
+    )
+    return Choice.of(tiles, key=(head_dim, str(dtype)))
+
+
+COMBINE = Choice.of(Queries(), key=())
+_FROM_SHARED_MEMORY = ("sm_90", "sm_100")  # where dots of 64 rows read both factors, which saves registers
+
+
+def _passing(head_dim: int, dtype: torch.dtype, device: Device) -> int:
+    """How many keys or queries a program takes at a time."""
+    most = 64 if device.architecture.startswith("gfx") else 128
+    return _rows(most // dtype.itemsize, head_dim, dtype)
+
+
+def _rows(most: int, head_dim: int, dtype: torch.dtype) -> int:
+    """How many rows of a head make a tile."""
+    return min(most, _TILE // _bytes(head_dim, dtype))
+
+
+def _warps(rows: int, head_dim: int, dtype: torch.dtype) -> int:
+    return 4 if head_dim <= 64 and rows * _bytes(head_dim, dtype) <= _TILE // 2 else 8
+
+
+def _bytes(head_dim: int, dtype: torch.dtype) -> int:
+    return power_of_two(head_dim) * dtype.itemsize

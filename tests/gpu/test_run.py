@@ -1,0 +1,216 @@
+"""The steps of the gate, on a cpu in Triton's interpreter; graphs and streams are stubs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from flamingo_kernels import _dispatch, _env
+from flamingo_kernels.bench import baselines, shapes
+from flamingo_kernels.bench.baselines import OURS
+from flamingo_kernels.bench.floors import Ceilings
+from flamingo_kernels.gpu import plan as plans
+from flamingo_kernels.gpu import proofs, report
+from flamingo_kernels.gpu import run as module
+from flamingo_kernels.gpu.plan import Plan
+from flamingo_kernels.gpu.run import run
+from flamingo_kernels.ops.gated_residual import triton_fwd
+from flamingo_kernels.testing import CASES, GatedResidualCase
+
+from .test_proofs import SMALL, stubs  # noqa: F401
+
+pytestmark = pytest.mark.skipif(not _env.INTERPRET, reason="Triton's interpreter is off")
+
+GATED = [GatedResidualCase(shape=(3, 40))]
+STEPS = ["parity", "determinism", "graphs", "large", "sanitizer", "rivals", "floors", "bench"]
+
+
+def timed(op, *modes):
+    return tuple(case for case in shapes.QUICK if case.op == op and case.mode in modes)
+
+
+PLAN = Plan(
+    cases=GATED,
+    dtypes=(torch.float32,),
+    repeated=GATED,
+    large=GATED,
+    timed=timed("gated_residual", "forward"),
+    against=("eager", "torch.add"),
+    seconds_each=0,
+    seconds={"all": 300},
+)
+
+
+@pytest.fixture
+def quick_ceilings(monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no sanitizer
+    monkeypatch.setattr(module, "ceilings", lambda device, clock: Ceilings(1.0, 2.0))
+
+
+@pytest.fixture
+def gated(monkeypatch, stubs, quick_ceilings):  # noqa: F811
+    """The library has one operator, the quickest."""
+    monkeypatch.setattr(_dispatch, "_OPERATORS", {"gated_residual": _dispatch._OPERATORS["gated_residual"]})
+
+
+def gate(changes=None, **options):
+    return run(dataclasses.replace(PLAN, **(changes or {})), "cpu", clock=lambda call, last: 2.0, **options)
+
+
+def statuses(outcome, check):
+    return {each.backend: each.status for each in outcome.findings if each.check == check}
+
+
+def test_all_is_right_and_in_order(gated):
+    told = []
+    outcome = gate(say=told.append)
+    assert outcome.failures == []
+    assert [text for text in told if text in STEPS] == list(outcome.seconds) == STEPS
+    kernels = {each.backend for each in outcome.findings if each.check == "repeats"}
+    assert "triton/interpreter" in kernels
+    assert statuses(outcome, "parity") == dict.fromkeys([*kernels, "reference"], "ok")
+    for check in ("another stream", "another device", "graph", "past 2^31 elements"):
+        assert statuses(outcome, check) == dict.fromkeys(kernels, "ok")
+    assert set(statuses(outcome, "sanitizer memcheck").values()) == {"skipped"}
+    ours = outcome.bench.rows[0]
+    assert (ours.contender, ours.variant) == (OURS, "triton/interpreter")
+    assert ours.floor_share == pytest.approx(3 * 32 * 64 * 4 / 1e9 / 2e-3)
+
+
+def test_every_operator_is_proved_and_timed_in_the_interpreter(stubs, quick_ceilings, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(module.check, "backends_on", lambda *_: {"triton": True, "reference": True})
+    outcome = gate(
+        {
+            "cases": SMALL,
+            "repeated": [],
+            "large": SMALL,
+            "timed": tuple(case for case in shapes.QUICK if case.op in CASES and case.mode == "forward"),
+            "sanitizer": False,
+        }
+    )
+    assert outcome.failures == []
+    for check in ("parity", "past 2^31 elements"):
+        proved = [each for each in outcome.findings if each.check == check and each.status == "ok"]
+        assert {each.operator for each in proved if each.backend == "triton/interpreter"} == set(CASES)
+    ours = [row for row in outcome.bench.rows if row.contender == OURS]
+    assert {row.op: row.variant for row in ours} == dict.fromkeys(CASES, "triton/interpreter")
+
+
+@pytest.fixture
+def wrong_kernel(gated, monkeypatch):
+    right = triton_fwd.gated_residual_fwd
+    monkeypatch.setattr(triton_fwd, "gated_residual_fwd", lambda *tensors: right(*tensors) * 1.01)
+
+
+def test_a_wrong_kernel_fails_parity_and_has_no_time(wrong_kernel):
+    outcome = gate()
+    assert statuses(outcome, "parity")["triton/interpreter"] == "failed"
+    assert statuses(outcome, "parity")["reference"] == "ok"
+    assert statuses(outcome, "graph")["triton/interpreter"] == "ok", "the other steps go on"
+    assert outcome.bench.rows == []
+    failures = "\n".join(outcome.failures)
+    assert "parity, gated_residual, triton/interpreter, float32, shape=(3,40): error of out" in failures
+    assert "bench gated_residual rows32 D64 float32 forward: relative error" in failures
+
+
+def test_a_wrong_rival_and_one_that_is_not_there_fail_nothing(quick_ceilings, monkeypatch):
+    right = baselines._sdpa
+    monkeypatch.setattr(baselines, "_sdpa", lambda *tensors: right(*tensors) * 1.01)
+    outcome = gate(
+        {
+            "cases": [],
+            "repeated": [],
+            "large": [],
+            "timed": timed("masked_cross_attention", "forward"),
+            "against": ("eager", "sdpa", "flash-attn"),
+        }
+    )
+    assert [row.contender for row in outcome.bench.rows] == [OURS, "eager"]
+    assert {each.contender: each.refused for each in outcome.bench.skipped} == {
+        "sdpa": True,
+        "flash-attn": False,
+    }
+    assert outcome.failures == []
+    summary = report.summary(outcome)
+    assert "sdpa REFUSED: relative error" in summary
+    assert "flash-attn skipped: ModuleNotFoundError: No module named 'flash_attn' (1x)" in summary
+
+
+def test_a_step_without_time_leaves_it_to_the_others(gated):
+    outcome = gate({"seconds": {"parity": -1, "all": 300}})
+    assert set(statuses(outcome, "parity").values()) == {"late"}
+    assert set(statuses(outcome, "repeats").values()) == {"ok"}
+    assert outcome.bench.rows
+    assert outcome.failures == []
+    late = [each for each in outcome.findings if each.status == "late"]
+    assert report.summary(outcome).endswith(f"all that ran is right; {len(late)} not run for want of time")
+
+
+def test_all_steps_end_when_the_time_is_over(gated):
+    outcome = gate({"seconds": {"all": -1}})
+    proved = [each for each in outcome.findings if not each.check.startswith("sanitizer")]
+    assert {each.status for each in proved} == {"late"}
+    assert [each.reason for each in outcome.bench.skipped] == ["no time was left"]
+    assert outcome.failures == []
+
+
+def test_a_step_that_breaks_stops_no_other(gated, monkeypatch):
+    def broken(device, clock):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(module, "ceilings", broken)
+    outcome = gate()
+    assert outcome.problems == {"floors": "RuntimeError: no such kernel"}
+    assert outcome.failures == ["floors: RuntimeError: no such kernel"]
+    assert outcome.bench.rows[0].floor_share is None
+
+
+def test_an_operator_without_a_kernel_is_a_failure(gated, monkeypatch):
+    able = {"triton": "triton is not installed", "reference": True}
+    monkeypatch.setattr(module.check, "backends_on", lambda *_: able)
+    outcome = gate({"timed": ()})
+    assert outcome.failures == [
+        "gated_residual: no kernel of ours runs here: triton: triton is not installed"
+    ]
+    assert statuses(outcome, "parity") == {"reference": "ok"}
+
+
+@pytest.mark.parametrize(
+    "plan", [plans.FULL, plans.QUICK, plans.REHEARSAL], ids=["full", "quick", "rehearsal"]
+)
+def test_every_plan_covers_every_operator(plan):
+    for cases in (plan.cases, plan.repeated):
+        assert {case.operator for case in cases} == set(CASES)
+    assert {case.op for case in plan.timed} >= set(CASES)
+
+
+def test_the_cases_take_every_branch():
+    def values(operator, *names):
+        cases = [case for case in plans.FULL.cases if case.operator == operator]
+        return {tuple(getattr(case, name) for name in names) for case in cases}
+
+    masked, perceiver = "masked_cross_attention", "perceiver_attention"
+    for operator in (masked, perceiver):
+        assert values(operator, "head_dim") >= {(16,), (40,), (64,), (80,), (96,), (128,), (256,)}
+        assert values(operator, "layout") >= {("contiguous",), ("slice",), ("transposed",), ("strided",)}
+        assert max(values(operator, "groups")) > (1,)
+    rules = values(masked, "immediate", "policy", "times")
+    assert len(rules) >= 12
+    for size in ("batch", "length", "media"):
+        assert (0,) in values(masked, size)
+    assert (256,) in values(masked, "latents")
+    assert {(0,), (7680,)} <= values(perceiver, "features")
+    assert {each.operator for each in plans.FULL.large} == set(CASES)
+
+
+def test_each_step_fits_into_the_whole():
+    for plan, limit in ((plans.FULL, 540), (plans.QUICK, 120)):
+        steps = {name: seconds for name, seconds in plan.seconds.items() if name != "all"}
+        assert set(steps) <= set(STEPS)
+        assert sum(steps.values()) < plan.seconds["all"] < limit
+
+
+def test_the_proofs_of_the_steps_are_all_the_proofs():
+    assert {proof for step in module._PROOFS.values() for proof in step.proofs} == set(proofs.PROOFS)
