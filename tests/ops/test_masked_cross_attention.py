@@ -228,3 +228,23 @@ def test_a_flipped_mask_fails(flip, monkeypatch):
     monkeypatch.setattr(MediaMask, "from_text_time", flipped)
     failed = {each.name for each in measure(case, "reference") if not each.passed}
     assert failed >= ({"out", "dv"} if flip == "policy" else {"out", "dq", "dk", "dv"})
+
+
+@pytest.mark.parametrize("value", [1.0, torch.nan])
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_a_medium_that_no_row_sees_gets_no_gradient(name, value, backend):
+    """Though it lies between media that rows see in turn, and whatever is in it."""
+    mask = MediaMask.from_text_time(torch.tensor([[1, 3, 1, 3]]), num_media=3)
+    assert mask.start[0, 1] < mask.stop[0, 1]
+    tensors = {
+        "q": torch.randn(1, 4, 2, 16),
+        "k": torch.randn(1, 3, 5, 2, 16),
+        "v": torch.randn(1, 3, 5, 2, 16),
+    }
+    tensors[name][:, 1] = value
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    out = masked_cross_attention(*leaves, mask, backend=backend)
+    dq, dk, dv = torch.autograd.grad(out.square().sum(), leaves)
+    assert all(tensor.isfinite().all() for tensor in (out, dq, dk, dv))
+    assert not dk[:, 1].any()
+    assert not dv[:, 1].any()

@@ -29,14 +29,14 @@ def parts_of(block: int, blocks: int, device: Device) -> int:
 
 def backward(columns: int, block: int, dtype: torch.dtype, device: Device) -> Choice[Rows]:
     """The sums fill the registers, so the next rows wait in shared memory."""
-    per_thread = 8 if block <= 2 * BLOCK else 16
+    per_thread = 8 if block <= 2 * BLOCK or _is_amd(device) else 16
     if columns % 8:  # every element has its own address
         per_thread = 4
     num_stages = min(3, 1 + _PIPELINE // (4 * dtype.itemsize * max(block, BLOCK)))
     return Choice.of(
         _tile(block, per_thread, device, num_stages),
         _tile(block, per_thread, device),
-        _tile(block, min(16, 2 * per_thread), device, num_stages),
+        _tile(block, 4 if columns % 8 else 16, device),
         key=(columns, block, str(dtype)),
     )
 
@@ -49,5 +49,9 @@ def _tile(block: int, per_thread: int, device: Device, num_stages: int = 1) -> R
     """Each thread has so many elements, or more of a row too wide for that."""
     elements = max(block, BLOCK)
     threads = min(elements // per_thread, 1024)
-    lanes = 64 if device.architecture.startswith("gfx") else 32  # of a warp
+    lanes = 64 if _is_amd(device) else 32  # of a warp
     return Rows(rows=elements // block, num_warps=threads // lanes, num_stages=num_stages)
+
+
+def _is_amd(device: Device) -> bool:
+    return device.architecture.startswith("gfx")

@@ -75,12 +75,12 @@ def _gated_residual_norm_fwd_kernel(
     total = total.to(z.dtype.element_ty)
     store(z, row, D, columns, inside, total)
     centre, centred, scale = normalise(total.to(tl.float32), columns, eps, D, RMS)
+    tl.store(mean + row, centre, mask=row < rows)
+    tl.store(rstd + row, scale, mask=row < rows)
     normed = centred * scale[:, None] * load_vector(weight, columns, D)
     if bias is not None:
         normed += load_vector(bias, columns, D)
     store(n, row, D, columns, inside, normed)
-    tl.store(mean + row, centre, mask=row < rows)
-    tl.store(rstd + row, scale, mask=row < rows)
 
 
 @triton.jit

@@ -245,7 +245,8 @@ def _keys_kernel(
 @triton.jit
 def differentiate(scores, dweights, seen, highest, share, deltas):
     """P and dS of a tile that may stand on either side; both are 0 where a key or a query is none."""
-    weights = tl.where(seen, tl.exp2(scores - highest) * share, 0.0)
+    # masked before the subtraction, as in the forward pass: fused with the product it would round otherwise
+    weights = tl.exp2(tl.where(seen, scores, float("-inf")) - highest) * share
     return weights, weights * (dweights - deltas)
 
 

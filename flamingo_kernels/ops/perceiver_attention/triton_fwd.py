@@ -149,8 +149,8 @@ def _combine_kernel(
     highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     for part in range(parts):
         part_highest, part_total = load_softmax(maxima, sums, part * N + clip, rows, head, R, H)
-        # a part without keys has no average: what it wrote is not read
-        part_out = load_rows(outs, part * N + clip, rows, head, part_total != 0, R, H, D, COLUMNS)
+        has_keys = (rows < R) & (part_total != 0)  # without any a part has no average
+        part_out = load_rows(outs, part * N + clip, rows, head, has_keys, R, H, D, COLUMNS)
         higher = tl.maximum(highest, part_highest)
         shrink = power_below(highest, higher)
         weight = part_total * power_below(part_highest, higher)
@@ -242,10 +242,10 @@ def row_of(clip, rows, head, R, H):
 
 @triton.jit
 def load_softmax(softmax_max, softmax_sum, clip, rows, head, R, H):
-    """The maximum and the sum of each query's weights; nothing beyond the queries."""
+    """The maximum and the sum of each query's weights; 0 and 1 beyond the queries."""
     at = row_of(clip, rows, head, R, H)
-    highest = tl.load(softmax_max + at, mask=rows < R, other=float("-inf"))
-    return highest, tl.load(softmax_sum + at, mask=rows < R, other=0.0)
+    highest = tl.load(softmax_max + at, mask=rows < R, other=0.0)
+    return highest, tl.load(softmax_sum + at, mask=rows < R, other=1.0)
 
 
 @triton.jit
