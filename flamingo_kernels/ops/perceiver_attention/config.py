@@ -13,7 +13,7 @@ import torch
 
 from ..._triton.config import Choice, Config, Device, power_of_two, splits
 
-_TILE = 16384  # bytes of the largest tile
+_TILE = 16384  # bytes of the largest tile that a program keeps; those it goes through are half as large
 _LEAST_KEYS = 256  # of a part: with fewer, what a part reads and writes besides outweighs its keys
 
 
@@ -38,14 +38,14 @@ def parts_of(programs: int, keys: int, device: Device) -> int:
 
 def is_whole(queries: int, head_dim: int, dtype: torch.dtype, group: int) -> bool:
     """Whether one backward program can keep all queries that read its keys."""
-    return group == 1 and power_of_two(queries) <= _rows(256 // dtype.itemsize, head_dim, dtype)
+    return group == 1 and power_of_two(queries) <= _kept(256 // dtype.itemsize, head_dim, dtype)
 
 
 def forward(queries: int, head_dim: int, dtype: torch.dtype, device: Device) -> Choice[Tiles]:
-    kept = min(power_of_two(queries), _rows(64, head_dim, dtype))
+    kept = min(power_of_two(queries), _kept(64, head_dim, dtype))
     tiles = Tiles(
         block_queries=kept,
-        block_keys=_passing(head_dim, dtype, device),
+        block_keys=_passing(64, head_dim, dtype, device),
         num_warps=_warps(kept, head_dim, dtype),
     )
     key = (queries, head_dim, str(dtype))
@@ -58,26 +58,26 @@ def forward(queries: int, head_dim: int, dtype: torch.dtype, device: Device) -> 
 def backward_queries(
     whole: bool, queries: int, head_dim: int, dtype: torch.dtype, device: Device
 ) -> Choice[Tiles]:
-    """Of the kernel that keeps queries; where it keeps all, their keys bring gradients that need room."""
-    kept = power_of_two(queries)
-    keys = _passing(head_dim, dtype, device)
-    if whole:
-        keys = max(keys // 2, 16)
-    else:
-        kept = min(kept, _rows(64, head_dim, dtype))
-    tiles = Tiles(block_queries=kept, block_keys=keys, num_warps=_warps(kept, head_dim, dtype))
+    """Of the kernel that keeps queries; where it keeps all, the gradients of the keys need room too."""
+    kept = power_of_two(queries) if whole else min(power_of_two(queries), _kept(64, head_dim, dtype))
+    tiles = Tiles(
+        block_queries=kept,
+        block_keys=_passing(32 if whole else 64, head_dim, dtype, device),
+        num_warps=_warps(kept, head_dim, dtype),
+    )
     key = (whole, queries, head_dim, str(dtype))
     if dtype == torch.float32 or not whole:
         return Choice.of(tiles, key=key)
-    more_keys = 2 * keys if kept >= 64 and device.architecture in _FROM_SHARED_MEMORY else keys
-    return Choice.of(tiles, replace(tiles, num_stages=1), replace(tiles, block_keys=more_keys), key=key)
+    factor = 2 if kept >= 64 and device.architecture in _FROM_SHARED_MEMORY else 1
+    more_keys = replace(tiles, block_keys=factor * tiles.block_keys)
+    return Choice.of(tiles, replace(tiles, num_stages=1), more_keys, key=key)
 
 
 def backward_keys(head_dim: int, dtype: torch.dtype, device: Device) -> Choice[Tiles]:
     """Of the kernel that keeps keys, where no program keeps all queries."""
-    kept = _rows(64, head_dim, dtype)
+    kept = _kept(64, head_dim, dtype)
     tiles = Tiles(
-        block_queries=max(_passing(head_dim, dtype, device) // 2, 16),
+        block_queries=_passing(32, head_dim, dtype, device),
         block_keys=kept,
         num_warps=_warps(kept, head_dim, dtype),
     )
@@ -88,19 +88,19 @@ COMBINE = Choice.of(Queries(), key=())
 _FROM_SHARED_MEMORY = ("sm_90", "sm_100")  # where dots of 64 rows read both factors, which saves registers
 
 
-def _passing(head_dim: int, dtype: torch.dtype, device: Device) -> int:
-    """How many keys or queries a program takes at a time."""
-    most = 64 if device.architecture.startswith("gfx") else 128
-    return _rows(most // dtype.itemsize, head_dim, dtype)
-
-
-def _rows(most: int, head_dim: int, dtype: torch.dtype) -> int:
-    """How many rows of a head make a tile."""
+def _kept(most: int, head_dim: int, dtype: torch.dtype) -> int:
+    """The rows of the tile that a program keeps."""
     return min(most, _TILE // _bytes(head_dim, dtype))
 
 
-def _warps(rows: int, head_dim: int, dtype: torch.dtype) -> int:
-    return 4 if head_dim <= 64 and rows * _bytes(head_dim, dtype) <= _TILE // 2 else 8
+def _passing(most: int, head_dim: int, dtype: torch.dtype, device: Device) -> int:
+    """The rows of the tiles it goes through, at most so many of 16 bits; half where registers are scarce."""
+    most = most * 2 // dtype.itemsize // (2 if device.architecture.startswith("gfx") else 1)
+    return max(min(most, _TILE // 2 // _bytes(head_dim, dtype)), 16)
+
+
+def _warps(kept: int, head_dim: int, dtype: torch.dtype) -> int:
+    return 4 if head_dim <= 64 and kept * _bytes(head_dim, dtype) <= _TILE // 2 else 8
 
 
 def _bytes(head_dim: int, dtype: torch.dtype) -> int:
