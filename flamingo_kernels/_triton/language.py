@@ -1,7 +1,8 @@
 """Device functions that the kernels share.
 
 Attention tiles are `[rows, COLUMNS]` blocks of a matrix with a unit stride along its columns. COLUMNS is the
-power of two that holds D; what lies beyond D, and rows that are masked out, read as 0.
+power of two that holds D; what lies beyond D, and rows that are masked out, read as 0. Batch and head are 64-bit
+numbers, for offsets past 2^31.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import triton.language as tl
 from .. import _env
 
 INTERPRET = tl.constexpr(_env.INTERPRET)
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -27,6 +27,50 @@ def store_tile(base, rows, stride, tile, mask, D: tl.constexpr, COLUMNS: tl.cons
     columns = tl.arange(0, COLUMNS)
     at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
     tl.store(at, tile.to(base.dtype.element_ty), mask=mask[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
+def head_of(tensor, strides, batch, head):
+    """Where a head begins in `[batch, rows, heads, d]` with any strides."""
+    return tensor + batch * strides[0] + head * strides[2]
+
+
+@triton.jit
+def load_head(tensor, strides, batch, rows, head, mask, D: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of a head from `[batch, rows, heads, d]` with any strides."""
+    return load_tile(head_of(tensor, strides, batch, head), rows, strides[1], mask, D, COLUMNS)
+
+
+@triton.jit
+def load_rows(tensor, batch, rows, head, mask, length, H, D: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of a head from contiguous `[batch, length, H, d]`."""
+    return load_tile(tensor + (batch * length * H + head) * D, rows, H * D, mask, D, COLUMNS)
+
+
+@triton.jit
+def store_rows(tensor, batch, rows, head, tile, mask, length, H, D: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of a head to contiguous `[batch, length, H, d]`."""
+    store_tile(tensor + (batch * length * H + head) * D, rows, H * D, tile, mask, D, COLUMNS)
+
+
+@triton.jit
+def row_of(batch, rows, head, length, H):
+    """Where the one number that a row has lies in `[batch, H, length]`."""
+    return (batch * H + head) * length + rows
+
+
+@triton.jit
+def load_softmax(softmax_max, softmax_sum, batch, rows, head, mask, length, H):
+    """The maximum and the sum of each row's softmax; 0 and 1 where masked out."""
+    at = row_of(batch, rows, head, length, H)
+    return tl.load(softmax_max + at, mask=mask, other=0.0), tl.load(softmax_sum + at, mask=mask, other=1.0)
+
+
+@triton.jit
+def store_softmax(softmax_max, softmax_sum, batch, rows, head, highest, total, length, H):
+    at = row_of(batch, rows, head, length, H)
+    tl.store(softmax_max + at, highest, mask=rows < length)
+    tl.store(softmax_sum + at, total, mask=rows < length)
 
 
 @triton.jit

@@ -26,7 +26,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton.config import device_of, power_of_two, splits
-from ..._triton.language import dot, load_tile, row_dot, store_tile, wide
+from ..._triton.language import (
+    dot,
+    load_head,
+    load_rows,
+    load_softmax,
+    row_dot,
+    row_of,
+    store_rows,
+    store_tile,
+    wide,
+)
 from ..._triton.launch import launch, precision
 from ..._triton.reduction import add_in_order
 from .config import (
@@ -38,7 +48,7 @@ from .config import (
     block_of_latents,
     is_one_shot,
 )
-from .triton_fwd import SIZES, keys_of, scores_of, spans_of, store_rows, tile_of, tiles_seen
+from .triton_fwd import SIZES, keys_of, load_latents, scores_of, spans_of, tile_of, tiles_seen
 
 
 def masked_cross_attention_bwd(
@@ -67,7 +77,7 @@ def masked_cross_attention_bwd(
     static = Static(latents, head_dim, q.dtype, length <= FEW_ROWS, device_of(q.device))
     lo, hi, start, stop = (tensor.contiguous() for tensor in (lo, hi, start, stop))
     inputs = (q, k, v, dout, q.stride()[:3], k.stride()[:4], v.stride()[:4], dout.stride()[:3], lo, hi)
-    sizes = (batch, length, media, heads, heads // kv_heads, scale * math.log2(math.e))
+    sizes = (length, media, heads, heads // kv_heads, scale * math.log2(math.e))
     constants = {
         "R": latents,
         "D": head_dim,
@@ -82,7 +92,7 @@ def masked_cross_attention_bwd(
             _rows_kernel,
             lambda config: batch * triton.cdiv(length, config.block_t) * heads,
             backward_rows(static),
-            *(*inputs, out, softmax, delta, dq, *sizes, scale),
+            *(*inputs, out, *softmax, delta, dq, *sizes, scale),
             **constants,
         )
 
@@ -97,7 +107,8 @@ def masked_cross_attention_bwd(
         _one_shot_kernel if one_shot else _keys_kernel,
         lambda config: parts * programs,
         choice,
-        *(*inputs, start, stop, softmax, delta, share, dq, partial_dk, partial_dv, *sizes, scale, parts),
+        *(*inputs, start, stop, *softmax, delta, share, dq, partial_dk, partial_dv),
+        *(batch, *sizes, scale, parts),
         **constants,
         AVERAGES=averages,
     )
@@ -106,7 +117,7 @@ def masked_cross_attention_bwd(
     return dq, dk, dv
 
 
-@triton.jit(do_not_specialize=[*SIZES, "parts"])
+@triton.jit(do_not_specialize=["B", *SIZES, "parts"])
 def _one_shot_kernel(
     q,
     k,
@@ -120,7 +131,8 @@ def _one_shot_kernel(
     hi,
     start,
     stop,
-    softmax,
+    softmax_max,
+    softmax_sum,
     delta,
     share,
     dq,
@@ -146,23 +158,20 @@ def _one_shot_kernel(
     batch, medium, kv_head, part = medium_of(M, kv_heads, parts)
     latents = tl.arange(0, BLOCK_R)
     inside = latents < R
-    k += batch * k_strides[0] + medium * k_strides[1] + kv_head * k_strides[3]
-    v += batch * v_strides[0] + medium * v_strides[1] + kv_head * v_strides[3]
-    keys = load_tile(k, latents, k_strides[2], inside, D, COLUMNS)
-    values = load_tile(v, latents, v_strides[2], inside, D, COLUMNS)
+    keys = load_latents(k, k_strides, batch, medium, latents, kv_head, R, D, COLUMNS)
+    values = load_latents(v, v_strides, batch, medium, latents, kv_head, R, D, COLUMNS)
 
     dkeys = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
     dvalues = first_dvalues(share, batch, kv_head, part, kv_heads, BLOCK_R, D, COLUMNS, AVERAGES)
     begin, after = part_of(start, stop, batch * M + medium, part, parts, BLOCK_T)
-    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-        q_head = q + batch * q_strides[0] + wide(head) * q_strides[2]
-        dout_head = dout + batch * dout_strides[0] + wide(head) * dout_strides[2]
+    for index in range(kv_head * GROUP, (kv_head + 1) * GROUP):
+        head = wide(index)
         for at in range(begin, after, BLOCK_T):
             rows = at + tl.arange(0, BLOCK_T)
             first, end = spans_of(lo, hi, batch, rows, T)
             here = (first <= medium) & (medium < end) & (rows < after)
-            queries = load_tile(q_head, rows, q_strides[1], here, D, COLUMNS)
-            douts = load_tile(dout_head, rows, dout_strides[1], here, D, COLUMNS)
+            queries = load_head(q, q_strides, batch, rows, head, here, D, COLUMNS)
+            douts = load_head(dout, dout_strides, batch, rows, head, here, D, COLUMNS)
 
             scores = scores_of(queries, keys, inside, base2_scale, PRECISION)  # [BLOCK_T, BLOCK_R]
             weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
@@ -175,7 +184,7 @@ def _one_shot_kernel(
             dvalues += dot(tl.trans(weights.to(douts.dtype)), douts, PRECISION)
             dkeys += dot(tl.trans(dscores), queries, PRECISION)
             dqueries = dot(dscores, keys, PRECISION) * scale
-            store_tile(dq + (batch * T * H + wide(head)) * D, rows, H * D, dqueries, here, D, COLUMNS)
+            store_rows(dq, batch, rows, head, dqueries, here, T, H, D, COLUMNS)
 
     store_keys(dk, dkeys * scale, batch, medium, latents, kv_head, part, B, M, R, kv_heads, D, COLUMNS)
     store_keys(dv, dvalues, batch, medium, latents, kv_head, part, B, M, R, kv_heads, D, COLUMNS)
@@ -197,10 +206,10 @@ def _rows_kernel(
     lo,
     hi,
     out,
-    softmax,
+    softmax_max,
+    softmax_sum,
     delta,
     dq,
-    B,
     T,
     M,
     H,
@@ -217,33 +226,28 @@ def _rows_kernel(
     batch, rows, head = tile_of(T, H, BLOCK_T)
     first, end = spans_of(lo, hi, batch, rows, T)
     sees = first < end
-    k += batch * k_strides[0] + head // GROUP * k_strides[3]
-    v += batch * v_strides[0] + head // GROUP * v_strides[3]
-    q += batch * q_strides[0] + head * q_strides[2]
-    dout += batch * dout_strides[0] + head * dout_strides[2]
-    queries = load_tile(q, rows, q_strides[1], sees, D, COLUMNS)
-    douts = load_tile(dout, rows, dout_strides[1], sees, D, COLUMNS)
-    outs = load_tile(out + (batch * T * H + head) * D, rows, H * D, sees, D, COLUMNS)
-    deltas = row_dot(douts, outs)
-    tl.store(delta + (batch * H + head) * T + rows, deltas, mask=rows < T)
-    highest, total = load_softmax(softmax, batch, rows, head, sees, B, T, H)
+    queries = load_head(q, q_strides, batch, rows, head, sees, D, COLUMNS)
+    douts = load_head(dout, dout_strides, batch, rows, head, sees, D, COLUMNS)
+    deltas = row_dot(douts, load_rows(out, batch, rows, head, sees, T, H, D, COLUMNS))
+    tl.store(delta + row_of(batch, rows, head, T, H), deltas, mask=rows < T)
+    highest, total = load_softmax(softmax_max, softmax_sum, batch, rows, head, sees, T, H)
 
     dqueries = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
     begin, after = tiles_seen(first, end, R, BLOCK_R)
     for tile in range(begin, after):
         medium, latents = keys_of(tile, R, BLOCK_R)
-        keys = load_tile(k + wide(medium) * k_strides[1], latents, k_strides[2], latents < R, D, COLUMNS)
-        values = load_tile(v + wide(medium) * v_strides[1], latents, v_strides[2], latents < R, D, COLUMNS)
+        keys = load_latents(k, k_strides, batch, medium, latents, head // GROUP, R, D, COLUMNS)
+        values = load_latents(v, v_strides, batch, medium, latents, head // GROUP, R, D, COLUMNS)
         scores = scores_of(queries, keys, latents < R, base2_scale, PRECISION)  # [BLOCK_T, BLOCK_R]
         weights = tl.exp2(scores - highest[:, None]) / total[:, None]
         dscores = weights * (dot(douts, tl.trans(values), PRECISION) - deltas[:, None])
         here = (first <= medium) & (medium < end)
         added = dqueries + dot(dscores.to(keys.dtype), keys, PRECISION)
         dqueries = tl.where(here[:, None], added, dqueries)
-    store_rows(dq, batch, rows, head, dqueries * scale, T, H, D, COLUMNS)
+    store_rows(dq, batch, rows, head, dqueries * scale, rows < T, T, H, D, COLUMNS)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "parts"])
+@triton.jit(do_not_specialize=["B", *SIZES, "parts"])
 def _keys_kernel(
     q,
     k,
@@ -257,7 +261,8 @@ def _keys_kernel(
     hi,
     start,
     stop,
-    softmax,
+    softmax_max,
+    softmax_sum,
     delta,
     share,
     dq,
@@ -283,25 +288,22 @@ def _keys_kernel(
     batch, tile, kv_head, part = tile_of_keys(B, kv_heads, parts)
     medium, latents = keys_of(tile, R, BLOCK_R)
     inside = latents < R
-    k += batch * k_strides[0] + medium * k_strides[1] + kv_head * k_strides[3]
-    v += batch * v_strides[0] + medium * v_strides[1] + kv_head * v_strides[3]
-    keys = load_tile(k, latents, k_strides[2], inside, D, COLUMNS)
-    values = load_tile(v, latents, v_strides[2], inside, D, COLUMNS)
+    keys = load_latents(k, k_strides, batch, medium, latents, kv_head, R, D, COLUMNS)
+    values = load_latents(v, v_strides, batch, medium, latents, kv_head, R, D, COLUMNS)
 
     dkeys = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
     dvalues = first_dvalues(share, batch, kv_head, part, kv_heads, BLOCK_R, D, COLUMNS, AVERAGES)
     begin, after = part_of(start, stop, batch * M + medium, part, parts, BLOCK_T)
-    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-        q_head = q + batch * q_strides[0] + wide(head) * q_strides[2]
-        dout_head = dout + batch * dout_strides[0] + wide(head) * dout_strides[2]
+    for index in range(kv_head * GROUP, (kv_head + 1) * GROUP):
+        head = wide(index)
         for at in range(begin, after, BLOCK_T):
             rows = at + tl.arange(0, BLOCK_T)
             first, end = spans_of(lo, hi, batch, rows, T)
             here = (first <= medium) & (medium < end) & (rows < after)
-            queries = load_tile(q_head, rows, q_strides[1], here, D, COLUMNS)
-            douts = load_tile(dout_head, rows, dout_strides[1], here, D, COLUMNS)
-            highest, total = load_softmax(softmax, batch, rows, wide(head), here, B, T, H)
-            deltas = tl.load(delta + (batch * H + wide(head)) * T + rows, mask=here, other=0.0)
+            queries = load_head(q, q_strides, batch, rows, head, here, D, COLUMNS)
+            douts = load_head(dout, dout_strides, batch, rows, head, here, D, COLUMNS)
+            highest, total = load_softmax(softmax_max, softmax_sum, batch, rows, head, here, T, H)
+            deltas = tl.load(delta + row_of(batch, rows, head, T, H), mask=here, other=0.0)
 
             scores = scores_of(queries, keys, inside, base2_scale, PRECISION)  # [BLOCK_T, BLOCK_R]
             weights = tl.where(here[:, None], tl.exp2(scores - highest[:, None]) / total[:, None], 0.0)
@@ -318,26 +320,16 @@ def _keys_kernel(
 def medium_of(M, kv_heads, parts):
     """Sequence, medium, head and part of this program; heads first, which lie side by side in memory."""
     program = tl.program_id(0)
-    batch = program // kv_heads // parts // M
-    return (
-        wide(batch),
-        wide(program // kv_heads // parts % M),
-        program % kv_heads,
-        program // kv_heads % parts,
-    )
+    medium = program // kv_heads // parts
+    return wide(medium // M), wide(medium % M), program % kv_heads, program // kv_heads % parts
 
 
 @triton.jit
 def tile_of_keys(B, kv_heads, parts):
     """Sequence, key tile, head and part of this program; the first media, which most rows see, come first."""
     program = tl.program_id(0)
-    batch = program // kv_heads // parts % B
-    return (
-        wide(batch),
-        wide(program // kv_heads // parts // B),
-        program % kv_heads,
-        program // kv_heads % parts,
-    )
+    tile = program // kv_heads // parts
+    return wide(tile % B), wide(tile // B), program % kv_heads, program // kv_heads % parts
 
 
 @triton.jit
@@ -416,14 +408,7 @@ def clear_blind_rows(
         blind = (first >= end) & (rows < after)
         for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
             zeros = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
-            store_tile(dq + (batch * T * H + wide(head)) * D, rows, H * D, zeros, blind, D, COLUMNS)
-
-
-@triton.jit
-def load_softmax(softmax, batch, rows, head, mask, B, T, H):
-    """The maximum and the sum of each row's softmax."""
-    at = softmax + (batch * H + head) * T + rows
-    return tl.load(at, mask=mask, other=0.0), tl.load(at + wide(B) * H * T, mask=mask, other=1.0)
+            store_rows(dq, batch, rows, wide(head), zeros, blind, T, H, D, COLUMNS)
 
 
 def _share_of_averages(dout: Tensor, hi: Tensor, k: Tensor) -> Tensor:  # [B, Hkv, d]
@@ -463,8 +448,7 @@ def _share_kernel(
         averages = tl.load(hi + batch * T + rows, mask=rows < T, other=0) < 0
         if tl.max(averages.to(tl.int32)) > 0:  # rarely
             for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-                at_head = dout + batch * strides[0] + wide(head) * strides[2]
-                douts = load_tile(at_head, rows, strides[1], averages, D, COLUMNS)
+                douts = load_head(dout, strides, batch, rows, wide(head), averages, D, COLUMNS)
                 total += tl.sum(douts.to(tl.float32), 0)
     columns = tl.arange(0, COLUMNS)
     tl.store(share + wide(tl.program_id(0)) * D + columns, total / values, mask=columns < D)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton.config import device_of, power_of_two
-from ..._triton.language import dot, load_tile, store_tile, wide
+from ..._triton.language import dot, load_head, load_tile, store_rows, store_softmax, wide
 from ..._triton.launch import launch, precision
 from .config import FEW_ROWS, Static, block_of_latents, forward, is_one_shot
 
@@ -47,9 +47,9 @@ def masked_cross_attention_fwd(
         _one_shot_kernel if one_shot else _spans_kernel,
         lambda config: batch * triton.cdiv(length, config.block_t) * heads,
         forward(Static(latents, head_dim, q.dtype, length <= FEW_ROWS, device_of(q.device))),
-        *(q, k, v, out, softmax, lo.contiguous(), hi.contiguous()),
+        *(q, k, v, out, *softmax, lo.contiguous(), hi.contiguous()),
         *(q.stride()[:3], k.stride()[:4], v.stride()[:4]),
-        *(batch, length, media, heads, heads // kv_heads, scale * math.log2(math.e)),
+        *(length, media, heads, heads // kv_heads, scale * math.log2(math.e)),
         R=latents,
         D=head_dim,
         BLOCK_R=block_of_latents(one_shot, latents, head_dim, q.dtype),
@@ -60,7 +60,7 @@ def masked_cross_attention_fwd(
     return out, softmax
 
 
-SIZES = ["B", "T", "M", "H", "GROUP"]
+SIZES = ["T", "M", "H", "GROUP"]
 NOWHERE = tl.constexpr(2**31 - 1)  # the medium after the last
 
 
@@ -70,13 +70,13 @@ def _one_shot_kernel(
     k,
     v,
     out,
-    softmax,
+    softmax_max,
+    softmax_sum,
     lo,
     hi,
     q_strides,
     k_strides,
     v_strides,
-    B,
     T,
     M,
     H,
@@ -93,18 +93,15 @@ def _one_shot_kernel(
     batch, rows, head = tile_of(T, H, BLOCK_T)
     first, end = spans_of(lo, hi, batch, rows, T)  # [BLOCK_T] each
     sees = first < end
-    k += batch * k_strides[0] + head // GROUP * k_strides[3]
-    v += batch * v_strides[0] + head // GROUP * v_strides[3]
-    q += batch * q_strides[0] + head * q_strides[2]
-    queries = load_tile(q, rows, q_strides[1], sees, D, COLUMNS)
+    queries = load_head(q, q_strides, batch, rows, head, sees, D, COLUMNS)
     latents = tl.arange(0, BLOCK_R)
 
     product = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
     total = tl.full([BLOCK_T], 1.0, tl.float32)
     medium = tl.min(tl.where(sees, first, NOWHERE))
     while medium < NOWHERE:
-        keys = load_tile(k + wide(medium) * k_strides[1], latents, k_strides[2], latents < R, D, COLUMNS)
-        values = load_tile(v + wide(medium) * v_strides[1], latents, v_strides[2], latents < R, D, COLUMNS)
+        keys = load_latents(k, k_strides, batch, medium, latents, head // GROUP, R, D, COLUMNS)
+        values = load_latents(v, v_strides, batch, medium, latents, head // GROUP, R, D, COLUMNS)
         scores = scores_of(queries, keys, latents < R, scale, PRECISION)  # [BLOCK_T, BLOCK_R]
         weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
         here = sees & (first == medium)
@@ -114,8 +111,10 @@ def _one_shot_kernel(
 
     product = product / total[:, None]
     if AVERAGES:
-        product = average_blind_rows(product, end, v, v_strides, M, R, D, BLOCK_R, COLUMNS)
-    store_rows(out, batch, rows, head, product, T, H, D, COLUMNS)
+        product = average_blind_rows(
+            product, end, v, v_strides, batch, head // GROUP, M, R, D, BLOCK_R, COLUMNS
+        )
+    store_rows(out, batch, rows, head, product, rows < T, T, H, D, COLUMNS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -124,13 +123,13 @@ def _spans_kernel(
     k,
     v,
     out,
-    softmax,
+    softmax_max,
+    softmax_sum,
     lo,
     hi,
     q_strides,
     k_strides,
     v_strides,
-    B,
     T,
     M,
     H,
@@ -147,10 +146,7 @@ def _spans_kernel(
     batch, rows, head = tile_of(T, H, BLOCK_T)
     first, end = spans_of(lo, hi, batch, rows, T)  # [BLOCK_T] each
     sees = first < end
-    k += batch * k_strides[0] + head // GROUP * k_strides[3]
-    v += batch * v_strides[0] + head // GROUP * v_strides[3]
-    q += batch * q_strides[0] + head * q_strides[2]
-    queries = load_tile(q, rows, q_strides[1], sees, D, COLUMNS)
+    queries = load_head(q, q_strides, batch, rows, head, sees, D, COLUMNS)
 
     product = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
@@ -158,8 +154,8 @@ def _spans_kernel(
     begin, after = tiles_seen(first, end, R, BLOCK_R)
     for tile in range(begin, after):
         medium, latents = keys_of(tile, R, BLOCK_R)
-        keys = load_tile(k + wide(medium) * k_strides[1], latents, k_strides[2], latents < R, D, COLUMNS)
-        values = load_tile(v + wide(medium) * v_strides[1], latents, v_strides[2], latents < R, D, COLUMNS)
+        keys = load_latents(k, k_strides, batch, medium, latents, head // GROUP, R, D, COLUMNS)
+        values = load_latents(v, v_strides, batch, medium, latents, head // GROUP, R, D, COLUMNS)
         scores = scores_of(queries, keys, latents < R, scale, PRECISION)  # [BLOCK_T, BLOCK_R]
         here = (first <= medium) & (medium < end)
         higher = tl.where(here, tl.maximum(highest, tl.max(scores, 1)), highest)
@@ -172,11 +168,13 @@ def _spans_kernel(
 
     highest = tl.where(sees, highest, 0.0)
     total = tl.where(sees, total, 1.0)
-    store_softmax(softmax, batch, rows, head, highest, total, B, T, H)
+    store_softmax(softmax_max, softmax_sum, batch, rows, head, highest, total, T, H)
     product = product / total[:, None]
     if AVERAGES:
-        product = average_blind_rows(product, end, v, v_strides, M, R, D, BLOCK_R, COLUMNS)
-    store_rows(out, batch, rows, head, product, T, H, D, COLUMNS)
+        product = average_blind_rows(
+            product, end, v, v_strides, batch, head // GROUP, M, R, D, BLOCK_R, COLUMNS
+        )
+    store_rows(out, batch, rows, head, product, rows < T, T, H, D, COLUMNS)
 
 
 @triton.jit
@@ -213,6 +211,15 @@ def keys_of(tile, R: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
+def load_latents(
+    tensor, strides, batch, medium, latents, kv_head, R: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Keys or values of a medium from `[B, M, R, Hkv, d]` with any strides."""
+    base = tensor + batch * strides[0] + wide(medium) * strides[1] + kv_head * strides[3]
+    return load_tile(base, latents, strides[2], latents < R, D, COLUMNS)
+
+
+@triton.jit
 def scores_of(queries, keys, inside, scale, PRECISION: tl.constexpr):  # [BLOCK_T, BLOCK_R]
     scores = dot(queries, tl.trans(keys), PRECISION) * scale
     return tl.where(inside[None, :], scores, float("-inf"))
@@ -224,6 +231,8 @@ def average_blind_rows(
     end,
     v,
     v_strides,
+    batch,
+    kv_head,
     M,
     R: tl.constexpr,
     D: tl.constexpr,
@@ -235,20 +244,7 @@ def average_blind_rows(
         total = tl.zeros([COLUMNS], tl.float32)
         for tile in range(0, M * tl.cdiv(R, BLOCK_R)):
             medium, latents = keys_of(tile, R, BLOCK_R)
-            at = v + wide(medium) * v_strides[1]
-            values = load_tile(at, latents, v_strides[2], latents < R, D, COLUMNS)
+            values = load_latents(v, v_strides, batch, medium, latents, kv_head, R, D, COLUMNS)
             total += tl.sum(values.to(tl.float32), 0)
         product = tl.where((end < 0)[:, None], (total / (M * R))[None, :], product)
     return product
-
-
-@triton.jit
-def store_rows(out, batch, rows, head, tile, T, H, D: tl.constexpr, COLUMNS: tl.constexpr):
-    store_tile(out + (batch * T * H + head) * D, rows, H * D, tile, rows < T, D, COLUMNS)
-
-
-@triton.jit
-def store_softmax(softmax, batch, rows, head, highest, total, B, T, H):
-    at = softmax + (batch * H + head) * T + rows
-    tl.store(at, highest, mask=rows < T)
-    tl.store(at + wide(B) * H * T, total, mask=rows < T)

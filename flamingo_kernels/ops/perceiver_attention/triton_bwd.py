@@ -22,21 +22,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton.config import device_of, power_of_two
-from ..._triton.language import dot, load_tile, row_dot
+from ..._triton.language import dot, load_head, load_rows, load_softmax, row_dot, row_of, store_rows
 from ..._triton.launch import launch, precision
 from ..._triton.reduction import add_in_order
 from .config import Tiles, backward_keys, backward_queries, is_whole, parts_of
 from .triton_fwd import (
     SIZES,
-    head_of,
     keys_of,
     length_of,
     load_keys,
-    load_rows,
-    load_softmax,
     part_of_keys,
-    row_of,
-    store_rows,
     strides_of,
     tile_of,
 )
@@ -140,10 +135,10 @@ def _queries_kernel(
 ):
     clip, part, rows, head = tile_of(R, H, parts, BLOCK_QUERIES)
     inside = rows < R
-    queries = load_tile(head_of(q, q_strides, clip, head), rows, q_strides[1], inside, D, COLUMNS)
-    douts = load_tile(head_of(dout, dout_strides, clip, head), rows, dout_strides[1], inside, D, COLUMNS)
+    queries = load_head(q, q_strides, clip, rows, head, inside, D, COLUMNS)
+    douts = load_head(dout, dout_strides, clip, rows, head, inside, D, COLUMNS)
     deltas = row_dot(douts, load_rows(out, clip, rows, head, inside, R, H, D, COLUMNS))
-    highest, total = load_softmax(softmax_max, softmax_sum, clip, rows, head, R, H)
+    highest, total = load_softmax(softmax_max, softmax_sum, clip, rows, head, inside, R, H)
 
     dqueries = tl.zeros([BLOCK_QUERIES, COLUMNS], tl.float32)
     length = length_of(media_lengths, clip, S)
@@ -211,8 +206,8 @@ def _keys_kernel(
     clip, _, at, kv_head = tile_of(S, kv_heads, 1, BLOCK_KEYS)
     length = length_of(lengths, clip, S)
     real = at < length
-    keys = load_tile(head_of(k, k_strides, clip, kv_head), at, k_strides[1], real, D, COLUMNS)
-    values = load_tile(head_of(v, v_strides, clip, kv_head), at, v_strides[1], real, D, COLUMNS)
+    keys = load_head(k, k_strides, clip, at, kv_head, real, D, COLUMNS)
+    values = load_head(v, v_strides, clip, at, kv_head, real, D, COLUMNS)
 
     dkeys = tl.zeros([BLOCK_KEYS, COLUMNS], tl.float32)
     dvalues = tl.zeros([BLOCK_KEYS, COLUMNS], tl.float32)
@@ -221,9 +216,9 @@ def _keys_kernel(
         head = kv_head * GROUP + step // blocks
         rows = step % blocks * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
         inside = rows < R
-        queries = load_tile(head_of(q, q_strides, clip, head), rows, q_strides[1], inside, D, COLUMNS)
-        douts = load_tile(head_of(dout, dout_strides, clip, head), rows, dout_strides[1], inside, D, COLUMNS)
-        highest, total = load_softmax(softmax_max, softmax_sum, clip, rows, head, R, H)
+        queries = load_head(q, q_strides, clip, rows, head, inside, D, COLUMNS)
+        douts = load_head(dout, dout_strides, clip, rows, head, inside, D, COLUMNS)
+        highest, total = load_softmax(softmax_max, softmax_sum, clip, rows, head, inside, R, H)
         deltas = tl.load(delta + row_of(clip, rows, head, R, H), mask=inside, other=0.0)
         weights, dscores = differentiate(
             dot(keys, tl.trans(queries), PRECISION) * base2_scale,

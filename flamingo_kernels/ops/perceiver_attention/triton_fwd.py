@@ -20,7 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton.config import device_of, power_of_two
-from ..._triton.language import dot, load_tile, store_tile, wide
+from ..._triton.language import (
+    dot,
+    head_of,
+    load_head,
+    load_rows,
+    load_softmax,
+    load_tile,
+    store_rows,
+    store_softmax,
+    wide,
+)
 from ..._triton.launch import launch, precision
 from .config import COMBINE, Queries, forward, parts_of
 
@@ -101,7 +111,7 @@ def _attention_kernel(
     BLOCK_KEYS: tl.constexpr,
 ):
     clip, part, rows, head = tile_of(R, H, parts, BLOCK_QUERIES)
-    queries = load_tile(head_of(q, q_strides, clip, head), rows, q_strides[1], rows < R, D, COLUMNS)
+    queries = load_head(q, q_strides, clip, rows, head, rows < R, D, COLUMNS)
 
     product = tl.zeros([BLOCK_QUERIES, COLUMNS], tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
@@ -148,7 +158,7 @@ def _combine_kernel(
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
     highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     for part in range(parts):
-        part_highest, part_total = load_softmax(maxima, sums, part * N + clip, rows, head, R, H)
+        part_highest, part_total = load_softmax(maxima, sums, part * N + clip, rows, head, rows < R, R, H)
         has_keys = (rows < R) & (part_total != 0)  # without any a part has no average
         part_out = load_rows(outs, part * N + clip, rows, head, has_keys, R, H, D, COLUMNS)
         higher = tl.maximum(highest, part_highest)
@@ -214,42 +224,3 @@ def load_keys(segments, strides, media, clip, keys, head, real, D: tl.constexpr,
 def power_below(exponent, highest):
     """`2 ** (exponent - highest)`; 0 where both are -inf, as in a row that has seen nothing yet."""
     return tl.exp2(exponent - tl.where(highest == float("-inf"), 0.0, highest))
-
-
-@triton.jit
-def head_of(tensor, strides, clip, head):
-    """Where a head of a clip begins in `[N, rows, H, d]` with any strides."""
-    return tensor + clip * strides[0] + head * strides[2]
-
-
-@triton.jit
-def load_rows(tensor, clip, rows, head, mask, length, H, D: tl.constexpr, COLUMNS: tl.constexpr):
-    """From contiguous `[N, length, H, d]`."""
-    return load_tile(tensor + (clip * length * H + head) * D, rows, H * D, mask, D, COLUMNS)
-
-
-@triton.jit
-def store_rows(tensor, clip, rows, head, tile, mask, length, H, D: tl.constexpr, COLUMNS: tl.constexpr):
-    """To contiguous `[N, length, H, d]`."""
-    store_tile(tensor + (clip * length * H + head) * D, rows, H * D, tile, mask, D, COLUMNS)
-
-
-@triton.jit
-def row_of(clip, rows, head, R, H):
-    """Where a number for each query lies in `[N, H, R]`."""
-    return (clip * H + head) * R + rows
-
-
-@triton.jit
-def load_softmax(softmax_max, softmax_sum, clip, rows, head, R, H):
-    """The maximum and the sum of each query's weights; 0 and 1 beyond the queries."""
-    at = row_of(clip, rows, head, R, H)
-    highest = tl.load(softmax_max + at, mask=rows < R, other=0.0)
-    return highest, tl.load(softmax_sum + at, mask=rows < R, other=1.0)
-
-
-@triton.jit
-def store_softmax(softmax_max, softmax_sum, clip, rows, head, highest, total, R, H):
-    at = row_of(clip, rows, head, R, H)
-    tl.store(softmax_max + at, highest, mask=rows < R)
-    tl.store(softmax_sum + at, total, mask=rows < R)
