@@ -31,7 +31,7 @@ def launch(
 
     def run(config: C) -> None:
         if count := programs(config):
-            start(kernel, count, arguments, {**constants, **config.keywords(), **_OPTIONS})
+            start(kernel, count, arguments, {**constants, **config.keywords, **_OPTIONS})
 
     with _on(arguments[0].device):
         run(tuning.choose(kernel, choice, run, arguments[0].device) if _env.AUTOTUNE else choice.default)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -23,12 +24,14 @@ def block_of_columns(columns: int) -> int:
     return min(power_of_two(columns), _WIDEST)
 
 
+@cache
 def forward(columns: int, dtype: torch.dtype) -> Choice[Rows]:
     """So many rows that each thread has a few loads of 16 bytes under way."""
     tiles = ((8192, 4), (4096, 4), (16384, 8))
     return Choice.of(*(_tile(*tile, columns, dtype) for tile in tiles), key=(columns, str(dtype)))
 
 
+@cache
 def backward(columns: int, dtype: torch.dtype) -> Choice[Rows]:
     """Few programs, which therefore load the next tiles early."""
     tiles = ((8192, 8, 3), (8192, 8, 2), (8192, 8, 1), (16384, 8, 2), (16384, 8, 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from ..._triton.config import Choice, Device, power_of_two
@@ -11,6 +13,7 @@ BLOCK = 2048  # columns: the least that a tile has elements of, and what a row i
 _PIPELINE = 65536  # bytes of shared memory that every device has for the rows under way
 
 
+@cache
 def forward(columns: int, dtype: torch.dtype, device: Device) -> Choice[Rows]:
     block = power_of_two(columns)
     return Choice.of(_tile(block, 16, device), _tile(block, 8, device), key=(columns, str(dtype)))
@@ -27,6 +30,7 @@ def parts_of(block: int, blocks: int, device: Device) -> int:
     return device.multiprocessors * (2 if block <= BLOCK else 1) // blocks
 
 
+@cache
 def backward(columns: int, block: int, dtype: torch.dtype, device: Device) -> Choice[Rows]:
     """The sums fill the registers, so the next rows wait in shared memory."""
     per_thread = 8 if block <= 2 * BLOCK or _is_amd(device) else 16
@@ -41,6 +45,7 @@ def backward(columns: int, block: int, dtype: torch.dtype, device: Device) -> Ch
     )
 
 
+@cache
 def backward_means(dtype: torch.dtype, device: Device) -> Choice[Rows]:
     return Choice.of(_tile(BLOCK, 8, device, num_stages=3), _tile(BLOCK, 8, device), key=(str(dtype),))
 

@@ -6,6 +6,7 @@ The numbers are those that compile without a spilled register on sm_80 and sm_90
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -57,6 +58,7 @@ def _most_keys(head_dim: int, dtype: torch.dtype) -> int:
     return (4096 if dtype == torch.float32 else 8192) // power_of_two(head_dim)
 
 
+@cache
 def forward(static: Static) -> Choice[Rows]:
     """Small tiles, as a tile multiplies every medium that its rows name with all of them."""
     if static.exact:
@@ -70,6 +72,7 @@ def forward(static: Static) -> Choice[Rows]:
     return _choose(static, Rows(block_t=32, num_warps=8), Rows(block_t=16))
 
 
+@cache
 def backward_rows(static: Static) -> Choice[Rows]:
     """The kernel that owns rows, where they see several media."""
     if static.exact:
@@ -77,6 +80,7 @@ def backward_rows(static: Static) -> Choice[Rows]:
     return forward(static)
 
 
+@cache
 def backward_keys(static: Static, one_shot: bool) -> Choice[Rows]:
     """The kernels that own keys: dk and dv stay in registers, which leaves the fewer for the rows."""
     if static.exact and one_shot:

@@ -8,6 +8,7 @@ head_dim up to 128.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -41,6 +42,7 @@ def is_whole(queries: int, head_dim: int, dtype: torch.dtype, group: int) -> boo
     return group == 1 and power_of_two(queries) <= _kept(256 // dtype.itemsize, head_dim, dtype)
 
 
+@cache
 def forward(queries: int, head_dim: int, dtype: torch.dtype, device: Device) -> Choice[Tiles]:
     kept = min(power_of_two(queries), _kept(64, head_dim, dtype))
     tiles = Tiles(
@@ -55,6 +57,7 @@ def forward(queries: int, head_dim: int, dtype: torch.dtype, device: Device) -> 
     return Choice.of(deep, tiles, replace(deep, block_keys=max(tiles.block_keys // 2, 16)), key=key)
 
 
+@cache
 def backward_queries(
     whole: bool, queries: int, head_dim: int, dtype: torch.dtype, device: Device
 ) -> Choice[Tiles]:
@@ -73,6 +76,7 @@ def backward_queries(
     return Choice.of(tiles, replace(tiles, num_stages=1), more_keys, key=key)
 
 
+@cache
 def backward_keys(head_dim: int, dtype: torch.dtype, device: Device) -> Choice[Tiles]:
     """Of the kernel that keeps keys, where no program keeps all queries."""
     kept = _kept(64, head_dim, dtype)
