@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from . import _env, _extension, _triton
@@ -136,28 +137,36 @@ def use_backend(backend: str) -> Iterator[None]:
         default_backend = before
 
 
-def reference_reasons(*tensors: Tensor | None) -> list[str]:
-    """The reference runs anything."""
-    return []
-
-
-def cpu_reasons(*tensors: Tensor | None) -> list[str]:
-    """What every C++ kernel asks: the extension, CPU tensors, a dtype it knows."""
-    if why := _extension.why_not():
-        return [why]
+def _kernel_reasons(why_not: str, misplaced: Callable[[Tensor], str], *tensors: Tensor | None) -> list[str]:
+    """What every kernel asks: that it can run here, tensors where it computes, a dtype it knows."""
+    if why_not:
+        return [why_not]
     for tensor in tensors:
         if tensor is None:
             continue
-        if not tensor.is_cpu:
-            return [f"a tensor is on {tensor.device}, not on cpu"]
+        if why := misplaced(tensor):
+            return [why]
         if tensor.dtype not in KERNEL_DTYPES:
             return [f"dtype {tensor.dtype} is not one of float32, bfloat16, float16"]
     return []
 
 
-KERNEL_DTYPES = _triton.DTYPES
+def _triton_reasons(*tensors: Tensor | None) -> list[str]:
+    return _kernel_reasons(_triton.why_not(), _triton.misplaced, *tensors)
+
+
+def _cpu_reasons(*tensors: Tensor | None) -> list[str]:
+    return _kernel_reasons(_extension.why_not(), _extension.misplaced, *tensors)
+
+
+def _reference_reasons(*tensors: Tensor | None) -> list[str]:
+    """It runs anything."""
+    return []
+
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GENERAL: dict[str, Reasons] = {
-    "triton": _triton.reasons,
-    "cpu": cpu_reasons,
-    "reference": reference_reasons,
+    "triton": _triton_reasons,
+    "cpu": _cpu_reasons,
+    "reference": _reference_reasons,
 }

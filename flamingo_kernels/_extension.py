@@ -42,6 +42,11 @@ def why_not() -> str:
     return _REASON
 
 
+def misplaced(tensor: torch.Tensor) -> str:
+    """Why a tensor is not where the C++ kernels compute, or an empty string."""
+    return "" if tensor.is_cpu else f"a tensor is on {tensor.device}, not on cpu"
+
+
 def cpu_variant() -> str:
     """The instruction set the C++ kernels run with: one of `_env.CPU_VARIANTS`, or "" without them."""
     library, _ = _load()

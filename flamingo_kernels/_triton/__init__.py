@@ -21,24 +21,16 @@ from .. import _env
 
 OLDEST = (3, 6)  # the Triton of torch 2.10
 OLDEST_CAPABILITY = (8, 0)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def reasons(*tensors: Tensor | None) -> list[str]:
-    """What every Triton kernel asks: Triton, tensors on a GPU, a dtype it knows."""
-    if why := why_not():
-        return [why]
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if not tensor.is_cuda and not (tensor.is_cpu and _env.INTERPRET):
-            return [
-                f"a tensor is on {tensor.device}; Triton computes on a GPU, "
-                "and on a cpu only in its interpreter: TRITON_INTERPRET=1"
-            ]
-        if tensor.dtype not in DTYPES:
-            return [f"dtype {tensor.dtype} is not one of float32, bfloat16, float16"]
-    return []
+def misplaced(tensor: Tensor) -> str:
+    """Why a tensor is not where Triton computes, or an empty string."""
+    if tensor.is_cuda or (tensor.is_cpu and _env.INTERPRET):
+        return ""
+    return (
+        f"a tensor is on {tensor.device}; Triton computes on a GPU, "
+        "and on a cpu only in its interpreter: TRITON_INTERPRET=1"
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -59,7 +51,7 @@ def why_not() -> str:
         )
     found = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
     if torch.version.cuda and found < OLDEST_CAPABILITY:
-        return f"a GPU has compute capability {found[0]}.{found[1]}, below 8.0"
+        return "a GPU has compute capability {}.{}, below {}.{}".format(*found, *OLDEST_CAPABILITY)
     return ""
 
 
