@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import _dispatch, _triton
+from . import _dispatch, _triton, readme
 
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 
@@ -41,12 +41,8 @@ def table() -> str:
 
 
 def update_readme(path: str | Path) -> None:
-    """Replace what stands between the two markers of a file by the table."""
-    before, _, rest = Path(path).read_text().partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"{path}: expected {BEGIN!r} and after it {END!r}.")
-    Path(path).write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}")
+    """Replace what stands between the two markers of a page by the table. Raises as `readme.around`."""
+    readme.replace(path, BEGIN, END, table())
 
 
 def _dtypes() -> str:

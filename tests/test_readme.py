@@ -37,7 +37,7 @@ def test_its_support_table_is_that_of_the_code():
 
 def test_a_file_without_markers_is_refused(tmp_path):
     (tmp_path / "page.md").write_text(f"text {support.BEGIN} text")
-    with pytest.raises(ValueError, match="expected '<!-- support: begin"):
+    with pytest.raises(ValueError, match=f"expected one '{support.BEGIN}' and after it one '{support.END}'"):
         support.update_readme(tmp_path / "page.md")
 
 

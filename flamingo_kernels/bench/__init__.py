@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 
 def main(options: argparse.Namespace) -> int:
     """The command `bench`: 1 if a result of ours was wrong, 2 if it cannot do what was asked, else 0."""
+    from ..readme import around
     from .baselines import OURS
-    from .report import around_markers, new_figure, picture, table, update_readme
+    from .report import BEGIN, END, new_figure, picture, table, update_readme
 
     try:
         # What would fail at the end fails before the work.
         if options.picture:
             new_figure()
         if options.readme:
-            around_markers(options.readme)
+            around(options.readme, BEGIN, END)
         outcome = _load_or_run(options)
     except (ImportError, OSError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import readme
 from .baselines import OURS
 from .rows import Key, Row, Run, Skipped
 from .shapes import CASES_OF, FLAT_MEMORY, HEADS, Floor, Target
@@ -153,22 +154,8 @@ def conditions(run: Run) -> str:
 
 
 def update_readme(run: Run, path: str | Path) -> None:
-    """Replace what stands between the two markers of a file by the table. Raises as `around_markers`."""
-    before, after = around_markers(path)
-    Path(path).write_text(f"{before}{BEGIN}\n\n{markdown(run)}\n\n{END}{after}")
-
-
-def around_markers(path: str | Path) -> tuple[str, str]:
-    """What a file holds before and after its two markers.
-
-    Raises:
-        ValueError: the markers are not there, each once and in order.
-    """
-    before, *rest = Path(path).read_text().split(BEGIN)
-    _, *after = "".join(rest).split(END)
-    if (len(rest), len(after)) != (1, 1) or END in before:
-        raise ValueError(f"{path}: expected one {BEGIN!r} and after it one {END!r}.")
-    return before, after[0]
+    """Replace what stands between the two markers of a page by the table. Raises as `readme.around`."""
+    readme.replace(path, BEGIN, END, markdown(run))
 
 
 def new_figure(**options: Any) -> Any:
