@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import __version__, _dispatch, _env, _extension
+from ._triton.config import architecture_of
 
 
 def run(as_json: bool = False) -> int:
@@ -168,7 +169,7 @@ def _gpu() -> dict[str, Any]:
 def _facts(gpu: Any) -> dict[str, Any]:
     return {
         "name": gpu.name,
-        "architecture": gpu.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{gpu.major}{gpu.minor}",
+        "architecture": architecture_of(gpu),
         "memory_gib": gpu.total_memory / 2**30,
         "multiprocessors": gpu.multi_processor_count,
         "cache_mib": gpu.L2_cache_size / 2**20,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -22,6 +21,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
 
+    @cached_property
     def keywords(self) -> dict[str, Any]:
         """What the kernel is launched with: block sizes in capitals, as kernels spell their constants."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -63,12 +63,14 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device("interpreter", 4)  # few, so that small tests reach the paths that split their work
     properties = torch.cuda.get_device_properties(device)
-    name = (
-        properties.gcnArchName.split(":")[0]
-        if torch.version.hip
-        else f"sm_{properties.major}{properties.minor}"
-    )
-    return Device(name, properties.multi_processor_count)
+    return Device(architecture_of(properties), properties.multi_processor_count)
+
+
+def architecture_of(properties: Any) -> str:
+    """What compilers call a GPU with these properties: "sm_90", "gfx942"."""
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def power_of_two(size: int, least: int = 16) -> int:
@@ -80,6 +82,3 @@ def splits(programs: int, most: int, device: Device) -> int:
     """How many parts to cut each of `programs` equal tasks into, at most `most`, to fill the device twice."""
     wanted = 2 * device.multiprocessors // max(programs, 1)
     return max(1, min(wanted, most))
-
-
-Grid = Callable[[Any], int]

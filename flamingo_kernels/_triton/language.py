@@ -1,8 +1,8 @@
 """Device functions that the kernels share.
 
 Attention tiles are `[rows, COLUMNS]` blocks of a matrix with a unit stride along its columns. COLUMNS is the
-power of two that holds D; what lies beyond D, and rows that are masked out, read as 0. Batch and head are 64-bit
-numbers, for offsets past 2^31.
+power of two that holds D; what lies beyond D, and rows that are masked out, read as 0. Batch and head are
+64-bit numbers, for offsets past 2^31.
 """
 
 from __future__ import annotations

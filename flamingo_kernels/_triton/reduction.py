@@ -1,4 +1,4 @@
-"""Adds partial results in a fixed order: `total[i] = partials[0, i] + partials[1, i] + ...` in float32.
+"""Adds partial results in float32 and in a fixed order: few parts one after the other, many in blocks.
 
 Oracle: `partials.sum(0)`. Bytes: each partial sum read once, each total written once.
 """
@@ -37,7 +37,7 @@ CHOICE = Choice.of(Columns(num_stages=4), key=())
 
 
 def add_in_order(partials: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The sum over the first dimension of contiguous float32 `partials`, rounded once to `dtype`."""
+    """`partials[0] + partials[1] + ...` of contiguous float32 partials, rounded once to `dtype`."""
     total = partials.new_empty(partials.shape[1:], dtype=dtype or partials.dtype)
     size = total.numel()
     launch(
@@ -67,9 +67,10 @@ MANY = Choice.of(Tile(), key=())
 
 
 def add_many_in_order(partials: Tensor) -> Tensor:
-    """The same of many parts of few numbers each: so many are read at once that latency does not add up."""
+    """The sum of many parts of few numbers each: so many are read at once that latency does not add up."""
     total = partials.new_empty(partials.shape[1:])
     size = total.numel()
-    programs = triton.cdiv(size, MANY.default.block)
-    launch(_sum_many_kernel, lambda _: programs, MANY, partials, total, partials.shape[0], size)
+    launch(
+        _sum_many_kernel, lambda c: triton.cdiv(size, c.block), MANY, partials, total, partials.shape[0], size
+    )
     return total
