@@ -85,7 +85,11 @@ class Case(ABC):
 
     def kernel(self, backend: str, **tensors: Tensor) -> Outputs:
         """The operator itself."""
-        outputs = self.function(**tensors, **self.options(), backend=backend)
+        return self.call(tensors, self.options(), backend)
+
+    def call(self, tensors: Tensors, options: dict[str, Any], backend: str = "auto") -> Outputs:
+        """The operator with these tensors and options instead of the case's own."""
+        outputs = self.function(**tensors, **options, backend=backend)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def douts(self, outputs: Outputs) -> Outputs:

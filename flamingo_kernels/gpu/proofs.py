@@ -104,7 +104,7 @@ def _last_of(copies: int, case: Case, backend: str) -> Callable[..., Outputs]:
 
     def call(**tensors: Tensor) -> Outputs:
         large = {name: _behind_noise(tensor, copies) for name, tensor in tensors.items()}
-        outputs = _tuple(case.function(**large, **options, backend=backend))
+        outputs = case.call(large, options, backend)
         size = next(iter(tensors.values())).shape[0]
         return tuple(out[-size:] for out in outputs)
 
@@ -158,7 +158,7 @@ class Call:
             place.copy_(value)
 
     def _operator(self, **tensors: Tensor) -> Outputs:
-        return _tuple(self.case.function(**tensors, **self.options, backend=self.backend))
+        return self.case.call(tensors, self.options, self.backend)
 
     def _places(self) -> Iterator[Tensor]:
         yield from self.tensors.values()
@@ -283,7 +283,3 @@ def capture(call: Callable[[], Any], device: str) -> tuple[Any, Callable[[], Non
         with torch.cuda.graph(recorded):
             results = call()
     return results, recorded.replay
-
-
-def _tuple(outputs: Tensor | Outputs) -> Outputs:
-    return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -18,11 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from flamingo_kernels import _dispatch, _env
-from flamingo_kernels._triton import config, launch, tuning
+from flamingo_kernels._triton import launch, tuning
 from flamingo_kernels.testing import Case
 
 from .binary import read
-from .cases import CASES, TARGETS, Target
+from .cases import CASES, TARGETS, Target, modules_that_ask
 
 
 class NoDriver:
@@ -62,10 +62,8 @@ def prepare(target: Target) -> list[tuple[str, dict[str, Any], Any]]:
         api = import_module(f"{folder}.api")
         for way, calls in (("fwd", api._FWD), ("bwd", api._BWD)):
             calls["triton"] = getattr(import_module(f"{folder}.triton_{way}"), f"{operator}_{way}")
-    device_of = config.device_of
-    for module in list(sys.modules.values()):
-        if getattr(module, "device_of", None) is device_of:
-            module.device_of = lambda device: target.device
+    for module in modules_that_ask():
+        module.device_of = lambda device: target.device
     return binaries
 
 
@@ -75,8 +73,7 @@ def run(case: Case) -> None:
     options = {
         name: value.to("meta") if hasattr(value, "to") else value for name, value in case.options().items()
     }
-    outputs = case.function(**leaves, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = case.call(leaves, options)
     torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(out) for out in outputs])
 
 

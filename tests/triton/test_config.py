@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -20,8 +19,10 @@ from flamingo_kernels.testing import (
 pytest.importorskip("triton", reason="the Triton backend is optional")
 
 from flamingo_kernels import _env
-from flamingo_kernels._triton import config, tuning
+from flamingo_kernels._triton import tuning
 from flamingo_kernels._triton.config import Choice, Config, Device
+
+from .cases import modules_that_ask
 
 # of every kind one, and the one dtype that has lists of its own
 LISTS = [
@@ -47,10 +48,8 @@ CASES = [
 
 def pretend(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
     """Have the heuristics choose as they would on a GPU."""
-    original = config.device_of
-    for module in list(sys.modules.values()):
-        if module.__name__.startswith("flamingo_kernels") and getattr(module, "device_of", None) is original:
-            monkeypatch.setattr(module, "device_of", lambda device: Device(architecture, 4))
+    for module in modules_that_ask():
+        monkeypatch.setattr(module, "device_of", lambda device: Device(architecture, 4))
 
 
 class Tried:
