@@ -28,9 +28,11 @@ from torch import Tensor
 from ..._triton.config import device_of, power_of_two, splits
 from ..._triton.language import (
     dot,
+    head_of,
     load_head,
     load_rows,
     load_softmax,
+    load_tile,
     row_dot,
     row_of,
     store_rows,
@@ -48,7 +50,7 @@ from .config import (
     block_of_latents,
     is_one_shot,
 )
-from .triton_fwd import SIZES, keys_of, load_latents, scores_of, spans_of, tile_of, tiles_seen
+from .triton_fwd import SIZES, keys_of, load_latents, media_of, scores_of, spans_of, tile_of, tiles_seen
 
 
 def masked_cross_attention_bwd(
@@ -158,20 +160,22 @@ def _one_shot_kernel(
     batch, medium, kv_head, part = medium_of(M, kv_heads, parts)
     latents = tl.arange(0, BLOCK_R)
     inside = latents < R
-    keys = load_latents(k, k_strides, batch, medium, latents, kv_head, R, D, COLUMNS)
-    values = load_latents(v, v_strides, batch, medium, latents, kv_head, R, D, COLUMNS)
+    keys = load_latents(media_of(k, k_strides, batch, kv_head), k_strides, medium, latents, R, D, COLUMNS)
+    values = load_latents(media_of(v, v_strides, batch, kv_head), v_strides, medium, latents, R, D, COLUMNS)
 
     dkeys = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
     dvalues = first_dvalues(share, batch, kv_head, part, kv_heads, BLOCK_R, D, COLUMNS, AVERAGES)
     begin, after = part_of(start, stop, batch * M + medium, part, parts, BLOCK_T)
     for index in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         head = wide(index)
+        q_head = head_of(q, q_strides, batch, head)
+        dout_head = head_of(dout, dout_strides, batch, head)
         for at in range(begin, after, BLOCK_T):
             rows = at + tl.arange(0, BLOCK_T)
             first, end = spans_of(lo, hi, batch, rows, T)
             here = (first <= medium) & (medium < end) & (rows < after)
-            queries = load_head(q, q_strides, batch, rows, head, here, D, COLUMNS)
-            douts = load_head(dout, dout_strides, batch, rows, head, here, D, COLUMNS)
+            queries = load_tile(q_head, rows, q_strides[1], here, D, COLUMNS)
+            douts = load_tile(dout_head, rows, dout_strides[1], here, D, COLUMNS)
 
             scores = scores_of(queries, keys, inside, base2_scale, PRECISION)  # [BLOCK_T, BLOCK_R]
             weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
@@ -226,6 +230,8 @@ def _rows_kernel(
     batch, rows, head = tile_of(T, H, BLOCK_T)
     first, end = spans_of(lo, hi, batch, rows, T)
     sees = first < end
+    k = media_of(k, k_strides, batch, head // GROUP)
+    v = media_of(v, v_strides, batch, head // GROUP)
     queries = load_head(q, q_strides, batch, rows, head, sees, D, COLUMNS)
     douts = load_head(dout, dout_strides, batch, rows, head, sees, D, COLUMNS)
     deltas = row_dot(douts, load_rows(out, batch, rows, head, sees, T, H, D, COLUMNS))
@@ -236,8 +242,8 @@ def _rows_kernel(
     begin, after = tiles_seen(first, end, R, BLOCK_R)
     for tile in range(begin, after):
         medium, latents = keys_of(tile, R, BLOCK_R)
-        keys = load_latents(k, k_strides, batch, medium, latents, head // GROUP, R, D, COLUMNS)
-        values = load_latents(v, v_strides, batch, medium, latents, head // GROUP, R, D, COLUMNS)
+        keys = load_latents(k, k_strides, medium, latents, R, D, COLUMNS)
+        values = load_latents(v, v_strides, medium, latents, R, D, COLUMNS)
         scores = scores_of(queries, keys, latents < R, base2_scale, PRECISION)  # [BLOCK_T, BLOCK_R]
         weights = tl.exp2(scores - highest[:, None]) / total[:, None]
         dscores = weights * (dot(douts, tl.trans(values), PRECISION) - deltas[:, None])
@@ -288,20 +294,22 @@ def _keys_kernel(
     batch, tile, kv_head, part = tile_of_keys(B, kv_heads, parts)
     medium, latents = keys_of(tile, R, BLOCK_R)
     inside = latents < R
-    keys = load_latents(k, k_strides, batch, medium, latents, kv_head, R, D, COLUMNS)
-    values = load_latents(v, v_strides, batch, medium, latents, kv_head, R, D, COLUMNS)
+    keys = load_latents(media_of(k, k_strides, batch, kv_head), k_strides, medium, latents, R, D, COLUMNS)
+    values = load_latents(media_of(v, v_strides, batch, kv_head), v_strides, medium, latents, R, D, COLUMNS)
 
     dkeys = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
     dvalues = first_dvalues(share, batch, kv_head, part, kv_heads, BLOCK_R, D, COLUMNS, AVERAGES)
     begin, after = part_of(start, stop, batch * M + medium, part, parts, BLOCK_T)
     for index in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         head = wide(index)
+        q_head = head_of(q, q_strides, batch, head)
+        dout_head = head_of(dout, dout_strides, batch, head)
         for at in range(begin, after, BLOCK_T):
             rows = at + tl.arange(0, BLOCK_T)
             first, end = spans_of(lo, hi, batch, rows, T)
             here = (first <= medium) & (medium < end) & (rows < after)
-            queries = load_head(q, q_strides, batch, rows, head, here, D, COLUMNS)
-            douts = load_head(dout, dout_strides, batch, rows, head, here, D, COLUMNS)
+            queries = load_tile(q_head, rows, q_strides[1], here, D, COLUMNS)
+            douts = load_tile(dout_head, rows, dout_strides[1], here, D, COLUMNS)
             highest, total = load_softmax(softmax_max, softmax_sum, batch, rows, head, here, T, H)
             deltas = tl.load(delta + row_of(batch, rows, head, T, H), mask=here, other=0.0)
 

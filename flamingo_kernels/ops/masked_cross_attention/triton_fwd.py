@@ -93,6 +93,8 @@ def _one_shot_kernel(
     batch, rows, head = tile_of(T, H, BLOCK_T)
     first, end = spans_of(lo, hi, batch, rows, T)  # [BLOCK_T] each
     sees = first < end
+    k = media_of(k, k_strides, batch, head // GROUP)
+    v = media_of(v, v_strides, batch, head // GROUP)
     queries = load_head(q, q_strides, batch, rows, head, sees, D, COLUMNS)
     latents = tl.arange(0, BLOCK_R)
 
@@ -100,8 +102,8 @@ def _one_shot_kernel(
     total = tl.full([BLOCK_T], 1.0, tl.float32)
     medium = tl.min(tl.where(sees, first, NOWHERE))
     while medium < NOWHERE:
-        keys = load_latents(k, k_strides, batch, medium, latents, head // GROUP, R, D, COLUMNS)
-        values = load_latents(v, v_strides, batch, medium, latents, head // GROUP, R, D, COLUMNS)
+        keys = load_latents(k, k_strides, medium, latents, R, D, COLUMNS)
+        values = load_latents(v, v_strides, medium, latents, R, D, COLUMNS)
         scores = scores_of(queries, keys, latents < R, scale, PRECISION)  # [BLOCK_T, BLOCK_R]
         weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
         here = sees & (first == medium)
@@ -111,9 +113,7 @@ def _one_shot_kernel(
 
     product = product / total[:, None]
     if AVERAGES:
-        product = average_blind_rows(
-            product, end, v, v_strides, batch, head // GROUP, M, R, D, BLOCK_R, COLUMNS
-        )
+        product = average_blind_rows(product, end, v, v_strides, M, R, D, BLOCK_R, COLUMNS)
     store_rows(out, batch, rows, head, product, rows < T, T, H, D, COLUMNS)
 
 
@@ -146,6 +146,8 @@ def _spans_kernel(
     batch, rows, head = tile_of(T, H, BLOCK_T)
     first, end = spans_of(lo, hi, batch, rows, T)  # [BLOCK_T] each
     sees = first < end
+    k = media_of(k, k_strides, batch, head // GROUP)
+    v = media_of(v, v_strides, batch, head // GROUP)
     queries = load_head(q, q_strides, batch, rows, head, sees, D, COLUMNS)
 
     product = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
@@ -154,8 +156,8 @@ def _spans_kernel(
     begin, after = tiles_seen(first, end, R, BLOCK_R)
     for tile in range(begin, after):
         medium, latents = keys_of(tile, R, BLOCK_R)
-        keys = load_latents(k, k_strides, batch, medium, latents, head // GROUP, R, D, COLUMNS)
-        values = load_latents(v, v_strides, batch, medium, latents, head // GROUP, R, D, COLUMNS)
+        keys = load_latents(k, k_strides, medium, latents, R, D, COLUMNS)
+        values = load_latents(v, v_strides, medium, latents, R, D, COLUMNS)
         scores = scores_of(queries, keys, latents < R, scale, PRECISION)  # [BLOCK_T, BLOCK_R]
         here = (first <= medium) & (medium < end)
         higher = tl.where(here, tl.maximum(highest, tl.max(scores, 1)), highest)
@@ -171,9 +173,7 @@ def _spans_kernel(
     store_softmax(softmax_max, softmax_sum, batch, rows, head, highest, total, T, H)
     product = product / total[:, None]
     if AVERAGES:
-        product = average_blind_rows(
-            product, end, v, v_strides, batch, head // GROUP, M, R, D, BLOCK_R, COLUMNS
-        )
+        product = average_blind_rows(product, end, v, v_strides, M, R, D, BLOCK_R, COLUMNS)
     store_rows(out, batch, rows, head, product, rows < T, T, H, D, COLUMNS)
 
 
@@ -211,12 +211,15 @@ def keys_of(tile, R: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def load_latents(
-    tensor, strides, batch, medium, latents, kv_head, R: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Keys or values of a medium from `[B, M, R, Hkv, d]` with any strides."""
-    base = tensor + batch * strides[0] + wide(medium) * strides[1] + kv_head * strides[3]
-    return load_tile(base, latents, strides[2], latents < R, D, COLUMNS)
+def media_of(tensor, strides, batch, kv_head):
+    """Where the media of a head begin in `[B, M, R, Hkv, d]` with any strides."""
+    return tensor + batch * strides[0] + kv_head * strides[3]
+
+
+@triton.jit
+def load_latents(media, strides, medium, latents, R: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr):
+    """Keys or values of a medium; `media` as `media_of` gives it."""
+    return load_tile(media + wide(medium) * strides[1], latents, strides[2], latents < R, D, COLUMNS)
 
 
 @triton.jit
@@ -231,8 +234,6 @@ def average_blind_rows(
     end,
     v,
     v_strides,
-    batch,
-    kv_head,
     M,
     R: tl.constexpr,
     D: tl.constexpr,
@@ -244,7 +245,7 @@ def average_blind_rows(
         total = tl.zeros([COLUMNS], tl.float32)
         for tile in range(0, M * tl.cdiv(R, BLOCK_R)):
             medium, latents = keys_of(tile, R, BLOCK_R)
-            values = load_latents(v, v_strides, batch, medium, latents, kv_head, R, D, COLUMNS)
+            values = load_latents(v, v_strides, medium, latents, R, D, COLUMNS)
             total += tl.sum(values.to(tl.float32), 0)
         product = tl.where((end < 0)[:, None], (total / (M * R))[None, :], product)
     return product
