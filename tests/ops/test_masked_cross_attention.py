@@ -35,6 +35,11 @@ CASES = [
     Case(batch=1, length=257, media=5, latents=60, heads=2, head_dim=128, immediate=False),
     Case(batch=1, length=63, latents=200, heads=1, head_dim=256, policy="open_flamingo"),
     Case(batch=1, length=63, latents=256, heads=1, head_dim=7, immediate=False),
+    # few keys, so that their rows are cut into parts, with rows that average all values
+    *(
+        Case(batch=1, length=257, media=1, heads=1, immediate=i, policy="open_flamingo")
+        for i in (True, False)
+    ),
     # heads that share keys
     Case(length=63, groups=2, head_dim=40, policy="open_flamingo"),
     Case(length=63, groups=4, head_dim=40, immediate=False),

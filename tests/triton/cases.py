@@ -81,6 +81,7 @@ CASES: dict[str, list[Case]] = {
         replace(RESIDUAL, shape=(4096, 63), dtype=torch.float16),
         replace(NORM, gate=(2048,), norm="rms", weight_dtype=torch.float32),
         *(replace(NORM, shape=(4096, D)) for D in (63, 4096, 8192, 32768)),
+        replace(NORM, shape=(4096, 16384), gate=(16384,)),
         replace(NORM, dtype=torch.float32),
     ],
 }

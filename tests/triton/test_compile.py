@@ -20,11 +20,8 @@ OLDEST = Path(sys.prefix) / "triton-oldest"  # the Triton of torch 2.10 and 2.11
 DOTS = ("masked_cross_attention", "perceiver_attention")
 # The kernels around the products: they add or average what others made.
 WITHOUT_DOTS = ("_share_kernel", "_combine_kernel", "_sum_kernel", "_sum_many_kernel")
-# Where a kernel still lacks a configuration that spills nothing.
-SPILLS = {
-    "sm_100": "missing: a configuration of masked_cross_attention's _keys_kernel with averages",
-    "gfx942": "missing: some of masked_cross_attention's _spans_kernel and backward _one_shot_kernel",
-}
+# Those that write no more than two numbers a row.
+OF_ROWS = ("_gated_residual_norm_means_kernel",)
 
 
 @functools.cache
@@ -44,34 +41,13 @@ def name(binary: dict) -> str:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_nothing_is_spilled(target, request):
-    if target in SPILLS:
-        request.applymarker(pytest.mark.xfail(reason=SPILLS[target]))
-    assert_all(nothing_is_spilled, target, "usual")
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_what_the_usual_shapes_launch(target):
-    for check in (
-        a_program_fits,
-        dots_use_the_matrix_units,
-        *([accesses_are_wide] if target != "gfx942" else []),
-    ):
-        assert_all(check, target, "usual")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_what_the_other_shapes_launch(target):
-    for check in (a_program_fits, dots_use_the_matrix_units):
-        assert_all(check, target, "rest")
-
-
-def assert_all(check, target: str, group: str) -> None:
+@pytest.mark.parametrize("group", ["usual", pytest.param("rest", marks=pytest.mark.slow)])
+def test_what_is_launched(group, target):
     binaries = compiled(target, group)
     assert len(binaries) > 20
-    failed = [name(binary) + f": {binary}" for binary in binaries if not check(binary, target)]
-    assert not failed, f"{check.__name__} on {target}:\n" + "\n".join(failed)
+    for check in (nothing_is_spilled, a_program_fits, dots_use_the_matrix_units, accesses_are_wide):
+        failed = [f"{name(binary)}: {binary}" for binary in binaries if not check(binary, target)]
+        assert not failed, f"{check.__name__} on {target}:\n" + "\n".join(failed)
 
 
 def nothing_is_spilled(binary: dict, target: str) -> bool:
@@ -91,13 +67,21 @@ def dots_use_the_matrix_units(binary: dict, target: str) -> bool:
 
 
 def accesses_are_wide(binary: dict, target: str) -> bool:
-    """Most of the loads and stores move 16 bytes a thread; what is left are gates, spans and sums."""
+    """Most of the loads and stores move 16 bytes a thread; what is left are gates, spans and sums.
+
+    On AMD a thread has 4 numbers of a row of a product, so its stores of 16-bit numbers move 8 bytes.
+    """
     if binary["kernel"] in WITHOUT_DOTS or "63)" in binary["case"]:
         return True
-    return binary["wide_loads"] > 0 and binary["wide_stores"] > 0
+    stores = binary["wide_stores"] > 0 or binary["kernel"] in OF_ROWS or target == "gfx942"
+    return binary["wide_loads"] > 0 and stores
 
 
-@pytest.mark.parametrize("target", ["sm_90"])  # for gfx942 it stops at the perceiver: unexplained
+# For gfx942 Triton 3.6 fails an assertion on `load_keys` of perceiver attention, in ConvertToBufferOps.
+@pytest.mark.parametrize(
+    "target",
+    ["sm_90", *(pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_89", "sm_100"))],
+)
 def test_the_oldest_triton_compiles_the_same_source(target):
     if not OLDEST.exists():
         fail = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
@@ -123,3 +107,4 @@ def test_the_gates_can_fail():
     ):
         assert check(good, "sm_90")
         assert not check(good | bad, "sm_90")
+    assert accesses_are_wide(good | {"wide_stores": 0}, "gfx942")

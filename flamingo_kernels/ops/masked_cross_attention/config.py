@@ -1,11 +1,11 @@
 """How the Triton kernels of masked cross-attention are launched.
 
-The numbers are those that compile without a spilled register on sm_80 and sm_90 for 16-bit dtypes.
+The numbers are those that compile without a spilled register on the GPUs of `tests/triton/cases.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -40,7 +40,12 @@ class Static:
     @property
     def wide_tiles(self) -> bool:
         """Tensor cores that take their operands from shared memory leave registers for larger tiles."""
-        return self.device.architecture in ("sm_90", "sm_100", "sm_103")
+        return self.device.architecture in ("sm_90", *_BLACKWELL)
+
+    @property
+    def amd(self) -> bool:
+        """Warps have 64 threads, so half as many do; loads ahead would lie in registers, so none are."""
+        return self.device.architecture.startswith("gfx")
 
 
 def is_one_shot(immediate: bool, latents: int, head_dim: int, dtype: torch.dtype) -> bool:
@@ -61,6 +66,8 @@ def _most_keys(head_dim: int, dtype: torch.dtype) -> int:
 @cache
 def forward(static: Static) -> Choice[Rows]:
     """Small tiles, as a tile multiplies every medium that its rows name with all of them."""
+    if static.amd:
+        return _choose(static, *([] if static.exact else [replace(_AMD, block_t=64, num_warps=2)]), _AMD)
     if static.exact:
         return _choose(static, Rows(block_t=16, num_warps=8))
     if static.few_rows:
@@ -75,21 +82,26 @@ def forward(static: Static) -> Choice[Rows]:
 @cache
 def backward_rows(static: Static) -> Choice[Rows]:
     """The kernel that owns rows, where they see several media."""
-    if static.exact:
-        return _choose(static, Rows(block_t=16, num_warps=8 if static.head_dim <= 128 else 4))
+    if static.exact and not static.amd:
+        return _choose(static, Rows(block_t=16, num_warps=16 if static.head_dim > 128 else 8))
     return forward(static)
 
 
 @cache
 def backward_keys(static: Static, one_shot: bool) -> Choice[Rows]:
     """The kernels that own keys: dk and dv stay in registers, which leaves the fewer for the rows."""
+    small, architecture = static.head_dim <= 64, static.device.architecture
+    if static.amd:
+        fast = small and not static.exact
+        return _choose(static, *([replace(_AMD, block_t=64), replace(_AMD, num_warps=2)] if fast else [_AMD]))
     if static.exact and one_shot:
         return _choose(static, Rows(block_t=16, num_warps=8))
     if static.exact:  # without loads ahead, for which there are no registers
-        return _choose(
-            static, Rows(block_t=16, num_warps=16 if 64 < static.head_dim <= 128 else 8, num_stages=1)
-        )
-    if static.device.architecture == "sm_90" and static.head_dim <= 64 and not static.few_rows:
+        return _choose(static, Rows(block_t=16, num_warps=8 if small else 16, num_stages=1))
+    if architecture in _BLACKWELL:
+        least = Rows(block_t=16, num_warps=4 if static.head_dim <= 128 else 8)
+        return _choose(static, Rows(block_t=32, num_warps=4 if small else 8), least)
+    if architecture == "sm_90" and small and not static.few_rows:
         return _choose(static, Rows(block_t=64), Rows(block_t=32), Rows(block_t=32, num_warps=8))
     return _choose(static, Rows(block_t=32, num_warps=8), Rows(block_t=16, num_warps=8))
 
@@ -99,4 +111,6 @@ def _choose(static: Static, default: Rows, *others: Rows) -> Choice[Rows]:
     return Choice.of(default, *others, key=key)
 
 
+_AMD = Rows(block_t=16, num_stages=1)
+_BLACKWELL = ("sm_100", "sm_103")
 AVERAGES = Choice.of(Rows(block_t=64), key=())
