@@ -238,7 +238,7 @@ class MaskedCrossAttention(nn.Module):
         Raises:
             ValueError: if the shapes do not fit together.
         """
-        _check_cross_attention_inputs(x, media, media_locations)
+        check_cross_attention_inputs(x, media, media_locations)
         q = rearrange(self.to_q(self.norm(x)), "b t (h d) -> b t h d", h=self.heads)
         kv = self.to_kv(self.norm_media(media)).chunk(2, dim=-1)
         k, v = (rearrange(t, "b m r (h d) -> b m r h d", h=self.heads) for t in kv)
@@ -545,12 +545,16 @@ class PerceiverResampler(nn.Module):
             x = x + self.media_time_embs[:num_media]
 
         lengths = None if num_frames is None else num_frames * positions
-        latents = repeat(self.latents, "r d -> b m r d", b=batch, m=num_media)
+        return self.norm(self.resample(x, lengths))
+
+    def resample(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """The layers: features `[B, M, S, D]`, as many of a medium as lengths `[B, M]`, to `[B, M, R, D]`."""
+        latents = repeat(self.latents, "r d -> b m r d", b=x.shape[0], m=x.shape[1])
         for layer in self.layers:
             attn, ff = layer.children()
             latents = latents + attn(x, latents, lengths)
             latents = latents + ff(latents)
-        return self.norm(latents)
+        return latents
 
 
 def _check_policy(policy: str) -> None:
@@ -560,7 +564,7 @@ def _check_policy(policy: str) -> None:
         )
 
 
-def _check_cross_attention_inputs(x: Tensor, media: Tensor, media_locations: Tensor | None) -> None:
+def check_cross_attention_inputs(x: Tensor, media: Tensor, media_locations: Tensor | None) -> None:
     if x.ndim != 3 or media.ndim != 4 or len(media) != len(x):
         raise ValueError(
             "MaskedCrossAttention: expected x (B, T, D) and media (B, M, R, dim_visual) with the same B, got "

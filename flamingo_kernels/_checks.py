@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def expect_shape(operator: str, name: str, tensor: Tensor, expected: tuple[int | str, ...], why: str) -> None:
@@ -78,3 +78,21 @@ def unit_stride(tensor: Tensor) -> Tensor:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must record the call; if not the operator is called bare, which costs less."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_recording(tensor: Tensor) -> bool:
+    """Whether what runs now will be replayed with other values, for which anything kept would be stale."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module runs `kind.forward` and nothing else."""
+    hooks = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+    return type(module).forward is kind.forward and "forward" not in vars(module) and not hooks

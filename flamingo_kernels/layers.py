@@ -7,8 +7,7 @@ exists already; the functions below them serve its adapters for other libraries 
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,12 @@ from torch import Tensor, nn
 from flamingo import modules
 
 from . import _dispatch
-from .mask import MediaMask, Policy
+from ._checks import autocast, is_plain
+from ._kept_mask import MaskKey, kept_mask
+from .mask import MediaMask
+from .media_cache import MediaCache, Source, keys_and_values, media_of
 from .ops import gated_residual, gated_residual_norm, masked_cross_attention, perceiver_attention
+from .sublayers import Linear, Norm, gated_cross_attention, gated_feed_forward
 
 
 class Fused(nn.Module):
@@ -56,33 +59,40 @@ class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):
         torch.Size([1, 6, 16])
     """
 
+    def forward(
+        self,
+        x: Tensor,
+        media: Tensor | MediaCache,
+        media_locations: Tensor | None = None,
+        use_cached_media: bool = False,
+    ) -> Tensor:
+        if not isinstance(media, MediaCache):
+            modules.check_cross_attention_inputs(x, media, media_locations)
+        return attend_to_media(self, x, media, media_locations, use_cached_media)
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, media_locations: Tensor | None, use_cached_media: bool
     ) -> Tensor:
-        return attend_to_media(
-            q,
-            k,
-            v,
-            media_locations,
-            use_cached_media,
-            immediate=self.only_attend_immediate_media,
-            policy=self.policy,
-            scale=self.scale,
-        )
+        return attend(self, q, k, v, media_locations, use_cached_media)
+
+    def media_source(self) -> Source:
+        norm = self.norm_media if isinstance(self.norm_media, nn.LayerNorm) else None
+        return Source(self.to_kv, self.heads, norm)
 
 
 class GatedCrossAttentionBlock(Fused, modules.GatedCrossAttentionBlock):
-    """GATED XATTN-DENSE, with each gate and residual in one pass, the first one together with the next norm.
+    """GATED XATTN-DENSE, each of its two sublayers as one node of autograd.
 
     ::
 
-        z, n = gated_residual_norm(x, attn(x, media), attn_gate, LN of ff)
-        gated_residual(z, rest of ff(n), ff_gate)
+        z = gated_cross_attention(x, keys and values of media, mask, LN, to_q, to_out, attn_gate)
+        gated_feed_forward(z, LN, hidden, output, ff_gate)
 
-    Args: those of `flamingo.modules.GatedCrossAttentionBlock`, also those of `forward`.
+    Args: those of `flamingo.modules.GatedCrossAttentionBlock`, also those of `forward`; the media may be a
+    `MediaCache`.
 
-    A feed-forward network that is not a plain `Sequential` led by a plain `LayerNorm`, or that has hooks, is
-    called as a module. Gates in float32 promote the result as in the reference.
+    A part that is not plain, as with hooks, adapters or weights of a tensor subclass, is called as a module,
+    and its gate and residual take one pass. Gates in float32 promote the result as in the reference.
 
     Raises: what the operators raise. Determinism: theirs.
 
@@ -102,12 +112,11 @@ class GatedCrossAttentionBlock(Fused, modules.GatedCrossAttentionBlock):
     def forward(
         self,
         x: Tensor,
-        media: Tensor,
+        media: Tensor | MediaCache,
         media_locations: Tensor | None = None,
         use_cached_media: bool = False,
     ) -> Tensor:
-        attended = self.attn(x, media, media_locations, use_cached_media)
-        return add_gated(x, attended, self.attn_gate, self.ff, self.ff_gate)
+        return gated_block(self, x, media, media_locations, use_cached_media)
 
 
 class PerceiverAttention(Fused, modules.PerceiverAttention):
@@ -158,33 +167,162 @@ class PerceiverResampler(Fused, modules.PerceiverResampler):
             attn, _ = cast(nn.ModuleList, layer)
             attn.__class__ = PerceiverAttention
 
+    def resample(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        return resample(self.latents, self.layers, x, lengths)
+
 
 def attend_to_media(
-    q: Tensor,  # [B, T, H, d]
-    k: Tensor,  # [B, M, R, H, d]
-    v: Tensor,  # [B, M, R, H, d]
+    attn: Any,
+    x: Tensor,  # [B, T, D]
+    media: Tensor | MediaCache,  # [B, M, R, D_visual]
     media_locations: Tensor | None,  # [B, T]
     use_cached_media: bool,
-    *,
-    immediate: bool,
-    policy: Policy,
-    scale: float,
+) -> Tensor:  # [B, T, D]
+    """What a masked cross-attention module computes, operator by operator."""
+    k, v = media_of(attn, media)
+    q = attn.to_q(attn.norm(x)).unflatten(-1, (attn.heads, -1))  # [B, T, H, d]
+    return attn.to_out(attend(attn, q, k, v, media_locations, use_cached_media).flatten(-2))
+
+
+def attend(
+    attn: Any,
+    q: Tensor,  # [B, T, H, d]
+    k: Tensor,  # [B, M, R, H, d], or with a divisor of B, of which each serves as many texts in a row
+    v: Tensor,  # like k
+    media_locations: Tensor | None,  # [B, T]
+    use_cached_media: bool,
 ) -> Tensor:  # [B, T, H, d]
-    """The core of a masked cross-attention module. Without locations every row sees every medium."""
-    length, num_media = q.shape[1], k.shape[1]
+    """The core of a masked cross-attention module."""
+    mask = mask_of(attn, q, k, media_locations, use_cached_media)
+    return masked_cross_attention(_fold(q, k), k, v, mask, scale=attn.scale).view(q.shape)
+
+
+def gated_block(
+    block: Any,
+    x: Tensor,  # [B, T, D]
+    media: Tensor | MediaCache,  # [B, M, R, D_visual]
+    media_locations: Tensor | None,  # [B, T]
+    use_cached_media: bool,
+) -> Tensor:  # [B, T, D]
+    """What a gated cross-attention block computes, by sublayers where they are plain."""
+    attn, ff = block.attn, block.ff
+    if not _attends_plainly(attn, x):
+        attended = attn(x, media, media_locations, *([True] if use_cached_media else []))
+        return add_gated(x, attended, block.attn_gate, ff, block.ff_gate)
+    k, v = media_of(attn, media)
+    z = gated_cross_attention(
+        _fold(x, k),
+        k,
+        v,
+        mask_of(attn, x, k, media_locations, use_cached_media),
+        norm=norm_of(attn.norm),
+        to_q=linear_of(attn.to_q),
+        to_out=linear_of(attn.to_out),
+        gate=block.attn_gate,
+        scale=attn.scale,
+    )
+    return add_feed_forward(z.view(x.shape), ff, block.ff_gate)
+
+
+def mask_of(
+    attn: Any,
+    x: Tensor,  # [B, T, ...]
+    k: Tensor,  # [B, M, R, H, d], or with a divisor of B
+    media_locations: Tensor | None,  # [B, T]
+    use_cached_media: bool,
+) -> MediaMask:
+    """Which media the text of a module sees. Without locations every row sees every medium."""
+    (batch, length), (sequences, num_media) = x.shape[:2], k.shape[:2]
+    texts = _texts(x, k)
     if media_locations is None:
-        last = torch.full(q.shape[:2], num_media, device=q.device)
-        mask = MediaMask.from_text_time(last, num_media, immediate=False)
-    elif use_cached_media:
-        mask = _shared_mask(media_locations, _MaskKey(num_media, immediate, policy, length))
-    elif media_locations.shape[-1] != length:
+        last = torch.full((sequences, texts * length), num_media, device=x.device)
+        return MediaMask.from_text_time(last, num_media, immediate=False)
+    if not use_cached_media and media_locations.shape[-1] != length:
         raise ValueError(
-            f"MaskedCrossAttention: expected media_locations with shape {tuple(q.shape[:2])} to match x, got "
+            f"MaskedCrossAttention: expected media_locations with shape {(batch, length)} to match x, got "
             f"{tuple(media_locations.shape)}. Pass use_cached_media=True if the text follows these locations."
         )
-    else:
-        mask = _shared_mask(media_locations, _MaskKey(num_media, immediate, policy, None))
-    return masked_cross_attention(q, k, v, mask, scale=scale)
+    cached = length if use_cached_media else None
+    key = MaskKey(num_media, attn.only_attend_immediate_media, attn.policy, cached, texts)
+    return kept_mask(media_locations, key)
+
+
+def _texts(x: Tensor, k: Tensor) -> int:
+    """How many texts in a row share a sequence of media."""
+    batch, sequences = len(x), len(k)
+    if batch != sequences and (sequences == 0 or batch % sequences):
+        raise ValueError(
+            f"MaskedCrossAttention: expected media with B={batch} like x, or a MediaCache with a divisor of "
+            f"that, got {sequences}."
+        )
+    return batch // sequences if sequences else 1
+
+
+def _fold(x: Tensor, k: Tensor) -> Tensor:
+    """The texts `[B, T, ...]` that share a sequence of media, one after the other."""
+    texts = _texts(x, k)
+    return x if texts == 1 else x.reshape(len(k), texts * x.shape[1], *x.shape[2:])
+
+
+def add_feed_forward(x: Tensor, ff: nn.Module, gate: Tensor | None) -> Tensor:
+    """`x + tanh(gate) * ff(x)`, as one sublayer where ff is a plain pre-norm network. None stands for 1."""
+    chain = _plain_feed_forward(ff, x)
+    if chain is None:
+        return x + ff(x) if gate is None else gated_residual(x, ff(x), gate)
+    norm, hidden, activation, output = chain
+    return gated_feed_forward(
+        x,
+        norm=norm_of(norm),
+        hidden=linear_of(hidden),
+        output=linear_of(output),
+        gate=gate,
+        activation=activation,
+    )
+
+
+def resample(
+    latents: Tensor,  # [R, D]
+    layers: Any,
+    x: Tensor,  # [B, M, S, D]
+    lengths: Tensor | None,  # [B, M]
+) -> Tensor:  # [B, M, R, D]
+    """The layers of a resampler, which norm the features once and take all keys and values in one product.
+
+    In the first layer the latents are the same for all media: what is made of them is made once.
+    """
+    attns, ffs = zip(*(layer.children() for layer in layers), strict=True)
+    latents = latents[None, None]  # [1, 1, R, D]
+    if not all(_resamples_plainly(attn) for attn in attns):
+        latents = latents.expand(*x.shape[:2], -1, -1)
+        for attn, ff in zip(attns, ffs, strict=True):
+            attended = attn(x, latents) if lengths is None else attn(x, latents, lengths)
+            latents = add_feed_forward(latents + attended, ff, None)
+        return latents
+    sources = [Source(attn.to_kv, attn.heads, attn.norm_media) for attn in attns]
+    flat = None if lengths is None else lengths.flatten()
+    for attn, ff, kv in zip(attns, ffs, keys_and_values(sources, x), strict=True):
+        latents = latents + perceive(attn, latents, *kv, flat)
+        latents = add_feed_forward(latents, ff, None)
+    return latents
+
+
+def perceive(
+    attn: Any,
+    latents: Tensor,  # [B, M, R, D], or [1, 1, R, D] for all
+    k_media: Tensor,  # [B, M, S, H, d]
+    v_media: Tensor,  # [B, M, S, H, d]
+    lengths: Tensor | None,  # [B * M]
+) -> Tensor:  # [B, M, R, D]
+    """Perceiver attention whose features are keys and values already."""
+    batch, media = k_media.shape[:2]
+    n = attn.norm_latents(latents)
+    q = attn.to_q(n).unflatten(-1, (attn.heads, -1))
+    k, v = Source(attn.to_kv, attn.heads)(n)
+    q, k, v = (each.expand(batch, media, *each.shape[2:]).flatten(0, 1) for each in (q, k, v))
+    out = perceiver_attention(
+        q, k_media.flatten(0, 1), v_media.flatten(0, 1), k, v, media_lengths=lengths, scale=attn.scale
+    )
+    return attn.to_out(out.flatten(-2)).unflatten(0, (batch, media))
 
 
 def add_gated(
@@ -209,67 +347,66 @@ def add_gated(
 
 def _norm_and_rest(ff: nn.Module, dim: int) -> tuple[nn.LayerNorm, list[nn.Module]] | None:
     """The LayerNorm that leads a Sequential and the rest, if nobody notices the norm computed elsewhere."""
-    chain = list(cast(nn.Sequential, ff)) if _is_plain(ff, nn.Sequential) else []
-    if not chain or not _is_plain(chain[0], nn.LayerNorm):
+    chain = list(cast(nn.Sequential, ff)) if is_plain(ff, nn.Sequential) else []
+    if not chain or not is_plain(chain[0], nn.LayerNorm):
         return None
     norm, rest = cast(nn.LayerNorm, chain[0]), chain[1:]
     return (norm, rest) if norm.normalized_shape == (dim,) and norm.weight is not None else None
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module runs `kind.forward` and nothing else."""
-    hooks = (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+def _attends_plainly(attn: Any, x: Tensor) -> bool:
+    """Whether nobody notices that the parts of a cross-attention module are computed elsewhere."""
+    return (
+        isinstance(attn, Fused)
+        and is_plain(attn, type(attn))
+        and _is_plain_norm(attn.norm, x.shape[-1])
+        and _is_plain_linear(attn.to_q, x)
+        and _is_plain_linear(attn.to_out, x)
     )
-    return type(module).forward is kind.forward and "forward" not in vars(module) and not hooks
 
 
-class _MaskKey(NamedTuple):
-    """What a mask depends on beside the locations; length is None unless the media are cached."""
-
-    num_media: int
-    immediate: bool
-    policy: Policy
-    length: int | None
-
-    def build(self, locations: Tensor) -> MediaMask:
-        num_media, immediate, policy, length = self
-        if length is not None:
-            return MediaMask.cached(locations, num_media, length, immediate=immediate, policy=policy)
-        build = MediaMask.last_preceding if immediate else MediaMask.all_preceding
-        return build(locations, num_media, policy=policy)
+def _resamples_plainly(attn: Any) -> bool:
+    return isinstance(attn, Fused) and is_plain(attn, type(attn))
 
 
-class _KeptMask(NamedTuple):
-    locations: weakref.ref[Tensor]
-    version: tuple[int, bool]
-    key: _MaskKey
-    mask: MediaMask
+def _plain_feed_forward(ff: Any, x: Tensor) -> tuple[Any, Any, str, Any] | None:
+    """Norm, hidden layer, activation and output layer of a plain Sequential of these."""
+    chain: list[Any] = list(ff) if is_plain(ff, nn.Sequential) else []
+    if len(chain) != 4:
+        return None
+    norm, hidden, act, output = chain
+    activation = _activation_of(act)
+    plain = _is_plain_norm(norm, x.shape[-1]) and _is_plain_linear(hidden, x) and _is_plain_linear(output, x)
+    return (norm, hidden, activation, output) if plain and activation else None
 
 
-# The last mask: layers of one batch ask for the same. Replaced as a whole, so a thread never sees half of it.
-_kept: _KeptMask | None = None
+def _activation_of(module: Any) -> str | None:
+    """The name of a plain activation."""
+    if is_plain(module, nn.GELU):
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    kinds = {"relu": nn.ReLU, "squared_relu": modules.SquaredReLU, "silu": nn.SiLU}
+    return next((name for name, kind in kinds.items() if is_plain(module, kind)), None)
 
 
-def _shared_mask(locations: Tensor, key: _MaskKey) -> MediaMask:
-    global _kept
-    if _recording(locations) or locations.is_inference():
-        return key.build(locations)
-    # A mask made in inference mode cannot be saved for a backward pass.
-    version = (locations._version, torch.is_inference_mode_enabled())
-    kept = _kept
-    if kept is not None and kept.locations() is locations and (kept.version, kept.key) == (version, key):
-        return kept.mask
-    mask = key.build(locations)
-    _kept = _KeptMask(weakref.ref(locations), version, key, mask)
-    return mask
+def _is_plain_norm(module: Any, width: int) -> bool:
+    return (
+        is_plain(module, nn.LayerNorm) and module.normalized_shape == (width,) and module.weight is not None
+    )
 
 
-def _recording(locations: Tensor) -> bool:
-    """Whether what runs now will be replayed with other locations, for which a kept mask would be stale."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    return locations.is_cuda and torch.cuda.is_current_stream_capturing()
+def _is_plain_linear(module: Any, x: Tensor) -> bool:
+    """With ordinary weights, in the dtype of x or of autocast."""
+    if not is_plain(module, nn.Linear) or type(module.weight) not in (nn.Parameter, Tensor):
+        return False
+    return module.weight.dtype == x.dtype or autocast(module.weight)[0] is not module.weight
+
+
+def norm_of(module: nn.LayerNorm) -> Norm:
+    return Norm(module.weight, module.bias, module.eps)
+
+
+def linear_of(module: nn.Linear) -> Linear:
+    """Its parameters, in the dtype that autocast asks for."""
+    if module.bias is None:
+        return Linear(*autocast(module.weight))
+    return Linear(*autocast(module.weight, module.bias))

@@ -146,6 +146,23 @@ class MediaMask:
         visible = (self.lo[..., None] <= media) & (media < self.hi[..., None])  # [B, T, M]
         return visible.repeat_interleave(num_latents, dim=-1)[:, None]
 
+    def fold(self, texts: int) -> MediaMask:
+        """The mask `[B / texts, texts * T]` of texts one after the other over the same media.
+
+        Args:
+            texts: how many share a sequence of media, as beams do. Divides B.
+
+        Example:
+            >>> locations = torch.tensor([[True, False], [False, True]])
+            >>> MediaMask.last_preceding(locations, num_media=1).fold(2).hi.tolist()
+            [[1, 1, 0, 1]]
+        """
+        batch, length = self.lo.shape
+        lo, hi = (each.view(batch // texts, texts * length) for each in (self.lo, self.hi))
+        offsets = (torch.arange(texts, device=lo.device, dtype=lo.dtype) * length)[:, None]
+        start, stop = (each.unflatten(0, (-1, texts)) + offsets for each in (self.start, self.stop))
+        return MediaMask(lo, hi, start.amin(1), stop.amax(1), self.immediate, self.policy)
+
     def to(self, device: torch.device | str) -> MediaMask:
         """The same mask on another device."""
         lo, hi, start, stop = (span.to(device) for span in (self.lo, self.hi, self.start, self.stop))

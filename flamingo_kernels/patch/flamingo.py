@@ -12,5 +12,6 @@ FAMILY = Family(
         "MaskedCrossAttention": layers.MaskedCrossAttention,
         "GatedCrossAttentionBlock": layers.GatedCrossAttentionBlock,
         "PerceiverAttention": layers.PerceiverAttention,
+        "PerceiverResampler": layers.PerceiverResampler,
     },
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..layers import Fused, add_gated
+from ..layers import Fused, gated_block, resample
 from .family import Family
 from .open_flamingo import MaskedCrossAttention, PerceiverAttention
 
@@ -19,12 +19,27 @@ class GatedCrossAttentionBlock(Fused):
     ff_gate: nn.Parameter
 
     def forward(self, x: Tensor, media: Tensor, media_locations: Tensor | None = None) -> Tensor:
-        attended = self.attn(x, media, media_locations=media_locations)
-        return add_gated(x, attended, self.attn_gate, self.ff, self.ff_gate)
+        return gated_block(self, x, media, media_locations, use_cached_media=False)
 
 
+class PerceiverResampler(Fused):
+    latents: nn.Parameter
+    layers: nn.ModuleList
+    norm: nn.LayerNorm
+    media_pos_emb: nn.Parameter
+
+    def forward(
+        self,
+        x: Tensor,  # [B, M, S, D] or [B, S, D]
+    ) -> Tensor:  # [B, M, R, D]
+        x = x if x.ndim == 4 else x[:, None]
+        x = x + self.media_pos_emb[: x.shape[1]]
+        return self.norm(resample(self.latents, self.layers, x, None))
+
+
+_CLASSES = (MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention, PerceiverResampler)
 FAMILY = Family(
     "flamingo_pytorch",
     "flamingo_pytorch.flamingo_pytorch",
-    {cls.__name__: cls for cls in (MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention)},
+    {cls.__name__: cls for cls in _CLASSES},
 )

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..layers import Fused, add_gated, attend_to_media
+from ..layers import Fused, attend_to_media, gated_block, resample
 from ..mask import Policy
+from ..media_cache import MediaCache, Source
 from ..ops import perceiver_attention
 from .family import Family
 
@@ -29,24 +30,14 @@ class MaskedCrossAttention(Fused):
     def forward(
         self,
         x: Tensor,  # [B, T, D]
-        media: Tensor,  # [B, M, R, D_visual]
+        media: Tensor | MediaCache,  # [B, M, R, D_visual]
         media_locations: Tensor | None = None,  # [B, T]
         use_cached_media: bool = False,
     ) -> Tensor:  # [B, T, D]
-        heads = (self.heads, -1)
-        q = self.to_q(self.norm(x)).unflatten(-1, heads)  # [B, T, H, d]
-        k, v = (kv.unflatten(-1, heads) for kv in self.to_kv(media).chunk(2, dim=-1))  # [B, M, R, H, d]
-        out = attend_to_media(
-            q,
-            k,
-            v,
-            media_locations,
-            use_cached_media,
-            immediate=self.only_attend_immediate_media,
-            policy=self.policy,
-            scale=self.scale,
-        )
-        return self.to_out(out.flatten(-2))
+        return attend_to_media(self, x, media, media_locations, use_cached_media)
+
+    def media_source(self) -> Source:
+        return Source(self.to_kv, self.heads)
 
 
 class GatedCrossAttentionBlock(Fused):
@@ -58,12 +49,11 @@ class GatedCrossAttentionBlock(Fused):
     def forward(
         self,
         x: Tensor,
-        media: Tensor,
+        media: Tensor | MediaCache,
         media_locations: Tensor | None = None,
         use_cached_media: bool = False,
     ) -> Tensor:
-        attended = self.attn(x, media, media_locations=media_locations, use_cached_media=use_cached_media)
-        return add_gated(x, attended, self.attn_gate, self.ff, self.ff_gate)
+        return gated_block(self, x, media, media_locations, use_cached_media)
 
 
 class PerceiverAttention(Fused):
@@ -90,8 +80,28 @@ class PerceiverAttention(Fused):
         return self.to_out(out.flatten(-2)).unflatten(0, shape)
 
 
+class PerceiverResampler(Fused):
+    latents: nn.Parameter
+    layers: nn.ModuleList
+    norm: nn.LayerNorm
+    frame_embs: nn.Parameter | None
+    media_time_embs: nn.Parameter | None
+
+    def forward(
+        self,
+        x: Tensor,  # [B, M, F, v, D]
+    ) -> Tensor:  # [B, M, R, D]
+        if self.frame_embs is not None:
+            x = x + self.frame_embs[: x.shape[2], None]
+        x = x.flatten(2, 3)
+        if self.media_time_embs is not None:
+            x = x + self.media_time_embs[: x.shape[1]]
+        return self.norm(resample(self.latents, self.layers, x, None))
+
+
+_CLASSES = (MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention, PerceiverResampler)
 FAMILY = Family(
     "open_flamingo",
     "open_flamingo.src.helpers",
-    {cls.__name__: cls for cls in (MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention)},
+    {cls.__name__: cls for cls in _CLASSES},
 )

@@ -79,7 +79,7 @@ def masked_cross_attention(
         (torch.Size([1, 4, 8, 64]), False)
     """
     q, k, v = autocast(q, k, v)
-    _validate(q, k, v, mask)
+    validate(q, k, v, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     backend = _dispatch.resolve(_NAME, backend, q, k, v)
     if backend == "reference":
@@ -93,7 +93,7 @@ def masked_cross_attention(
     return _FWD[backend](*inputs)[0]
 
 
-def _validate(q: Tensor, k: Tensor, v: Tensor, mask: MediaMask) -> None:
+def validate(q: Tensor, k: Tensor, v: Tensor, mask: MediaMask) -> None:
     if not isinstance(mask, MediaMask):
         raise TypeError(
             f"{_NAME}: expected a MediaMask, got {type(mask).__name__}; build one with "

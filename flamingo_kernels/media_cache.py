@@ -1,0 +1,179 @@
+"""Keys and values of the media: of all layers in one product, and never twice for the same media."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ._checks import is_plain, is_recording
+
+
+class Source(NamedTuple):
+    """How a layer makes its keys and values: `linear(norm(media))`.
+
+    Args:
+        linear: to keys and values side by side, `[2 H d, D]`.
+        heads: their number H.
+        norm: over the features, or None.
+    """
+
+    linear: Any
+    heads: int
+    norm: Any = None
+
+    def __call__(self, media: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[..., H, d]` of media `[..., D]`."""
+        return self.split(self.linear(media if self.norm is None else self.norm(media)))
+
+    def split(self, kv: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = kv.unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        return k, v
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the one product that follows a norm without parameters.
+
+        `linear(weight * xhat + bias) = (linear.weight * weight) xhat + linear.weight bias`
+        """
+        if self.norm is None or not self.norm.elementwise_affine:
+            return self.linear.weight, self.linear.bias
+        weight = self.linear.weight * self.norm.weight
+        bias = self.linear.bias
+        if self.norm.bias is not None:
+            moved = self.linear.weight @ self.norm.bias
+            bias = moved if bias is None else bias + moved
+        return weight, bias
+
+
+def keys_and_values(sources: Sequence[Source], media: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Every layer's keys and values in one product, where all norm alike; the norm's parameters are folded.
+
+    Differentiable: where the media want no gradient, the norms' parameters get theirs from the weights'
+    without a product over the media.
+    """
+    if not _alike(sources):
+        return [source(media) for source in sources]
+    norm = sources[0].norm
+    xhat = media if norm is None else F.layer_norm(media, norm.normalized_shape, eps=norm.eps)
+    weights, biases = zip(*(source.folded() for source in sources), strict=True)
+    bias = None if biases[0] is None else torch.cat(biases)
+    kv = F.linear(xhat, torch.cat(weights), bias).split([len(weight) for weight in weights], dim=-1)
+    return [source.split(each) for source, each in zip(sources, kv, strict=True)]
+
+
+def _alike(sources: Sequence[Source]) -> bool:
+    """Whether one product can serve all: plain linear layers and norms that differ in parameters alone."""
+
+    def kind(source: Source) -> tuple[Any, ...]:
+        biased = source.linear.bias is not None
+        if source.norm is None:
+            return None, biased
+        return source.norm.eps, source.norm.normalized_shape, biased or source.norm.bias is not None
+
+    plain = all(
+        is_plain(source.linear, nn.Linear) and (source.norm is None or is_plain(source.norm, nn.LayerNorm))
+        for source in sources
+    )
+    return plain and len({kind(source) for source in sources}) == 1
+
+
+class MediaCache:
+    """What a prompt's media are to every cross-attention layer of a model; goes where the media go.
+
+    ::
+
+        cache = MediaCache(model, media)                              one product for all layers
+        block(x, cache, media_locations)                              prefill
+        block(x, cache, media_locations, use_cached_media=True)       decoding
+
+    A batch of text may be a multiple of the cache's: then a sequence of media serves as many texts in a row,
+    as those of beams, without a copy. For inference: no gradient goes through it.
+
+    Args:
+        model: a patched model, or part of one; its fused cross-attention modules get their keys and values.
+        media: `[B, M, R, D_visual]`, as the blocks take it.
+
+    Raises:
+        ValueError: the model has no fused cross-attention module.
+
+    Limits: holds 2 * B * M * R * H * d numbers a layer. Parameters changed later are not seen.
+
+    Source: Flamingo (arXiv 2204.14198), section 2.3.
+
+    Example:
+        >>> from flamingo import GatedCrossAttentionBlock
+        >>> from flamingo_kernels import patch
+        >>> block = GatedCrossAttentionBlock(dim=16, dim_visual=8)
+        >>> _ = patch(block)
+        >>> x, media, locations = torch.randn(1, 3, 16), torch.randn(1, 1, 5, 8), torch.tensor([[1, 0, 0]])
+        >>> cache = MediaCache(block, media)
+        >>> torch.equal(block(x, cache, locations), block(x, media, locations))
+        True
+    """
+
+    def __init__(self, model: nn.Module, media: Tensor) -> None:
+        layers: list[Any] = [module for module in model.modules() if hasattr(module, "media_source")]
+        sources = {layer: layer.media_source() for layer in layers}
+        if not sources:
+            raise ValueError(
+                f"MediaCache: expected a model with fused cross-attention, got {type(model).__name__}; "
+                "patch(model) first."
+            )
+        self._media = media
+        self._sources = sources
+        self._layers = self._compute(media)
+
+    def _compute(self, media: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        with torch.no_grad():
+            every = keys_and_values(list(self._sources.values()), media)
+        return dict(zip(self._sources, every, strict=True))
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the media."""
+        return self._media.shape
+
+    def append(self, media: Tensor) -> None:
+        """Add media `[B, M', R, D_visual]` that come later, as those of another turn."""
+        new = self._compute(media)
+        self._media = torch.cat([self._media, media], dim=1)
+        for layer, kept in self._layers.items():
+            k, v = (torch.cat(pair, dim=1) for pair in zip(kept, new[layer], strict=True))
+            self._layers[layer] = k, v
+
+    def __getitem__(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, M, R, H, d]` of a layer."""
+        if layer not in self._layers:
+            raise ValueError(
+                f"MediaCache: expected a layer of the model it was made for, got a {type(layer).__name__} of "
+                "another; make a cache for that one."
+            )
+        return self._layers[layer]
+
+
+def media_of(layer: Any, media: Tensor | MediaCache) -> tuple[Tensor, Tensor]:
+    """A layer's keys and values: of a cache, or without gradients those kept of the same media, or new."""
+    if isinstance(media, MediaCache):
+        return media[layer]
+    source: Source = layer.media_source()
+    if torch.is_grad_enabled() or media.is_inference() or is_recording(media):
+        return source(media)
+    version = (media._version, *((each._version, each.data_ptr()) for each in _parameters(source)))
+    layers = _kept.setdefault(media, weakref.WeakKeyDictionary())
+    if layer not in layers or layers[layer][0] != version:
+        layers[layer] = version, source(media)
+    return layers[layer][1]
+
+
+def _parameters(source: Source) -> list[Tensor]:
+    modules = [source.linear] if source.norm is None else [source.linear, source.norm]
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+# By media tensor, as long as it lives: decoding meets the same one at every step.
+_kept = WeakTensorKeyDictionary()

@@ -1,0 +1,209 @@
+"""The cross-attention sublayer: `x + tanh(gate) * to_out(attention(to_q(norm(x)), k, v))`.
+
+Oracle: `reference.py`. Kept for the backward pass: x, q, the attention's output and two numbers a row. The
+normed x is made again, the branch before the gate is never stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _dispatch, _library
+from .._checks import needs_grad, unit_stride
+from ..mask import MediaMask
+from ..ops.masked_cross_attention.api import validate
+from . import gated_linear, normed_linear, reference
+from .gated_linear import Linear, cast_like
+from .norm import Norm, Statistics
+
+_FWD = _library.backends_of("masked_cross_attention_fwd")
+_BWD = _library.backends_of("masked_cross_attention_bwd")
+
+
+def gated_cross_attention(
+    x: Tensor,  # [B, T, D]
+    k: Tensor,  # [B, M, R, Hkv, d]
+    v: Tensor,  # [B, M, R, Hkv, d]
+    mask: MediaMask,
+    *,
+    norm: Norm,
+    to_q: Linear,  # [H d, D]
+    to_out: Linear,  # [D, H d]
+    gate: Tensor,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:  # [B, T, D]
+    r"""Norm, queries, masked attention, output projection, gate and residual, as one node of autograd.
+
+    ::
+
+        q = to_q(norm(x))
+        z = x + tanh(gate) * to_out(masked_cross_attention(q, k, v, mask))
+
+    The gate rides on the output projection, so the branch is not stored. The backward pass makes the normed x
+    again, takes the gate's gradient from the weights' (exact where the gate is 0), and multiplies nothing for
+    parameters that are frozen.
+
+    Args:
+        x: the text `[B, T, D]`, float32, bfloat16 or float16.
+        k: keys of the media `[B, M, R, Hkv, d]`, same dtype.
+        v: values, like k.
+        mask: which media each row sees.
+        norm: of x, before the queries.
+        to_q: `[H * d, D]`; H is a multiple of Hkv.
+        to_out: `[D, H * d]`.
+        gate: alpha before tanh, 1 element or D.
+        scale: factor on the scores. Default: `d ** -0.5`.
+        backend: of the attention and the gate, "auto", "triton", "cpu" or "reference"; the products are
+            torch's.
+
+    Returns:
+        `[B, T, D]` in the dtype torch's promotion gives the sum.
+
+    Raises:
+        ValueError, TypeError, UnsupportedError: as `masked_cross_attention` and `gated_residual`.
+
+    Limits: those of `masked_cross_attention`. Differentiable once in every tensor. As deterministic as the
+    matrix products of torch. Autocast does not reach into it.
+
+    Source: Flamingo (arXiv 2204.14198), sections 2.2 and 2.3.
+
+    Example:
+        >>> from flamingo_kernels import MediaMask
+        >>> from flamingo_kernels.sublayers import Linear, Norm, gated_cross_attention
+        >>> x, kv = torch.randn(1, 3, 32), torch.randn(2, 1, 1, 64, 2, 8)
+        >>> mask = MediaMask.last_preceding(torch.tensor([[0, 1, 0]]), num_media=1)
+        >>> weights = {"to_q": Linear(torch.randn(16, 32)), "to_out": Linear(torch.randn(32, 16))}
+        >>> norm = Norm(torch.ones(32), torch.zeros(32))
+        >>> z = gated_cross_attention(x, *kv, mask, norm=norm, **weights, gate=torch.ones(1))
+        >>> torch.equal(z[:, 0], x[:, 0]), z.shape
+        (True, torch.Size([1, 3, 32]))
+    """
+    head_dim = k.shape[-1]
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    heads = to_q.weight.shape[0] // head_dim
+    in_place_of_q = x.detach()[:, :, :1, None].to(k.dtype).expand(-1, -1, heads, head_dim)
+    validate(in_place_of_q, k, v, mask)
+    backend = _dispatch.resolve("masked_cross_attention", backend, x, k, v)
+    if backend == "reference":
+        return reference.gated_cross_attention(x, k, v, mask, norm, to_q, to_out, gate, scale)
+    how = _How(backend, scale, mask.immediate, mask.policy == "open_flamingo", norm.eps, norm.rms)
+    spans = (mask.lo, mask.hi, mask.start, mask.stop)
+    parameters = (gate, norm.weight, norm.bias, *to_q, *to_out)
+    tensors = _Tensors(x, unit_stride(k), unit_stride(v), *spans, *parameters)
+    with torch.autocast(x.device.type, enabled=False):
+        if needs_grad(*tensors):
+            return _GatedCrossAttention.apply(how, *tensors)
+        return _forward(how, tensors)[0]
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is no tensor."""
+
+    backend: str
+    scale: float
+    immediate: bool
+    averages: bool
+    eps: float
+    rms: bool
+
+
+class _Tensors(NamedTuple):
+    """What goes in, or which of it wants a gradient, or its gradients."""
+
+    x: Any
+    k: Any
+    v: Any
+    lo: Any
+    hi: Any
+    start: Any
+    stop: Any
+    gate: Any
+    norm_weight: Any
+    norm_bias: Any
+    q_weight: Any
+    q_bias: Any
+    out_weight: Any
+    out_bias: Any
+
+    @property
+    def spans(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.lo, self.hi, self.start, self.stop
+
+    @property
+    def to_q(self) -> Linear:
+        return Linear(self.q_weight, self.q_bias)
+
+    @property
+    def to_out(self) -> Linear:
+        return Linear(self.out_weight, self.out_bias)
+
+    def norm(self, how: _How) -> Norm:
+        return Norm(self.norm_weight, self.norm_bias, how.eps, how.rms)
+
+
+def _forward(how: _How, t: _Tensors) -> tuple[Any, ...]:
+    """z, and what the backward pass needs besides the tensors."""
+    batch, length, width = t.x.shape
+    x = t.x.reshape(-1, width)
+    (q,), statistics = normed_linear.forward(x, t.norm(how), [t.to_q])
+    head_dim = t.k.shape[-1]
+    q = q.view(batch, length, len(t.q_weight) // head_dim, head_dim)
+    attend = _FWD[how.backend]
+    out, softmax = attend(q, t.k, t.v, *t.spans, how.immediate, how.averages, how.scale)
+    z = gated_linear.forward(x, out.flatten(2).flatten(0, 1), t.to_out, t.gate, how.backend)
+    return z.view(t.x.shape), q, out, softmax, *statistics
+
+
+class _GatedCrossAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, how, *tensors):
+        z, *kept = _forward(how, _Tensors(*tensors))
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.how = how
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz):
+        how, wanted = ctx.how, _Tensors(*ctx.needs_input_grad[1:])
+        size = len(_Tensors._fields)
+        saved = ctx.saved_tensors
+        t = _Tensors(*saved[:size])
+        q, out, softmax, mean, rstd = saved[size:]
+        x, dz = (unit_stride(each.reshape(-1, each.shape[-1])) for each in (t.x, dz))
+
+        last = gated_linear.backward(
+            dz,
+            out.flatten(2).flatten(0, 1),
+            t.to_out,
+            t.gate,
+            how.backend,
+            of_weights=wanted.out_weight,
+            of_gate=wanted.gate,
+        )
+        attend = _BWD[how.backend]
+        options = (how.immediate, how.averages, how.scale)
+        dq, dk, dv = attend(last.a.view(out.shape), q, t.k, t.v, out, softmax, *t.spans, *options)
+        first = normed_linear.backward(
+            [dq.flatten(2).flatten(0, 1)],
+            dz,
+            x,
+            t.norm(how),
+            Statistics(mean, rstd),
+            [t.to_q],
+            of_x=wanted.x,
+            of_norm=wanted.norm_weight,
+            of_linears=[wanted.q_weight],
+        )
+        dx = None if first.x is None else first.x.view(t.x.shape)
+        gradients = _Tensors(
+            dx, dk, dv, None, None, None, None, last.gate, *first.norm, *first.linears[0], *last.linear
+        )
+        return None, *(cast_like(each, of) for each, of in zip(gradients, t, strict=True))

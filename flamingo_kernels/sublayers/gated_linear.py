@@ -1,0 +1,142 @@
+"""A projection that carries a gate and a residual: `z = x + tanh(gate) * (a @ weight.T + bias)`.
+
+The branch y = a @ weight.T + bias is kept for nobody. Its gate's gradient, `tanh'(gate) * sum(dz * y)`, comes
+from what is smaller, the rows or the weights:
+
+    sum(dz * y) = sum((dz @ weight) * a) = sum((dz.T @ a) * weight)        (+ sum(dz) * bias)
+
+and the gradient of a, or of the weight, is `tanh(gate)` times the same product. That is exact where the gate
+is 0, too. The sum and the factor are what a gated residual does backward, so its kernel does both.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from .scratch import scratch
+
+_ADD = _library.backends_of("gated_residual_fwd")
+_GATE = _library.backends_of("gated_residual_bwd")
+
+
+class Linear(NamedTuple):
+    """A projection `a @ weight.T + bias`.
+
+    Args:
+        weight: `[out, in]`.
+        bias: `[out]`, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, a: Tensor, into: Tensor | None = None) -> Tensor:  # [N, out]
+        if self.bias is None:
+            return torch.mm(a, self.weight.t(), out=into)
+        return torch.addmm(self.bias, a, self.weight.t(), out=into)
+
+
+class Gradients(NamedTuple):
+    a: Tensor  # [N, in]
+    linear: tuple[Tensor | None, Tensor | None]  # weight, bias
+    gate: Tensor | None
+
+
+def forward(x: Tensor, a: Tensor, linear: Linear, gate: Tensor | None, backend: str) -> Tensor:  # [N, D]
+    """The gate rides on the product where there is one dtype, and on a CPU one gate. None stands for 1."""
+    if torch.compiler.is_compiling() or linear.bias is not None or not _of_one_dtype(x, a, gate):
+        return x + linear(a) if gate is None else _ADD[backend](x, linear(a), gate)
+    if gate is None:
+        return torch.addmm(x, a, linear.weight.t())
+    if x.device.type != "cpu":
+        return torch.addmm(x, a, _gated(linear.weight, gate).t())
+    if gate.numel() == 1:
+        return torch.addmm(x, a, linear.weight.t(), alpha=float(gate.tanh()))
+    return _ADD[backend](x, linear(a), gate)
+
+
+def _of_one_dtype(x: Tensor, a: Tensor, gate: Tensor | None) -> bool:
+    return x.dtype == a.dtype and (gate is None or _library.residual_dtype(x, a, gate) == x.dtype)
+
+
+def backward(
+    dz: Tensor,  # [N, D]
+    a: Tensor,  # [N, in]
+    linear: Linear,
+    gate: Tensor | None,
+    backend: str,
+    *,
+    of_weights: bool,
+    of_gate: bool,
+    into: Tensor | None = None,
+) -> Gradients:
+    """All gradients but that of x, which is dz; that of a may go `into` a tensor, which may be a itself.
+
+    What nobody wants is not computed.
+    """
+    with scratch(*dz.shape, like=dz) as memory:
+        dy = (dz if gate is None else torch.mul(dz, _factor(gate, dz), out=memory)).to(a.dtype)
+        dbias = dy.sum(0) if of_weights and linear.bias is not None else None
+        if gate is None or not of_gate:
+            dweight = outer(dy, a) if of_weights else None
+            return Gradients(torch.mm(dy, linear.weight, out=into), (dweight, dbias), None)
+        if gate.numel() == 1 and (len(dz) < len(linear.weight) or not of_weights):
+            da, dgate = _gate_by_rows(dz.to(a.dtype), a, linear.weight, gate, backend)
+            dweight = outer(dy, a) if of_weights else None
+        else:
+            dweight, dgate = _gate_by_weights(dz.to(a.dtype), a, linear.weight, gate, backend)
+            da = torch.mm(dy, linear.weight, out=into)
+    if linear.bias is not None:
+        along = dz.sum(0, dtype=torch.float32) * linear.bias
+        dgate = dgate + _slope(gate) * (along.sum() if gate.numel() == 1 else along).view(gate.shape)
+    return Gradients(da, (dweight if of_weights else None, dbias), dgate)
+
+
+def _gate_by_rows(
+    dz: Tensor, a: Tensor, weight: Tensor, gate: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:  # da, dgate
+    with scratch(*a.shape, like=a) as memory:
+        return _GATE[backend](torch.mm(dz, weight, out=memory), a, gate)
+
+
+def _gate_by_weights(
+    dz: Tensor, a: Tensor, weight: Tensor, gate: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:  # dweight, dgate
+    with scratch(*weight.shape, like=weight) as memory:
+        product = outer(dz, a, memory)
+        if gate.numel() == 1:
+            return _GATE[backend](product, weight, gate)
+        along = torch.bmm(product.unsqueeze(1), weight.unsqueeze(2)).float().view(gate.shape)
+        return _gated(product, gate), _slope(gate) * along
+
+
+def outer(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
+    """`a.T @ b`, the gradient of a weight. On a CPU in bfloat16 it is faster to transpose first."""
+    if a.dtype != torch.bfloat16:
+        return torch.mm(a.t(), b, out=into)
+    with scratch(*reversed(a.shape), like=a) as memory:
+        return torch.mm(a.t() if memory is None else memory.copy_(a.t()), b, out=into)
+
+
+def _factor(gate: Tensor, like: Tensor) -> Tensor:
+    """`tanh(gate)` `[1]` or `[D]`, in a dtype that promotes nothing."""
+    return gate.flatten().tanh().to(like.dtype)
+
+
+def _gated(weight: Tensor, gate: Tensor) -> Tensor:
+    """A weight with the gate, or each channel's gate, on its rows."""
+    return (weight * gate.reshape(-1, 1).tanh()).to(weight.dtype)
+
+
+def _slope(gate: Tensor) -> Tensor:
+    """`tanh'(gate)`, without the cancellation where tanh is near 1."""
+    return gate.float().cosh().square().reciprocal()
+
+
+def cast_like(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
+    """A gradient in the dtype of what it is the gradient of."""
+    return gradient if gradient is None or of is None else gradient.to(of.dtype)

@@ -1,0 +1,83 @@
+"""LayerNorm and RMSNorm over the last dimension, kept as two numbers a row for the backward pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """Which norm, and its parameters.
+
+    Args:
+        weight: `[D]`.
+        bias: `[D]`, or None; an RMSNorm has none.
+        eps: added to the variance, or to the mean square.
+        rms: RMSNorm rather than LayerNorm.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    eps: float = 1e-5
+    rms: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The normed rows."""
+        shape = x.shape[-1:]
+        if self.rms:
+            return F.rms_norm(x, shape, self.weight, self.eps)
+        return F.layer_norm(x, shape, self.weight, self.bias, self.eps)
+
+
+class Statistics(NamedTuple):
+    """The mean of each row, of an RMSNorm None, and one over its standard deviation or root mean square."""
+
+    mean: Tensor | None
+    rstd: Tensor
+
+
+def forward(x: Tensor, norm: Norm, into: Tensor | None = None) -> tuple[Tensor, Statistics]:
+    """The normed rows `[N, D]`, into a tensor or a new one, and what they were normed with."""
+    if norm.rms:
+        wide = x.float()
+        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+        return ((wide * rstd) * norm.weight.float()).to(x.dtype), Statistics(None, rstd)
+    arguments = (x.to(norm.weight.dtype), x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    if into is None or into.dtype != norm.weight.dtype:
+        n, mean, rstd = torch.native_layer_norm(*arguments)
+    else:
+        numbers = [into.new_empty(len(x), 1) for _ in range(2)]
+        n, mean, rstd = torch.ops.aten.native_layer_norm.out(
+            *arguments, out0=into, out1=numbers[0], out2=numbers[1]
+        )
+    return n, Statistics(mean, rstd)
+
+
+def backward(
+    dn: Tensor, x: Tensor, norm: Norm, statistics: Statistics, of_parameters: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x, of the weight and of the bias.
+
+    LayerNorm:  dx = rstd (g - mean(g) - xhat mean(g xhat)),  g = weight dn
+    RMSNorm:    dx = rstd (g - xhat mean(g xhat))
+    """
+    if norm.rms:
+        xhat = x.float() * statistics.rstd
+        outer = dn.float() * norm.weight.float()
+        dx = statistics.rstd * (outer - xhat * (outer * xhat).mean(-1, keepdim=True))
+        dweight = (dn.float() * xhat).flatten(0, -2).sum(0) if of_parameters else None
+        return dx, dweight, None
+    of_bias = of_parameters and norm.bias is not None
+    return torch.ops.aten.native_layer_norm_backward(
+        dn.to(norm.weight.dtype),
+        x.to(norm.weight.dtype),
+        x.shape[-1:],
+        statistics.mean,
+        statistics.rstd,
+        norm.weight,
+        norm.bias,
+        [True, of_parameters, of_bias],
+    )

@@ -1,0 +1,46 @@
+"""The gated sublayers, operation by operation: the specification of the fused ones."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..mask import MediaMask
+from ..ops.gated_residual.api import gated_residual
+from ..ops.masked_cross_attention.api import masked_cross_attention
+from .activation import ACTIVATIONS
+from .gated_linear import Linear
+from .norm import Norm
+
+
+def gated_cross_attention(
+    x: Tensor,  # [B, T, D]
+    k: Tensor,  # [B, M, R, Hkv, d]
+    v: Tensor,  # [B, M, R, Hkv, d]
+    mask: MediaMask,
+    norm: Norm,
+    to_q: Linear,
+    to_out: Linear,
+    gate: Tensor,
+    scale: float,
+) -> Tensor:  # [B, T, D]
+    q = F.linear(norm(x), *to_q).unflatten(-1, (-1, k.shape[-1]))  # [B, T, H, d]
+    out = masked_cross_attention(q, k, v, mask, scale=scale, backend="reference")
+    return gated_residual(x, F.linear(out.flatten(2), *to_out), gate, backend="reference")
+
+
+def gated_feed_forward(
+    x: Tensor,  # [..., D]
+    norm: Norm,
+    hidden: Linear,
+    output: Linear,
+    gate: Tensor | None,
+    activation: str,
+    factor: Linear | None,
+) -> Tensor:  # [..., D]
+    n = norm(x)
+    h = ACTIVATIONS[activation].eager(F.linear(n, *hidden))
+    if factor is not None:
+        h = h * F.linear(n, *factor)
+    y = F.linear(h, *output)
+    return x + y if gate is None else gated_residual(x, y, gate, backend="reference")

@@ -1,0 +1,176 @@
+"""What the sublayers are held to: `flamingo_kernels.testing.Case` with a projection on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flamingo.modules import dense_masked_attention, text_time
+from flamingo_kernels import MediaMask
+from flamingo_kernels.sublayers import Linear, Norm, gated_cross_attention, gated_feed_forward
+from flamingo_kernels.testing import Case, Outputs, Spec, Tensors
+
+EAGER: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
+    "relu": torch.relu,
+    "squared_relu": lambda u: torch.relu(u) ** 2,
+    "silu": lambda u: u * torch.sigmoid(u),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SublayerCase(Case):
+    """What both sublayers have.
+
+    Args:
+        width: D of the text.
+        rms: RMSNorm rather than LayerNorm.
+        biased: whether the projections have biases.
+        gate: shape of the gate; None for none.
+        gate_dtype: where it differs from dtype.
+    """
+
+    width: int = 24
+    rms: bool = False
+    biased: bool = False
+    gate: tuple[int, ...] | None = (1,)
+    gate_dtype: torch.dtype | None = None
+
+    def shared_specs(self) -> dict[str, Spec]:
+        specs: dict[str, Spec] = {"norm_weight": ((self.width,), self.dtype)}
+        if not self.rms:
+            specs["norm_bias"] = ((self.width,), self.dtype)
+        if self.gate is not None:
+            specs["gate"] = (self.gate, self.gate_dtype or self.dtype)
+        return specs
+
+    def linear_specs(self, name: str, out: int, into: int) -> dict[str, Spec]:
+        specs: dict[str, Spec] = {f"{name}_weight": ((out, into), self.dtype)}
+        if self.biased:
+            specs[f"{name}_bias"] = ((out,), self.dtype)
+        return specs
+
+    def tensors(self) -> Tensors:
+        """Weights of about the scale of trained ones, so that a norm or an activation has something to do."""
+        tensors = super().tensors()
+        for name, tensor in tensors.items():
+            if name.endswith("_weight") and tensor.ndim == 2:
+                tensor *= 2 * tensor.shape[1] ** -0.5
+        return tensors
+
+    def norm(self, t: Tensors) -> Norm:
+        return Norm(t["norm_weight"], t.get("norm_bias"), 1e-5, self.rms)
+
+    def eager_norm(self, t: Tensors) -> Tensor:
+        shape = (self.width,)
+        if self.rms:
+            return F.rms_norm(t["x"], shape, t["norm_weight"], 1e-5)
+        return F.layer_norm(t["x"], shape, t["norm_weight"], t["norm_bias"], 1e-5)
+
+    def eager_residual(self, t: Tensors, y: Tensor) -> Tensor:
+        return t["x"] + y if self.gate is None else t["x"] + torch.tanh(t["gate"]) * y
+
+
+def linear(t: Tensors, name: str) -> Linear:
+    return Linear(t[f"{name}_weight"], t.get(f"{name}_bias"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossAttentionCase(SublayerCase):
+    """A call of `gated_cross_attention`."""
+
+    operator: ClassVar[str] = "gated_cross_attention"
+
+    batch: int = 2
+    length: int = 19
+    media: int = 3
+    latents: int = 5
+    heads: int = 4
+    head_dim: int = 16
+    groups: int = 1
+    immediate: bool = True
+
+    def specs(self) -> dict[str, Spec]:
+        inner = self.heads * self.head_dim
+        media = (self.batch, self.media, self.latents, self.heads // self.groups, self.head_dim)
+        return {
+            "x": ((self.batch, self.length, self.width), self.dtype),
+            "k": (media, self.dtype),
+            "v": (media, self.dtype),
+            **self.shared_specs(),
+            **self.linear_specs("q", inner, self.width),
+            **self.linear_specs("out", self.width, inner),
+        }
+
+    def locations(self) -> Tensor:
+        return torch.rand(self.batch, self.length, generator=torch.Generator().manual_seed(3)) < 0.2
+
+    def kernel(self, backend: str, **t: Tensor) -> Outputs:
+        build = MediaMask.last_preceding if self.immediate else MediaMask.all_preceding
+        mask = build(self.locations(), self.media)
+        ends = {"to_q": linear(t, "q"), "to_out": linear(t, "out")}
+        z = gated_cross_attention(
+            t["x"], t["k"], t["v"], mask, norm=self.norm(t), **ends, gate=t["gate"], backend=backend
+        )
+        return (z,)
+
+    def eager(self, **t: Any) -> Outputs:
+        k, v = (t[name].repeat_interleave(self.groups, dim=3) for name in ("k", "v"))
+        q = F.linear(self.eager_norm(t), *linear(t, "q")).unflatten(-1, (self.heads, self.head_dim))
+        times = text_time(self.locations())
+        out = dense_masked_attention(q, k, v, times, only_immediate=self.immediate)
+        return (self.eager_residual(t, F.linear(out.flatten(2), *linear(t, "out"))),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardCase(SublayerCase):
+    """A call of `gated_feed_forward`.
+
+    Args:
+        rows: shape of x without D.
+        inner: width F of the hidden layer.
+        activation: of it.
+        glu: whether it is a gated linear unit.
+    """
+
+    operator: ClassVar[str] = "gated_feed_forward"
+
+    rows: tuple[int, ...] = (2, 19)
+    inner: int = 40
+    activation: str = "gelu"
+    glu: bool = False
+
+    def specs(self) -> dict[str, Spec]:
+        return {
+            "x": ((*self.rows, self.width), self.dtype),
+            **self.shared_specs(),
+            **self.linear_specs("hidden", self.inner, self.width),
+            **self.linear_specs("output", self.width, self.inner),
+            **(self.linear_specs("factor", self.inner, self.width) if self.glu else {}),
+        }
+
+    def kernel(self, backend: str, **t: Tensor) -> Outputs:
+        z = gated_feed_forward(
+            t["x"],
+            norm=self.norm(t),
+            hidden=linear(t, "hidden"),
+            output=linear(t, "output"),
+            factor=linear(t, "factor") if self.glu else None,
+            gate=t.get("gate"),
+            activation=self.activation,
+            backend=backend,
+        )
+        return (z,)
+
+    def eager(self, **t: Any) -> Outputs:
+        n = self.eager_norm(t)
+        h = EAGER[self.activation](F.linear(n, *linear(t, "hidden")))
+        if self.glu:
+            h = h * F.linear(n, *linear(t, "factor"))
+        return (self.eager_residual(t, F.linear(h, *linear(t, "output"))),)

@@ -1,0 +1,172 @@
+"""The sublayers against float64, each gradient, and what they do not keep or compute."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flamingo_kernels.sublayers import scratch
+from flamingo_kernels.sublayers.activation import ACTIVATIONS
+from flamingo_kernels.testing import DTYPES, assert_within_budget
+
+from .cases import CrossAttentionCase as Attention
+from .cases import FeedForwardCase as FeedForward
+
+CASES = [
+    Attention(),
+    Attention(immediate=False, groups=2),
+    Attention(rms=True, biased=True),
+    Attention(gate=(24,), biased=True),
+    Attention(gate=()),
+    Attention(batch=3, length=1, width=7),
+    Attention(batch=1, length=3, width=48),
+    Attention(length=0),
+    Attention(batch=0),
+    Attention(media=0),
+    FeedForward(),
+    *(FeedForward(activation=activation) for activation in ACTIVATIONS),
+    *(FeedForward(activation=activation, glu=True) for activation in ("silu", "gelu")),
+    FeedForward(rms=True, biased=True, glu=True, activation="silu"),
+    FeedForward(gate=(24,), biased=True),
+    FeedForward(gate=(1, 1, 24)),
+    FeedForward(gate=None),
+    FeedForward(gate=None, biased=True, rms=True),
+    FeedForward(rows=(5,)),
+    FeedForward(rows=(0, 3)),
+    *(kind(layout=layout) for kind in (Attention, FeedForward) for layout in ("slice", "transposed")),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{type(case).__name__[:-4]}:{case}")
+def test_oracle(case, dtype, backend):
+    assert_within_budget(replace(case, dtype=dtype), backend)
+
+
+@pytest.mark.parametrize("case", [Attention(), FeedForward(), FeedForward(biased=True)], ids=str)
+def test_oracle_of_a_wider_gate(case, backend):
+    """A float32 gate beside bfloat16 promotes the residual, so that it cannot ride on the product."""
+    assert_within_budget(replace(case, dtype=torch.bfloat16, gate_dtype=torch.float32), backend)
+
+
+@pytest.mark.parametrize("case", [Attention(), FeedForward(), FeedForward(gate=(24,))], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_the_gradient_of_a_closed_gate(case, backend):
+    """At 0 nothing of the branch is in the sum, and the gate still learns."""
+    tensors = case.tensors()
+    tensors["gate"] = torch.zeros_like(tensors["gate"])
+    grads = []
+    for run in (case.eager, lambda **t: case.kernel(backend, **t)):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        (z,) = run(**leaves)
+        assert torch.equal(z, leaves["x"])
+        grads.append(torch.autograd.grad(z, leaves["gate"], torch.ones_like(z))[0])
+    assert grads[1].abs().min() > 0
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+
+
+class Products(TorchDispatchMode):
+    """The shapes of all matrix products."""
+
+    def __init__(self):
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket in PRODUCTS:
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("case", "frozen", "products"),
+    [
+        (Attention(), (), 4),
+        (Attention(), ("q_weight",), 3),
+        (Attention(), ("q_weight", "out_weight"), 2),
+        (Attention(), ("x", "norm_weight", "norm_bias"), 3),
+        (FeedForward(), (), 4),
+        (FeedForward(), ("hidden_weight", "output_weight"), 2),
+        (FeedForward(), ("x", "norm_weight", "norm_bias", "hidden_weight"), 2),
+        (FeedForward(glu=True), ("factor_weight",), 5),
+    ],
+    ids=str,
+)
+def test_frozen_parameters_cost_no_product(case, frozen, products):
+    leaves = {name: tensor.requires_grad_(name not in frozen) for name, tensor in case.tensors().items()}
+    (z,) = case.kernel("cpu", **leaves)
+    with Products() as seen:
+        z.sum().backward()
+    assert len(seen.shapes) == products, seen.shapes
+    assert all((tensor.grad is None) == (name in frozen) for name, tensor in leaves.items())
+
+
+@pytest.mark.parametrize(
+    ("case", "share"), [(Attention(length=64, media=8, latents=16), 0.5), (FeedForward(), 0.5)]
+)
+def test_what_is_kept_for_the_backward_pass(case, share):
+    def kept(run):
+        leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors().items()}
+        own = {tensor.untyped_storage().data_ptr() for tensor in leaves.values()}
+        sizes = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = run(**leaves)
+        return sum(sizes.values()), outputs
+
+    ours, _ = kept(lambda **t: case.kernel("cpu", **t))
+    eager, _ = kept(case.eager)
+    assert ours <= share * eager, (ours, eager)
+
+
+def test_scratch_memory_does_not_leak_into_results():
+    """Sizes that take it, twice, with other values in between."""
+    case = FeedForward(rows=(64,), width=64, inner=8192, dtype=torch.float32)
+    leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors().items()}
+
+    def run():
+        (z,) = case.kernel("cpu", **leaves)
+        return z, *torch.autograd.grad(z.square().sum(), list(leaves.values()))
+
+    first = run()
+    copies = [tensor.clone() for tensor in first]
+    assert scratch._pool()
+    for piece in scratch._pool():
+        piece.fill_(255)
+    second = run()
+    for now, copy, again in zip(first, copies, second, strict=True):
+        assert torch.equal(now, copy)
+        assert torch.equal(again, copy)
+    scratch.release()
+    assert not scratch._pool()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "tanh"}, "expected activation to be one of gelu"),
+        ({"gate": torch.zeros(5)}, "expected a gate of 1 or D=24"),
+    ],
+)
+def test_bad_input(change, message):
+    from flamingo_kernels.sublayers import gated_feed_forward
+
+    case = FeedForward()
+    t = case.tensors()
+    from .cases import linear
+
+    arguments = {"hidden": linear(t, "hidden"), "output": linear(t, "output"), "gate": t["gate"]} | change
+    with pytest.raises(ValueError, match=message):
+        gated_feed_forward(t["x"], norm=case.norm(t), **arguments)
