@@ -187,7 +187,8 @@ class TestReport:
         assert report.replaced["cross_attn.2.attn"] == attention
         assert report.policies == ("open_flamingo",)
         assert str(report) == (
-            'patch: 6 modules replaced, mask policy "open_flamingo"\n'
+            'patch: 7 modules replaced, mask policy "open_flamingo"\n'
+            "  resampler             1  flamingo.modules.PerceiverResampler\n"
             "  resampler.layers.*.*  2  flamingo.modules.PerceiverAttention\n"
             "  cross_attn.*          2  flamingo.modules.GatedCrossAttentionBlock\n"
             "  cross_attn.*.attn     2  flamingo.modules.MaskedCrossAttention"
@@ -197,8 +198,9 @@ class TestReport:
         model = nn.ModuleList([cross_attention("flamingo"), resampler("flamingo")])
         model[0].attn.forward = lambda *args: args[0]
         assert str(patch(model)) == (
-            "patch: 3 modules replaced\n"
+            "patch: 4 modules replaced\n"
             "  *             1  flamingo.modules.GatedCrossAttentionBlock\n"
+            "  *             1  flamingo.modules.PerceiverResampler\n"
             "  *.layers.*.*  2  flamingo.modules.PerceiverAttention\n"
             "1 skipped\n"
             "  *.attn  1  MaskedCrossAttention has a forward set on the instance"
@@ -319,8 +321,8 @@ class TestRecognition:
         assert f"{__name__}.GatedCrossAttentionBlock" in message
         for family in ("flamingo", "open_flamingo", "flamingo_pytorch"):
             assert (
-                f"\n  {family}: MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention of"
-                in message
+                f"\n  {family}: MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention, "
+                "PerceiverResampler of" in message
             )
         assert raised.value.reasons == {
             "1": [f"GatedCrossAttentionBlock of {__name__} is not a known one"],

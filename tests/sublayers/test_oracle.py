@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flamingo_kernels.sublayers import scratch
 from flamingo_kernels.sublayers.activation import ACTIVATIONS
-from flamingo_kernels.testing import DTYPES, assert_within_budget
+from flamingo_kernels.testing import DTYPES, measure
 
 from .cases import CrossAttentionCase as Attention
 from .cases import FeedForwardCase as FeedForward
@@ -43,13 +43,33 @@ CASES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{type(case).__name__[:-4]}:{case}")
 def test_oracle(case, dtype, backend):
-    assert_within_budget(replace(case, dtype=dtype), backend)
+    measured = measure(replace(case, dtype=dtype), backend)
+    assert all(each.passed for each in measured if not is_one_number(each, case)), measured
+
+
+def is_one_number(measurement, case):
+    """The gradient of one gate, which eager may have right by luck: judged over many draws, below."""
+    return measurement.name == "dgate" and case.gate in ((), (1,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("rows", [8, 40], ids=["by rows", "by weights"])
+@pytest.mark.parametrize("kind", ["attention", "feed_forward"])
+def test_the_gradient_of_one_gate(kind, rows, dtype):
+    case = Attention(batch=1, length=rows) if kind == "attention" else FeedForward(rows=(rows,))
+    errors = torch.zeros(2)
+    for seed in range(64):
+        (gate,) = (m for m in measure(replace(case, dtype=dtype, seed=seed), "cpu", 1) if m.name == "dgate")
+        errors += torch.tensor([gate.error, gate.eager_error]).square()
+    ours, eager = errors.sqrt().tolist()
+    assert ours <= 1.5 * eager
 
 
 @pytest.mark.parametrize("case", [Attention(), FeedForward(), FeedForward(biased=True)], ids=str)
 def test_oracle_of_a_wider_gate(case, backend):
     """A float32 gate beside bfloat16 promotes the residual, so that it cannot ride on the product."""
-    assert_within_budget(replace(case, dtype=torch.bfloat16, gate_dtype=torch.float32), backend)
+    measured = measure(replace(case, dtype=torch.bfloat16, gate_dtype=torch.float32), backend)
+    assert all(each.passed for each in measured if not is_one_number(each, case)), measured
 
 
 @pytest.mark.parametrize("case", [Attention(), FeedForward(), FeedForward(gate=(24,))], ids=str)
