@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
 from torch import nn
 
 
-class Family(NamedTuple):
-    """One library: its name, the module that defines its classes, and by class name what replaces them."""
+@dataclass(frozen=True)
+class Family:
+    """Classes of one library that can be swapped.
+
+    Attributes:
+        name: of the library or model.
+        module: that defines the classes.
+        fused: by class name what replaces it.
+        versions: of the library, that the tests ran with.
+        fixes: by name, the known bugs of the originals that a patch repeats unless it is told to fix them.
+    """
 
     name: str
     module: str
-    fused: dict[str, type[nn.Module]]
+    fused: Mapping[str, type[nn.Module]]
+    versions: str
+    fixes: Mapping[str, str] = field(default_factory=dict)
 
 
 class Match(NamedTuple):
@@ -21,6 +34,7 @@ class Match(NamedTuple):
 
     known: type[nn.Module]
     fused: type[nn.Module]
+    family: Family
 
 
 @cache
@@ -36,7 +50,7 @@ def match(cls: type) -> Match | None:
     for base in cls.__mro__:
         for family in families():
             if base.__module__ == family.module and base.__name__ in family.fused:
-                return Match(base, family.fused[base.__name__])
+                return Match(base, family.fused[base.__name__], family)
     return None
 
 

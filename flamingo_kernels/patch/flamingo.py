@@ -13,4 +13,5 @@ FAMILY = Family(
         "GatedCrossAttentionBlock": layers.GatedCrossAttentionBlock,
         "PerceiverAttention": layers.PerceiverAttention,
     },
+    "this one",
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layers import Fused, add_gated
 from .family import Family
-from .open_flamingo import MaskedCrossAttention, PerceiverAttention
+from .open_flamingo import FIXES, MaskedCrossAttention, PerceiverAttention
 
 
 class GatedCrossAttentionBlock(Fused):
@@ -27,4 +27,6 @@ FAMILY = Family(
     "flamingo_pytorch",
     "flamingo_pytorch.flamingo_pytorch",
     {cls.__name__: cls for cls in (MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention)},
+    "flamingo-pytorch 0.1.2",
+    FIXES,
 )

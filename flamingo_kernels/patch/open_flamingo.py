@@ -16,8 +16,6 @@ from .family import Family
 
 
 class MaskedCrossAttention(Fused):
-    policy: Policy = "open_flamingo"
-
     heads: int
     scale: float
     only_attend_immediate_media: bool
@@ -25,6 +23,10 @@ class MaskedCrossAttention(Fused):
     to_q: nn.Linear
     to_kv: nn.Linear
     to_out: nn.Linear
+
+    @property
+    def policy(self) -> Policy:
+        return "zero" if "uniform_rows" in self.fixes else "open_flamingo"
 
     def forward(
         self,
@@ -90,8 +92,12 @@ class PerceiverAttention(Fused):
         return self.to_out(out.flatten(-2)).unflatten(0, shape)
 
 
+FIXES = {"uniform_rows": "text whose image was not passed averages all images"}
+
 FAMILY = Family(
     "open_flamingo",
     "open_flamingo.src.helpers",
     {cls.__name__: cls for cls in (MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention)},
+    "open-flamingo 2.0.1",
+    FIXES,
 )

@@ -14,13 +14,16 @@ from torch import nn
 from .family import match
 
 _ORIGINAL = "_unpatched_class"
+_FIXES = "fixes"
 
 
-def swap(module: nn.Module) -> None:
+def swap(module: nn.Module, fixes: frozenset[str] = frozenset()) -> None:
     """Give a module, of a class that a family knows, the fused class for it."""
     original = type(module)
     setattr(module, _ORIGINAL, original)
     module.__class__ = fused_class(original)
+    if fixes:
+        setattr(module, _FIXES, fixes)
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -39,6 +42,7 @@ def restore(modules: Iterable[nn.Module]) -> None:
             )
     for module in swapped:
         module.__class__ = vars(module).pop(_ORIGINAL)
+        vars(module).pop(_FIXES, None)
 
 
 def fused_class(original: type[nn.Module]) -> type[nn.Module]:
