@@ -27,11 +27,11 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
 
     What the originals compute is computed, known bugs included, except those named in `fixes`:
 
-    ============= ==============================================================================================
+    ============= ============================================================================================
     uniform_rows  open-flamingo, flamingo-pytorch: text whose image was not passed averages all images
     row_leak      Mllama: text before the first image attends to every image and its padding
     causal        Mllama under "sdpa": without a mask, row t sees no vision token after t
-    ============= ==============================================================================================
+    ============= ============================================================================================
 
     A model patched again stays as it is. Patch before `torch.jit.script` and before FSDP2's `fully_shard`,
     whose wrapped classes cannot be taken back; modules inside FSDP1 and `torch.compile` wrappers are found.

@@ -40,9 +40,18 @@ class Match(NamedTuple):
 @cache
 def families() -> tuple[Family, ...]:
     """All families. None of their libraries is imported: a model brings its own."""
-    from . import flamingo, flamingo_pytorch, open_flamingo
+    from . import evolla, flamingo, flamingo_pytorch, idefics, idefics2, mllama, open_flamingo
 
-    return flamingo.FAMILY, open_flamingo.FAMILY, flamingo_pytorch.FAMILY
+    return (
+        flamingo.FAMILY,
+        open_flamingo.FAMILY,
+        flamingo_pytorch.FAMILY,
+        idefics.FAMILY,
+        idefics.RESAMPLER,
+        idefics2.FAMILY,
+        mllama.FAMILY,
+        evolla.FAMILY,
+    )
 
 
 def match(cls: type) -> Match | None:

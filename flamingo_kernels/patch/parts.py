@@ -1,0 +1,218 @@
+"""What the adapters for transformers share: dense masks, gates and norms, K and V kept for decoding."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..mask import MediaMask
+from ..ops.gated_residual import gated_residual
+from ..ops.gated_residual_norm import gated_residual_norm
+
+LINEAR = "torch.nn.modules.linear.Linear"
+LAYER_NORM = "torch.nn.modules.normalization.LayerNorm"
+
+# Among many keys, media of fewer than this are not worth a kernel.
+_FEWEST_LATENTS = 16
+_FEW_KEYS = 256
+
+
+def is_plain(module: nn.Module, *classes: str) -> bool:
+    """Whether calling the module runs the forward of one of these classes, and nothing else."""
+    hooks = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+    cls = type(module)
+    return f"{cls.__module__}.{cls.__name__}" in classes and "forward" not in vars(module) and not hooks
+
+
+def is_traced() -> bool:
+    """Whether what runs now is recorded, so that nothing may be read on the host."""
+    recording = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return recording or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def add_gated(
+    x: Tensor,  # [B, T, D]
+    y: Tensor,  # [B, T, D]
+    gate: Tensor,  # [1] or [1, 1, D]
+    norm: Any,
+    rms_norm: str = "",
+) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, T, D]
+    """`z = x + tanh(gate) * y` and `norm(z)`, in one pass if norm is a LayerNorm or of the class named."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), gate.dtype)
+    known = is_plain(norm, rms_norm, LAYER_NORM) and norm.weight is not None
+    if known and (norm.weight.shape, norm.weight.dtype) == (x.shape[-1:], dtype):
+        if is_plain(norm, LAYER_NORM):
+            return gated_residual_norm(x, y, gate, norm.weight, norm.bias, eps=norm.eps)
+        return gated_residual_norm(x, y, gate, norm.weight, eps=norm.variance_epsilon, norm="rms")
+    z = gated_residual(x, y, gate)
+    return z, norm(z)
+
+
+class KeySpans(NamedTuple):
+    """A mask over keys as spans of media, for keys taken in another order if there is one."""
+
+    mask: MediaMask
+    order: Tensor | None  # [B, S]
+
+    def media(self, kv: Tensor) -> Tensor:
+        """Keys or values `[B, S, Hkv, d]` as media `[B, M, R, Hkv, d]`."""
+        if self.order is not None:
+            kv = kv.take_along_dim(self.order[..., None, None], dim=1)
+        return kv.unflatten(1, (self.mask.num_media, -1))
+
+
+def key_spans(mask: Tensor, rows: Tensor | None = None, *, averages: bool = False) -> KeySpans | None:
+    """The spans of a mask over keys, read once for all layers; None if only a dense attention can take it.
+
+    Keys that no row sees, as those of padding tiles between two images, move behind the others. None means
+    gaps that this does not close, other values than 0 and the lowest, media too small for many keys, or that
+    what runs is traced, as spans are read on the host.
+
+    Args:
+        mask: `[B, 1, T, S]`, bool, or added to the scores.
+        rows: `[B, T]`, zero where a row must see nothing. Default: none must.
+        averages: rows that see nothing although `rows` allows it average all values. Default: there are none.
+    """
+    if is_traced() or mask.ndim != 4 or mask.shape[1] != 1:
+        return None
+    tensors = (mask,) if rows is None else (mask, rows)
+    return cast("KeySpans | None", once(_read_spans, tensors, averages))
+
+
+def _read_spans(averages: bool, mask: Tensor, rows: Tensor | None = None) -> KeySpans | None:
+    seen = _visible(mask)
+    if seen is None or seen.numel() == 0:
+        return None
+    seen = seen[:, 0]  # [B, T, S]
+    allowed = torch.ones_like(seen[..., 0]) if rows is None else rows != 0
+    blind = allowed & ~seen.any(-1)
+    if not averages and bool(blind.any()):
+        return None
+    seen, order = seen & allowed[..., None], None
+    spans = spans_of(seen, blind)
+    if spans is None:
+        order = _used_first(seen)
+        spans = spans_of(seen.take_along_dim(order[:, None], dim=-1), blind)
+    return None if spans is None else KeySpans(spans, order)
+
+
+def spans_of(seen: Tensor, averages: Tensor) -> MediaMask | None:
+    """`MediaMask.from_dense`, or None where it has gaps or media too small for many keys."""
+    try:
+        mask = MediaMask.from_dense(seen, averages=averages)
+    except ValueError:
+        return None
+    keys = seen.shape[-1]
+    return None if _FEW_KEYS < keys < _FEWEST_LATENTS * mask.num_media else mask
+
+
+def _used_first(seen: Tensor) -> Tensor:
+    """An order of the keys with those behind that no row sees; one that sees all does so in any order."""
+    used = (seen & ~seen.all(-1, keepdim=True)).any(1)  # [B, S]
+    return used.int().argsort(dim=-1, descending=True, stable=True)
+
+
+def media_first(mask: Tensor, latents: int) -> tuple[Tensor, Tensor] | None:
+    """Of keys `[media ; latents]`: an order `[N, S]` with the visible media first, and how many, `[N]`.
+
+    None if the rows of a clip see different keys, one does not see a latent, or what runs is traced.
+
+    Args:
+        mask: `[N, 1, R, S + L]`, bool, or added to the scores; or `[N, S + L]`, 1 where a key is seen.
+        latents: L.
+    """
+    if is_traced() or mask.ndim not in (2, 4) or (mask.ndim == 4 and mask.shape[1] != 1):
+        return None
+    return cast("tuple[Tensor, Tensor] | None", once(_read_padding, (mask,), latents))
+
+
+def _read_padding(latents: int, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    seen = _visible(mask) if mask.ndim == 4 else (mask == 1)[:, None, None]
+    if seen is None:
+        return None
+    seen = seen[:, 0]  # [N, R, S + L]
+    media, own = seen[:, 0].split([seen.shape[-1] - latents, latents], dim=-1)
+    if not bool((seen == seen[:, :1]).all() & own.all()):
+        return None
+    return media.int().argsort(dim=-1, descending=True, stable=True), media.sum(-1)
+
+
+def _visible(mask: Tensor) -> Tensor | None:
+    """Bool, True where a key is seen; None if the mask says more than that."""
+    if not mask.dtype.is_floating_point:
+        return mask.bool()
+    seen = mask == 0
+    return seen if bool((seen | (mask <= torch.finfo(mask.dtype).min)).all()) else None
+
+
+class _Read(NamedTuple):
+    tensors: tuple[weakref.ref[Tensor], ...]
+    state: tuple[Any, ...]
+    result: Any
+
+
+# The last result of each reader: the layers of one forward pass ask for the same.
+_reads: dict[Callable[..., Any], _Read] = {}
+
+
+def once(read: Callable[..., Any], tensors: tuple[Tensor, ...], option: Any) -> Any:
+    """`read(option, *tensors)`, or what it gave for these very tensors if nobody changed them since."""
+    if any(tensor.is_inference() for tensor in tensors):
+        return read(option, *tensors)  # they count no changes
+    # A mask made in inference mode cannot be saved for a backward pass.
+    state = (option, torch.is_inference_mode_enabled(), *(tensor._version for tensor in tensors))
+    last = _reads.get(read)
+    if last is not None and last.state == state:
+        same = [ref() is tensor for ref, tensor in zip(last.tensors, tensors, strict=False)]
+        if len(last.tensors) == len(tensors) and all(same):
+            return last.result
+    result = read(option, *tensors)
+    _reads[read] = _Read(tuple(map(weakref.ref, tensors)), state, result)
+    return result
+
+
+# media -> layer -> (state, K and V)
+_projected: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def kept_kv(
+    layer: nn.Module,
+    media: Tensor,
+    modules: tuple[nn.Module, ...],
+    project: Callable[[], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """`project()`, the K and V of media; without gradients once for all decode steps, while the media live.
+
+    Media are the same if they are views of one tensor that nobody has changed. A change that torch does not
+    count, as one through `.data`, is not seen.
+
+    Args:
+        layer: whose K and V they are.
+        media: any shape; what `project` reads.
+        modules: that `project` calls; nothing is kept unless all are plain Linear layers or norms.
+    """
+    plain = all(is_plain(module, LINEAR) or module.__class__.__name__.endswith("Norm") for module in modules)
+    if torch.is_grad_enabled() or is_traced() or media.is_inference() or not plain:
+        return project()
+    base = media if media._base is None else media._base
+    weights = [weight for module in modules for weight in module.parameters()]
+    state = (
+        *(media._version, media.shape, media.stride(), media.storage_offset(), media.dtype),
+        *((weight.data_ptr(), weight._version) for weight in weights),
+        *(torch.is_autocast_enabled(media.device.type), torch.get_autocast_dtype(media.device.type)),
+    )
+    layers = _projected.setdefault(base, WeakIdKeyDictionary())
+    found = layers.get(layer)
+    if found is None or found[0] != state:
+        layers[layer] = found = (state, project())
+    return cast("tuple[Tensor, Tensor]", found[1])
