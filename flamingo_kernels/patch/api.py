@@ -12,7 +12,7 @@ from torch import nn
 from .._dispatch import UnsupportedError
 from .family import Match, families, match, supported
 from .report import PatchReport
-from .swap import fused_class, restore, swap
+from .swap import fused_class, has_other_forward, restore, swap
 
 
 def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
@@ -129,7 +129,7 @@ def _why_not_by_itself(module: nn.Module) -> str:
 def _why_not(module: nn.Module, known: Match) -> str:
     """Why a module of a known class is left alone."""
     cls = type(module)
-    if "forward" in vars(module):
+    if has_other_forward(module):
         return f"{cls.__name__} has a forward set on the instance"
     replaced = ["forward", *(name for name in vars(known.fused) if not name.startswith("__"))]
     for name in replaced:

@@ -13,6 +13,7 @@ from ..layers import Fused, add_gated, attend_to_media
 from ..mask import Policy
 from ..ops import perceiver_attention
 from .family import Family
+from .parts import kept_kv
 
 
 class MaskedCrossAttention(Fused):
@@ -37,7 +38,7 @@ class MaskedCrossAttention(Fused):
     ) -> Tensor:  # [B, T, D]
         heads = (self.heads, -1)
         q = self.to_q(self.norm(x)).unflatten(-1, heads)  # [B, T, H, d]
-        k, v = (kv.unflatten(-1, heads) for kv in self.to_kv(media).chunk(2, dim=-1))  # [B, M, R, H, d]
+        k, v = kept_kv(self, media, (self.to_kv,), lambda: self._project(media))  # [B, M, R, H, d]
         out = attend_to_media(
             q,
             k,
@@ -49,6 +50,10 @@ class MaskedCrossAttention(Fused):
             scale=self.scale,
         )
         return self.to_out(out.flatten(-2))
+
+    def _project(self, media: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (kv.unflatten(-1, (self.heads, -1)) for kv in self.to_kv(media).chunk(2, dim=-1))
+        return k, v
 
 
 class GatedCrossAttentionBlock(Fused):
