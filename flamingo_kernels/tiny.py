@@ -203,7 +203,7 @@ def _mllama(sizes: Sizes, **config: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     )
     model = transformers.MllamaForConditionalGeneration(options)
     tokens, locations = _text(sizes)
-    ratios = torch.randint(1, 4, (sizes.batch, sizes.images))  # of one, two or four tiles
+    ratios = torch.arange(sizes.images).expand(sizes.batch, -1) % 3 + 1  # of one, two or four tiles
     valid = torch.arange(tiles) < torch.tensor([0, 1, 2, 4])[ratios][..., None]  # [B, M, tiles]
     return model, {
         "input_ids": tokens,
@@ -258,8 +258,13 @@ def _idefics2(sizes: Sizes, **config: Any) -> tuple[nn.Module, dict[str, Tensor]
 def _evolla(sizes: Sizes, **config: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     import transformers
 
-    protein = {"vocab_size": 30, "hidden_size": sizes.visual, "intermediate_size": 2 * sizes.visual}
+    protein: dict[str, Any] = {
+        "vocab_size": 30,
+        "hidden_size": sizes.visual,
+        "intermediate_size": 2 * sizes.visual,
+    }
     protein |= {"num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 1, "mask_token_id": 4}
+    protein |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     options: dict[str, Any] = {
         **_language(sizes),
         "protein_encoder_config": {**protein, "max_position_embeddings": 512},
