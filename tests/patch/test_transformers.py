@@ -248,7 +248,7 @@ def _train_sharded(rank: int, name: str, folder: str) -> None:
 
     distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     fused = patched(build(name))
-    for module in list(fused.model.modules()):
+    for module in reversed(list(fused.model.modules())):  # inner ones first
         if isinstance(module, layers.Fused):
             fully_shard(module)
     fully_shard(fused.model)
