@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..layers import Fused
 from ..mask import MediaMask
 from ..ops import gated_residual, masked_cross_attention, perceiver_attention
-from .family import Family
-from .parts import add_gated, is_plain, is_traced, media_first, once, spans_of
+from .blocks import add_gated, is_plain
+from .dense import in_order, is_traced, media_first, once, spans_of
+from .family import TRANSFORMERS, Family
 
 _HOME = "transformers.models.evolla.modeling_evolla"
 _FEED_FORWARD = f"{_HOME}.EvollaFeedForward"
@@ -39,7 +40,7 @@ class EvollaSequenceCompressorAttention(Fused):
         if first is None:
             return cast(Tensor, super().forward(x, latents, mask))
         order, lengths = first
-        x = self.norm_media(x).take_along_dim(order[..., None], dim=1)
+        x = in_order(self.norm_media(x), order)
         latents = self.norm_latents(latents)
         heads = (self.heads, -1)
         q = self.to_q(latents).unflatten(-1, heads)  # [N, R, H, d]
@@ -128,5 +129,5 @@ FAMILY = Family(
     "transformers Evolla",
     _HOME,
     {cls.__name__: cls for cls in (EvollaSequenceCompressorAttention, EvollaSequenceAlignerCrossAttention)},
-    "transformers 4.57.6 to 5.23.0",
+    TRANSFORMERS,
 )

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+TRANSFORMERS = "transformers 4.57.6 to 5.23.0"
+
 
 @dataclass(frozen=True)
 class Family:

@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from ..layers import Fused
 from ..mask import Policy
 from ..ops import gated_residual, masked_cross_attention, perceiver_attention
-from .family import Family
-from .parts import add_gated, is_plain, kept_kv, key_spans
+from .blocks import add_gated, is_plain
+from .dense import key_spans
+from .family import TRANSFORMERS, Family
+from .kept import kept_kv
 
 _HOME = "transformers.models.idefics"
 _ATTENTION = f"{_HOME}.modeling_idefics.IdeficsAttention"
@@ -129,16 +131,15 @@ class IdeficsPerceiverAttention(Fused):
         return self.output_proj(out.flatten(-2))
 
 
-VERSIONS = "transformers 4.57.6 to 5.23.0"
 FAMILY = Family(
     "transformers Idefics",
     f"{_HOME}.modeling_idefics",
     {"IdeficsGatedCrossAttentionLayer": IdeficsGatedCrossAttentionLayer},
-    VERSIONS,
+    TRANSFORMERS,
 )
 RESAMPLER = Family(
     "transformers Idefics, resampler",
     f"{_HOME}.perceiver",
     {"IdeficsPerceiverAttention": IdeficsPerceiverAttention},
-    VERSIONS,
+    TRANSFORMERS,
 )

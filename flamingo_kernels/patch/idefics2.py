@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..layers import Fused
 from ..ops import perceiver_attention
-from .family import Family
-from .parts import media_first
+from .dense import in_order, media_first
+from .family import TRANSFORMERS, Family
 
 
 class Idefics2PerceiverAttention(Fused):
@@ -45,7 +45,7 @@ class Idefics2PerceiverAttention(Fused):
         lengths = None
         if first is not None:
             order, lengths = first
-            context = context.take_along_dim(order[..., None], dim=1)
+            context = in_order(context, order)
         heads, kv_heads = (self.num_heads, -1), (self.num_key_value_heads, -1)
         q = self.q_proj(latents).unflatten(-1, heads)  # [N, R, H, d]
         k_media, k_latents = (self.k_proj(x).unflatten(-1, kv_heads) for x in (context, latents))
@@ -64,5 +64,5 @@ FAMILY = Family(
     "transformers Idefics2, resampler",
     "transformers.models.idefics2.modeling_idefics2",
     {"Idefics2PerceiverAttention": Idefics2PerceiverAttention},
-    "transformers 4.57.6 to 5.23.0",
+    TRANSFORMERS,
 )

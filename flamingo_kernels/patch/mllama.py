@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from ..layers import Fused
 from ..ops import gated_residual, masked_cross_attention
-from .family import Family
-from .parts import add_gated, key_spans
+from .blocks import add_gated
+from .dense import key_spans
+from .family import TRANSFORMERS, Family
 
 _HOME = "transformers.models.mllama.modeling_mllama"
 _RMS_NORM = f"{_HOME}.MllamaTextRMSNorm"
@@ -132,7 +133,7 @@ FAMILY = Family(
     "transformers Mllama",
     _HOME,
     {cls.__name__: cls for cls in (MllamaTextCrossAttention, MllamaCrossAttentionDecoderLayer)},
-    "transformers 4.57.6 to 5.23.0",
+    TRANSFORMERS,
     {
         "row_leak": "text before the first image attends to every image and its padding (transformers#39379)",
         "causal": 'under "sdpa" and without a mask, row t sees no vision token after t (transformers#48172)',

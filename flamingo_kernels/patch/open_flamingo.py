@@ -13,7 +13,7 @@ from ..layers import Fused, add_gated, attend_to_media
 from ..mask import Policy
 from ..ops import perceiver_attention
 from .family import Family
-from .parts import kept_kv
+from .kept import kept_kv
 
 
 class MaskedCrossAttention(Fused):

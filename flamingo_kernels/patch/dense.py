@@ -1,4 +1,4 @@
-"""What the adapters for transformers share: dense masks, gates and norms, K and V kept for decoding."""
+"""Dense masks of other libraries, read once for all layers of a forward pass."""
 
 from __future__ import annotations
 
@@ -7,55 +7,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import Tensor
 
 from ..mask import MediaMask
-from ..ops.gated_residual import gated_residual
-from ..ops.gated_residual_norm import gated_residual_norm
-
-LINEAR = "torch.nn.modules.linear.Linear"
-LAYER_NORM = "torch.nn.modules.normalization.LayerNorm"
 
 # Among many keys, media of fewer than this are not worth a kernel.
 _FEWEST_LATENTS = 16
 _FEW_KEYS = 256
 
 
-def is_plain(module: nn.Module, *classes: str) -> bool:
-    """Whether calling the module runs the forward of one of these classes, and nothing else."""
-    hooks = (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-    cls = type(module)
-    return f"{cls.__module__}.{cls.__name__}" in classes and "forward" not in vars(module) and not hooks
-
-
 def is_traced() -> bool:
     """Whether what runs now is recorded, so that nothing may be read on the host."""
     recording = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return recording or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-
-def add_gated(
-    x: Tensor,  # [B, T, D]
-    y: Tensor,  # [B, T, D]
-    gate: Tensor,  # [1] or [1, 1, D]
-    norm: Any,
-    rms_norm: str = "",
-) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, T, D]
-    """`z = x + tanh(gate) * y` and `norm(z)`, in one pass if norm is a LayerNorm or of the class named."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), gate.dtype)
-    known = is_plain(norm, rms_norm, LAYER_NORM) and norm.weight is not None
-    if known and (norm.weight.shape, norm.weight.dtype) == (x.shape[-1:], dtype):
-        if is_plain(norm, LAYER_NORM):
-            return gated_residual_norm(x, y, gate, norm.weight, norm.bias, eps=norm.eps)
-        return gated_residual_norm(x, y, gate, norm.weight, eps=norm.variance_epsilon, norm="rms")
-    z = gated_residual(x, y, gate)
-    return z, norm(z)
 
 
 class KeySpans(NamedTuple):
@@ -66,9 +30,12 @@ class KeySpans(NamedTuple):
 
     def media(self, kv: Tensor) -> Tensor:
         """Keys or values `[B, S, Hkv, d]` as media `[B, M, R, Hkv, d]`."""
-        if self.order is not None:
-            kv = kv.take_along_dim(self.order[..., None, None], dim=1)
-        return kv.unflatten(1, (self.mask.num_media, -1))
+        return in_order(kv, self.order).unflatten(1, (self.mask.num_media, -1))
+
+
+def in_order(x: Tensor, order: Tensor | None) -> Tensor:
+    """`x` `[N, S, ...]` with the second dimension in an order `[N, S]`, if there is one."""
+    return x if order is None else x[torch.arange(len(x), device=x.device)[:, None], order]
 
 
 def key_spans(mask: Tensor, rows: Tensor | None = None, *, averages: bool = False) -> KeySpans | None:
@@ -118,12 +85,18 @@ def spans_of(seen: Tensor, averages: Tensor) -> MediaMask | None:
 
 def _used_first(seen: Tensor) -> Tensor:
     """An order of the keys with those behind that no row sees; one that sees all does so in any order."""
-    used = (seen & ~seen.all(-1, keepdim=True)).any(1)  # [B, S]
-    return used.int().argsort(dim=-1, descending=True, stable=True)
+    return _first((seen & ~seen.all(-1, keepdim=True)).any(1))
 
 
-def media_first(mask: Tensor, latents: int) -> tuple[Tensor, Tensor] | None:
+def _first(chosen: Tensor) -> Tensor:
+    """An order of the last dimension with the chosen ones first."""
+    return chosen.int().argsort(dim=-1, descending=True, stable=True)
+
+
+def media_first(mask: Tensor, latents: int) -> tuple[Tensor | None, Tensor] | None:
     """Of keys `[media ; latents]`: an order `[N, S]` with the visible media first, and how many, `[N]`.
+
+    No order where they come first as they are.
 
     None if the rows of a clip see different keys, one does not see a latent, or what runs is traced.
 
@@ -133,10 +106,10 @@ def media_first(mask: Tensor, latents: int) -> tuple[Tensor, Tensor] | None:
     """
     if is_traced() or mask.ndim not in (2, 4) or (mask.ndim == 4 and mask.shape[1] != 1):
         return None
-    return cast("tuple[Tensor, Tensor] | None", once(_read_padding, (mask,), latents))
+    return cast("tuple[Tensor | None, Tensor] | None", once(_read_padding, (mask,), latents))
 
 
-def _read_padding(latents: int, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+def _read_padding(latents: int, mask: Tensor) -> tuple[Tensor | None, Tensor] | None:
     seen = _visible(mask) if mask.ndim == 4 else (mask == 1)[:, None, None]
     if seen is None:
         return None
@@ -144,7 +117,9 @@ def _read_padding(latents: int, mask: Tensor) -> tuple[Tensor, Tensor] | None:
     media, own = seen[:, 0].split([seen.shape[-1] - latents, latents], dim=-1)
     if not bool((seen == seen[:, :1]).all() & own.all()):
         return None
-    return media.int().argsort(dim=-1, descending=True, stable=True), media.sum(-1)
+    order = _first(media)
+    sorted_already = bool((media == in_order(media, order)).all())
+    return None if sorted_already else order, media.sum(-1)
 
 
 def _visible(mask: Tensor) -> Tensor | None:
@@ -179,40 +154,3 @@ def once(read: Callable[..., Any], tensors: tuple[Tensor, ...], option: Any) -> 
     result = read(option, *tensors)
     _reads[read] = _Read(tuple(map(weakref.ref, tensors)), state, result)
     return result
-
-
-# media -> layer -> (state, K and V)
-_projected: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def kept_kv(
-    layer: nn.Module,
-    media: Tensor,
-    modules: tuple[nn.Module, ...],
-    project: Callable[[], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """`project()`, the K and V of media; without gradients once for all decode steps, while the media live.
-
-    Media are the same if they are views of one tensor that nobody has changed. A change that torch does not
-    count, as one through `.data`, is not seen.
-
-    Args:
-        layer: whose K and V they are.
-        media: any shape; what `project` reads.
-        modules: that `project` calls; nothing is kept unless all are plain Linear layers or norms.
-    """
-    plain = all(is_plain(module, LINEAR) or module.__class__.__name__.endswith("Norm") for module in modules)
-    if torch.is_grad_enabled() or is_traced() or media.is_inference() or not plain:
-        return project()
-    base = media if media._base is None else media._base
-    weights = [weight for module in modules for weight in module.parameters()]
-    state = (
-        *(media._version, media.shape, media.stride(), media.storage_offset(), media.dtype),
-        *((weight.data_ptr(), weight._version) for weight in weights),
-        *(torch.is_autocast_enabled(media.device.type), torch.get_autocast_dtype(media.device.type)),
-    )
-    layers = _projected.setdefault(base, WeakIdKeyDictionary())
-    found = layers.get(layer)
-    if found is None or found[0] != state:
-        layers[layer] = found = (state, project())
-    return cast("tuple[Tensor, Tensor]", found[1])
