@@ -61,6 +61,29 @@ class TestKeptKV:
         layer["k"].register_forward_hook(lambda *args: args[-1] + 1)
         assert torch.equal(self.project(layer, media)[0], layer["k"](media))
 
+    @torch.no_grad()
+    def test_not_what_another_module_has_a_part_in(self, layer):
+        class Adapted(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.base, self.enabled = nn.Linear(4, 6, bias=False), True
+
+            def forward(self, x):
+                return self.base(x) * (2 if self.enabled else 1)
+
+        layer["k"], media = Adapted(), torch.randn(2, 4)
+        self.project(layer, media)
+        layer["k"].enabled = False
+        assert torch.equal(self.project(layer, media)[0], layer["k"](media))
+
+    @torch.no_grad()
+    def test_not_where_weights_may_be_sharded(self, layer, monkeypatch):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        media, calls = torch.randn(2, 4), []
+        self.project(layer, media, calls)
+        self.project(layer, media, calls)
+        assert calls == [1, 1]
+
     def test_not_with_gradients(self, layer):
         media, calls = torch.randn(2, 4), []
         self.project(layer, media, calls)[0].sum().backward()

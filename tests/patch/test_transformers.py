@@ -548,8 +548,10 @@ class TestEvolla:
         fused = copy.deepcopy(aligner)
         patch(fused)
         x, media, keys = torch.randn(2, 4, 32), torch.randn(2, 5, 32), torch.tensor([[1, 0, 1, 1, 0]] * 2)
-        masks = (torch.ones(2, 4), keys)
-        torch.testing.assert_close(fused(x, media, None, None, *masks), aligner(x, media, None, None, *masks))
+        masks = {"query_attn_mask": torch.ones(2, 4), "protein_kv_attn_mask": keys}
+        masks["protein_batch_mask"] = torch.ones(2)
+        expected = aligner(x, media, None, None, **masks)
+        torch.testing.assert_close(fused(x, media, None, None, **masks), expected)
         assert not attention
 
 
