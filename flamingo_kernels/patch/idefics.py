@@ -47,8 +47,8 @@ class IdeficsGatedCrossAttentionLayer(Fused):
         **kwargs: Any,
     ) -> Tensor:  # [B, T, D]
         if image_hidden_states is None or cross_attention_gate is None or past_key_values is not None:
-            message = "expected image_hidden_states and cross_attention_gate, and no past_key_values"
-            raise ValueError(f"{type(self).__name__}: {message}.")
+            given = (attention_mask, image_hidden_states, image_attention_mask, cross_attention_gate)
+            return cast(Tensor, super().forward(hidden_states, *given, past_key_values))  # says what is wrong
         attended = self._attend(
             self.input_layernorm(hidden_states),
             image_hidden_states,

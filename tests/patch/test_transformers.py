@@ -343,7 +343,7 @@ class TestIdefics:
         block = patched(build("idefics-tiny")).model.model.gated_cross_attn_layers[0]
         given = {"image_hidden_states": torch.randn(1, 10, 16), "cross_attention_gate": torch.ones(1, 3)}
         del given[missing]
-        with pytest.raises(ValueError, match="expected image_hidden_states and cross_attention_gate"):
+        with pytest.raises(ValueError, match=f"`{missing}` is required"):
             block(torch.randn(1, 3, 32), **given)
 
     def test_dropout_in_training(self, attention):
