@@ -23,13 +23,16 @@ def is_traced() -> bool:
 
 
 class KeySpans(NamedTuple):
-    """A mask over keys as spans of media, for keys taken in another order if there is one."""
+    """A mask over S keys as spans of media, for keys taken in another order if there is one."""
 
+    keys: int
     mask: MediaMask
     order: Tensor | None  # [B, S]
 
     def media(self, kv: Tensor) -> Tensor:
         """Keys or values `[B, S, Hkv, d]` as media `[B, M, R, Hkv, d]`."""
+        if kv.shape[1] != self.keys:
+            raise ValueError(f"expected a mask over {kv.shape[1]} keys, got one over {self.keys}.")
         return in_order(kv, self.order).unflatten(1, (self.mask.num_media, -1))
 
 
@@ -38,42 +41,46 @@ def in_order(x: Tensor, order: Tensor | None) -> Tensor:
     return x if order is None else x[torch.arange(len(x), device=x.device)[:, None], order]
 
 
-def key_spans(mask: Tensor, rows: Tensor | None = None, *, averages: bool = False) -> KeySpans | None:
+def key_spans(mask: Tensor, text: Tensor, rows: Tensor | None = None) -> KeySpans | None:
     """The spans of a mask over keys, read once for all layers; None if only a dense attention can take it.
 
     Keys that no row sees, as those of padding tiles between two images, move behind the others. None means
-    gaps that this does not close, other values than 0 and the lowest, media too small for many keys, or that
-    what runs is traced, as spans are read on the host.
+    gaps that this does not close, other values than 0 and the lowest, rows that see nothing though they may,
+    media too small for many keys, a mask that is broadcast, or that what runs is traced, as spans are read on
+    the host.
 
     Args:
         mask: `[B, 1, T, S]`, bool, or added to the scores.
+        text: `[B, T, D]`, what it is for.
         rows: `[B, T]`, zero where a row must see nothing. Default: none must.
-        averages: rows that see nothing although `rows` allows it average all values. Default: there are none.
     """
-    if is_traced() or mask.ndim != 4 or mask.shape[1] != 1:
+    batch, length, _ = text.shape
+    if is_traced() or mask.shape[:-1] != (batch, 1, length) or mask.numel() == 0:
         return None
-    tensors = (mask,) if rows is None else (mask, rows)
-    return cast("KeySpans | None", once(_read_spans, tensors, averages))
+    if rows is None:
+        return cast("KeySpans | None", once(_read_spans, (mask,)))
+    if rows.shape != (batch, length):
+        return None
+    return cast("KeySpans | None", once(_read_spans, (mask, rows)))
 
 
-def _read_spans(averages: bool, mask: Tensor, rows: Tensor | None = None) -> KeySpans | None:
+def _read_spans(mask: Tensor, rows: Tensor | None = None) -> KeySpans | None:
     seen = _visible(mask)
-    if seen is None or seen.numel() == 0:
+    if seen is None:
         return None
     seen = seen[:, 0]  # [B, T, S]
     allowed = torch.ones_like(seen[..., 0]) if rows is None else rows != 0
-    blind = allowed & ~seen.any(-1)
-    if not averages and bool(blind.any()):
+    if bool((allowed & ~seen.any(-1)).any()):
         return None
     seen, order = seen & allowed[..., None], None
-    spans = spans_of(seen, blind)
+    spans = spans_of(seen)
     if spans is None:
         order = _used_first(seen)
-        spans = spans_of(seen.take_along_dim(order[:, None], dim=-1), blind)
-    return None if spans is None else KeySpans(spans, order)
+        spans = spans_of(seen.take_along_dim(order[:, None], dim=-1))
+    return None if spans is None else KeySpans(seen.shape[-1], spans, order)
 
 
-def spans_of(seen: Tensor, averages: Tensor) -> MediaMask | None:
+def spans_of(seen: Tensor, averages: Tensor | None = None) -> MediaMask | None:
     """`MediaMask.from_dense`, or None where it has gaps or media too small for many keys."""
     try:
         mask = MediaMask.from_dense(seen, averages=averages)
@@ -93,23 +100,27 @@ def _first(chosen: Tensor) -> Tensor:
     return chosen.int().argsort(dim=-1, descending=True, stable=True)
 
 
-def media_first(mask: Tensor, latents: int) -> tuple[Tensor | None, Tensor] | None:
+def media_first(mask: Tensor, media: Tensor, latents: Tensor) -> tuple[Tensor | None, Tensor] | None:
     """Of keys `[media ; latents]`: an order `[N, S]` with the visible media first, and how many, `[N]`.
 
-    No order where they come first as they are.
-
-    None if the rows of a clip see different keys, one does not see a latent, or what runs is traced.
+    No order where they come first as they are. None if the rows of a clip see different keys, if one does not
+    see a latent, if the mask is broadcast over clips, or if what runs is traced.
 
     Args:
         mask: `[N, 1, R, S + L]`, bool, or added to the scores; or `[N, S + L]`, 1 where a key is seen.
-        latents: L.
+        media: `[N, S, D]`.
+        latents: `[N, L, D]`.
     """
-    if is_traced() or mask.ndim not in (2, 4) or (mask.ndim == 4 and mask.shape[1] != 1):
+    clips, keys = len(media), media.shape[1] + latents.shape[1]
+    fits = mask.shape == (clips, keys) or (
+        mask.ndim == 4 and (*mask.shape[:2], mask.shape[3]) == (clips, 1, keys)
+    )
+    if is_traced() or not fits:
         return None
-    return cast("tuple[Tensor | None, Tensor] | None", once(_read_padding, (mask,), latents))
+    return cast("tuple[Tensor | None, Tensor] | None", once(_read_padding, (mask,), latents.shape[1]))
 
 
-def _read_padding(latents: int, mask: Tensor) -> tuple[Tensor | None, Tensor] | None:
+def _read_padding(mask: Tensor, latents: int) -> tuple[Tensor | None, Tensor] | None:
     seen = _visible(mask) if mask.ndim == 4 else (mask == 1)[:, None, None]
     if seen is None:
         return None
@@ -140,17 +151,17 @@ class _Read(NamedTuple):
 _reads: dict[Callable[..., Any], _Read] = {}
 
 
-def once(read: Callable[..., Any], tensors: tuple[Tensor, ...], option: Any) -> Any:
-    """`read(option, *tensors)`, or what it gave for these very tensors if nobody changed them since."""
+def once(read: Callable[..., Any], tensors: tuple[Tensor, ...], *options: Any) -> Any:
+    """`read(*tensors, *options)`, or what it gave for these very tensors if nobody changed them since."""
     if any(tensor.is_inference() for tensor in tensors):
-        return read(option, *tensors)  # they count no changes
+        return read(*tensors, *options)  # they count no changes
     # A mask made in inference mode cannot be saved for a backward pass.
-    state = (option, torch.is_inference_mode_enabled(), *(tensor._version for tensor in tensors))
+    state = (options, torch.is_inference_mode_enabled(), *(tensor._version for tensor in tensors))
     last = _reads.get(read)
     if last is not None and last.state == state:
         same = [ref() is tensor for ref, tensor in zip(last.tensors, tensors, strict=False)]
         if len(last.tensors) == len(tensors) and all(same):
             return last.result
-    result = read(option, *tensors)
+    result = read(*tensors, *options)
     _reads[read] = _Read(tuple(map(weakref.ref, tensors)), state, result)
     return result

@@ -36,7 +36,7 @@ class EvollaSequenceCompressorAttention(Fused):
         latents: Tensor,  # [N, R, D]
         mask: Tensor,  # [N, S + R], 1 where a key is seen
     ) -> Tensor:  # [N, R, D]
-        first = media_first(mask, latents.shape[1])
+        first = media_first(mask, x, latents)
         if first is None:
             return cast(Tensor, super().forward(x, latents, mask))
         order, lengths = first
@@ -118,7 +118,7 @@ def _spans(x: Tensor, media: Tensor, rows: Tensor | None, batch: Tensor | None) 
     return cast("MediaMask | None", once(_read_spans, (rows, batch), media.shape[1]))
 
 
-def _read_spans(keys: int, rows: Tensor, batch: Tensor) -> MediaMask | None:
+def _read_spans(rows: Tensor, batch: Tensor, keys: int) -> MediaMask | None:
     seen = (rows == 1) & (batch == 1).to(rows.device)[:, None]  # [B, T]
     if not bool(batch.any()):
         keys = 0

@@ -66,7 +66,7 @@ class IdeficsGatedCrossAttentionLayer(Fused):
         self, x: Tensor, media: Tensor, mask: Tensor | None, gate: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
         attn = self.cross_attn
-        spans = key_spans(mask, gate) if mask is not None and _replaceable(attn) else None
+        spans = key_spans(mask, x, gate) if mask is not None and _replaceable(attn) else None
         if spans is None:
             out, _ = attn(hidden_states=x, key_value_states=media, attention_mask=mask, **kwargs)
             return cast(Tensor, out.masked_fill((gate == 0)[..., None], 0))

@@ -40,8 +40,7 @@ class MllamaTextCrossAttention(Fused):
     def forward(
         self,
         hidden_states: Tensor,  # [B, T, D]
-        cross_attention_states: Tensor
-        | None = None,  # [B * tiles, tokens, D]; None: K and V are in the cache
+        cross_attention_states: Tensor | None = None,  # [B * tiles, tokens, D], or K and V are in the cache
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,  # [B, 1, T, S], added to the scores
         use_cache: bool | None = None,
@@ -49,7 +48,7 @@ class MllamaTextCrossAttention(Fused):
         cache_position: Tensor | None = None,  # transformers 4 only
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # [B, T, D], and no weights
-        spans = None if attention_mask is None else key_spans(attention_mask)
+        spans = None if attention_mask is None else key_spans(attention_mask, hidden_states)
         sees_all = attention_mask is None and "causal" in self.fixes
         no_media = cross_attention_states is None and past_key_values is None
         if no_media or self._must_stay(kwargs) or (spans is None and not sees_all):
