@@ -259,6 +259,7 @@ def _train_sharded(rank: int, name: str, folder: str) -> None:
     }
     if rank == 0:
         torch.save(gradients, f"{folder}/gradients.pt")
+    distributed.barrier()  # who leaves first would abort the other
     distributed.destroy_process_group()
 
 
