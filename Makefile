@@ -3,16 +3,21 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+PIP := $(INSTALL) --constraint constraints.txt
 
 # A worker for every core; the tests of one file stay together, as some build the same files.
 PARALLEL := --numprocesses auto --dist loadfile
 
-# Models the tests compare with. Without their dependencies: open-flamingo pins an old torch.
-PEERS := open-flamingo flamingo-pytorch einops-exts
+# Models the tests compare with, and LoRA for them. Without their dependencies: open-flamingo pins an old torch.
+PEERS := open-flamingo flamingo-pytorch einops-exts peft accelerate psutil
 # The Triton the kernels are proved with where torch brings none, and the oldest they must compile under.
 TRITON := triton==3.9.0
 OLDEST_TRITON := triton==3.6.0
+# The oldest transformers that can be patched, with what it needs in another version than the newest or alone.
+OLDEST_TRANSFORMERS := transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2 \
+	requests==2.34.2 urllib3==2.8.0 certifi==2026.10.18 charset-normalizer==3.5.2
+OLDEST := $(VENV)/triton-oldest $(VENV)/transformers-oldest
 
 .PHONY: help demo test test-slow lint format bench gpu info build clean
 .DEFAULT_GOAL := help
@@ -23,10 +28,10 @@ help: ## show this list
 demo: build ## swap a Flamingo's modules for kernels on real images, compare and time them
 	@$(BIN)/python -m flamingo_kernels demo $(ARGS)
 
-test: build $(VENV)/triton-oldest ## run the tests (ARGS="-k mask" for some of them)
+test: build $(OLDEST) ## run the tests (ARGS="-k mask" for some of them)
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-test-slow: build $(VENV)/triton-oldest ## run the slow tests too
+test-slow: build $(OLDEST) ## run the slow tests too
 	@$(BIN)/python -m pytest $(PARALLEL) -m "" $(ARGS)
 
 bench: build ## time every operator and layer against its rivals
@@ -58,7 +63,7 @@ clean: ## remove everything that make has made
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/torch
 	@echo "installing the dependencies"
 	@# BUILD=none: pip would hide the compiler's output, the target 'build' shows it
-	@FLAMINGO_KERNELS_BUILD=none $(PIP) --no-build-isolation --editable ".[dev,bench,demo]"
+	@FLAMINGO_KERNELS_BUILD=none $(PIP) --no-build-isolation --editable ".[dev,bench,demo,transformers]"
 	@$(PIP) --no-deps $(PEERS)
 	@$(BIN)/python -c 'import triton' 2> /dev/null || $(PIP) --no-deps $(TRITON) \
 		|| echo "no Triton for this machine: the tests of its kernels are skipped"
@@ -67,6 +72,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/torch
 $(VENV)/triton-oldest: | $(VENV)/installed
 	@echo "installing $(OLDEST_TRITON) beside the other"
 	@$(PIP) --no-deps --target $@ $(OLDEST_TRITON) || echo "not for this machine: its test is skipped"
+
+$(VENV)/transformers-oldest: | $(VENV)/installed
+	@echo "installing $(firstword $(OLDEST_TRANSFORMERS)) beside the other"
+	@$(INSTALL) --no-deps --target $@ $(OLDEST_TRANSFORMERS) || echo "not for this machine: its test is skipped"
 
 # Torch first and by its exact version: left to choose, pip may take a build with gigabytes of CUDA.
 $(VENV)/torch: constraints.txt | $(VENV)/created

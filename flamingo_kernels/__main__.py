@@ -16,8 +16,8 @@ def main(arguments: list[str] | None = None) -> int:
     info = commands.add_parser("info", help="versions, processor, and which backend runs here or why not")
     info.add_argument("--json", action="store_true", help="print JSON")
 
-    support = commands.add_parser("support", help="which backend runs what, as the README shows it")
-    support.add_argument("--readme", metavar="FILE", help="replace the table between this file's markers")
+    support = commands.add_parser("support", help="which backend runs what, and which models can be swapped")
+    support.add_argument("--readme", metavar="FILE", help="replace the tables between this file's markers")
 
     check = commands.add_parser("check", help="hold every backend of this machine against float64")
     check.add_argument("--device", default="cpu", help='where to run, as in "cuda:0" (default: cpu)')
@@ -59,7 +59,7 @@ def _info(options: argparse.Namespace) -> int:
 def _support(options: argparse.Namespace) -> int:
     from . import support
 
-    print(support.table())
+    print(support.table(), support.models(), sep="\n\n")
     if options.readme:
         support.update_readme(options.readme)
     return 0

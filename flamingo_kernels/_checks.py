@@ -89,10 +89,15 @@ def is_recording(tensor: Tensor) -> bool:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module runs `kind.forward` and nothing else."""
+    return type(module).forward is kind.forward and is_unhooked(module)
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling the module runs the forward of its class, and nothing else."""
     hooks = (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-    return type(module).forward is kind.forward and "forward" not in vars(module) and not hooks
+    return "forward" not in vars(module) and not hooks

@@ -24,7 +24,13 @@ from .sublayers import Linear, Norm, gated_cross_attention, gated_feed_forward
 
 
 class Fused(nn.Module):
-    """What every fused layer is an instance of; its repr names the backend."""
+    """What every fused layer is an instance of; its repr names the backend.
+
+    Attributes:
+        fixes: the known bugs of the module it stands for that it does not repeat, see `patch`.
+    """
+
+    fixes: frozenset[str] = frozenset()
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), f"backend={_dispatch.default_backend}"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +31,7 @@ class MediaMask:
     all values uniformly instead, as its softmax over equal scores does: rows whose `text_time` exceeds
     the number of media (last_preceding), and rows before the first image (all_preceding).
 
-    Build one with `last_preceding`, `all_preceding`, `from_text_time` or `cached`.
+    Build one with `last_preceding`, `all_preceding`, `from_text_time`, `cached` or `from_dense`.
 
     Attributes:
         lo: int32 `[B, T]`, first medium a row sees.
@@ -132,6 +133,61 @@ class MediaMask:
             hi = torch.where(averages, -1, hi)
         return cls(lo.int(), hi.int(), start, stop, immediate or num_media <= 1, policy)
 
+    @classmethod
+    def from_dense(
+        cls, visible: Tensor, *, averages: Tensor | None = None, max_latents: int = 256
+    ) -> MediaMask:
+        """From a dense mask over keys, where every row sees one run of them.
+
+        ::
+
+            keys        0 1 2 3 4 5 6 7         media of R = 2 keys    lo  hi
+            row 0       . . # # # # . .         . # # .                 1   3
+            row 1       . . . . . . . .         . . . .                 0   0
+
+        The keys are cut into equal media, the largest of at most `max_latents` keys that leave every run
+        whole: M is `mask.num_media`, and K and V become `[B, M, S // M, Hkv, d]`.
+
+        Args:
+            visible: bool `[B, T, S]`, True where a row sees a key.
+            averages: bool `[B, T]`, rows without a visible key that average every value, see policy
+                "open_flamingo". Default: none.
+            max_latents: the largest R. Default: 256, what the kernels take.
+
+        Returns:
+            A mask with policy "zero", or "open_flamingo" where some rows average.
+
+        Raises:
+            ValueError: not bool or of another shape, or a row that sees keys with a gap between them.
+
+        Limits: reads its result on the host, so on a GPU it waits, and it cannot be traced.
+
+        Source: the dense masks of transformers' Idefics and Mllama.
+
+        Example:
+            >>> visible = torch.tensor([[[False, False, True, True, True, True, False, False]]])
+            >>> mask = MediaMask.from_dense(visible)
+            >>> mask.num_media, mask.lo.item(), mask.hi.item()
+            (4, 1, 3)
+        """
+        lo, hi, gap = _runs(visible)
+        if gap is not None:
+            raise ValueError(
+                f"MediaMask: expected rows that see one run of keys each, got a gap in row {gap}; a dense "
+                "attention must compute such a mask."
+            )
+        keys = visible.shape[-1]
+        latents = _largest_divisor(math.gcd(keys, *lo.unique().tolist(), *hi.unique().tolist()), max_latents)
+        num_media = keys // latents if latents else 0
+        lo, hi = (span.div(max(latents, 1), rounding_mode="floor") for span in (lo, hi))
+        start, stop = _token_ranges(lo, hi, hi > lo, num_media)
+        immediate = bool((hi - lo <= 1).all())
+        policy: Policy = "zero"
+        if averages is not None and num_media > 0:
+            hi = torch.where(averages.cpu() & (hi == lo), -1, hi)
+            policy = "open_flamingo" if bool((hi < 0).any()) else "zero"
+        return cls(lo.int(), hi.int(), start, stop, immediate, policy).to(visible.device)
+
     def sees(self, medium: int) -> Tensor:
         """Bool `[B, T]`: the rows that attend to `medium`."""
         return (self.lo <= medium) & (medium < self.hi)
@@ -176,6 +232,30 @@ def _count_media(media_locations: Tensor) -> Tensor:
             f"got {media_locations.dtype} with shape {tuple(media_locations.shape)}."
         )
     return (media_locations != 0).int()
+
+
+def _runs(visible: Tensor) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
+    """On the host: the run of keys that each row sees, (0, 0) for none, and a row that sees several."""
+    if visible.ndim != 3 or visible.dtype != torch.bool:
+        raise ValueError(
+            "MediaMask: expected bool visible with shape (B, T, S), "
+            f"got {visible.dtype} with shape {tuple(visible.shape)}."
+        )
+    if visible.numel() == 0:
+        empty = torch.zeros(visible.shape[:2], dtype=torch.int64)
+        return empty, empty, None
+    bits = visible.view(torch.uint8)
+    count = visible.sum(-1)
+    lo, left = bits.argmax(-1), bits.flip(-1).argmax(-1)
+    lo, left, count = torch.stack([lo, left, count]).cpu()
+    hi = torch.where(count > 0, visible.shape[-1] - left, 0)
+    gaps = (hi - lo != count).nonzero()
+    return lo, hi, tuple(gaps[0].tolist()) if len(gaps) else None
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is not above `most`."""
+    return next((divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0), 0)
 
 
 def _token_ranges(lo: Tensor, hi: Tensor, seen: Tensor, num_media: int) -> tuple[Tensor, Tensor]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._checks import is_plain, is_recording
+from ._checks import is_plain
+from ._kept_media import kept_kv
 
 
 class Source(NamedTuple):
@@ -161,19 +160,5 @@ def media_of(layer: Any, media: Tensor | MediaCache) -> tuple[Tensor, Tensor]:
     if isinstance(media, MediaCache):
         return media[layer]
     source: Source = layer.media_source()
-    if torch.is_grad_enabled() or media.is_inference() or is_recording(media):
-        return source(media)
-    version = (media._version, *((each._version, each.data_ptr()) for each in _parameters(source)))
-    layers = _kept.setdefault(media, weakref.WeakKeyDictionary())
-    if layer not in layers or layers[layer][0] != version:
-        layers[layer] = version, source(media)
-    return layers[layer][1]
-
-
-def _parameters(source: Source) -> list[Tensor]:
-    modules = [source.linear] if source.norm is None else [source.linear, source.norm]
-    return [parameter for module in modules for parameter in module.parameters()]
-
-
-# By media tensor, as long as it lives: decoding meets the same one at every step.
-_kept = WeakTensorKeyDictionary()
+    modules = (source.linear,) if source.norm is None else (source.linear, source.norm)
+    return kept_kv(layer, media, modules, lambda: source(media))

@@ -1,12 +1,14 @@
-"""Which backend runs what: the README's table, made from what the operators register."""
+"""Which backend runs what, and which models can be swapped: tables of the README, made from the code."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from . import _dispatch, _triton, readme
+from .patch.family import families
 
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
+MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
 
 _RUNS_ON = {
     "reference": "anything PyTorch runs on",
@@ -40,9 +42,20 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def models() -> str:
+    """What `patch` swaps, in Markdown."""
+    lines = ["| models of | tested with | swapped | `fixes` |", "|---|---|---|---|"]
+    for family in families():
+        swapped = ", ".join(f"`{name}`" for name in family.fused)
+        fixes = "; ".join(f"`{name}`: {bug}" for name, bug in family.fixes.items())
+        lines.append(f"| {family.name} | {family.versions} | {swapped} | {fixes} |")
+    return "\n".join(lines)
+
+
 def update_readme(path: str | Path) -> None:
-    """Replace what stands between the two markers of a page by the table. Raises as `readme.around`."""
+    """Replace what stands between the markers of a page by the tables. Raises as `readme.around`."""
     readme.replace(path, BEGIN, END, table())
+    readme.replace(path, MODELS_BEGIN, MODELS_END, models())
 
 
 def _dtypes() -> str:

@@ -19,6 +19,7 @@ OPTIONAL = (
     "PIL",
     "open_flamingo",
     "flamingo_pytorch",
+    "transformers",
 )
 
 BLOCK = """

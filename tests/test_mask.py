@@ -131,3 +131,69 @@ def test_copies_are_the_same_mask(again):
 def test_bad_input(build, message):
     with pytest.raises(ValueError, match=f"^MediaMask: .*{message}"):
         build()
+
+
+def runs(*spans, keys):
+    """A dense mask of one sequence whose rows see these runs of keys."""
+    key = torch.arange(keys)
+    return torch.stack([(lo <= key) & (key < hi) for lo, hi in spans])[None]
+
+
+class TestFromDense:
+    @pytest.mark.parametrize(("latents", "num_media"), [(1, 1), (4, 3), (64, 5), (300, 2), (7, 0)])
+    def test_says_what_the_dense_mask_says(self, latents, num_media):
+        generator = torch.Generator().manual_seed(latents)
+        ends = torch.randint(0, num_media + 1, (2, 3, 9), generator=generator)
+        lo, hi = ends.min(0).values, ends.max(0).values
+        media = torch.arange(num_media)
+        seen = (lo[..., None] <= media) & (media < hi[..., None])
+        visible = seen.repeat_interleave(latents, dim=-1)
+        mask = MediaMask.from_dense(visible)
+        assert torch.equal(mask.dense(visible.shape[-1] // max(mask.num_media, 1))[:, 0], visible)
+        assert {mask.lo.dtype, mask.hi.dtype, mask.start.dtype, mask.stop.dtype} == {torch.int32}
+        assert mask.immediate == bool((mask.hi - mask.lo <= 1).all())
+        assert mask.policy == "zero"
+        for m in range(mask.num_media):
+            for b, t in mask.sees(m).nonzero().tolist():
+                assert mask.start[b, m] <= t < mask.stop[b, m]
+
+    @pytest.mark.parametrize(
+        ("spans", "keys", "max_latents", "num_media"),
+        [
+            ([(0, 64), (64, 128)], 192, 256, 3),
+            ([(0, 192), (0, 0)], 192, 256, 1),  # nothing to tell apart
+            ([(0, 192)], 192, 100, 2),
+            ([(64, 128)], 192, 63, 6),
+            ([(0, 1601)], 6404, 256, 6404),  # a prime
+            ([(3, 4)], 6, 256, 6),
+        ],
+    )
+    def test_takes_the_largest_media(self, spans, keys, max_latents, num_media):
+        assert MediaMask.from_dense(runs(*spans, keys=keys), max_latents=max_latents).num_media == num_media
+
+    def test_rows_that_average(self):
+        visible = runs((0, 0), (0, 0), (0, 4), keys=8)
+        averages = torch.tensor([[True, False, True]])
+        mask = MediaMask.from_dense(visible, averages=averages)
+        assert mask.averages().tolist() == [[True, False, False]]
+        assert mask.policy == "open_flamingo"
+        assert MediaMask.from_dense(visible, averages=averages & False).policy == "zero"
+
+    @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+    def test_empty(self, shape):
+        mask = MediaMask.from_dense(torch.ones(shape).bool())
+        assert mask.lo.shape == shape[:2]
+        assert mask.start.shape == (shape[0], mask.num_media)
+
+    @pytest.mark.parametrize(
+        ("visible", "message"),
+        [
+            (runs((0, 2), (1, 2), keys=4) ^ runs((3, 4), (0, 0), keys=4), r"a gap in row \(0, 0\)"),
+            (runs((0, 2), (1, 2), keys=4) ^ runs((0, 0), (3, 4), keys=4), r"a gap in row \(0, 1\)"),
+            (torch.ones(1, 2, 3), r"bool visible .* got torch.float32 with shape \(1, 2, 3\)"),
+            (torch.ones(1, 2).bool(), r"\(B, T, S\), got torch.bool with shape \(1, 2\)"),
+        ],
+    )
+    def test_bad_input(self, visible, message):
+        with pytest.raises(ValueError, match=f"^MediaMask: .*{message}"):
+            MediaMask.from_dense(visible)

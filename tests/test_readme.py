@@ -35,6 +35,11 @@ def test_its_support_table_is_that_of_the_code():
     assert shown.strip() == support.table(), "python -m flamingo_kernels support --readme README.md"
 
 
+def test_its_models_are_those_of_the_code():
+    shown = README.partition(support.MODELS_BEGIN)[2].partition(support.MODELS_END)[0]
+    assert shown.strip() == support.models(), "python -m flamingo_kernels support --readme README.md"
+
+
 def test_a_file_without_markers_is_refused(tmp_path):
     (tmp_path / "page.md").write_text(f"text {support.BEGIN} text")
     with pytest.raises(ValueError, match=f"expected one '{support.BEGIN}' and after it one '{support.END}'"):

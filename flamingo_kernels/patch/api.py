@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -11,10 +12,10 @@ from torch import nn
 from .._dispatch import UnsupportedError
 from .family import Match, families, match, supported
 from .report import PatchReport
-from .swap import fused_class, restore, swap
+from .swap import fused_class, has_other_forward, restore, swap
 
 
-def patch(model: nn.Module) -> PatchReport:
+def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
     """Swap the cross-attention and resampler modules of a model for fast ones that compute the same.
 
     Each module found keeps its identity, parameters, hooks and place, and gets a subclass of its class with
@@ -24,18 +25,29 @@ def patch(model: nn.Module) -> PatchReport:
         patch(model)                   until unpatch(model)
         with patch(model): ...         until the end of the block
 
+    What the originals compute is computed, known bugs included, except those named in `fixes`:
+
+    ============= ============================================================================================
+    uniform_rows  open-flamingo, flamingo-pytorch: text whose image was not passed averages all images
+    row_leak      Mllama: text before the first image attends to every image and its padding
+    causal        Mllama under "sdpa": without a mask, row t sees no vision token after t
+    ============= ============================================================================================
+
     A model patched again stays as it is. Patch before `torch.jit.script` and before FSDP2's `fully_shard`,
     whose wrapped classes cannot be taken back; modules inside FSDP1 and `torch.compile` wrappers are found.
 
     Args:
-        model: a model, or a single module, of `flamingo`, open-flamingo (2.0.1) or flamingo-pytorch (0.1.2).
+        model: a model, or a single module, of `flamingo`, open-flamingo, flamingo-pytorch or transformers
+            (Idefics, Mllama, Idefics2's and Evolla's resamplers, Evolla's aligner); versions: see the README.
             Subclasses of their classes are swapped too, unless they override what would be replaced.
+        fixes: names from the table above. Default: none.
 
     Returns:
         What was swapped and what was not, and why. `print` shows it as a table.
 
     Raises:
         TypeError: `model` is no module.
+        ValueError: an unknown fix.
         UnsupportedError: nothing in the model is known. It is then unchanged.
 
     Source: Flamingo (arXiv 2204.14198), section 2.
@@ -53,6 +65,7 @@ def patch(model: nn.Module) -> PatchReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: expected a torch.nn.Module, got {type(model).__name__}.")
+    wanted = _known_fixes(fixes)
     found: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     namesakes: dict[str, str] = {}
@@ -71,9 +84,14 @@ def patch(model: nn.Module) -> PatchReport:
 
     replaced = {path: (type(module), fused_class(type(module))) for path, module in found.items()}
     for module in found.values():
-        swap(module)
+        swap(module, wanted & _fixes_of(module))
+    fixed = sorted({fix for module in found.values() for fix in getattr(module, "fixes", ())})
     return PatchReport(
-        replaced, {**skipped, **namesakes}, _policies(model), tuple(map(weakref.ref, found.values()))
+        replaced,
+        {**skipped, **namesakes},
+        _policies(model),
+        tuple(fixed),
+        tuple(map(weakref.ref, found.values())),
     )
 
 
@@ -111,7 +129,7 @@ def _why_not_by_itself(module: nn.Module) -> str:
 def _why_not(module: nn.Module, known: Match) -> str:
     """Why a module of a known class is left alone."""
     cls = type(module)
-    if "forward" in vars(module):
+    if has_other_forward(module):
         return f"{cls.__name__} has a forward set on the instance"
     replaced = ["forward", *(name for name in vars(known.fused) if not name.startswith("__"))]
     for name in replaced:
@@ -119,10 +137,30 @@ def _why_not(module: nn.Module, known: Match) -> str:
             return f"{cls.__name__} overrides {name} of {known.known.__name__}"
     if (changed_by := known.known.forward.__module__) != known.known.__module__:
         return f"{known.known.__name__} was given another forward by {changed_by}"
-    takes, offers = (list(inspect.signature(c.forward).parameters) for c in (known.known, known.fused))
-    if offers[: len(takes)] != takes:
+    if not _accepts(known.fused, known.known):
+        takes = list(inspect.signature(known.known.forward).parameters)
         return f"{cls.__name__} is of another version: its forward takes {', '.join(takes[1:])}"
     return ""
+
+
+def _accepts(fused: type[nn.Module], original: type[nn.Module]) -> bool:
+    """Whether every argument that the original takes means the same to what replaces it."""
+    takes, offers = (inspect.signature(cls.forward).parameters for cls in (original, fused))
+    positional = [name for name, p in offers.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    in_order = all(mine == its for mine, its in zip(positional, takes, strict=False))
+    return in_order and takes.keys() <= offers.keys()
+
+
+def _known_fixes(fixes: Iterable[str]) -> frozenset[str]:
+    wanted, known = frozenset(fixes), {fix for family in families() for fix in family.fixes}
+    if unknown := sorted(wanted - known):
+        raise ValueError(f"patch: fix {unknown[0]!r} is not one of {', '.join(sorted(known))}.")
+    return wanted
+
+
+def _fixes_of(module: nn.Module) -> frozenset[str]:
+    found = match(type(module))
+    return frozenset(found.family.fixes if found else ())
 
 
 def _class_names() -> set[str]:

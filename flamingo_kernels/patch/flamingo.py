@@ -14,4 +14,5 @@ FAMILY = Family(
         "PerceiverAttention": layers.PerceiverAttention,
         "PerceiverResampler": layers.PerceiverResampler,
     },
+    "this one",
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layers import Fused, gated_block, resample
 from .family import Family
-from .open_flamingo import MaskedCrossAttention, PerceiverAttention
+from .open_flamingo import FIXES, MaskedCrossAttention, PerceiverAttention
 
 
 class GatedCrossAttentionBlock(Fused):
@@ -42,4 +42,6 @@ FAMILY = Family(
     "flamingo_pytorch",
     "flamingo_pytorch.flamingo_pytorch",
     {cls.__name__: cls for cls in _CLASSES},
+    "flamingo-pytorch 0.1.2",
+    FIXES,
 )

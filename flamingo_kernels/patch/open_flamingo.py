@@ -17,8 +17,6 @@ from .family import Family
 
 
 class MaskedCrossAttention(Fused):
-    policy: Policy = "open_flamingo"
-
     heads: int
     scale: float
     only_attend_immediate_media: bool
@@ -26,6 +24,10 @@ class MaskedCrossAttention(Fused):
     to_q: nn.Linear
     to_kv: nn.Linear
     to_out: nn.Linear
+
+    @property
+    def policy(self) -> Policy:
+        return "zero" if "uniform_rows" in self.fixes else "open_flamingo"
 
     def forward(
         self,
@@ -99,9 +101,12 @@ class PerceiverResampler(Fused):
         return self.norm(resample(self.latents, self.layers, x, None))
 
 
+FIXES = {"uniform_rows": "text whose image was not passed averages all images"}
 _CLASSES = (MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention, PerceiverResampler)
 FAMILY = Family(
     "open_flamingo",
     "open_flamingo.src.helpers",
     {cls.__name__: cls for cls in _CLASSES},
+    "open-flamingo 2.0.1",
+    FIXES,
 )

@@ -23,6 +23,7 @@ class PatchReport:
             paths stands under the first.
         skipped: by path, why a module was left as it is.
         policies: the mask policies of the model's fused cross-attention, see `MediaMask`.
+        fixes: the known bugs of the originals that the replaced modules do not repeat.
 
     Example:
         >>> from flamingo import MaskedCrossAttention
@@ -35,6 +36,7 @@ class PatchReport:
     replaced: Mapping[str, tuple[type[nn.Module], type[nn.Module]]]
     skipped: Mapping[str, str]
     policies: tuple[str, ...]
+    fixes: tuple[str, ...]
     # Weak, so that a report that outlives its model does not keep it in memory.
     _modules: tuple[weakref.ref[nn.Module], ...] = field(repr=False, compare=False)
 
@@ -43,6 +45,7 @@ class PatchReport:
         lines = [
             f"patch: {len(self.replaced)} module{'s' * (len(self.replaced) != 1)} replaced"
             + (f", mask policy {policies}" if policies else "")
+            + (f", fixed: {', '.join(self.fixes)}" if self.fixes else "")
         ]
         lines += _table(
             {path: f"{old.__module__}.{old.__qualname__}" for path, (old, _) in self.replaced.items()}

@@ -14,13 +14,17 @@ from torch import nn
 from .family import match
 
 _ORIGINAL = "_unpatched_class"
+_FIXES = "fixes"
 
 
-def swap(module: nn.Module) -> None:
+def swap(module: nn.Module, fixes: frozenset[str] = frozenset()) -> None:
     """Give a module, of a class that a family knows, the fused class for it."""
     original = type(module)
+    _forget_own_forward(module)
     setattr(module, _ORIGINAL, original)
     module.__class__ = fused_class(original)
+    if fixes:
+        setattr(module, _FIXES, fixes)
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -38,7 +42,24 @@ def restore(modules: Iterable[nn.Module]) -> None:
                 f"{got.__qualname__}; undo first what changed its class since."
             )
     for module in swapped:
+        _forget_own_forward(module)
         module.__class__ = vars(module).pop(_ORIGINAL)
+        vars(module).pop(_FIXES, None)
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether a forward was set on the instance, other than that of its class."""
+    return "forward" in vars(module) and not _own_forward(module)
+
+
+def _own_forward(module: nn.Module) -> bool:
+    return getattr(vars(module).get("forward"), "__func__", None) is type(module).forward
+
+
+def _forget_own_forward(module: nn.Module) -> None:
+    """Transformers 4 leaves it on a module whose outputs it recorded, where it would hide the new class's."""
+    if _own_forward(module):
+        del module.forward
 
 
 def fused_class(original: type[nn.Module]) -> type[nn.Module]:

@@ -134,6 +134,23 @@ class TestOpenFlamingo:
         assert not torch.allclose(expected[-1], blind[-1])
         assert torch.equal(model.generate(vision_x, TOKENS, steps=4), expected)
 
+    def test_media_are_projected_once_for_a_text(self):
+        model, calls = open_flamingo(), []
+        vision_x = torch.randn(2, 2, 1, 6, VISUAL)
+        projections = [block.attn.to_kv for block in model.lang_encoder.gated_cross_attn_layers if block]
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda module, *_: calls.append(1) if any(module is each for each in projections) else None
+        )
+        model.generate(vision_x, TOKENS, steps=4)
+        assert len(calls) == 2 * 4
+        calls.clear()
+        with patch(model):
+            model.generate(vision_x, TOKENS, steps=4)
+            assert len(calls) == 2
+            model.generate(vision_x, TOKENS, steps=4)
+        assert len(calls) == 4
+        hook.remove()
+
     def test_a_deep_copy_keeps_its_aliases(self):
         model = open_flamingo()
         patch(model)

@@ -14,6 +14,7 @@ from torch import nn
 import flamingo_kernels as fk
 from flamingo import Flamingo, FlamingoConfig, modules
 from flamingo_kernels import PatchReport, layers, patch, unpatch
+from flamingo_kernels.patch.family import families as families_of_patch
 from tests.flamingo.weights import randomise
 from tests.patch.families import FAMILIES, TEXT, cross_attention, media_width, perceiver_attention, resampler
 
@@ -179,6 +180,43 @@ class TestContext:
         assert type(block) is modules.GatedCrossAttentionBlock
 
 
+class TestFixes:
+    @pytest.mark.parametrize("family", FAMILIES[2:])
+    def test_uniform_rows(self, family):
+        block = cross_attention(family, "MaskedCrossAttention")
+        x, media, _ = inputs(family)
+        three = torch.tensor([[1, 0, 1, 0, 1, 0]] * 2).bool()  # and two images
+        expected = block(x, media, media_locations=three)
+        report = patch(block)
+        assert not report.fixes
+        kept = block(x, media, media_locations=three)
+        torch.testing.assert_close(kept, expected)
+        assert kept[:, 4:].any()
+        unpatch(block)
+        report = patch(block, fixes=["uniform_rows"])
+        assert (report.fixes, report.policies) == (("uniform_rows",), ("zero",))
+        assert str(report).startswith('patch: 1 module replaced, mask policy "zero", fixed: uniform_rows')
+        fixed = block(x, media, media_locations=three)
+        assert not fixed[:, 4:].any()
+        torch.testing.assert_close(fixed[:, :4], expected[:, :4])
+        assert torch.equal(copy.deepcopy(block)(x, media, media_locations=three), fixed)
+        unpatch(block)
+        assert torch.equal(block(x, media, media_locations=three), expected)
+
+    def test_a_fix_of_another_library_changes_nothing(self):
+        assert patch(cross_attention("open_flamingo"), fixes=["row_leak"]).fixes == ()
+
+    def test_an_unknown_fix(self):
+        block = cross_attention("flamingo")
+        with pytest.raises(ValueError, match="fix 'everything' is not one of causal, row_leak, uniform_rows"):
+            patch(block, fixes=["everything"])
+        assert type(block) is modules.GatedCrossAttentionBlock
+
+    def test_the_documentation_names_all(self):
+        known = {fix for family in families_of_patch() for fix in family.fixes}
+        assert all(f"\n    {fix} " in patch.__doc__ for fix in known)
+
+
 class TestReport:
     def test_a_whole_model(self):
         model = Flamingo(FlamingoConfig.preset("tiny", policy="open_flamingo"))
@@ -299,6 +337,21 @@ class TestRecognition:
         assert patch(block).skipped == {
             "": "GatedCrossAttentionBlock is of another version: its forward takes x, media, media_mask"
         }
+
+    @pytest.mark.parametrize(
+        ("forward", "accepted"),
+        [
+            (lambda self, x, media, media_locations=None: x, True),
+            (lambda self, media, x, media_locations=None, use_cached_media=False: x, False),
+            (lambda self, x, media, media_locations=None, use_cached_media=False, **kwargs: x, False),
+        ],
+        ids=["fewer", "another order", "anything"],
+    )
+    def test_arguments_that_mean_the_same(self, monkeypatch, forward, accepted):
+        block = cross_attention("open_flamingo", "MaskedCrossAttention")
+        forward.__module__ = type(block).__module__
+        monkeypatch.setattr(type(block), "forward", forward)
+        assert bool(patch(block).replaced) == accepted
 
     def test_a_known_class_that_was_changed_already(self, monkeypatch):
         block = cross_attention("flamingo_pytorch")

@@ -1,0 +1,167 @@
+"""Dense masks of other libraries, read once for all layers of a forward pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ..mask import MediaMask
+
+# Among many keys, media of fewer than this are not worth a kernel.
+_FEWEST_LATENTS = 16
+_FEW_KEYS = 256
+
+
+def is_traced() -> bool:
+    """Whether what runs now is recorded, so that nothing may be read on the host."""
+    recording = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return recording or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+class KeySpans(NamedTuple):
+    """A mask over S keys as spans of media, for keys taken in another order if there is one."""
+
+    keys: int
+    mask: MediaMask
+    order: Tensor | None  # [B, S]
+
+    def media(self, kv: Tensor) -> Tensor:
+        """Keys or values `[B, S, Hkv, d]` as media `[B, M, R, Hkv, d]`."""
+        if kv.shape[1] != self.keys:
+            raise ValueError(f"expected a mask over {kv.shape[1]} keys, got one over {self.keys}.")
+        return in_order(kv, self.order).unflatten(1, (self.mask.num_media, -1))
+
+
+def in_order(x: Tensor, order: Tensor | None) -> Tensor:
+    """`x` `[N, S, ...]` with the second dimension in an order `[N, S]`, if there is one."""
+    return x if order is None else x[torch.arange(len(x), device=x.device)[:, None], order]
+
+
+def key_spans(mask: Tensor, text: Tensor, rows: Tensor | None = None) -> KeySpans | None:
+    """The spans of a mask over keys, read once for all layers; None if only a dense attention can take it.
+
+    Keys that no row sees, as those of padding tiles between two images, move behind the others. None means
+    gaps that this does not close, other values than 0 and the lowest, rows that see nothing though they may,
+    media too small for many keys, a mask that is broadcast, or that what runs is traced, as spans are read on
+    the host.
+
+    Args:
+        mask: `[B, 1, T, S]`, bool, or added to the scores.
+        text: `[B, T, D]`, what it is for.
+        rows: `[B, T]`, zero where a row must see nothing. Default: none must.
+    """
+    batch, length, _ = text.shape
+    if is_traced() or mask.shape[:-1] != (batch, 1, length) or mask.numel() == 0:
+        return None
+    if rows is None:
+        return cast("KeySpans | None", once(_read_spans, (mask,)))
+    if rows.shape != (batch, length):
+        return None
+    return cast("KeySpans | None", once(_read_spans, (mask, rows)))
+
+
+def _read_spans(mask: Tensor, rows: Tensor | None = None) -> KeySpans | None:
+    seen = _visible(mask)
+    if seen is None:
+        return None
+    seen = seen[:, 0]  # [B, T, S]
+    allowed = torch.ones_like(seen[..., 0]) if rows is None else rows != 0
+    if bool((allowed & ~seen.any(-1)).any()):
+        return None
+    seen, order = seen & allowed[..., None], None
+    spans = spans_of(seen)
+    if spans is None:
+        order = _used_first(seen)
+        spans = spans_of(seen.take_along_dim(order[:, None], dim=-1))
+    return None if spans is None else KeySpans(seen.shape[-1], spans, order)
+
+
+def spans_of(seen: Tensor, averages: Tensor | None = None) -> MediaMask | None:
+    """`MediaMask.from_dense`, or None where it has gaps or media too small for many keys."""
+    try:
+        mask = MediaMask.from_dense(seen, averages=averages)
+    except ValueError:
+        return None
+    keys = seen.shape[-1]
+    return None if _FEW_KEYS < keys < _FEWEST_LATENTS * mask.num_media else mask
+
+
+def _used_first(seen: Tensor) -> Tensor:
+    """An order of the keys with those behind that no row sees; one that sees all does so in any order."""
+    return _first((seen & ~seen.all(-1, keepdim=True)).any(1))
+
+
+def _first(chosen: Tensor) -> Tensor:
+    """An order of the last dimension with the chosen ones first."""
+    return chosen.int().argsort(dim=-1, descending=True, stable=True)
+
+
+def media_first(mask: Tensor, media: Tensor, latents: Tensor) -> tuple[Tensor | None, Tensor] | None:
+    """Of keys `[media ; latents]`: an order `[N, S]` with the visible media first, and how many, `[N]`.
+
+    No order where they come first as they are. None if the rows of a clip see different keys, if one does not
+    see a latent, if the mask is broadcast over clips, or if what runs is traced.
+
+    Args:
+        mask: `[N, 1, R, S + L]`, bool, or added to the scores; or `[N, S + L]`, 1 where a key is seen.
+        media: `[N, S, D]`.
+        latents: `[N, L, D]`.
+    """
+    clips, keys = len(media), media.shape[1] + latents.shape[1]
+    fits = mask.shape == (clips, keys) or (
+        mask.ndim == 4 and (*mask.shape[:2], mask.shape[3]) == (clips, 1, keys)
+    )
+    if is_traced() or not fits:
+        return None
+    return cast("tuple[Tensor | None, Tensor] | None", once(_read_padding, (mask,), latents.shape[1]))
+
+
+def _read_padding(mask: Tensor, latents: int) -> tuple[Tensor | None, Tensor] | None:
+    seen = _visible(mask) if mask.ndim == 4 else (mask == 1)[:, None, None]
+    if seen is None:
+        return None
+    seen = seen[:, 0]  # [N, R, S + L]
+    media, own = seen[:, 0].split([seen.shape[-1] - latents, latents], dim=-1)
+    if not bool((seen == seen[:, :1]).all() & own.all()):
+        return None
+    order = _first(media)
+    sorted_already = bool((media == in_order(media, order)).all())
+    return None if sorted_already else order, media.sum(-1)
+
+
+def _visible(mask: Tensor) -> Tensor | None:
+    """Bool, True where a key is seen; None if the mask says more than that."""
+    if not mask.dtype.is_floating_point:
+        return mask.bool()
+    seen = mask == 0
+    return seen if bool((seen | (mask <= torch.finfo(mask.dtype).min)).all()) else None
+
+
+class _Read(NamedTuple):
+    tensors: tuple[weakref.ref[Tensor], ...]
+    state: tuple[Any, ...]
+    result: Any
+
+
+# The last result of each reader: the layers of one forward pass ask for the same.
+_reads: dict[Callable[..., Any], _Read] = {}
+
+
+def once(read: Callable[..., Any], tensors: tuple[Tensor, ...], *options: Any) -> Any:
+    """`read(*tensors, *options)`, or what it gave for these very tensors if nobody changed them since."""
+    if any(tensor.is_inference() for tensor in tensors):
+        return read(*tensors, *options)  # they count no changes
+    # A mask made in inference mode cannot be saved for a backward pass.
+    state = (options, torch.is_inference_mode_enabled(), *(tensor._version for tensor in tensors))
+    last = _reads.get(read)
+    if last is not None and last.state == state:
+        same = [ref() is tensor for ref, tensor in zip(last.tensors, tensors, strict=False)]
+        if len(last.tensors) == len(tensors) and all(same):
+            return last.result
+    result = read(*tensors, *options)
+    _reads[read] = _Read(tuple(map(weakref.ref, tensors)), state, result)
+    return result

@@ -1,0 +1,133 @@
+"""Evolla of transformers: the gated cross-attention of text to a protein, and the attention of its resampler.
+
+Padding text, and text of a sequence without a protein, averages all values, as the original does. Structures
+and alignments beside the protein, and masks given for their keys, stay with the original's forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ..layers import Fused
+from ..mask import MediaMask
+from ..ops import gated_residual, masked_cross_attention, perceiver_attention
+from .blocks import add_gated, is_plain
+from .dense import in_order, is_traced, media_first, once, spans_of
+from .family import TRANSFORMERS, Family
+
+_HOME = "transformers.models.evolla.modeling_evolla"
+_FEED_FORWARD = f"{_HOME}.EvollaFeedForward"
+
+
+class EvollaSequenceCompressorAttention(Fused):
+    heads: int
+    scale: float
+    norm_media: nn.Module
+    norm_latents: nn.Module
+    to_q: nn.Module
+    to_kv: nn.Module
+    to_out: nn.Module
+
+    def forward(
+        self,
+        x: Tensor,  # [N, S, D]
+        latents: Tensor,  # [N, R, D]
+        mask: Tensor,  # [N, S + R], 1 where a key is seen
+    ) -> Tensor:  # [N, R, D]
+        first = media_first(mask, x, latents)
+        if first is None:
+            return cast(Tensor, super().forward(x, latents, mask))
+        order, lengths = first
+        x = in_order(self.norm_media(x), order)
+        latents = self.norm_latents(latents)
+        heads = (self.heads, -1)
+        q = self.to_q(latents).unflatten(-1, heads)  # [N, R, H, d]
+        k_media, v_media = (kv.unflatten(-1, heads) for kv in self.to_kv(x).chunk(2, dim=-1))
+        k_latents, v_latents = (kv.unflatten(-1, heads) for kv in self.to_kv(latents).chunk(2, dim=-1))
+        keys_and_values = (k_media, v_media, k_latents, v_latents)
+        out = perceiver_attention(q, *keys_and_values, media_lengths=lengths, scale=self.scale)
+        return self.to_out(out.flatten(-2))
+
+
+class EvollaSequenceAlignerCrossAttention(Fused):
+    num_attention_heads: int
+    scale: float
+    attention_norm: nn.Module
+    query: nn.Module
+    key_protein: nn.Module
+    value_protein: nn.Module
+    out_proj: nn.Module
+    ff: Any
+    gate_attention: nn.Parameter  # [1]
+    gate_ffw: nn.Parameter
+
+    def forward(
+        self,
+        query_states: Tensor,  # [B, T, D]
+        protein_kv_states: Tensor | None,  # [B, S, D]
+        structure_kv_states: Tensor | None,
+        msa_kv_states: Tensor | None,
+        query_attn_mask: Tensor | None,  # [B, T], 0 at padding
+        protein_kv_attn_mask: Tensor | None = None,
+        structure_kv_attn_mask: Tensor | None = None,
+        msa_kv_attn_mask: Tensor | None = None,
+        protein_batch_mask: Tensor | None = None,  # [B], 0 without a protein
+        structure_batch_mask: Tensor | None = None,
+        msa_batch_mask: Tensor | None = None,
+        past_key_values: Any = None,
+    ) -> Tensor:  # [B, T, D]
+        others = (structure_kv_states, msa_kv_states, protein_kv_attn_mask)
+        spans = None
+        if all(other is None for other in others) and protein_kv_states is not None:
+            spans = _spans(query_states, protein_kv_states, query_attn_mask, protein_batch_mask)
+        if spans is None:
+            states = (query_states, protein_kv_states, structure_kv_states, msa_kv_states, query_attn_mask)
+            masks = (protein_kv_attn_mask, structure_kv_attn_mask, msa_kv_attn_mask)
+            batch_masks = (protein_batch_mask, structure_batch_mask, msa_batch_mask)
+            return cast(Tensor, super().forward(*states, *masks, *batch_masks, past_key_values))
+        if spans.num_media == 0:
+            return query_states  # no sequence of the batch has a protein
+        attended = self._attend(query_states, cast(Tensor, protein_kv_states), spans)
+        return self._add(query_states, attended)
+
+    def _attend(self, x: Tensor, media: Tensor, spans: MediaMask) -> Tensor:
+        heads, media = (self.num_attention_heads, -1), media.to(x)
+        q = self.query(self.attention_norm(x)).unflatten(-1, heads)  # [B, T, H, d]
+        k, v = (p(media).unflatten(-1, heads) for p in (self.key_protein, self.value_protein))
+        k, v = (kv.unflatten(1, (spans.num_media, -1)) for kv in (k, v))  # [B, M, R, H, d]
+        return cast(
+            Tensor, self.out_proj(masked_cross_attention(q, k, v, spans, scale=self.scale).flatten(-2))
+        )
+
+    def _add(self, x: Tensor, attended: Tensor) -> Tensor:
+        ff = self.ff
+        if is_plain(ff, _FEED_FORWARD):
+            z, y = add_gated(x, attended, self.gate_attention, ff.norm)
+            y = ff.fc2(ff.activation(ff.fc1(y)))
+        else:
+            z = gated_residual(x, attended, self.gate_attention)
+            y = ff(z)
+        return gated_residual(z, y, self.gate_ffw)
+
+
+def _spans(x: Tensor, media: Tensor, rows: Tensor | None, batch: Tensor | None) -> MediaMask | None:
+    if is_traced() or rows is None or batch is None or rows.shape != x.shape[:2]:
+        return None
+    return cast("MediaMask | None", once(_read_spans, (rows, batch), media.shape[1]))
+
+
+def _read_spans(rows: Tensor, batch: Tensor, keys: int) -> MediaMask | None:
+    seen = (rows == 1) & (batch == 1).to(rows.device)[:, None]  # [B, T]
+    if not bool(batch.any()):
+        keys = 0
+    return spans_of(seen[..., None].expand(-1, -1, keys).contiguous(), ~seen)
+
+
+FAMILY = Family(
+    "transformers Evolla",
+    _HOME,
+    {cls.__name__: cls for cls in (EvollaSequenceCompressorAttention, EvollaSequenceAlignerCrossAttention)},
+    TRANSFORMERS,
+)

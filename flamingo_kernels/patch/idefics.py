@@ -1,0 +1,145 @@
+"""Idefics of transformers: its gated cross-attention blocks, and the attention of its resampler.
+
+The classes here hold a forward and nothing else, as those for open_flamingo. A mask that is no `MediaMask`, a
+dropout in training, an attention implementation other than "eager" and "sdpa", and hooks on the block's
+attention leave that attention to the module; gates, residuals and the norm between are fused all the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._kept_media import kept_kv
+from ..layers import Fused
+from ..mask import Policy
+from ..ops import gated_residual, masked_cross_attention, perceiver_attention
+from .blocks import add_gated, is_plain
+from .dense import key_spans
+from .family import TRANSFORMERS, Family
+
+_HOME = "transformers.models.idefics"
+_ATTENTION = f"{_HOME}.modeling_idefics.IdeficsAttention"
+_RMS_NORM = f"{_HOME}.modeling_idefics.IdeficsRMSNorm"
+
+
+class IdeficsGatedCrossAttentionLayer(Fused):
+    policy: Policy = "zero"
+
+    config: float  # the model's dropout, by this name
+    cross_attn: Any
+    mlp: nn.Module
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+    alpha_cross_attn: nn.Parameter  # [1] or [1, 1, D]
+    alpha_dense: nn.Parameter
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [B, T, D]
+        attention_mask: Tensor | None = None,  # of the text, not used
+        image_hidden_states: Tensor | None = None,  # [B, M * R, D_visual]
+        image_attention_mask: Tensor | None = None,  # [B, 1, T, M * R], added to the scores
+        cross_attention_gate: Tensor | None = None,  # [B, T], 0 where a token sees no image
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:  # [B, T, D]
+        if image_hidden_states is None or cross_attention_gate is None or past_key_values is not None:
+            given = (attention_mask, image_hidden_states, image_attention_mask, cross_attention_gate)
+            return cast(Tensor, super().forward(hidden_states, *given, past_key_values))  # says what is wrong
+        attended = self._attend(
+            self.input_layernorm(hidden_states),
+            image_hidden_states,
+            image_attention_mask,
+            cross_attention_gate,
+            kwargs,
+        )
+        attended = F.dropout(attended, self.config, self.training)
+        norm = self.post_attention_layernorm
+        z, y = add_gated(hidden_states, attended, self.alpha_cross_attn, norm, _RMS_NORM)
+        y = F.dropout(self.mlp(y), self.config, self.training)
+        return gated_residual(z, y, self.alpha_dense)
+
+    def _attend(
+        self, x: Tensor, media: Tensor, mask: Tensor | None, gate: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        attn = self.cross_attn
+        spans = key_spans(mask, x, gate) if mask is not None and _replaceable(attn) else None
+        if spans is None:
+            out, _ = attn(hidden_states=x, key_value_states=media, attention_mask=mask, **kwargs)
+            return cast(Tensor, out.masked_fill((gate == 0)[..., None], 0))
+        q = _heads(attn, attn.q_proj(x))  # [B, T, H, d]
+        q = attn.q_layer_norm(q) if attn.qk_layer_norms else q
+        k, v = kept_kv(self, media, _kv_modules(attn), lambda: _project(attn, media))
+        out = masked_cross_attention(q, spans.media(k), spans.media(v), spans.mask, scale=attn.scaling)
+        return cast(Tensor, attn.o_proj(out.flatten(-2)))
+
+
+def _replaceable(attn: Any) -> bool:
+    """Whether the block may compute what its attention computes."""
+    dropout = attn.dropout and attn.training
+    known = attn.config._attn_implementation in ("eager", "sdpa") and is_plain(attn, _ATTENTION)
+    biased = any("bias" in name for name, _ in attn.o_proj.named_parameters())  # would show in empty rows
+    return known and not dropout and not biased
+
+
+def _heads(attn: Any, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (attn.num_heads, attn.head_dim))
+
+
+def _project(attn: Any, media: Tensor) -> tuple[Tensor, Tensor]:  # [B, M * R, H, d] each
+    k = _heads(attn, attn.k_proj(media))
+    return attn.k_layer_norm(k) if attn.qk_layer_norms else k, _heads(attn, attn.v_proj(media))
+
+
+def _kv_modules(attn: Any) -> tuple[nn.Module, ...]:
+    return (attn.k_proj, attn.v_proj, *([attn.k_layer_norm] if attn.qk_layer_norms else []))
+
+
+class IdeficsPerceiverAttention(Fused):
+    n_heads: int
+    qk_layer_norms: bool
+    qk_scale: float
+    context_layer_norm: nn.LayerNorm
+    latents_layer_norm: nn.LayerNorm
+    q_layer_norm: nn.LayerNorm
+    k_layer_norm: nn.LayerNorm
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    output_proj: nn.Linear
+
+    def forward(
+        self,
+        context: Tensor,  # [N, S, D]
+        latents: Tensor,  # [N, R, D]
+    ) -> Tensor:  # [N, R, D]
+        context, latents = self.context_layer_norm(context), self.latents_layer_norm(latents)
+        heads = (self.n_heads, -1)
+        q = self.q_proj(latents).unflatten(-1, heads)  # [N, R, H, d]
+        k_media, k_latents = (self.k_proj(x).unflatten(-1, heads) for x in (context, latents))
+        v_media, v_latents = (self.v_proj(x).unflatten(-1, heads) for x in (context, latents))
+        if self.qk_layer_norms:
+            q, k_media, k_latents = (
+                self.q_layer_norm(q),
+                self.k_layer_norm(k_media),
+                self.k_layer_norm(k_latents),
+            )
+        out = perceiver_attention(q, k_media, v_media, k_latents, v_latents, scale=self.qk_scale)
+        return self.output_proj(out.flatten(-2))
+
+
+FAMILY = Family(
+    "transformers Idefics",
+    f"{_HOME}.modeling_idefics",
+    {"IdeficsGatedCrossAttentionLayer": IdeficsGatedCrossAttentionLayer},
+    TRANSFORMERS,
+)
+RESAMPLER = Family(
+    "transformers Idefics, resampler",
+    f"{_HOME}.perceiver",
+    {"IdeficsPerceiverAttention": IdeficsPerceiverAttention},
+    TRANSFORMERS,
+)

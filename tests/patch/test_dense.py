@@ -1,0 +1,145 @@
+"""Dense masks as spans, without the libraries that make them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flamingo_kernels.patch import dense
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def added(visible: torch.Tensor) -> torch.Tensor:
+    """A bool mask `[B, T, S]` as it is added to scores, `[B, 1, T, S]`."""
+    return torch.where(visible, 0.0, LOWEST)[:, None]
+
+
+def keys(*rows: str) -> torch.Tensor:
+    """A bool mask of one sequence, drawn with # for what a row sees."""
+    return torch.tensor([[[key == "#" for key in row] for row in rows]])
+
+
+def spans_for(mask: torch.Tensor, rows: torch.Tensor | None = None) -> dense.KeySpans | None:
+    return dense.key_spans(mask, torch.empty(mask.shape[0], mask.shape[-2], 0), rows)
+
+
+def seen(spans: dense.KeySpans, count: int) -> torch.Tensor:
+    """The mask that spans stand for, in the original order of the keys."""
+    mask = spans.mask.dense(count // spans.mask.num_media)[:, 0]
+    if spans.order is None:
+        return mask
+    return torch.zeros_like(mask).scatter(-1, spans.order[:, None].expand_as(mask), mask)
+
+
+class TestKeySpans:
+    @pytest.mark.parametrize("as_given", [added, lambda visible: visible[:, None]], ids=["added", "bool"])
+    @pytest.mark.parametrize(
+        "rows",
+        [
+            ("##....", "..##..", "..####"),
+            ("######", "......", "####.."),
+            ("##..##", "......", "######"),  # a gap that nobody sees through, except who sees all
+        ],
+    )
+    def test_says_what_the_mask_says(self, as_given, rows):
+        visible = keys(*rows)
+        some = visible.any(-1)
+        spans = spans_for(as_given(visible), some)
+        assert torch.equal(seen(spans, 6), visible)
+        assert (spans.order is not None) == (rows[0] == "##..##")
+
+    def test_keys_and_values_follow_the_order(self):
+        visible = keys("##..##", "######")
+        spans = spans_for(added(visible))
+        kv = torch.randn(1, 6, 2, 3)
+        media = spans.media(kv)
+        assert media.shape == (1, spans.mask.num_media, 6 // spans.mask.num_media, 2, 3)
+        lo, hi = spans.mask.lo[0, 0], spans.mask.hi[0, 0]
+        assert torch.equal(media[0, lo:hi].flatten(0, 1), kv[0, visible[0, 0]])
+
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            added(keys("#.#.", ".##.", "...#")),  # a gap
+            added(keys("##..", "....")),  # a row that sees nothing, though it may
+            torch.tensor([0.0, -1.0])[None, None, None],  # a bias
+            added(keys("##.."))[:, 0],
+            added(keys("##..")).expand(1, 2, 1, 4),  # another mask for every head
+            added(torch.ones(1, 1, 1601 * 2).bool() & (torch.arange(1601 * 2) < 1601)),  # a prime
+        ],
+        ids=["gap", "blind row", "bias", "no heads", "two heads", "1601 tokens"],
+    )
+    def test_what_is_left_to_a_dense_attention(self, mask):
+        assert spans_for(mask) is None
+
+    @pytest.mark.parametrize(("batch", "length"), [(2, 1), (1, 2)])
+    def test_a_mask_that_is_broadcast(self, batch, length):
+        assert dense.key_spans(added(keys("##..")), torch.empty(batch, length, 0)) is None
+        assert dense.key_spans(added(keys("##..")), torch.empty(1, 1, 0), torch.ones(batch, length)) is None
+
+    def test_keys_of_another_number(self):
+        spans = spans_for(added(keys("##..")))
+        with pytest.raises(ValueError, match="expected a mask over 8 keys, got one over 4"):
+            spans.media(torch.randn(1, 8, 2, 3))
+
+    def test_is_read_once_and_again_when_it_changed(self, monkeypatch):
+        reads = []
+        read = dense._read_spans
+        monkeypatch.setattr(dense, "_read_spans", lambda *args: reads.append(1) or read(*args))
+        mask, rows = added(keys("##..", "..##")), torch.ones(1, 2)
+        first = spans_for(mask, rows)
+        assert spans_for(mask, rows) is first
+        assert spans_for(mask) is not first
+        mask[0, 0, 0, 2:] = 0
+        assert torch.equal(seen(spans_for(mask), 4), keys("####", "..##"))
+        spans_for(mask.clone())
+        assert len(reads) == 4
+        with torch.inference_mode():
+            inferred = mask.clone()
+            spans_for(inferred)
+            inferred[0, 0, 0, 2:] = LOWEST
+            assert torch.equal(seen(spans_for(inferred), 4), keys("##..", "..##"))
+
+    def test_is_not_read_while_traced(self):
+        found = []
+
+        def look(mask):
+            found.append(spans_for(mask))
+            return mask + 1
+
+        torch.compile(look, backend="eager", fullgraph=True)(added(keys("##..")))
+        assert found == [None]
+
+
+def first_of(mask: torch.Tensor):
+    clips, keys = len(mask), mask.shape[-1]
+    return dense.media_first(mask, torch.empty(clips, keys - 2, 0), torch.empty(clips, 2, 0))
+
+
+class TestMediaFirst:
+    def test_a_mask_over_other_keys_or_clips(self):
+        mask, latents = torch.ones(2, 6), torch.empty(2, 2, 0)
+        assert dense.media_first(mask, torch.empty(2, 3, 0), latents) is None
+        assert dense.media_first(mask[:1], torch.empty(2, 4, 0), latents) is None
+
+    @pytest.mark.parametrize("as_given", ["added", "padding"])
+    def test_moves_what_is_seen_to_the_front(self, as_given):
+        media = torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+        padding = torch.cat([media, torch.ones(3, 2, dtype=torch.long)], dim=1)
+        mask = added(padding.bool()[:, None].expand(-1, 2, -1)) if as_given == "added" else padding
+        order, lengths = first_of(mask)
+        assert first_of(mask[1:])[0] is None
+        assert order.tolist() == [[0, 2, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
+        assert lengths.tolist() == [2, 4, 0]
+
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            added(keys("#.##", "####")),  # rows that differ
+            added(keys("####", "####"))[:, 0],
+            torch.tensor([[1, 1, 1, 0]]),  # a hidden latent
+        ],
+    )
+    def test_refuses_what_is_no_padding_of_media(self, mask):
+        assert first_of(mask) is None
