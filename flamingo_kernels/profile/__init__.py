@@ -32,6 +32,9 @@ def main(options: argparse.Namespace) -> int:
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
     if lacking:
         counted = count.run(plan, dtype, options.device, lacking)
         print(report.counted(counted))
