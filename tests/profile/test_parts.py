@@ -103,6 +103,8 @@ def test_all_time_is_some_part_s(subject):
     (span,) = [event for event in recorded.events() if event.name == "all"]
     assert sum(taken.values()) == pytest.approx(span.cpu_time_total / 1e3, rel=1e-3)
     assert all(taken.values()), taken
+    glue = sum(event.self_cpu_time_total for event in recorded.events() if event.is_user_annotation)
+    assert taken[parts.BETWEEN] >= glue / 1e3
 
 
 def test_spans_are_kept_apart():
