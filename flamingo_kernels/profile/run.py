@@ -92,7 +92,7 @@ def run(
         trace: where to write a Chrome trace.
         clock: what keeps the time; the device's own by default.
     """
-    progress = ProgressBar(5)
+    progress = ProgressBar(6)
     progress(f"{plan.name}: building")
     subject = plan.subject(dtype, device)
     after = twin(subject.model)
@@ -110,6 +110,7 @@ def run(
     )
     if found.same:
         clock = clock or clock_of(device)
+        progress("parts: under torch.profiler")
         parts = by_part(subject, models, device, trace)
         for name, work in subject.works.items():
             progress(f"{name}: timing")

@@ -41,7 +41,7 @@ def test_it_prints_and_writes_what_it_found(tmp_path, capsys):
     ):
         assert expected in shown.out
     assert shown.out.count("same") == len(WORKS)
-    assert "2/5  prefill: timing" in shown.err
+    assert "3/6  prefill: timing" in shown.err
 
     found = json.loads(files["json"].read_text())
     assert list(found["works"]) == list(found["proofs"]) == WORKS
