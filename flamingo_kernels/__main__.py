@@ -1,4 +1,4 @@
-"""The command line: python -m flamingo_kernels {info,support,check,bench,gpu,demo}."""
+"""The command line: python -m flamingo_kernels {info,support,check,bench,profile,gpu,demo}."""
 
 from __future__ import annotations
 
@@ -36,6 +36,20 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument("--csv", metavar="FILE", help="write the rows for a spreadsheet")
     bench.add_argument("--picture", metavar="FILE", help="draw the speed-ups (.png, .svg, .pdf)")
     bench.add_argument("--readme", metavar="FILE", help="replace the table between this file's bench markers")
+
+    profile = commands.add_parser(
+        "profile", help="a whole model before and after patch: speed, memory, parts"
+    )
+    profile.add_argument("model", metavar="MODEL", help='a preset as "tiny", or "open_flamingo-tiny"')
+    profile.add_argument("--device", default="cpu", help='where to run, as in "cuda:0" (default: cpu)')
+    profile.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    profile.add_argument("--threads", type=int, help="of the cpu (default: as torch chooses)")
+    profile.add_argument(
+        "--quick", action="store_true", help="a short text: shows that it works, not how fast"
+    )
+    profile.add_argument("--trace", metavar="FILE", help="write a Chrome trace with the parts in it (.json)")
+    profile.add_argument("--json", metavar="FILE", help="write all that was found, with its conditions")
+    profile.add_argument("--picture", metavar="FILE", help="draw the time by part (.png, .svg, .pdf)")
 
     gpu = commands.add_parser("gpu", help="prove and time the kernels on a GPU, in under nine minutes")
     gpu.add_argument("--quick", action="store_true", help="in two minutes: fewer cases and rivals")
@@ -77,6 +91,12 @@ def _bench(options: argparse.Namespace) -> int:
     return main(options)
 
 
+def _profile(options: argparse.Namespace) -> int:
+    from .profile import main
+
+    return main(options)
+
+
 def _gpu(options: argparse.Namespace) -> int:
     from .gpu import main
 
@@ -89,7 +109,15 @@ def _demo(options: argparse.Namespace) -> int:
     return main(options.picture)
 
 
-_COMMANDS = {"info": _info, "support": _support, "check": _check, "bench": _bench, "gpu": _gpu, "demo": _demo}
+_COMMANDS = {
+    "info": _info,
+    "support": _support,
+    "check": _check,
+    "bench": _bench,
+    "profile": _profile,
+    "gpu": _gpu,
+    "demo": _demo,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,7 @@
-"""The peak memory of a call: a process' from Linux' own high-water mark, a GPU's from torch's allocator."""
+"""The memory of a call: a process' peak from Linux' own high-water mark, a GPU's from torch's allocator.
+
+And what a call keeps for its backward pass, and how much memory there is.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 _PROCESS = Path("/proc/self")
 
@@ -25,10 +29,10 @@ def peak_growth(call: Callable[[], object], device: str | torch.device = "cpu") 
         with suppress(AttributeError):  # the C library may not be glibc
             ctypes.CDLL(None).malloc_trim(0)
         gc.collect()
-        before = _kibibytes("VmRSS")
+        before = _kibibytes(_PROCESS / "status", "VmRSS")
         (_PROCESS / "clear_refs").write_text("5")
         result = call()
-        peak = _kibibytes("VmHWM")
+        peak = _kibibytes(_PROCESS / "status", "VmHWM")
         del result
     except OSError:
         return None
@@ -45,8 +49,38 @@ def _peak_on_gpu(call: Callable[[], object], device: str | torch.device) -> int:
     return peak - before
 
 
-def _kibibytes(field: str) -> int:
-    for line in (_PROCESS / "status").read_text().splitlines():
+def saved_bytes(call: Callable[[], object], model: nn.Module) -> int:
+    """Bytes that `call` keeps for its backward pass, beside the parameters of the model it calls.
+
+    A storage counts once and as a whole, however many views of it are kept. What an `autograd.Function` keeps
+    without `save_for_backward` is not seen.
+    """
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def available(device: str | torch.device = "cpu") -> int | None:
+    """Bytes of memory that are free on a device; None where that is not known."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return 1024 * _kibibytes(Path("/proc/meminfo"), "MemAvailable")
+    except OSError:
+        return None
+
+
+def _kibibytes(file: Path, field: str) -> int:
+    for line in file.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}")
+    raise OSError(f"{file} has no {field}")

@@ -122,7 +122,7 @@ def _rows(
     device: str,
     ceilings: Ceilings | None,
 ) -> list[Row]:
-    conditions = _conditions(device)
+    conditions = conditions_on(device)
     moved = least_bytes(case)
     floor_ms = moved / ceilings.copy_gb_s / 1e6 if moved and ceilings else 0.0
     return [
@@ -246,7 +246,8 @@ def _variant(op: str, device: str) -> str:
     return info.backends_in_use(device)[attention.get(op, op)]
 
 
-def _conditions(device: str) -> dict[str, Any]:
+def conditions_on(device: str) -> dict[str, Any]:
+    """What a number depends on that is measured here and now."""
     return {
         "device": info.device_name(device),
         "threads": torch.get_num_threads(),

@@ -1,0 +1,138 @@
+"""Which module belongs to which part of a model, and what torch.profiler says each part took."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import nn
+from torch.autograd import DeviceType
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+BLOCKS, RESAMPLER, VISION, LANGUAGE = "gated blocks", "resampler", "vision", "language model"
+NORM, PROJECTIONS, ATTENTION, GATE, FEED_FORWARD = INSIDE = tuple(
+    f"{BLOCKS}: {each}" for each in ("norm", "projections", "attention", "gate", "feed-forward")
+)
+BETWEEN = "Python and autograd"  # on a cpu, the time in no operator
+PARTS = (*INSIDE, RESAMPLER, VISION, LANGUAGE, BETWEEN)
+
+_BACKWARD = "autograd::engine::evaluate_function: "
+
+
+def labels(model: nn.Module, patterns: Mapping[str, str]) -> dict[nn.Module, str]:
+    """The parts of the modules that begin one. What lies in no part is the language model's.
+
+    Args:
+        model: whatever its layers are, patched or not.
+        patterns: see `Subject.parts`.
+    """
+    found: dict[nn.Module, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for pattern, part in patterns.items():
+            if re.fullmatch(pattern, path):
+                found |= _inside(module) if part == BLOCKS else {module: part}
+    return found
+
+
+def _inside(block: nn.Module) -> dict[nn.Module, str]:
+    """The parts of a gated block, by what its modules are called; the rest of it is its gates."""
+    found = {block: GATE}
+    for path, module in block.named_modules():
+        child = path.partition(".")[0]
+        if "norm" in type(module).__name__.lower():
+            found[module] = NORM
+        elif child in ("ff", "mlp"):
+            found[module] = FEED_FORWARD
+        elif isinstance(module, nn.Linear):
+            found[module] = PROJECTIONS
+        elif "attn" in child:
+            found[module] = ATTENTION
+    return found
+
+
+@contextmanager
+def each_part(
+    labels: Mapping[nn.Module, str], scope: Callable[[str], AbstractContextManager[object]]
+) -> Iterator[None]:
+    """Within the block every call of a labelled module runs in `scope(label)`.
+
+    The hooks are global ones: a fused layer takes another path around a module that has hooks of its own.
+    """
+    opened: list[AbstractContextManager[object]] = []
+
+    def enter(module: nn.Module, arguments: Any) -> None:
+        if module in labels:
+            opened.append(scope(labels[module]))
+            opened[-1].__enter__()
+
+    def leave(module: nn.Module, arguments: Any, output: Any) -> None:
+        if module in labels:
+            opened.pop().__exit__(None, None, None)
+
+    handles = (
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def host_time(event: Any) -> float:
+    """Microseconds in an event itself, what it calls left out."""
+    return float(event.self_cpu_time_total)
+
+
+def device_time(event: Any) -> float:
+    """Microseconds of the kernels that an event itself launched."""
+    return float(event.self_device_time_total)
+
+
+def time_by_part(
+    events: Iterable[Any], spans: Collection[str], clock: Callable[[Any], float] = host_time
+) -> dict[str, list[dict[str, float]]]:
+    """What the parts took, in milliseconds, in every span of each of these names.
+
+    Args:
+        events: of torch.profiler, recorded within `each_part(labels, record_function)`.
+        spans: names of `record_function`s that enclose all that is asked for, one after another.
+        clock: how long an event took by itself.
+    """
+    ordered = sorted(events, key=lambda event: event.time_range.start)
+    ordered = [event for event in ordered if event.device_type == DeviceType.CPU]
+    # An operator that makes an autograd node is the last to start under the node's number.
+    makers = {
+        (event.thread, event.sequence_nr): event
+        for event in ordered
+        if event.sequence_nr >= 0 and not event.fwd_thread
+    }
+    enclosing = [event for event in ordered if event.name in spans]
+    starts = [event.time_range.start for event in enclosing]
+    taken: list[dict[str, float]] = [dict.fromkeys(PARTS, 0.0) for _ in enclosing]
+    for event in ordered:
+        # By time: a GPU's backward pass runs on a thread of its own.
+        place = bisect.bisect_right(starts, event.time_range.start) - 1
+        if place >= 0 and event.time_range.start < enclosing[place].time_range.end:
+            part = BETWEEN if event.is_user_annotation else _part(event, makers)
+            taken[place][part] += clock(event) / 1e3
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in spans}
+    for span, each in zip(enclosing, taken, strict=True):
+        found[span.name].append(each)
+    return found
+
+
+def _part(event: Any, makers: Mapping[tuple[int, int], Any]) -> str:
+    """The part that an operator ran in; for one of the backward pass, that of the operator it belongs to."""
+    while event is not None:
+        if event.name in PARTS:
+            return str(event.name)
+        if event.name.startswith(_BACKWARD):
+            maker = makers.get((event.fwd_thread, event.sequence_nr))
+            return BETWEEN if maker is None else _part(maker, makers)
+        event = event.cpu_parent
+    return LANGUAGE

@@ -1,0 +1,143 @@
+"""A slow part is found to be slow: real runs under the profiler, and a clock that sees one operator."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from flamingo_kernels import patch
+from flamingo_kernels.profile import models, parts, run
+
+
+@pytest.fixture
+def subject(monkeypatch):
+    monkeypatch.setattr(run, "PROFILED", 1)
+    return models.plan("tiny", quick=True).subject(torch.float32, "cpu")
+
+
+def both(subject):
+    after = run.twin(subject.model)
+    patch(after)
+    return {run.BEFORE: subject.model, run.AFTER: after}
+
+
+def slow_down(module: nn.Module) -> None:
+    """Let a module call erf, which nothing else here does, forward and backward."""
+
+    def forward(self, x, *args):
+        return original.forward(self, x + 0 * x.erf(), *args)
+
+    original = type(module)
+    module.__class__ = type(f"Slow{original.__name__}", (original,), {"forward": forward})
+
+
+@pytest.mark.parametrize(
+    ("path", "part", "backward"),
+    [
+        ("vision.layers.0", parts.VISION, False),  # frozen, and before all that is trained
+        ("resampler.layers.1.1.1", parts.RESAMPLER, True),
+        ("resampler.layers.1.0.to_q", parts.RESAMPLER, True),
+        ("cross_attn.2.attn.norm", parts.NORM, True),
+        ("cross_attn.2.attn.to_q", parts.PROJECTIONS, True),
+        ("cross_attn.2.attn.to_kv", parts.PROJECTIONS, True),
+        ("cross_attn.2.attn.to_out", parts.PROJECTIONS, True),
+        ("cross_attn.2.attn", parts.ATTENTION, True),
+        ("cross_attn.2.ff.1", parts.FEED_FORWARD, True),
+        ("cross_attn.2.ff.2", parts.FEED_FORWARD, True),
+        ("language.layers.1", parts.LANGUAGE, True),
+    ],
+)
+def test_a_slow_module_is_found(subject, monkeypatch, path, part, backward):
+    pair = both(subject)
+    for model in pair.values():
+        module = model.get_submodule(path)
+        if path == "cross_attn.2.attn":  # what is in the attention and in none of its modules
+            attend = type(module).attend
+            module.attend = lambda q, *args, m=module, attend=attend: attend(m, q + 0 * q.erf(), *args)
+        else:
+            slow_down(module)
+    cost = {"aten::erf": 7000, "ErfBackward0": 5000}  # microseconds
+    monkeypatch.setattr(run, "host_time", lambda event: cost.get(event.name, 0))
+    found = run.by_part(subject, pair, "cpu")
+    in_decode = {} if part in (parts.VISION, parts.RESAMPLER) else {part: 7}
+    for side in run.SIDES:
+        assert found[models.PREFILL][side] == {part: 7}
+        assert found[models.DECODE][side] == in_decode
+        assert found[models.STEP][side] == {part: 12 if backward else 7}
+
+
+@pytest.mark.parametrize(
+    ("side", "operator", "part"),
+    [
+        (run.BEFORE, "TanhBackward0", parts.GATE),
+        (run.AFTER, "_GatedResidualBackward", parts.GATE),
+        (run.AFTER, "_GatedResidualNormBackward", parts.GATE),  # hooks of a module's own would split it
+        (run.AFTER, "_MaskedCrossAttention", parts.ATTENTION),
+        (run.AFTER, "_MaskedCrossAttentionBackward", parts.ATTENTION),
+        (run.AFTER, "_PerceiverAttentionBackward", parts.RESAMPLER),
+        (run.AFTER, "NllLossBackward0", parts.LANGUAGE),
+    ],
+)
+def test_a_slow_operator_is_found(subject, monkeypatch, side, operator, part):
+    monkeypatch.setattr(run, "host_time", lambda event: 1000 * (event.name == operator))
+    found = run.by_part(subject, both(subject), "cpu")[models.STEP][side]
+    assert list(found) == [part]
+
+
+def test_all_time_is_some_part_s(subject):
+    """Whatever an operator takes, and what lies between operators: nothing is lost or counted twice."""
+    pair = both(subject)
+    labelled = parts.labels(pair[run.AFTER], subject.parts)
+    step = run.call(models.STEP, subject.works[models.STEP], pair[run.AFTER])
+    with (
+        profile(activities=[ProfilerActivity.CPU]) as recorded,
+        parts.each_part(labelled, record_function),
+        record_function("all"),
+    ):
+        step()
+    (taken,) = parts.time_by_part(recorded.events(), ["all"])["all"]
+    (span,) = [event for event in recorded.events() if event.name == "all"]
+    assert sum(taken.values()) == pytest.approx(span.cpu_time_total / 1e3, rel=1e-3)
+    assert all(taken.values()), taken
+    glue = sum(event.self_cpu_time_total for event in recorded.events() if event.is_user_annotation)
+    assert taken[parts.BETWEEN] >= glue / 1e3
+
+
+def test_spans_are_kept_apart():
+    """Each with its own operators, and what comes between two of them with neither."""
+    x = torch.ones(3)
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        for name in ("one", "two", "one"):
+            x.erf()
+            with record_function(name):
+                x.erf()
+    taken = parts.time_by_part(
+        recorded.events(), ["one", "two"], lambda event: 1000 * (event.name == "aten::erf")
+    )
+    assert [[each[parts.LANGUAGE] for each in taken[name]] for name in ("one", "two")] == [[1, 1], [1]]
+
+
+def test_scopes_are_closed_and_hooks_removed_when_a_module_fails():
+    open_scopes = []
+
+    @contextmanager
+    def scope(part):
+        open_scopes.append(part)
+        yield
+        open_scopes.pop()
+
+    class Broken(nn.Module):
+        def forward(self):
+            assert open_scopes == ["part"]
+            raise RuntimeError("broken")
+
+    module = Broken()
+    with pytest.raises(RuntimeError, match="broken"), parts.each_part({module: "part"}, scope):
+        module()
+    assert not open_scopes
+    with pytest.raises(AssertionError):
+        module()
