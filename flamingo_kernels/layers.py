@@ -211,10 +211,22 @@ def gated_block(
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, D]
     """What a gated cross-attention block computes, by sublayers where they are plain."""
-    attn, ff = block.attn, block.ff
-    if not _attends_plainly(attn, x):
-        attended = attn(x, media, media_locations, *([True] if use_cached_media else []))
-        return add_gated(x, attended, block.attn_gate, ff, block.ff_gate)
+    if not _attends_plainly(block.attn, x):
+        attended = block.attn(x, media, media_locations, *([True] if use_cached_media else []))
+        return add_gated(x, attended, block.attn_gate, block.ff, block.ff_gate)
+    z = add_attended(block, x, media, media_locations, use_cached_media)
+    return add_feed_forward(z, block.ff, block.ff_gate)
+
+
+def add_attended(
+    block: Any,
+    x: Tensor,  # [B, T, D]
+    media: Tensor | MediaCache,  # [B, M, R, D_visual]
+    media_locations: Tensor | None,  # [B, T]
+    use_cached_media: bool,
+) -> Tensor:  # [B, T, D]
+    """`x + tanh(attn_gate) * attn(x, media)` as one sublayer, where attn is plain."""
+    attn = block.attn
     k, v = media_of(attn, media)
     z = gated_cross_attention(
         _fold(x, k),
@@ -227,7 +239,7 @@ def gated_block(
         gate=block.attn_gate,
         scale=attn.scale,
     )
-    return add_feed_forward(z.view(x.shape), ff, block.ff_gate)
+    return z.view(x.shape)
 
 
 def mask_of(

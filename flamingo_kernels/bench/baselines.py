@@ -6,7 +6,10 @@
 - compile: `torch.compile` of eager.
 - flex: `torch.compile(flex_attention)` with a block mask of the same spans.
 - flash-attn: its `varlen` attention, where it is installed; the rows of a medium are one sequence.
-- torch.add: `x + y`, which moves the bytes of a gated residual and leaves the gate out; a floor, not a rival.
+
+Floors, not rivals:
+- torch.add: `x + y`, which moves the bytes of a gated residual and leaves the gate out.
+- products: the linear layers of eager alone, each on the input that it gets there.
 
 What is built once per batch stays outside the timing: our MediaMask, the dense mask of sdpa, the block mask
 of flex, the sequences of flash-attn, `text_time` for eager. Joining the keys of media and latents is inside
@@ -18,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +30,12 @@ from torch.utils.checkpoint import checkpoint
 
 import flamingo_kernels as fk
 from flamingo import modules
+from flamingo_kernels import layers
 
 from .shapes import Case
 
 OURS = "flamingo_kernels"
+FLOORS = ("torch.add", "products")
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
 Randn = Callable[..., Tensor]
@@ -138,9 +143,50 @@ def _gated_cross_attention_block(
     )
 
 
-def _perceiver_resampler(randn: Randn, *, N: int, S: int, D: int, R: int, H: int, d: int) -> Contenders:
+def _cross_attention_sublayer(
+    randn: Randn, *, B: int, T: int, M: int, D: int, R: int, H: int, d: int
+) -> Contenders:
+    x, media = randn(B, T, D), randn(B, M, R, D // 2)
+    locations = _media_locations(B, T, M, x.device)
+    dense = fk.MediaMask.last_preceding(locations, M).dense(R)
+    block = modules.GatedCrossAttentionBlock(dim=D, dim_visual=D // 2, dim_head=d, heads=H).to(x.device)
+    del block.ff, block.ff_gate
+
+    def call(block: Any) -> Tensor:
+        if isinstance(block, layers.Fused):
+            return layers.add_attended(block, x, media, locations, False)
+        return x + torch.tanh(block.attn_gate) * block.attn(x, media, locations)
+
+    made = _layer(
+        block,
+        randn,
+        (x, media),
+        call=call,
+        attend=lambda q, k, v, *_: _sdpa(q, k.flatten(1, 2), v.flatten(1, 2), dense),
+    )
+    del made["compile"]  # it compiles a whole block
+    return made
+
+
+def _decode_step(randn: Randn, *, B: int, M: int, D: int, R: int, H: int, d: int) -> Contenders:
+    x, media = randn(B, 1, D), randn(B, M, R, D // 2)
+    locations = _media_locations(B, 8 * M, M, x.device)
+    block = modules.GatedCrossAttentionBlock(dim=D, dim_visual=D // 2, dim_head=d, heads=H).to(x.device)
+    return _layer(
+        block,
+        randn,
+        (x, media),
+        call=lambda layer: layer(x, media, locations, use_cached_media=True),
+        attend=lambda q, k, v, *_: _sdpa(q, k[:, -1], v[:, -1]),
+    )
+
+
+def _perceiver_resampler(
+    randn: Randn, *, N: int, S: int, D: int, layers: int, R: int, H: int, d: int
+) -> Contenders:
     x = randn(1, N, 1, S, D)
-    resampler = modules.PerceiverResampler(dim=D, depth=1, dim_head=d, heads=H, num_latents=R).to(x.device)
+    resampler = modules.PerceiverResampler(dim=D, depth=layers, dim_head=d, heads=H, num_latents=R)
+    resampler = resampler.to(x.device)
     return _layer(
         resampler,
         randn,
@@ -158,6 +204,8 @@ _BUILDERS: dict[str, Callable[..., Contenders]] = {
     "gated_residual": _gated_residual,
     "gated_residual_norm": _gated_residual_norm,
     "GatedCrossAttentionBlock": _gated_cross_attention_block,
+    "its cross-attention sublayer": _cross_attention_sublayer,
+    "its decode step": _decode_step,
     "PerceiverResampler": _perceiver_resampler,
 }
 
@@ -193,7 +241,23 @@ def _layer(
         "eager": maker(lambda layer: None),
         "sdpa": maker(lambda layer: _replace_attend(layer, attend)),
         "compile": maker(lambda layer: layer.compile(dynamic=False)),
+        "products": lambda: _products(layer, call),
     }
+
+
+def _products(layer: nn.Module, call: Callable[[nn.Module], Tensor]) -> Contender:
+    met: list[tuple[nn.Linear, Tensor]] = []
+
+    def meet(module: Any, inputs: tuple[Tensor, ...], _: Any) -> None:
+        met.append((module, inputs[0].detach().requires_grad_(inputs[0].requires_grad)))
+
+    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    hooks = [linear.register_forward_hook(meet) for linear in linears]
+    call(layer)
+    for hook in hooks:
+        hook.remove()
+    wrt = [x for _, x in met if x.requires_grad] + [linear.weight for linear in linears]
+    return Contender(lambda: tuple(linear(x) for linear, x in met), tuple(wrt), same=False)
 
 
 def _fill(layer: nn.Module, randn: Randn) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import readme
-from .baselines import OURS
+from .baselines import FLOORS, OURS
 from .rows import Key, Row, Run, Skipped
 from .shapes import CASES_OF, FLAT_MEMORY, HEADS, Floor, Target
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 COLUMNS = {"eager": "eager", "sdpa": "SDPA", "compile": "compile"}
 MORE_COLUMNS = {"flex": "flex", "flash-attn": "flash-attn"}  # where there are any
-RIVALS = (*COLUMNS, *MORE_COLUMNS, "torch.add")
+RIVALS = (*COLUMNS, *MORE_COLUMNS, *FLOORS)
 
 
 class Verdict(NamedTuple):
@@ -89,7 +89,7 @@ def table(run: Run) -> str:
 
 def brief(run: Run) -> str:
     """One line a case and one for its targets, where there is little room."""
-    columns = [*columns_of(run), "torch.add"]
+    columns = [*columns_of(run), *FLOORS]
     line = "{:<64} {:>9} {:>6}" + "".join(f" {{:>{max(len(name), 7)}}}" for name in columns)
     lines = [line.format("times as long as ours", "ours", "floor", *columns)]
     for key, rows in run.cases.items():
@@ -215,6 +215,7 @@ _COLOURS = {
     "flex": "#6a4c93",
     "flash-attn": "#8ab17d",
     "torch.add": "#93b7be",
+    "products": "#b0a8b9",
 }
 
 

@@ -171,7 +171,7 @@ def check(
             refused[name] = Refused(_first_line(error), wrong=False)
             continue
         if not rival.same:
-            if case.mode == "forward":
+            if case.mode == "forward" or name == "products":  # an addition computes nothing backward
                 sound[name] = Checked(call, None, None)
             continue
         checked = _judge(call, result, eager, exact)
@@ -241,6 +241,8 @@ def _variant(op: str, device: str) -> str:
     """What ours runs on here; a layer takes what its attention takes."""
     attention = {
         "GatedCrossAttentionBlock": "masked_cross_attention",
+        "its cross-attention sublayer": "masked_cross_attention",
+        "its decode step": "masked_cross_attention",
         "PerceiverResampler": "perceiver_attention",
     }
     return info.backends_in_use(device)[attention.get(op, op)]

@@ -112,8 +112,37 @@ CASES = (
         },
     ),
     *_cases("gated_residual_norm", {"rows": 4096, "D": 2048}),
-    *_cases("GatedCrossAttentionBlock", {"B": 1, "T": 1024, "M": 8, "D": 2048, **HEADS}, dtypes=("float32",)),
-    *_cases("PerceiverResampler", {"N": 2, "S": 256, "D": 1024, **HEADS}, dtypes=("float32",)),
+    *_cases(
+        "GatedCrossAttentionBlock",
+        {"B": 1, "T": 1024, "M": 8, "D": 2048, **HEADS},
+        {(dtype, "forward+backward"): (Target(1 / 1.04, "products"),) for dtype in DTYPES},
+    ),
+    *(
+        case
+        for length, media, ratio in ((1024, 8, 1.6), (2048, 32, 3))
+        for case in _cases(
+            "its cross-attention sublayer",
+            {"B": 1, "T": length, "M": media, "D": 2048, **HEADS},
+            {(dtype, "forward"): (Target(1 / 1.15, "products"), Target(ratio, "eager")) for dtype in DTYPES},
+            modes=("forward",),
+        )
+    ),
+    *(
+        case
+        for batch, ratio in ((1, 1.6), (8, 2.5))
+        for case in _cases(
+            "its decode step",
+            {"B": batch, "M": 5, "D": 2048, **HEADS},
+            {(dtype, "forward"): (Target(ratio, "eager"),) for dtype in DTYPES},
+            modes=("forward",),
+        )
+    ),
+    *_cases(
+        "PerceiverResampler",
+        {"N": 8, "S": 256, "D": 1024, "layers": 6, **HEADS},
+        {("float32", "forward+backward"): (Target(1, "compile"),)},
+        dtypes=("float32",),
+    ),
 )
 
 # What a GPU is asked, the most important first: where time is short the last ones are left out.
@@ -177,7 +206,14 @@ QUICK = (
     *_cases("gated_residual", {"rows": 32, "D": 64}, dtypes=("float32",)),
     *_cases("gated_residual_norm", {"rows": 32, "D": 64}, dtypes=("float32",)),
     *_cases("GatedCrossAttentionBlock", {"B": 1, "T": 48, "M": 3, "D": 32, **_SMALL}, dtypes=("float32",)),
-    *_cases("PerceiverResampler", {"N": 2, "S": 12, "D": 32, **_SMALL}, dtypes=("float32",)),
+    *_cases(
+        "its cross-attention sublayer",
+        {"B": 1, "T": 48, "M": 3, "D": 32, **_SMALL},
+        dtypes=("float32",),
+        modes=("forward",),
+    ),
+    *_cases("its decode step", {"B": 2, "M": 3, "D": 32, **_SMALL}, dtypes=("float32",), modes=("forward",)),
+    *_cases("PerceiverResampler", {"N": 2, "S": 12, "D": 32, "layers": 2, **_SMALL}, dtypes=("float32",)),
 )
 
 
