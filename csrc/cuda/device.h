@@ -41,10 +41,7 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
-// Elements that a thread moves at once: 16 bytes where 16-bit elements are aligned.
-constexpr int kVector = 8;
-
-// Calls a function with an element type: `by_type(dtype, [&](auto type) { using T = decltype(type); ... })`.
+// Calls a function with a value of an element type: by_type(dtype, [&](auto type) { using T = decltype(type); ... }).
 template <class Function>
 void by_type(DType dtype, Function function) {
   if (dtype == DType::f32) function(float());

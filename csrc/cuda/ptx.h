@@ -10,9 +10,9 @@
 #include <stdexcept>
 #include <string>
 
-namespace flamingo_kernels {
+#include "params.h"
 
-using Stream = cudaStream_t;
+namespace flamingo_kernels {
 
 __device__ inline void* shared_memory() {
   extern __shared__ __align__(16) char dynamic_shared_memory[];
@@ -81,13 +81,17 @@ inline int multiprocessors() {
   return count;
 }
 
+inline void fill(void* memory, int byte, int64_t bytes, Stream stream) {
+  check(cudaMemsetAsync(memory, byte, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+}
+
 template <class Params>
-void launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Params& params) {
+void launch(Stream stream, void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, const Params& params) {
   if (shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
           "cudaFuncSetAttribute");
   cudaLaunchConfig_t config = {};
-  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
   check(cudaLaunchKernelEx(&config, kernel, params), "cudaLaunchKernelEx");
 }
 

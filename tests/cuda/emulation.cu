@@ -84,7 +84,7 @@ static char message[256];
 template <class Params>
 static const char* run(void (*kernel)(Params), int threads, size_t shared, const Params& params) {
   try {
-    launch(kernel, dim3(1), dim3(threads), shared, Stream(), params);
+    launch(nullptr, kernel, dim3(1), dim3(threads), shared, params);
     return "";
   } catch (const std::exception& error) {
     std::strncpy(message, error.what(), sizeof message - 1);

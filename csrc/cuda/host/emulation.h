@@ -15,6 +15,8 @@
 #include <cstring>
 #include <functional>
 
+#include "../params.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -31,6 +33,10 @@ struct alignas(16) uint4 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+
+using std::max;
+using std::memcpy;
+using std::min;
 
 namespace emulation {
 
@@ -118,8 +124,6 @@ Value __shfl_xor_sync(unsigned, Value value, int mask) {
 
 namespace flamingo_kernels {
 
-using Stream = void*;
-
 inline void* shared_memory() { return emulation::block.shared; }
 
 inline float bf16_to_float(uint16_t bits) {
@@ -151,12 +155,14 @@ inline uint16_t float_to_f16(float value) {
 
 inline uint4 load_128(const void* address) {
   emulation::require(uintptr_t(address) % 16 == 0, "a load of 16 bytes is not aligned");
-  return *static_cast<const uint4*>(address);
+  uint4 value;
+  std::memcpy(&value, address, sizeof value);
+  return value;
 }
 
 inline void store_128(void* address, uint4 value) {
   emulation::require(uintptr_t(address) % 16 == 0, "a store of 16 bytes is not aligned");
-  *static_cast<uint4*>(address) = value;
+  std::memcpy(address, &value, sizeof value);
 }
 
 // 16 bytes, of which the first `real` are copied and the others zero.
@@ -233,8 +239,10 @@ inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 
 inline int multiprocessors() { return 4; }  // few, so that small tests reach the paths that split their work
 
+inline void fill(void* memory, int byte, int64_t bytes, Stream) { std::memset(memory, byte, bytes); }
+
 template <class Params>
-void launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, Stream, const Params& params) {
+void launch(Stream, void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, const Params& params) {
   emulation::run(grid, block, shared_bytes, [&] { kernel(params); });
 }
 
