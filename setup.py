@@ -251,6 +251,7 @@ class Build(build_ext):
         """The same sources as C++ for this processor."""
         folder = made_folder("objects-cuda-emulated")
         flags = ["-DFK_EMULATE=1", '-DFK_BUILD="emulated on the processor"', "-march=native"]
+        flags += ["-fno-strict-aliasing", "-Wno-unknown-pragmas"]
         bindings = CUDA_SOURCES / "bindings.cpp"
         sources = [*sorted(CUDA_SOURCES.glob("*.cu")), CUDA_SOURCES / "host" / "emulation.cpp"]
         objects = [self.object(bindings, "bindings", *flags, *self.stable_abi, folder=folder)]

@@ -88,6 +88,11 @@ def misplaced(tensor: torch.Tensor) -> str:
     return f"a tensor is on {tensor.device}, not on {'cpu' if emulated() else 'cuda'}"
 
 
+def is_one_shot(immediate: bool, latents: int, dtype: torch.dtype) -> bool:
+    """Whether a row's softmax is one tile of masked_cross_attention; `kernels::is_one_shot` says the same."""
+    return immediate and latents <= (32 if dtype == torch.float32 else 64)
+
+
 def poison(on: bool) -> None:
     """A test aid: outputs and working memory of the kernels start as NaN."""
     library, _ = _load()

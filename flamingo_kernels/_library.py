@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _cuda
+
 _LIBRARY = torch.library.Library("flamingo_kernels", "DEF")
 
 _SCHEMAS = {
@@ -103,6 +105,13 @@ def _(q, k, v, lo, hi, start, stop, immediate, averages, scale):
 
     batch, length, heads, head_dim = q.shape
     kept = 0 if is_one_shot(immediate, k.shape[2], head_dim, q.dtype) else length
+    return _fresh(q), q.new_empty(2, batch, heads, kept, dtype=torch.float32)
+
+
+@_shapes_of("masked_cross_attention_fwd.cuda")
+def _(q, k, v, lo, hi, start, stop, immediate, averages, scale):
+    batch, length, heads, _ = q.shape
+    kept = 0 if _cuda.is_one_shot(immediate, k.shape[2], q.dtype) else length
     return _fresh(q), q.new_empty(2, batch, heads, kept, dtype=torch.float32)
 
 

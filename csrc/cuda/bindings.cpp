@@ -67,11 +67,9 @@ Tensor gradient_of_parameter(const Launch& launch, const Tensor& parameter) {
   return fresh(launch, parameter, {parameter.sizes().begin(), parameter.sizes().end()}, ScalarType::Float);
 }
 
-// The gradient in float32 of a parameter that nothing depended on.
-Tensor no_gradient(const Launch& launch, const Tensor& parameter) {
-  Tensor total = gradient_of_parameter(launch, parameter);
-  torch::stable::zero_(total);
-  return total;
+Tensor zeroed(Tensor tensor) {
+  torch::stable::zero_(tensor);
+  return tensor;
 }
 
 void check_last_stride(const char* operation, const Tensor& tensor) {
@@ -95,6 +93,159 @@ Matrix matrix_of(const char* operation, const Tensor& t) {  // [N, D]
 }
 
 Vector vector_of(const Tensor& t) { return {t.data_ptr(), dtype_of(t)}; }
+
+Rows rows_of(const char* operation, const Tensor& t) {  // [B, T, H, d]
+  check_last_stride(operation, t);
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), is_wide(t)};
+}
+
+Media media_of(const char* operation, const Tensor& t) {  // [B, M, R, Hkv, d]
+  check_last_stride(operation, t);
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3), is_wide(t)};
+}
+
+const int32_t* spans_of(const char* operation, const Tensor& t, int64_t batch, int64_t columns) {
+  STD_TORCH_CHECK(
+      t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.size(0) == batch && t.size(1) == columns, operation,
+      ": expected a contiguous int32 mask tensor of shape (", batch, ", ", columns, ").");
+  return t.const_data_ptr<int32_t>();
+}
+
+Attention attention_params(
+    const char* operation, const Tensor& q, int64_t kv_heads, double scale, const Tensor& out, const Tensor& softmax) {
+  Attention p = {};
+  p.dtype = dtype_of(q);
+  p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
+  p.kv_heads = kv_heads, p.scale = scale, p.parts = 1;
+  p.q = rows_of(operation, q), p.out = rows_of(operation, out);
+  if (softmax.numel() == 0) return p;
+  p.softmax_max = softmax.mutable_data_ptr<float>(), p.softmax_sum = p.softmax_max + softmax.numel() / 2;
+  return p;
+}
+
+MaskedCrossAttention masked_params(
+    const char* operation, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi,
+    const Tensor& start, const Tensor& stop, bool immediate, bool averages, double scale, const Tensor& out,
+    const Tensor& softmax) {
+  MaskedCrossAttention p = {};
+  static_cast<Attention&>(p) = attention_params(operation, q, k.size(3), scale, out, softmax);
+  p.media = k.size(1), p.latents = k.size(2);
+  p.one_shot = kernels::is_one_shot(p.dtype, immediate, p.latents), p.averages = averages;
+  p.lo = spans_of(operation, lo, p.batch, p.length), p.hi = spans_of(operation, hi, p.batch, p.length);
+  p.start = spans_of(operation, start, p.batch, p.media), p.stop = spans_of(operation, stop, p.batch, p.media);
+  p.k = media_of(operation, k), p.v = media_of(operation, v);
+  return p;
+}
+
+std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
+    Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor start, Tensor stop, bool immediate, bool averages,
+    double scale) {
+  const Launch launch(q);
+  const bool one_shot = kernels::is_one_shot(dtype_of(q), immediate, k.size(2));
+  Tensor out = fresh_like(launch, q),
+         softmax = fresh(launch, q, {2, q.size(0), q.size(2), one_shot ? 0 : q.size(1)}, ScalarType::Float);
+  if (out.numel() == 0) return {out, softmax};
+  const MaskedCrossAttention p = masked_params(
+      "masked_cross_attention_fwd", q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
+  kernels::masked_cross_attention_fwd(p, launch.stream);
+  return {out, softmax};
+}
+
+// Results of which each part of the work has its own, in float32.
+Tensor parts_of(const Launch& launch, const Tensor& result, int64_t parts) {
+  std::vector<int64_t> sizes = {parts};
+  sizes.insert(sizes.end(), result.sizes().begin(), result.sizes().end());
+  return fresh(launch, result, sizes, ScalarType::Float);
+}
+
+void add_parts(const Launch& launch, const Tensor& parts, Tensor& total) {
+  kernels::sum(
+      {parts.const_data_ptr<float>(), total.mutable_data_ptr(), dtype_of(total), parts.size(0), total.numel()},
+      launch.stream);
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor lo, Tensor hi, Tensor start, Tensor stop,
+    bool immediate, bool averages, double scale) {
+  const char* operation = "masked_cross_attention_bwd";
+  const Launch launch(q);
+  Tensor dq = fresh_like(launch, q), dk = fresh_like(launch, k), dv = fresh_like(launch, v);
+  if (q.numel() == 0 || k.numel() == 0) return {zeroed(dq), zeroed(dk), zeroed(dv)};
+  MaskedCrossAttention p =
+      masked_params(operation, q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
+  p.dout = rows_of(operation, dout), p.dq = rows_of(operation, dq);
+  p.dk = media_of(operation, dk), p.dv = media_of(operation, dv);
+  const Tensor delta = fresh(launch, q, {p.one_shot ? 0 : p.batch * p.heads * p.length}, ScalarType::Float),
+               share = fresh(launch, q, {averages ? p.batch * p.kv_heads * p.head_dim : 0}, ScalarType::Float);
+  p.delta = p.one_shot ? nullptr : delta.mutable_data_ptr<float>(), p.share = share.mutable_data_ptr<float>();
+  p.parts = kernels::parts_of_masked_cross_attention_bwd(p);
+  if (p.parts == 1) {
+    kernels::masked_cross_attention_bwd(p, launch.stream);
+    return {dq, dk, dv};
+  }
+  const Tensor dks = parts_of(launch, dk, p.parts), dvs = parts_of(launch, dv, p.parts);
+  p.partial_dk = dks.mutable_data_ptr<float>(), p.partial_dv = dvs.mutable_data_ptr<float>();
+  kernels::masked_cross_attention_bwd(p, launch.stream);
+  add_parts(launch, dks, dk), add_parts(launch, dvs, dv);
+  return {dq, dk, dv};
+}
+
+PerceiverAttention perceiver_params(
+    const char* operation, const Tensor& q, const Tensor& k_media, const Tensor& v_media, const Tensor& k_latents,
+    const Tensor& v_latents, const std::optional<Tensor>& media_lengths, double scale, const Tensor& out,
+    const Tensor& softmax) {
+  PerceiverAttention p = {};
+  static_cast<Attention&>(p) = attention_params(operation, q, k_media.size(2), scale, out, softmax);
+  p.keys[0] = k_media.size(1), p.keys[1] = k_latents.size(1);
+  if (media_lengths) {
+    STD_TORCH_CHECK(
+        media_lengths->scalar_type() == ScalarType::Int && media_lengths->is_contiguous(), operation,
+        ": expected contiguous int32 media_lengths.");
+    p.media_lengths = media_lengths->const_data_ptr<int32_t>();
+  }
+  p.k[0] = rows_of(operation, k_media), p.k[1] = rows_of(operation, k_latents);
+  p.v[0] = rows_of(operation, v_media), p.v[1] = rows_of(operation, v_latents);
+  p.parts = kernels::parts_of_perceiver_attention(p), p.whole = kernels::is_whole(p);
+  return p;
+}
+
+std::tuple<Tensor, Tensor> perceiver_attention_fwd(
+    Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, std::optional<Tensor> media_lengths,
+    double scale) {
+  const Launch launch(q);
+  Tensor out = fresh_like(launch, q),
+         softmax = fresh(launch, q, {2, q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
+  if (out.numel() == 0) return {out, softmax};
+  PerceiverAttention p = perceiver_params(
+      "perceiver_attention_fwd", q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
+  const bool divided = p.parts > 1;
+  const Tensor outs = parts_of(launch, out, divided ? p.parts : 0),
+               softmaxes = parts_of(launch, softmax, divided ? p.parts : 0);
+  p.partial_rows = outs.mutable_data_ptr<float>();
+  kernels::perceiver_attention_fwd(p, softmaxes.mutable_data_ptr<float>(), launch.stream);
+  return {out, softmax};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> perceiver_attention_bwd(
+    Tensor dout, Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor out, Tensor softmax,
+    std::optional<Tensor> media_lengths, double scale) {
+  const char* operation = "perceiver_attention_bwd";
+  const Launch launch(q);
+  Tensor dq = fresh_like(launch, q), dk_media = fresh_like(launch, k_media), dv_media = fresh_like(launch, v_media),
+         dk_latents = fresh_like(launch, k_latents), dv_latents = fresh_like(launch, v_latents);
+  if (q.numel() == 0) return {dq, zeroed(dk_media), zeroed(dv_media), zeroed(dk_latents), zeroed(dv_latents)};
+  PerceiverAttention p = perceiver_params(
+      operation, q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
+  p.dout = rows_of(operation, dout), p.dq = rows_of(operation, dq);
+  p.dk[0] = rows_of(operation, dk_media), p.dk[1] = rows_of(operation, dk_latents);
+  p.dv[0] = rows_of(operation, dv_media), p.dv[1] = rows_of(operation, dv_latents);
+  const Tensor delta = fresh(launch, q, {p.whole ? 0 : p.batch * p.heads * p.length}, ScalarType::Float),
+               dqs = parts_of(launch, dq, p.parts > 1 ? p.parts : 0);
+  p.delta = p.whole ? nullptr : delta.mutable_data_ptr<float>(), p.partial_rows = dqs.mutable_data_ptr<float>();
+  kernels::perceiver_attention_bwd(p, launch.stream);
+  if (p.parts > 1) add_parts(launch, dqs, dq);
+  return {dq, dk_media, dv_media, dk_latents, dv_latents};
+}
 
 // The dtype of x + tanh(gate) * y; as everywhere in torch, a gate without dimensions does not widen y.
 ScalarType residual_dtype(const Tensor& x, const Tensor& y, const Tensor& gate) {
@@ -147,7 +298,7 @@ Tensor gated_residual_fwd(Tensor x, Tensor y, Tensor gate) {
 std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) {
   const Launch launch(y);
   Tensor dy = fresh_like(launch, y);
-  if (dy.numel() == 0) return {dy, no_gradient(launch, gate)};
+  if (dy.numel() == 0) return {dy, zeroed(gradient_of_parameter(launch, gate))};
   gate = torch::stable::contiguous(gate);
   const Division division = kernels::divide_gated_residual_bwd(y.size(0), y.size(1));
   Partials dgate = gate_partials_of(launch, gate, division);
@@ -184,7 +335,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_bwd(
   const char* operation = "gated_residual_norm";
   const Launch launch(z);
   Tensor dx = fresh_like(launch, z), dy = fresh_like(launch, y);
-  if (dx.numel() == 0) return {dx, dy, no_gradient(launch, gate), no_gradient(launch, weight), no_gradient(launch, weight)};
+  if (dx.numel() == 0) {
+    const auto none = [&](const Tensor& parameter) { return zeroed(gradient_of_parameter(launch, parameter)); };
+    return {dx, dy, none(gate), none(weight), none(weight)};
+  }
   gate = torch::stable::contiguous(gate), weight = torch::stable::contiguous(weight);
   const Division division = kernels::divide_gated_residual_norm_bwd(z.size(0), z.size(1));
   Partials dgate = gate_partials_of(launch, gate, division), dweight = partials_of(launch, weight, division.parts),
@@ -212,6 +366,10 @@ STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CUDA, m) {
 #endif
+  m.impl("masked_cross_attention_fwd.cuda", TORCH_BOX(&masked_cross_attention_fwd));
+  m.impl("masked_cross_attention_bwd.cuda", TORCH_BOX(&masked_cross_attention_bwd));
+  m.impl("perceiver_attention_fwd.cuda", TORCH_BOX(&perceiver_attention_fwd));
+  m.impl("perceiver_attention_bwd.cuda", TORCH_BOX(&perceiver_attention_bwd));
   m.impl("gated_residual_fwd.cuda", TORCH_BOX(&gated_residual_fwd));
   m.impl("gated_residual_bwd.cuda", TORCH_BOX(&gated_residual_bwd));
   m.impl("gated_residual_norm_fwd.cuda", TORCH_BOX(&gated_residual_norm_fwd));

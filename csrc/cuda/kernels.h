@@ -20,6 +20,16 @@ void gated_residual_norm_fwd(const GatedResidualNorm&, Stream);
 void gated_residual_norm_bwd(const GatedResidualNorm&, Stream);
 Division divide_gated_residual_norm_bwd(int64_t rows, int64_t columns);
 
+bool is_one_shot(DType, bool immediate, int64_t latents);
+void masked_cross_attention_fwd(const MaskedCrossAttention&, Stream);
+void masked_cross_attention_bwd(const MaskedCrossAttention&, Stream);
+int64_t parts_of_masked_cross_attention_bwd(const MaskedCrossAttention&);
+
+int64_t parts_of_perceiver_attention(const PerceiverAttention&);
+bool is_whole(const PerceiverAttention&);
+void perceiver_attention_fwd(const PerceiverAttention&, float* softmax_of_parts, Stream);
+void perceiver_attention_bwd(const PerceiverAttention&, Stream);
+
 void sum(const Sum&, Stream);
 void fill_with_nan(void* memory, int64_t bytes, Stream);  // a test aid
 

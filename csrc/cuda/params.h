@@ -48,6 +48,53 @@ struct GatedResidualNorm {
   float *dweight, *dbias;  // partial sums [parts, D]
 };
 
+struct Rows {  // [B, T, H, d], [N, R, H, d] or [N, S, Hkv, d]
+  void* data;
+  int64_t batch, row, head;
+  bool wide;
+};
+
+struct Media {  // [B, M, R, Hkv, d]
+  void* data;
+  int64_t batch, medium, latent, head;
+  bool wide;
+};
+
+// What both attentions have: rows that attend, and what is kept of their softmax.
+struct Attention {
+  DType dtype;
+  int64_t batch, length, heads, head_dim, kv_heads;
+  float scale;
+  Rows q, out;
+  float *softmax_max, *softmax_sum;  // [B, H, T]; null where the backward pass needs them not
+  // backward only
+  Rows dout, dq;
+  float* delta;   // [B, H, T]: rowsum(dout * out)
+  // where the work of one result is divided, each part writes its own, in float32
+  int64_t parts;  // 1: no division
+  float* partial_rows;                // [parts, B, T, H, d] of out or dq
+  float *partial_dk, *partial_dv;     // [parts, B, M, R, Hkv, d]
+};
+
+struct MaskedCrossAttention : Attention {
+  int64_t media, latents;
+  bool one_shot;        // every row sees one medium, whose keys are one tile
+  bool averages;        // rows with hi < 0 may be there: they average all values
+  const int32_t* lo;    // [B, T] contiguous
+  const int32_t* hi;    // [B, T]
+  const int32_t* start; // [B, M]
+  const int32_t* stop;  // [B, M]
+  Media k, v, dk, dv;
+  float* share;  // [B, Hkv, d]: what averaging rows send to every value
+};
+
+struct PerceiverAttention : Attention {
+  int64_t keys[2];               // S media keys, L latent keys
+  const int32_t* media_lengths;  // [N] or null
+  bool whole;                    // one tile holds all rows, and no other head shares the keys
+  Rows k[2], v[2], dk[2], dv[2];
+};
+
 // total[size] = partials[0] + partials[1] + ..., in order and rounded once.
 struct Sum {
   const float* partials;  // [parts, size]

@@ -27,6 +27,8 @@ __device__ inline uint16_t float_to_f16(float value) { return __half_as_ushort(_
 __device__ inline uint4 load_128(const void* address) { return *static_cast<const uint4*>(address); }
 __device__ inline void store_128(void* address, uint4 value) { *static_cast<uint4*>(address) = value; }
 
+__device__ inline void store_32(void* address, uint32_t value) { *static_cast<uint32_t*>(address) = value; }
+
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -124,6 +124,8 @@ void resume(Fiber& fiber) {
 #endif
 }
 
+unsigned threads() { return block.size.x * block.size.y * block.size.z; }
+
 void fail(const std::string& message) {
   if (failure.empty()) failure = message;
 }

@@ -88,8 +88,6 @@ Value shuffle(Value value, unsigned from) {
   return mine.result;
 }
 
-inline unsigned threads() { return block.size.x * block.size.y * block.size.z; }
-
 }  // namespace emulation
 
 #define threadIdx (::emulation::thread->index)
@@ -100,20 +98,20 @@ inline unsigned threads() { return block.size.x * block.size.y * block.size.z; }
 inline void __syncthreads() { emulation::meet_block(emulation::nothing, nullptr); }
 inline void __syncwarp() { emulation::meet_warp(emulation::nothing, nullptr); }
 
-inline int __syncthreads_or(int predicate) {
+inline uint32_t __ballot_sync(unsigned, int predicate) {
   struct Vote {
-    int own, any;
+    int own;
+    uint32_t all;
   } vote = {predicate, 0};
-  emulation::meet_block(
+  emulation::meet_warp(
       [](void* const* brought) {
         auto votes = reinterpret_cast<Vote* const*>(brought);
-        int any = 0;
-        for (unsigned i = 0; i < emulation::threads(); ++i) any |= votes[i] ? votes[i]->own : 0;
-        for (unsigned i = 0; i < emulation::threads(); ++i)
-          if (votes[i]) votes[i]->any = any;
+        uint32_t all = 0;
+        for (int lane = 0; lane < 32; ++lane) all |= uint32_t(votes[lane]->own != 0) << lane;
+        for (int lane = 0; lane < 32; ++lane) votes[lane]->all = all;
       },
       &vote);
-  return vote.any != 0;
+  return vote.all;
 }
 
 template <class Value>
@@ -162,6 +160,11 @@ inline uint4 load_128(const void* address) {
 
 inline void store_128(void* address, uint4 value) {
   emulation::require(uintptr_t(address) % 16 == 0, "a store of 16 bytes is not aligned");
+  std::memcpy(address, &value, sizeof value);
+}
+
+inline void store_32(void* address, uint32_t value) {
+  emulation::require(uintptr_t(address) % 4 == 0, "a store of 4 bytes is not aligned");
   std::memcpy(address, &value, sizeof value);
 }
 
