@@ -19,7 +19,7 @@ OLDEST_TRANSFORMERS := transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==
 	requests==2.34.2 urllib3==2.8.0 certifi==2026.10.18 charset-normalizer==3.5.2
 OLDEST := $(VENV)/triton-oldest $(VENV)/transformers-oldest
 
-.PHONY: help demo test test-slow lint format bench gpu info build clean
+.PHONY: help demo test test-slow lint format bench gpu info build emulated clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -28,10 +28,10 @@ help: ## show this list
 demo: build ## swap a Flamingo's modules for kernels on real images, compare and time them
 	@$(BIN)/python -m flamingo_kernels demo $(ARGS)
 
-test: build $(OLDEST) ## run the tests (ARGS="-k mask" for some of them)
+test: build emulated $(OLDEST) ## run the tests (ARGS="-k mask" for some of them)
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-test-slow: build $(OLDEST) ## run the slow tests too
+test-slow: build emulated $(OLDEST) ## run the slow tests too
 	@$(BIN)/python -m pytest $(PARALLEL) -m "" $(ARGS)
 
 bench: build ## time every operator and layer against its rivals
@@ -57,8 +57,11 @@ format: $(VENV)/installed ## format the code
 build: $(VENV)/installed ## compile the kernels that have changed
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
+emulated: $(VENV)/installed ## compile the CUDA kernels for this processor, as the tests run them without a GPU
+	@FLAMINGO_KERNELS_EMULATE=cuda $(BIN)/python setup.py --quiet build_ext --build-lib build/emulated-cuda
+
 clean: ## remove everything that make has made
-	rm -rf $(VENV) build dist *.egg-info flamingo_kernels/_C.* .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info flamingo_kernels/_C.* flamingo_kernels/_cuda.*.so .benchmarks .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/torch
 	@echo "installing the dependencies"

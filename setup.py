@@ -1,19 +1,24 @@
-"""Builds `flamingo_kernels/_C.abi3.so`, the CPU kernels, when a C++ compiler is there.
+"""Builds the kernels: `flamingo_kernels/_C.abi3.so` for the CPU, `_cuda.abi3.so` for NVIDIA GPUs.
 
 One binary serves every torch >= 2.10 and every Python >= 3.10: `bindings.cpp` sees PyTorch's stable ABI only.
 `kernels.cpp` is compiled once for each instruction set in `VARIANTS`; the processor's is chosen at run time.
+The CUDA kernels need nvcc but no GPU, and compile with a torch for the CPU too.
 
 Environment:
-    FLAMINGO_KERNELS_BUILD    cpu | cuda | none; without it cpu where a C++ compiler is found, else none
-    FLAMINGO_KERNELS_EMULATE  1: compile every variant for this very processor, so that the tests run the
-                              wide kernels on machines that lack their instructions
-    CXX                       the C++ compiler
+    FLAMINGO_KERNELS_BUILD       cpu | cuda (both) | none; without it cpu where a C++ compiler is found, cuda
+                                 where nvcc and a torch for CUDA are too, else none
+    FLAMINGO_KERNELS_CUDA_ARCHS  what GPUs to compile for, as in "80;90"; the last as PTX as well
+    FLAMINGO_KERNELS_EMULATE     1: compile every CPU variant for this very processor, so that the tests run
+                                 the wide kernels on machines that lack their instructions
+                                 cuda: compile the CUDA kernels for this processor, and nothing else
+    CXX, NVCC                    the compilers
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,7 +34,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 BUILDS = ("cpu", "cuda", "none")
+EMULATE = os.environ.get("FLAMINGO_KERNELS_EMULATE", "")
 SOURCES = Path("csrc", "cpu")
+CUDA_SOURCES = Path("csrc", "cuda")
 
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
@@ -43,6 +50,9 @@ FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-e
 # What bindings.cpp is held to: the C ABI of torch 2.10 and of Python 3.10.
 TORCH_OLDEST = (2, 10)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030A0000"
+
+CUDA_ARCHS = "80;86;89;90;100;120"
+NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 
 
 def say(line: str) -> None:
@@ -64,16 +74,35 @@ def accepts(compiler: list[str], flags: str) -> bool:
 
 
 def choose_build(compiler: list[str]) -> str:
-    build = os.environ.get("FLAMINGO_KERNELS_BUILD") or ("cpu" if compiler else "none")
+    build = os.environ.get("FLAMINGO_KERNELS_BUILD") or best_build(compiler)
     if build not in BUILDS:
         sys.exit(f"FLAMINGO_KERNELS_BUILD={build!r} is not one of {', '.join(BUILDS)}.")
-    if build == "cuda":
-        sys.exit("FLAMINGO_KERNELS_BUILD=cuda: this version has no CUDA kernels; use cpu or none.")
-    if build == "cpu" and not compiler:
-        sys.exit("FLAMINGO_KERNELS_BUILD=cpu needs a C++20 compiler: install g++ or clang++, or set CXX.")
+    if build == "cuda" and not shutil.which(NVCC):
+        sys.exit(
+            f"FLAMINGO_KERNELS_BUILD=cuda needs CUDA's compiler, found no {NVCC}: install it, or set NVCC."
+        )
+    if build != "none" and not compiler:
+        sys.exit(
+            f"FLAMINGO_KERNELS_BUILD={build} needs a C++20 compiler: install g++ or clang++, or set CXX."
+        )
     if build == "none" and not compiler:
         say("no C++20 compiler (CXX, c++, g++, clang++): backend 'cpu' is not built, 'reference' still works")
     return build
+
+
+def best_build(compiler: list[str]) -> str:
+    """What is worth building here, where nobody has said."""
+    if not compiler:
+        return "none"
+    return "cuda" if shutil.which(NVCC) and torch_is_for_cuda() else "cpu"
+
+
+def torch_is_for_cuda() -> bool:
+    spec = util.find_spec("torch")
+    if not spec or not spec.submodule_search_locations:
+        return False
+    version = Path(spec.submodule_search_locations[0], "version.py")
+    return version.exists() and re.search(r"^cuda\b.*= '", version.read_text(), re.MULTILINE) is not None
 
 
 def find_torch() -> Path:
@@ -83,11 +112,40 @@ def find_torch() -> Path:
     if not spec or tuple(map(int, found.split(".")[:2])) < TORCH_OLDEST:
         oldest = ".".join(map(str, TORCH_OLDEST))
         sys.exit(
-            f"flamingo_kernels: building the CPU kernels needs torch>={oldest} in this environment, "
+            f"flamingo_kernels: building the kernels needs torch>={oldest} in this environment, "
             f"found {found}: pip install torch, then pip install --no-build-isolation .\n"
             "Or build without them: FLAMINGO_KERNELS_BUILD=none pip install ."
         )
     return Path(spec.submodule_search_locations[0])
+
+
+def cuda_archs() -> list[str]:
+    """What GPUs to compile for, less those that this nvcc does not know."""
+    wanted = (os.environ.get("FLAMINGO_KERNELS_CUDA_ARCHS") or CUDA_ARCHS).split(";")
+    known = subprocess.run(
+        [NVCC, "--list-gpu-arch"], text=True, capture_output=True, check=True
+    ).stdout.split()
+    archs = [arch for arch in wanted if f"compute_{arch}" in known]
+    if lost := sorted(set(wanted) - set(archs)):
+        say(f"{nvcc_version()} does not know sm_{', sm_'.join(lost)}: no kernels for them")
+    if not archs:
+        sys.exit(
+            f"FLAMINGO_KERNELS_CUDA_ARCHS={';'.join(wanted)}: {nvcc_version()} knows {', '.join(known)}."
+        )
+    return archs
+
+
+def nvcc_version() -> str:
+    said = subprocess.run([NVCC, "--version"], text=True, capture_output=True, check=True).stdout
+    found = re.search(r"release ([\d.]+)", said)
+    return f"nvcc {found[1]}" if found else "nvcc"
+
+
+def made_folder(name: str) -> Path:
+    """Where objects go; not in build_temp, which an editable install throws away."""
+    folder = Path("build", name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 class Object(NamedTuple):
@@ -123,18 +181,22 @@ class Object(NamedTuple):
 
 
 class Build(build_ext):
-    """build_ext that compiles one source under several instruction sets, each object only when it must."""
+    """build_ext that compiles one source in several ways, each object only when it must."""
+
+    emulate = EMULATE == "1"
 
     def build_extension(self, extension: Extension) -> None:
         self.torch = find_torch()
-        self.emulate = os.environ.get("FLAMINGO_KERNELS_EMULATE") == "1"
-        objects = self.objects()
+        self.stable_abi = [*STABLE_ABI.split(), "-isystem", str(self.torch / "include")]
+        cuda = extension.name == CUDA_EXTENSION.name
+        objects = self.objects() if not cuda else self.emulated_objects() if EMULATE else self.cuda_objects()
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
             list(pool.map(Object.compile, [one for one in objects if not one.is_current()]))
         finally:
             pool.shutdown(cancel_futures=True)  # after one failure the others would only repeat it
-        self.link(objects, Path(self.get_ext_fullpath(extension.name)))
+        linker = [NVCC, "-cudart", "static"] if cuda and not EMULATE else COMPILER
+        self.link(linker, objects, Path(self.get_ext_fullpath(extension.name)))
 
     def objects(self) -> list[Object]:
         """All objects in link order. Where several share an inline function of the C++ library the linker
@@ -142,11 +204,10 @@ class Build(build_ext):
         """
         variants = self.variants()
         have = [f"-DFK_HAVE_{name.upper()}=1" for name in variants]
-        stable_abi = [*STABLE_ABI.split(), "-isystem", str(self.torch / "include")]
         objects = []
         for source in sorted(SOURCES.glob("*.cpp")):
             if source.name != "kernels.cpp":
-                extra = stable_abi if source.name == "bindings.cpp" else []
+                extra = self.stable_abi if source.name == "bindings.cpp" else []
                 objects.append(self.object(source, source.stem, *have, *extra))
         for name, flags in variants.items():
             kernels = SOURCES / "kernels.cpp"
@@ -164,21 +225,46 @@ class Build(build_ext):
                 say(f"{COMPILER[0]} does not know {flags!r}: no {name} kernels")
         return variants
 
-    def object(self, source: Path, name: str, *flags: str) -> Object:
-        # Not in build_temp, which an editable install throws away.
-        folder = Path("build", "objects-emulated" if self.emulate else "objects")
-        folder.mkdir(parents=True, exist_ok=True)
+    def object(self, source: Path, name: str, *flags: str, folder: Path | None = None) -> Object:
+        folder = folder or made_folder("objects-emulated" if self.emulate else "objects")
         output = folder / f"{name}.o"
         emulate = ["-DFK_EMULATE=1"] if self.emulate else []
         command = [*COMPILER, *FLAGS.split(), *emulate, *flags, "-MD", "-c", str(source), "-o", str(output)]
         return Object(source, output, command)
 
-    def link(self, objects: list[Object], output: Path) -> None:
+    def cuda_objects(self) -> list[Object]:
+        """The kernels for every architecture, by nvcc, and the bindings by the C++ compiler."""
+        archs = cuda_archs()
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        folder = made_folder("objects-cuda")
+        built = f"{nvcc_version()}; {NVCC_FLAGS}; sm_{', sm_'.join(archs)} and PTX of {archs[-1]}"
+        flags = ["-DUSE_CUDA", f'-DFK_BUILD="{built}"', *self.stable_abi]
+        objects = [self.object(CUDA_SOURCES / "bindings.cpp", "bindings", *flags, folder=folder)]
+        for source in sorted(CUDA_SOURCES.glob("*.cu")):
+            output, depends = folder / f"{source.stem}.o", folder / f"{source.stem}.d"
+            make = ["-MD", "-MF", str(depends), "-c", str(source), "-o", str(output)]
+            objects.append(Object(source, output, [NVCC, *NVCC_FLAGS.split(), *codes, *make]))
+        return objects
+
+    def emulated_objects(self) -> list[Object]:
+        """The same sources as C++ for this processor."""
+        folder = made_folder("objects-cuda-emulated")
+        flags = ["-DFK_EMULATE=1", '-DFK_BUILD="emulated on the processor"', "-march=native"]
+        flags += ["-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+        bindings = CUDA_SOURCES / "bindings.cpp"
+        sources = [*sorted(CUDA_SOURCES.glob("*.cu")), CUDA_SOURCES / "host" / "emulation.cpp"]
+        objects = [self.object(bindings, "bindings", *flags, *self.stable_abi, folder=folder)]
+        return objects + [
+            self.object(source, source.stem, *flags, "-x", "c++", folder=folder) for source in sources
+        ]
+
+    def link(self, linker: list[str], objects: list[Object], output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         inputs = [str(one.output) for one in objects]
         # Python loads libtorch privately: only a library that names it finds its symbols.
         libraries = ["-L", str(self.torch / "lib"), "-ltorch_cpu"]
-        if subprocess.run([*COMPILER, "-shared", *inputs, *libraries, "-o", str(output)]).returncode:
+        if subprocess.run([*linker, "-shared", *inputs, *libraries, "-o", str(output)]).returncode:
             raise SystemExit(f"flamingo_kernels: {output.name} does not link.")
 
 
@@ -191,15 +277,31 @@ class Wheel(bdist_wheel):
 
 
 COMPILER = find_compiler()
+NVCC = os.environ.get("NVCC", "nvcc")
 EXTENSION = Extension(
     "flamingo_kernels._C",
     sources=sorted(map(str, SOURCES.glob("*.cpp"))),
-    depends=sorted(map(str, SOURCES.glob("*.h"))),
+    # with what CUDA's build reads, as a source archive holds these files whatever is built
+    depends=sorted(map(str, (*SOURCES.glob("*.h"), *CUDA_SOURCES.glob("*.*"), *CUDA_SOURCES.glob("host/*")))),
     py_limited_api=True,
 )
 
+CUDA_EXTENSION = Extension(
+    "flamingo_kernels._cuda",
+    sources=sorted(map(str, (CUDA_SOURCES / "bindings.cpp", *CUDA_SOURCES.glob("*.cu")))),
+    depends=sorted(map(str, (*CUDA_SOURCES.glob("*.h"), *CUDA_SOURCES.glob("host/*")))),
+    py_limited_api=True,
+)
+
+
+def extensions() -> list[Extension]:
+    if EMULATE == "cuda":
+        return [CUDA_EXTENSION]
+    return {"none": [], "cpu": [EXTENSION], "cuda": [EXTENSION, CUDA_EXTENSION]}[choose_build(COMPILER)]
+
+
 if __name__ == "__main__":
     setup(
-        ext_modules=[EXTENSION] if choose_build(COMPILER) == "cpu" else [],
+        ext_modules=extensions(),
         cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
     )

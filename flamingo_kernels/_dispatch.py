@@ -9,9 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import _env, _extension, _triton
+from . import _cuda, _env, _extension, _triton
 
 Reasons = Callable[..., list[str]]
+
+# Where "auto" takes cuda before triton: where it is at least as fast. Modelled, as no GPU has run both: the
+# same bytes, and a launch that costs a call of C++. Elsewhere Triton's products are the better ones on sm_90.
+_CUDA_BEFORE_TRITON = {"gated_residual", "gated_residual_norm"}
 
 # operator -> backend -> function of the operator's tensors that lists why it cannot run them
 _OPERATORS: dict[str, dict[str, Reasons]] = {}
@@ -36,7 +40,8 @@ def register(operator: str, sizes: Callable[..., dict[str, int]], **limits: dict
         sizes: of its tensors, what a backend may limit, by name.
         limits: for each backend that has the operator the largest sizes it takes.
     """
-    _LIMITS[operator] = {name: limits[name] for name in _env.BACKENDS if name in limits}
+    order = _env.BACKENDS if operator in _CUDA_BEFORE_TRITON else ("triton", "cuda", "cpu", "reference")
+    _LIMITS[operator] = {name: limits[name] for name in order if name in limits}
     _OPERATORS[operator] = {
         name: partial(_reasons, _GENERAL[name], sizes, largest) for name, largest in _LIMITS[operator].items()
     }
@@ -82,11 +87,16 @@ def resolve(operator: str, backend: str, *tensors: Tensor | None) -> str:
             )
         return backend
     for name, why_not in candidates.items():
-        if not why_not(*tensors) and not (name == "triton" and _env.INTERPRET):
-            return name  # an interpreter is never the best there is: it runs when it is asked for by name
+        if not why_not(*tensors) and not _is_stand_in(name):
+            return name
     everything = {name: why_not(*tensors) for name, why_not in candidates.items()}
     lines = "".join(f"\n  {name}: {'; '.join(reasons)}" for name, reasons in everything.items())
     raise UnsupportedError(f"{operator}: no backend supports these inputs:{lines}", everything)
+
+
+def _is_stand_in(backend: str) -> bool:
+    """Whether a GPU's kernels run on the processor: never the best there is, so only when asked for."""
+    return _env.INTERPRET if backend == "triton" else backend == "cuda" and _cuda.emulated()
 
 
 def _why_not(operator: str, backend: str, *tensors: Tensor | None) -> list[str]:
@@ -155,6 +165,10 @@ def _triton_reasons(*tensors: Tensor | None) -> list[str]:
     return _kernel_reasons(_triton.why_not(), _triton.misplaced, *tensors)
 
 
+def _cuda_reasons(*tensors: Tensor | None) -> list[str]:
+    return _kernel_reasons(_cuda.why_not(), _cuda.misplaced, *tensors)
+
+
 def _cpu_reasons(*tensors: Tensor | None) -> list[str]:
     return _kernel_reasons(_extension.why_not(), _extension.misplaced, *tensors)
 
@@ -166,6 +180,7 @@ def _reference_reasons(*tensors: Tensor | None) -> list[str]:
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GENERAL: dict[str, Reasons] = {
+    "cuda": _cuda_reasons,
     "triton": _triton_reasons,
     "cpu": _cpu_reasons,
     "reference": _reference_reasons,

@@ -29,5 +29,6 @@ CACHE = Path(os.environ.get("FLAMINGO_KERNELS_CACHE") or Path.home() / ".cache" 
 # Triton's own: its kernels run in an interpreter, on the processor.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
-# Another build of the extension than the one installed beside this package.
+# Other builds of the two extensions than those installed beside this package.
 EXTENSION = os.environ.get("FLAMINGO_KERNELS_EXTENSION", "")
+CUDA_EXTENSION = os.environ.get("FLAMINGO_KERNELS_CUDA_EXTENSION", "")

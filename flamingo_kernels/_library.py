@@ -1,7 +1,8 @@
 """Schemas and shape functions of the compiled operators; needs torch alone, so everything traces anywhere.
 
-Each operator has one `_fwd` and one `_bwd`, in two overloads: `default`, for which the C++ extension has
-kernels, and `triton`. Which one runs is decided before the call, so that a traced graph holds no choice.
+Each operator has one `_fwd` and one `_bwd`, in three overloads: `default`, for which the C++ extension has
+kernels, `cuda`, for which the CUDA extension has them, and `triton`. Which one runs is decided before the
+call, so that a traced graph holds no choice.
 
 `softmax` is the maximum and the sum of every row's softmax, `[2, B, H, T]`: their logarithm in one float
 would round all weights of a row alike. It is empty where the backward pass makes the softmax anew.
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import _cuda
 
 _LIBRARY = torch.library.Library("flamingo_kernels", "DEF")
 
@@ -63,6 +66,7 @@ def _run_triton(name: str) -> Any:
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
     _LIBRARY.define(f"{_name}.triton{_schema}")
+    _LIBRARY.define(f"{_name}.cuda{_schema}")
     for _key in ("CUDA", "CPU"):  # on a CPU in Triton's interpreter; see `_triton.reasons`
         _LIBRARY.impl(f"{_name}.triton", _run_triton(_name), _key)
 
@@ -70,7 +74,7 @@ for _name, _schema in _SCHEMAS.items():
 def backends_of(name: str) -> dict[str, Any]:
     """What each compiled backend calls for an operation, `<operator>_fwd` or `_bwd`."""
     operation = getattr(torch.ops.flamingo_kernels, name)
-    return {"cpu": operation.default, "triton": operation.triton}
+    return {"cpu": operation.default, "triton": operation.triton, "cuda": operation.cuda}
 
 
 def _shapes_of(*overloads: str) -> Any:
@@ -104,40 +108,49 @@ def _(q, k, v, lo, hi, start, stop, immediate, averages, scale):
     return _fresh(q), q.new_empty(2, batch, heads, kept, dtype=torch.float32)
 
 
-@_shapes_of("masked_cross_attention_bwd", "masked_cross_attention_bwd.triton")
+@_shapes_of("masked_cross_attention_fwd.cuda")
+def _(q, k, v, lo, hi, start, stop, immediate, averages, scale):
+    batch, length, heads, _ = q.shape
+    kept = 0 if _cuda.is_one_shot(immediate, k.shape[2], q.dtype) else length
+    return _fresh(q), q.new_empty(2, batch, heads, kept, dtype=torch.float32)
+
+
+@_shapes_of(
+    "masked_cross_attention_bwd", "masked_cross_attention_bwd.triton", "masked_cross_attention_bwd.cuda"
+)
 def _(dout, q, k, v, out, softmax, lo, hi, start, stop, immediate, averages, scale):
     return _fresh(q), _fresh(k), _fresh(v)
 
 
-@_shapes_of("perceiver_attention_fwd", "perceiver_attention_fwd.triton")
+@_shapes_of("perceiver_attention_fwd", "perceiver_attention_fwd.triton", "perceiver_attention_fwd.cuda")
 def _(q, k_media, v_media, k_latents, v_latents, media_lengths, scale):
     batch, latents, heads, _ = q.shape
     return _fresh(q), q.new_empty(2, batch, heads, latents, dtype=torch.float32)
 
 
-@_shapes_of("perceiver_attention_bwd", "perceiver_attention_bwd.triton")
+@_shapes_of("perceiver_attention_bwd", "perceiver_attention_bwd.triton", "perceiver_attention_bwd.cuda")
 def _(dout, q, k_media, v_media, k_latents, v_latents, out, softmax, media_lengths, scale):
     return tuple(_fresh(tensor) for tensor in (q, k_media, v_media, k_latents, v_latents))
 
 
-@_shapes_of("gated_residual_fwd", "gated_residual_fwd.triton")
+@_shapes_of("gated_residual_fwd", "gated_residual_fwd.triton", "gated_residual_fwd.cuda")
 def _(x, y, gate):
     return x.new_empty(x.shape, dtype=residual_dtype(x, y, gate))
 
 
-@_shapes_of("gated_residual_bwd", "gated_residual_bwd.triton")
+@_shapes_of("gated_residual_bwd", "gated_residual_bwd.triton", "gated_residual_bwd.cuda")
 def _(dz, y, gate):
     return _fresh(y), gate.new_empty(gate.shape, dtype=torch.float32)
 
 
-@_shapes_of("gated_residual_norm_fwd", "gated_residual_norm_fwd.triton")
+@_shapes_of("gated_residual_norm_fwd", "gated_residual_norm_fwd.triton", "gated_residual_norm_fwd.cuda")
 def _(x, y, gate, weight, bias, eps, rms):
     z = x.new_empty(x.shape, dtype=residual_dtype(x, y, gate))
     rows = x.shape[:-1]
     return z, torch.empty_like(z), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
 
 
-@_shapes_of("gated_residual_norm_bwd", "gated_residual_norm_bwd.triton")
+@_shapes_of("gated_residual_norm_bwd", "gated_residual_norm_bwd.triton", "gated_residual_norm_bwd.cuda")
 def _(dz, dn, y, gate, weight, z, mean, rstd, rms):
     sums = (tensor.new_empty(tensor.shape, dtype=torch.float32) for tensor in (gate, weight, weight))
     return _fresh(z), _fresh(y), *sums

@@ -112,7 +112,7 @@ def rows(device: str = "cpu") -> Iterator[Row]:
 
 
 def _cases_for(backend: str) -> list[Case]:
-    if info.variant(backend) == "triton/interpreter":  # which is slow: the smallest shapes have to do
+    if info.variant(backend) in ("triton/interpreter", "cuda/emulation"):  # slow: the smallest have to do
         return [example() for example in EXAMPLES.values()]
     return CASES
 

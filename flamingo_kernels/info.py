@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, _dispatch, _env, _extension
+from . import __version__, _cuda, _dispatch, _env, _extension
 from ._triton.config import architecture_of
 
 
@@ -45,6 +45,7 @@ def collect() -> dict[str, Any]:
         },
         "gpu": _gpu(),
         "extension": _extension_file(),
+        "cuda_extension": _cuda_extension_file(),
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -69,12 +70,20 @@ def render(found: dict[str, Any]) -> str:
         f"{'extension':<17} {extension['path']}, built {extension['built']}"
         if extension["loaded"]
         else f"{'extension':<17} none: {extension['why_not']}",
+        f"{'cuda extension':<17} {_render_cuda(found['cuda_extension'])}",
         f"{'environment':<17} {' '.join(f'{k}={v}' for k, v in found['environment'].items()) or '-'}",
     ]
     for operator, backends in found["backends"].items():
         lines += ["", operator]
         lines += [f"  {name:<15} {_render_able(name, able)}" for name, able in backends.items()]
     return "\n".join(lines)
+
+
+def _render_cuda(extension: dict[str, Any]) -> str:
+    if not extension["build"]:
+        return f"none: {extension['why_not']}"
+    loaded = "loaded" if extension["loaded"] else f"not loaded: {extension['why_not']}"
+    return f"{extension['path']}, built {extension['built']} ({extension['build']}), {loaded}"
 
 
 def _render_gpu(gpu: dict[str, Any]) -> str:
@@ -85,6 +94,8 @@ def _render_gpu(gpu: dict[str, Any]) -> str:
 def _render_able(backend: str, able: bool | str) -> str:
     if able is True and variant(backend) == "triton/interpreter":
         return "yes, in Triton's interpreter on the cpu (TRITON_INTERPRET), and only by name"
+    if able is True and variant(backend) == "cuda/emulation":
+        return "yes, emulated on the cpu (FLAMINGO_KERNELS_CUDA_EXTENSION), and only by name"
     return "yes" if able is True else str(able)
 
 
@@ -123,10 +134,12 @@ def backends_in_use(device: str = "cpu") -> dict[str, str]:
 
 
 def variant(backend: str) -> str:
-    """A backend's name with what it runs on: "cpu/avx2", "triton/interpreter"."""
+    """A backend's name with what it runs on: "cpu/avx2", "triton/interpreter", "cuda/emulation"."""
     if backend == "cpu":
         return f"cpu/{_extension.cpu_variant()}"
-    return "triton/interpreter" if backend == "triton" and _env.INTERPRET else backend
+    if backend == "triton" and _env.INTERPRET:
+        return "triton/interpreter"
+    return "cuda/emulation" if backend == "cuda" and _cuda.emulated() else backend
 
 
 def device_name(device: str) -> str:
@@ -180,5 +193,14 @@ def _extension_file() -> dict[str, Any]:
     path = Path(_env.EXTENSION) if _env.EXTENSION else Path(_extension.__file__).with_name("_C.abi3.so")
     if why_not := _extension.why_not():
         return {"loaded": False, "path": str(path), "built": None, "why_not": why_not}
-    built = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-    return {"loaded": True, "path": str(path), "built": built, "why_not": None}
+    return {"loaded": True, "path": str(path), "built": _date(path), "why_not": None}
+
+
+def _cuda_extension_file() -> dict[str, Any]:
+    path, build, why_not = _cuda.path(), _cuda.build() or None, _cuda.why_not() or None
+    built = _date(path) if build else None
+    return {"loaded": not why_not, "path": str(path), "built": built, "build": build, "why_not": why_not}
+
+
+def _date(path: Path) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))

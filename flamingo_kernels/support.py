@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import _dispatch, _triton, readme
+from . import _cuda, _dispatch, _triton, readme
 from .patch.family import families
 
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
@@ -13,6 +13,9 @@ MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
 _RUNS_ON = {
     "reference": "anything PyTorch runs on",
     "cpu": "x86-64; elsewhere portable code (Arm: compiled, and one run in emulation)",
+    "cuda": "NVIDIA GPUs from sm_{}{} on; so far compiled for them and run on none".format(
+        *_cuda.OLDEST_CAPABILITY
+    ),
     "triton": "NVIDIA GPUs from sm_{}{} on, AMD gfx942; so far compiled for them and run on none".format(
         *_triton.OLDEST_CAPABILITY
     ),

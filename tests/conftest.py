@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import shutil
+from pathlib import Path
 
 # Inductor keeps graphs on disk and knows an operator by its name alone, not by what it returns.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
@@ -17,10 +18,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault(
         "TRITON_INTERPRET", "1"
     )  # the Triton kernels run on the processor, in their interpreter
+    emulated = Path(__file__).parents[1] / "build" / "emulated-cuda" / "flamingo_kernels" / "_cuda.abi3.so"
+    if emulated.exists():  # so do the CUDA kernels, as `make emulated` has compiled them for it
+        os.environ.setdefault("FLAMINGO_KERNELS_CUDA_EXTENSION", str(emulated))
 
-from flamingo_kernels import _extension, available_backends
+from flamingo_kernels import _cuda, _extension, available_backends
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # Torch learns which functions obey `torch.device("meta")` on first use. Let that be here, before the fixture
 # below replaces torch.empty: the largest presets would be allocated for real.
@@ -93,9 +97,11 @@ def poison(monkeypatch: pytest.MonkeyPatch):
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
-    _extension.poison(True)
+    for library in (_extension, _cuda):
+        library.poison(True)
     yield
-    _extension.poison(False)
+    for library in (_extension, _cuda):
+        library.poison(False)
 
 
 def _poisoned(allocate):

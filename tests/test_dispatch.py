@@ -68,8 +68,8 @@ def test_auto_takes_the_first_that_can(calls, compiled):
 
 
 def test_an_explicit_backend_never_falls_back(calls):
-    with pytest.raises(UnsupportedError, match=r'^gated_residual: backend="cuda" was requested but .*cuda'):
-        gated_residual(*tensors(), backend="cuda")
+    with pytest.raises(UnsupportedError, match=r'^gated_residual: backend="cuda" was requested but '):
+        gated_residual(*tensors(device="meta"), backend="cuda")
     with pytest.raises(
         UnsupportedError, match=r'^gated_residual: backend="cpu" was requested but .*'
     ) as caught:
@@ -109,7 +109,7 @@ def test_use_backend_restores_after_an_error(calls):
     with pytest.raises(ZeroDivisionError), use_backend("reference"):
         raise ZeroDivisionError
     with pytest.raises(UnsupportedError), use_backend("cuda"):
-        gated_residual(*tensors())
+        gated_residual(*tensors(device="meta"))
     assert _dispatch.default_backend == "auto"
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from setuptools import Distribution
@@ -66,10 +67,46 @@ def test_an_unknown_build_lists_the_legal_ones():
     assert "FLAMINGO_KERNELS_BUILD='gpu' is not one of cpu, cuda, none." in done.stderr
 
 
-def test_cuda_is_refused():
-    done = run_without_torch("--version", FLAMINGO_KERNELS_BUILD="cuda")
+def test_cuda_without_its_compiler_is_an_error():
+    done = run_without_torch("--version", FLAMINGO_KERNELS_BUILD="cuda", NVCC="no-such-nvcc")
     assert done.returncode != 0
-    assert "no CUDA kernels" in done.stderr
+    assert "found no no-such-nvcc" in done.stderr
+    assert "set NVCC" in done.stderr
+
+
+def nvcc(folder: Path) -> str:
+    """A compiler that knows sm_80 and sm_90 and compiles nothing."""
+    path = folder / "nvcc"
+    known = (
+        "case $1 in --version) echo release 12.4,;; --list-gpu-arch) echo compute_80; echo compute_90;; esac"
+    )
+    path.write_text(f"#!/bin/sh\n{known}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_architectures_that_nvcc_does_not_know_are_left_out(tmp_path, monkeypatch, capsys):
+    setup = load_setup()
+    monkeypatch.setattr(setup, "NVCC", nvcc(tmp_path))
+    monkeypatch.delenv("FLAMINGO_KERNELS_CUDA_ARCHS", raising=False)
+    assert setup.cuda_archs() == ["80", "90"]
+    assert (
+        "nvcc 12.4 does not know sm_100, sm_120, sm_86, sm_89: no kernels for them" in capsys.readouterr().err
+    )
+    monkeypatch.setenv("FLAMINGO_KERNELS_CUDA_ARCHS", "120")
+    with pytest.raises(SystemExit, match=r"nvcc 12\.4 knows compute_80, compute_90"):
+        setup.cuda_archs()
+
+
+@pytest.mark.parametrize(("cuda", "expected"), [("'13.0'", "cuda"), ("None", "cpu")])
+def test_cuda_is_built_unasked_only_for_a_torch_of_cuda(cuda, expected, compiler, tmp_path, monkeypatch):
+    setup = load_setup()
+    (tmp_path / "version.py").write_text(f"cuda: Optional[str] = {cuda}\nhip: Optional[str] = '6.0'\n")
+    monkeypatch.setattr(setup, "NVCC", nvcc(tmp_path))
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(setup.util, "find_spec", lambda _: found)
+    assert setup.best_build(compiler) == expected
+    assert setup.best_build([]) == "none"
 
 
 @pytest.mark.parametrize(

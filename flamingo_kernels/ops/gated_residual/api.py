@@ -28,7 +28,7 @@ def gated_residual(
         x: residual stream `[..., D]`, float32, bfloat16 or float16 (the reference takes float64 too).
         y: the branch, same shape; its dtype may differ.
         gate: alpha before tanh, 1 element (Flamingo) or D (one a channel; Idefics' vector gate).
-        backend: "auto", "triton", "cpu" or "reference".
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
         `[..., D]` in the dtype torch's promotion gives `x + tanh(gate) * y`, contiguous.
@@ -75,7 +75,7 @@ def expect_branch(operator: str, x: Tensor, y: Tensor, gate: Tensor) -> None:
     expect_same_device(operator, x=x, y=y, gate=gate)
 
 
-_dispatch.register(_NAME, sizes=lambda *_: {}, triton={}, cpu={}, reference={})
+_dispatch.register(_NAME, sizes=lambda *_: {}, cuda={}, triton={}, cpu={}, reference={})
 
 
 class _GatedResidual(torch.autograd.Function):

@@ -17,6 +17,7 @@ _NAME = "gated_residual_norm"
 _FWD = _library.backends_of("gated_residual_norm_fwd")
 _BWD = _library.backends_of("gated_residual_norm_bwd")
 _WIDEST = 32768  # D that a Triton program holds in one piece
+_WIDEST_OF_CUDA = 24576  # D that fits in float32 into the shared memory of every device
 
 
 def gated_residual_norm(
@@ -44,7 +45,7 @@ def gated_residual_norm(
         bias: offset of the LayerNorm `[D]`, or None. Default: None.
         eps: added to the variance. Default: 1e-5.
         norm: "layer" (LayerNorm) or "rms" (RMSNorm, without bias). Default: "layer".
-        backend: "auto", "triton", "cpu" or "reference".
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
         `(z, n)`, both `[..., D]` in the dtype torch's promotion gives `x + tanh(gate) * y`. n is the norm
@@ -94,7 +95,14 @@ def _validate(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor |
     expect_same_device(_NAME, x=x, weight=weight, bias=bias)
 
 
-_dispatch.register(_NAME, sizes=lambda x, *_: {"D": x.shape[-1]}, triton={"D": _WIDEST}, cpu={}, reference={})
+_dispatch.register(
+    _NAME,
+    sizes=lambda x, *_: {"D": x.shape[-1]},
+    cuda={"D": _WIDEST_OF_CUDA},
+    triton={"D": _WIDEST},
+    cpu={},
+    reference={},
+)
 
 
 class _GatedResidualNorm(torch.autograd.Function):

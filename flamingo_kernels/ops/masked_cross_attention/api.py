@@ -22,6 +22,7 @@ from . import reference
 _NAME = "masked_cross_attention"
 _FWD = _library.backends_of("masked_cross_attention_fwd")
 _BWD = _library.backends_of("masked_cross_attention_bwd")
+_LARGEST_OF_CUDA = 128  # head_dim
 _LARGEST = 256  # latents a medium, and head_dim, that the compiled kernels keep in one block
 
 
@@ -53,7 +54,7 @@ def masked_cross_attention(
         v: values, like k.
         mask: which media each row sees, for the same B, T and M; build it once per batch.
         scale: factor on the scores. Default: `d ** -0.5`.
-        backend: "auto", "triton", "cpu" or "reference".
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
         `[B, T, H, d]` in the dtype of q, contiguous.
@@ -63,8 +64,8 @@ def masked_cross_attention(
         TypeError: k or v in another dtype than q.
         UnsupportedError: the requested backend cannot run these inputs.
 
-    Limits: cpu and triton take R and d up to 256; any strides (a non-contiguous last dimension is copied).
-    Accumulates in float32 (triton multiplies float32 in tf32 where torch's own switch asks for it).
+    Limits: cpu and triton take R and d up to 256, cuda d up to 128; any strides (a non-contiguous last
+    dimension is copied). Accumulates in float32 (triton multiplies float32 in tf32 where torch's own switch asks for it).
     Differentiable once in q, k and v. Bitwise deterministic, for any number of threads. Memory beside inputs
     and outputs does not grow with T * M.
 
@@ -117,6 +118,7 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
 _dispatch.register(
     _NAME,
     sizes=_sizes,
+    cuda={"head_dim": _LARGEST_OF_CUDA},
     triton={"R": _LARGEST, "head_dim": _LARGEST},
     cpu={"R": _LARGEST, "head_dim": _LARGEST},
     reference={},

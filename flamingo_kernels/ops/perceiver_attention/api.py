@@ -21,6 +21,7 @@ from . import reference
 _NAME = "perceiver_attention"
 _FWD = _library.backends_of("perceiver_attention_fwd")
 _BWD = _library.backends_of("perceiver_attention_bwd")
+_LARGEST_OF_CUDA = 128  # head_dim
 _LARGEST = 256  # head_dim that the compiled kernels keep in one block
 
 
@@ -53,7 +54,7 @@ def perceiver_attention(
         media_lengths: integer `[N]`, how many of the S media keys of each clip are real, between 0 and
             S (larger counts as S). Default: all.
         scale: factor on the scores. Default: `d ** -0.5`.
-        backend: "auto", "triton", "cpu" or "reference".
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
         `[N, R, H, d]` in the dtype of q, contiguous.
@@ -63,8 +64,8 @@ def perceiver_attention(
         TypeError: dtypes that differ.
         UnsupportedError: the requested backend cannot run these inputs.
 
-    Limits: cpu and triton take d up to 256; any strides (a non-contiguous last dimension is copied).
-    Accumulates in float32 (triton multiplies float32 in tf32 where torch's own switch asks for it).
+    Limits: cpu and triton take d up to 256, cuda up to 128; any strides (a non-contiguous last dimension is
+    copied). Accumulates in float32 (triton multiplies float32 in tf32 where torch's own switch asks for it).
     Differentiable once in all five tensors. Bitwise deterministic, for any number of threads.
 
     Source: Flamingo (arXiv 2204.14198), section 2.1 and appendix A.1.1.
@@ -130,6 +131,7 @@ def _validate(
 _dispatch.register(
     _NAME,
     sizes=lambda q, *_: {"head_dim": q.shape[-1]},
+    cuda={"head_dim": _LARGEST_OF_CUDA},
     triton={"head_dim": _LARGEST},
     cpu={"head_dim": _LARGEST},
     reference={},

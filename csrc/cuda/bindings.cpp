@@ -1,0 +1,386 @@
+// The operators as PyTorch sees them: checks, outputs, parameters, the device and its stream.
+// The only file that includes torch, and of torch only the stable ABI.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace flamingo_kernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+bool poisoned = false;  // a test aid: outputs and working memory start as NaN
+
+// Makes the device of a tensor the current one, while an operator runs, and finds its current stream.
+class Launch {
+ public:
+#if defined(FK_EMULATE)
+  explicit Launch(const Tensor&) {}
+#else
+  explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  }
+#endif
+  Stream stream = nullptr;
+
+ private:
+#if !defined(FK_EMULATE)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: break;
+  }
+  STD_TORCH_CHECK(
+      false, "flamingo_kernels: expected float32, bfloat16 or float16, got ",
+      torch::headeronly::toString(tensor.scalar_type()), ".");
+}
+
+ScalarType wider(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
+
+Tensor fresh(const Launch& launch, const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
+  if (poisoned) kernels::fill_with_nan(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size(), launch.stream);
+  return tensor;
+}
+
+Tensor fresh_like(const Launch& launch, const Tensor& tensor) {
+  return fresh(launch, tensor, {tensor.sizes().begin(), tensor.sizes().end()}, tensor.scalar_type());
+}
+
+Tensor gradient_of_parameter(const Launch& launch, const Tensor& parameter) {
+  return fresh(launch, parameter, {parameter.sizes().begin(), parameter.sizes().end()}, ScalarType::Float);
+}
+
+Tensor zeroed(Tensor tensor) {
+  torch::stable::zero_(tensor);
+  return tensor;
+}
+
+void check_last_stride(const char* operation, const Tensor& tensor) {
+  STD_TORCH_CHECK(
+      tensor.stride(-1) == 1 || tensor.size(-1) <= 1, operation, ": expected a contiguous last dimension, got stride ",
+      tensor.stride(-1), ".");
+}
+
+// Whether all rows begin at multiples of 16 bytes and are multiples of 16 bytes long.
+bool is_wide(const Tensor& tensor) {
+  const int64_t element = tensor.element_size(), last = tensor.dim() - 1;
+  bool wide = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0 && tensor.size(last) * element % 16 == 0;
+  for (int64_t i = 0; i < last; ++i) wide = wide && (tensor.size(i) <= 1 || tensor.stride(i) * element % 16 == 0);
+  return wide;
+}
+
+Matrix matrix_of(const char* operation, const Tensor& t) {  // [N, D]
+  check_last_stride(operation, t);
+  // a thread takes 8 elements, whatever their size
+  return {t.data_ptr(), dtype_of(t), t.stride(0), is_wide(t) && t.size(1) % 8 == 0};
+}
+
+Vector vector_of(const Tensor& t) { return {t.data_ptr(), dtype_of(t)}; }
+
+Rows rows_of(const char* operation, const Tensor& t) {  // [B, T, H, d]
+  check_last_stride(operation, t);
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), is_wide(t)};
+}
+
+Media media_of(const char* operation, const Tensor& t) {  // [B, M, R, Hkv, d]
+  check_last_stride(operation, t);
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3), is_wide(t)};
+}
+
+const int32_t* spans_of(const char* operation, const Tensor& t, int64_t batch, int64_t columns) {
+  STD_TORCH_CHECK(
+      t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.size(0) == batch && t.size(1) == columns, operation,
+      ": expected a contiguous int32 mask tensor of shape (", batch, ", ", columns, ").");
+  return t.const_data_ptr<int32_t>();
+}
+
+Attention attention_params(
+    const char* operation, const Tensor& q, int64_t kv_heads, double scale, const Tensor& out, const Tensor& softmax) {
+  Attention p = {};
+  p.dtype = dtype_of(q);
+  p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
+  p.kv_heads = kv_heads, p.scale = scale, p.parts = 1;
+  p.q = rows_of(operation, q), p.out = rows_of(operation, out);
+  if (softmax.numel() == 0) return p;
+  p.softmax_max = softmax.mutable_data_ptr<float>(), p.softmax_sum = p.softmax_max + softmax.numel() / 2;
+  return p;
+}
+
+MaskedCrossAttention masked_params(
+    const char* operation, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi,
+    const Tensor& start, const Tensor& stop, bool immediate, bool averages, double scale, const Tensor& out,
+    const Tensor& softmax) {
+  MaskedCrossAttention p = {};
+  static_cast<Attention&>(p) = attention_params(operation, q, k.size(3), scale, out, softmax);
+  p.media = k.size(1), p.latents = k.size(2);
+  p.one_shot = kernels::is_one_shot(p.dtype, immediate, p.latents), p.averages = averages;
+  p.lo = spans_of(operation, lo, p.batch, p.length), p.hi = spans_of(operation, hi, p.batch, p.length);
+  p.start = spans_of(operation, start, p.batch, p.media), p.stop = spans_of(operation, stop, p.batch, p.media);
+  p.k = media_of(operation, k), p.v = media_of(operation, v);
+  return p;
+}
+
+std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
+    Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor start, Tensor stop, bool immediate, bool averages,
+    double scale) {
+  const Launch launch(q);
+  const bool one_shot = kernels::is_one_shot(dtype_of(q), immediate, k.size(2));
+  Tensor out = fresh_like(launch, q),
+         softmax = fresh(launch, q, {2, q.size(0), q.size(2), one_shot ? 0 : q.size(1)}, ScalarType::Float);
+  if (out.numel() == 0) return {out, softmax};
+  const MaskedCrossAttention p = masked_params(
+      "masked_cross_attention_fwd", q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
+  kernels::masked_cross_attention_fwd(p, launch.stream);
+  return {out, softmax};
+}
+
+// Results of which each part of the work has its own, in float32.
+Tensor parts_of(const Launch& launch, const Tensor& result, int64_t parts) {
+  std::vector<int64_t> sizes = {parts};
+  sizes.insert(sizes.end(), result.sizes().begin(), result.sizes().end());
+  return fresh(launch, result, sizes, ScalarType::Float);
+}
+
+void add_parts(const Launch& launch, const Tensor& parts, Tensor& total) {
+  kernels::sum(
+      {parts.const_data_ptr<float>(), total.mutable_data_ptr(), dtype_of(total), parts.size(0), total.numel()},
+      launch.stream);
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor lo, Tensor hi, Tensor start, Tensor stop,
+    bool immediate, bool averages, double scale) {
+  const char* operation = "masked_cross_attention_bwd";
+  const Launch launch(q);
+  Tensor dq = fresh_like(launch, q), dk = fresh_like(launch, k), dv = fresh_like(launch, v);
+  if (q.numel() == 0 || k.numel() == 0) return {zeroed(dq), zeroed(dk), zeroed(dv)};
+  MaskedCrossAttention p =
+      masked_params(operation, q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
+  p.dout = rows_of(operation, dout), p.dq = rows_of(operation, dq);
+  p.dk = media_of(operation, dk), p.dv = media_of(operation, dv);
+  const Tensor delta = fresh(launch, q, {p.one_shot ? 0 : p.batch * p.heads * p.length}, ScalarType::Float),
+               share = fresh(launch, q, {averages ? p.batch * p.kv_heads * p.head_dim : 0}, ScalarType::Float);
+  p.delta = p.one_shot ? nullptr : delta.mutable_data_ptr<float>(), p.share = share.mutable_data_ptr<float>();
+  p.parts = kernels::parts_of_masked_cross_attention_bwd(p);
+  if (p.parts == 1) {
+    kernels::masked_cross_attention_bwd(p, launch.stream);
+    return {dq, dk, dv};
+  }
+  const Tensor dks = parts_of(launch, dk, p.parts), dvs = parts_of(launch, dv, p.parts);
+  p.partial_dk = dks.mutable_data_ptr<float>(), p.partial_dv = dvs.mutable_data_ptr<float>();
+  kernels::masked_cross_attention_bwd(p, launch.stream);
+  add_parts(launch, dks, dk), add_parts(launch, dvs, dv);
+  return {dq, dk, dv};
+}
+
+PerceiverAttention perceiver_params(
+    const char* operation, const Tensor& q, const Tensor& k_media, const Tensor& v_media, const Tensor& k_latents,
+    const Tensor& v_latents, const std::optional<Tensor>& media_lengths, double scale, const Tensor& out,
+    const Tensor& softmax) {
+  PerceiverAttention p = {};
+  static_cast<Attention&>(p) = attention_params(operation, q, k_media.size(2), scale, out, softmax);
+  p.keys[0] = k_media.size(1), p.keys[1] = k_latents.size(1);
+  if (media_lengths) {
+    STD_TORCH_CHECK(
+        media_lengths->scalar_type() == ScalarType::Int && media_lengths->is_contiguous(), operation,
+        ": expected contiguous int32 media_lengths.");
+    p.media_lengths = media_lengths->const_data_ptr<int32_t>();
+  }
+  p.k[0] = rows_of(operation, k_media), p.k[1] = rows_of(operation, k_latents);
+  p.v[0] = rows_of(operation, v_media), p.v[1] = rows_of(operation, v_latents);
+  p.parts = kernels::parts_of_perceiver_attention(p), p.whole = kernels::is_whole(p);
+  return p;
+}
+
+std::tuple<Tensor, Tensor> perceiver_attention_fwd(
+    Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, std::optional<Tensor> media_lengths,
+    double scale) {
+  const Launch launch(q);
+  Tensor out = fresh_like(launch, q),
+         softmax = fresh(launch, q, {2, q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
+  if (out.numel() == 0) return {out, softmax};
+  PerceiverAttention p = perceiver_params(
+      "perceiver_attention_fwd", q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
+  const bool divided = p.parts > 1;
+  const Tensor outs = parts_of(launch, out, divided ? p.parts : 0),
+               softmaxes = parts_of(launch, softmax, divided ? p.parts : 0);
+  p.partial_rows = outs.mutable_data_ptr<float>();
+  kernels::perceiver_attention_fwd(p, softmaxes.mutable_data_ptr<float>(), launch.stream);
+  return {out, softmax};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> perceiver_attention_bwd(
+    Tensor dout, Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor out, Tensor softmax,
+    std::optional<Tensor> media_lengths, double scale) {
+  const char* operation = "perceiver_attention_bwd";
+  const Launch launch(q);
+  Tensor dq = fresh_like(launch, q), dk_media = fresh_like(launch, k_media), dv_media = fresh_like(launch, v_media),
+         dk_latents = fresh_like(launch, k_latents), dv_latents = fresh_like(launch, v_latents);
+  if (q.numel() == 0) return {dq, zeroed(dk_media), zeroed(dv_media), zeroed(dk_latents), zeroed(dv_latents)};
+  PerceiverAttention p = perceiver_params(
+      operation, q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
+  p.dout = rows_of(operation, dout), p.dq = rows_of(operation, dq);
+  p.dk[0] = rows_of(operation, dk_media), p.dk[1] = rows_of(operation, dk_latents);
+  p.dv[0] = rows_of(operation, dv_media), p.dv[1] = rows_of(operation, dv_latents);
+  const Tensor delta = fresh(launch, q, {p.whole ? 0 : p.batch * p.heads * p.length}, ScalarType::Float),
+               dqs = parts_of(launch, dq, p.parts > 1 ? p.parts : 0);
+  p.delta = p.whole ? nullptr : delta.mutable_data_ptr<float>(), p.partial_rows = dqs.mutable_data_ptr<float>();
+  kernels::perceiver_attention_bwd(p, launch.stream);
+  if (p.parts > 1) add_parts(launch, dqs, dq);
+  return {dq, dk_media, dv_media, dk_latents, dv_latents};
+}
+
+// The dtype of x + tanh(gate) * y; as everywhere in torch, a gate without dimensions does not widen y.
+ScalarType residual_dtype(const Tensor& x, const Tensor& y, const Tensor& gate) {
+  const ScalarType product = gate.dim() == 0 ? y.scalar_type() : wider(y.scalar_type(), gate.scalar_type());
+  return wider(x.scalar_type(), product);
+}
+
+GatedResidual residual_params(const Tensor& y, const Tensor& gate) {
+  GatedResidual p = {};
+  p.rows = y.size(0), p.columns = y.size(1);
+  p.per_channel = gate.numel() > 1;
+  p.gate = vector_of(gate);
+  p.y = matrix_of("gated_residual", y);
+  return p;
+}
+
+// Partial sums of a parameter's gradient, and the gradient, which they are where there is one part.
+struct Partials {
+  Tensor total, parts;
+
+  float* data() { return parts.mutable_data_ptr<float>(); }
+  Tensor added(const Launch& launch) {
+    const int64_t size = total.numel(), count = parts.numel() / size;
+    if (count != 1) kernels::sum({data(), total.mutable_data_ptr(), dtype_of(total), count, size}, launch.stream);
+    return total;
+  }
+};
+
+Partials partials_of(const Launch& launch, const Tensor& parameter, int64_t count) {
+  const Tensor total = gradient_of_parameter(launch, parameter);
+  return {total, count == 1 ? total : fresh(launch, total, {count, total.numel()}, ScalarType::Float)};
+}
+
+// Of one gate for all columns every block has a partial sum.
+Partials gate_partials_of(const Launch& launch, const Tensor& gate, const Division& division) {
+  return partials_of(launch, gate, gate.numel() > 1 ? division.parts : division.parts * division.blocks);
+}
+
+Tensor gated_residual_fwd(Tensor x, Tensor y, Tensor gate) {
+  const Launch launch(x);
+  Tensor z = fresh(launch, x, {x.size(0), x.size(1)}, residual_dtype(x, y, gate));
+  if (z.numel() == 0) return z;
+  gate = torch::stable::contiguous(gate);
+  GatedResidual p = residual_params(y, gate);
+  p.x = matrix_of("gated_residual", x), p.z = matrix_of("gated_residual", z);
+  kernels::gated_residual_fwd(p, launch.stream);
+  return z;
+}
+
+std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) {
+  const Launch launch(y);
+  Tensor dy = fresh_like(launch, y);
+  if (dy.numel() == 0) return {dy, zeroed(gradient_of_parameter(launch, gate))};
+  gate = torch::stable::contiguous(gate);
+  const Division division = kernels::divide_gated_residual_bwd(y.size(0), y.size(1));
+  Partials dgate = gate_partials_of(launch, gate, division);
+  GatedResidual p = residual_params(y, gate);
+  p.dz = matrix_of("gated_residual", dz), p.dy = matrix_of("gated_residual", dy);
+  p.parts = division.parts, p.part_rows = division.part_rows, p.dgate = dgate.data();
+  kernels::gated_residual_bwd(p, launch.stream);
+  return {dy, dgate.added(launch)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_fwd(
+    Tensor x, Tensor y, Tensor gate, Tensor weight, std::optional<Tensor> bias, double eps, bool rms) {
+  const char* operation = "gated_residual_norm";
+  const Launch launch(x);
+  const ScalarType dtype = residual_dtype(x, y, gate);
+  Tensor z = fresh(launch, x, {x.size(0), x.size(1)}, dtype), n = fresh_like(launch, z),
+         mean = fresh(launch, x, {x.size(0)}, ScalarType::Float), rstd = fresh_like(launch, mean);
+  if (z.numel() == 0) return {z, n, mean, rstd};
+  gate = torch::stable::contiguous(gate), weight = torch::stable::contiguous(weight);
+  if (bias) bias = torch::stable::contiguous(*bias);
+  GatedResidualNorm p = {};
+  p.residual = residual_params(y, gate);
+  p.residual.x = matrix_of(operation, x), p.residual.z = matrix_of(operation, z);
+  p.rms = rms, p.eps = eps, p.weight = vector_of(weight);
+  if (bias) p.bias = vector_of(*bias);
+  p.n = matrix_of(operation, n);
+  p.mean = mean.mutable_data_ptr<float>(), p.rstd = rstd.mutable_data_ptr<float>();
+  kernels::gated_residual_norm_fwd(p, launch.stream);
+  return {z, n, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_bwd(
+    Tensor dz, Tensor dn, Tensor y, Tensor gate, Tensor weight, Tensor z, Tensor mean, Tensor rstd, bool rms) {
+  const char* operation = "gated_residual_norm";
+  const Launch launch(z);
+  Tensor dx = fresh_like(launch, z), dy = fresh_like(launch, y);
+  if (dx.numel() == 0) {
+    const auto none = [&](const Tensor& parameter) { return zeroed(gradient_of_parameter(launch, parameter)); };
+    return {dx, dy, none(gate), none(weight), none(weight)};
+  }
+  gate = torch::stable::contiguous(gate), weight = torch::stable::contiguous(weight);
+  const Division division = kernels::divide_gated_residual_norm_bwd(z.size(0), z.size(1));
+  Partials dgate = gate_partials_of(launch, gate, division), dweight = partials_of(launch, weight, division.parts),
+           dbias = partials_of(launch, weight, division.parts);
+  std::optional<Tensor> means;  // of rows that are cut
+  if (division.blocks > 1) means = fresh(launch, z, {2, z.size(0)}, ScalarType::Float);
+  GatedResidualNorm p = {};
+  p.residual = residual_params(y, gate);
+  p.residual.z = matrix_of(operation, z), p.residual.dz = matrix_of(operation, dz);
+  p.residual.dy = matrix_of(operation, dy);
+  p.residual.parts = division.parts, p.residual.part_rows = division.part_rows;
+  p.residual.dgate = dgate.data(), p.dweight = dweight.data(), p.dbias = dbias.data();
+  p.rms = rms, p.weight = vector_of(weight);
+  p.dn = matrix_of(operation, dn), p.dx = matrix_of(operation, dx);
+  p.mean = mean.mutable_data_ptr<float>(), p.rstd = rstd.mutable_data_ptr<float>();
+  p.means = means ? means->mutable_data_ptr<float>() : nullptr;
+  kernels::gated_residual_norm_bwd(p, launch.stream);
+  return {dx, dy, dgate.added(launch), dweight.added(launch), dbias.added(launch)};
+}
+
+}  // namespace
+
+#if defined(FK_EMULATE)
+STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CUDA, m) {
+#endif
+  m.impl("masked_cross_attention_fwd.cuda", TORCH_BOX(&masked_cross_attention_fwd));
+  m.impl("masked_cross_attention_bwd.cuda", TORCH_BOX(&masked_cross_attention_bwd));
+  m.impl("perceiver_attention_fwd.cuda", TORCH_BOX(&perceiver_attention_fwd));
+  m.impl("perceiver_attention_bwd.cuda", TORCH_BOX(&perceiver_attention_bwd));
+  m.impl("gated_residual_fwd.cuda", TORCH_BOX(&gated_residual_fwd));
+  m.impl("gated_residual_bwd.cuda", TORCH_BOX(&gated_residual_bwd));
+  m.impl("gated_residual_norm_fwd.cuda", TORCH_BOX(&gated_residual_norm_fwd));
+  m.impl("gated_residual_norm_bwd.cuda", TORCH_BOX(&gated_residual_norm_bwd));
+}
+
+}  // namespace flamingo_kernels
+
+// What flamingo_kernels/_cuda.py asks through ctypes.
+#define FK_EXPORT extern "C" __attribute__((visibility("default")))
+FK_EXPORT int flamingo_kernels_cuda_emulated() { return flamingo_kernels::kernels::emulated(); }
+extern "C" __attribute__((visibility("default"), used)) const char flamingo_kernels_cuda_build[] =
+    "flamingo_kernels_cuda_build: " FK_BUILD;
+FK_EXPORT void flamingo_kernels_cuda_poison(int on) { flamingo_kernels::poisoned = on != 0; }

@@ -1,0 +1,40 @@
+// What the bindings call: each function puts the kernels of an operator on a stream, and throws what CUDA reports.
+#pragma once
+
+#include "params.h"
+
+namespace flamingo_kernels {
+
+// What is divided among the blocks of a grid: rows into parts, columns into blocks.
+struct Division {
+  int64_t parts, part_rows, blocks;
+};
+
+namespace kernels {
+
+void gated_residual_fwd(const GatedResidual&, Stream);
+void gated_residual_bwd(const GatedResidual&, Stream);
+Division divide_gated_residual_bwd(int64_t rows, int64_t columns);
+
+void gated_residual_norm_fwd(const GatedResidualNorm&, Stream);
+void gated_residual_norm_bwd(const GatedResidualNorm&, Stream);
+Division divide_gated_residual_norm_bwd(int64_t rows, int64_t columns);
+
+bool is_one_shot(DType, bool immediate, int64_t latents);
+void masked_cross_attention_fwd(const MaskedCrossAttention&, Stream);
+void masked_cross_attention_bwd(const MaskedCrossAttention&, Stream);
+int64_t parts_of_masked_cross_attention_bwd(const MaskedCrossAttention&);
+
+int64_t parts_of_perceiver_attention(const PerceiverAttention&);
+bool is_whole(const PerceiverAttention&);
+void perceiver_attention_fwd(const PerceiverAttention&, float* softmax_of_parts, Stream);
+void perceiver_attention_bwd(const PerceiverAttention&, Stream);
+
+void sum(const Sum&, Stream);
+void fill_with_nan(void* memory, int64_t bytes, Stream);  // a test aid
+
+bool emulated();  // whether the kernels were compiled for the processor
+
+}  // namespace kernels
+
+}  // namespace flamingo_kernels
