@@ -33,8 +33,8 @@ def misplaced(tensor: Tensor) -> str:
     )
 
 
-@torch.compiler.assume_constant_result
 @cache
+@torch.compiler.assume_constant_result
 def why_not() -> str:
     """Why no Triton kernel can run in this process, or an empty string."""
     if not _installed():
