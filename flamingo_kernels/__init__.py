@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._dispatch import UnsupportedError, available_backends, use_backend
 from .mask import MediaMask
+from .media_cache import MediaCache
 from .ops import gated_residual, gated_residual_norm, masked_cross_attention, perceiver_attention
 from .patch import PatchReport, patch, unpatch
 
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GatedCrossAttentionBlock",
     "MaskedCrossAttention",
+    "MediaCache",
     "MediaMask",
     "PatchReport",
     "PerceiverAttention",

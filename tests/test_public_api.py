@@ -37,6 +37,7 @@ def test_the_public_names():
     assert set(flamingo_kernels.__all__) == {
         "GatedCrossAttentionBlock",
         "MaskedCrossAttention",
+        "MediaCache",
         "MediaMask",
         "PatchReport",
         "PerceiverAttention",
