@@ -87,6 +87,11 @@ def is_recording(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def is_eager(tensor: Tensor) -> bool:
+    """Whether the tensor has numbers, and what runs now runs once: no compiler looks on, nothing is fake."""
+    return type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module runs `kind.forward` and nothing else."""
     return type(module).forward is kind.forward and is_unhooked(module)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import is_eager
+
 
 class Activation(NamedTuple):
     """A function of each element.
@@ -27,7 +29,7 @@ class Activation(NamedTuple):
 
 def _in_place(backward: Any, dh: Tensor, *arguments: Any, **options: Any) -> Tensor:
     """A backward operation in the memory of dh, but for a compiler, which plans its memory itself."""
-    if torch.compiler.is_compiling():
+    if not is_eager(dh):
         return backward(dh, *arguments, **options)
     return backward.grad_input(dh, *arguments, **options, grad_input=dh)
 

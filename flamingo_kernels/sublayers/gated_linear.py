@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
+from .._checks import is_eager
 from .scratch import scratch
 
 _ADD = _library.backends_of("gated_residual_fwd")
@@ -48,7 +49,7 @@ class Gradients(NamedTuple):
 
 def forward(x: Tensor, a: Tensor, linear: Linear, gate: Tensor | None, backend: str) -> Tensor:  # [N, D]
     """The gate rides on the product where there is one dtype, and on a CPU one gate. None stands for 1."""
-    if torch.compiler.is_compiling() or linear.bias is not None or not _of_one_dtype(x, a, gate):
+    if not is_eager(x) or linear.bias is not None or not _of_one_dtype(x, a, gate):
         return x + linear(a) if gate is None else _ADD[backend](x, linear(a), gate)
     if gate is None:
         return torch.addmm(x, a, linear.weight.t())

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .._checks import is_eager
+
 _LEAST = 2**20  # bytes; smaller pieces the allocator of the C library has at hand
 _kept = threading.local()
 
@@ -19,14 +21,14 @@ def scratch(*shape: int, like: Tensor) -> Iterator[Tensor | None]:
     """Uninitialised memory that is the caller's until the end of the block, or None: let torch allocate.
 
     On a CPU a thread keeps the pieces for its next calls; `release` gives them back. The allocators of other
-    devices do that already, and a compiler plans its memory itself: both get None.
+    devices do that already, a compiler plans its memory itself, and a fake tensor has none: they get None.
 
     Args:
         shape: of the tensor.
         like: a tensor whose dtype and device it gets.
     """
     size = math.prod(shape) * like.dtype.itemsize
-    if like.device.type != "cpu" or torch.compiler.is_compiling() or size < _LEAST:
+    if like.device.type != "cpu" or size < _LEAST or not is_eager(like):
         yield None
         return
     memory = _take(size)
@@ -47,7 +49,8 @@ def _take(size: int) -> Tensor:
     fitting = next((piece for piece in pool if piece.numel() >= size), None)
     if fitting is None:
         pool = pool[:-1]
-        fitting = torch.empty(size, dtype=torch.uint8)
+        with torch.inference_mode(False):  # what is made in inference mode serves no training
+            fitting = torch.empty(size, dtype=torch.uint8)
     _kept.pool = [piece for piece in pool if piece is not fitting]
     return fitting
 

@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flamingo_kernels.sublayers import scratch
+from flamingo_kernels.sublayers import gated_feed_forward, scratch
 from flamingo_kernels.sublayers.activation import ACTIVATIONS
 from flamingo_kernels.testing import DTYPES, measure
 
 from .cases import CrossAttentionCase as Attention
 from .cases import FeedForwardCase as FeedForward
+from .cases import linear
 
 CASES = [
     Attention(),
@@ -173,6 +175,29 @@ def test_scratch_memory_does_not_leak_into_results():
     assert not scratch._pool()
 
 
+def test_inference_first_and_training_after():
+    case = FeedForward(rows=(64,), width=64, inner=8192)
+    leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors().items()}
+    scratch.release()
+    with torch.inference_mode():
+        case.kernel("cpu", **leaves)
+    assert scratch._pool()
+    case.kernel("cpu", **leaves)[0].sum().backward()
+
+
+@pytest.mark.parametrize("case", [Attention(), FeedForward(), FeedForward(rows=(64,), inner=8192)], ids=str)
+def test_fake_tensors(case):
+    """Shapes and dtypes without numbers, and no memory of theirs is kept."""
+    scratch.release()
+    with FakeTensorMode() as mode:
+        leaves = {name: mode.from_tensor(tensor).requires_grad_() for name, tensor in case.tensors().items()}
+        (z,) = case.kernel("cpu", **leaves)
+        grads = torch.autograd.grad(z.sum(), list(leaves.values()))
+    assert z.shape == leaves["x"].shape
+    assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves.values()]
+    assert not scratch._pool()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -181,12 +206,8 @@ def test_scratch_memory_does_not_leak_into_results():
     ],
 )
 def test_bad_input(change, message):
-    from flamingo_kernels.sublayers import gated_feed_forward
-
     case = FeedForward()
     t = case.tensors()
-    from .cases import linear
-
     arguments = {"hidden": linear(t, "hidden"), "output": linear(t, "output"), "gate": t["gate"]} | change
     with pytest.raises(ValueError, match=message):
         gated_feed_forward(t["x"], norm=case.norm(t), **arguments)
