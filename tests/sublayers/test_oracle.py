@@ -181,7 +181,7 @@ def test_inference_first_and_training_after():
     scratch.release()
     with torch.inference_mode():
         case.kernel("cpu", **leaves)
-    assert scratch._pool()
+    assert [piece.is_inference() for piece in scratch._pool()] == [False]
     case.kernel("cpu", **leaves)[0].sum().backward()
 
 
