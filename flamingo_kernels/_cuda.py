@@ -67,14 +67,12 @@ def _no_gpu() -> str:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def why_not() -> str:
     """Why no CUDA kernel can run in this process, or an empty string."""
     return _load()[1]
 
 
 @torch.compiler.assume_constant_result
-@cache
 def emulated() -> bool:
     """Whether the kernels run on the processor."""
     library, _ = _load()
