@@ -237,7 +237,7 @@ class Build(build_ext):
         archs = cuda_archs()
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-        folder = made_folder("objects-cuda")
+        folder = made_folder(f"objects-cuda-{'-'.join(archs)}")
         built = f"{nvcc_version()}; {NVCC_FLAGS}; sm_{', sm_'.join(archs)} and PTX of {archs[-1]}"
         flags = ["-DUSE_CUDA", f'-DFK_BUILD="{built}"', *self.stable_abi]
         objects = [self.object(CUDA_SOURCES / "bindings.cpp", "bindings", *flags, folder=folder)]
@@ -249,7 +249,7 @@ class Build(build_ext):
 
     def emulated_objects(self) -> list[Object]:
         """The same sources as C++ for this processor."""
-        folder = made_folder("objects-cuda-emulated")
+        folder = made_folder("objects-emulated-cuda")
         flags = ["-DFK_EMULATE=1", '-DFK_BUILD="emulated on the processor"', "-march=native"]
         flags += ["-fno-strict-aliasing", "-Wno-unknown-pragmas"]
         bindings = CUDA_SOURCES / "bindings.cpp"

@@ -66,14 +66,12 @@ def _no_gpu() -> str:
     return ""
 
 
-@cache
 @torch.compiler.assume_constant_result
 def why_not() -> str:
     """Why no CUDA kernel can run in this process, or an empty string."""
     return _load()[1]
 
 
-@cache
 @torch.compiler.assume_constant_result
 def emulated() -> bool:
     """Whether the kernels run on the processor."""

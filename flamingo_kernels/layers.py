@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from flamingo import modules
 
@@ -187,7 +188,7 @@ def attend_to_media(
     """What a masked cross-attention module computes, operator by operator."""
     k, v = media_of(attn, media)
     q = attn.to_q(attn.norm(x)).unflatten(-1, (attn.heads, -1))  # [B, T, H, d]
-    return attn.to_out(attend(attn, q, k, v, media_locations, use_cached_media).flatten(-2))
+    return attn.to_out(attn.attend(q, k, v, media_locations, use_cached_media).flatten(-2))
 
 
 def attend(
@@ -377,6 +378,7 @@ def _attends_plainly(attn: Any, x: Tensor) -> bool:
     return (
         isinstance(attn, Fused)
         and is_plain(attn, type(attn))
+        and "attend" not in vars(attn)
         and _is_plain_norm(attn.norm, x.shape[-1])
         and _is_plain_linear(attn.to_q, x)
         and _is_plain_linear(attn.to_out, x)
@@ -414,7 +416,7 @@ def _is_plain_norm(module: Any, width: int) -> bool:
 
 def _is_plain_linear(module: Any, x: Tensor) -> bool:
     """With ordinary weights, in the dtype of x or of autocast."""
-    if not is_plain(module, nn.Linear) or type(module.weight) not in (nn.Parameter, Tensor):
+    if not is_plain(module, nn.Linear) or type(module.weight) not in (nn.Parameter, Tensor, FakeTensor):
         return False
     return module.weight.dtype == x.dtype or autocast(module.weight)[0] is not module.weight
 

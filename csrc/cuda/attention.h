@@ -20,8 +20,6 @@
 
 namespace flamingo_kernels {
 
-constexpr float kLog2E = 1.4426950408889634f;
-
 struct Range {
   int begin, end;
   __device__ bool holds(int i) const { return begin <= i && i < end; }
@@ -60,11 +58,6 @@ __device__ inline HeadRows<float> partial_rows(const Attention& p, const Place& 
 // Where the one number that a row has lies in [B, H, T].
 __device__ inline int64_t number_of(const Attention& p, int64_t batch, int64_t head, int64_t row) {
   return (batch * p.heads + head) * p.length + row;
-}
-
-__device__ inline int warp_min(int value) {
-  for (int mask = 16; mask; mask /= 2) value = min(value, __shfl_xor_sync(0xffffffffu, value, mask));
-  return value;
 }
 
 // What the rows of a tile see. Every warp knows it of all of them: lane i of rows i and i + 32.
@@ -121,11 +114,6 @@ template <int n>
 __device__ inline void scale_scores(float (&scores)[n][4], float scale, int real) {
   for (int j = 0; j < n; ++j)
     for (int i = 0; i < 4; ++i) scores[j][i] = fragment_column(j, i) < real ? scores[j][i] * scale : -kInfinity;
-}
-
-// 2 ** (exponent - highest); 0 where both are -inf, as in a row that has seen nothing yet.
-__device__ inline float power_below(float exponent, float highest) {
-  return exp2f(exponent - (highest == -kInfinity ? 0.0f : highest));
 }
 
 // The softmax of 16 rows over the tiles of keys seen so far, and its product with their values.
@@ -211,12 +199,15 @@ template <int columns>
 constexpr int kRowsBlocks = columns <= 64 ? 3 : 2;
 constexpr int kKeysBlocks = 2;
 
+constexpr size_t kLeastShared = 99 * 1024;  // what a block may have on the devices that have the least: sm_86, 89, 120
+
 template <class T, int columns>
 constexpr size_t kForwardBytes = 3 * Tile<T, columns>::kBytes + Tile<T, kTile<T>>::kBytes;
 
 // A block takes a tile of rows through the keys that they see. Those of the next tile are under way meanwhile.
 template <class T, int columns, class Params>
 __global__ void __launch_bounds__(kThreads<T>, kForwardBlocks<columns>) attention_fwd_kernel(Params p) {
+  static_assert(kForwardBytes<T, columns> <= kLeastShared);
   Arena arena = {static_cast<char*>(shared_memory())};
   const auto q = arena.take<Tile<T, columns>>(), k = arena.take<Tile<T, columns>>(), v = arena.take<Tile<T, columns>>();
   const auto weights = arena.take<Tile<T, kTile<T>>>();
@@ -387,6 +378,7 @@ constexpr size_t kBackwardBytes = 4 * Tile<T, columns>::kBytes + 2 * Tile<T, kTi
 // keys, so it writes dk and dv on the way.
 template <class T, int columns, bool whole, class Params>
 __global__ void __launch_bounds__(kThreads<T>, kRowsBlocks<columns>) attention_bwd_rows_kernel(Params p) {
+  static_assert(kBackwardBytes<T, columns> <= kLeastShared);
   Arena arena = {static_cast<char*>(shared_memory())};
   const auto q = arena.take<Tile<T, columns>>(), dout = arena.take<Tile<T, columns>>(),
              k = arena.take<Tile<T, columns>>(), v = arena.take<Tile<T, columns>>();
@@ -451,6 +443,7 @@ __global__ void __launch_bounds__(kThreads<T>, kRowsBlocks<columns>) attention_b
 // it makes their softmax anew and writes their dq.
 template <class T, int columns, bool one_shot, class Params>
 __global__ void __launch_bounds__(kThreads<T>, kKeysBlocks) attention_bwd_keys_kernel(Params p) {
+  static_assert(kBackwardBytes<T, columns> <= kLeastShared);
   Arena arena = {static_cast<char*>(shared_memory())};
   const auto q = arena.take<Tile<T, columns>>(), dout = arena.take<Tile<T, columns>>(),
              k = arena.take<Tile<T, columns>>(), v = arena.take<Tile<T, columns>>();

@@ -31,6 +31,9 @@ __device__ inline f16 from_float<f16>(float value) { return {float_to_f16(value)
 template <>
 __device__ inline bf16 from_float<bf16>(float value) { return {float_to_bf16(value)}; }
 
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) { mma_bf16(c, a, b); }
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16) { mma_f16(c, a, b); }
+
 constexpr float kInfinity = __builtin_huge_valf();
 
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -39,6 +42,23 @@ __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (
 __device__ inline float warp_sum(float value) {
   for (int mask = 16; mask; mask /= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
   return value;
+}
+
+__device__ inline float warp_max(float value) {
+  for (int mask = 16; mask; mask /= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, mask));
+  return value;
+}
+
+__device__ inline int warp_min(int value) {
+  for (int mask = 16; mask; mask /= 2) value = min(value, __shfl_xor_sync(0xffffffffu, value, mask));
+  return value;
+}
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// 2 ** (exponent - highest); 0 where both are -inf, as in a row that has seen nothing yet.
+__device__ inline float power_below(float exponent, float highest) {
+  return exp2f(exponent - (highest == -kInfinity ? 0.0f : highest));
 }
 
 // Calls a function with a value of an element type: by_type(dtype, [&](auto type) { using T = decltype(type); ... }).

@@ -29,6 +29,9 @@ __device__ inline void store_128(void* address, uint4 value) { *static_cast<uint
 
 __device__ inline void store_32(void* address, uint32_t value) { *static_cast<uint32_t*>(address) = value; }
 
+// Brings a line of global memory into the cache.
+__device__ inline void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -95,9 +95,6 @@ __device__ inline float got(Tile<T, columns> tile, int j, int i) {
   return to_float(*tile.at(first_row_of_warp() + fragment_row(i), fragment_column(j, i)));
 }
 
-__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) { mma_bf16(c, a, b); }
-__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16) { mma_f16(c, a, b); }
-
 // c += a b, or with a^T or b^T in their place: of the product the 16 rows of this warp, and 8 n columns from `column`.
 template <bool a_transposed, bool b_transposed, class T, int a_columns, int b_columns, int n>
 __device__ inline void multiply(float (&c)[n][4], Tile<T, a_columns> a, Tile<T, b_columns> b, int column = 0) {

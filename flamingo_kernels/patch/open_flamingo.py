@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..layers import Fused, attend_to_media, gated_block, resample
+from ..layers import Fused, attend, attend_to_media, gated_block, resample
 from ..mask import Policy
 from ..media_cache import MediaCache, Source
 from ..ops import perceiver_attention
@@ -37,6 +37,11 @@ class MaskedCrossAttention(Fused):
         use_cached_media: bool = False,
     ) -> Tensor:  # [B, T, D]
         return attend_to_media(self, x, media, media_locations, use_cached_media)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, media_locations: Tensor | None, use_cached_media: bool
+    ) -> Tensor:
+        return attend(self, q, k, v, media_locations, use_cached_media)
 
     def media_source(self) -> Source:
         return Source(self.to_kv, self.heads)

@@ -12,10 +12,9 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-BLOCKS, RESAMPLER, VISION, LANGUAGE = "gated blocks", "resampler", "vision", "language model"
-NORM, PROJECTIONS, ATTENTION, GATE, FEED_FORWARD = INSIDE = tuple(
-    f"{BLOCKS}: {each}" for each in ("norm", "projections", "attention", "gate", "feed-forward")
-)
+from .._parts import ATTENTION, BLOCKS, FEED_FORWARD, GATE, INSIDE, NORM, PROJECTIONS
+
+RESAMPLER, VISION, LANGUAGE = "resampler", "vision", "language model"
 BETWEEN = "Python and autograd"  # on a cpu, the time in no operator
 PARTS = (*INSIDE, RESAMPLER, VISION, LANGUAGE, BETWEEN)
 

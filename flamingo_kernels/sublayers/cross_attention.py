@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch, _library
 from .._checks import needs_grad, unit_stride
+from .._parts import ATTENTION, PROJECTIONS, in_part
 from ..mask import MediaMask
 from ..ops.masked_cross_attention.api import validate
 from . import gated_linear, normed_linear, reference
@@ -148,6 +149,11 @@ class _Tensors(NamedTuple):
         return Norm(self.norm_weight, self.norm_bias, how.eps, how.rms)
 
 
+_attend = in_part(ATTENTION)(lambda backend, *arguments: _FWD[backend](*arguments))
+_attend_backward = in_part(ATTENTION)(lambda backend, *arguments: _BWD[backend](*arguments))
+
+
+@in_part(PROJECTIONS)
 def _forward(how: _How, t: _Tensors) -> tuple[Any, ...]:
     """z, and what the backward pass needs besides the tensors."""
     batch, length, width = t.x.shape
@@ -155,8 +161,8 @@ def _forward(how: _How, t: _Tensors) -> tuple[Any, ...]:
     (q,), statistics = normed_linear.forward(x, t.norm(how), [t.to_q])
     head_dim = t.k.shape[-1]
     q = q.view(batch, length, len(t.q_weight) // head_dim, head_dim)
-    attend = _FWD[how.backend]
-    out, softmax = attend(q, t.k, t.v, *t.spans, how.immediate, how.averages, how.scale)
+    options = (how.immediate, how.averages, how.scale)
+    out, softmax = _attend(how.backend, q, t.k, t.v, *t.spans, *options)
     z = gated_linear.forward(x, out.flatten(2).flatten(0, 1), t.to_out, t.gate, how.backend)
     return z.view(t.x.shape), q, out, softmax, *statistics
 
@@ -171,6 +177,7 @@ class _GatedCrossAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_part(PROJECTIONS)
     def backward(ctx, dz):
         how, wanted = ctx.how, _Tensors(*ctx.needs_input_grad[1:])
         size = len(_Tensors._fields)
@@ -188,9 +195,9 @@ class _GatedCrossAttention(torch.autograd.Function):
             of_weights=wanted.out_weight,
             of_gate=wanted.gate,
         )
-        attend = _BWD[how.backend]
         options = (how.immediate, how.averages, how.scale)
-        dq, dk, dv = attend(last.a.view(out.shape), q, t.k, t.v, out, softmax, *t.spans, *options)
+        dout = last.a.view(out.shape)
+        dq, dk, dv = _attend_backward(how.backend, dout, q, t.k, t.v, out, softmax, *t.spans, *options)
         first = normed_linear.backward(
             [dq.flatten(2).flatten(0, 1)],
             dz,

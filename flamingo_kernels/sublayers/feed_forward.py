@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from .._checks import expect_same_device, expect_shape, needs_grad, unit_stride
+from .._parts import FEED_FORWARD, in_part
 from . import gated_linear, normed_linear, reference
 from .activation import ACTIVATIONS
 from .gated_linear import Linear, cast_like
@@ -143,6 +144,7 @@ class _Tensors(NamedTuple):
         return Norm(self.norm_weight, self.norm_bias, how.eps, how.rms)
 
 
+@in_part(FEED_FORWARD)
 def _infer(how: _How, *tensors: Tensor | None) -> Tensor:
     """z, with the hidden layer in scratch memory."""
     t = _Tensors(*tensors)
@@ -153,6 +155,7 @@ def _infer(how: _How, *tensors: Tensor | None) -> Tensor:
 
 class _GatedFeedForward(torch.autograd.Function):
     @staticmethod
+    @in_part(FEED_FORWARD)
     def forward(ctx, how, *tensors):
         t = _Tensors(*tensors)
         us, statistics = normed_linear.forward(t.x, t.norm(how), t.hidden)
@@ -163,6 +166,7 @@ class _GatedFeedForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_part(FEED_FORWARD)
     def backward(ctx, dz):
         how, wanted = ctx.how, _Tensors(*ctx.needs_input_grad[1:])
         size = len(_Tensors._fields)

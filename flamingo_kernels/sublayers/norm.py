@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._parts import NORM, in_part
+
 
 class Norm(NamedTuple):
     """Which norm, and its parameters.
@@ -39,6 +41,7 @@ class Statistics(NamedTuple):
     rstd: Tensor
 
 
+@in_part(NORM)
 def forward(x: Tensor, norm: Norm, into: Tensor | None = None) -> tuple[Tensor, Statistics]:
     """The normed rows `[N, D]`, into a tensor or a new one, and what they were normed with."""
     if norm.rms:
@@ -56,6 +59,7 @@ def forward(x: Tensor, norm: Norm, into: Tensor | None = None) -> tuple[Tensor, 
     return n, Statistics(mean, rstd)
 
 
+@in_part(NORM)
 def backward(
     dn: Tensor, x: Tensor, norm: Norm, statistics: Statistics, of_parameters: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

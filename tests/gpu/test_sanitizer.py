@@ -64,8 +64,9 @@ def test_small_calls_run_under_it(install):
     assert result() == ("ok", "")
 
 
-def test_calls_that_fail_are_a_failure(install):
+def test_calls_that_fail_are_a_failure(install, monkeypatch):
     install(RUN)
+    monkeypatch.setenv("FLAMINGO_KERNELS_CUDA_EXTENSION", "not-there.so")
     status, detail = result(backends=("cuda",))
     assert status == "failed"
     assert "exit status 1" in detail

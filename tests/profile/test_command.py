@@ -107,7 +107,7 @@ def test_it_says_before_the_work_what_it_cannot_do(asked, message, monkeypatch, 
     assert shown.out == ""
 
 
-@pytest.mark.parametrize("operator", ["masked_cross_attention", "perceiver_attention", "gated_residual"])
+@pytest.mark.parametrize("operator", ["gated_cross_attention", "perceiver_attention", "gated_feed_forward"])
 def test_a_wrong_result_fails_and_is_not_timed(operator, monkeypatch, tmp_path, capsys):
     right = getattr(layers, operator)
     monkeypatch.setattr(layers, operator, lambda *args, **kwargs: 1.001 * right(*args, **kwargs))
@@ -132,8 +132,10 @@ def test_a_wrong_gradient_alone_fails(monkeypatch):
         def backward(ctx, dx):
             return 0.5 * dx
 
-    right = layers.gated_residual
-    monkeypatch.setattr(layers, "gated_residual", lambda *args: HalfGradient.apply(right(*args)))
+    right = layers.gated_feed_forward
+    monkeypatch.setattr(
+        layers, "gated_feed_forward", lambda *args, **kwargs: HalfGradient.apply(right(*args, **kwargs))
+    )
     found = run.run(models.plan("tiny", quick=True), dtype=torch.float32)
     assert [proof.passed for proof in found.proofs.values()] == [True, True, False]
     assert not found.same
@@ -164,8 +166,8 @@ def test_speed_is_tokens_over_time():
 def test_a_slower_side_is_shown_to_be_slower(monkeypatch):
     """By a clock that takes a call that runs a fused layer for ten times as slow."""
     ran = []
-    forward = layers.add_gated
-    monkeypatch.setattr(layers, "add_gated", lambda *args: ran.append(1) or forward(*args))
+    forward = layers.gated_block
+    monkeypatch.setattr(layers, "gated_block", lambda *args: ran.append(1) or forward(*args))
 
     def clock(call, last):
         ran.clear()

@@ -168,6 +168,8 @@ inline void store_32(void* address, uint32_t value) {
   std::memcpy(address, &value, sizeof value);
 }
 
+inline void prefetch(const void*) {}
+
 // 16 bytes, of which the first `real` are copied and the others zero.
 inline void copy_async(void* shared, const void* global, int real) {
   emulation::require(!real || uintptr_t(global) % 16 == 0, "cp.async reads from an address that is not aligned");
