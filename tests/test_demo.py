@@ -44,7 +44,7 @@ def test_prints_and_draws_what_it_found(tmp_path, capsys):
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("operator", ["masked_cross_attention", "perceiver_attention"])
+@pytest.mark.parametrize("operator", ["gated_cross_attention", "perceiver_attention"])
 def test_fails_when_a_kernel_is_wrong(monkeypatch, tmp_path, capsys, operator):
     right = getattr(layers, operator)
     monkeypatch.setattr(demo, "picture", lambda found, path: None)
