@@ -396,7 +396,8 @@ Tensor gated_block_decode(
   Tensor out = fresh_like(launch, x);
   if (x.numel() == 0) return out;
 
-  WeightProduct query = product_of(x, to_q, q), widen = product_of(z, up, hidden), narrow = product_of(hidden, down, out);
+  WeightProduct query = product_of(x, to_q, q), widen = product_of(z, up, hidden),
+                narrow = product_of(hidden, down, out);
   add_norm(query, norm, norm_bias, eps), add_norm(widen, ff_norm, ff_norm_bias, eps);
   widen.activation = static_cast<Activation>(activation);
   add_residual(narrow, z, ff_gate);

@@ -2,8 +2,8 @@
 //
 //   q = norm(x) Wq^T,  z = x + tanh(gate) * attention(q, k, v) Wo^T,  out = z + tanh(ff_gate) * act(norm(z) W1^T) W2^T
 //
-// Oracle: ops/gated_block_decode/reference.py. Four launches: weight_product (norm, Wq), decode_attention (attention, Wo, gate,
-// residual), weight_product (norm, W1, activation), weight_product (W2, gate, residual).
+// Oracle: ops/gated_block_decode/reference.py. Four launches: weight_product (norm, Wq), decode_attention (attention,
+// Wo, gate, residual), weight_product (norm, W1, activation), weight_product (W2, gate, residual).
 //
 // weight_product     A block makes 16 outputs of all sequences, its warps each a share of the columns. Weights go from
 //                    memory into the registers of mma, 16 bytes a lane: any order of columns will do that both factors
@@ -11,7 +11,8 @@
 // decode_attention   A block has one sequence and a slice of the outputs. Its warps take a head each, a lane a key, and
 //                    then an output each. Every slice makes the attention anew: its keys lie in the cache by then.
 //
-// Bytes: every weight once; what a sequence sees of k and v once from memory. FLOPs: 2 a weight and sequence, 4 d a key.
+// Bytes: every weight once; what a sequence sees of k and v once from memory. FLOPs: 2 a weight and sequence, 4 d a
+// key and head.
 #include "kernels.h"
 #include "rows.h"
 
@@ -81,7 +82,8 @@ __device__ inline void load_inputs(
 
 // Adds a warp's share of a chunk to the products of 16 outputs and 8 sequences a tile, as mma spreads them.
 template <class T, int tiles>
-__device__ inline void multiply_chunk(float (&c)[tiles][4], const T* inputs, const WeightProduct& p, int64_t first, int64_t chunk) {
+__device__ inline void multiply_chunk(
+    float (&c)[tiles][4], const T* inputs, const WeightProduct& p, int64_t first, int64_t chunk) {
   const int group = lane() / 4, pair = lane() % 4;
   const T* upper = static_cast<const T*>(p.weights) + min(first + group, p.rows - 1) * p.columns;
   const T* lower = static_cast<const T*>(p.weights) + min(first + group + 8, p.rows - 1) * p.columns;
@@ -173,7 +175,7 @@ __device__ inline const T* latents_of(const Media& media, int64_t b, int64_t med
   return static_cast<const T*>(media.data) + b * media.batch + medium * media.medium + kv_head * media.head;
 }
 
-// A warp makes the attention of one head: a lane has the score of a key, then the lanes share the columns of the values.
+// A warp makes the attention of one head: a lane has the score of a key, then lanes share the columns of the values.
 template <class T>
 __device__ inline void attend(float* out, const DecodeAttention& p, int64_t b, int64_t head, float* q, float* weights) {
   constexpr int most = 4;  // columns of a lane
