@@ -21,6 +21,7 @@ _CUDA_BEFORE_TRITON = {"gated_residual", "gated_residual_norm"}
 _OPERATORS: dict[str, dict[str, Reasons]] = {}
 # operator -> backend -> the largest sizes it takes, by name
 _LIMITS: dict[str, dict[str, dict[str, int]]] = {}
+_INFERENCE: set[str] = set()
 default_backend = _env.BACKEND
 
 
@@ -32,16 +33,24 @@ class UnsupportedError(NotImplementedError):
         self.reasons = reasons
 
 
-def register(operator: str, sizes: Callable[..., dict[str, int]], **limits: dict[str, int]) -> None:
+def register(
+    operator: str,
+    sizes: Callable[..., dict[str, int]],
+    differentiable: bool = True,
+    **limits: dict[str, int],
+) -> None:
     """Make an operator known.
 
     Args:
         operator: its name.
         sizes: of its tensors, what a backend may limit, by name.
+        differentiable: or for inference alone.
         limits: for each backend that has the operator the largest sizes it takes.
     """
     order = _env.BACKENDS if operator in _CUDA_BEFORE_TRITON else ("triton", "cuda", "cpu", "reference")
     _LIMITS[operator] = {name: limits[name] for name in order if name in limits}
+    if not differentiable:
+        _INFERENCE.add(operator)
     _OPERATORS[operator] = {
         name: partial(_reasons, _GENERAL[name], sizes, largest) for name, largest in _LIMITS[operator].items()
     }
@@ -69,8 +78,8 @@ def limits(operator: str) -> dict[str, dict[str, int]]:
 
 
 def operators() -> list[str]:
-    """The names of all operators."""
-    return list(_OPERATORS)
+    """The names of all operators that have gradients."""
+    return [operator for operator in _OPERATORS if operator not in _INFERENCE]
 
 
 def resolve(operator: str, backend: str, *tensors: Tensor | None) -> str:

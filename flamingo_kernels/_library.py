@@ -71,6 +71,14 @@ for _name, _schema in _SCHEMAS.items():
         _LIBRARY.impl(f"{_name}.triton", _run_triton(_name), _key)
 
 
+# Inference only, hence one operation; `activation` is a place in `gated_block_decode.api.ACTIVATIONS`.
+_LIBRARY.define(
+    "gated_block_decode.cuda(Tensor x, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor norm, "
+    "Tensor? norm_bias, Tensor to_q, Tensor to_out, Tensor gate, Tensor ff_norm, Tensor? ff_norm_bias, "
+    "Tensor up, Tensor down, Tensor ff_gate, int heads, float scale, float eps, int activation) -> Tensor"
+)
+
+
 def backends_of(name: str) -> dict[str, Any]:
     """What each compiled backend calls for an operation, `<operator>_fwd` or `_bwd`."""
     operation = getattr(torch.ops.flamingo_kernels, name)
@@ -154,6 +162,11 @@ def _(x, y, gate, weight, bias, eps, rms):
 def _(dz, dn, y, gate, weight, z, mean, rstd, rms):
     sums = (tensor.new_empty(tensor.shape, dtype=torch.float32) for tensor in (gate, weight, weight))
     return _fresh(z), _fresh(y), *sums
+
+
+@_shapes_of("gated_block_decode.cuda")
+def _(x, *others):
+    return _fresh(x)
 
 
 def residual_dtype(x: Tensor, y: Tensor, gate: Tensor) -> torch.dtype:

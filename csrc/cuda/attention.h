@@ -479,8 +479,10 @@ __global__ void __launch_bounds__(kThreads<T>, kKeysBlocks) attention_bwd_keys_k
       differentiate(dweights, weights, numbers, here);
       put(dscores, dweights);
       __syncthreads();
-      if (one_shot)
-        store_product<false>(rows_from<T>(p.dq, place.batch, head, first, p.head_dim), dscores, k, p.scale, ~0ull, rows);
+      if (one_shot) {
+        const auto dq = rows_from<T>(p.dq, place.batch, head, first, p.head_dim);
+        store_product<false>(dq, dscores, k, p.scale, ~0ull, rows);
+      }
       multiply<true, false>(dv, weights, dout);
       multiply<true, false>(dk, dscores, q);
     }

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -359,6 +360,62 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_bwd(
   return {dx, dy, dgate.added(launch), dweight.added(launch), dbias.added(launch)};
 }
 
+WeightProduct product_of(const Tensor& input, const Tensor& weights, const Tensor& output) {
+  WeightProduct p = {};
+  p.dtype = dtype_of(input);
+  p.batch = input.size(0), p.rows = weights.size(0), p.columns = weights.size(1);
+  p.input = input.data_ptr(), p.weights = weights.data_ptr(), p.output = output.data_ptr();
+  return p;
+}
+
+void add_norm(WeightProduct& p, const Tensor& weight, const std::optional<Tensor>& bias, double eps) {
+  p.norm_weight = vector_of(weight), p.eps = eps;
+  if (bias) p.norm_bias = vector_of(*bias);
+}
+
+void add_residual(WeightProduct& p, const Tensor& residual, const Tensor& gate) {
+  p.residual = residual.data_ptr(), p.gate = vector_of(gate), p.per_channel = gate.numel() > 1;
+}
+
+// What decoding needs contiguous the caller makes so: copies of weights in every step would be most of the time.
+void check_contiguous(std::initializer_list<Tensor> tensors) {
+  for (const Tensor& tensor : tensors)
+    STD_TORCH_CHECK(tensor.is_contiguous(), "gated_block_decode: expected contiguous x, weights, norms and gates.");
+}
+
+Tensor gated_block_decode(
+    Tensor x, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor norm, std::optional<Tensor> norm_bias, Tensor to_q,
+    Tensor to_out, Tensor gate, Tensor ff_norm, std::optional<Tensor> ff_norm_bias, Tensor up, Tensor down,
+    Tensor ff_gate, int64_t heads, double scale, double eps, int64_t activation) {
+  const char* operation = "gated_block_decode";
+  const Launch launch(x);
+  check_contiguous({x, norm, to_q, to_out, gate, ff_norm, up, down, ff_gate});
+  const int64_t batch = x.size(0);
+  const Tensor q = fresh(launch, x, {batch, to_q.size(0)}, x.scalar_type()), z = fresh_like(launch, x),
+               hidden = fresh(launch, x, {batch, up.size(0)}, x.scalar_type());
+  Tensor out = fresh_like(launch, x);
+  if (x.numel() == 0) return out;
+
+  WeightProduct query = product_of(x, to_q, q), widen = product_of(z, up, hidden),
+                narrow = product_of(hidden, down, out);
+  add_norm(query, norm, norm_bias, eps), add_norm(widen, ff_norm, ff_norm_bias, eps);
+  widen.activation = static_cast<Activation>(activation);
+  add_residual(narrow, z, ff_gate);
+  DecodeAttention attention = {};
+  attention.out = product_of(q, to_out, z);
+  add_residual(attention.out, x, gate);
+  attention.heads = heads, attention.kv_heads = k.size(3), attention.head_dim = k.size(4);
+  attention.media = k.size(1), attention.latents = k.size(2), attention.scale = scale;
+  attention.lo = spans_of(operation, lo, batch, 1), attention.hi = spans_of(operation, hi, batch, 1);
+  attention.q = q.data_ptr(), attention.k = media_of(operation, k), attention.v = media_of(operation, v);
+
+  kernels::weight_product(query, launch.stream);
+  kernels::decode_attention(attention, launch.stream);
+  kernels::weight_product(widen, launch.stream);
+  kernels::weight_product(narrow, launch.stream);
+  return out;
+}
+
 }  // namespace
 
 #if defined(FK_EMULATE)
@@ -374,6 +431,7 @@ STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CUDA, m) {
   m.impl("gated_residual_bwd.cuda", TORCH_BOX(&gated_residual_bwd));
   m.impl("gated_residual_norm_fwd.cuda", TORCH_BOX(&gated_residual_norm_fwd));
   m.impl("gated_residual_norm_bwd.cuda", TORCH_BOX(&gated_residual_norm_bwd));
+  m.impl("gated_block_decode.cuda", TORCH_BOX(&gated_block_decode));
 }
 
 }  // namespace flamingo_kernels

@@ -30,6 +30,10 @@ bool is_whole(const PerceiverAttention&);
 void perceiver_attention_fwd(const PerceiverAttention&, float* softmax_of_parts, Stream);
 void perceiver_attention_bwd(const PerceiverAttention&, Stream);
 
+// The two kernels of gated_block_decode.
+void weight_product(const WeightProduct&, Stream);
+void decode_attention(const DecodeAttention&, Stream);
+
 void sum(const Sum&, Stream);
 void fill_with_nan(void* memory, int64_t bytes, Stream);  // a test aid
 

@@ -103,7 +103,8 @@ __device__ inline void finish(
     float total = 0;
     for (int64_t medium = 0; medium < p.media; ++medium) {
       const auto values = latents_of<const T>(p.v, place.batch, place.kv_head, medium, 0, p.head_dim);
-      for (int64_t latent = 0; latent < p.latents; ++latent) total += to_float(values.data[latent * values.stride + column]);
+      for (int64_t latent = 0; latent < p.latents; ++latent)
+        total += to_float(values.data[latent * values.stride + column]);
     }
     mean[column] = total / (p.media * p.latents);
   }

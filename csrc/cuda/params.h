@@ -95,6 +95,32 @@ struct PerceiverAttention : Attention {
   Rows k[2], v[2], dk[2], dv[2];
 };
 
+enum class Activation : int { none, gelu, squared_relu, relu };
+
+// A row of weights for each of `rows` outputs: output[b] = weights norm(input[b]), and what follows from it.
+struct WeightProduct {
+  DType dtype;
+  int64_t batch, rows, columns;
+  const void *input, *weights;      // [B, columns], [rows, columns], contiguous
+  Vector norm_weight, norm_bias;    // of no norm the data is null
+  float eps;
+  Activation activation;
+  const void* residual;             // [B, rows] or null: output = residual + tanh(gate) * product
+  Vector gate;
+  bool per_channel;
+  void* output;                     // [B, rows]
+};
+
+// One token of every sequence attends to its media, and the result goes through weights [D, H d] into the residual.
+struct DecodeAttention {
+  WeightProduct out;         // its input is what the attention makes
+  int64_t heads, kv_heads, head_dim, media, latents, slice;  // slice: rows of a block
+  float scale;
+  const int32_t *lo, *hi;  // [B]
+  const void* q;           // [B, H, d]
+  Media k, v;
+};
+
 // total[size] = partials[0] + partials[1] + ..., in order and rounded once.
 struct Sum {
   const float* partials;  // [parts, size]

@@ -27,7 +27,10 @@ __device__ inline uint16_t float_to_f16(float value) { return __half_as_ushort(_
 __device__ inline uint4 load_128(const void* address) { return *static_cast<const uint4*>(address); }
 __device__ inline void store_128(void* address, uint4 value) { *static_cast<uint4*>(address) = value; }
 
-__device__ inline void store_32(void* address, uint32_t value) { *static_cast<uint32_t*>(address) = value; }
+// Of two 16-bit elements: as bytes, for the compiler to know that these may be read back as what they are.
+__device__ inline void store_32(void* address, uint32_t value) {
+  memcpy(__builtin_assume_aligned(address, 4), &value, sizeof value);
+}
 
 // Brings a line of global memory into the cache.
 __device__ inline void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
@@ -96,7 +99,8 @@ void launch(Stream stream, void (*kernel)(Params), dim3 grid, dim3 block, size_t
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
           "cudaFuncSetAttribute");
   cudaLaunchConfig_t config = {};
-  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
   check(cudaLaunchKernelEx(&config, kernel, params), "cudaLaunchKernelEx");
 }
 

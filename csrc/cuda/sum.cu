@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(Sum p) {
 namespace kernels {
 
 void sum(const Sum& p, Stream stream) {
-  const unsigned lanes = p.parts > 2 * kLanes ? kLanes : 1;
+  const unsigned lanes = p.parts > kLanes ? kLanes : 1;
   const dim3 block(kThreads / lanes, lanes);
   by_type(p.dtype, [&](auto type) {
     const dim3 grid(divide_up(p.size, block.x));

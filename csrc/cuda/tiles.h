@@ -33,7 +33,7 @@ struct Tile {
 
 // Lays tiles out one behind the other in shared memory.
 struct Arena {
-  char* next = static_cast<char*>(nullptr);
+  char* next;
   template <class Tile>
   __device__ Tile take() {
     Tile tile = {reinterpret_cast<decltype(tile.data)>(next)};

@@ -1,9 +1,17 @@
 """One folder an operator, the same files in each."""
 
 from .. import _library as _library
+from .gated_block_decode import GatedBlockWeights, gated_block_decode
 from .gated_residual import gated_residual
 from .gated_residual_norm import gated_residual_norm
 from .masked_cross_attention import masked_cross_attention
 from .perceiver_attention import perceiver_attention
 
-__all__ = ["gated_residual", "gated_residual_norm", "masked_cross_attention", "perceiver_attention"]
+__all__ = [
+    "GatedBlockWeights",
+    "gated_block_decode",
+    "gated_residual",
+    "gated_residual_norm",
+    "masked_cross_attention",
+    "perceiver_attention",
+]

@@ -30,13 +30,20 @@ BLOCKS = {
     r"attention_fwd_kernel<\w+, 64": 3,
     r"attention_bwd_rows_kernel<\w+, 64": 3,
     r"attention_\w+_kernel": 2,
+    r"(weight_product|decode_attention)_kernel": 2,
     r"gated_residual_bwd_kernel<Mixed": 3,
     r"gated_residual_(fwd|bwd)_kernel": 4,
     r"gated_residual_norm_fwd_kernel": 4,
     r"gated_residual_norm_bwd_kernel<.*, 512u>": 1,
     r"gated_residual_norm_\w+_kernel": 2,
 }
-THREADS = {r"attention_\w+_kernel<float": 64, r"attention_": 128, r", 512u>": 512, r"": 256}
+THREADS = {
+    r"decode_attention": 256,
+    r"attention_\w+_kernel<float": 64,
+    r"attention_": 128,
+    r", 512u>": 512,
+    r"": 256,
+}
 REGISTERS = 65536  # of a multiprocessor
 # Kernels that move single numbers: gates, sums of few columns, rows that lie in no order.
 NARROW = ("sum_kernel", "share_kernel", "combine_kernel", "means_kernel")
@@ -78,14 +85,16 @@ def enough_blocks_fit(kernel: Kernel) -> bool:
 
 def tensor_cores_multiply(kernel: Kernel) -> bool:
     """But not in float32, whose products are exact."""
-    return "attention" not in kernel.name or "float" in kernel.name or kernel.products > 0
+    multiplies = re.match(r"attention_|weight_product", kernel.name) is not None
+    return not multiplies or "float" in kernel.name or kernel.products > 0
 
 
 def accesses_are_wide(kernel: Kernel) -> bool:
     """Where all rows are: a kernel of odd ones says `false`, one of mixed dtypes decides as it runs."""
     if any(name in kernel.name for name in NARROW) or (", false" in kernel.name and "gated" in kernel.name):
         return True
-    return kernel.wide_loads > 0 and (kernel.wide_stores > 0 or "float" in kernel.name)
+    decoding = re.match(r"decode_attention|weight_product", kernel.name) is not None  # few numbers leave it
+    return kernel.wide_loads > 0 and (kernel.wide_stores > 0 or decoding or "float" in kernel.name)
 
 
 CHECKS = (nothing_is_spilled, enough_blocks_fit, tensor_cores_multiply, accesses_are_wide)

@@ -205,21 +205,15 @@ bool run_warp(unsigned first, unsigned lanes) {
   return true;
 }
 
-// Lets the threads of a block go on that wait for each other; says whether any are left.
+// Lets the threads of a block go on, all of which wait for each other; says whether any are left.
 bool release_block(unsigned threads) {
-  std::vector<void*> brought(threads);
-  Operation operation = nullptr;
+  bool any = false;
   for (unsigned i = 0; i < threads; ++i) {
     if (fibers[i].state == State::returned) continue;
-    if (operation && fibers[i].operation != operation) fail("threads of a block wait at barriers of different kinds");
-    operation = fibers[i].operation;
-    brought[i] = fibers[i].brought;
+    fibers[i].state = State::ready;
+    any = true;
   }
-  if (!operation) return false;
-  operation(brought.data());
-  for (unsigned i = 0; i < threads; ++i)
-    if (fibers[i].state == State::at_block) fibers[i].state = State::ready;
-  return true;
+  return any;
 }
 
 void run_block() {
@@ -286,9 +280,8 @@ void meet_warp(Operation operation, void* brought) {
   pause();
 }
 
-void meet_block(Operation operation, void* brought) {
-  Fiber& fiber = self();
-  fiber.state = State::at_block, fiber.operation = operation, fiber.brought = brought;
+void meet_block() {
+  self().state = State::at_block;
   pause();
 }
 

@@ -52,10 +52,10 @@ struct Block {
 extern Thread* thread;
 extern Block block;
 
-// What lanes may wait for. An operation takes what each lane brought, in the order of lanes.
+// What the lanes of a warp wait for. An operation takes what each lane brought, in the order of lanes.
 using Operation = void (*)(void* const* brought);
 void meet_warp(Operation operation, void* brought);
-void meet_block(Operation operation, void* brought);  // with as many as have not returned
+void meet_block();  // of those that have not returned
 
 // Fails the launch: the message of the exception that `run` throws.
 void require(bool good, const char* message);
@@ -95,7 +95,7 @@ Value shuffle(Value value, unsigned from) {
 #define blockDim (::emulation::block.size)
 #define gridDim (::emulation::block.grid)
 
-inline void __syncthreads() { emulation::meet_block(emulation::nothing, nullptr); }
+inline void __syncthreads() { emulation::meet_block(); }
 inline void __syncwarp() { emulation::meet_warp(emulation::nothing, nullptr); }
 
 inline uint32_t __ballot_sync(unsigned, int predicate) {

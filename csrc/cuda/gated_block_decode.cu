@@ -1,0 +1,262 @@
+// The gated cross-attention block for one token of each of a few sequences, over cached media keys and values:
+//
+//   q = norm(x) Wq^T,  z = x + tanh(gate) * attention(q, k, v) Wo^T,  out = z + tanh(ff_gate) * act(norm(z) W1^T) W2^T
+//
+// Oracle: ops/gated_block_decode/reference.py. Four launches: weight_product (norm, Wq), decode_attention (attention,
+// Wo, gate, residual), weight_product (norm, W1, activation), weight_product (W2, gate, residual).
+//
+// weight_product     A block makes 16 outputs of all sequences, its warps each a share of the columns. Weights go from
+//                    memory into the registers of mma, 16 bytes a lane: any order of columns will do that both factors
+//                    share. Every block makes the norm anew.
+// decode_attention   A block has one sequence and a slice of the outputs. Its warps take a head each, a lane a key, and
+//                    then an output each. Every slice makes the attention anew: its keys lie in the cache by then.
+//
+// Bytes: every weight once; what a sequence sees of k and v once from memory. FLOPs: 2 a weight and sequence, 4 d a
+// key and head.
+#include "kernels.h"
+#include "rows.h"
+
+namespace flamingo_kernels {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kOutputs = 16;     // of a block of `weight_product`
+constexpr int kStep = 32;        // columns that a warp takes at once
+
+template <class T>
+constexpr int kChunk = 4096 / sizeof(T);  // columns of the inputs that a block keeps
+template <class T>
+constexpr int kPitch = kChunk<T> + 16 / sizeof(T);  // rows begin in different banks
+
+__device__ inline int lane() { return threadIdx.x % 32; }
+__device__ inline int warp() { return threadIdx.x / 32; }
+
+// 8 elements from `column` on of a row of so many; 0 beyond its end.
+template <class T>
+__device__ inline void load_eight(float (&values)[kVector], const T* row, int64_t column, int64_t columns) {
+  const bool wide = columns % kVector == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
+  if (wide && column < columns)
+    load_typed<T, true>(values, row + column, {column, columns});
+  else
+    load_typed<T, false>(values, row + column, {column, columns});
+}
+
+// The same as they are, for mma.
+template <class T>
+__device__ inline uint4 load_words(const T* row, int64_t column, int64_t columns) {
+  if (columns % kVector == 0 && column < columns && reinterpret_cast<uintptr_t>(row) % 16 == 0)
+    return load_128(row + column);
+  T elements[kVector];
+  for (int i = 0; i < kVector; ++i) elements[i] = column + i < columns ? row[column + i] : from_float<T>(0);
+  uint4 words;
+  memcpy(&words, elements, sizeof words);
+  return words;
+}
+
+// The mean of a row and one over its standard deviation, made by a warp.
+template <class T>
+__device__ inline void moments(float& mean, float& rstd, const T* row, int64_t columns, float eps) {
+  float sum = 0, squares = 0;
+  for (int64_t i = lane(); i < columns; i += 32) sum += to_float(row[i]);
+  mean = warp_sum(sum) / columns;
+  for (int64_t i = lane(); i < columns; i += 32) squares += (to_float(row[i]) - mean) * (to_float(row[i]) - mean);
+  rstd = 1 / sqrtf(warp_sum(squares) / columns + eps);
+}
+
+// Fills a chunk of the inputs [sequences, kChunk], normed where there is a norm; 0 beyond their ends.
+template <class T>
+__device__ inline void load_inputs(
+    T* inputs, const WeightProduct& p, int64_t chunk, int sequences, const float* mean, const float* rstd) {
+  for (int i = threadIdx.x; i < sequences * kChunk<T>; i += kThreads) {
+    const int b = i / kChunk<T>;
+    const int64_t column = chunk + i % kChunk<T>;
+    float value = 0;
+    if (b < p.batch && column < p.columns) {
+      value = to_float(static_cast<const T*>(p.input)[b * p.columns + column]);
+      if (p.norm_weight.data) value = (value - mean[b]) * rstd[b] * element(p.norm_weight, column);
+      if (p.norm_bias.data) value += element(p.norm_bias, column);
+    }
+    inputs[b * kPitch<T> + i % kChunk<T>] = from_float<T>(value);
+  }
+}
+
+// Adds a warp's share of a chunk to the products of 16 outputs and 8 sequences a tile, as mma spreads them.
+template <class T, int tiles>
+__device__ inline void multiply_chunk(
+    float (&c)[tiles][4], const T* inputs, const WeightProduct& p, int64_t first, int64_t chunk) {
+  const int group = lane() / 4, pair = lane() % 4;
+  const T* upper = static_cast<const T*>(p.weights) + min(first + group, p.rows - 1) * p.columns;
+  const T* lower = static_cast<const T*>(p.weights) + min(first + group + 8, p.rows - 1) * p.columns;
+  const int64_t columns = min(p.columns - chunk, int64_t(kChunk<T>));
+#pragma unroll 4
+  for (int at = warp() * kStep + pair * kVector; at - pair * kVector < columns; at += kWarps * kStep) {
+    if constexpr (sizeof(T) == 2) {
+      const uint4 u = load_words(upper, chunk + at, p.columns), l = load_words(lower, chunk + at, p.columns);
+      for (int t = 0; t < tiles; ++t) {
+        const uint4 x = load_128(inputs + (t * 8 + group) * kPitch<T> + at);
+        mma(c[t], {u.x, l.x, u.y, l.y}, {x.x, x.y}, T());
+        mma(c[t], {u.z, l.z, u.w, l.w}, {x.z, x.w}, T());
+      }
+    } else {
+      const int step = at - pair * kVector;
+      for (int k = step; k < min(step + kStep, int(columns)); ++k)
+        for (int t = 0; t < tiles; ++t)
+          for (int i = 0; i < 4; ++i)
+            c[t][i] += (i < 2 ? upper : lower)[chunk + k] * inputs[(t * 8 + pair * 2 + i % 2) * kPitch<T> + k];
+    }
+  }
+}
+
+__device__ inline float activate(float value, Activation activation) {
+  switch (activation) {
+    case Activation::gelu: return 0.5f * value * (1 + erff(value * 0.70710678f));
+    case Activation::squared_relu: return fmaxf(value, 0) * fmaxf(value, 0);
+    case Activation::relu: return fmaxf(value, 0);
+    default: return value;
+  }
+}
+
+// Rounds where separate operations would, and writes one output.
+template <class T>
+__device__ inline void finish(const WeightProduct& p, int64_t b, int64_t row, float value) {
+  value = to_float(from_float<T>(value));
+  if (p.residual) {
+    const float gate = tanhf(element(p.gate, p.per_channel ? row : 0));
+    value = to_float(static_cast<const T*>(p.residual)[b * p.rows + row]) + gate * value;
+  }
+  static_cast<T*>(p.output)[b * p.rows + row] = from_float<T>(activate(value, p.activation));
+}
+
+// The block's weights begin their way into the cache while it makes the norm.
+template <class T>
+__device__ inline void prefetch_weights(const WeightProduct& p, int64_t first) {
+  const char* begin = reinterpret_cast<const char*>(static_cast<const T*>(p.weights) + first * p.columns);
+  const int64_t bytes = min(int64_t(kOutputs), p.rows - first) * p.columns * sizeof(T);
+  for (int64_t at = threadIdx.x * 128; at < bytes; at += kThreads * 128) prefetch(begin + at);
+}
+
+template <class T, int tiles>
+constexpr size_t kProductBytes =
+    8 * tiles * (kPitch<T> * sizeof(T) + (kWarps * kOutputs + 2) * sizeof(float));
+
+template <class T, int tiles>
+__global__ void __launch_bounds__(kThreads, 2) weight_product_kernel(WeightProduct p) {
+  constexpr int sequences = 8 * tiles;
+  T* inputs = static_cast<T*>(shared_memory());  // [sequences, kPitch]
+  float* shares = reinterpret_cast<float*>(inputs + sequences * kPitch<T>);  // [warps, outputs, sequences]
+  float *mean = shares + kWarps * kOutputs * sequences, *rstd = mean + sequences;
+  const int64_t first = int64_t(blockIdx.x) * kOutputs;
+  prefetch_weights<T>(p, first);
+  if (p.norm_weight.data)
+    for (int b = warp(); b < p.batch; b += kWarps)
+      moments(mean[b], rstd[b], static_cast<const T*>(p.input) + b * p.columns, p.columns, p.eps);
+
+  float c[tiles][4] = {};
+  for (int64_t chunk = 0; chunk < p.columns; chunk += kChunk<T>) {
+    __syncthreads();
+    load_inputs(inputs, p, chunk, sequences, mean, rstd);
+    __syncthreads();
+    multiply_chunk(c, inputs, p, first, chunk);
+  }
+  for (int t = 0; t < tiles; ++t)
+    for (int i = 0; i < 4; ++i)
+      shares[(warp() * kOutputs + lane() / 4 + i / 2 * 8) * sequences + t * 8 + lane() % 4 * 2 + i % 2] = c[t][i];
+  __syncthreads();
+  const int output = threadIdx.x / sequences, b = threadIdx.x % sequences;
+  if (output >= kOutputs || first + output >= p.rows || b >= p.batch) return;
+  float sum = 0;
+  for (int w = 0; w < kWarps; ++w) sum += shares[(w * kOutputs + output) * sequences + b];
+  finish<T>(p, b, first + output, sum);
+}
+
+// Where the latents of a medium begin.
+template <class T>
+__device__ inline const T* latents_of(const Media& media, int64_t b, int64_t medium, int64_t kv_head) {
+  return static_cast<const T*>(media.data) + b * media.batch + medium * media.medium + kv_head * media.head;
+}
+
+// A warp makes the attention of one head: a lane has the score of a key, then lanes share the columns of the values.
+template <class T>
+__device__ inline void attend(float* out, const DecodeAttention& p, int64_t b, int64_t head, float* q, float* weights) {
+  constexpr int most = 4;  // columns of a lane
+  const int64_t kv_head = head * p.kv_heads / p.heads;
+  const bool average = p.hi[b] < 0;  // of all values
+  const int64_t begin = average ? 0 : p.lo[b], end = average ? p.media : p.hi[b];
+  for (int i = lane(); i < p.head_dim; i += 32)
+    q[i] = to_float(static_cast<const T*>(p.q)[(b * p.heads + head) * p.head_dim + i]) * p.scale * kLog2E;
+  __syncwarp();
+  float highest = -kInfinity, total = 0, product[most] = {};
+  for (int64_t medium = begin; medium < end; ++medium)
+    for (int64_t first = 0; first < p.latents; first += 32) {
+      const T* key = latents_of<T>(p.k, b, medium, kv_head) + (first + lane()) * p.k.latent;
+      float score = first + lane() < p.latents ? 0.0f : -kInfinity;
+      for (int64_t i = 0; !average && first + lane() < p.latents && i < p.head_dim; i += kVector) {
+        float values[kVector];
+        load_eight(values, key, i, p.head_dim);
+        for (int j = 0; j < kVector && i + j < p.head_dim; ++j) score += values[j] * q[i + j];
+      }
+      const float higher = fmaxf(highest, warp_max(score)), shrink = power_below(highest, higher);
+      const float weight = power_below(score, higher);
+      weights[lane()] = weight;
+      total = total * shrink + warp_sum(weight), highest = higher;
+      __syncwarp();
+      const T* values = latents_of<T>(p.v, b, medium, kv_head) + first * p.v.latent;
+      for (int i = 0; i < most && lane() + 32 * i < p.head_dim; ++i) {
+        product[i] *= shrink;
+        for (int64_t j = 0; j < min(p.latents - first, int64_t(32)); ++j)
+          product[i] += weights[j] * to_float(values[j * p.v.latent + lane() + 32 * i]);
+      }
+      __syncwarp();
+    }
+  for (int i = 0; i < most && lane() + 32 * i < p.head_dim; ++i)
+    out[lane() + 32 * i] = to_float(from_float<T>(begin < end ? product[i] / total : 0.0f));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) decode_attention_kernel(DecodeAttention p) {
+  float* weights = static_cast<float*>(shared_memory());                      // [warps, 32]
+  float *q = weights + kWarps * 32, *attended = q + kWarps * 128;             // [warps, 128], [H d]
+  const int64_t b = blockIdx.y, columns = p.out.columns;
+  for (int64_t head = warp(); head < p.heads; head += kWarps)
+    attend<T>(attended + head * p.head_dim, p, b, head, q + warp() * 128, weights + warp() * 32);
+  __syncthreads();
+  const int64_t first = blockIdx.x * p.slice, end = min(first + p.slice, p.out.rows);
+  for (int64_t row = first + warp(); row < end; row += kWarps) {
+    float sum = 0;
+    for (int64_t i = lane() * kVector; i < columns; i += 32 * kVector) {
+      float values[kVector];
+      load_eight(values, static_cast<const T*>(p.out.weights) + row * columns, i, columns);
+      for (int j = 0; j < kVector && i + j < columns; ++j) sum += values[j] * attended[i + j];
+    }
+    sum = warp_sum(sum);
+    if (lane() == 0) finish<T>(p.out, b, row, sum);
+  }
+}
+
+}  // namespace
+
+namespace kernels {
+
+void weight_product(const WeightProduct& p, Stream stream) {
+  by_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    const dim3 grid(divide_up(p.rows, kOutputs));
+    if (p.batch <= 8)
+      return launch(stream, weight_product_kernel<T, 1>, grid, dim3(kThreads), kProductBytes<T, 1>, p);
+    launch(stream, weight_product_kernel<T, 2>, grid, dim3(kThreads), kProductBytes<T, 2>, p);
+  });
+}
+
+void decode_attention(const DecodeAttention& p, Stream stream) {
+  by_type(p.out.dtype, [&](auto type) {
+    const int64_t slices = max(int64_t(1), min(p.out.rows / kWarps, multiprocessors() / p.out.batch));
+    DecodeAttention sliced = p;
+    sliced.slice = divide_up(divide_up(p.out.rows, slices), kWarps) * kWarps;
+    const dim3 grid(divide_up(p.out.rows, sliced.slice), p.out.batch);
+    const size_t shared = (kWarps * (32 + 128) + p.out.columns) * sizeof(float);
+    launch(stream, decode_attention_kernel<decltype(type)>, grid, dim3(kThreads), shared, sliced);
+  });
+}
+
+}  // namespace kernels
+}  // namespace flamingo_kernels

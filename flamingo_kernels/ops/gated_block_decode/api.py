@@ -1,0 +1,143 @@
+"""One decoding step of a gated cross-attention block over cached media keys and values."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import _dispatch
+from ..._checks import expect_head_groups, expect_same_device, expect_same_dtype, expect_shape
+from ...mask import MediaMask
+from . import reference
+
+_NAME = "gated_block_decode"
+ACTIVATIONS = (None, "gelu", "squared_relu", "relu")  # as `Activation` in csrc/cuda/params.h counts them
+
+
+class GatedBlockWeights(NamedTuple):
+    """The parameters of a gated cross-attention block but for the projection of its media.
+
+    Attributes:
+        norm, norm_bias: LayerNorm before the attention `[D]`; the bias may be None.
+        to_q: `[H * d, D]`.
+        to_out: `[D, H * d]`.
+        gate: alpha of the attention before tanh, 1 element or D.
+        ff_norm, ff_norm_bias: LayerNorm before the feed-forward network `[D]`; the bias may be None.
+        up: its first product `[F, D]`.
+        down: its second `[D, F]`.
+        ff_gate: its alpha, 1 element or D.
+    """
+
+    norm: Tensor
+    norm_bias: Tensor | None
+    to_q: Tensor
+    to_out: Tensor
+    gate: Tensor
+    ff_norm: Tensor
+    ff_norm_bias: Tensor | None
+    up: Tensor
+    down: Tensor
+    ff_gate: Tensor
+
+
+def gated_block_decode(
+    x: Tensor,  # [B, D]
+    k: Tensor,  # [B, M, R, Hkv, d]
+    v: Tensor,  # [B, M, R, Hkv, d]
+    mask: MediaMask,
+    weights: GatedBlockWeights,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-5,
+    activation: str = "gelu",
+    backend: str = "auto",
+) -> Tensor:  # [B, D]
+    """The gated block for one new token of every sequence, in four launches on a GPU::
+
+        z   = x + tanh(gate) * attention(norm(x) @ to_q.T, k, v) @ to_out.T
+        out = z + tanh(ff_gate) * activation(ff_norm(z) @ up.T) @ down.T
+
+    Args:
+        x: residual stream `[B, D]`, float32, bfloat16 or float16.
+        k: cached keys of the media `[B, M, R, Hkv, d]`, same dtype; Hkv divides H.
+        v: cached values, like k.
+        mask: which media each row sees, for one row a sequence: `MediaMask.cached(locations, M, length=1)`.
+        weights: see `GatedBlockWeights`; matrices in the dtype of x.
+        scale: factor on the scores. Default: `d ** -0.5`.
+        eps: of both LayerNorms. Default: 1e-5.
+        activation: "gelu" (exact), "squared_relu" or "relu". Default: "gelu".
+        backend: "auto", "cuda" or "reference".
+
+    Returns:
+        `[B, D]` in the dtype of x.
+
+    Raises:
+        ValueError: a shape, device, activation or mask that does not fit.
+        TypeError: dtypes that differ.
+        UnsupportedError: the requested backend cannot run these inputs, or a gradient is asked for.
+
+    Limits: inference only. cuda takes up to 16 sequences, head_dim up to 128 and H * d up to 16384; x,
+    weights, norms and gates must be contiguous. It reads no value on the host and takes its working memory
+    from torch, so that a CUDA graph can capture it. Bitwise deterministic.
+
+    Source: Flamingo (arXiv 2204.14198), section 2.2.
+    """
+    _validate(x, k, v, mask, weights, activation)
+    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+    backend = _dispatch.resolve(_NAME, backend, x, k, v, *weights)
+    if backend == "reference":
+        return reference.gated_block_decode(x, k, v, mask, weights, scale, eps, activation)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, k, v, *weights)):
+        reason = "it has no gradient; call it under torch.no_grad()"
+        raise _dispatch.UnsupportedError(f"{_NAME}: {reason}.", {backend: [reason]})
+    heads = weights.to_q.shape[0] // k.shape[-1]
+    options = (heads, scale, float(eps), ACTIVATIONS.index(activation))
+    run = torch.ops.flamingo_kernels.gated_block_decode.cuda
+    return run(x, k, v, mask.lo, mask.hi, *weights, *options)
+
+
+def _validate(
+    x: Tensor, k: Tensor, v: Tensor, mask: MediaMask, weights: GatedBlockWeights, activation: str
+) -> None:
+    if activation not in ACTIVATIONS[1:]:
+        legal = ", ".join(map(str, ACTIVATIONS[1:]))
+        raise ValueError(f"{_NAME}: activation={activation!r} is not one of {legal}.")
+    expect_shape(_NAME, "x", x, ("B", "D"), "")
+    batch, dim = x.shape
+    expect_shape(_NAME, "k", k, (batch, "M", "R", "Hkv", "d"), "to match x")
+    expect_shape(_NAME, "v", v, tuple(k.shape), "to match k")
+    inner, hidden = weights.to_q.shape[0], weights.up.shape[0]
+    expect_head_groups(_NAME, inner // k.shape[-1], k.shape[3])
+    expect_shape(_NAME, "to_q", weights.to_q, (inner // k.shape[-1] * k.shape[-1], dim), "to match x and k")
+    expect_shape(_NAME, "to_out", weights.to_out, (dim, inner), "to match to_q")
+    expect_shape(_NAME, "up", weights.up, (hidden, dim), "to match x")
+    expect_shape(_NAME, "down", weights.down, (dim, hidden), "to match up")
+    for name in ("norm", "norm_bias", "ff_norm", "ff_norm_bias"):
+        if (vector := getattr(weights, name)) is not None:
+            expect_shape(_NAME, name, vector, (dim,), "to match x")
+    for name in ("gate", "ff_gate"):
+        if getattr(weights, name).numel() not in (1, dim):
+            shape = tuple(getattr(weights, name).shape)
+            raise ValueError(f"{_NAME}: expected {name} of 1 or D={dim} elements, got {shape}.")
+    expect_shape(_NAME, "a mask", mask.lo, (batch, 1), "for one row a sequence")
+    expect_shape(_NAME, "a mask over media", mask.start, (batch, k.shape[1]), "to match k[:, :M]")
+    matrices = {name: getattr(weights, name) for name in ("to_q", "to_out", "up", "down")}
+    expect_same_dtype(_NAME, x=x, k=k, v=v, **matrices)
+    expect_same_device(_NAME, x=x, k=k, v=v, mask=mask.lo, **weights._asdict())
+
+
+def _sizes(x: Tensor, k: Tensor, v: Tensor, *weights: Tensor | None) -> dict[str, int]:
+    to_q = weights[2]
+    assert to_q is not None
+    return {"B": x.shape[0], "head_dim": k.shape[4], "H * d": to_q.shape[0]}
+
+
+_dispatch.register(
+    _NAME,
+    sizes=_sizes,
+    differentiable=False,
+    cuda={"B": 16, "head_dim": 128, "H * d": 16384},
+    reference={},
+)
