@@ -31,7 +31,7 @@ BLOCKS = {
     r"attention_bwd_rows_kernel<\w+, 64": 3,
     r"attention_\w+_kernel": 2,
     r"(weight_product|decode_attention)_kernel": 2,
-    r"gated_residual_bwd_kernel<Mixed": 3,
+    r"gated_residual_(bwd|norm_fwd)_kernel<Mixed": 3,
     r"gated_residual_(fwd|bwd)_kernel": 4,
     r"gated_residual_norm_fwd_kernel": 4,
     r"gated_residual_norm_bwd_kernel<.*, 512u>": 1,
@@ -45,8 +45,8 @@ THREADS = {
     r"": 256,
 }
 REGISTERS = 65536  # of a multiprocessor
-# Kernels that move single numbers: gates, sums of few columns, rows that lie in no order.
-NARROW = ("sum_kernel", "share_kernel", "combine_kernel", "means_kernel")
+# Kernels that move single numbers: sums of few columns, rows in no order, float32 where it is not fast.
+NARROW = ("sum_kernel", "share_kernel", "combine_kernel", "means_kernel", "weight_product_kernel<float")
 
 
 @functools.cache
