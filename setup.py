@@ -35,6 +35,7 @@ from setuptools.command.build_ext import build_ext
 
 BUILDS = ("cpu", "cuda", "none")
 EMULATE = os.environ.get("FLAMINGO_KERNELS_EMULATE", "")
+SHARED = Path("csrc")
 SOURCES = Path("csrc", "cpu")
 CUDA_SOURCES = Path("csrc", "cuda")
 
@@ -282,14 +283,24 @@ EXTENSION = Extension(
     "flamingo_kernels._C",
     sources=sorted(map(str, SOURCES.glob("*.cpp"))),
     # with what CUDA's build reads, as a source archive holds these files whatever is built
-    depends=sorted(map(str, (*SOURCES.glob("*.h"), *CUDA_SOURCES.glob("*.*"), *CUDA_SOURCES.glob("host/*")))),
+    depends=sorted(
+        map(
+            str,
+            (
+                *SHARED.glob("*.h"),
+                *SOURCES.glob("*.h"),
+                *CUDA_SOURCES.glob("*.*"),
+                *CUDA_SOURCES.glob("host/*"),
+            ),
+        )
+    ),
     py_limited_api=True,
 )
 
 CUDA_EXTENSION = Extension(
     "flamingo_kernels._cuda",
     sources=sorted(map(str, (CUDA_SOURCES / "bindings.cpp", *CUDA_SOURCES.glob("*.cu")))),
-    depends=sorted(map(str, (*CUDA_SOURCES.glob("*.h"), *CUDA_SOURCES.glob("host/*")))),
+    depends=sorted(map(str, (*SHARED.glob("*.h"), *CUDA_SOURCES.glob("*.h"), *CUDA_SOURCES.glob("host/*")))),
     py_limited_api=True,
 )
 

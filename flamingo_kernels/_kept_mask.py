@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor
 
-from ._checks import is_recording
+from ._once import once
 from .mask import MediaMask, Policy
 
 
@@ -34,27 +32,10 @@ class MaskKey(NamedTuple):
         return mask if texts == 1 else mask.fold(texts)
 
 
-class _KeptMask(NamedTuple):
-    locations: weakref.ref[Tensor]
-    version: tuple[int, bool]
-    key: MaskKey
-    mask: MediaMask
-
-
-# The last mask: layers of one batch ask for the same. Replaced as a whole, so a thread never sees half of it.
-_kept: _KeptMask | None = None
-
-
 def kept_mask(locations: Tensor, key: MaskKey) -> MediaMask:
     """The mask of these locations: the kept one if nothing has changed since."""
-    global _kept
-    if is_recording(locations) or locations.is_inference():
-        return key.build(locations)
-    # A mask made in inference mode cannot be saved for a backward pass.
-    version = (locations._version, torch.is_inference_mode_enabled())
-    kept = _kept
-    if kept is not None and kept.locations() is locations and (kept.version, kept.key) == (version, key):
-        return kept.mask
-    mask = key.build(locations)
-    _kept = _KeptMask(weakref.ref(locations), version, key, mask)
-    return mask
+    return cast(MediaMask, once(_build, (locations,), key))
+
+
+def _build(locations: Tensor, key: MaskKey) -> MediaMask:
+    return key.build(locations)

@@ -100,6 +100,9 @@ class MediaCache:
     Raises:
         ValueError: the model has no fused cross-attention module.
 
+    Attributes:
+        shape: that of the media.
+
     Limits: holds 2 * B * M * R * H * d numbers a layer. Parameters changed later are not seen.
 
     Source: Flamingo (arXiv 2204.14198), section 2.3.
@@ -123,7 +126,7 @@ class MediaCache:
                 f"MediaCache: expected a model with fused cross-attention, got {type(model).__name__}; "
                 "patch(model) first."
             )
-        self._media = media
+        self.shape = media.shape
         self._sources = sources
         self._layers = self._compute(media)
 
@@ -132,15 +135,11 @@ class MediaCache:
             every = keys_and_values(list(self._sources.values()), media)
         return dict(zip(self._sources, every, strict=True))
 
-    @property
-    def shape(self) -> torch.Size:
-        """That of the media."""
-        return self._media.shape
-
     def append(self, media: Tensor) -> None:
         """Add media `[B, M', R, D_visual]` that come later, as those of another turn."""
         new = self._compute(media)
-        self._media = torch.cat([self._media, media], dim=1)
+        batch, more, *rest = media.shape
+        self.shape = torch.Size((batch, self.shape[1] + more, *rest))
         for layer, kept in self._layers.items():
             k, v = (torch.cat(pair, dim=1) for pair in zip(kept, new[layer], strict=True))
             self._layers[layer] = k, v

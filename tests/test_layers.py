@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flamingo_kernels as fk
 from flamingo import modules
-from flamingo_kernels import _kept_mask, layers
+from flamingo_kernels import _kept_mask, _once, layers
 from tests.flamingo.weights import randomise
 from tests.parity import assert_parity
 
@@ -236,7 +236,7 @@ def built(monkeypatch):
         return masks[-1]
 
     monkeypatch.setattr(_kept_mask.MaskKey, "build", record)
-    monkeypatch.setattr(_kept_mask, "_kept", None)
+    monkeypatch.setattr(_once, "_reads", {})
     return masks
 
 

@@ -1,9 +1,7 @@
 // The operators as PyTorch sees them: checks, outputs, parameters, and tasks spread over threads.
-// The only file that includes torch, and of torch only the stable ABI.
+// It and `tensors.h` alone include torch, and of torch only the stable ABI.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <atomic>
@@ -15,29 +13,13 @@
 #include <tuple>
 #include <vector>
 
+#include "../tensors.h"
 #include "params.h"
 
 namespace flamingo_kernels {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 bool poisoned = false;  // a test aid: outputs and scratch start as NaN
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: break;
-  }
-  STD_TORCH_CHECK(
-      false, "flamingo_kernels: expected float32, bfloat16 or float16, got ",
-      torch::headeronly::toString(tensor.scalar_type()), ".");
-}
-
-ScalarType wider(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
 
 Tensor fresh(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
@@ -69,12 +51,6 @@ void run(const Kernel<Params>& kernel, const Params& params) {
   });
 }
 
-void check_last_stride(const char* operation, const Tensor& tensor) {
-  STD_TORCH_CHECK(
-      tensor.stride(-1) == 1 || tensor.size(-1) <= 1, operation, ": expected a contiguous last dimension, got stride ",
-      tensor.stride(-1), ".");
-}
-
 Rows rows_of(const char* operation, const Tensor& t) {  // [B, T, H, d]
   check_last_stride(operation, t);
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
@@ -83,13 +59,6 @@ Rows rows_of(const char* operation, const Tensor& t) {  // [B, T, H, d]
 Media media_of(const char* operation, const Tensor& t) {  // [B, M, R, Hkv, d]
   check_last_stride(operation, t);
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
-const int32_t* spans_of(const char* operation, const Tensor& t, int64_t batch, int64_t columns) {
-  STD_TORCH_CHECK(
-      t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.size(0) == batch && t.size(1) == columns, operation,
-      ": expected a contiguous int32 mask tensor of shape (", batch, ", ", columns, ").");
-  return t.const_data_ptr<int32_t>();
 }
 
 MaskedCrossAttention masked_params(
@@ -143,12 +112,7 @@ PerceiverAttention perceiver_params(
   p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
   p.kv_heads = k_media.size(2);
   p.keys[0] = k_media.size(1), p.keys[1] = k_latents.size(1);
-  if (media_lengths) {
-    STD_TORCH_CHECK(
-        media_lengths->scalar_type() == ScalarType::Int && media_lengths->is_contiguous(), operation,
-        ": expected contiguous int32 media_lengths.");
-    p.media_lengths = media_lengths->const_data_ptr<int32_t>();
-  }
+  p.media_lengths = lengths_of(operation, media_lengths);
   p.scale = scale;
   p.q = rows_of(operation, q), p.out = rows_of(operation, out);
   p.k[0] = rows_of(operation, k_media), p.k[1] = rows_of(operation, k_latents);
@@ -220,12 +184,6 @@ std::vector<float> tanh_of(const Tensor& gate) {
   std::vector<float> values = floats_of(gate);
   for (float& value : values) value = std::tanh(value);
   return values;
-}
-
-// The dtype of x + tanh(gate) * y; as everywhere in torch, a gate without dimensions does not widen y.
-ScalarType residual_dtype(const Tensor& x, const Tensor& y, const Tensor& gate) {
-  const ScalarType product = gate.dim() == 0 ? y.scalar_type() : wider(y.scalar_type(), gate.scalar_type());
-  return wider(x.scalar_type(), product);
 }
 
 GatedResidual residual_params(const Tensor& y, const Tensor& gate, const std::vector<float>& tanh_gate) {

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace flamingo_kernels {
+#include "../dtype.h"
 
-enum class DType : int { f32, bf16, f16 };
+namespace flamingo_kernels {
 
 // Strides count elements. The last dimension of every tensor is contiguous.
 struct Rows {  // [B, T, H, d], [N, R, H, d] or [N, S, Hkv, d]

@@ -374,15 +374,28 @@ __device__ inline void store_key_gradients(
 template <class T, int columns>
 constexpr size_t kBackwardBytes = 4 * Tile<T, columns>::kBytes + 2 * Tile<T, kTile<T>>::kBytes;
 
+// What a block of either backward kernel has in shared memory.
+template <class T, int columns>
+struct BackwardTiles {
+  Tile<T, columns> q, dout, k, v;
+  Tile<T, kTile<T>> weights, dscores;
+};
+
+template <class T, int columns>
+__device__ inline BackwardTiles<T, columns> backward_tiles() {
+  static_assert(kBackwardBytes<T, columns> <= kLeastShared);
+  Arena arena = {static_cast<char*>(shared_memory())};
+  using Wide = Tile<T, columns>;
+  using Square = Tile<T, kTile<T>>;
+  return {arena.take<Wide>(),   arena.take<Wide>(),   arena.take<Wide>(),
+          arena.take<Wide>(),   arena.take<Square>(), arena.take<Square>()};
+}
+
 // A block takes a tile of rows through the keys that they see, for dq. `whole`: no other block has rows that see these
 // keys, so it writes dk and dv on the way.
 template <class T, int columns, bool whole, class Params>
 __global__ void __launch_bounds__(kThreads<T>, kRowsBlocks<columns>) attention_bwd_rows_kernel(Params p) {
-  static_assert(kBackwardBytes<T, columns> <= kLeastShared);
-  Arena arena = {static_cast<char*>(shared_memory())};
-  const auto q = arena.take<Tile<T, columns>>(), dout = arena.take<Tile<T, columns>>(),
-             k = arena.take<Tile<T, columns>>(), v = arena.take<Tile<T, columns>>();
-  const auto weights = arena.take<Tile<T, kTile<T>>>(), dscores = arena.take<Tile<T, kTile<T>>>();
+  const auto [q, dout, k, v, weights, dscores] = backward_tiles<T, columns>();
   const Place place = place_of_rows<kTile<T>>(p);
   const int64_t first = int64_t(place.tile) * kTile<T>;
   const Spans<kTile<T>> spans(p, place.batch, first, p.length);
@@ -443,11 +456,7 @@ __global__ void __launch_bounds__(kThreads<T>, kRowsBlocks<columns>) attention_b
 // it makes their softmax anew and writes their dq.
 template <class T, int columns, bool one_shot, class Params>
 __global__ void __launch_bounds__(kThreads<T>, kKeysBlocks) attention_bwd_keys_kernel(Params p) {
-  static_assert(kBackwardBytes<T, columns> <= kLeastShared);
-  Arena arena = {static_cast<char*>(shared_memory())};
-  const auto q = arena.take<Tile<T, columns>>(), dout = arena.take<Tile<T, columns>>(),
-             k = arena.take<Tile<T, columns>>(), v = arena.take<Tile<T, columns>>();
-  const auto weights = arena.take<Tile<T, kTile<T>>>(), dscores = arena.take<Tile<T, kTile<T>>>();
+  const auto [q, dout, k, v, weights, dscores] = backward_tiles<T, columns>();
   const Place place = place_of_keys<kTile<T>>(p);
   const Keys<T> keys = owned_keys<T>(p, place);
   load(k, keys.k, first_rows(keys.real));

@@ -1,24 +1,20 @@
 // The operators as PyTorch sees them: checks, outputs, parameters, the device and its stream.
-// The only file that includes torch, and of torch only the stable ABI.
+// It and `tensors.h` alone include torch, and of torch only the stable ABI.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace flamingo_kernels {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 bool poisoned = false;  // a test aid: outputs and working memory start as NaN
 
@@ -40,20 +36,6 @@ class Launch {
 #endif
 };
 
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: break;
-  }
-  STD_TORCH_CHECK(
-      false, "flamingo_kernels: expected float32, bfloat16 or float16, got ",
-      torch::headeronly::toString(tensor.scalar_type()), ".");
-}
-
-ScalarType wider(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
-
 Tensor fresh(const Launch& launch, const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
   if (poisoned) kernels::fill_with_nan(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size(), launch.stream);
@@ -71,12 +53,6 @@ Tensor gradient_of_parameter(const Launch& launch, const Tensor& parameter) {
 Tensor zeroed(Tensor tensor) {
   torch::stable::zero_(tensor);
   return tensor;
-}
-
-void check_last_stride(const char* operation, const Tensor& tensor) {
-  STD_TORCH_CHECK(
-      tensor.stride(-1) == 1 || tensor.size(-1) <= 1, operation, ": expected a contiguous last dimension, got stride ",
-      tensor.stride(-1), ".");
 }
 
 // Whether all rows begin at multiples of 16 bytes and are multiples of 16 bytes long.
@@ -103,13 +79,6 @@ Rows rows_of(const char* operation, const Tensor& t) {  // [B, T, H, d]
 Media media_of(const char* operation, const Tensor& t) {  // [B, M, R, Hkv, d]
   check_last_stride(operation, t);
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3), is_wide(t)};
-}
-
-const int32_t* spans_of(const char* operation, const Tensor& t, int64_t batch, int64_t columns) {
-  STD_TORCH_CHECK(
-      t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.size(0) == batch && t.size(1) == columns, operation,
-      ": expected a contiguous int32 mask tensor of shape (", batch, ", ", columns, ").");
-  return t.const_data_ptr<int32_t>();
 }
 
 Attention attention_params(
@@ -198,12 +167,7 @@ PerceiverAttention perceiver_params(
   PerceiverAttention p = {};
   static_cast<Attention&>(p) = attention_params(operation, q, k_media.size(2), scale, out, softmax);
   p.keys[0] = k_media.size(1), p.keys[1] = k_latents.size(1);
-  if (media_lengths) {
-    STD_TORCH_CHECK(
-        media_lengths->scalar_type() == ScalarType::Int && media_lengths->is_contiguous(), operation,
-        ": expected contiguous int32 media_lengths.");
-    p.media_lengths = media_lengths->const_data_ptr<int32_t>();
-  }
+  p.media_lengths = lengths_of(operation, media_lengths);
   p.k[0] = rows_of(operation, k_media), p.k[1] = rows_of(operation, k_latents);
   p.v[0] = rows_of(operation, v_media), p.v[1] = rows_of(operation, v_latents);
   p.parts = kernels::parts_of_perceiver_attention(p), p.whole = kernels::is_whole(p);
@@ -246,12 +210,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> perceiver_attention_bwd(
   kernels::perceiver_attention_bwd(p, launch.stream);
   if (p.parts > 1) add_parts(launch, dqs, dq);
   return {dq, dk_media, dv_media, dk_latents, dv_latents};
-}
-
-// The dtype of x + tanh(gate) * y; as everywhere in torch, a gate without dimensions does not widen y.
-ScalarType residual_dtype(const Tensor& x, const Tensor& y, const Tensor& gate) {
-  const ScalarType product = gate.dim() == 0 ? y.scalar_type() : wider(y.scalar_type(), gate.scalar_type());
-  return wider(x.scalar_type(), product);
 }
 
 GatedResidual residual_params(const Tensor& y, const Tensor& gate) {

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace flamingo_kernels {
+#include "../dtype.h"
 
-enum class DType : int { f32, bf16, f16 };
+namespace flamingo_kernels {
 
 using Stream = void*;  // a cudaStream_t
 

@@ -32,7 +32,7 @@ import flamingo_kernels as fk
 from flamingo import modules
 from flamingo_kernels import layers
 
-from .shapes import Case
+from .shapes import ALL_MODES, Case, Mode
 
 OURS = "flamingo_kernels"
 FLOORS = ("torch.add", "products")
@@ -42,11 +42,15 @@ Randn = Callable[..., Tensor]
 
 
 class Contender(NamedTuple):
-    """A forward pass, what its backward pass differentiates, and whether it computes what ours does."""
+    """A forward pass, what its backward pass differentiates, and whether it computes what ours does.
+
+    It takes part in these modes.
+    """
 
     call: Call
     wrt: tuple[Tensor, ...]
     same: bool = True
+    modes: tuple[Mode, ...] = ALL_MODES
 
 
 Contenders = dict[str, Callable[[], Contender]]
@@ -111,7 +115,8 @@ def _gated_residual(randn: Randn, *, rows: int, D: int) -> Contenders:
             ours=lambda: fk.gated_residual(x, y, gate),
             eager=lambda: x + torch.tanh(gate) * y,
         ),
-        "torch.add": lambda: Contender(lambda: torch.add(x, y), (x, y), same=False),
+        # an addition computes nothing backward
+        "torch.add": lambda: Contender(lambda: torch.add(x, y), (x, y), same=False, modes=("forward",)),
     }
 
 
@@ -130,26 +135,16 @@ def _gated_residual_norm(randn: Randn, *, rows: int, D: int) -> Contenders:
 def _gated_cross_attention_block(
     randn: Randn, *, B: int, T: int, M: int, D: int, R: int, H: int, d: int
 ) -> Contenders:
-    x, media = randn(B, T, D), randn(B, M, R, D // 2)
-    locations = _media_locations(B, T, M, x.device)
-    dense = fk.MediaMask.last_preceding(locations, M).dense(R)
-    block = modules.GatedCrossAttentionBlock(dim=D, dim_visual=D // 2, dim_head=d, heads=H).to(x.device)
-    return _layer(
-        block,
-        randn,
-        (x, media),
-        call=lambda layer: layer(x, media, locations),
-        attend=lambda q, k, v, *_: _sdpa(q, k.flatten(1, 2), v.flatten(1, 2), dense),
-    )
+    x, media, locations, sdpa = _text_and_media(randn, B, T, M, D, R)
+    block = _block(x, D, H, d)
+    return _layer(block, randn, (x, media), call=lambda layer: layer(x, media, locations), attend=sdpa)
 
 
 def _cross_attention_sublayer(
     randn: Randn, *, B: int, T: int, M: int, D: int, R: int, H: int, d: int
 ) -> Contenders:
-    x, media = randn(B, T, D), randn(B, M, R, D // 2)
-    locations = _media_locations(B, T, M, x.device)
-    dense = fk.MediaMask.last_preceding(locations, M).dense(R)
-    block = modules.GatedCrossAttentionBlock(dim=D, dim_visual=D // 2, dim_head=d, heads=H).to(x.device)
+    x, media, locations, sdpa = _text_and_media(randn, B, T, M, D, R)
+    block = _block(x, D, H, d)
     del block.ff, block.ff_gate
 
     def call(block: Any) -> Tensor:
@@ -157,13 +152,7 @@ def _cross_attention_sublayer(
             return layers.add_attended(block, x, media, locations, False)
         return x + torch.tanh(block.attn_gate) * block.attn(x, media, locations)
 
-    made = _layer(
-        block,
-        randn,
-        (x, media),
-        call=call,
-        attend=lambda q, k, v, *_: _sdpa(q, k.flatten(1, 2), v.flatten(1, 2), dense),
-    )
+    made = _layer(block, randn, (x, media), call=call, attend=sdpa)
     del made["compile"]  # it compiles a whole block
     return made
 
@@ -171,14 +160,31 @@ def _cross_attention_sublayer(
 def _decode_step(randn: Randn, *, B: int, M: int, D: int, R: int, H: int, d: int) -> Contenders:
     x, media = randn(B, 1, D), randn(B, M, R, D // 2)
     locations = _media_locations(B, 8 * M, M, x.device)
-    block = modules.GatedCrossAttentionBlock(dim=D, dim_visual=D // 2, dim_head=d, heads=H).to(x.device)
     return _layer(
-        block,
+        _block(x, D, H, d),
         randn,
         (x, media),
         call=lambda layer: layer(x, media, locations, use_cached_media=True),
         attend=lambda q, k, v, *_: _sdpa(q, k[:, -1], v[:, -1]),
     )
+
+
+def _block(x: Tensor, D: int, H: int, d: int) -> modules.GatedCrossAttentionBlock:
+    return modules.GatedCrossAttentionBlock(dim=D, dim_visual=D // 2, dim_head=d, heads=H).to(x.device)
+
+
+def _text_and_media(
+    randn: Randn, B: int, T: int, M: int, D: int, R: int
+) -> tuple[Tensor, Tensor, Tensor, Callable[..., Tensor]]:
+    """Text, media, where they are in it, and `attend` by SDPA with the dense mask."""
+    x, media = randn(B, T, D), randn(B, M, R, D // 2)
+    locations = _media_locations(B, T, M, x.device)
+    dense = fk.MediaMask.last_preceding(locations, M).dense(R)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        return _sdpa(q, k.flatten(1, 2), v.flatten(1, 2), dense)
+
+    return x, media, locations, attend
 
 
 def _perceiver_resampler(

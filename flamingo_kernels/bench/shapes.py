@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Mode = Literal["forward", "backward", "forward+backward"]
+ALL_MODES: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
 MODES: tuple[Mode, ...] = ("forward", "forward+backward")
 DTYPES = ("float32", "bfloat16")
 HEADS = {"H": 8, "d": 64, "R": 64}  # every attention below is of this size, as in all OpenFlamingo models
@@ -186,7 +187,7 @@ GPU_CASES = (
             {"rows": 32768, "D": 2048},
             {("bfloat16", "forward"): (Floor(0.88),), ("bfloat16", "backward"): (Floor(0.8),)},
             _HALF,
-            ("forward", "backward", "forward+backward"),
+            ALL_MODES,
         )
     ),
     *_cases("masked_cross_attention", {"B": 8, "T": 2048, "M": 8, **_WIDE}, {_STEP: (Floor(0.7),)}, _HALF),

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from .._checks import is_recording
+from .._once import once
 from ..mask import MediaMask
 
 # Among many keys, media of fewer than this are not worth a kernel.
 _FEWEST_LATENTS = 16
 _FEW_KEYS = 256
-
-
-def is_traced() -> bool:
-    """Whether what runs now is recorded, so that nothing may be read on the host."""
-    recording = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return recording or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 class KeySpans(NamedTuple):
@@ -55,7 +49,7 @@ def key_spans(mask: Tensor, text: Tensor, rows: Tensor | None = None) -> KeySpan
         rows: `[B, T]`, zero where a row must see nothing. Default: none must.
     """
     batch, length, _ = text.shape
-    if is_traced() or mask.shape[:-1] != (batch, 1, length) or mask.numel() == 0:
+    if is_recording(mask) or mask.shape[:-1] != (batch, 1, length) or mask.numel() == 0:
         return None
     if rows is None:
         return cast("KeySpans | None", once(_read_spans, (mask,)))
@@ -115,7 +109,7 @@ def media_first(mask: Tensor, media: Tensor, latents: Tensor) -> tuple[Tensor | 
     fits = mask.shape == (clips, keys) or (
         mask.ndim == 4 and (*mask.shape[:2], mask.shape[3]) == (clips, 1, keys)
     )
-    if is_traced() or not fits:
+    if is_recording(mask) or not fits:
         return None
     return cast("tuple[Tensor | None, Tensor] | None", once(_read_padding, (mask,), latents.shape[1]))
 
@@ -139,29 +133,3 @@ def _visible(mask: Tensor) -> Tensor | None:
         return mask.bool()
     seen = mask == 0
     return seen if bool((seen | (mask <= torch.finfo(mask.dtype).min)).all()) else None
-
-
-class _Read(NamedTuple):
-    tensors: tuple[weakref.ref[Tensor], ...]
-    state: tuple[Any, ...]
-    result: Any
-
-
-# The last result of each reader: the layers of one forward pass ask for the same.
-_reads: dict[Callable[..., Any], _Read] = {}
-
-
-def once(read: Callable[..., Any], tensors: tuple[Tensor, ...], *options: Any) -> Any:
-    """`read(*tensors, *options)`, or what it gave for these very tensors if nobody changed them since."""
-    if any(tensor.is_inference() for tensor in tensors):
-        return read(*tensors, *options)  # they count no changes
-    # A mask made in inference mode cannot be saved for a backward pass.
-    state = (options, torch.is_inference_mode_enabled(), *(tensor._version for tensor in tensors))
-    last = _reads.get(read)
-    if last is not None and last.state == state:
-        same = [ref() is tensor for ref, tensor in zip(last.tensors, tensors, strict=False)]
-        if len(last.tensors) == len(tensors) and all(same):
-            return last.result
-    result = read(*tensors, *options)
-    _reads[read] = _Read(tuple(map(weakref.ref, tensors)), state, result)
-    return result

@@ -10,11 +10,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from .._checks import is_recording
+from .._once import once
 from ..layers import Fused
 from ..mask import MediaMask
 from ..ops import gated_residual, masked_cross_attention, perceiver_attention
 from .blocks import add_gated, is_plain
-from .dense import in_order, is_traced, media_first, once, spans_of
+from .dense import in_order, media_first, spans_of
 from .family import TRANSFORMERS, Family
 
 _HOME = "transformers.models.evolla.modeling_evolla"
@@ -113,7 +115,7 @@ class EvollaSequenceAlignerCrossAttention(Fused):
 
 
 def _spans(x: Tensor, media: Tensor, rows: Tensor | None, batch: Tensor | None) -> MediaMask | None:
-    if is_traced() or rows is None or batch is None or rows.shape != x.shape[:2]:
+    if is_recording(x) or rows is None or batch is None or rows.shape != x.shape[:2]:
         return None
     return cast("MediaMask | None", once(_read_spans, (rows, batch), media.shape[1]))
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +11,7 @@ from torch import Tensor, nn
 from flamingo.language import LanguageModel
 from flamingo.transformer import TransformerLayer
 
+from ..tiny import open_flamingo_module
 from .models import DECODE, PREFILL, STEP, Sizes, Subject, Work, features, open_gates, tokens
 from .parts import BLOCKS, RESAMPLER
 
@@ -62,7 +59,7 @@ class _Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        helpers, lm, utils = map(_module, ("helpers", "flamingo_lm", "utils"))
+        helpers, lm, utils = map(open_flamingo_module, ("helpers", "flamingo_lm", "utils"))
         self.perceiver = helpers.PerceiverResampler(dim=VISUAL, depth=2, dim_head=16, heads=HEADS)
         language: Any = _Language(dim=WIDTH, heads=HEADS, layers=LAYERS)
         language.requires_grad_(False)
@@ -104,19 +101,3 @@ class _Layer(TransformerLayer):
         self, x: Tensor, angles: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
         return super().forward(x, angles)
-
-
-def _module(name: str) -> ModuleType:
-    """`open_flamingo.src.<name>`, past its package, which imports open_clip: empty ones stand in for it."""
-    if "open_flamingo" not in sys.modules:
-        spec = importlib.util.find_spec("open_flamingo")
-        if spec is None or not spec.submodule_search_locations:
-            raise ImportError(
-                "open_flamingo is not installed: pip install --no-deps open-flamingo==2.0.1 einops-exts"
-            )
-        root = spec.submodule_search_locations[0]
-        for package, folder in (("open_flamingo", root), ("open_flamingo.src", f"{root}/src")):
-            module = ModuleType(package)
-            module.__path__ = [folder]
-            sys.modules[package] = module
-    return importlib.import_module(f"open_flamingo.src.{name}")

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from flamingo_kernels.bench.memory import saved_bytes
 from flamingo_kernels.sublayers import gated_feed_forward, scratch
 from flamingo_kernels.sublayers.activation import ACTIVATIONS
 from flamingo_kernels.testing import DTYPES, measure
 
+from ..products import Products
 from .cases import CrossAttentionCase as Attention
 from .cases import FeedForwardCase as FeedForward
 from .cases import linear
@@ -90,22 +92,6 @@ def test_the_gradient_of_a_closed_gate(case, backend):
     torch.testing.assert_close(grads[1], grads[0])
 
 
-PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
-
-
-class Products(TorchDispatchMode):
-    """The shapes of all matrix products."""
-
-    def __init__(self):
-        self.shapes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if function.overloadpacket in PRODUCTS:
-            self.shapes.append(tuple(out.shape))
-        return out
-
-
 @pytest.mark.parametrize(
     ("case", "frozen", "products"),
     [
@@ -133,23 +119,13 @@ def test_frozen_parameters_cost_no_product(case, frozen, products):
     ("case", "share"), [(Attention(length=64, media=8, latents=16), 0.5), (FeedForward(), 0.5)]
 )
 def test_what_is_kept_for_the_backward_pass(case, share):
-    def kept(run):
-        leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors().items()}
-        own = {tensor.untyped_storage().data_ptr() for tensor in leaves.values()}
-        sizes = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = run(**leaves)
-        return sum(sizes.values()), outputs
-
-    ours, _ = kept(lambda **t: case.kernel("cpu", **t))
-    eager, _ = kept(case.eager)
+    leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors().items()}
+    model = nn.ParameterList(map(nn.Parameter, leaves.values()))
+    leaves = dict(zip(leaves, model, strict=True))
+    ours, eager = (
+        saved_bytes(lambda run=run: run(**leaves), model)
+        for run in (lambda **t: case.kernel("cpu", **t), case.eager)
+    )
     assert ours <= share * eager, (ours, eager)
 
 
