@@ -92,9 +92,12 @@ def is_eager(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module runs `kind.forward` and nothing else."""
-    return type(module).forward is kind.forward and is_unhooked(module)
+def is_plain(module: nn.Module, *kinds: type[nn.Module] | str) -> bool:
+    """Whether calling the module runs the forward of one of these classes, or one so named, and no more."""
+    cls = type(module)
+    name = f"{cls.__module__}.{cls.__name__}"
+    known = any(name == kind if isinstance(kind, str) else cls.forward is kind.forward for kind in kinds)
+    return known and is_unhooked(module)
 
 
 def is_unhooked(module: nn.Module) -> bool:

@@ -11,17 +11,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from flamingo import modules
 
-from . import _dispatch
-from ._checks import autocast, is_plain
+from . import _dispatch, _plain
+from ._checks import is_plain
 from ._kept_mask import MaskKey, kept_mask
 from .mask import MediaMask
 from .media_cache import MediaCache, Source, keys_and_values, media_of
-from .ops import gated_residual, gated_residual_norm, masked_cross_attention, perceiver_attention
-from .sublayers import Linear, Norm, gated_cross_attention, gated_feed_forward
+from .ops import gated_residual, masked_cross_attention, perceiver_attention
+from .sublayers import gated_cross_attention, gated_feed_forward
 
 
 class Fused(nn.Module):
@@ -98,8 +97,8 @@ class GatedCrossAttentionBlock(Fused, modules.GatedCrossAttentionBlock):
     Args: those of `flamingo.modules.GatedCrossAttentionBlock`, also those of `forward`; the media may be a
     `MediaCache`.
 
-    A part that is not plain, as with hooks, adapters or weights of a tensor subclass, is called as a module,
-    and its gate and residual take one pass. Gates in float32 promote the result as in the reference.
+    A sublayer that is not plain, as with hooks, adapters or weights of a tensor subclass, is called as a
+    module, and its gate and residual take one pass. Gates in float32 promote the result as in the reference.
 
     Raises: what the operators raise. Determinism: theirs.
 
@@ -212,9 +211,6 @@ def gated_block(
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, D]
     """What a gated cross-attention block computes, by sublayers where they are plain."""
-    if not _attends_plainly(block.attn, x):
-        attended = block.attn(x, media, media_locations, *([True] if use_cached_media else []))
-        return add_gated(x, attended, block.attn_gate, block.ff, block.ff_gate)
     z = add_attended(block, x, media, media_locations, use_cached_media)
     return add_feed_forward(z, block.ff, block.ff_gate)
 
@@ -226,21 +222,22 @@ def add_attended(
     media_locations: Tensor | None,  # [B, T]
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, D]
-    """`x + tanh(attn_gate) * attn(x, media)` as one sublayer, where attn is plain."""
-    attn = block.attn
+    """`x + tanh(attn_gate) * attn(x, media)`, as one sublayer where attn is plain."""
+    attn, gate = block.attn, block.attn_gate
+    plain = _is_fused(attn) and "attend" not in vars(attn)
+    parts = _plain.cross_attention_of(x, attn.norm, attn.to_q, attn.to_out) if plain else None
+    if parts is None:
+        attended = attn(x, media, media_locations, *([True] if use_cached_media else []))
+        return gated_residual(x, attended, gate)
     k, v = media_of(attn, media)
-    z = gated_cross_attention(
-        _fold(x, k),
-        k,
-        v,
-        mask_of(attn, x, k, media_locations, use_cached_media),
-        norm=norm_of(attn.norm),
-        to_q=linear_of(attn.to_q),
-        to_out=linear_of(attn.to_out),
-        gate=block.attn_gate,
-        scale=attn.scale,
-    )
+    mask = mask_of(attn, x, k, media_locations, use_cached_media)
+    z = gated_cross_attention(_fold(x, k), k, v, mask, gate=gate, scale=attn.scale, **parts._asdict())
     return z.view(x.shape)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether it is one of ours, and nobody notices that its parts are computed elsewhere."""
+    return isinstance(module, Fused) and is_plain(module, type(module))
 
 
 def mask_of(
@@ -285,18 +282,11 @@ def _fold(x: Tensor, k: Tensor) -> Tensor:
 
 def add_feed_forward(x: Tensor, ff: nn.Module, gate: Tensor | None) -> Tensor:
     """`x + tanh(gate) * ff(x)`, as one sublayer where ff is a plain pre-norm network. None stands for 1."""
-    chain = _plain_feed_forward(ff, x)
-    if chain is None:
-        return x + ff(x) if gate is None else gated_residual(x, ff(x), gate)
-    norm, hidden, activation, output = chain
-    return gated_feed_forward(
-        x,
-        norm=norm_of(norm),
-        hidden=linear_of(hidden),
-        output=linear_of(output),
-        gate=gate,
-        activation=activation,
-    )
+    chain: list[Any] = list(ff) if isinstance(ff, nn.Sequential) and is_plain(ff, nn.Sequential) else []
+    parts = _plain.feed_forward_of(x, *chain) if len(chain) == 4 else None
+    if parts is not None:
+        return gated_feed_forward(x, gate=gate, **parts._asdict())
+    return x + ff(x) if gate is None else gated_residual(x, ff(x), gate)
 
 
 def resample(
@@ -311,7 +301,7 @@ def resample(
     """
     attns, ffs = zip(*(layer.children() for layer in layers), strict=True)
     latents = latents[None, None]  # [1, 1, R, D]
-    if not all(_resamples_plainly(attn) for attn in attns):
+    if not all(map(_is_fused, attns)):
         latents = latents.expand(*x.shape[:2], -1, -1)
         for attn, ff in zip(attns, ffs, strict=True):
             attended = attn(x, latents) if lengths is None else attn(x, latents, lengths)
@@ -342,91 +332,3 @@ def perceive(
         q, k_media.flatten(0, 1), v_media.flatten(0, 1), k, v, media_lengths=lengths, scale=attn.scale
     )
     return attn.to_out(out.flatten(-2)).unflatten(0, (batch, media))
-
-
-def add_gated(
-    x: Tensor,  # [B, T, D]
-    attended: Tensor,  # [B, T, D]
-    attn_gate: Tensor,  # [1]
-    ff: nn.Module,
-    ff_gate: Tensor,  # [1]
-) -> Tensor:  # [B, T, D]
-    """`z + tanh(ff_gate) * ff(z)` with `z = x + tanh(attn_gate) * attended`."""
-    split = _norm_and_rest(ff, x.shape[-1])
-    if split is None:
-        z = gated_residual(x, attended, attn_gate)
-        y = ff(z)
-    else:
-        norm, rest = split
-        z, y = gated_residual_norm(x, attended, attn_gate, norm.weight, norm.bias, eps=norm.eps)
-        for layer in rest:
-            y = layer(y)
-    return gated_residual(z, y, ff_gate)
-
-
-def _norm_and_rest(ff: nn.Module, dim: int) -> tuple[nn.LayerNorm, list[nn.Module]] | None:
-    """The LayerNorm that leads a Sequential and the rest, if nobody notices the norm computed elsewhere."""
-    chain = list(cast(nn.Sequential, ff)) if is_plain(ff, nn.Sequential) else []
-    if not chain or not is_plain(chain[0], nn.LayerNorm):
-        return None
-    norm, rest = cast(nn.LayerNorm, chain[0]), chain[1:]
-    return (norm, rest) if norm.normalized_shape == (dim,) and norm.weight is not None else None
-
-
-def _attends_plainly(attn: Any, x: Tensor) -> bool:
-    """Whether nobody notices that the parts of a cross-attention module are computed elsewhere."""
-    return (
-        isinstance(attn, Fused)
-        and is_plain(attn, type(attn))
-        and "attend" not in vars(attn)
-        and _is_plain_norm(attn.norm, x.shape[-1])
-        and _is_plain_linear(attn.to_q, x)
-        and _is_plain_linear(attn.to_out, x)
-    )
-
-
-def _resamples_plainly(attn: Any) -> bool:
-    return isinstance(attn, Fused) and is_plain(attn, type(attn))
-
-
-def _plain_feed_forward(ff: Any, x: Tensor) -> tuple[Any, Any, str, Any] | None:
-    """Norm, hidden layer, activation and output layer of a plain Sequential of these."""
-    chain: list[Any] = list(ff) if is_plain(ff, nn.Sequential) else []
-    if len(chain) != 4:
-        return None
-    norm, hidden, act, output = chain
-    activation = _activation_of(act)
-    plain = _is_plain_norm(norm, x.shape[-1]) and _is_plain_linear(hidden, x) and _is_plain_linear(output, x)
-    return (norm, hidden, activation, output) if plain and activation else None
-
-
-def _activation_of(module: Any) -> str | None:
-    """The name of a plain activation."""
-    if is_plain(module, nn.GELU):
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    kinds = {"relu": nn.ReLU, "squared_relu": modules.SquaredReLU, "silu": nn.SiLU}
-    return next((name for name, kind in kinds.items() if is_plain(module, kind)), None)
-
-
-def _is_plain_norm(module: Any, width: int) -> bool:
-    return (
-        is_plain(module, nn.LayerNorm) and module.normalized_shape == (width,) and module.weight is not None
-    )
-
-
-def _is_plain_linear(module: Any, x: Tensor) -> bool:
-    """With ordinary weights, in the dtype of x or of autocast."""
-    if not is_plain(module, nn.Linear) or type(module.weight) not in (nn.Parameter, Tensor, FakeTensor):
-        return False
-    return module.weight.dtype == x.dtype or autocast(module.weight)[0] is not module.weight
-
-
-def norm_of(module: nn.LayerNorm) -> Norm:
-    return Norm(module.weight, module.bias, module.eps)
-
-
-def linear_of(module: nn.Linear) -> Linear:
-    """Its parameters, in the dtype that autocast asks for."""
-    if module.bias is None:
-        return Linear(*autocast(module.weight))
-    return Linear(*autocast(module.weight, module.bias))

@@ -10,12 +10,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .._checks import is_recording
+from .. import _plain
+from .._checks import is_plain, is_recording
 from .._once import once
 from ..layers import Fused
 from ..mask import MediaMask
 from ..ops import gated_residual, masked_cross_attention, perceiver_attention
-from .blocks import add_gated, is_plain
+from ..sublayers import gated_cross_attention, gated_feed_forward
 from .dense import in_order, media_first, spans_of
 from .family import TRANSFORMERS, Family
 
@@ -91,27 +92,27 @@ class EvollaSequenceAlignerCrossAttention(Fused):
             return cast(Tensor, super().forward(*states, *masks, *batch_masks, past_key_values))
         if spans.num_media == 0:
             return query_states  # no sequence of the batch has a protein
-        attended = self._attend(query_states, cast(Tensor, protein_kv_states), spans)
-        return self._add(query_states, attended)
+        z = self._add_attended(query_states, cast(Tensor, protein_kv_states).to(query_states), spans)
+        return self._add_feed_forward(z)
 
-    def _attend(self, x: Tensor, media: Tensor, spans: MediaMask) -> Tensor:
-        heads, media = (self.num_attention_heads, -1), media.to(x)
-        q = self.query(self.attention_norm(x)).unflatten(-1, heads)  # [B, T, H, d]
+    def _add_attended(self, x: Tensor, media: Tensor, spans: MediaMask) -> Tensor:
+        heads, gate = (self.num_attention_heads, -1), self.gate_attention
         k, v = (p(media).unflatten(-1, heads) for p in (self.key_protein, self.value_protein))
         k, v = (kv.unflatten(1, (spans.num_media, -1)) for kv in (k, v))  # [B, M, R, H, d]
-        return cast(
-            Tensor, self.out_proj(masked_cross_attention(q, k, v, spans, scale=self.scale).flatten(-2))
-        )
+        parts = _plain.cross_attention_of(x, self.attention_norm, self.query, self.out_proj)
+        if parts is None:
+            q = self.query(self.attention_norm(x)).unflatten(-1, heads)  # [B, T, H, d]
+            attended = masked_cross_attention(q, k, v, spans, scale=self.scale)
+            return gated_residual(x, self.out_proj(attended.flatten(-2)), gate)
+        return gated_cross_attention(x, k, v, spans, gate=gate, scale=self.scale, **parts._asdict())
 
-    def _add(self, x: Tensor, attended: Tensor) -> Tensor:
-        ff = self.ff
-        if is_plain(ff, _FEED_FORWARD):
-            z, y = add_gated(x, attended, self.gate_attention, ff.norm)
-            y = ff.fc2(ff.activation(ff.fc1(y)))
-        else:
-            z = gated_residual(x, attended, self.gate_attention)
-            y = ff(z)
-        return gated_residual(z, y, self.gate_ffw)
+    def _add_feed_forward(self, x: Tensor) -> Tensor:
+        ff, gate = self.ff, self.gate_ffw
+        plain = is_plain(ff, _FEED_FORWARD)
+        parts = _plain.feed_forward_of(x, ff.norm, ff.fc1, ff.activation, ff.fc2) if plain else None
+        if parts is None:
+            return gated_residual(x, ff(x), gate)
+        return gated_feed_forward(x, gate=gate, **parts._asdict())
 
 
 def _spans(x: Tensor, media: Tensor, rows: Tensor | None, batch: Tensor | None) -> MediaMask | None:

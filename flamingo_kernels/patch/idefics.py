@@ -12,17 +12,19 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import _plain
+from .._checks import is_plain
 from .._kept_media import kept_kv
 from ..layers import Fused
 from ..mask import Policy
 from ..ops import gated_residual, masked_cross_attention, perceiver_attention
-from .blocks import add_gated, is_plain
+from ..sublayers import gated_cross_attention, gated_feed_forward
 from .dense import key_spans
 from .family import TRANSFORMERS, Family
 
 _HOME = "transformers.models.idefics"
 _ATTENTION = f"{_HOME}.modeling_idefics.IdeficsAttention"
-_RMS_NORM = f"{_HOME}.modeling_idefics.IdeficsRMSNorm"
+_MLP = f"{_HOME}.modeling_idefics.IdeficsMLP"
 
 
 class IdeficsGatedCrossAttentionLayer(Fused):
@@ -30,7 +32,7 @@ class IdeficsGatedCrossAttentionLayer(Fused):
 
     config: float  # the model's dropout, by this name
     cross_attn: Any
-    mlp: nn.Module
+    mlp: Any
     input_layernorm: nn.Module
     post_attention_layernorm: nn.Module
     alpha_cross_attn: nn.Parameter  # [1] or [1, 1, D]
@@ -49,32 +51,40 @@ class IdeficsGatedCrossAttentionLayer(Fused):
         if image_hidden_states is None or cross_attention_gate is None or past_key_values is not None:
             given = (attention_mask, image_hidden_states, image_attention_mask, cross_attention_gate)
             return cast(Tensor, super().forward(hidden_states, *given, past_key_values))  # says what is wrong
-        attended = self._attend(
-            self.input_layernorm(hidden_states),
-            image_hidden_states,
-            image_attention_mask,
-            cross_attention_gate,
-            kwargs,
+        z = self._add_attended(
+            hidden_states, image_hidden_states, image_attention_mask, cross_attention_gate, kwargs
         )
-        attended = F.dropout(attended, self.config, self.training)
-        norm = self.post_attention_layernorm
-        z, y = add_gated(hidden_states, attended, self.alpha_cross_attn, norm, _RMS_NORM)
-        y = F.dropout(self.mlp(y), self.config, self.training)
-        return gated_residual(z, y, self.alpha_dense)
+        return self._add_feed_forward(z)
 
-    def _attend(
-        self, x: Tensor, media: Tensor, mask: Tensor | None, gate: Tensor, kwargs: dict[str, Any]
+    def _add_attended(
+        self, x: Tensor, media: Tensor, mask: Tensor | None, sees: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
-        attn = self.cross_attn
-        spans = key_spans(mask, x, gate) if mask is not None and _replaceable(attn) else None
+        attn, norm, gate = self.cross_attn, self.input_layernorm, self.alpha_cross_attn
+        spans = key_spans(mask, x, sees) if mask is not None and _replaceable(attn) else None
         if spans is None:
-            out, _ = attn(hidden_states=x, key_value_states=media, attention_mask=mask, **kwargs)
-            return cast(Tensor, out.masked_fill((gate == 0)[..., None], 0))
-        q = _heads(attn, attn.q_proj(x))  # [B, T, H, d]
-        q = attn.q_layer_norm(q) if attn.qk_layer_norms else q
-        k, v = kept_kv(self, media, _kv_modules(attn), lambda: _project(attn, media))
-        out = masked_cross_attention(q, spans.media(k), spans.media(v), spans.mask, scale=attn.scaling)
-        return cast(Tensor, attn.o_proj(out.flatten(-2)))
+            y, _ = attn(hidden_states=norm(x), key_value_states=media, attention_mask=mask, **kwargs)
+            y = F.dropout(y, self.config, self.training).masked_fill((sees == 0)[..., None], 0)
+            return gated_residual(x, y, gate)
+        k, v = map(spans.media, kept_kv(self, media, _kv_modules(attn), lambda: _project(attn, media)))
+        q_norm = attn.q_layer_norm if attn.qk_layer_norms else None
+        parts = _plain.cross_attention_of(x, norm, attn.q_proj, attn.o_proj, q_norm)
+        if parts is None or self._drops():
+            q = _heads(attn, attn.q_proj(norm(x)))  # [B, T, H, d]
+            q = q if q_norm is None else q_norm(q)
+            out = masked_cross_attention(q, k, v, spans.mask, scale=attn.scaling)
+            y = F.dropout(attn.o_proj(out.flatten(-2)), self.config, self.training)
+            return gated_residual(x, y, gate)
+        return gated_cross_attention(x, k, v, spans.mask, gate=gate, scale=attn.scaling, **parts._asdict())
+
+    def _add_feed_forward(self, x: Tensor) -> Tensor:
+        norm, mlp, gate = self.post_attention_layernorm, self.mlp, self.alpha_dense
+        parts = None if self._drops() else _plain.glu_of(x, norm, mlp, _MLP)
+        if parts is None:
+            return gated_residual(x, F.dropout(mlp(norm(x)), self.config, self.training), gate)
+        return gated_feed_forward(x, gate=gate, **parts._asdict())
+
+    def _drops(self) -> bool:
+        return bool(self.config and self.training)
 
 
 def _replaceable(attn: Any) -> bool:

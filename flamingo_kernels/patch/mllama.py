@@ -8,19 +8,22 @@ norm between are fused all the same. K and V are kept where the original keeps t
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import _plain
+from .._checks import is_unhooked
 from ..layers import Fused
 from ..ops import gated_residual, masked_cross_attention
-from .blocks import add_gated
-from .dense import key_spans
+from ..sublayers import gated_cross_attention, gated_feed_forward
+from .dense import KeySpans, key_spans
 from .family import TRANSFORMERS, Family
 
 _HOME = "transformers.models.mllama.modeling_mllama"
-_RMS_NORM = f"{_HOME}.MllamaTextRMSNorm"
+_MLP = f"{_HOME}.MllamaTextMLP"
 
 
 class MllamaTextCrossAttention(Fused):
@@ -48,17 +51,17 @@ class MllamaTextCrossAttention(Fused):
         cache_position: Tensor | None = None,  # transformers 4 only
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # [B, T, D], and no weights
-        spans = None if attention_mask is None else key_spans(attention_mask, hidden_states)
+        spans = self.spans(hidden_states, cross_attention_states, past_key_values, attention_mask, kwargs)
         sees_all = attention_mask is None and "causal" in self.fixes
-        no_media = cross_attention_states is None and past_key_values is None
-        if no_media or self._must_stay(kwargs) or (spans is None and not sees_all):
+        has_media = cross_attention_states is not None or past_key_values is not None
+        if spans is None and not (sees_all and has_media and not self._must_stay(kwargs)):
             if cache_position is not None:
                 kwargs["cache_position"] = cache_position
             return super().forward(
                 hidden_states, cross_attention_states, past_key_values, attention_mask, use_cache, **kwargs
             )
         q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)))  # [B, T, H, d]
-        k, v = self._kv(len(q), cross_attention_states, past_key_values, cache_position)  # [B, S, Hkv, d]
+        k, v = self.kv(len(q), cross_attention_states, past_key_values, cache_position)
         if spans is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scaling, enable_gqa=True).transpose(1, 2)
@@ -66,14 +69,27 @@ class MllamaTextCrossAttention(Fused):
             out = masked_cross_attention(q, spans.media(k), spans.media(v), spans.mask, scale=self.scaling)
         return self.o_proj(out.flatten(-2)), None
 
+    def spans(
+        self,
+        x: Tensor,  # [B, T, D]
+        states: Tensor | None,
+        cache: Any,
+        mask: Tensor | None,  # [B, 1, T, S], added to the scores
+        kwargs: dict[str, Any],
+    ) -> KeySpans | None:
+        """Which keys the text sees, or None if a kernel cannot tell."""
+        no_media = states is None and cache is None
+        return None if mask is None or no_media or self._must_stay(kwargs) else key_spans(mask, x)
+
     def _must_stay(self, kwargs: dict[str, Any]) -> bool:
         weights = kwargs.get("output_attentions") or self.config.output_attentions
         other = self.config._attn_implementation not in ("eager", "sdpa")
         return bool(weights or other or (self.dropout and self.training))
 
-    def _kv(
+    def kv(
         self, batch: int, states: Tensor | None, cache: Any, position: Tensor | None
     ) -> tuple[Tensor, ...]:  # [B, S, Hkv, d] each
+        """Keys and values of new media, or those in the model's cache."""
         if states is None:
             layer = cache.layers[self.layer_idx]
             return layer.keys.transpose(1, 2), layer.values.transpose(1, 2)
@@ -87,8 +103,8 @@ class MllamaTextCrossAttention(Fused):
 
 
 class MllamaCrossAttentionDecoderLayer(Fused):
-    cross_attn: nn.Module
-    mlp: nn.Module
+    cross_attn: Any
+    mlp: Any
     input_layernorm: nn.Module
     post_attention_layernorm: nn.Module
     cross_attn_attn_gate: nn.Parameter  # [1]
@@ -111,21 +127,40 @@ class MllamaCrossAttentionDecoderLayer(Fused):
     ) -> Tensor:  # [B, T, D]
         if cache_position is not None:
             kwargs["cache_position"] = cache_position
-        attended, _ = self.cross_attn(
-            hidden_states=self.input_layernorm(hidden_states),
-            attention_mask=cross_attention_mask,
-            cross_attention_states=cross_attention_states,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        rows = None if full_text_row_masked_out_mask is None else full_text_row_masked_out_mask[:, 0]
-        if rows is not None and "row_leak" in self.fixes:
-            attended = rows * attended
-        norm = self.post_attention_layernorm
-        z, y = add_gated(hidden_states, attended, self.cross_attn_attn_gate, norm, _RMS_NORM)
-        y = self.mlp(y)
-        y = y if rows is None else rows * y
-        return gated_residual(z, cast(Tensor, y), self.cross_attn_mlp_gate)
+        x, rows = hidden_states, full_text_row_masked_out_mask
+        z = self._add_attended(x, cross_attention_states, past_key_values, cross_attention_mask, kwargs)
+        if "row_leak" in self.fixes:
+            z = _where_seeing(rows, z, x)
+        return _where_seeing(rows, self._add_feed_forward(z), z)
+
+    def _add_attended(
+        self, x: Tensor, states: Tensor | None, cache: Any, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        attn, gate = self.cross_attn, self.cross_attn_attn_gate
+        spans = parts = None
+        if isinstance(attn, MllamaTextCrossAttention) and is_unhooked(attn):
+            spans = attn.spans(x, states, cache, mask, kwargs)
+            parts = _plain.cross_attention_of(x, self.input_layernorm, attn.q_proj, attn.o_proj, attn.q_norm)
+        if spans is None or parts is None:
+            media = {"cross_attention_states": states, "past_key_values": cache, "attention_mask": mask}
+            attended, _ = attn(hidden_states=self.input_layernorm(x), **media, **kwargs)
+            return gated_residual(x, attended, gate)
+        k, v = (spans.media(each) for each in attn.kv(len(x), states, cache, kwargs.get("cache_position")))
+        return gated_cross_attention(x, k, v, spans.mask, gate=gate, scale=attn.scaling, **parts._asdict())
+
+    def _add_feed_forward(self, x: Tensor) -> Tensor:
+        norm, mlp, gate = self.post_attention_layernorm, self.mlp, self.cross_attn_mlp_gate
+        parts = _plain.glu_of(x, norm, mlp, _MLP)
+        if parts is None:
+            return gated_residual(x, mlp(norm(x)), gate)
+        return gated_feed_forward(x, gate=gate, **parts._asdict())
+
+
+def _where_seeing(rows: Tensor | None, z: Tensor, x: Tensor) -> Tensor:
+    """z in the rows that see an image, x in the others; exactly so, for all that it interpolates."""
+    if rows is None:
+        return z
+    return torch.lerp(x.to(z.dtype), z, rows[:, 0].to(z.dtype))
 
 
 FAMILY = Family(

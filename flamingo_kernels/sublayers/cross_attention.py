@@ -1,7 +1,7 @@
 """The cross-attention sublayer: `x + tanh(gate) * to_out(attention(to_q(norm(x)), k, v))`.
 
-Oracle: `reference.py`. Kept for the backward pass: x, q, the attention's output and two numbers a row. The
-normed x is made again, the branch before the gate is never stored.
+Oracle: `reference.py`. Kept for the backward pass: x, q before its own norm, the attention's output and two
+numbers a row. What was normed is made again, the branch before the gate is never stored.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .._parts import ATTENTION, PROJECTIONS, in_part
 from ..mask import MediaMask
 from ..ops.masked_cross_attention.api import validate
 from . import gated_linear, normed_linear, reference
+from . import norm as norms
 from .gated_linear import Linear, cast_like
 from .norm import Norm, Statistics
 
@@ -35,7 +36,8 @@ def gated_cross_attention(
     norm: Norm,
     to_q: Linear,  # [H d, D]
     to_out: Linear,  # [D, H d]
-    gate: Tensor,
+    gate: Tensor | None = None,
+    q_norm: Norm | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [B, T, D]
@@ -43,7 +45,7 @@ def gated_cross_attention(
 
     ::
 
-        q = to_q(norm(x))
+        q = to_q(norm(x))                       or  q_norm(to_q(norm(x))), over each head
         z = x + tanh(gate) * to_out(masked_cross_attention(q, k, v, mask))
 
     The gate rides on the output projection, so the branch is not stored. The backward pass makes the normed x
@@ -58,7 +60,8 @@ def gated_cross_attention(
         norm: of x, before the queries.
         to_q: `[H * d, D]`; H is a multiple of Hkv.
         to_out: `[D, H * d]`.
-        gate: alpha before tanh, 1 element or D.
+        gate: alpha before tanh, 1 element or D; None for a plain residual.
+        q_norm: of each head's queries, its parameters `[d]`. Default: none. The keys come normed already.
         scale: factor on the scores. Default: `d ** -0.5`.
         backend: of the attention and the gate, "auto", "triton", "cpu" or "reference"; the products are
             torch's.
@@ -92,10 +95,11 @@ def gated_cross_attention(
     validate(in_place_of_q, k, v, mask)
     backend = _dispatch.resolve("masked_cross_attention", backend, x, k, v)
     if backend == "reference":
-        return reference.gated_cross_attention(x, k, v, mask, norm, to_q, to_out, gate, scale)
-    how = _How(backend, scale, mask.immediate, mask.policy == "open_flamingo", norm.eps, norm.rms)
+        return reference.gated_cross_attention(x, k, v, mask, norm, to_q, to_out, gate, q_norm, scale)
+    of_q = (q_norm.eps, q_norm.rms) if q_norm else None
+    how = _How(backend, scale, mask.immediate, mask.policy == "open_flamingo", norm.eps, norm.rms, of_q)
     spans = (mask.lo, mask.hi, mask.start, mask.stop)
-    parameters = (gate, norm.weight, norm.bias, *to_q, *to_out)
+    parameters = (gate, norm.weight, norm.bias, *(q_norm or (None, None))[:2], *to_q, *to_out)
     tensors = _Tensors(x, unit_stride(k), unit_stride(v), *spans, *parameters)
     with torch.autocast(x.device.type, enabled=False):
         if needs_grad(*tensors):
@@ -113,6 +117,7 @@ class _How:
     averages: bool
     eps: float
     rms: bool
+    q_norm: tuple[float, bool] | None  # eps and rms of the norm of q
 
 
 class _Tensors(NamedTuple):
@@ -128,6 +133,8 @@ class _Tensors(NamedTuple):
     gate: Any
     norm_weight: Any
     norm_bias: Any
+    q_norm_weight: Any
+    q_norm_bias: Any
     q_weight: Any
     q_bias: Any
     out_weight: Any
@@ -148,6 +155,9 @@ class _Tensors(NamedTuple):
     def norm(self, how: _How) -> Norm:
         return Norm(self.norm_weight, self.norm_bias, how.eps, how.rms)
 
+    def q_norm(self, how: _How) -> Norm | None:
+        return Norm(self.q_norm_weight, self.q_norm_bias, *how.q_norm) if how.q_norm else None
+
 
 _attend = in_part(ATTENTION)(lambda backend, *arguments: _FWD[backend](*arguments))
 _attend_backward = in_part(ATTENTION)(lambda backend, *arguments: _BWD[backend](*arguments))
@@ -158,13 +168,22 @@ def _forward(how: _How, t: _Tensors) -> tuple[Any, ...]:
     """z, and what the backward pass needs besides the tensors."""
     batch, length, width = t.x.shape
     x = t.x.reshape(-1, width)
-    (q,), statistics = normed_linear.forward(x, t.norm(how), [t.to_q])
+    (u,), statistics = normed_linear.forward(x, t.norm(how), [t.to_q])
     head_dim = t.k.shape[-1]
-    q = q.view(batch, length, len(t.q_weight) // head_dim, head_dim)
+    u = u.view(batch, length, len(t.q_weight) // head_dim, head_dim)
+    q, of_q = _queries(u, t.q_norm(how))
     options = (how.immediate, how.averages, how.scale)
     out, softmax = _attend(how.backend, q, t.k, t.v, *t.spans, *options)
     z = gated_linear.forward(x, out.flatten(2).flatten(0, 1), t.to_out, t.gate, how.backend)
-    return z.view(t.x.shape), q, out, softmax, *statistics
+    return z.view(t.x.shape), u, out, softmax, *statistics, *of_q
+
+
+def _queries(u: Tensor, norm: Norm | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """q of what its projection gives, `[B, T, H, d]`, and the statistics of its norm if it has one."""
+    if norm is None:
+        return u, ()
+    q, statistics = norms.forward(u.flatten(0, 2), norm)
+    return q.to(u.dtype).view(u.shape), statistics
 
 
 class _GatedCrossAttention(torch.autograd.Function):
@@ -183,7 +202,8 @@ class _GatedCrossAttention(torch.autograd.Function):
         size = len(_Tensors._fields)
         saved = ctx.saved_tensors
         t = _Tensors(*saved[:size])
-        q, out, softmax, mean, rstd = saved[size:]
+        u, out, softmax, mean, rstd, *of_q = saved[size:]
+        q_norm = t.q_norm(how)
         x, dz = (unit_stride(each.reshape(-1, each.shape[-1])) for each in (t.x, dz))
 
         last = gated_linear.backward(
@@ -197,9 +217,15 @@ class _GatedCrossAttention(torch.autograd.Function):
         )
         options = (how.immediate, how.averages, how.scale)
         dout = last.a.view(out.shape)
-        dq, dk, dv = _attend_backward(how.backend, dout, q, t.k, t.v, out, softmax, *t.spans, *options)
+        q, _ = _queries(u, q_norm)
+        du, dk, dv = _attend_backward(how.backend, dout, q, t.k, t.v, out, softmax, *t.spans, *options)
+        of_q_norm: list[Any] = [None, None]
+        if q_norm:
+            du, *of_q_norm = norms.backward(
+                du.flatten(0, 2), u.flatten(0, 2), q_norm, Statistics(*of_q), wanted.q_norm_weight
+            )
         first = normed_linear.backward(
-            [dq.flatten(2).flatten(0, 1)],
+            [du.to(u.dtype).view(len(x), len(t.q_weight))],
             dz,
             x,
             t.norm(how),
@@ -210,7 +236,6 @@ class _GatedCrossAttention(torch.autograd.Function):
             of_linears=[wanted.q_weight],
         )
         dx = None if first.x is None else first.x.view(t.x.shape)
-        gradients = _Tensors(
-            dx, dk, dv, None, None, None, None, last.gate, *first.norm, *first.linears[0], *last.linear
-        )
+        parameters = (last.gate, *first.norm, *of_q_norm, *first.linears[0], *last.linear)
+        gradients = _Tensors(dx, dk, dv, None, None, None, None, *parameters)
         return None, *(cast_like(each, of) for each, of in zip(gradients, t, strict=True))

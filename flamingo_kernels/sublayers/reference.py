@@ -21,12 +21,15 @@ def gated_cross_attention(
     norm: Norm,
     to_q: Linear,
     to_out: Linear,
-    gate: Tensor,
+    gate: Tensor | None,
+    q_norm: Norm | None,
     scale: float,
 ) -> Tensor:  # [B, T, D]
     q = F.linear(norm(x), *to_q).unflatten(-1, (-1, k.shape[-1]))  # [B, T, H, d]
+    q = q if q_norm is None else q_norm(q)
     out = masked_cross_attention(q, k, v, mask, scale=scale, backend="reference")
-    return gated_residual(x, F.linear(out.flatten(2), *to_out), gate, backend="reference")
+    y = F.linear(out.flatten(2), *to_out)
+    return x + y if gate is None else gated_residual(x, y, gate, backend="reference")
 
 
 def gated_feed_forward(

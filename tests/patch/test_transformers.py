@@ -44,11 +44,11 @@ def patched(original: tiny.TinyModel, **options) -> tiny.TinyModel:
 
 @pytest.fixture
 def attention(monkeypatch):
-    """The calls of attention operators by the adapters."""
+    """The calls of attention by the adapters, alone or within a sublayer."""
     calls = []
     for home in ("idefics", "idefics2", "mllama", "evolla"):
         module = importlib.import_module(f"flamingo_kernels.patch.{home}")
-        for name in ("masked_cross_attention", "perceiver_attention"):
+        for name in ("masked_cross_attention", "gated_cross_attention", "perceiver_attention"):
             if operator := getattr(module, name, None):
 
                 def call(*args, operator=operator, **kwargs):
@@ -93,6 +93,27 @@ class TestEveryModel:
         assert list(model.state_dict()) == keys
         unpatch(model)
         assert not any(isinstance(module, layers.Fused) for module in model.modules())
+
+    @pytest.mark.parametrize(
+        ("name", "home"), [("idefics-tiny", "idefics"), ("mllama-tiny", "mllama"), ("evolla-tiny", "evolla")]
+    )
+    def test_plain_blocks_are_two_nodes(self, name, home, monkeypatch):
+        """Blocks of a norm, a gate and two sublayers keep no branch, so that nothing of one is called."""
+        module, calls = importlib.import_module(f"flamingo_kernels.patch.{home}"), []
+        for sublayer in ("gated_cross_attention", "gated_feed_forward", "gated_residual"):
+            counted = getattr(module, sublayer)
+
+            def call(*args, counted=counted, **kwargs):
+                calls.append(counted.__name__)
+                return counted(*args, **kwargs)
+
+            monkeypatch.setattr(module, sublayer, call)
+        original = build(name)
+        model = patched(original).model
+        model(**original.inputs)
+        blocks = sum(hasattr(block, "_add_feed_forward") for block in model.modules())
+        assert calls == ["gated_cross_attention", "gated_feed_forward"] * blocks
+        assert blocks > 0
 
     @models
     # No "eager" in bfloat16: its softmax is in float32, forward and backward, while a fused attention starts

@@ -67,11 +67,10 @@ class SublayerCase(Case):
     def norm(self, t: Tensors) -> Norm:
         return Norm(t["norm_weight"], t.get("norm_bias"), 1e-5, self.rms)
 
-    def eager_norm(self, t: Tensors) -> Tensor:
-        shape = (self.width,)
+    def eager_norm(self, t: Tensors, x: Tensor, name: str = "norm") -> Tensor:
         if self.rms:
-            return F.rms_norm(t["x"], shape, t["norm_weight"], 1e-5)
-        return F.layer_norm(t["x"], shape, t["norm_weight"], t["norm_bias"], 1e-5)
+            return F.rms_norm(x, x.shape[-1:], t[f"{name}_weight"], 1e-5)
+        return F.layer_norm(x, x.shape[-1:], t[f"{name}_weight"], t[f"{name}_bias"], 1e-5)
 
     def eager_residual(self, t: Tensors, y: Tensor) -> Tensor:
         return t["x"] + y if self.gate is None else t["x"] + torch.tanh(t["gate"]) * y
@@ -95,6 +94,7 @@ class CrossAttentionCase(SublayerCase):
     head_dim: int = 16
     groups: int = 1
     immediate: bool = True
+    q_norm: bool = False
 
     def specs(self) -> dict[str, Spec]:
         inner = self.heads * self.head_dim
@@ -106,6 +106,8 @@ class CrossAttentionCase(SublayerCase):
             **self.shared_specs(),
             **self.linear_specs("q", inner, self.width),
             **self.linear_specs("out", self.width, inner),
+            **({"q_norm_weight": ((self.head_dim,), self.dtype)} if self.q_norm else {}),
+            **({"q_norm_bias": ((self.head_dim,), self.dtype)} if self.q_norm and not self.rms else {}),
         }
 
     def locations(self) -> Tensor:
@@ -114,15 +116,25 @@ class CrossAttentionCase(SublayerCase):
     def kernel(self, backend: str, **t: Tensor) -> Outputs:
         build = MediaMask.last_preceding if self.immediate else MediaMask.all_preceding
         mask = build(self.locations(), self.media)
-        ends = {"to_q": linear(t, "q"), "to_out": linear(t, "out")}
+        q_norm = Norm(t["q_norm_weight"], t.get("q_norm_bias"), 1e-5, self.rms) if self.q_norm else None
         z = gated_cross_attention(
-            t["x"], t["k"], t["v"], mask, norm=self.norm(t), **ends, gate=t["gate"], backend=backend
+            t["x"],
+            t["k"],
+            t["v"],
+            mask,
+            norm=self.norm(t),
+            to_q=linear(t, "q"),
+            to_out=linear(t, "out"),
+            gate=t.get("gate"),
+            q_norm=q_norm,
+            backend=backend,
         )
         return (z,)
 
     def eager(self, **t: Any) -> Outputs:
         k, v = (t[name].repeat_interleave(self.groups, dim=3) for name in ("k", "v"))
-        q = F.linear(self.eager_norm(t), *linear(t, "q")).unflatten(-1, (self.heads, self.head_dim))
+        q = F.linear(self.eager_norm(t, t["x"]), *linear(t, "q")).unflatten(-1, (self.heads, self.head_dim))
+        q = self.eager_norm(t, q, "q_norm") if self.q_norm else q
         times = text_time(self.locations())
         out = dense_masked_attention(q, k, v, times, only_immediate=self.immediate)
         return (self.eager_residual(t, F.linear(out.flatten(2), *linear(t, "out"))),)
@@ -169,7 +181,7 @@ class FeedForwardCase(SublayerCase):
         return (z,)
 
     def eager(self, **t: Any) -> Outputs:
-        n = self.eager_norm(t)
+        n = self.eager_norm(t, t["x"])
         h = EAGER[self.activation](F.linear(n, *linear(t, "hidden")))
         if self.glu:
             h = h * F.linear(n, *linear(t, "factor"))

@@ -25,6 +25,10 @@ CASES = [
     Attention(rms=True, biased=True),
     Attention(gate=(24,), biased=True),
     Attention(gate=()),
+    Attention(gate=None),
+    Attention(gate=None, biased=True),
+    *(Attention(q_norm=True, rms=rms, groups=groups) for rms in (False, True) for groups in (1, 2)),
+    Attention(q_norm=True, length=0),
     Attention(batch=3, length=1, width=7),
     Attention(batch=1, length=3, width=48),
     Attention(length=0),
@@ -99,6 +103,7 @@ def test_the_gradient_of_a_closed_gate(case, backend):
         (Attention(), ("q_weight",), 3),
         (Attention(), ("q_weight", "out_weight"), 2),
         (Attention(), ("x", "norm_weight", "norm_bias"), 3),
+        (Attention(q_norm=True), ("q_weight", "q_norm_weight", "q_norm_bias"), 3),
         (FeedForward(), (), 4),
         (FeedForward(), ("hidden_weight", "output_weight"), 2),
         (FeedForward(), ("x", "norm_weight", "norm_bias", "hidden_weight"), 2),
@@ -129,9 +134,10 @@ def test_what_is_kept_for_the_backward_pass(case, share):
     assert ours <= share * eager, (ours, eager)
 
 
-def test_scratch_memory_does_not_leak_into_results():
+@pytest.mark.parametrize("rms", [False, True])
+def test_scratch_memory_does_not_leak_into_results(rms):
     """Sizes that take it, twice, with other values in between."""
-    case = FeedForward(rows=(64,), width=64, inner=8192, dtype=torch.float32)
+    case = FeedForward(rows=(300,), width=1024, inner=1024, rms=rms, dtype=torch.float32)
     leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors().items()}
 
     def run():

@@ -1,0 +1,113 @@
+"""Modules that compute what their class says and nothing else, as arguments of the sublayers.
+
+A module with hooks, another forward, or weights of a tensor subclass, as adapters and quantization make them,
+is not plain: then it is called, and nothing is computed in its place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
+
+from flamingo.modules import SquaredReLU
+
+from ._checks import autocast, is_plain
+from .sublayers import Linear, Norm
+
+_MODELS = "transformers.models"
+_RMS_NORMS = (
+    f"{_MODELS}.idefics.modeling_idefics.IdeficsRMSNorm",
+    f"{_MODELS}.mllama.modeling_mllama.MllamaTextRMSNorm",
+    f"{_MODELS}.evolla.modeling_evolla.EvollaRMSNorm",
+)
+_ACTIVATIONS: dict[str, tuple[type[nn.Module] | str, ...]] = {
+    "relu": (nn.ReLU,),
+    "squared_relu": (SquaredReLU, "transformers.activations.ReLUSquaredActivation"),
+    "silu": (nn.SiLU, "transformers.activations.SiLUActivation"),
+}
+
+
+def norm_of(module: Any, x: Tensor) -> Norm | None:
+    """A plain LayerNorm or RMSNorm over one dimension, in a dtype that fits x."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.ndim != 1 or not _is_ordinary(weight):
+        return None
+    if is_plain(module, nn.LayerNorm):
+        return Norm(weight, module.bias, module.eps)
+    if is_plain(module, *_RMS_NORMS) and weight.dtype == x.dtype:
+        return Norm(weight, eps=module.variance_epsilon, rms=True)
+    return None
+
+
+def linear_of(module: Any, x: Tensor) -> Linear | None:
+    """A plain linear layer, its parameters in the dtype of x or of autocast."""
+    if not is_plain(module, nn.Linear) or not _is_ordinary(module.weight):
+        return None
+    parameters = autocast(module.weight, *([] if module.bias is None else [module.bias]))
+    fits = module.weight.dtype == x.dtype or parameters[0] is not module.weight
+    return Linear(*parameters) if fits else None
+
+
+def activation_of(module: Any) -> str | None:
+    """The name of a plain activation."""
+    if is_plain(module, nn.GELU):
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    if is_plain(module, "transformers.activations.GELUActivation") and module.act is F.gelu:
+        return "gelu"
+    return next((name for name, kinds in _ACTIVATIONS.items() if is_plain(module, *kinds)), None)
+
+
+class FeedForward(NamedTuple):
+    """Arguments of `gated_feed_forward`."""
+
+    norm: Norm
+    hidden: Linear
+    activation: str
+    output: Linear
+    factor: Linear | None = None
+
+
+def feed_forward_of(
+    x: Tensor, norm: Any, hidden: Any, activation: Any, output: Any, factor: Any = None
+) -> FeedForward | None:
+    """A feed-forward network of plain parts; with `factor` a gated linear unit."""
+    before, act = norm_of(norm, x), activation_of(activation)
+    first, last = linear_of(hidden, x), linear_of(output, x)
+    beside = None if factor is None else linear_of(factor, x)
+    if before is None or act is None or first is None or last is None or (factor is not None and not beside):
+        return None
+    return FeedForward(before, first, act, last, beside)
+
+
+def glu_of(x: Tensor, norm: Any, mlp: Any, kind: str) -> FeedForward | None:
+    """A norm and the gated linear unit behind it, of the class named, with the names of Llama's."""
+    if not is_plain(mlp, kind):
+        return None
+    return feed_forward_of(x, norm, mlp.gate_proj, mlp.act_fn, mlp.down_proj, mlp.up_proj)
+
+
+class CrossAttention(NamedTuple):
+    """Arguments of `gated_cross_attention`."""
+
+    norm: Norm
+    to_q: Linear
+    to_out: Linear
+    q_norm: Norm | None = None
+
+
+def cross_attention_of(
+    x: Tensor, norm: Any, to_q: Any, to_out: Any, q_norm: Any = None
+) -> CrossAttention | None:
+    """What is around the core of a cross-attention of plain parts."""
+    before, first, last = norm_of(norm, x), linear_of(to_q, x), linear_of(to_out, x)
+    between = None if q_norm is None else norm_of(q_norm, x)
+    if before is None or first is None or last is None or (q_norm is not None and not between):
+        return None
+    return CrossAttention(before, first, last, between)
+
+
+def _is_ordinary(weight: Tensor) -> bool:
+    return type(weight) in (nn.Parameter, Tensor, FakeTensor)
