@@ -9,8 +9,8 @@ PIP := $(INSTALL) --constraint constraints.txt
 # A worker for every core; the tests of one file stay together, as some build the same files.
 PARALLEL := --numprocesses auto --dist loadfile
 
-# Models the tests compare with, and LoRA for them. Without their dependencies: open-flamingo pins an old torch.
-PEERS := open-flamingo flamingo-pytorch einops-exts peft accelerate psutil
+# Models the tests compare with, LoRA and int8 weights for them. Without their dependencies: open-flamingo pins an old torch.
+PEERS := open-flamingo flamingo-pytorch einops-exts peft accelerate psutil torchao
 # The Triton the kernels are proved with where torch brings none, and the oldest they must compile under.
 TRITON := triton==3.9.0
 OLDEST_TRITON := triton==3.6.0

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ._dispatch import UnsupportedError, available_backends, use_backend
+from .fold import FoldReport, fold, unfold
 from .mask import MediaMask
 from .media_cache import MediaCache
 from .ops import gated_residual, gated_residual_norm, masked_cross_attention, perceiver_attention
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "FoldReport",
     "GatedCrossAttentionBlock",
     "MaskedCrossAttention",
     "MediaCache",
@@ -28,11 +30,13 @@ __all__ = [
     "PerceiverResampler",
     "UnsupportedError",
     "available_backends",
+    "fold",
     "gated_residual",
     "gated_residual_norm",
     "masked_cross_attention",
     "patch",
     "perceiver_attention",
+    "unfold",
     "unpatch",
     "use_backend",
 ]

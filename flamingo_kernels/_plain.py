@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from flamingo.modules import SquaredReLU
-
 from ._checks import autocast, is_plain
 from .sublayers import Linear, Norm
 
@@ -25,26 +23,38 @@ _RMS_NORMS = (
 )
 _ACTIVATIONS: dict[str, tuple[type[nn.Module] | str, ...]] = {
     "relu": (nn.ReLU,),
-    "squared_relu": (SquaredReLU, "transformers.activations.ReLUSquaredActivation"),
+    "squared_relu": ("flamingo.modules.SquaredReLU", "transformers.activations.ReLUSquaredActivation"),
     "silu": (nn.SiLU, "transformers.activations.SiLUActivation"),
 }
 
 
+def is_ordinary(weight: Tensor) -> bool:
+    """Whether its numbers are all that there is to it: no shards, no integers with a scale."""
+    return type(weight) in (nn.Parameter, Tensor, FakeTensor)
+
+
 def norm_of(module: Any, x: Tensor) -> Norm | None:
     """A plain LayerNorm or RMSNorm over one dimension, in a dtype that fits x."""
-    weight = getattr(module, "weight", None)
-    if weight is None or weight.ndim != 1 or not _is_ordinary(weight):
+    if not is_norm(module):
         return None
-    if is_plain(module, nn.LayerNorm):
-        return Norm(weight, module.bias, module.eps)
-    if is_plain(module, *_RMS_NORMS) and weight.dtype == x.dtype:
-        return Norm(weight, eps=module.variance_epsilon, rms=True)
-    return None
+    if isinstance(module, nn.LayerNorm):
+        return Norm(module.weight, module.bias, module.eps)
+    if module.weight.dtype != x.dtype:
+        return None
+    return Norm(module.weight, eps=module.variance_epsilon, rms=True)
+
+
+def is_norm(module: Any) -> bool:
+    """Whether it is a plain LayerNorm or RMSNorm over one dimension, with a weight."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.ndim != 1 or not is_ordinary(weight):
+        return False
+    return is_plain(module, nn.LayerNorm, *_RMS_NORMS)
 
 
 def linear_of(module: Any, x: Tensor) -> Linear | None:
     """A plain linear layer, its parameters in the dtype of x or of autocast."""
-    if not is_plain(module, nn.Linear) or not _is_ordinary(module.weight):
+    if not is_plain(module, nn.Linear) or not is_ordinary(module.weight):
         return None
     parameters = autocast(module.weight, *([] if module.bias is None else [module.bias]))
     fits = module.weight.dtype == x.dtype or parameters[0] is not module.weight
@@ -107,7 +117,3 @@ def cross_attention_of(
     if before is None or first is None or last is None or (q_norm is not None and not between):
         return None
     return CrossAttention(before, first, last, between)
-
-
-def _is_ordinary(weight: Tensor) -> bool:
-    return type(weight) in (nn.Parameter, Tensor, FakeTensor)

@@ -7,6 +7,7 @@ exists already; the functions below them serve its adapters for other libraries 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from flamingo import modules
 from . import _dispatch, _plain
 from ._checks import is_plain
 from ._kept_mask import MaskKey, kept_mask
+from .fold import Affine, Gate, Scale, put_originals
 from .mask import MediaMask
 from .media_cache import MediaCache, Source, keys_and_values, media_of
 from .ops import gated_residual, masked_cross_attention, perceiver_attention
@@ -28,12 +30,37 @@ class Fused(nn.Module):
 
     Attributes:
         fixes: the known bugs of the module it stands for that it does not repeat, see `patch`.
+        folds: what `fold` may multiply into its weights.
+        folded: by path what it had before `fold`; empty before.
     """
 
     fixes: frozenset[str] = frozenset()
+    folds: tuple[Affine | Gate | Scale, ...] = ()
+    folded: Mapping[str, Any] = {}
+
+    def train(self, mode: bool = True) -> Any:
+        if mode and self.folded:
+            raise RuntimeError(
+                f"{type(self).__name__}: folded for inference; unfold(model) before training it."
+            )
+        return super().train(mode)
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        put_originals(self, state, prefix)
+        return state
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self.folded:
+            raise RuntimeError(f"{type(self).__name__}: folded for inference; unfold(model) before loading.")
+        super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), f"backend={_dispatch.default_backend}"]))
+
+
+ATTENTION_FOLDS = (Affine("norm", ("to_q",)), Scale("scale", ("to_q",)))
+BLOCK_FOLDS = (Gate("attn_gate", "attn.to_out"), Affine("ff.0", ("ff.1",)), Gate("ff_gate", "ff.3"))
 
 
 class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):
@@ -64,6 +91,8 @@ class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):
         >>> attn(x, media, torch.tensor([[0, 1, 0, 0, 1, 0]])).shape
         torch.Size([1, 6, 16])
     """
+
+    folds = (*ATTENTION_FOLDS, Affine("norm_media", ("to_kv",)))
 
     def forward(
         self,
@@ -110,6 +139,8 @@ class GatedCrossAttentionBlock(Fused, modules.GatedCrossAttentionBlock):
         >>> torch.equal(block(x, media, torch.tensor([[1, 0, 0]])), x)
         True
     """
+
+    folds = BLOCK_FOLDS
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -212,7 +243,7 @@ def gated_block(
 ) -> Tensor:  # [B, T, D]
     """What a gated cross-attention block computes, by sublayers where they are plain."""
     z = add_attended(block, x, media, media_locations, use_cached_media)
-    return add_feed_forward(z, block.ff, block.ff_gate)
+    return add_feed_forward(z, block.ff, gate_of(block, "ff_gate"))
 
 
 def add_attended(
@@ -223,12 +254,12 @@ def add_attended(
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, D]
     """`x + tanh(attn_gate) * attn(x, media)`, as one sublayer where attn is plain."""
-    attn, gate = block.attn, block.attn_gate
+    attn, gate = block.attn, gate_of(block, "attn_gate")
     plain = _is_fused(attn) and "attend" not in vars(attn)
     parts = _plain.cross_attention_of(x, attn.norm, attn.to_q, attn.to_out) if plain else None
     if parts is None:
         attended = attn(x, media, media_locations, *([True] if use_cached_media else []))
-        return gated_residual(x, attended, gate)
+        return add_gated(x, attended, gate)
     k, v = media_of(attn, media)
     mask = mask_of(attn, x, k, media_locations, use_cached_media)
     z = gated_cross_attention(_fold(x, k), k, v, mask, gate=gate, scale=attn.scale, **parts._asdict())
@@ -286,7 +317,17 @@ def add_feed_forward(x: Tensor, ff: nn.Module, gate: Tensor | None) -> Tensor:
     parts = _plain.feed_forward_of(x, *chain) if len(chain) == 4 else None
     if parts is not None:
         return gated_feed_forward(x, gate=gate, **parts._asdict())
-    return x + ff(x) if gate is None else gated_residual(x, ff(x), gate)
+    return add_gated(x, ff(x), gate)
+
+
+def gate_of(block: Any, name: str) -> Tensor | None:
+    """A gate of a block, or None where `fold` has opened it."""
+    return None if name in block.folded else getattr(block, name)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    """`x + tanh(gate) * y`; None stands for an open gate."""
+    return x + y if gate is None else gated_residual(x, y, gate)
 
 
 def resample(

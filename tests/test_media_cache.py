@@ -37,9 +37,7 @@ def test_a_cache_in_place_of_media(options, cached):
     patch(fused)
     x, media = inputs()
     x = x[:, :1] if cached else x
-    with Products() as products:
-        cache = MediaCache(fused, media)
-    assert len(products.shapes) == 1
+    cache = MediaCache(fused, media)
     assert cache.shape == media.shape
     for ours, theirs in zip(fused, reference, strict=True):
         torch.testing.assert_close(
@@ -51,6 +49,21 @@ def test_a_cache_in_place_of_media(options, cached):
             rtol=1e-4,
             atol=1e-5,
         )
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_one_product_for_all_layers(device, recorded):
+    """Not on a CPU without a backward pass: there it costs more than it saves."""
+    fused = blocks(norm_media=True).to(device)
+    patch(fused)
+    sources = [block.attn.media_source() for block in fused]
+    media = torch.randn(2, 2, 5, 12).to(device)
+    with torch.set_grad_enabled(recorded), Products() as products:
+        every = layers.keys_and_values(sources, media)
+    large = [shape for shape in products.shapes if shape[0] == 2 * 2 * 5]
+    assert len(large) == (3 if device == "cpu" and not recorded else 1), products.shapes
+    assert all(k.shape == v.shape == (2, 2, 5, 3, 8) for k, v in every)
 
 
 @pytest.mark.parametrize("immediate", [True, False])

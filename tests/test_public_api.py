@@ -35,6 +35,7 @@ def signature(function) -> str:
 
 def test_the_public_names():
     assert set(flamingo_kernels.__all__) == {
+        "FoldReport",
         "GatedCrossAttentionBlock",
         "MaskedCrossAttention",
         "MediaCache",
@@ -44,11 +45,13 @@ def test_the_public_names():
         "PerceiverResampler",
         "UnsupportedError",
         "available_backends",
+        "fold",
         "gated_residual",
         "gated_residual_norm",
         "masked_cross_attention",
         "patch",
         "perceiver_attention",
+        "unfold",
         "unpatch",
         "use_backend",
     }

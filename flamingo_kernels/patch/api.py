@@ -102,7 +102,8 @@ def unpatch(model: nn.Module) -> None:
         model: a model, or a part or copy of one.
 
     Raises:
-        RuntimeError: a module's class was changed again since, as by FSDP2's `fully_shard`. Nothing changes.
+        RuntimeError: a module is folded, or its class was changed again since, as by FSDP2's `fully_shard`.
+            Nothing changes.
 
     Example:
         >>> from flamingo import MaskedCrossAttention

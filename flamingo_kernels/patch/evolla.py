@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from .. import _plain
 from .._checks import is_plain, is_recording
 from .._once import once
-from ..layers import Fused
+from ..fold import Affine, Gate, Scale
+from ..layers import Fused, add_gated, gate_of
 from ..mask import MediaMask
-from ..ops import gated_residual, masked_cross_attention, perceiver_attention
+from ..ops import masked_cross_attention, perceiver_attention
 from ..sublayers import gated_cross_attention, gated_feed_forward
 from .dense import in_order, media_first, spans_of
 from .family import TRANSFORMERS, Family
@@ -55,6 +56,14 @@ class EvollaSequenceCompressorAttention(Fused):
 
 
 class EvollaSequenceAlignerCrossAttention(Fused):
+    folds = (
+        Affine("attention_norm", ("query",)),
+        Scale("scale", ("query",)),
+        Gate("gate_attention", "out_proj"),
+        Affine("ff.norm", ("ff.fc1",)),
+        Gate("gate_ffw", "ff.fc2"),
+    )
+
     num_attention_heads: int
     scale: float
     attention_norm: nn.Module
@@ -96,22 +105,22 @@ class EvollaSequenceAlignerCrossAttention(Fused):
         return self._add_feed_forward(z)
 
     def _add_attended(self, x: Tensor, media: Tensor, spans: MediaMask) -> Tensor:
-        heads, gate = (self.num_attention_heads, -1), self.gate_attention
+        heads, gate = (self.num_attention_heads, -1), gate_of(self, "gate_attention")
         k, v = (p(media).unflatten(-1, heads) for p in (self.key_protein, self.value_protein))
         k, v = (kv.unflatten(1, (spans.num_media, -1)) for kv in (k, v))  # [B, M, R, H, d]
         parts = _plain.cross_attention_of(x, self.attention_norm, self.query, self.out_proj)
         if parts is None:
             q = self.query(self.attention_norm(x)).unflatten(-1, heads)  # [B, T, H, d]
             attended = masked_cross_attention(q, k, v, spans, scale=self.scale)
-            return gated_residual(x, self.out_proj(attended.flatten(-2)), gate)
+            return add_gated(x, self.out_proj(attended.flatten(-2)), gate)
         return gated_cross_attention(x, k, v, spans, gate=gate, scale=self.scale, **parts._asdict())
 
     def _add_feed_forward(self, x: Tensor) -> Tensor:
-        ff, gate = self.ff, self.gate_ffw
+        ff, gate = self.ff, gate_of(self, "gate_ffw")
         plain = is_plain(ff, _FEED_FORWARD)
         parts = _plain.feed_forward_of(x, ff.norm, ff.fc1, ff.activation, ff.fc2) if plain else None
         if parts is None:
-            return gated_residual(x, ff(x), gate)
+            return add_gated(x, ff(x), gate)
         return gated_feed_forward(x, gate=gate, **parts._asdict())
 
 

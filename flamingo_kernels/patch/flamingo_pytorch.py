@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..layers import Fused, gated_block, resample
+from ..layers import BLOCK_FOLDS, Fused, gated_block, resample
 from .family import Family
 from .open_flamingo import FIXES, MaskedCrossAttention, PerceiverAttention
 
 
 class GatedCrossAttentionBlock(Fused):
+    folds = BLOCK_FOLDS
+
     attn: nn.Module
     attn_gate: nn.Parameter
     ff: nn.Sequential

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from .. import _plain
 from .._checks import is_plain
 from .._kept_media import kept_kv
-from ..layers import Fused
+from ..fold import Affine, Gate, Scale
+from ..layers import Fused, add_gated, gate_of
 from ..mask import Policy
-from ..ops import gated_residual, masked_cross_attention, perceiver_attention
+from ..ops import masked_cross_attention, perceiver_attention
 from ..sublayers import gated_cross_attention, gated_feed_forward
 from .dense import key_spans
 from .family import TRANSFORMERS, Family
@@ -29,6 +30,13 @@ _MLP = f"{_HOME}.modeling_idefics.IdeficsMLP"
 
 class IdeficsGatedCrossAttentionLayer(Fused):
     policy: Policy = "zero"
+    folds = (
+        Affine("input_layernorm", ("cross_attn.q_proj",)),
+        Scale("cross_attn.scaling", ("cross_attn.q_layer_norm", "cross_attn.q_proj")),
+        Gate("alpha_cross_attn", "cross_attn.o_proj"),
+        Affine("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        Gate("alpha_dense", "mlp.down_proj"),
+    )
 
     config: float  # the model's dropout, by this name
     cross_attn: Any
@@ -59,12 +67,12 @@ class IdeficsGatedCrossAttentionLayer(Fused):
     def _add_attended(
         self, x: Tensor, media: Tensor, mask: Tensor | None, sees: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
-        attn, norm, gate = self.cross_attn, self.input_layernorm, self.alpha_cross_attn
+        attn, norm, gate = self.cross_attn, self.input_layernorm, gate_of(self, "alpha_cross_attn")
         spans = key_spans(mask, x, sees) if mask is not None and _replaceable(attn) else None
         if spans is None:
             y, _ = attn(hidden_states=norm(x), key_value_states=media, attention_mask=mask, **kwargs)
             y = F.dropout(y, self.config, self.training).masked_fill((sees == 0)[..., None], 0)
-            return gated_residual(x, y, gate)
+            return add_gated(x, y, gate)
         k, v = map(spans.media, kept_kv(self, media, _kv_modules(attn), lambda: _project(attn, media)))
         q_norm = attn.q_layer_norm if attn.qk_layer_norms else None
         parts = _plain.cross_attention_of(x, norm, attn.q_proj, attn.o_proj, q_norm)
@@ -73,14 +81,14 @@ class IdeficsGatedCrossAttentionLayer(Fused):
             q = q if q_norm is None else q_norm(q)
             out = masked_cross_attention(q, k, v, spans.mask, scale=attn.scaling)
             y = F.dropout(attn.o_proj(out.flatten(-2)), self.config, self.training)
-            return gated_residual(x, y, gate)
+            return add_gated(x, y, gate)
         return gated_cross_attention(x, k, v, spans.mask, gate=gate, scale=attn.scaling, **parts._asdict())
 
     def _add_feed_forward(self, x: Tensor) -> Tensor:
-        norm, mlp, gate = self.post_attention_layernorm, self.mlp, self.alpha_dense
+        norm, mlp, gate = self.post_attention_layernorm, self.mlp, gate_of(self, "alpha_dense")
         parts = None if self._drops() else _plain.glu_of(x, norm, mlp, _MLP)
         if parts is None:
-            return gated_residual(x, F.dropout(mlp(norm(x)), self.config, self.training), gate)
+            return add_gated(x, F.dropout(mlp(norm(x)), self.config, self.training), gate)
         return gated_feed_forward(x, gate=gate, **parts._asdict())
 
     def _drops(self) -> bool:

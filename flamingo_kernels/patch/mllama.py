@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from .. import _plain
 from .._checks import is_unhooked
-from ..layers import Fused
-from ..ops import gated_residual, masked_cross_attention
+from ..fold import Affine, Gate, Scale
+from ..layers import Fused, add_gated, gate_of
+from ..ops import masked_cross_attention
 from ..sublayers import gated_cross_attention, gated_feed_forward
 from .dense import KeySpans, key_spans
 from .family import TRANSFORMERS, Family
@@ -103,6 +104,14 @@ class MllamaTextCrossAttention(Fused):
 
 
 class MllamaCrossAttentionDecoderLayer(Fused):
+    folds = (
+        Affine("input_layernorm", ("cross_attn.q_proj",)),
+        Scale("cross_attn.scaling", ("cross_attn.q_norm",)),
+        Gate("cross_attn_attn_gate", "cross_attn.o_proj"),
+        Affine("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        Gate("cross_attn_mlp_gate", "mlp.down_proj"),
+    )
+
     cross_attn: Any
     mlp: Any
     input_layernorm: nn.Module
@@ -136,7 +145,7 @@ class MllamaCrossAttentionDecoderLayer(Fused):
     def _add_attended(
         self, x: Tensor, states: Tensor | None, cache: Any, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
-        attn, gate = self.cross_attn, self.cross_attn_attn_gate
+        attn, gate = self.cross_attn, gate_of(self, "cross_attn_attn_gate")
         spans = parts = None
         if isinstance(attn, MllamaTextCrossAttention) and is_unhooked(attn):
             spans = attn.spans(x, states, cache, mask, kwargs)
@@ -144,15 +153,15 @@ class MllamaCrossAttentionDecoderLayer(Fused):
         if spans is None or parts is None:
             media = {"cross_attention_states": states, "past_key_values": cache, "attention_mask": mask}
             attended, _ = attn(hidden_states=self.input_layernorm(x), **media, **kwargs)
-            return gated_residual(x, attended, gate)
+            return add_gated(x, attended, gate)
         k, v = (spans.media(each) for each in attn.kv(len(x), states, cache, kwargs.get("cache_position")))
         return gated_cross_attention(x, k, v, spans.mask, gate=gate, scale=attn.scaling, **parts._asdict())
 
     def _add_feed_forward(self, x: Tensor) -> Tensor:
-        norm, mlp, gate = self.post_attention_layernorm, self.mlp, self.cross_attn_mlp_gate
+        norm, mlp, gate = self.post_attention_layernorm, self.mlp, gate_of(self, "cross_attn_mlp_gate")
         parts = _plain.glu_of(x, norm, mlp, _MLP)
         if parts is None:
-            return gated_residual(x, mlp(norm(x)), gate)
+            return add_gated(x, mlp(norm(x)), gate)
         return gated_feed_forward(x, gate=gate, **parts._asdict())
 
 

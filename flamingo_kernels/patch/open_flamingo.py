@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..layers import Fused, attend, attend_to_media, gated_block, resample
+from ..layers import ATTENTION_FOLDS, BLOCK_FOLDS, Fused, attend, attend_to_media, gated_block, resample
 from ..mask import Policy
 from ..media_cache import MediaCache, Source
 from ..ops import perceiver_attention
@@ -17,6 +17,8 @@ from .family import Family
 
 
 class MaskedCrossAttention(Fused):
+    folds = ATTENTION_FOLDS
+
     heads: int
     scale: float
     only_attend_immediate_media: bool
@@ -48,6 +50,8 @@ class MaskedCrossAttention(Fused):
 
 
 class GatedCrossAttentionBlock(Fused):
+    folds = BLOCK_FOLDS
+
     attn: nn.Module
     attn_gate: nn.Parameter
     ff: nn.Sequential

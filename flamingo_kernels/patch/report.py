@@ -47,11 +47,11 @@ class PatchReport:
             + (f", mask policy {policies}" if policies else "")
             + (f", fixed: {', '.join(self.fixes)}" if self.fixes else "")
         ]
-        lines += _table(
+        lines += table(
             {path: f"{old.__module__}.{old.__qualname__}" for path, (old, _) in self.replaced.items()}
         )
         if self.skipped:
-            lines += [f"{len(self.skipped)} skipped", *_table(self.skipped)]
+            lines += [f"{len(self.skipped)} skipped", *table(self.skipped)]
         return "\n".join(lines)
 
     def __enter__(self) -> PatchReport:
@@ -62,7 +62,7 @@ class PatchReport:
         restore(module for module in modules if module is not None)
 
 
-def _table(rows: Mapping[str, str]) -> list[str]:
+def table(rows: Mapping[str, str]) -> list[str]:
     """Lines of path, count and text, one for all paths that differ in their numbers only."""
     counts = Counter(
         (re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path) or "(model)", text) for path, text in rows.items()

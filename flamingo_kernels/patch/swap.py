@@ -35,6 +35,8 @@ def restore(modules: Iterable[nn.Module]) -> None:
     """Give every swapped one of these modules its original class back."""
     swapped = [module for module in modules if is_swapped(module)]
     for module in swapped:
+        if getattr(module, "folded", ()):
+            raise RuntimeError("unpatch: expected a model that is not folded; unfold(model) first.")
         expected, got = fused_class(vars(module)[_ORIGINAL]), type(module)
         if got is not expected:
             raise RuntimeError(
