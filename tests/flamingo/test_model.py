@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flamingo import Flamingo, FlamingoConfig, GatedCrossAttentionBlock, LanguageModel, VisionEncoder
+from flamingo import Flamingo, FlamingoConfig, GatedCrossAttentionBlock, LanguageModel
 from tests.flamingo.weights import randomise
 
 IMAGE = 256
@@ -258,24 +258,3 @@ class TestLanguageModel:
     def test_mask_of_another_shape(self, model):
         with pytest.raises(ValueError, match=r"attention_mask with shape \(2, 9\) .*got \(2, 8\)"):
             model.language(INPUT_IDS, ATTENTION_MASK[:, :8])
-
-
-class TestVisionEncoder:
-    encoder_sizes = {"image_size": 16, "patch_size": 8, "dim": 12, "layers": 1, "heads": 2}
-
-    def test_frames_do_not_mix_and_keep_their_place(self):
-        encoder = randomise(VisionEncoder(**self.encoder_sizes)).double()
-        frames = torch.randn(2, 3, 2, 3, 16, 16, dtype=torch.float64)
-        features = encoder(frames)
-        assert features.shape == (2, 3, 2, 4, 12)
-        torch.testing.assert_close(features[1, 2, 1], encoder(frames[1:, 2:, 1:])[0, 0, 0])
-
-    def test_the_order_of_patches_matters(self):
-        encoder = randomise(VisionEncoder(**self.encoder_sizes)).double()
-        frame = torch.randn(1, 1, 1, 3, 16, 16, dtype=torch.float64)
-        swapped = frame.roll(8, dims=-1)  # exchanges the left and the right patches
-        assert not torch.allclose(encoder(frame)[..., [1, 0, 3, 2], :], encoder(swapped))
-
-    def test_another_size_is_refused(self):
-        with pytest.raises(ValueError, match=r"\(B, M, F, 3, 16, 16\), got \(1, 1, 1, 3, 16, 20\)"):
-            VisionEncoder(**self.encoder_sizes)(torch.zeros(1, 1, 1, 3, 16, 20))
