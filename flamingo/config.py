@@ -17,7 +17,7 @@ class FlamingoConfig:
     """
 
     # Vision encoder
-    vision: str = "vit"  # "vit", a plain ViT of the sizes below, or an NFNet by name: "nfnet-f0" to "nfnet-f6"
+    vision: str = "vit"  # a plain ViT of the sizes below, or an NFNet: "nfnet-f0" to "nfnet-f6"
     image_size: int  # pixels of one side
     vision_dim: int  # width of the features; 3072 of every named NFNet
     patch_size: int = 0  # of a ViT, pixels of one side; (image_size / patch_size)^2 features a frame
@@ -59,8 +59,8 @@ class FlamingoConfig:
             self._check_vit()
         elif self.vision not in NFNETS:
             raise ValueError(
-                f"FlamingoConfig: expected vision to be one of vit, {', '.join(NFNETS)}, got {self.vision!r}. For "
-                "another encoder: Flamingo(config, vision=encoder)."
+                f"FlamingoConfig: expected vision to be one of vit, {', '.join(NFNETS)}, got "
+                f"{self.vision!r}. For another encoder: Flamingo(config, vision=encoder)."
             )
         if self.language_dim % (2 * self.language_heads):
             raise ValueError(
@@ -127,7 +127,8 @@ _FLAMINGO_3B = FlamingoConfig(
     language_heads=16,
 )
 
-# The released ones: a ViT of the shape of CLIP ViT-L/14 at 224 pixels, 8 heads of 64 whatever the language model, no time embeddings.
+# The released ones: a ViT of CLIP ViT-L/14's shape at 224, 8 heads of 64 whatever the language model, no time
+# embeddings.
 _OPEN_FLAMINGO_3B = FlamingoConfig(
     image_size=224,
     patch_size=14,

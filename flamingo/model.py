@@ -55,9 +55,9 @@ class Flamingo(nn.Module):
         self.vision = _vision_encoder(config) if vision is None else vision
         if getattr(self.vision, "dim", None) != config.vision_dim:
             raise ValueError(
-                f"Flamingo: expected a vision encoder whose attribute dim is vision_dim={config.vision_dim}, got "
-                f"{type(self.vision).__name__} with dim {getattr(self.vision, 'dim', 'missing')}. Change the "
-                "configuration: FlamingoConfig.preset(name, vision_dim=...)."
+                f"Flamingo: expected a vision encoder whose attribute dim is vision_dim={config.vision_dim}, "
+                f"got {type(self.vision).__name__} with dim {getattr(self.vision, 'dim', 'missing')}. Change "
+                "the configuration: FlamingoConfig.preset(name, vision_dim=...)."
             )
         self.resampler = PerceiverResampler(
             dim=config.resampler_dim,

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# By the model_type of a tower's configuration: mean and standard deviation of the pixels it was trained on, and
-# how many of its tokens come before the patches.
+# By the model_type of a tower's configuration: mean and standard deviation of the pixels it was trained on,
+# and how many of its tokens come before the patches.
 _FAMILIES = {
     "clip_vision_model": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), 1),
     "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0),
@@ -16,14 +16,14 @@ _FAMILIES = {
 class PretrainedVision(nn.Module):
     """An image tower of transformers, as a vision encoder: one feature a patch, frozen.
 
-    The features are the tower's `last_hidden_state` without CLIP's class token. CLIP's are thus taken before its
-    last LayerNorm, as when open_flamingo's checkpoints were trained (open_clip from 3.0 on norms them first);
-    SigLIP's are normed.
+    The features are the tower's `last_hidden_state` without CLIP's class token. CLIP's are thus taken before
+    its last LayerNorm, as when open_flamingo's checkpoints were trained (later releases of open_clip norm
+    them); SigLIP's are normed.
 
     Args:
         tower: a `CLIPVisionModel` or `SiglipVisionModel`.
-        frozen: no parameter takes a gradient, nothing is kept for a backward pass, and the tower stays in eval
-            mode, also after `train()`.
+        frozen: no parameter takes a gradient, nothing is kept for a backward pass, and the tower stays in
+            eval mode, also after `train()`.
 
     Attributes:
         dim: width of the features.
@@ -48,8 +48,8 @@ class PretrainedVision(nn.Module):
         family = getattr(config, "model_type", None)
         if family not in _FAMILIES:
             raise ValueError(
-                f"PretrainedVision: expected a CLIPVisionModel or a SiglipVisionModel, got {type(tower).__name__}. "
-                "Of a model with a text tower too, pass model.vision_model."
+                f"PretrainedVision: expected a CLIPVisionModel or a SiglipVisionModel, got "
+                f"{type(tower).__name__}. Of a model with a text tower too, pass model.vision_model."
             )
         self.mean, self.std, self._before_patches = _FAMILIES[family]
         self.dim: int = config.hidden_size
@@ -76,7 +76,7 @@ class PretrainedVision(nn.Module):
         from transformers import AutoConfig, CLIPVisionModel, SiglipVisionModel
 
         kind = AutoConfig.from_pretrained(name).model_type
-        towers = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
+        towers: dict[str, Any] = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
         tower = towers.get(kind.removesuffix("_vision_model"))
         if tower is None:
             raise ValueError(f"PretrainedVision: expected a checkpoint of CLIP or SigLIP, got one of {kind}.")
@@ -98,8 +98,8 @@ class PretrainedVision(nn.Module):
         expected = (3, self.image_size, self.image_size)
         if pixels.ndim != 6 or pixels.shape[3:] != expected:
             raise ValueError(
-                f"PretrainedVision: expected pixels with shape (B, M, F, {', '.join(map(str, expected))}), got "
-                f"{tuple(pixels.shape)}. Processor(image_size={self.image_size}) makes them."
+                f"PretrainedVision: expected pixels with shape (B, M, F, {', '.join(map(str, expected))}), "
+                f"got {tuple(pixels.shape)}. Processor(image_size={self.image_size}) makes them."
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             tokens = self.tower(pixel_values=pixels.flatten(0, 2)).last_hidden_state

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flamingo import Flamingo, FlamingoConfig, GatedCrossAttentionBlock, LanguageModel
+from flamingo import Flamingo, FlamingoConfig, GatedCrossAttentionBlock, LanguageModel, NFNet
 from tests.flamingo.weights import randomise
 
 IMAGE = 256
@@ -258,3 +258,39 @@ class TestLanguageModel:
     def test_mask_of_another_shape(self, model):
         with pytest.raises(ValueError, match=r"attention_mask with shape \(2, 9\) .*got \(2, 8\)"):
             model.language(INPUT_IDS, ATTENTION_MASK[:, :8])
+
+
+class TestVision:
+    def test_an_nfnet_by_name(self):
+        config = FlamingoConfig.preset("tiny", vision="nfnet-f0", vision_dim=3072, resampler_depth=1)
+        with torch.device("meta"):
+            model = Flamingo(config)
+            assert isinstance(model.vision, NFNet)
+            assert len(model.vision.stages[2]) == 6
+            # Neither square nor of image_size: an NFNet takes any.
+            assert model.encode_media(torch.zeros(1, 2, 3, 3, 64, 40)).shape == (1, 2, 8, 40)
+
+    def test_one_s_own(self):
+        class Mean(torch.nn.Module):
+            dim = 3
+
+            def forward(self, pixels):
+                return pixels.mean(dim=(-2, -1))[..., None, :]
+
+        model = randomise(
+            Flamingo(FlamingoConfig.preset("tiny", vision_dim=3, vision_heads=1), vision=Mean())
+        )
+        black, white = torch.zeros(1, 1, 1, 3, 5, 7), torch.ones(1, 1, 1, 3, 5, 7)
+        ids = torch.tensor([[IMAGE, 65]])
+        assert not torch.allclose(model(ids, black).logits, model(ids, white).logits)
+
+    @pytest.mark.parametrize(
+        ("vision", "found"),
+        [
+            (NFNet(widths=(32,) * 4, depths=(1,) * 4, group_width=16), "NFNet with dim 64"),
+            (torch.nn.Identity(), "dim missing"),
+        ],
+    )
+    def test_another_width_is_refused(self, vision, found):
+        with pytest.raises(ValueError, match=rf"vision_dim=48, got .*{found}\. .*vision_dim=\.\.\."):
+            Flamingo(FlamingoConfig.preset("tiny"), vision=vision)

@@ -69,7 +69,9 @@ class TestPublishedSizes:
             NFNet.preset("resnet")
 
     def test_widths_that_do_not_fit(self):
-        with pytest.raises(ValueError, match=r"multiples of 2 \* group_width = 32, .* got \(32, 64, 100, 64\)"):
+        with pytest.raises(
+            ValueError, match=r"multiples of 2 \* group_width = 32, .*got \(32, 64, 100, 64\)"
+        ):
             NFNet(**TINY | {"widths": (32, 64, 100, 64)})
 
 
@@ -79,8 +81,8 @@ class TestStandardisedConv:
         with torch.no_grad():
             conv.weight.copy_(torch.tensor([1.0, 5.0])[None, :, None, None])  # mean 3, variance 4
             conv.gain.fill_(3)
-        expected = 3 * 2 / math.sqrt((4 + 1e-5) * 2)
-        assert conv.standardised_weight().flatten().tolist() == pytest.approx([-expected, expected], rel=1e-12)
+        found, expected = conv.standardised_weight().flatten().tolist(), 3 * 2 / math.sqrt((4 + 1e-5) * 2)
+        assert found == pytest.approx([-expected, expected], rel=1e-12)
 
     def test_neither_scale_nor_mean_of_the_weights_matters(self):
         conv = varied(StandardisedConv(8, 4, 3)).double()
@@ -139,11 +141,10 @@ def expected_block(state, name, x, beta, stride, groups):
     h = act(x) * beta
     shortcut = x
     if f"{name}.downsample.conv.weight" in state:
-        pooled = h
-        if stride == 2:
-            rows = [h[:, :, i : i + 2].mean(2) for i in range(0, h.shape[2], 2)]
-            pooled = torch.stack([torch.stack(rows, 2)[..., j : j + 2].mean(3) for j in range(0, h.shape[3], 2)], 3)
-        shortcut = expected_conv(state, f"{name}.downsample.conv", pooled)
+        shortcut = h
+        for dim in (2, 3) if stride == 2 else ():
+            shortcut = torch.stack([pair.mean(dim) for pair in shortcut.split(2, dim)], dim)
+        shortcut = expected_conv(state, f"{name}.downsample.conv", shortcut)
     y = expected_conv(state, f"{name}.conv1", h)
     y = expected_conv(state, f"{name}.conv2", act(y), stride, groups)
     y = expected_conv(state, f"{name}.conv2b", act(y), 1, groups)
