@@ -110,8 +110,7 @@ class Shortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride > 1:
-            # At an odd side the last pixels are the mean of those that exist.
-            x = F.avg_pool2d(x, self.stride, ceil_mode=True, count_include_pad=False)
+            x = F.avg_pool2d(x, self.stride, ceil_mode=True)  # at an odd side, of the pixels that exist
         return self.conv(x)
 
 
