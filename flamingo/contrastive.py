@@ -46,14 +46,19 @@ class ContrastiveModel(nn.Module):
 
     Source: arXiv 2204.14198, appendix B.1.3.
 
-    Example::
-
-        model = ContrastiveModel(NFNet.preset("nfnet-f6"), BertModel(BertConfig()))
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=1_200_000)
-        for batches in zip(align, ltip):  # of 16,384 Pairs at 288 pixels
-            training_step(model, optimizer, batches)
-            schedule.step()
+    Example; the paper has `NFNet.preset("nfnet-f6")`, 16,384 pairs of each dataset and 1.2 M updates:
+        >>> from transformers import BertConfig, BertModel
+        >>> vision = VisionEncoder(image_size=16, patch_size=8, dim=12, layers=1, heads=2)
+        >>> text = BertModel(BertConfig(hidden_size=12, num_hidden_layers=1, vocab_size=200))
+        >>> model = ContrastiveModel(vision, text, dim=8)
+        >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        >>> schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=2)
+        >>> pairs = Pairs(torch.randn(4, 3, 16, 16), torch.randint(200, (4, 5)), torch.ones(4, 5))
+        >>> for batches in zip([pairs, pairs], [pairs, pairs], strict=True):
+        ...     losses = training_step(model, optimizer, batches)
+        ...     schedule.step()
+        >>> len(losses), model.image_embedding(pairs.pixels).shape
+        (2, torch.Size([4, 8]))
     """
 
     def __init__(self, vision: nn.Module, text: nn.Module, *, dim: int = 1376):
@@ -65,7 +70,7 @@ class ContrastiveModel(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def image_embedding(self, pixels: Tensor) -> Tensor:
-        """pixels `[..., 3, h, w]` to `[..., dim]` of length 1, one an image."""
+        """pixels `[N, ..., 3, h, w]` to `[N, ..., dim]` of length 1, one an image."""
         images = pixels.flatten(0, -4)[:, None, None]  # [N, 1, 1, 3, h, w]
         pooled = self.vision(images).mean(dim=-2)[:, 0, 0]
         return F.normalize(self.image_projection(pooled), dim=-1).unflatten(0, pixels.shape[:-3])
@@ -255,17 +260,23 @@ def zero_shot(model: ContrastiveModel, pixels: Tensor, classes: Tensor) -> Tenso
 
     Args:
         model: trained.
-        pixels: `[..., 3, h, w]`.
+        pixels: `[N, ..., 3, h, w]`.
         classes: `[C, dim]`, of `class_embeddings`.
 
     Returns:
-        Logits `[..., C]`.
+        Logits `[N, ..., C]`.
 
     Source: arXiv 2103.00020, section 3.1.
 
-    Example::
-
-        classes = class_embeddings(model, ["cat", "dog"], tokenize)
-        zero_shot(model, pixels, classes).argmax(dim=-1)
+    >>> vision = VisionEncoder(image_size=16, patch_size=8, dim=12, layers=1, heads=2)
+    >>> from transformers import BertConfig, BertModel
+    >>> text = BertModel(BertConfig(hidden_size=12, num_hidden_layers=1, vocab_size=200))
+    >>> model = ContrastiveModel(vision, text, dim=8).eval()
+    >>> def tokenize(texts):
+    ...     ids = torch.tensor([list(text.encode().ljust(9)) for text in texts])
+    ...     return {"input_ids": ids, "attention_mask": ids != 32}
+    >>> classes = class_embeddings(model, ["cat", "dog", "bird"], tokenize, templates=["a {}", "the {}"])
+    >>> zero_shot(model, torch.zeros(4, 3, 16, 16), classes).shape
+    torch.Size([4, 3])
     """
     return model.log_scale.exp() * model.image_embedding(pixels) @ classes.T

@@ -35,11 +35,15 @@ class PretrainedVision(nn.Module):
 
     Source: arXiv 2103.00020 (CLIP), arXiv 2303.15343 (SigLIP).
 
-    Example::
-
-        vision = PretrainedVision.from_pretrained("openai/clip-vit-large-patch14")
-        model = Flamingo(FlamingoConfig.preset("openflamingo-3b"), vision=vision)
-        processor = Processor(vision.image_size, mean=vision.mean, std=vision.std)
+    Example; `PretrainedVision.from_pretrained("openai/clip-vit-large-patch14")` has CLIP's weights:
+        >>> from transformers import CLIPVisionConfig, CLIPVisionModel
+        >>> sizes = {"hidden_size": 48, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
+        >>> vision = PretrainedVision(CLIPVisionModel(CLIPVisionConfig(**sizes)))
+        >>> processor = Processor(vision.image_size, mean=vision.mean, std=vision.std)
+        >>> model = Flamingo(FlamingoConfig.preset("tiny"), vision=vision)
+        >>> batch = processor([["a dog:", torch.zeros(3, 20, 40)]])
+        >>> model(batch.input_ids, batch.pixels).logits.shape
+        torch.Size([1, 11, 261])
     """
 
     def __init__(self, tower: nn.Module, *, frozen: bool = True):
