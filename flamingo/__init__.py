@@ -5,7 +5,8 @@ model        Flamingo, put together
 config       sizes, and the presets of the published models
 processor    documents of text and images to tensors
 tokenizer    bytes and special tokens
-vision       a small vision encoder
+vision       vision encoders: a small ViT, NFNet, CLIP and SigLIP
+contrastive  pre-training of a vision encoder on pairs of images and texts
 language     a small language model
 transformer  the layer those two share
 """
@@ -25,7 +26,7 @@ from flamingo.modules import (
 )
 from flamingo.processor import Batch, Processor
 from flamingo.tokenizer import ByteTokenizer
-from flamingo.vision import VisionEncoder
+from flamingo.vision import NFNet, PretrainedVision, VisionEncoder
 
 __all__ = [
     "Batch",
@@ -37,8 +38,10 @@ __all__ = [
     "GatedCrossAttentionBlock",
     "LanguageModel",
     "MaskedCrossAttention",
+    "NFNet",
     "PerceiverAttention",
     "PerceiverResampler",
+    "PretrainedVision",
     "Processor",
     "VisionEncoder",
     "dense_masked_attention",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from flamingo.modules import Policy
+from flamingo.vision import NFNETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,12 +16,13 @@ class FlamingoConfig:
         (3, 7, 11, 15, 19, 23, 27, 31)
     """
 
-    # Vision encoder: a plain ViT, here to make the model whole. It stands in for NFNet-F6 or CLIP ViT-L/14.
+    # Vision encoder
+    vision: str = "vit"  # a plain ViT of the sizes below, or an NFNet: "nfnet-f0" to "nfnet-f6"
     image_size: int  # pixels of one side
-    patch_size: int  # pixels of one side; (image_size / patch_size)^2 features a frame
-    vision_dim: int  # width of the features
-    vision_layers: int
-    vision_heads: int
+    vision_dim: int  # width of the features; 3072 of every named NFNet
+    patch_size: int = 0  # of a ViT, pixels of one side; (image_size / patch_size)^2 features a frame
+    vision_layers: int = 0  # of a ViT
+    vision_heads: int = 0  # of a ViT
 
     # Perceiver Resampler
     resampler_dim: int  # width of the latents, which is what cross-attention sees
@@ -53,20 +55,29 @@ class FlamingoConfig:
     media_token_id: int = 256  # `<image>` of ByteTokenizer
 
     def __post_init__(self):
-        if self.image_size % self.patch_size:
+        if self.vision == "vit":
+            self._check_vit()
+        elif self.vision not in NFNETS:
             raise ValueError(
-                f"FlamingoConfig: expected image_size to be a multiple of patch_size={self.patch_size}, got "
-                f"{self.image_size}."
-            )
-        if self.vision_dim % self.vision_heads:
-            raise ValueError(
-                f"FlamingoConfig: expected vision_dim to be a multiple of vision_heads={self.vision_heads}, "
-                f"got {self.vision_dim}."
+                f"FlamingoConfig: expected vision to be one of vit, {', '.join(NFNETS)}, got "
+                f"{self.vision!r}. For another encoder: Flamingo(config, vision=encoder)."
             )
         if self.language_dim % (2 * self.language_heads):
             raise ValueError(
                 f"FlamingoConfig: expected language_dim to be an even multiple of language_heads="
                 f"{self.language_heads} (rotary positions turn pairs), got {self.language_dim}."
+            )
+
+    def _check_vit(self):
+        if self.patch_size <= 0 or self.image_size % self.patch_size:
+            raise ValueError(
+                f"FlamingoConfig: expected image_size to be a multiple of patch_size={self.patch_size}, got "
+                f"{self.image_size}."
+            )
+        if self.vision_heads <= 0 or self.vision_dim % self.vision_heads:
+            raise ValueError(
+                f"FlamingoConfig: expected vision_dim to be a multiple of vision_heads={self.vision_heads}, "
+                f"got {self.vision_dim}."
             )
 
     @property
@@ -96,14 +107,11 @@ class FlamingoConfig:
         return replace(PRESETS[name], **changes)
 
 
-# The paper's: 320 pixels, a 10 x 10 grid of 3072 features, 8 training frames. Four layers of that width have
-# about as many parameters as its NFNet-F6 (435M).
+# The paper's: NFNet-F6 at 320 pixels, a 10 x 10 grid of 3072 features, 8 training frames.
 _FLAMINGO_3B = FlamingoConfig(
+    vision="nfnet-f6",
     image_size=320,
-    patch_size=32,
     vision_dim=3072,
-    vision_layers=4,
-    vision_heads=24,
     resampler_dim=1536,
     resampler_heads=16,
     # 128 is v1's Table 13 and gives the 194M of Table 5; appendix A.1.4 of v2 says dim / heads = 96.
@@ -119,7 +127,8 @@ _FLAMINGO_3B = FlamingoConfig(
     language_heads=16,
 )
 
-# The released ones: CLIP ViT-L/14 at 224, 8 heads of 64 whatever the language model, no time embeddings.
+# The released ones: a ViT of CLIP ViT-L/14's shape at 224, 8 heads of 64 whatever the language model, no time
+# embeddings.
 _OPEN_FLAMINGO_3B = FlamingoConfig(
     image_size=224,
     patch_size=14,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flamingo.config import FlamingoConfig
 from flamingo.language import LanguageModel
 from flamingo.modules import GatedCrossAttentionBlock, PerceiverResampler
-from flamingo.vision import VisionEncoder
+from flamingo.vision import NFNet, VisionEncoder
 
 
 class FlamingoOutput(NamedTuple):
@@ -35,6 +35,11 @@ class Flamingo(nn.Module):
 
     Args:
         config: the sizes; see `FlamingoConfig.preset`. Build the big ones under `torch.device("meta")`.
+        vision: a vision encoder of your own instead of the one that config names: any module from pixels
+            `[B, M, F, 3, h, w]` to features `[B, M, F, v, dim]` whose attribute `dim` is `config.vision_dim`.
+
+    Raises:
+        ValueError: if the vision encoder's features have another width.
 
     Source: arXiv 2204.14198, section 2.
 
@@ -44,16 +49,16 @@ class Flamingo(nn.Module):
     torch.Size([1, 4, 261])
     """
 
-    def __init__(self, config: FlamingoConfig):
+    def __init__(self, config: FlamingoConfig, *, vision: nn.Module | None = None):
         super().__init__()
         self.config = config
-        self.vision = VisionEncoder(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            dim=config.vision_dim,
-            layers=config.vision_layers,
-            heads=config.vision_heads,
-        )
+        self.vision = _vision_encoder(config) if vision is None else vision
+        if getattr(self.vision, "dim", None) != config.vision_dim:
+            raise ValueError(
+                f"Flamingo: expected a vision encoder whose attribute dim is vision_dim={config.vision_dim}, "
+                f"got {type(self.vision).__name__} with dim {getattr(self.vision, 'dim', 'missing')}. Change "
+                "the configuration: FlamingoConfig.preset(name, vision_dim=...)."
+            )
         self.resampler = PerceiverResampler(
             dim=config.resampler_dim,
             depth=config.resampler_depth,
@@ -189,3 +194,16 @@ class Flamingo(nn.Module):
             if stopped.all():
                 break
         return input_ids[:, prompt:]
+
+
+def _vision_encoder(config: FlamingoConfig) -> NFNet | VisionEncoder:
+    """The vision encoder that a configuration names."""
+    if config.vision != "vit":
+        return NFNet.preset(config.vision)
+    return VisionEncoder(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        dim=config.vision_dim,
+        layers=config.vision_layers,
+        heads=config.vision_heads,
+    )

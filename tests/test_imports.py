@@ -56,6 +56,12 @@ def test_torch_is_enough():
     assert done.returncode == 0, done.stderr
 
 
+def test_flamingo_needs_no_library_of_models():
+    blocked = ("transformers", "timm", "torchvision", "PIL", "flamingo_kernels")
+    done = python(BLOCK.format(blocked=blocked) + "import flamingo, flamingo.contrastive, flamingo.vision")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_block_blocks():
     done = python(BLOCK.format(blocked=OPTIONAL) + "import flamingo_kernels.testing")
     assert "ImportError: flamingo is blocked" in done.stderr

@@ -123,7 +123,7 @@ def _flamingo(preset: str, sizes: Sizes) -> Subject:
     pixels = features(1, sizes.media, 1, 3, config.image_size, config.image_size)
 
     def images(model: Flamingo) -> Tensor:
-        return pixels.to(model.vision.positions.dtype)
+        return pixels.to(next(model.vision.parameters()).dtype)
 
     def prefill(model: Flamingo) -> Callable[[], Tensor]:
         seen = images(model)

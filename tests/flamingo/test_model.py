@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flamingo import Flamingo, FlamingoConfig, GatedCrossAttentionBlock, LanguageModel, VisionEncoder
+from flamingo import Flamingo, FlamingoConfig, GatedCrossAttentionBlock, LanguageModel, NFNet
 from tests.flamingo.weights import randomise
 
 IMAGE = 256
@@ -260,22 +260,37 @@ class TestLanguageModel:
             model.language(INPUT_IDS, ATTENTION_MASK[:, :8])
 
 
-class TestVisionEncoder:
-    encoder_sizes = {"image_size": 16, "patch_size": 8, "dim": 12, "layers": 1, "heads": 2}
+class TestVision:
+    def test_an_nfnet_by_name(self):
+        config = FlamingoConfig.preset("tiny", vision="nfnet-f0", vision_dim=3072, resampler_depth=1)
+        with torch.device("meta"):
+            model = Flamingo(config)
+            assert isinstance(model.vision, NFNet)
+            assert len(model.vision.stages[2]) == 6
+            # Neither square nor of image_size: an NFNet takes any.
+            assert model.encode_media(torch.zeros(1, 2, 3, 3, 64, 40)).shape == (1, 2, 8, 40)
 
-    def test_frames_do_not_mix_and_keep_their_place(self):
-        encoder = randomise(VisionEncoder(**self.encoder_sizes)).double()
-        frames = torch.randn(2, 3, 2, 3, 16, 16, dtype=torch.float64)
-        features = encoder(frames)
-        assert features.shape == (2, 3, 2, 4, 12)
-        torch.testing.assert_close(features[1, 2, 1], encoder(frames[1:, 2:, 1:])[0, 0, 0])
+    def test_one_s_own(self):
+        class Mean(torch.nn.Module):
+            dim = 3
 
-    def test_the_order_of_patches_matters(self):
-        encoder = randomise(VisionEncoder(**self.encoder_sizes)).double()
-        frame = torch.randn(1, 1, 1, 3, 16, 16, dtype=torch.float64)
-        swapped = frame.roll(8, dims=-1)  # exchanges the left and the right patches
-        assert not torch.allclose(encoder(frame)[..., [1, 0, 3, 2], :], encoder(swapped))
+            def forward(self, pixels):
+                return pixels.mean(dim=(-2, -1))[..., None, :]
 
-    def test_another_size_is_refused(self):
-        with pytest.raises(ValueError, match=r"\(B, M, F, 3, 16, 16\), got \(1, 1, 1, 3, 16, 20\)"):
-            VisionEncoder(**self.encoder_sizes)(torch.zeros(1, 1, 1, 3, 16, 20))
+        model = randomise(
+            Flamingo(FlamingoConfig.preset("tiny", vision_dim=3, vision_heads=1), vision=Mean())
+        )
+        black, white = torch.zeros(1, 1, 1, 3, 5, 7), torch.ones(1, 1, 1, 3, 5, 7)
+        ids = torch.tensor([[IMAGE, 65]])
+        assert not torch.allclose(model(ids, black).logits, model(ids, white).logits)
+
+    @pytest.mark.parametrize(
+        ("vision", "found"),
+        [
+            (NFNet(widths=(32,) * 4, depths=(1,) * 4, group_width=16), "NFNet with dim 64"),
+            (torch.nn.Identity(), "dim missing"),
+        ],
+    )
+    def test_another_width_is_refused(self, vision, found):
+        with pytest.raises(ValueError, match=rf"vision_dim=48, got .*{found}\. .*vision_dim=\.\.\."):
+            Flamingo(FlamingoConfig.preset("tiny"), vision=vision)

@@ -23,6 +23,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, *, image_size: int, patch_size: int, dim: int, layers: int, heads: int):
         super().__init__()
         self.image_size = image_size
+        self.dim = dim
         self.to_patches = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
         self.positions = nn.Parameter(torch.randn((image_size // patch_size) ** 2, dim) * 0.02)
         self.layers = nn.ModuleList(TransformerLayer(dim, heads) for _ in range(layers))
