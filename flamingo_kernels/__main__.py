@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     profile = commands.add_parser(
         "profile", help="a whole model before and after patch: speed, memory, parts"
     )
-    profile.add_argument("model", metavar="MODEL", help='a preset as "tiny", or "open_flamingo-tiny"')
+    profile.add_argument(
+        "model", metavar="MODEL", help='a preset as "tiny", or of another library, as "idefics-tiny"'
+    )
     profile.add_argument("--device", default="cpu", help='where to run, as in "cuda:0" (default: cpu)')
     profile.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     profile.add_argument("--threads", type=int, help="of the cpu (default: as torch chooses)")

@@ -18,6 +18,7 @@ from flamingo import modules
 from . import _dispatch, _plain
 from ._checks import is_plain
 from ._kept_mask import MaskKey, kept_mask
+from ._parts import ATTENTION, in_part
 from .fold import Affine, Gate, Scale, put_originals
 from .mask import MediaMask
 from .media_cache import MediaCache, Source, keys_and_values, media_of
@@ -271,6 +272,7 @@ def _is_fused(module: nn.Module) -> bool:
     return isinstance(module, Fused) and is_plain(module, type(module))
 
 
+@in_part(ATTENTION)
 def mask_of(
     attn: Any,
     x: Tensor,  # [B, T, ...]

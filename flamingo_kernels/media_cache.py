@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._checks import is_plain, needs_grad
 from ._kept_media import kept_kv
+from ._parts import PROJECTIONS, in_part
 from ._plain import is_ordinary
 
 
@@ -164,6 +165,7 @@ class MediaCache:
         return self._layers[layer]
 
 
+@in_part(PROJECTIONS)
 def media_of(layer: Any, media: Tensor | MediaCache) -> tuple[Tensor, Tensor]:
     """A layer's keys and values: of a cache, or without gradients those kept of the same media, or new."""
     if isinstance(media, MediaCache):

@@ -326,9 +326,13 @@ class _OpenFlamingo(nn.Module):
         language.init_flamingo(IMAGE, sizes.width, sizes.visual, 2, gradient_checkpointing=False)
         self.lang_encoder = language
 
-    def forward(self, vision_x: Tensor, lang_x: Tensor, attention_mask: Tensor) -> Any:
-        self._condition(vision_x)
-        return self.lang_encoder(input_ids=lang_x, attention_mask=attention_mask)
+    def forward(self, vision_x: Tensor | None, lang_x: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+        """Without images the text follows that of the call before, and sees its last image."""
+        language: Any = self.lang_encoder
+        language._use_cached_vision_x = vision_x is None
+        if vision_x is not None:
+            self._condition(vision_x)
+        return language(input_ids=lang_x, attention_mask=attention_mask, **options)
 
     def generate(self, vision_x: Tensor, lang_x: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         language: Any = self.lang_encoder

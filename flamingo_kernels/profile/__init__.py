@@ -1,7 +1,7 @@
 """Profiles a model before and after `patch`, both in one run, after checking that they compute the same.
 
 models         what can be profiled: a registry of models, each with its inputs and its kinds of work
-open_flamingo  a tiny model of open-flamingo for that registry
+third_party    the tiny models of other libraries for that registry
 run            compare, then time, weigh and profile
 parts          which module belongs to which part, and what torch.profiler says each part took
 count          shapes, bytes and FLOPs of a model that does not fit into memory

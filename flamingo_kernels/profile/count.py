@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from .. import patch
 from ..bench.memory import available, saved_bytes
-from .models import PREFILL, STEP, Plan
+from .models import PREFILL, STEP, THIRD_PARTY, Plan
 from .parts import LANGUAGE, PARTS, each_part, labels
 from .run import AFTER, BEFORE, call, twin
 
@@ -62,7 +62,7 @@ def lacking_memory(plan: Plan, dtype: torch.dtype, device: str) -> str:
 
     The comparison in float64 takes most: its weights, and about as much again for its gradients.
     """
-    with FakeTensorMode():
+    with nullcontext() if plan.name in THIRD_PARTY else FakeTensorMode():
         model = plan.subject(dtype, device).model
     needed = 2 * 8 * sum(parameter.numel() for parameter in model.parameters())
     there = available(device)

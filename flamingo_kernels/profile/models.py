@@ -146,16 +146,21 @@ def _flamingo(preset: str, sizes: Sizes) -> Subject:
     return Subject(model, {"input_ids": ids, "pixels": pixels}, parts, works)
 
 
-def _open_flamingo(sizes: Sizes) -> Subject:
-    from .open_flamingo import build
+def _third_party(name: str, sizes: Sizes) -> Subject:
+    from .third_party import build
 
-    return build(sizes)
+    return build(name, sizes)
+
+
+# Tiny, and they read numbers while they are built, which tensors without memory have not.
+THIRD_PARTY = ("open_flamingo-tiny", "idefics-tiny", "mllama-tiny")
 
 
 def _registry() -> dict[str, Callable[[Sizes], Subject]]:
     from flamingo.config import PRESETS
 
-    return {**{name: partial(_flamingo, name) for name in PRESETS}, "open_flamingo-tiny": _open_flamingo}
+    ours = {name: partial(_flamingo, name) for name in PRESETS}
+    return {**ours, **{name: partial(_third_party, name) for name in THIRD_PARTY}}
 
 
 MODELS = _registry()

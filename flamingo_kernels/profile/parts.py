@@ -19,6 +19,16 @@ BETWEEN = "Python and autograd"  # on a cpu, the time in no operator
 PARTS = (*INSIDE, RESAMPLER, VISION, LANGUAGE, BETWEEN)
 
 _BACKWARD = "autograd::engine::evaluate_function: "
+# Operators whose name says more than the module that calls them.
+_OPERATORS = {
+    f"flamingo_kernels::{name}_{way}": part
+    for name, part in {
+        "masked_cross_attention": ATTENTION,
+        "gated_residual": GATE,
+        "gated_residual_norm": GATE,
+    }.items()
+    for way in ("fwd", "bwd")
+}
 
 
 def labels(model: nn.Module, patterns: Mapping[str, str]) -> dict[nn.Module, str]:
@@ -47,7 +57,7 @@ def _inside(block: nn.Module) -> dict[nn.Module, str]:
             found[module] = FEED_FORWARD
         elif isinstance(module, nn.Linear):
             found[module] = PROJECTIONS
-        elif "attn" in child:
+        elif child in ("attn", "cross_attn"):
             found[module] = ATTENTION
     return found
 
@@ -117,7 +127,7 @@ def time_by_part(
         # By time: a GPU's backward pass runs on a thread of its own.
         place = bisect.bisect_right(starts, event.time_range.start) - 1
         if place >= 0 and event.time_range.start < enclosing[place].time_range.end:
-            part = BETWEEN if event.is_user_annotation else _part(event, makers)
+            part = BETWEEN if _is_python(event) else _part(event, makers)
             taken[place][part] += clock(event) / 1e3
     found: dict[str, list[dict[str, float]]] = {name: [] for name in spans}
     for span, each in zip(enclosing, taken, strict=True):
@@ -125,13 +135,25 @@ def time_by_part(
     return found
 
 
+def _is_python(event: Any) -> bool:
+    """A range, or an `autograd.Function` of this library, whose operators have events of their own."""
+    return event.is_user_annotation or event.name.startswith("_")
+
+
 def _part(event: Any, makers: Mapping[tuple[int, int], Any]) -> str:
-    """The part that an operator ran in; for one of the backward pass, that of the operator it belongs to."""
+    """The part that an operator ran in; for one of the backward pass, that of the operator it belongs to.
+
+    In a gated block the innermost name counts; elsewhere the outermost, as a resampler has sublayers too.
+    """
+    within, around = "", LANGUAGE
     while event is not None:
-        if event.name in PARTS:
-            return str(event.name)
+        name = _OPERATORS.get(event.name, event.name)
+        if name in PARTS:
+            within, around = within or name, name
         if event.name.startswith(_BACKWARD):
-            maker = makers.get((event.fwd_thread, event.sequence_nr))
-            return BETWEEN if maker is None else _part(maker, makers)
-        event = event.cpu_parent
-    return LANGUAGE
+            event = makers.get((event.fwd_thread, event.sequence_nr))
+            if event is None:
+                return within or BETWEEN
+        else:
+            event = event.cpu_parent
+    return within if around in INSIDE else around

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch, _library
 from .._checks import needs_grad, unit_stride
-from .._parts import ATTENTION, PROJECTIONS, in_part
+from .._parts import PROJECTIONS, in_part
 from ..mask import MediaMask
 from ..ops.masked_cross_attention.api import validate
 from . import gated_linear, normed_linear, reference
@@ -27,6 +27,7 @@ _FWD = _library.backends_of("masked_cross_attention_fwd")
 _BWD = _library.backends_of("masked_cross_attention_bwd")
 
 
+@in_part(PROJECTIONS)
 def gated_cross_attention(
     x: Tensor,  # [B, T, D]
     k: Tensor,  # [B, M, R, Hkv, d]
@@ -159,11 +160,6 @@ class _Tensors(NamedTuple):
         return Norm(self.q_norm_weight, self.q_norm_bias, *how.q_norm) if how.q_norm else None
 
 
-_attend = in_part(ATTENTION)(lambda backend, *arguments: _FWD[backend](*arguments))
-_attend_backward = in_part(ATTENTION)(lambda backend, *arguments: _BWD[backend](*arguments))
-
-
-@in_part(PROJECTIONS)
 def _forward(how: _How, t: _Tensors) -> tuple[Any, ...]:
     """z, and what the backward pass needs besides the tensors."""
     batch, length, width = t.x.shape
@@ -172,8 +168,8 @@ def _forward(how: _How, t: _Tensors) -> tuple[Any, ...]:
     head_dim = t.k.shape[-1]
     u = u.view(batch, length, len(t.q_weight) // head_dim, head_dim)
     q, of_q = _queries(u, t.q_norm(how))
-    options = (how.immediate, how.averages, how.scale)
-    out, softmax = _attend(how.backend, q, t.k, t.v, *t.spans, *options)
+    attend = _FWD[how.backend]
+    out, softmax = attend(q, t.k, t.v, *t.spans, how.immediate, how.averages, how.scale)
     z = gated_linear.forward(x, out.flatten(2).flatten(0, 1), t.to_out, t.gate, how.backend)
     return z.view(t.x.shape), u, out, softmax, *statistics, *of_q
 
@@ -196,7 +192,6 @@ class _GatedCrossAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @in_part(PROJECTIONS)
     def backward(ctx, dz):
         how, wanted = ctx.how, _Tensors(*ctx.needs_input_grad[1:])
         size = len(_Tensors._fields)
@@ -215,10 +210,11 @@ class _GatedCrossAttention(torch.autograd.Function):
             of_weights=wanted.out_weight,
             of_gate=wanted.gate,
         )
+        attend = _BWD[how.backend]
         options = (how.immediate, how.averages, how.scale)
         dout = last.a.view(out.shape)
         q, _ = _queries(u, q_norm)
-        du, dk, dv = _attend_backward(how.backend, dout, q, t.k, t.v, out, softmax, *t.spans, *options)
+        du, dk, dv = attend(dout, q, t.k, t.v, out, softmax, *t.spans, *options)
         of_q_norm: list[Any] = [None, None]
         if q_norm:
             du, *of_q_norm = norms.backward(

@@ -25,6 +25,7 @@ from .scratch import scratch
 _NAME = "gated_feed_forward"
 
 
+@in_part(FEED_FORWARD)
 def gated_feed_forward(
     x: Tensor,  # [..., D]
     *,
@@ -144,7 +145,6 @@ class _Tensors(NamedTuple):
         return Norm(self.norm_weight, self.norm_bias, how.eps, how.rms)
 
 
-@in_part(FEED_FORWARD)
 def _infer(how: _How, *tensors: Tensor | None) -> Tensor:
     """z, with the hidden layer in scratch memory."""
     t = _Tensors(*tensors)
@@ -155,7 +155,6 @@ def _infer(how: _How, *tensors: Tensor | None) -> Tensor:
 
 class _GatedFeedForward(torch.autograd.Function):
     @staticmethod
-    @in_part(FEED_FORWARD)
     def forward(ctx, how, *tensors):
         t = _Tensors(*tensors)
         us, statistics = normed_linear.forward(t.x, t.norm(how), t.hidden)
@@ -166,7 +165,6 @@ class _GatedFeedForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @in_part(FEED_FORWARD)
     def backward(ctx, dz):
         how, wanted = ctx.how, _Tensors(*ctx.needs_input_grad[1:])
         size = len(_Tensors._fields)

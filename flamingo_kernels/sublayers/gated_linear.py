@@ -23,8 +23,6 @@ from .scratch import scratch
 
 _ADD = _library.backends_of("gated_residual_fwd")
 _GATE = _library.backends_of("gated_residual_bwd")
-_add = in_part(GATE)(lambda backend, *arguments: _ADD[backend](*arguments))
-_gate = in_part(GATE)(lambda backend, *arguments: _GATE[backend](*arguments))
 
 
 class Linear(NamedTuple):
@@ -53,14 +51,14 @@ class Gradients(NamedTuple):
 def forward(x: Tensor, a: Tensor, linear: Linear, gate: Tensor | None, backend: str) -> Tensor:  # [N, D]
     """The gate rides on the product where there is one dtype, and on a CPU one gate. None stands for 1."""
     if not is_eager(x) or linear.bias is not None or not _of_one_dtype(x, a, gate):
-        return x + linear(a) if gate is None else _add(backend, x, linear(a), gate)
+        return x + linear(a) if gate is None else _ADD[backend](x, linear(a), gate)
     if gate is None:
         return torch.addmm(x, a, linear.weight.t())
     if x.device.type != "cpu":
         return torch.addmm(x, a, _gated(linear.weight, gate).t())
     if gate.numel() == 1:
         return torch.addmm(x, a, linear.weight.t(), alpha=float(gate.tanh()))
-    return _add(backend, x, linear(a), gate)
+    return _ADD[backend](x, linear(a), gate)
 
 
 def _of_one_dtype(x: Tensor, a: Tensor, gate: Tensor | None) -> bool:
@@ -83,7 +81,7 @@ def backward(
     What nobody wants is not computed.
     """
     with scratch(*dz.shape, like=dz) as memory:
-        dy = (dz if gate is None else torch.mul(dz, _factor(gate, dz), out=memory)).to(a.dtype)
+        dy = (dz if gate is None else _times_gate(dz, gate, memory)).to(a.dtype)
         dbias = dy.sum(0) if of_weights and linear.bias is not None else None
         if gate is None or not of_gate:
             dweight = outer(dy, a) if of_weights else None
@@ -104,7 +102,7 @@ def _gate_by_rows(
     dz: Tensor, a: Tensor, weight: Tensor, gate: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:  # da, dgate
     with scratch(*a.shape, like=a) as memory:
-        return _gate(backend, torch.mm(dz, weight, out=memory), a, gate)
+        return _GATE[backend](torch.mm(dz, weight, out=memory), a, gate)
 
 
 def _gate_by_weights(
@@ -113,7 +111,7 @@ def _gate_by_weights(
     with scratch(*weight.shape, like=weight) as memory:
         product = outer(dz, a, memory)
         if gate.numel() == 1:
-            return _gate(backend, product, weight, gate)
+            return _GATE[backend](product, weight, gate)
         along = torch.bmm(product.unsqueeze(1), weight.unsqueeze(2)).float().view(gate.shape)
         return _gated(product, gate), _slope(gate) * along
 
@@ -126,16 +124,19 @@ def outer(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
         return torch.mm(a.t() if memory is None else memory.copy_(a.t()), b, out=into)
 
 
-def _factor(gate: Tensor, like: Tensor) -> Tensor:
-    """`tanh(gate)` `[1]` or `[D]`, in a dtype that promotes nothing."""
-    return gate.flatten().tanh().to(like.dtype)
+@in_part(GATE)
+def _times_gate(dz: Tensor, gate: Tensor, into: Tensor | None) -> Tensor:
+    """`tanh(gate) * dz`, in the dtype of dz."""
+    return torch.mul(dz, gate.flatten().tanh().to(dz.dtype), out=into)
 
 
+@in_part(GATE)
 def _gated(weight: Tensor, gate: Tensor) -> Tensor:
     """A weight with the gate, or each channel's gate, on its rows."""
     return (weight * gate.reshape(-1, 1).tanh()).to(weight.dtype)
 
 
+@in_part(GATE)
 def _slope(gate: Tensor) -> Tensor:
     """`tanh'(gate)`, without the cancellation where tanh is near 1."""
     return gate.float().cosh().square().reciprocal()

@@ -27,6 +27,7 @@ class Norm(NamedTuple):
     eps: float = 1e-5
     rms: bool = False
 
+    @in_part(NORM)
     def __call__(self, x: Tensor) -> Tensor:
         """The normed rows."""
         shape = x.shape[-1:]

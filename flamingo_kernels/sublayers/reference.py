@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._parts import ATTENTION, GATE, in_part
 from ..mask import MediaMask
 from ..ops.gated_residual.api import gated_residual
 from ..ops.masked_cross_attention.api import masked_cross_attention
 from .activation import ACTIVATIONS
 from .gated_linear import Linear
 from .norm import Norm
+
+_attend = in_part(ATTENTION)(masked_cross_attention)
+_add = in_part(GATE)(gated_residual)
 
 
 def gated_cross_attention(
@@ -27,9 +31,9 @@ def gated_cross_attention(
 ) -> Tensor:  # [B, T, D]
     q = F.linear(norm(x), *to_q).unflatten(-1, (-1, k.shape[-1]))  # [B, T, H, d]
     q = q if q_norm is None else q_norm(q)
-    out = masked_cross_attention(q, k, v, mask, scale=scale, backend="reference")
+    out = _attend(q, k, v, mask, scale=scale, backend="reference")
     y = F.linear(out.flatten(2), *to_out)
-    return x + y if gate is None else gated_residual(x, y, gate, backend="reference")
+    return x + y if gate is None else _add(x, y, gate, backend="reference")
 
 
 def gated_feed_forward(
@@ -46,4 +50,4 @@ def gated_feed_forward(
     if factor is not None:
         h = h * F.linear(n, *factor)
     y = F.linear(h, *output)
-    return x + y if gate is None else gated_residual(x, y, gate, backend="reference")
+    return x + y if gate is None else _add(x, y, gate, backend="reference")

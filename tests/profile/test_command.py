@@ -11,7 +11,6 @@ from flamingo_kernels import __main__ as cli
 from flamingo_kernels import layers, patch
 from flamingo_kernels.bench.timing import Spread
 from flamingo_kernels.profile import count, models, parts, report, run
-from tests import third_party
 
 WORKS = [models.PREFILL, models.DECODE, models.STEP]
 ASKED = ["--quick", "--threads", "1"]
@@ -71,14 +70,6 @@ def test_half_precision(dtype):
     assert all(proof.passed for proof in run.compare(subject, after).values())
     tensors = zip(subject.model.parameters(), after.parameters(), strict=True)
     assert all(one is other and one.dtype == dtype for one, other in tensors)
-
-
-def test_open_flamingo(tmp_path, capsys):
-    third_party.open_flamingo("helpers")
-    assert cli.main(["profile", "open_flamingo-tiny", *ASKED, "--json", str(tmp_path / "found")]) == 0
-    assert "open_flamingo.src.helpers.GatedCrossAttentionBlock" in capsys.readouterr().out
-    parts_after = json.loads((tmp_path / "found").read_text())["works"][models.STEP]["parts"]["after"]
-    assert set(parts_after) == set(parts.PARTS) - {parts.VISION}, "its images come encoded"
 
 
 def test_a_model_whose_library_is_missing(monkeypatch, capsys):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from flamingo_kernels import patch
+from flamingo_kernels import layers, patch, use_backend
 from flamingo_kernels.profile import models, parts, run
 
 
@@ -35,6 +35,23 @@ def slow_down(module: nn.Module) -> None:
     module.__class__ = type(f"Slow{original.__name__}", (original,), {"forward": forward})
 
 
+def slow_down_attention(attn: nn.Module, monkeypatch) -> None:
+    """What is in the attention and in none of its modules."""
+    attend, fused = type(attn).attend, layers.attend
+    if isinstance(attn, layers.Fused):
+        leave_unfused(attn)
+        monkeypatch.setattr(layers, "attend", lambda attn, q, *args: fused(attn, q + 0 * q.erf(), *args))
+    else:
+        attn.attend = lambda q, *args: attend(attn, q + 0 * q.erf(), *args)
+
+
+def leave_unfused(attn: nn.Module) -> None:
+    """Let a patched block call its attention as a module: one of its parts is no plain one."""
+    attn.to_out.__class__ = type(
+        "Other", (nn.Linear,), {"forward": lambda self, x: nn.Linear.forward(self, x)}
+    )
+
+
 @pytest.mark.parametrize(
     ("path", "part", "backward"),
     [
@@ -55,9 +72,8 @@ def test_a_slow_module_is_found(subject, monkeypatch, path, part, backward):
     pair = both(subject)
     for model in pair.values():
         module = model.get_submodule(path)
-        if path == "cross_attn.2.attn":  # what is in the attention and in none of its modules
-            attend = type(module).attend
-            module.attend = lambda q, *args, m=module, attend=attend: attend(m, q + 0 * q.erf(), *args)
+        if path == "cross_attn.2.attn":
+            slow_down_attention(module, monkeypatch)
         else:
             slow_down(module)
     cost = {"aten::erf": 7000, "ErfBackward0": 5000}  # microseconds
@@ -70,21 +86,75 @@ def test_a_slow_module_is_found(subject, monkeypatch, path, part, backward):
         assert found[models.STEP][side] == {part: 12 if backward else 7}
 
 
+BEYOND = {parts.RESAMPLER, parts.LANGUAGE}
+
+
 @pytest.mark.parametrize(
-    ("side", "operator", "part"),
+    ("operator", "expected"),
     [
-        (run.BEFORE, "TanhBackward0", parts.GATE),
-        (run.AFTER, "flamingo_kernels::gated_residual_bwd", parts.GATE),
-        (run.AFTER, "flamingo_kernels::masked_cross_attention_fwd", parts.ATTENTION),
-        (run.AFTER, "flamingo_kernels::masked_cross_attention_bwd", parts.ATTENTION),
-        (run.AFTER, "_PerceiverAttentionBackward", parts.RESAMPLER),
-        (run.AFTER, "NllLossBackward0", parts.LANGUAGE),
+        ("aten::native_layer_norm", {parts.NORM, parts.VISION, *BEYOND}),
+        ("aten::native_layer_norm_backward", {parts.NORM, *BEYOND}),
+        ("aten::mm", {parts.PROJECTIONS, parts.FEED_FORWARD, parts.VISION, *BEYOND}),
+        ("aten::unflatten", {parts.PROJECTIONS, parts.VISION, parts.RESAMPLER}),  # of keys and values
+        ("aten::clamp_min", {parts.FEED_FORWARD, parts.RESAMPLER}),
+        ("aten::tanh", {parts.PROJECTIONS, parts.FEED_FORWARD, parts.GATE}),  # forward with the products
+        ("aten::cummax", {parts.ATTENTION}),  # of the mask
+        ("flamingo_kernels::masked_cross_attention_fwd", {parts.ATTENTION}),
+        ("flamingo_kernels::masked_cross_attention_bwd", {parts.ATTENTION}),
+        ("flamingo_kernels::gated_residual_bwd", {parts.GATE}),
+        ("flamingo_kernels::perceiver_attention_bwd", {parts.RESAMPLER}),
+        ("NllLossBackward0", {parts.LANGUAGE}),
+        ("_GatedCrossAttention", {parts.BETWEEN}),  # Python around operators
+        ("_GatedFeedForwardBackward", {parts.BETWEEN}),
     ],
 )
-def test_a_slow_operator_is_found(subject, monkeypatch, side, operator, part):
+def test_an_operator_counts_for_the_parts_that_call_it(subject, monkeypatch, operator, expected):
+    """Within a fused sublayer, too, which calls no module."""
     monkeypatch.setattr(run, "host_time", lambda event: 1000 * (event.name == operator))
-    found = run.by_part(subject, both(subject), "cpu")[models.STEP][side]
-    assert list(found) == [part]
+    found = run.by_part(subject, both(subject), "cpu")
+    assert set(found[models.STEP][run.AFTER]) == expected
+    alone = {parts.GATE, parts.BETWEEN} if operator == "aten::tanh" else {parts.BETWEEN}
+    for work in (models.PREFILL, models.DECODE):
+        assert set(found[work][run.AFTER]) <= expected - alone
+
+
+@pytest.mark.parametrize(
+    ("operator", "part"),
+    [
+        ("flamingo_kernels::gated_residual_norm_bwd", parts.GATE),  # hooks of a module's own would split it
+        ("flamingo_kernels::gated_residual_bwd", parts.GATE),
+        ("flamingo_kernels::masked_cross_attention_bwd", parts.ATTENTION),
+    ],
+)
+def test_an_operator_of_an_unfused_block_counts_for_its_part(subject, monkeypatch, operator, part):
+    pair = both(subject)
+    for block in pair[run.AFTER].cross_attn.values():
+        leave_unfused(block.attn)
+    monkeypatch.setattr(run, "host_time", lambda event: 1000 * (event.name == operator))
+    assert list(run.by_part(subject, pair, "cpu")[models.STEP][run.AFTER]) == [part]
+
+
+def test_a_gate_of_the_reference_is_found(subject, monkeypatch):
+    monkeypatch.setattr(run, "host_time", lambda event: 1000 * (event.name == "TanhBackward0"))
+    assert list(run.by_part(subject, both(subject), "cpu")[models.STEP][run.BEFORE]) == [parts.GATE]
+
+
+def test_the_parts_of_sublayers_without_kernels_are_found(subject, monkeypatch):
+    """As where nothing is compiled: sublayers, operation by operation."""
+    work_of = {
+        "aten::native_layer_norm_backward": parts.NORM,
+        "aten::softmax": parts.ATTENTION,
+        "SoftmaxBackward0": parts.ATTENTION,
+        "aten::tanh": parts.GATE,
+        "TanhBackward0": parts.GATE,
+        "aten::relu": parts.FEED_FORWARD,
+    }
+    pair = both(subject)
+    with use_backend("reference"):
+        for operator, part in work_of.items():
+            monkeypatch.setattr(run, "host_time", lambda event, name=operator: 1000 * (event.name == name))
+            found = set(run.by_part(subject, pair, "cpu")[models.STEP][run.AFTER])
+            assert found & {*parts.INSIDE} == {part}, operator
 
 
 def test_all_time_is_some_part_s(subject):
