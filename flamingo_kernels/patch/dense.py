@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._checks import is_recording
 from .._once import once
+from .._parts import ATTENTION, in_part
 from ..mask import MediaMask
 
 # Among many keys, media of fewer than this are not worth a kernel.
@@ -35,6 +36,7 @@ def in_order(x: Tensor, order: Tensor | None) -> Tensor:
     return x if order is None else x[torch.arange(len(x), device=x.device)[:, None], order]
 
 
+@in_part(ATTENTION)
 def key_spans(mask: Tensor, text: Tensor, rows: Tensor | None = None) -> KeySpans | None:
     """The spans of a mask over keys, read once for all layers; None if only a dense attention can take it.
 
