@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from .._checks import is_recording
-from .._once import once
+from .._kept_media import kept_kv
+from .._once import once, once_for_equal
 from .._parts import ATTENTION, in_part
 from ..mask import MediaMask
 
@@ -17,22 +19,36 @@ _FEWEST_LATENTS = 16
 _FEW_KEYS = 256
 
 
-class KeySpans(NamedTuple):
-    """A mask over S keys as spans of media, for keys taken in another order if there is one."""
+@dataclass(frozen=True, eq=False)
+class KeySpans:
+    """A mask over S keys as spans of media, for keys taken in another order if there is one.
+
+    Attributes:
+        keys: S.
+        mask: the spans.
+        order: `[B, S]`, or `[B, n]` where the others are seen by no row.
+    """
 
     keys: int
     mask: MediaMask
-    order: Tensor | None  # [B, S]
+    order: Tensor | None
 
     def media(self, kv: Tensor) -> Tensor:
-        """Keys or values `[B, S, Hkv, d]` as media `[B, M, R, Hkv, d]`."""
+        """Keys or values `[B, S, Hkv, d]` as media `[B, M, R, Hkv, d]`; in another order, a copy.
+
+        Of a decode step the copy is kept without gradients for the next, while kv and these spans live.
+        """
         if kv.shape[1] != self.keys:
             raise ValueError(f"expected a mask over {kv.shape[1]} keys, got one over {self.keys}.")
-        return in_order(kv, self.order).unflatten(1, (self.mask.num_media, -1))
+        if self.order is not None and self.mask.lo.shape[1] == 1:
+            kv = kept_kv(self, kv, (), lambda: in_order(kv, self.order))
+        else:
+            kv = in_order(kv, self.order)
+        return kv.unflatten(1, (self.mask.num_media, -1))
 
 
 def in_order(x: Tensor, order: Tensor | None) -> Tensor:
-    """`x` `[N, S, ...]` with the second dimension in an order `[N, S]`, if there is one."""
+    """`x` `[N, S, ...]` with the second dimension in an order `[N, n]`, if there is one."""
     return x if order is None else x[torch.arange(len(x), device=x.device)[:, None], order]
 
 
@@ -53,11 +69,15 @@ def key_spans(mask: Tensor, text: Tensor, rows: Tensor | None = None) -> KeySpan
     batch, length, _ = text.shape
     if is_recording(mask) or mask.shape[:-1] != (batch, 1, length) or mask.numel() == 0:
         return None
-    if rows is None:
-        return cast("KeySpans | None", once(_read_spans, (mask,)))
-    if rows.shape != (batch, length):
+    if rows is not None and rows.shape != (batch, length):
         return None
-    return cast("KeySpans | None", once(_read_spans, (mask, rows)))
+    tensors = (mask,) if rows is None else (mask, rows)
+    return cast("KeySpans | None", once(_read_step if length == 1 else _read_spans, tensors))
+
+
+def _read_step(*tensors: Tensor) -> KeySpans | None:
+    """While text is generated each step makes its mask anew, and mostly the same."""
+    return cast("KeySpans | None", once_for_equal(_read_spans, tensors))
 
 
 def _read_spans(mask: Tensor, rows: Tensor | None = None) -> KeySpans | None:
@@ -72,6 +92,8 @@ def _read_spans(mask: Tensor, rows: Tensor | None = None) -> KeySpans | None:
     spans = spans_of(seen)
     if spans is None:
         order = _used_first(seen)
+        if seen.shape[1] == 1:
+            order = order[:, : int(seen.sum(-1).max())]
         spans = spans_of(seen.take_along_dim(order[:, None], dim=-1))
     return None if spans is None else KeySpans(seen.shape[-1], spans, order)
 

@@ -26,10 +26,12 @@ def spans_for(mask: torch.Tensor, rows: torch.Tensor | None = None) -> dense.Key
 
 def seen(spans: dense.KeySpans, count: int) -> torch.Tensor:
     """The mask that spans stand for, in the original order of the keys."""
-    mask = spans.mask.dense(count // spans.mask.num_media)[:, 0]
+    taken = count if spans.order is None else spans.order.shape[1]
+    mask = spans.mask.dense(taken // spans.mask.num_media)[:, 0]
     if spans.order is None:
         return mask
-    return torch.zeros_like(mask).scatter(-1, spans.order[:, None].expand_as(mask), mask)
+    everything = torch.zeros(*mask.shape[:2], count, dtype=torch.bool)
+    return everything.scatter(-1, spans.order[:, None].expand_as(mask), mask)
 
 
 class TestKeySpans:
@@ -48,6 +50,12 @@ class TestKeySpans:
         spans = spans_for(as_given(visible), some)
         assert torch.equal(seen(spans, 6), visible)
         assert (spans.order is not None) == (rows[0] == "##..##")
+
+    def test_of_a_step_leaves_out_what_no_sequence_sees(self):
+        visible = torch.cat([keys("##..##.."), keys("......##"), keys("........")])
+        spans = spans_for(added(visible), visible.any(-1))
+        assert spans.order.shape == (3, 4)
+        assert torch.equal(seen(spans, 8), visible)
 
     def test_keys_and_values_follow_the_order(self):
         visible = keys("##..##", "######")
@@ -100,6 +108,46 @@ class TestKeySpans:
             spans_for(inferred)
             inferred[0, 0, 0, 2:] = LOWEST
             assert torch.equal(seen(spans_for(inferred), 4), keys("##..", "..##"))
+
+    def test_of_a_step_is_read_once_while_it_says_the_same(self, monkeypatch):
+        """Each step of decoding makes its mask anew."""
+        reads = []
+        read = dense._read_spans
+        monkeypatch.setattr(dense, "_read_spans", lambda *args: reads.append(1) or read(*args))
+        step, rows = added(keys("..##")), torch.ones(1, 1)
+        first = spans_for(step, rows)
+        with torch.inference_mode():
+            assert spans_for(step.clone(), rows.clone()) is not first, (
+                "it could not be saved for a backward pass"
+            )
+        first = spans_for(step.clone(), rows)
+        assert spans_for(step.clone(), rows.clone()) is first
+        assert len(reads) == 3
+        step[..., :2] = 0
+        assert torch.equal(seen(spans_for(step, rows), 4), keys("####"))
+        assert not spans_for(step.clone(), torch.zeros(1, 1)).mask.dense(1).any()
+        assert spans_for(step.double(), rows) is not None  # torch compares no other dtype
+        prompt = added(keys("..##", "####"))
+        assert spans_for(prompt) is not spans_for(prompt.clone())
+
+    @torch.no_grad()
+    def test_of_a_step_the_copy_of_what_it_sees_is_kept(self):
+        visible = keys("##...#")
+        spans, cache = spans_for(added(visible)), torch.randn(1, 2, 6, 3)
+        kv = cache.transpose(1, 2)
+        first = spans.media(kv)
+        assert torch.equal(first.flatten(1, 2), kv[:, visible[0, 0]])
+        assert spans.media(cache.transpose(1, 2)).data_ptr() == first.data_ptr()
+        cache.mul_(2)
+        assert torch.equal(spans.media(kv).flatten(1, 2), kv[:, visible[0, 0]])
+        with torch.enable_grad():
+            kv.requires_grad_()
+            assert spans.media(kv).requires_grad
+
+    @torch.no_grad()
+    def test_of_a_prompt_no_copy_is_kept(self):
+        spans, kv = spans_for(added(keys("##..##", "######"))), torch.randn(1, 6, 2, 3)
+        assert spans.media(kv).data_ptr() != spans.media(kv).data_ptr()
 
     def test_is_not_read_while_traced(self):
         found = []
