@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flamingo_kernels.bench.memory import saved_bytes
 from flamingo_kernels.sublayers import gated_feed_forward, scratch
 from flamingo_kernels.sublayers.activation import ACTIVATIONS
-from flamingo_kernels.testing import DTYPES, measure
+from flamingo_kernels.testing import DTYPES, compare, measure
 
 from ..products import Products
 from .cases import CrossAttentionCase as Attention
@@ -53,6 +53,21 @@ CASES = [
 def test_oracle(case, dtype, backend):
     measured = measure(replace(case, dtype=dtype), backend)
     assert all(each.passed for each in measured if not is_one_number(each, case)), measured
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("least", [0, 2**20], ids=["in scratch", "small"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{type(case).__name__[:-4]}:{case}")
+@torch.no_grad()
+def test_oracle_of_inference(case, least, dtype, monkeypatch):
+    monkeypatch.setattr(scratch, "_LEAST", least)
+    case = replace(case, dtype=dtype)
+    tensors = case.tensors()
+    ours, eager = case.kernel("auto", **tensors), case.eager(**tensors)
+    exact = case.eager(**{name: tensor.double() for name, tensor in tensors.items()})
+    measured = compare("z", ours[0], eager[0], exact[0])
+    assert measured.passed, measured
+    assert ours[0].dtype == eager[0].dtype
 
 
 def is_one_number(measurement, case):
