@@ -1,20 +1,23 @@
 """Modules that compute what their class says and nothing else, as arguments of the sublayers.
 
 A module with hooks, another forward, or weights of a tensor subclass, as adapters and quantization make them,
-is not plain: then it is called, and nothing is computed in its place.
+is not plain: then it is called, and nothing is computed in its place. Neither are those of a step of decoding
+on a CPU, where the host's work between the products counts, and to call modules is the least of it.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from ._checks import autocast, is_plain
+from ._checks import autocast, is_eager, is_plain
 from .sublayers import Linear, Norm
 
+_STEP = 2**18  # bytes: of 16 sequences in float32 at a width of 4096
 _MODELS = "transformers.models"
 _RMS_NORMS = (
     f"{_MODELS}.idefics.modeling_idefics.IdeficsRMSNorm",
@@ -84,6 +87,8 @@ def feed_forward_of(
     x: Tensor, norm: Any, hidden: Any, activation: Any, output: Any, factor: Any = None
 ) -> FeedForward | None:
     """A feed-forward network of plain parts; with `factor` a gated linear unit."""
+    if _is_step(x):
+        return None
     before, act = norm_of(norm, x), activation_of(activation)
     first, last = linear_of(hidden, x), linear_of(output, x)
     beside = None if factor is None else linear_of(factor, x)
@@ -112,8 +117,16 @@ def cross_attention_of(
     x: Tensor, norm: Any, to_q: Any, to_out: Any, q_norm: Any = None
 ) -> CrossAttention | None:
     """What is around the core of a cross-attention of plain parts."""
+    if _is_step(x):
+        return None
     before, first, last = norm_of(norm, x), linear_of(to_q, x), linear_of(to_out, x)
     between = None if q_norm is None else norm_of(q_norm, x)
     if before is None or first is None or last is None or (q_norm is not None and not between):
         return None
     return CrossAttention(before, first, last, between)
+
+
+def _is_step(x: Tensor) -> bool:
+    """Whether it is so few rows, without gradients on a CPU, that a sublayer has nothing to save."""
+    few = x.device.type == "cpu" and x.numel() * x.dtype.itemsize < _STEP
+    return few and not torch.is_grad_enabled() and is_eager(x)

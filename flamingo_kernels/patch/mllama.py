@@ -8,7 +8,7 @@ norm between are fused all the same. K and V are kept where the original keeps t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,9 @@ class MllamaTextCrossAttention(Fused):
     ) -> KeySpans | None:
         """Which keys the text sees, or None if a kernel cannot tell."""
         no_media = states is None and cache is None
-        return None if mask is None or no_media or self._must_stay(kwargs) else key_spans(mask, x)
+        if mask is None or no_media or _is_short_step(x, states, mask) or self._must_stay(kwargs):
+            return None
+        return key_spans(mask, x)
 
     def _must_stay(self, kwargs: dict[str, Any]) -> bool:
         weights = kwargs.get("output_attentions") or self.config.output_attentions
@@ -137,6 +139,9 @@ class MllamaCrossAttentionDecoderLayer(Fused):
         if cache_position is not None:
             kwargs["cache_position"] = cache_position
         x, rows = hidden_states, full_text_row_masked_out_mask
+        if not self.fixes and _is_short_step(x, cross_attention_states, cross_attention_mask):
+            given = (cross_attention_states, cross_attention_mask, attention_mask, rows, position_ids)
+            return cast(Tensor, super().forward(x, *given, past_key_values, use_cache, **kwargs))
         z = self._add_attended(x, cross_attention_states, past_key_values, cross_attention_mask, kwargs)
         if "row_leak" in self.fixes:
             z = _where_seeing(rows, z, x)
@@ -163,6 +168,11 @@ class MllamaCrossAttentionDecoderLayer(Fused):
         if parts is None:
             return add_gated(x, mlp(norm(x)), gate)
         return gated_feed_forward(x, gate=gate, **parts._asdict())
+
+
+def _is_short_step(x: Tensor, states: Tensor | None, mask: Tensor | None) -> bool:
+    """One token over few keys of the cache: a dense attention over them costs less than to read the mask."""
+    return states is None and x.shape[1] == 1 and mask is not None and mask.shape[-1] * x.shape[-1] < 2**20
 
 
 def _where_seeing(rows: Tensor | None, z: Tensor, x: Tensor) -> Tensor:
