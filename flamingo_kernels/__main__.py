@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     info.add_argument("--json", action="store_true", help="print JSON")
 
     support = commands.add_parser("support", help="which backend runs what, and which models can be swapped")
+    support.add_argument("--results", metavar="DIR", help="what profile --json wrote, for the gains")
     support.add_argument("--readme", metavar="FILE", help="replace the tables between this file's markers")
 
     check = commands.add_parser("check", help="hold every backend of this machine against float64")
@@ -75,9 +76,9 @@ def _info(options: argparse.Namespace) -> int:
 def _support(options: argparse.Namespace) -> int:
     from . import support
 
-    print(support.table(), support.models(), sep="\n\n")
+    print(support.table(), support.models(options.results), sep="\n\n")
     if options.readme:
-        support.update_readme(options.readme)
+        support.update_readme(options.readme, options.results)
     return 0
 
 

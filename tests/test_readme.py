@@ -1,5 +1,6 @@
 """What the README says about the code is true of the code."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import flamingo
 import flamingo_kernels
 from flamingo_kernels import _dispatch, _env, support
 from flamingo_kernels.bench import report
+from flamingo_kernels.patch.family import families
 
 ROOT = Path(__file__).parents[1]
+GAINS = ROOT / "benchmarks/results/intel-xeon-2-cores/models"
 README = (ROOT / "README.md").read_text()
 
 
@@ -35,9 +38,40 @@ def test_its_support_table_is_that_of_the_code():
     assert shown.strip() == support.table(), "python -m flamingo_kernels support --readme README.md"
 
 
-def test_its_models_are_those_of_the_code():
+def test_its_models_are_those_of_the_code_and_its_gains_those_of_a_run():
     shown = README.partition(support.MODELS_BEGIN)[2].partition(support.MODELS_END)[0]
-    assert shown.strip() == support.models(), "python -m flamingo_kernels support --readme README.md"
+    make = f"python -m flamingo_kernels support --results {GAINS.relative_to(ROOT)} --readme README.md"
+    assert shown.strip() == support.models(GAINS), make
+
+
+def test_every_model_it_names_has_gains_and_was_the_same_after():
+    assert list(support.PROFILED) == [family.name for family in families()]
+    assert {path.stem for path in GAINS.iterdir()} == set(support.PROFILED.values())
+    for path in GAINS.iterdir():
+        found = json.loads(path.read_text())
+        assert found["model"] == path.stem
+        assert list(found["works"]) == list(found["proofs"])
+        assert all(proof["err"] <= proof["budget"] for proof in found["proofs"].values())
+        assert "dirty" not in found["conditions"]["commit"], "nobody can run that again"
+
+
+def test_gains_are_ratios_of_times(tmp_path):
+    def times(*each):
+        return dict(zip(("median", "p20", "p80"), each, strict=True))
+
+    def work(before, after):
+        return {"times": {"before": before, "after": after}, "ratio": before["median"] / after["median"]}
+
+    found = json.loads((GAINS / "mllama-small.json").read_text())
+    found["works"] = {
+        "prefill": work(times(3, 2.5, 3.5), times(2, 1.9, 2.1)),
+        "decode": work(times(2, 1, 3), times(4, 2, 5)),
+    }
+    (tmp_path / "mllama-small.json").write_text(json.dumps(found))
+    table = support.models(tmp_path)
+    assert "| 1.50x | ~0.50x | - | `row_leak`" in table
+    assert table.count("| - | - | - |") == len(families()) - 1
+    assert "Gains" not in support.models()
 
 
 def test_a_file_without_markers_is_refused(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import tiny
 from .parts import BLOCKS, RESAMPLER, VISION
 
 PREFILL, DECODE, STEP = "prefill", "decode", "training step"
@@ -113,10 +114,10 @@ def open_gates(model: nn.Module) -> None:
             nn.init.uniform_(parameter, 0.3, 1.0)
 
 
-def _flamingo(preset: str, sizes: Sizes) -> Subject:
+def _flamingo(preset: str, sizes: Sizes, **changes: Any) -> Subject:
     from flamingo import Flamingo, FlamingoConfig
 
-    config = FlamingoConfig.preset(preset)
+    config = FlamingoConfig.preset(preset, **changes)
     model = Flamingo(config).freeze()
     open_gates(model)
     ids = tokens(sizes, 256, config.media_token_id)
@@ -146,21 +147,44 @@ def _flamingo(preset: str, sizes: Sizes) -> Subject:
     return Subject(model, {"input_ids": ids, "pixels": pixels}, parts, works)
 
 
-def _third_party(name: str, sizes: Sizes) -> Subject:
+def _third_party(name: str, sizes: Sizes, **wide: Any) -> Subject:
     from .third_party import build
 
-    return build(name, sizes)
+    return build(name, tiny.Sizes(text=sizes.text, images=sizes.media, **wide))
 
 
-# Tiny, and they read numbers while they are built, which tensors without memory have not.
-THIRD_PARTY = ("open_flamingo-tiny", "idefics-tiny", "mllama-tiny")
+# Of "small" models, which are as wide as real ones and have few layers.
+WIDE: dict[str, Any] = {"width": 1024, "heads": 16, "visual": 512}
+_WIDE_FLAMINGO: dict[str, Any] = {
+    "language_dim": 1024,
+    "language_heads": 16,
+    "cross_attn_heads": 16,
+    "cross_attn_dim_head": 64,
+    "vision_dim": 512,
+    "vision_heads": 8,
+    "resampler_dim": 512,
+    "resampler_heads": 8,
+    "resampler_dim_head": 64,
+    "num_latents": 64,
+}
 
 
 def _registry() -> dict[str, Callable[[Sizes], Subject]]:
     from flamingo.config import PRESETS
 
-    ours = {name: partial(_flamingo, name) for name in PRESETS}
-    return {**ours, **{name: partial(_third_party, name) for name in THIRD_PARTY}}
+    return {
+        **{name: partial(_flamingo, name) for name in PRESETS},
+        "flamingo-small": partial(_flamingo, "tiny", **_WIDE_FLAMINGO),
+        **{name: partial(_third_party, name) for name in tiny.names()},
+        **{small_of(name): partial(_third_party, name, **WIDE) for name in tiny.names()},
+    }
 
 
+def small_of(name: str) -> str:
+    """What the model of `tiny` is called that is as wide as a real one."""
+    return name.replace("-tiny", "-small")
+
+
+# They read numbers while they are built, which tensors without memory have not, and they are small.
+THIRD_PARTY = frozenset(each for name in tiny.names() for each in (name, small_of(name)))
 MODELS = _registry()

@@ -47,8 +47,12 @@ def labels(model: nn.Module, patterns: Mapping[str, str]) -> dict[nn.Module, str
 
 
 def _inside(block: nn.Module) -> dict[nn.Module, str]:
-    """The parts of a gated block, by what its modules are called; the rest of it is its gates."""
-    found = {block: GATE}
+    """The parts of a gated block, by what its modules are called.
+
+    The rest of it is its gates, or its attention where that is no module.
+    """
+    attends = {"attn", "cross_attn"} & {name for name, _ in block.named_children()}
+    found = {block: GATE if attends else ATTENTION}
     for path, module in block.named_modules():
         child = path.partition(".")[0]
         if "norm" in type(module).__name__.lower():

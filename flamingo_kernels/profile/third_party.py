@@ -9,35 +9,52 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import tiny
-from .models import DECODE, PREFILL, STEP, Sizes, Subject, Work
+from .models import DECODE, PREFILL, STEP, Subject, Work
 from .parts import BLOCKS, RESAMPLER, VISION, labels
 
 PARTS = {
     "open_flamingo-tiny": {"perceiver": RESAMPLER, r"lang_encoder\.gated_cross_attn_layers\.\d+": BLOCKS},
+    "flamingo_pytorch-tiny": {"perceiver_resampler": RESAMPLER, r"layers\.\d+\.1": BLOCKS},
     "idefics-tiny": {
         r"model\.vision_model": VISION,
         r"model\.perceiver_resampler": RESAMPLER,
         r"model\.gated_cross_attn_layers\.\d+": BLOCKS,
     },
+    "idefics2-tiny": {r"model\.vision_model": VISION, r"model\.connector": RESAMPLER},
     "mllama-tiny": {
         r"model\.(vision_model|multi_modal_projector)": VISION,
         r"model\.language_model\.layers\.\d*[13579]": BLOCKS,
     },
+    "evolla-tiny": {
+        r"model\.protein_encoder\.model": VISION,
+        r"model\.protein_encoder\.sequence_compressor_resampler": RESAMPLER,
+        r"model\.layers\.\d+\.adapter": BLOCKS,
+    },
+}
+# What no softmax sees: biases of keys, whose gradients are rounding alone.
+UNSEEN = ("k_layer_norm.bias", "key_protein.bias")
+# Of models with a cache, what a token after the prompt is given of the images again. flamingo_pytorch has
+# none, and Evolla reads the whole text and the protein for every token.
+_IMAGES_AGAIN: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "open_flamingo-tiny": lambda prompt: {"vision_x": None},
+    "idefics-tiny": lambda prompt: {"perceiver_embeddings": prompt.image_hidden_states},
+    "idefics2-tiny": lambda prompt: {},
+    "mllama-tiny": lambda prompt: {},
 }
 
 
-def build(name: str, sizes: Sizes) -> Subject:
+def build(name: str, sizes: tiny.Sizes) -> Subject:
     """An entry of `MODELS`; what reads images in the language model is trained, the rest is frozen.
 
     Raises:
         ImportError: its library is not installed.
     """
-    built = tiny.build(name, tiny.Sizes(text=sizes.text, images=sizes.media))
+    built = tiny.build(name, sizes)
     model = built.model.requires_grad_(False)
     for module, part in labels(model, PARTS[name]).items():
         module.requires_grad_(part != VISION)
     for path, parameter in model.named_parameters():
-        if path.endswith("k_layer_norm.bias"):  # no softmax sees it: its gradient is rounding alone
+        if path.endswith(UNSEEN):
             parameter.requires_grad_(False)
     # Rounded to what every dtype can hold.
     inputs = {
@@ -45,19 +62,16 @@ def build(name: str, sizes: Sizes) -> Subject:
         for each, value in built.inputs.items()
     }
     frozen = "vision and language model frozen" if VISION in PARTS[name].values() else "language model frozen"
+    length = built.tokens.shape[1]
+    of_step = f"forward and backward, {frozen}, no optimizer"
     works = {
-        PREFILL: Work(partial(_prefill, inputs), sizes.text),
-        DECODE: Work(
-            partial(_decode, inputs, built.tokens.shape),
-            1,
-            "the last token of the text, with the model's own cache, which the call crops again",
-        ),
-        STEP: Work(
-            partial(_step, inputs, built.tokens),
-            sizes.text,
-            f"forward and backward, {frozen}, no optimizer",
-        ),
+        PREFILL: Work(partial(_prefill, inputs), length),
+        STEP: Work(partial(_step, inputs, built.tokens), length, of_step),
     }
+    if name in _IMAGES_AGAIN:
+        decode = partial(_decode, inputs, built.tokens.shape, _IMAGES_AGAIN[name])
+        note = "the last token of the text, with the model's own cache, which the call crops again"
+        works = {PREFILL: works[PREFILL], DECODE: Work(decode, 1, note), STEP: works[STEP]}
     return Subject(model, inputs, PARTS[name], works)
 
 
@@ -69,20 +83,26 @@ def _cast(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
 
 def _prefill(inputs: dict[str, Tensor], model: Any) -> Callable[[], Tensor]:
     given = _cast(inputs, model)
-    return lambda: model(**given, use_cache=True).logits
+    return lambda: _logits(model(**given))
 
 
 def _step(inputs: dict[str, Tensor], tokens: Tensor, model: Any) -> Callable[[], Tensor]:
     given = _cast(inputs, model)
-
-    def loss() -> Tensor:
-        logits = model(**given, use_cache=False).logits
-        return nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:])
-
-    return loss
+    if hasattr(model, "generate"):
+        given["use_cache"] = False
+    return lambda: nn.functional.cross_entropy(_logits(model(**given))[0, :-1], tokens[0, 1:])
 
 
-def _decode(inputs: dict[str, Tensor], shape: tuple[int, ...], model: Any) -> Callable[[], Tensor]:
+def _logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _decode(
+    inputs: dict[str, Tensor],
+    shape: tuple[int, ...],
+    again: Callable[[Any], dict[str, Any]],
+    model: Any,
+) -> Callable[[], Tensor]:
     """The text but its last token comes before."""
     given = _cast(inputs, model)
     of_text = {name: each for name, each in given.items() if each.shape[:2] == shape}
@@ -90,7 +110,7 @@ def _decode(inputs: dict[str, Tensor], shape: tuple[int, ...], model: Any) -> Ca
     cache = prompt.past_key_values
     lengths = [layer.get_seq_length() for layer in cache.layers]
     last = {name: each[:, -1:] for name, each in of_text.items()}
-    last |= {"attention_mask": given["attention_mask"], **_images_again(model, prompt)}
+    last |= {"attention_mask": given["attention_mask"], **again(prompt)}
 
     def decode() -> Tensor:
         logits = model(**last, past_key_values=cache, use_cache=True).logits
@@ -100,11 +120,3 @@ def _decode(inputs: dict[str, Tensor], shape: tuple[int, ...], model: Any) -> Ca
         return logits
 
     return decode
-
-
-def _images_again(model: Any, prompt: Any) -> dict[str, Any]:
-    """What a token after the prompt is given of its images."""
-    if hasattr(model, "lang_encoder"):
-        return {"vision_x": None}
-    seen = getattr(prompt, "image_hidden_states", None)
-    return {} if seen is None else {"perceiver_embeddings": seen}
