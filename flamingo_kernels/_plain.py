@@ -127,6 +127,6 @@ def cross_attention_of(
 
 
 def _is_step(x: Tensor) -> bool:
-    """Whether it is so few rows, without gradients on a CPU, that a sublayer has nothing to save."""
-    few = x.device.type == "cpu" and x.numel() * x.dtype.itemsize < _STEP
+    """Whether x `[B, 1, D]` is one token a sequence on a CPU, of which a sublayer has nothing to save."""
+    few = x.device.type == "cpu" and x.shape[-2] == 1 and x.numel() * x.dtype.itemsize < _STEP
     return few and not torch.is_grad_enabled() and is_eager(x)

@@ -25,6 +25,7 @@ from .family import TRANSFORMERS, Family
 
 _HOME = "transformers.models.mllama.modeling_mllama"
 _MLP = f"{_HOME}.MllamaTextMLP"
+_FEW = 2**20  # numbers in the keys of a layer: to read them takes no longer than to read a mask
 
 
 class MllamaTextCrossAttention(Fused):
@@ -172,7 +173,7 @@ class MllamaCrossAttentionDecoderLayer(Fused):
 
 def _is_short_step(x: Tensor, states: Tensor | None, mask: Tensor | None) -> bool:
     """One token over few keys of the cache: a dense attention over them costs less than to read the mask."""
-    return states is None and x.shape[1] == 1 and mask is not None and mask.shape[-1] * x.shape[-1] < 2**20
+    return states is None and x.shape[1] == 1 and mask is not None and mask.shape[-1] * x.shape[-1] < _FEW
 
 
 def _where_seeing(rows: Tensor | None, z: Tensor, x: Tensor) -> Tensor:

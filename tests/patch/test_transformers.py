@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from flamingo_kernels import layers, patch, tiny, unpatch
+from flamingo_kernels.patch import dense
 from tests.parity import assert_parity
 
 transformers = pytest.importorskip("transformers")
@@ -427,6 +428,24 @@ class TestMllama:
         assert (inputs["cross_attention_mask"].numpy() == dense).all()
         partial = inputs["aspect_ratio_mask"][1].sum(-1)  # adjacent images
         assert partial[:2].lt(4).any()
+
+    @pytest.mark.parametrize("few", [True, False])
+    @pytest.mark.parametrize("beams", [1, 3])
+    def test_a_token_over_many_keys_and_over_few(self, few, beams, monkeypatch):
+        """Over few the original attends, over many a kernel, to what the token sees of them."""
+        mllama = importlib.import_module("flamingo_kernels.patch.mllama")
+        read = []
+        monkeypatch.setattr(
+            mllama, "key_spans", lambda mask, x: read.append(x.shape[1]) or dense.key_spans(mask, x)
+        )
+        if not few:
+            monkeypatch.setattr(mllama, "_FEW", 0)
+        original = build("mllama-tiny")
+        options = {"num_beams": beams, "output_scores": True, "return_dict_in_generate": True}
+        expected, got = original.generate(6, **options), patched(original).generate(6, **options)
+        assert torch.equal(got.sequences, expected.sequences)
+        torch.testing.assert_close(got.scores, expected.scores, rtol=1e-4, atol=1e-5)
+        assert (1 in read) != few
 
     def rows(self, model):
         return model.inputs["cross_attention_mask"].flatten(2).any(-1)  # [B, T]
