@@ -376,7 +376,11 @@ def _flamingo_pytorch(sizes: Sizes, **config: Any) -> tuple[nn.Module, dict[str,
     tokens, locations = _text(sizes)
     tokens[locations.bool()] = IMAGE
     images = torch.randn(sizes.batch, sizes.images, 16, sizes.width)
-    return palm(**options), {"text": tokens, "images": images}
+    model = palm(**options)
+    resampler = model.perceiver_resampler
+    if sizes.images > len(resampler.media_pos_emb):  # it has them for 4 images, and no argument for more
+        resampler.media_pos_emb = nn.Parameter(torch.empty(sizes.images, 1, sizes.width))
+    return model, {"text": tokens, "images": images}
 
 
 _BUILDERS: dict[str, Callable[..., tuple[nn.Module, dict[str, Tensor]]]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,6 +48,12 @@ def test_generation(name):
         tokens = model.generate(3)
         assert tokens.shape == (2, model.tokens.shape[1] + 3)
         assert torch.equal(tokens[:, :-3], model.tokens)
+
+
+def test_more_images_than_flamingo_pytorch_has_embeddings_for():
+    third_party.flamingo_pytorch()
+    many = tiny.build("flamingo_pytorch-tiny", replace(SIZES, images=5))
+    assert many.logits().shape == (2, 11, tiny.VOCABULARY)
 
 
 def test_building_leaves_the_random_numbers_alone():
