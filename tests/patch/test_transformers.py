@@ -101,7 +101,7 @@ class TestEveryModel:
     def test_plain_blocks_are_two_nodes(self, name, home, monkeypatch):
         """Blocks of a norm, a gate and two sublayers keep no branch, so that nothing of one is called."""
         module, calls = importlib.import_module(f"flamingo_kernels.patch.{home}"), []
-        for sublayer in ("gated_cross_attention", "gated_feed_forward", "gated_residual"):
+        for sublayer in ("gated_cross_attention", "gated_feed_forward", "add_gated"):
             counted = getattr(module, sublayer)
 
             def call(*args, counted=counted, **kwargs):
