@@ -164,8 +164,8 @@ def fold(model: nn.Module, *, int8: bool = False) -> FoldReport:
         RuntimeError: later, by `model.train()`, `load_state_dict` and `unpatch` until `unfold(model)`.
 
     Limits: parts with hooks, adapters, other classes or shared parameters stay as they are. Weights are
-    multiplied in float32 and rounded once. On a CPU torchao multiplies int8 weights in the dtype of x: that
-    saves memory, not time.
+    multiplied in float32 and rounded once. int8 saves memory; on a CPU without `torch.compile` torchao makes
+    every weight wide again for each product, and a step of decoding takes several times as long.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2, for the gates.
 

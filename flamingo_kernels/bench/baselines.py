@@ -3,6 +3,7 @@
 - flamingo_kernels: ours, the backend that `backend="auto"` takes.
 - eager: the reference modules of `flamingo`, dense scores and all.
 - sdpa: `scaled_dot_product_attention`, with the dense boolean mask where there is one.
+- folded: ours after `fold`, for inference.
 - compile: `torch.compile` of eager.
 - flex: `torch.compile(flex_attention)` with a block mask of the same spans.
 - flash-attn: its `varlen` attention, where it is installed; the rows of a medium are one sequence.
@@ -160,13 +161,21 @@ def _cross_attention_sublayer(
 def _decode_step(randn: Randn, *, B: int, M: int, D: int, R: int, H: int, d: int) -> Contenders:
     x, media = randn(B, 1, D), randn(B, M, R, D // 2)
     locations = _media_locations(B, 8 * M, M, x.device)
-    return _layer(
-        _block(x, D, H, d),
-        randn,
-        (x, media),
-        call=lambda layer: layer(x, media, locations, use_cached_media=True),
-        attend=lambda q, k, v, *_: _sdpa(q, k[:, -1], v[:, -1]),
+    block = _block(x, D, H, d).eval()
+
+    def call(layer: nn.Module) -> Tensor:
+        return layer(x, media, locations, use_cached_media=True)
+
+    def folded() -> Contender:
+        changed = copy.deepcopy(block)
+        fk.patch(changed)
+        fk.fold(changed)
+        return Contender(lambda: call(changed), (), modes=("forward",))
+
+    made = _layer(
+        block, randn, (x, media), call=call, attend=lambda q, k, v, *_: _sdpa(q, k[:, -1], v[:, -1])
     )
+    return {**made, "folded": folded}
 
 
 def _block(x: Tensor, D: int, H: int, d: int) -> modules.GatedCrossAttentionBlock:

@@ -13,7 +13,7 @@ from .shapes import CASES_OF, FLAT_MEMORY, HEADS, Floor, Target
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 COLUMNS = {"eager": "eager", "sdpa": "SDPA", "compile": "compile"}
-MORE_COLUMNS = {"flex": "flex", "flash-attn": "flash-attn"}  # where there are any
+MORE_COLUMNS = {"folded": "folded", "flex": "flex", "flash-attn": "flash-attn"}  # where there are any
 RIVALS = (*COLUMNS, *MORE_COLUMNS, *FLOORS)
 
 
@@ -214,6 +214,7 @@ _COLOURS = {
     "compile": "#f28f3b",
     "flex": "#6a4c93",
     "flash-attn": "#8ab17d",
+    "folded": "#3d5a80",
     "torch.add": "#93b7be",
     "products": "#b0a8b9",
 }
