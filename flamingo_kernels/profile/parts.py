@@ -25,7 +25,6 @@ _OPERATORS = {
     for name, part in {
         "masked_cross_attention": ATTENTION,
         "gated_residual": GATE,
-        "gated_residual_norm": GATE,
     }.items()
     for way in ("fwd", "bwd")
 }

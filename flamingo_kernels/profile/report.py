@@ -44,8 +44,7 @@ def measured(found: Profile) -> str:
         lines += ["", _line(f"time by part, {name}", *SIDES), *_by_part(work)]
     lines += [
         "",
-        "Parts: medians under torch.profiler, with its cost. A norm in one pass with a gate counts there, a",
-        "gate that rides on a product with the product.",
+        "Parts: medians under torch.profiler, with its cost. A gate that rides on a product counts there.",
     ]
     return "\n".join(lines)
 

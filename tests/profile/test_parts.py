@@ -121,7 +121,6 @@ def test_an_operator_counts_for_the_parts_that_call_it(subject, monkeypatch, ope
 @pytest.mark.parametrize(
     ("operator", "part"),
     [
-        ("flamingo_kernels::gated_residual_norm_bwd", parts.GATE),  # hooks of a module's own would split it
         ("flamingo_kernels::gated_residual_bwd", parts.GATE),
         ("flamingo_kernels::masked_cross_attention_bwd", parts.ATTENTION),
     ],
