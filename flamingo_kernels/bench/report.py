@@ -13,7 +13,7 @@ from .shapes import CASES_OF, FLAT_MEMORY, HEADS, Floor, Target
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 COLUMNS = {"eager": "eager", "sdpa": "SDPA", "compile": "compile"}
-MORE_COLUMNS = {"folded": "folded", "flex": "flex", "flash-attn": "flash-attn"}  # where there are any
+MORE_COLUMNS = {"flex": "flex", "flash-attn": "flash-attn", "folded": "folded"}  # where there are any
 RIVALS = (*COLUMNS, *MORE_COLUMNS, *FLOORS)
 
 
