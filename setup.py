@@ -7,7 +7,7 @@ The CUDA kernels need nvcc but no GPU, and compile with a torch for the CPU too.
 Environment:
     FLAMINGO_KERNELS_BUILD       cpu | cuda (both) | none; without it cpu where a C++ compiler is found, cuda
                                  where nvcc and a torch for CUDA are too, else none
-    FLAMINGO_KERNELS_CUDA_ARCHS  what GPUs to compile for, as in "80;90"; the last as PTX as well
+    FLAMINGO_KERNELS_CUDA_ARCHS  what GPUs to compile for, as in "80;90"; PTX for later ones comes along
     FLAMINGO_KERNELS_EMULATE     1: compile every CPU variant for this very processor, so that the tests run
                                  the wide kernels on machines that lack their instructions
                                  cuda: compile the CUDA kernels for this processor, and nothing else
@@ -53,6 +53,7 @@ TORCH_OLDEST = (2, 10)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030A0000"
 
 CUDA_ARCHS = "80;86;89;90;100;120"
+BLACKWELL = 100
 NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 
 
@@ -134,6 +135,21 @@ def cuda_archs() -> list[str]:
             f"FLAMINGO_KERNELS_CUDA_ARCHS={';'.join(wanted)}: {nvcc_version()} knows {', '.join(known)}."
         )
     return archs
+
+
+def cuda_targets(archs: list[str]) -> tuple[list[str], str]:
+    """nvcc's options for these GPUs, and whose PTX is kept for later ones.
+
+    Making PTX is half of the work, so one serves many: no kernel asks for more than the oldest has. But from
+    older PTX than its own sm_120 spills registers.
+    """
+    families = [[arch for arch in archs if (int(arch) < BLACKWELL) is before] for before in (True, False)]
+    oldest = [min(family, key=int) for family in families if family]
+    targets = []
+    for family, base in zip(filter(None, families), oldest, strict=True):
+        codes = [f"sm_{arch}" for arch in family] + [f"compute_{base}"] * (base == oldest[-1])
+        targets.append(f"-gencode=arch=compute_{base},code=[{','.join(codes)}]")
+    return targets, oldest[-1]
 
 
 def nvcc_version() -> str:
@@ -236,16 +252,15 @@ class Build(build_ext):
     def cuda_objects(self) -> list[Object]:
         """The kernels for every architecture, by nvcc, and the bindings by the C++ compiler."""
         archs = cuda_archs()
-        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        targets, ptx = cuda_targets(archs)
         folder = made_folder(f"objects-cuda-{'-'.join(archs)}")
-        built = f"{nvcc_version()}; {NVCC_FLAGS}; sm_{', sm_'.join(archs)} and PTX of {archs[-1]}"
+        built = f"{nvcc_version()}; {NVCC_FLAGS}; sm_{', sm_'.join(archs)} and PTX of {ptx}"
         flags = ["-DUSE_CUDA", f'-DFK_BUILD="{built}"', *self.stable_abi]
         objects = [self.object(CUDA_SOURCES / "bindings.cpp", "bindings", *flags, folder=folder)]
         for source in sorted(CUDA_SOURCES.glob("*.cu")):
             output, depends = folder / f"{source.stem}.o", folder / f"{source.stem}.d"
             make = ["-MD", "-MF", str(depends), "-c", str(source), "-o", str(output)]
-            objects.append(Object(source, output, [NVCC, *NVCC_FLAGS.split(), *codes, *make]))
+            objects.append(Object(source, output, [NVCC, *NVCC_FLAGS.split(), *targets, *make]))
         return objects
 
     def emulated_objects(self) -> list[Object]:

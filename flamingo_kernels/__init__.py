@@ -6,7 +6,14 @@ from ._dispatch import UnsupportedError, available_backends, use_backend
 from .fold import FoldReport, fold, unfold
 from .mask import MediaMask
 from .media_cache import MediaCache
-from .ops import gated_residual, gated_residual_norm, masked_cross_attention, perceiver_attention
+from .ops import (
+    GatedBlockWeights,
+    gated_block_decode,
+    gated_residual,
+    gated_residual_norm,
+    masked_cross_attention,
+    perceiver_attention,
+)
 from .patch import PatchReport, patch, unpatch
 
 if TYPE_CHECKING:
@@ -21,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FoldReport",
+    "GatedBlockWeights",
     "GatedCrossAttentionBlock",
     "MaskedCrossAttention",
     "MediaCache",
@@ -31,6 +39,7 @@ __all__ = [
     "UnsupportedError",
     "available_backends",
     "fold",
+    "gated_block_decode",
     "gated_residual",
     "gated_residual_norm",
     "masked_cross_attention",

@@ -58,6 +58,12 @@ def expect_head_groups(operator: str, heads: int, kv_heads: int) -> None:
         )
 
 
+def expect_latents(operator: str, name: str, keys: Tensor, dim: int) -> None:
+    """Raise ValueError if there is no key in this dimension: of none there is no softmax."""
+    if keys.shape[dim] == 0:
+        raise ValueError(f"{operator}: expected at least one latent key, got {name} {tuple(keys.shape)}.")
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast the tensors in its dtype, as its matrix products take them; else as they are."""
     device = tensors[0].device.type

@@ -78,8 +78,20 @@ def limits(operator: str) -> dict[str, dict[str, int]]:
 
 
 def operators() -> list[str]:
-    """The names of all operators that have gradients."""
-    return [operator for operator in _OPERATORS if operator not in _INFERENCE]
+    """The names of all operators."""
+    return list(_OPERATORS)
+
+
+def is_differentiable(operator: str) -> bool:
+    """Whether an operator has gradients, or is for inference alone."""
+    return operator not in _INFERENCE
+
+
+def is_chosen(operator: str, backend: str, *tensors: Tensor | None) -> bool:
+    """Whether a call that leaves the choice open runs on this backend."""
+    if default_backend == "auto":
+        return resolve(operator, "auto", *tensors) == backend
+    return default_backend == backend and not _why_not(operator, backend, *tensors)
 
 
 def resolve(operator: str, backend: str, *tensors: Tensor | None) -> str:

@@ -15,6 +15,7 @@ from .testing import CASES as EXAMPLES
 from .testing import (
     DTYPES,
     Case,
+    GatedBlockDecodeCase,
     GatedResidualCase,
     GatedResidualNormCase,
     MaskedCrossAttentionCase,
@@ -35,6 +36,8 @@ CASES: list[Case] = [
     GatedResidualCase(shape=(111, 63), gate=(63,), layout="strided"),
     GatedResidualNormCase(shape=(256, 2048)),
     GatedResidualNormCase(shape=(111, 63), gate=(63,), norm="rms", layout="strided"),
+    GatedBlockDecodeCase(batch=1, dim=2048, hidden=8192, media=5, latents=64, heads=8, head_dim=64),
+    GatedBlockDecodeCase(batch=9, dim=63, hidden=65, head_dim=40, groups=2, immediate=False, layout="slice"),
 ]
 
 
@@ -140,9 +143,10 @@ def backends_on(device: str, operator: str) -> dict[str, bool | str]:
 
 
 def not_run(device: str = "cpu") -> dict[str, str]:
-    """Why the other backends did not run."""
-    every = (backends_on(device, operator).items() for operator in _dispatch.operators())
-    return {backend: why for each in every for backend, why in each if isinstance(why, str)}
+    """Why the other backends ran nothing."""
+    every = [backends_on(device, operator) for operator in _dispatch.operators()]
+    ran = {backend for each in every for backend, able in each.items() if able is True}
+    return {backend: str(why) for backend, why in every[0].items() if backend not in ran}
 
 
 def _render(row: Row) -> str:

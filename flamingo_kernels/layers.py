@@ -17,6 +17,7 @@ from flamingo import modules
 
 from . import _dispatch, _plain
 from ._checks import is_plain
+from ._decode import decode, may_decode
 from ._kept_mask import MaskKey, kept_mask
 from ._parts import ATTENTION, in_part
 from .fold import Affine, Gate, Scale, put_originals
@@ -243,8 +244,27 @@ def gated_block(
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, D]
     """What a gated cross-attention block computes, by sublayers where they are plain."""
+    decoded = _decoded(block, x, media, media_locations, use_cached_media) if may_decode(x) else None
+    if decoded is not None:
+        return decoded
     z = add_attended(block, x, media, media_locations, use_cached_media)
     return add_feed_forward(z, block.ff, gate_of(block, "ff_gate"))
+
+
+def _decoded(
+    block: Any,
+    x: Tensor,  # [B, 1, D]
+    media: Tensor | MediaCache,  # [B, M, R, D_visual]
+    media_locations: Tensor | None,  # [B, T]
+    use_cached_media: bool,
+) -> Tensor | None:  # [B, 1, D]
+    """The same for one token by one operator, or None where that does not compute it."""
+    attn, ff = _attention_of(block.attn, x), _feed_forward_of(block.ff, x)
+    if attn is None or ff is None or len(x) != media.shape[0]:
+        return None
+    k, v = media_of(block.attn, media)
+    mask = mask_of(block.attn, x, k, media_locations, use_cached_media)
+    return decode(x, k, v, mask, attn, ff, (block.attn_gate, block.ff_gate), block.attn.scale)
 
 
 def add_attended(
@@ -256,8 +276,7 @@ def add_attended(
 ) -> Tensor:  # [B, T, D]
     """`x + tanh(attn_gate) * attn(x, media)`, as one sublayer where attn is plain."""
     attn, gate = block.attn, gate_of(block, "attn_gate")
-    plain = _is_fused(attn) and "attend" not in vars(attn)
-    parts = _plain.cross_attention_of(x, attn.norm, attn.to_q, attn.to_out) if plain else None
+    parts = _attention_of(attn, x)
     if parts is None:
         attended = attn(x, media, media_locations, *([True] if use_cached_media else []))
         return add_gated(x, attended, gate)
@@ -265,6 +284,12 @@ def add_attended(
     mask = mask_of(attn, x, k, media_locations, use_cached_media)
     z = gated_cross_attention(_fold(x, k), k, v, mask, gate=gate, scale=attn.scale, **parts._asdict())
     return z.view(x.shape)
+
+
+def _attention_of(attn: Any, x: Tensor) -> _plain.CrossAttention | None:
+    """What is around the core of a masked cross-attention module, where that is plain."""
+    plain = _is_fused(attn) and "attend" not in vars(attn)
+    return _plain.cross_attention_of(x, attn.norm, attn.to_q, attn.to_out) if plain else None
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -315,8 +340,7 @@ def _fold(x: Tensor, k: Tensor) -> Tensor:
 
 def add_feed_forward(x: Tensor, ff: nn.Module, gate: Tensor | None) -> Tensor:
     """`x + tanh(gate) * ff(x)`, as one sublayer where ff is a plain pre-norm network. None stands for 1."""
-    chain: list[Any] = list(ff) if isinstance(ff, nn.Sequential) and is_plain(ff, nn.Sequential) else []
-    parts = _plain.feed_forward_of(x, *chain) if len(chain) == 4 else None
+    parts = _feed_forward_of(ff, x)
     if parts is not None:
         return gated_feed_forward(x, gate=gate, **parts._asdict())
     return add_gated(x, ff(x), gate)
@@ -330,6 +354,12 @@ def gate_of(block: Any, name: str) -> Tensor | None:
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     """`x + tanh(gate) * y`; None stands for an open gate."""
     return x + y if gate is None else gated_residual(x, y, gate)
+
+
+def _feed_forward_of(ff: nn.Module, x: Tensor) -> _plain.FeedForward | None:
+    """The parts of a pre-norm network, where they are plain."""
+    chain: list[Any] = list(ff) if isinstance(ff, nn.Sequential) and is_plain(ff, nn.Sequential) else []
+    return _plain.feed_forward_of(x, *chain) if len(chain) == 4 else None
 
 
 def resample(

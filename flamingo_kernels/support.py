@@ -36,6 +36,7 @@ _RUNS_ON = {
     ),
 }
 _GRADIENTS = {"reference": "any order"}
+_NO_GRADIENTS = "none: for inference"
 _REPRODUCIBLE = {"reference": "as PyTorch is", "cpu": "yes, for any number of threads"}
 
 
@@ -53,7 +54,7 @@ def table() -> str:
                 _RUNS_ON[backend],
                 "any floating" if backend == "reference" else _dtypes(),
                 ", ".join(f"{name} {most}" for name, most in limits.items()) or "any",
-                _GRADIENTS.get(backend, "once"),
+                _GRADIENTS.get(backend, "once" if _dispatch.is_differentiable(operator) else _NO_GRADIENTS),
                 _REPRODUCIBLE.get(backend, "yes"),
             ]
             lines.append("| " + " | ".join(cells) + " |")

@@ -31,7 +31,14 @@ from torch import Tensor
 from flamingo.modules import dense_masked_attention, text_time
 
 from .mask import MediaMask, Policy
-from .ops import gated_residual, gated_residual_norm, masked_cross_attention, perceiver_attention
+from .ops import (
+    GatedBlockWeights,
+    gated_block_decode,
+    gated_residual,
+    gated_residual_norm,
+    masked_cross_attention,
+    perceiver_attention,
+)
 
 Layout = Literal["contiguous", "slice", "transposed", "strided", "expanded"]
 Outputs = tuple[Tensor, ...]
@@ -61,6 +68,7 @@ class Case(ABC):
     function: ClassVar[Callable[..., Any]]
     outputs: ClassVar[tuple[str, ...]] = ("out",)
     mean: ClassVar[float] = 0.0  # of the random values
+    differentiable: ClassVar[bool] = True  # or for inference alone: then nothing has a gradient
 
     dtype: torch.dtype = torch.float32
     layout: Layout = "contiguous"
@@ -324,9 +332,101 @@ class GatedResidualNormCase(GatedResidualCase):
         return z, F.layer_norm(z, weight.shape, weight, None if bias is None else bias.to(z.dtype), self.eps)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GatedBlockDecodeCase(Case):
+    """A call of `gated_block_decode`.
+
+    Args:
+        batch, dim, hidden, media, latents, heads, head_dim: B, D, F, M, R, H, d.
+        groups: query heads that share one key/value head, H / Hkv.
+        immediate, policy: of the MediaMask; sequence b has b % (M + 2) media before it.
+        gate: shape of both gates: `(1,)` or `(D,)`.
+        bias: whether the norms have one.
+        activation: of the feed-forward network.
+    """
+
+    operator: ClassVar[str] = "gated_block_decode"
+    function: ClassVar[Callable[..., Any]] = staticmethod(gated_block_decode)
+    differentiable: ClassVar[bool] = False
+
+    batch: int = 2
+    dim: int = 64
+    hidden: int = 96
+    media: int = 3
+    latents: int = 8
+    heads: int = 4
+    head_dim: int = 16
+    groups: int = 1
+    immediate: bool = True
+    policy: Policy = "zero"
+    gate: tuple[int, ...] = (1,)
+    bias: bool = True
+    activation: Literal["gelu", "squared_relu", "relu"] = "gelu"
+
+    def specs(self) -> dict[str, Spec]:
+        inner = self.heads * self.head_dim
+        media = (self.batch, self.media, self.latents, self.heads // self.groups, self.head_dim)
+        shapes: dict[str, tuple[int, ...]] = {
+            "x": (self.batch, self.dim),
+            "k": media,
+            "v": media,
+            "norm": (self.dim,),
+            "norm_bias": (self.dim,),
+            "to_q": (inner, self.dim),
+            "to_out": (self.dim, inner),
+            "gate": self.gate,
+            "ff_norm": (self.dim,),
+            "ff_norm_bias": (self.dim,),
+            "up": (self.hidden, self.dim),
+            "down": (self.dim, self.hidden),
+            "ff_gate": self.gate,
+        }
+        return {
+            name: (shape, self.dtype) for name, shape in shapes.items() if self.bias or "bias" not in name
+        }
+
+    def tensors(self) -> Tensors:
+        tensors = super().tensors()
+        for name in ("to_q", "to_out", "up", "down"):  # products of numbers around 1 stay around 1
+            tensors[name] = tensors[name].contiguous() / tensors[name].shape[1] ** 0.5
+        return tensors
+
+    def options(self) -> dict[str, Any]:
+        rule: dict[str, Any] = {"immediate": self.immediate, "policy": self.policy}
+        mask = MediaMask.from_text_time(self.text_time(), self.media, **rule)
+        return {"mask": mask, "activation": self.activation}
+
+    def call(self, tensors: Tensors, options: dict[str, Any], backend: str = "auto") -> Outputs:
+        weights = GatedBlockWeights(*(tensors.get(name) for name in GatedBlockWeights._fields))  # type: ignore[arg-type]
+        x, k, v = (tensors[name] for name in ("x", "k", "v"))
+        return (self.function(x, k, v, weights=weights, **options, backend=backend),)
+
+    def eager(self, x: Tensor, k: Tensor, v: Tensor, **weights: Tensor) -> Outputs:
+        w, time = weights, self.text_time()
+        k, v = (tensor.repeat_interleave(self.groups, dim=3) for tensor in (k, v))
+        n = F.layer_norm(x, (self.dim,), w["norm"], w.get("norm_bias"))
+        q = (n @ w["to_q"].T).view(self.batch, 1, self.heads, self.head_dim)
+        rule: dict[str, Any] = {"only_immediate": self.immediate, "policy": self.policy}
+        attended = dense_masked_attention(q, k, v, time, **rule).flatten(1)
+        z = x + torch.tanh(w["gate"]) * (attended @ w["to_out"].T)
+        n = F.layer_norm(z, (self.dim,), w["ff_norm"], w.get("ff_norm_bias"))
+        act = {"gelu": F.gelu, "squared_relu": lambda u: F.relu(u) ** 2, "relu": F.relu}[self.activation]
+        return (z + torch.tanh(w["ff_gate"]) * (act(n @ w["up"].T) @ w["down"].T),)
+
+    def text_time(self) -> Tensor:
+        """How many media are before the token of each sequence, int64 `[B, 1]`."""
+        return torch.arange(self.batch, device=self.device)[:, None] % (self.media + 2)
+
+
 CASES: dict[str, type[Case]] = {
     case.operator: case
-    for case in (MaskedCrossAttentionCase, PerceiverAttentionCase, GatedResidualCase, GatedResidualNormCase)
+    for case in (
+        MaskedCrossAttentionCase,
+        PerceiverAttentionCase,
+        GatedResidualCase,
+        GatedResidualNormCase,
+        GatedBlockDecodeCase,
+    )
 }
 
 
@@ -398,7 +498,7 @@ def measure(case: Case, backend: str = "auto", draws: int = 3) -> list[Measureme
             few elements eager may be right by luck, and the kernel wrong by as little.
 
     Returns:
-        One Measurement for each output and for the gradient of each input.
+        One Measurement for each output and for the gradient of each input that has one.
 
     Raises:
         AssertionError: an output has another shape or dtype than eager's.
@@ -442,12 +542,12 @@ def _worst(drawn: tuple[Measurement, ...]) -> Measurement:
 def evaluate(
     case: Case, function: Callable[..., Outputs], tensors: Tensors, douts: Iterable[Tensor]
 ) -> Tensors:
-    """The outputs of `function(**tensors)` by name, and the gradients of the tensors under "d" + name.
+    """The outputs of `function(**tensors)` by name, and gradients, if there are any, under "d" + the tensor.
 
     Raises:
         AssertionError: an output has not the shape and dtype of its gradient.
     """
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    leaves = {name: tensor.detach().requires_grad_(case.differentiable) for name, tensor in tensors.items()}
     outputs, douts = function(**leaves), tuple(douts)
     for name, out, dout in zip(case.outputs, outputs, douts, strict=True):
         if (out.shape, out.dtype) != (dout.shape, dout.dtype):
@@ -455,8 +555,10 @@ def evaluate(
                 f"{name}: expected shape {tuple(dout.shape)} and {dout.dtype} like eager, "
                 f"got {tuple(out.shape)} and {out.dtype}."
             )
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), douts, materialize_grads=True)
     named = dict(zip(case.outputs, (out.detach() for out in outputs), strict=True))
+    if not case.differentiable:
+        return named
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), douts, materialize_grads=True)
     return named | {f"d{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
 
 

@@ -22,7 +22,13 @@ from flamingo_kernels import (
     use_backend,
 )
 
-OPERATORS = ("masked_cross_attention", "perceiver_attention", "gated_residual", "gated_residual_norm")
+OPERATORS = (
+    "masked_cross_attention",
+    "perceiver_attention",
+    "gated_residual",
+    "gated_residual_norm",
+    "gated_block_decode",
+)
 
 
 def tensors(**options):

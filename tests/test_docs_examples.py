@@ -53,6 +53,7 @@ def test_every_operator_has_one():
         "perceiver_attention",
         "gated_residual",
         "gated_residual_norm",
+        "gated_block_decode",
         "MediaMask",
         "available_backends",
         "use_backend",

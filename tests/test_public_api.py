@@ -18,6 +18,9 @@ OPERATORS = {
     ),
     "gated_residual": "(x, y, gate, *, backend='auto')",
     "gated_residual_norm": "(x, y, gate, weight, bias=None, *, eps=1e-05, norm='layer', backend='auto')",
+    "gated_block_decode": (
+        "(x, k, v, mask, weights, *, scale=None, eps=1e-05, activation='gelu', backend='auto')"
+    ),
 }
 MASKS = {
     "last_preceding": "(media_locations, num_media, *, policy='zero')",
@@ -36,6 +39,7 @@ def signature(function) -> str:
 def test_the_public_names():
     assert set(flamingo_kernels.__all__) == {
         "FoldReport",
+        "GatedBlockWeights",
         "GatedCrossAttentionBlock",
         "MaskedCrossAttention",
         "MediaCache",
@@ -46,6 +50,7 @@ def test_the_public_names():
         "UnsupportedError",
         "available_backends",
         "fold",
+        "gated_block_decode",
         "gated_residual",
         "gated_residual_norm",
         "masked_cross_attention",

@@ -171,3 +171,18 @@ def test_make_lists_its_targets():
     listed = subprocess.run(["make", "help"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
     targets = [line.split()[0] for line in listed.splitlines()]
     assert {"help", "demo", "test", "test-slow", "lint", "format", "bench", "info", "clean"} <= set(targets)
+
+
+def test_one_ptx_serves_the_gpus_of_a_family():
+    setup = load_setup()
+    assert setup.cuda_targets(["80", "90"]) == (
+        ["-gencode=arch=compute_80,code=[sm_80,sm_90,compute_80]"],
+        "80",
+    )
+    assert setup.cuda_targets(["90", "120", "86", "100"]) == (
+        [
+            "-gencode=arch=compute_86,code=[sm_90,sm_86]",
+            "-gencode=arch=compute_100,code=[sm_120,sm_100,compute_100]",
+        ],
+        "100",
+    )

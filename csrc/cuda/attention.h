@@ -199,7 +199,12 @@ template <int columns>
 constexpr int kRowsBlocks = columns <= 64 ? 3 : 2;
 constexpr int kKeysBlocks = 2;
 
-constexpr size_t kLeastShared = 99 * 1024;  // what a block may have on the devices that have the least: sm_86, 89, 120
+// KiB of shared memory of a multiprocessor. Of the least, that of sm_86, 89 and 120, a block may have 99.
+constexpr size_t kSharedOf80 = 164, kSharedOf90 = 228;
+constexpr size_t kLeastShared = 99 * 1024;
+
+// How many blocks fit into it: each takes 1 KiB more than it asks for.
+__host__ __device__ constexpr int fitting(size_t shared, size_t bytes) { return int(shared * 1024 / (bytes + 1024)); }
 
 template <class T, int columns>
 constexpr size_t kForwardBytes = 3 * Tile<T, columns>::kBytes + Tile<T, kTile<T>>::kBytes;
@@ -208,6 +213,7 @@ constexpr size_t kForwardBytes = 3 * Tile<T, columns>::kBytes + Tile<T, kTile<T>
 template <class T, int columns, class Params>
 __global__ void __launch_bounds__(kThreads<T>, kForwardBlocks<columns>) attention_fwd_kernel(Params p) {
   static_assert(kForwardBytes<T, columns> <= kLeastShared);
+  static_assert(fitting(kSharedOf80, kForwardBytes<T, columns>) >= kForwardBlocks<columns>);
   Arena arena = {static_cast<char*>(shared_memory())};
   const auto q = arena.take<Tile<T, columns>>(), k = arena.take<Tile<T, columns>>(), v = arena.take<Tile<T, columns>>();
   const auto weights = arena.take<Tile<T, kTile<T>>>();
@@ -250,6 +256,7 @@ __global__ void __launch_bounds__(kThreads<T>, kForwardBlocks<columns>) attentio
     if (tile < tiles.end) load(v, keys.v, first_rows(keys.real));
     commit_copies();
   }
+  wait_for_copies<0>();  // of q, where no tile was visited: `finish` takes its place
   finish<T>(p, place, spans, softmax);
   store_out<T>(p, place, first, Here(spans.sighted()), softmax);
 }
@@ -268,14 +275,23 @@ __device__ inline float row_dot(Tile<T, columns> a, Tile<T, columns> b, int half
 struct RowNumbers {
   float highest[2], share[2], delta[2];
 
-  // As the forward pass and the kernel by rows left them.
-  __device__ void read(const Attention& p, const Place& place, int64_t head, int64_t first, const Here& here) {
+  // As the forward pass left them.
+  __device__ void read_softmax(const Attention& p, int64_t batch, int64_t head, int64_t first, const Here& here) {
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = first + first_row_of_warp() + fragment_row(2 * half);
-      const int64_t at = number_of(p, place.batch, head, here[half] ? row : 0);
+      const int64_t at = place_of(p, batch, head, first, here, half);
       highest[half] = p.softmax_max[at], share[half] = 1 / p.softmax_sum[at];
-      delta[half] = p.delta ? p.delta[at] : 0.0f;
     }
+  }
+  // As the kernel by rows left it.
+  __device__ void read_delta(const Attention& p, int64_t batch, int64_t head, int64_t first, const Here& here) {
+    for (int half = 0; half < 2; ++half) delta[half] = p.delta[place_of(p, batch, head, first, here, half)];
+  }
+
+ private:
+  // Of a row that is not here, any that exists.
+  __device__ static int64_t place_of(
+      const Attention& p, int64_t batch, int64_t head, int64_t first, const Here& here, int half) {
+    return number_of(p, batch, head, here[half] ? first + first_row_of_warp() + fragment_row(2 * half) : 0);
   }
 };
 
@@ -371,31 +387,33 @@ __device__ inline void store_key_gradients(
   store_fragment(to.dv, dv, count);
 }
 
-template <class T, int columns>
-constexpr size_t kBackwardBytes = 4 * Tile<T, columns>::kBytes + 2 * Tile<T, kTile<T>>::kBytes;
+template <class T, int columns, bool apart>
+constexpr size_t kBackwardBytes = 4 * Tile<T, columns>::kBytes + (apart ? 2 : 1) * Tile<T, kTile<T>>::kBytes;
 
-// What a block of either backward kernel has in shared memory.
+// What a block of either backward kernel has in shared memory. `apart`: the weights are needed after dS is there.
 template <class T, int columns>
 struct BackwardTiles {
   Tile<T, columns> q, dout, k, v;
   Tile<T, kTile<T>> weights, dscores;
 };
 
-template <class T, int columns>
+template <class T, int columns, bool apart>
 __device__ inline BackwardTiles<T, columns> backward_tiles() {
-  static_assert(kBackwardBytes<T, columns> <= kLeastShared);
+  static_assert(kBackwardBytes<T, columns, apart> <= kLeastShared);
   Arena arena = {static_cast<char*>(shared_memory())};
   using Wide = Tile<T, columns>;
   using Square = Tile<T, kTile<T>>;
-  return {arena.take<Wide>(),   arena.take<Wide>(),   arena.take<Wide>(),
-          arena.take<Wide>(),   arena.take<Square>(), arena.take<Square>()};
+  const Wide q = arena.take<Wide>(), dout = arena.take<Wide>(), k = arena.take<Wide>(), v = arena.take<Wide>();
+  const Square weights = arena.take<Square>();
+  return {q, dout, k, v, weights, apart ? arena.take<Square>() : weights};
 }
 
 // A block takes a tile of rows through the keys that they see, for dq. `whole`: no other block has rows that see these
 // keys, so it writes dk and dv on the way.
 template <class T, int columns, bool whole, class Params>
 __global__ void __launch_bounds__(kThreads<T>, kRowsBlocks<columns>) attention_bwd_rows_kernel(Params p) {
-  const auto [q, dout, k, v, weights, dscores] = backward_tiles<T, columns>();
+  static_assert(fitting(whole ? kSharedOf90 : kSharedOf80, kBackwardBytes<T, columns, whole>) >= kRowsBlocks<columns>);
+  const auto [q, dout, k, v, weights, dscores] = backward_tiles<T, columns, whole>();
   const Place place = place_of_rows<kTile<T>>(p);
   const int64_t first = int64_t(place.tile) * kTile<T>;
   const Spans<kTile<T>> spans(p, place.batch, first, p.length);
@@ -409,7 +427,7 @@ __global__ void __launch_bounds__(kThreads<T>, kRowsBlocks<columns>) attention_b
   wait_for_copies<0>();
   __syncthreads();
   RowNumbers numbers;
-  numbers.read(p, place, place.head, first, Here(sighted));
+  numbers.read_softmax(p, place.batch, place.head, first, Here(sighted));
   for (int half = 0; half < 2; ++half) {
     numbers.delta[half] = row_dot(dout, k, half);
     const int row = first_row_of_warp() + fragment_row(2 * half);
@@ -456,7 +474,8 @@ __global__ void __launch_bounds__(kThreads<T>, kRowsBlocks<columns>) attention_b
 // it makes their softmax anew and writes their dq.
 template <class T, int columns, bool one_shot, class Params>
 __global__ void __launch_bounds__(kThreads<T>, kKeysBlocks) attention_bwd_keys_kernel(Params p) {
-  const auto [q, dout, k, v, weights, dscores] = backward_tiles<T, columns>();
+  static_assert(fitting(kSharedOf90, kBackwardBytes<T, columns, true>) >= kKeysBlocks);
+  const auto [q, dout, k, v, weights, dscores] = backward_tiles<T, columns, true>();
   const Place place = place_of_keys<kTile<T>>(p);
   const Keys<T> keys = owned_keys<T>(p, place);
   load(k, keys.k, first_rows(keys.real));
@@ -480,21 +499,28 @@ __global__ void __launch_bounds__(kThreads<T>, kKeysBlocks) attention_bwd_keys_k
       multiply<false, true>(scores, q, k);
       scale_scores(scores, p.scale * kLog2E, keys.real);
       RowNumbers numbers;
-      if (!one_shot) numbers.read(p, place, head, first, here);
-      one_shot ? weigh_alone(scores, here) : weigh(scores, numbers, here);
+      if constexpr (one_shot) {
+        weigh_alone(scores, here);
+      } else {
+        numbers.read_softmax(p, place.batch, head, first, here);
+        numbers.read_delta(p, place.batch, head, first, here);
+        weigh(scores, numbers, here);
+      }
       put(weights, scores);
       multiply<false, true>(dweights, dout, v);
-      if (one_shot) sum_along(numbers, weights, dweights);
+      if constexpr (one_shot) sum_along(numbers, weights, dweights);
       differentiate(dweights, weights, numbers, here);
       put(dscores, dweights);
       __syncthreads();
-      if (one_shot) {
+      if constexpr (one_shot) {
         const auto dq = rows_from<T>(p.dq, place.batch, head, first, p.head_dim);
         store_product<false>(dq, dscores, k, p.scale, ~0ull, rows);
       }
       multiply<true, false>(dv, weights, dout);
       multiply<true, false>(dk, dscores, q);
     }
+  commit_copies();
+  wait_for_copies<0>();  // of k and v, where no row sees them
   store_key_gradients<T>(p, place, keys, dk, dv);
   if constexpr (one_shot) finish<T>(p, place);
 }

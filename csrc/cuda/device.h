@@ -7,6 +7,9 @@
 #include "ptx.h"
 #endif
 
+#include <stdexcept>
+#include <string>
+
 #include "params.h"
 
 namespace flamingo_kernels {
@@ -37,6 +40,15 @@ __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t
 constexpr float kInfinity = __builtin_huge_valf();
 
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A grid of so many blocks. More than there can be would be cut off, and the results with them.
+inline dim3 grid_of(int64_t x, int64_t y = 1) {
+  if (x > INT32_MAX || y > 65535)
+    throw std::length_error(
+        "flamingo_kernels: a grid of " + std::to_string(x) + " x " + std::to_string(y) +
+        " blocks is above 2147483647 x 65535; cut the tensors.");
+  return dim3(unsigned(x), unsigned(y));
+}
 
 // The sum over the lanes of a warp, the same bits in all of them.
 __device__ inline float warp_sum(float value) {

@@ -182,18 +182,23 @@ __device__ inline void attend(float* out, const DecodeAttention& p, int64_t b, i
   const int64_t kv_head = head * p.kv_heads / p.heads;
   const bool average = p.hi[b] < 0;  // of all values
   const int64_t begin = average ? 0 : p.lo[b], end = average ? p.media : p.hi[b];
-  for (int i = lane(); i < p.head_dim; i += 32)
-    q[i] = to_float(static_cast<const T*>(p.q)[(b * p.heads + head) * p.head_dim + i]) * p.scale * kLog2E;
+  const int columns = p.head_dim;
+  for (int i = lane(); i < divide_up(columns, kVector) * kVector; i += 32) {
+    const float value = i < columns ? to_float(static_cast<const T*>(p.q)[(b * p.heads + head) * columns + i]) : 0.0f;
+    q[i] = value * p.scale * kLog2E;
+  }
   __syncwarp();
   float highest = -kInfinity, total = 0, product[most] = {};
   for (int64_t medium = begin; medium < end; ++medium)
     for (int64_t first = 0; first < p.latents; first += 32) {
+      const int keys = min(p.latents - first, int64_t(32));
       const T* key = latents_of<T>(p.k, b, medium, kv_head) + (first + lane()) * p.k.latent;
-      float score = first + lane() < p.latents ? 0.0f : -kInfinity;
-      for (int64_t i = 0; !average && first + lane() < p.latents && i < p.head_dim; i += kVector) {
+      float score = lane() < keys ? 0.0f : -kInfinity;
+#pragma unroll 4
+      for (int i = 0; i < (average || lane() >= keys ? 0 : columns); i += kVector) {
         float values[kVector];
-        load_eight(values, key, i, p.head_dim);
-        for (int j = 0; j < kVector && i + j < p.head_dim; ++j) score += values[j] * q[i + j];
+        load_eight(values, key, i, columns);
+        for (int j = 0; j < kVector; ++j) score += values[j] * q[i + j];
       }
       const float higher = fmaxf(highest, warp_max(score)), shrink = power_below(highest, higher);
       const float weight = power_below(score, higher);
@@ -201,14 +206,14 @@ __device__ inline void attend(float* out, const DecodeAttention& p, int64_t b, i
       total = total * shrink + warp_sum(weight), highest = higher;
       __syncwarp();
       const T* values = latents_of<T>(p.v, b, medium, kv_head) + first * p.v.latent;
-      for (int i = 0; i < most && lane() + 32 * i < p.head_dim; ++i) {
+      for (int i = 0; i < most && lane() + 32 * i < columns; ++i) {
         product[i] *= shrink;
-        for (int64_t j = 0; j < min(p.latents - first, int64_t(32)); ++j)
-          product[i] += weights[j] * to_float(values[j * p.v.latent + lane() + 32 * i]);
+#pragma unroll 8
+        for (int j = 0; j < keys; ++j) product[i] += weights[j] * to_float(values[j * p.v.latent + lane() + 32 * i]);
       }
       __syncwarp();
     }
-  for (int i = 0; i < most && lane() + 32 * i < p.head_dim; ++i)
+  for (int i = 0; i < most && lane() + 32 * i < columns; ++i)
     out[lane() + 32 * i] = to_float(from_float<T>(begin < end ? product[i] / total : 0.0f));
 }
 
@@ -240,7 +245,7 @@ namespace kernels {
 void weight_product(const WeightProduct& p, Stream stream) {
   by_type(p.dtype, [&](auto type) {
     using T = decltype(type);
-    const dim3 grid(divide_up(p.rows, kOutputs));
+    const dim3 grid = grid_of(divide_up(p.rows, kOutputs));
     if (p.batch <= 8)
       return launch(stream, weight_product_kernel<T, 1>, grid, dim3(kThreads), kProductBytes<T, 1>, p);
     launch(stream, weight_product_kernel<T, 2>, grid, dim3(kThreads), kProductBytes<T, 2>, p);
@@ -252,7 +257,7 @@ void decode_attention(const DecodeAttention& p, Stream stream) {
     const int64_t slices = max(int64_t(1), min(p.out.rows / kWarps, multiprocessors() / p.out.batch));
     DecodeAttention sliced = p;
     sliced.slice = divide_up(divide_up(p.out.rows, slices), kWarps) * kWarps;
-    const dim3 grid(divide_up(p.out.rows, sliced.slice), p.out.batch);
+    const dim3 grid = grid_of(divide_up(p.out.rows, sliced.slice), p.out.batch);
     const size_t shared = (kWarps * (32 + 128) + p.out.columns) * sizeof(float);
     launch(stream, decode_attention_kernel<decltype(type)>, grid, dim3(kThreads), shared, sliced);
   });

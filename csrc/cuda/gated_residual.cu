@@ -60,7 +60,7 @@ namespace kernels {
 
 void gated_residual_fwd(const GatedResidual& p, Stream stream) {
   const dim3 block = block_of(p.columns);
-  const dim3 grid(divide_up(p.rows, block.y * kRows), divide_up(p.columns, block.x * kVector));
+  const dim3 grid = grid_of(divide_up(p.rows, block.y * kRows), divide_up(p.columns, block.x * kVector));
   by_layout({p.x, p.y, p.z}, [&](auto type, auto wide) {
     launch(stream, gated_residual_fwd_kernel<decltype(type), wide()>, grid, block, 0, p);
   });
@@ -74,7 +74,7 @@ Division divide_gated_residual_bwd(int64_t rows, int64_t columns) {
 
 void gated_residual_bwd(const GatedResidual& p, Stream stream) {
   const dim3 block = block_of(p.columns);
-  const dim3 grid(p.parts, divide_up(p.columns, block.x * kVector));
+  const dim3 grid = grid_of(p.parts, divide_up(p.columns, block.x * kVector));
   by_layout({p.dz, p.y, p.dy}, [&](auto type, auto wide) {
     const size_t shared = kThreads * kVector * sizeof(float);
     launch(stream, gated_residual_bwd_kernel<decltype(type), wide()>, grid, block, shared, p);

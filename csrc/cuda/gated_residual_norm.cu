@@ -161,7 +161,7 @@ namespace kernels {
 void gated_residual_norm_fwd(const GatedResidualNorm& p, Stream stream) {
   const size_t shared = (kScratch + p.residual.columns) * sizeof(float);
   by_layout({p.residual.x, p.residual.y, p.residual.z, p.n}, [&](auto type, auto wide) {
-    const dim3 grid(p.residual.rows), block(width_of(p.residual.columns, kThreads));
+    const dim3 grid = grid_of(p.residual.rows), block(width_of(p.residual.columns, kThreads));
     launch(stream, gated_residual_norm_fwd_kernel<decltype(type), wide()>, grid, block, shared, p);
   });
 }
@@ -174,12 +174,12 @@ Division divide_gated_residual_norm_bwd(int64_t rows, int64_t columns) {
 
 void gated_residual_norm_bwd(const GatedResidualNorm& p, Stream stream) {
   const unsigned threads = threads_of(p.residual.columns);
-  const dim3 grid(p.residual.parts, divide_up(p.residual.columns, threads * kVector));
+  const dim3 grid = grid_of(p.residual.parts, divide_up(p.residual.columns, threads * kVector));
   const auto matrices = {p.residual.z, p.residual.y, p.residual.dz, p.dn, p.dx, p.residual.dy};
   by_layout(matrices, [&](auto type, auto wide) {
     using T = decltype(type);
     if (p.means) {
-      const dim3 block(32, kThreads / 32), programs(divide_up(p.residual.rows, block.y));
+      const dim3 block(32, kThreads / 32), programs = grid_of(divide_up(p.residual.rows, block.y));
       launch(stream, gated_residual_norm_means_kernel<T, wide()>, programs, block, 0, p);
     }
     const auto kernel = threads > kThreads ? gated_residual_norm_bwd_kernel<T, wide(), kMostThreads>

@@ -170,7 +170,7 @@ bool is_one_shot(DType dtype, bool immediate, int64_t latents) { return immediat
 void masked_cross_attention_fwd(const MaskedCrossAttention& p, Stream stream) {
   by_tile(p, [&](auto type, auto columns) {
     using T = decltype(type);
-    const dim3 grid(p.batch * p.heads * divide_up(p.length, kTile<T>));
+    const dim3 grid = grid_of(p.batch * p.heads * divide_up(p.length, kTile<T>));
     const auto kernel = attention_fwd_kernel<T, columns(), MaskedCrossAttention>;
     launch(stream, kernel, grid, dim3(kThreads<T>), kForwardBytes<T, columns()>, p);
   });
@@ -184,17 +184,17 @@ void masked_cross_attention_bwd(const MaskedCrossAttention& p, Stream stream) {
   by_tile(p, [&](auto type, auto columns) {
     using T = decltype(type);
     const dim3 block(kThreads<T>);
-    const size_t shared = kBackwardBytes<T, columns()>;
-    if (p.averages) launch(stream, share_kernel<T>, dim3(p.batch * p.kv_heads), dim3(128), 0, p);
+    if (p.averages) launch(stream, share_kernel<T>, grid_of(p.batch * p.kv_heads), dim3(128), 0, p);
     if (!p.one_shot) {
       MaskedCrossAttention by_rows = p;
       by_rows.parts = 1;
       const auto kernel = attention_bwd_rows_kernel<T, columns(), false, MaskedCrossAttention>;
-      launch(stream, kernel, dim3(p.batch * p.heads * divide_up(p.length, kTile<T>)), block, shared, by_rows);
+      const dim3 grid = grid_of(p.batch * p.heads * divide_up(p.length, kTile<T>));
+      launch(stream, kernel, grid, block, kBackwardBytes<T, columns(), false>, by_rows);
     }
     const auto kernel = p.one_shot ? attention_bwd_keys_kernel<T, columns(), true, MaskedCrossAttention>
                                    : attention_bwd_keys_kernel<T, columns(), false, MaskedCrossAttention>;
-    launch(stream, kernel, dim3(p.parts * tiles_of_keys(p)), block, shared, p);
+    launch(stream, kernel, grid_of(p.parts * tiles_of_keys(p)), block, kBackwardBytes<T, columns(), true>, p);
   });
 }
 

@@ -158,10 +158,10 @@ void perceiver_attention_fwd(const PerceiverAttention& p, float* softmax_of_part
     const int64_t numbers = p.parts * p.batch * p.heads * p.length;
     if (p.parts > 1) parts.softmax_max = softmax_of_parts, parts.softmax_sum = softmax_of_parts + numbers;
     const auto kernel = attention_fwd_kernel<T, columns(), PerceiverAttention>;
-    const dim3 grid(p.parts * tiles_of_rows(p));
+    const dim3 grid = grid_of(p.parts * tiles_of_rows(p));
     launch(stream, kernel, grid, dim3(kThreads<T>), kForwardBytes<T, columns()>, parts);
     if (p.parts == 1) return;
-    const dim3 warps(divide_up(p.batch * p.heads * p.length, kCombineThreads / 32));
+    const dim3 warps = grid_of(divide_up(p.batch * p.heads * p.length, kCombineThreads / 32));
     const Combine combine = {p, p.partial_rows, parts.softmax_max, parts.softmax_sum};
     launch(stream, combine_kernel<T>, warps, dim3(kCombineThreads), 0, combine);
   });
@@ -170,15 +170,16 @@ void perceiver_attention_fwd(const PerceiverAttention& p, float* softmax_of_part
 void perceiver_attention_bwd(const PerceiverAttention& p, Stream stream) {
   by_tile(p, [&](auto type, auto columns) {
     using T = decltype(type);
-    const dim3 block(kThreads<T>), rows(p.parts * tiles_of_rows(p));
-    const size_t shared = kBackwardBytes<T, columns()>;
+    constexpr size_t shared = kBackwardBytes<T, columns(), true>, less = kBackwardBytes<T, columns(), false>;
+    const dim3 block(kThreads<T>), rows = grid_of(p.parts * tiles_of_rows(p));
     if (p.whole)
       return launch(
           stream, attention_bwd_rows_kernel<T, columns(), true, PerceiverAttention>, rows, block, shared, p);
-    launch(stream, attention_bwd_rows_kernel<T, columns(), false, PerceiverAttention>, rows, block, shared, p);
+    launch(stream, attention_bwd_rows_kernel<T, columns(), false, PerceiverAttention>, rows, block, less, p);
     PerceiverAttention by_keys = p;
     by_keys.parts = 1;
-    const dim3 keys(p.batch * p.kv_heads * (divide_up(p.keys[0], kTile<T>) + divide_up(p.keys[1], kTile<T>)));
+    const int64_t tiles = divide_up(p.keys[0], kTile<T>) + divide_up(p.keys[1], kTile<T>);
+    const dim3 keys = grid_of(p.batch * p.kv_heads * tiles);
     launch(stream, attention_bwd_keys_kernel<T, columns(), false, PerceiverAttention>, keys, block, shared, by_keys);
   });
 }

@@ -32,7 +32,7 @@ void sum(const Sum& p, Stream stream) {
   const unsigned lanes = p.parts > kLanes ? kLanes : 1;
   const dim3 block(kThreads / lanes, lanes);
   by_type(p.dtype, [&](auto type) {
-    const dim3 grid(divide_up(p.size, block.x));
+    const dim3 grid = grid_of(divide_up(p.size, block.x));
     launch(stream, sum_kernel<decltype(type)>, grid, block, kThreads * sizeof(float), p);
   });
 }

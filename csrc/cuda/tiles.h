@@ -24,7 +24,6 @@ __device__ inline int fragment_column(int j, int i) { return j * 8 + lane() % 4 
 
 template <class T, int columns>
 struct Tile {
-  static constexpr int kColumns = columns;
   static constexpr int kPitch = columns + 16 / int(sizeof(T));  // rows begin in different banks
   static constexpr int kBytes = kTile<T> * kPitch * int(sizeof(T));
   T* data;

@@ -20,7 +20,7 @@ __global__ void product_kernel(Product p) {
     copy_async(tile + threadIdx.x * 8, from, 16);
   }
   commit_copies();
-#ifndef PLANT_NO_WAIT
+#if !defined(PLANT_NO_WAIT) && !defined(PLANT_LATE_WAIT)
   wait_for_copies<0>();
 #endif
 #ifndef PLANT_NO_BARRIER
@@ -57,6 +57,9 @@ __global__ void product_kernel(Product p) {
   __syncthreads();
 #endif
   if (threadIdx.x == 0) *p.total = sums[0] + sums[1];
+#ifdef PLANT_LATE_WAIT
+  wait_for_copies<0>();
+#endif
 }
 
 struct Values {
@@ -82,9 +85,10 @@ __global__ void unaligned_kernel(Values p) { store_128(p.values, load_128(p.valu
 static char message[256];
 
 template <class Params>
-static const char* run(void (*kernel)(Params), int threads, size_t shared, const Params& params) {
+static const char* run(
+    void (*kernel)(Params), int threads, size_t shared, const Params& params, int64_t blocks = 1) {
   try {
-    launch(nullptr, kernel, dim3(1), dim3(threads), shared, params);
+    launch(nullptr, kernel, grid_of(blocks), dim3(threads), shared, params);
     return "";
   } catch (const std::exception& error) {
     std::strncpy(message, error.what(), sizeof message - 1);
@@ -99,3 +103,4 @@ extern "C" const char* shift(float* values, int count) {
   return run(shift_kernel, 256, count * sizeof(float), Values{values, count});
 }
 extern "C" const char* unaligned(float* values) { return run(unaligned_kernel, 1, 0, Values{values, 4}); }
+extern "C" const char* crowded(int64_t blocks) { return run(shift_kernel, 1, 0, Values{nullptr, 0}, blocks); }

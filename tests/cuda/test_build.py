@@ -17,7 +17,7 @@ from .binary import Kernel
 
 ROOT = Path(__file__).parents[2]
 ARCHS = ("80", "90", "100", "120")
-LIMIT = 900  # seconds for the whole build, on one slow core; two take it in two minutes
+LIMIT = 600  # seconds for the whole build, which takes two cores one minute: so many are slow or shared
 NVCC = os.environ.get("NVCC", "nvcc")
 
 pytestmark = [
@@ -156,4 +156,4 @@ def test_a_library_that_cannot_run_here_is_a_reason_and_loads_only_when_asked():
 def test_info_says_what_was_built():
     page = python("from flamingo_kernels import info; print(info.render(info.collect()))")
     assert re.search(r"cuda extension .*_cuda\.abi3\.so, built .* \(nvcc [\d.]+; -std=c\+\+20 -O3 .*; ", page)
-    assert f"sm_{', sm_'.join(ARCHS)} and PTX of {ARCHS[-1]}" in page
+    assert f"sm_{', sm_'.join(ARCHS)} and PTX of 100" in page

@@ -45,7 +45,7 @@ def build(tmp_path_factory):
 
 def load(path: Path, order: int = FORWARD) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for name in ("product", "shift", "unaligned"):
+    for name in ("product", "shift", "unaligned", "crowded"):
         getattr(library, name).restype = ctypes.c_char_p
     library.flamingo_kernels_emulation_order(order)
     return library
@@ -76,7 +76,7 @@ def test_right_kernels_are_right(build, order):
     assert shift(library, 77)  # the other threads have returned
 
 
-@pytest.mark.parametrize("mistake", ["WRONG_FRAGMENT", "NO_WAIT", "NO_BARRIER"])
+@pytest.mark.parametrize("mistake", ["WRONG_FRAGMENT", "LATE_WAIT", "NO_BARRIER"])
 def test_a_mistake_shows_in_the_numbers(build, mistake):
     message, right = product(load(build(f"-DPLANT_{mistake}")))
     assert message == ""
@@ -98,6 +98,7 @@ def test_a_missing_barrier_shows_in_one_order_or_another(build):
         ("BEYOND", "ldmatrix reaches beyond the shared memory of its block"),
         ("DIVERGED", "the lanes of a warp do not meet in one instruction"),
         ("OVERRUN", "a thread has written beyond the shared memory of its block"),
+        ("NO_WAIT", "a thread has returned before what it copies has been waited for"),
     ],
 )
 def test_a_mistake_fails_the_launch(build, mistake, expected):
@@ -110,6 +111,7 @@ def test_a_launch_of_the_wrong_shape_fails(build):
     library = load(build())
     assert b"is not aligned" in library.unaligned(ctypes.c_void_p(values.data_ptr()))
     assert b"more than 99 KiB" in library.shift(ctypes.c_void_p(values.data_ptr()), 10**6)
+    assert b"a grid of 4294967297 x 1 blocks is above" in library.crowded(ctypes.c_int64(2**32 + 1))
 
 
 SANITIZED = """

@@ -82,6 +82,12 @@ ERRORS = [
         r"v with shape \(2, 3, 4, 2, 8\) to match k, got \(2, 3, 5, 2, 8\)",
     ),
     (masked, {"q": zeros(2, 5, 3, 8)}, ValueError, r"the 3 heads of q to be a multiple of .*got 2"),
+    (
+        masked,
+        {"k": zeros(2, 3, 0, 2, 8), "v": zeros(2, 3, 0, 2, 8)},
+        ValueError,
+        r"at least one latent key, got k \(2, 3, 0, 2, 8\)",
+    ),
     (perceiver, {"q": zeros(6, 4, 8)}, ValueError, r"expected q with shape \(N, R, H, d\).*got \(6, 4, 8\)"),
     (
         perceiver,

@@ -2,60 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 
-from flamingo_kernels import MediaMask, UnsupportedError, _cuda
-from flamingo_kernels.ops import GatedBlockWeights, gated_block_decode
-from flamingo_kernels.testing import DTYPES, compare
+from flamingo_kernels import GatedBlockWeights, UnsupportedError, _cuda, gated_block_decode
+from flamingo_kernels.testing import DTYPES, GatedBlockDecodeCase, assert_within_budget
 
-
-@dataclass(frozen=True)
-class Case:
-    batch: int = 2
-    dim: int = 64
-    heads: int = 4
-    groups: int = 1
-    head_dim: int = 16
-    media: int = 3
-    latents: int = 8
-    hidden: int = 96
-    immediate: bool = True
-    policy: Any = "zero"
-    bias: bool = True
-    gate: tuple[int, ...] = (1,)
-    activation: str = "gelu"
-    dtype: torch.dtype = torch.float32
-
-    def mask(self) -> MediaMask:
-        times = torch.arange(self.batch)[:, None] % (self.media + 2)
-        rule: Any = {"immediate": self.immediate, "policy": self.policy}
-        return MediaMask.from_text_time(times, self.media, **rule)
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        inner, media = self.heads * self.head_dim, self.latents * self.media
-        kv = (self.batch, self.media, self.latents, self.heads // self.groups, self.head_dim)
-        assert media
-        shapes = [(self.batch, self.dim), kv, kv]
-        vector, matrices = (self.dim,), [(inner, self.dim), (self.dim, inner)]
-        more = [vector, vector, *matrices, self.gate, vector, vector]
-        more += [(self.hidden, self.dim), (self.dim, self.hidden), self.gate]
-        tensors = [torch.randn(shape) for shape in shapes + more]
-        # such weights that every stage has numbers around 1
-        tensors = [t / t.shape[-1] ** 0.5 if t.ndim == 2 and i > 2 else t for i, t in enumerate(tensors)]
-        return tuple(tensor.to(self.dtype) for tensor in tensors)
-
-    def run(self, tensors: tuple[torch.Tensor, ...], backend: str) -> torch.Tensor:
-        x, k, v, *weights = tensors
-        if not self.bias:
-            weights[1] = weights[6] = None
-        options: Any = {"activation": self.activation, "backend": backend}
-        return gated_block_decode(x, k, v, self.mask(), GatedBlockWeights(*weights), **options)
-
-
+Case = GatedBlockDecodeCase
 CASES = [
     Case(),
     Case(batch=1, dim=1, heads=1, head_dim=1, media=1, latents=1, hidden=1),
@@ -64,6 +19,9 @@ CASES = [
     Case(batch=16, dim=40, hidden=72, head_dim=40, heads=3, activation="relu", gate=(40,)),
     Case(batch=3, dim=63, hidden=65, head_dim=7, latents=70, bias=False),  # nothing is aligned
     Case(batch=1, dim=2100, heads=2, head_dim=128, hidden=40, latents=64, immediate=False),  # in chunks
+    Case(media=0, policy="open_flamingo"),
+    Case(batch=0),
+    *(Case(layout=layout, head_dim=40) for layout in ("slice", "transposed", "strided", "expanded")),
 ]
 
 
@@ -77,47 +35,55 @@ def backend(request) -> str:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_oracle(case, dtype, backend):
-    case = replace(case, dtype=dtype)
-    drawn = []
-    for _ in range(3):
-        tensors = case.tensors()
-        exact = case.run(tuple(tensor.double() for tensor in tensors), "reference")
-        eager = case.run(tensors, "reference")
-        drawn.append(compare("out", case.run(tensors, backend), eager, exact))
-    worst = max(each.error for each in drawn)
-    budget = 2 * max(each.eager_error for each in drawn) + 2 * max(each.ulp for each in drawn)
-    assert worst <= budget, [str(each) for each in drawn]
+    assert_within_budget(replace(case, dtype=dtype), backend)
 
 
 def test_what_a_row_does_not_see_is_not_read(backend):
     case = Case(batch=4)
-    x, k, v, *weights = case.tensors()
-    expected = case.run((x, k, v, *weights), backend)
+    tensors, options = case.tensors(), case.options()
+    (expected,) = case.call(tensors, options, backend)
     for medium in range(case.media):
-        unseen = ~case.mask().sees(medium)[:, 0]
-        k[unseen, medium] = v[unseen, medium] = torch.nan
-    assert torch.equal(case.run((x, k, v, *weights), backend), expected)
+        unseen = ~options["mask"].sees(medium)[:, 0]
+        tensors["k"][unseen, medium] = tensors["v"][unseen, medium] = torch.nan
+    assert torch.equal(case.call(tensors, options, backend)[0], expected)
     assert expected.isfinite().all()
 
 
-def test_a_gradient_is_refused():
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_calls_give_the_same_bits(dtype, backend):
+    case = Case(batch=9, dim=63, hidden=65, latents=70, dtype=dtype)
+    assert torch.equal(*(case.kernel(backend, **case.tensors())[0] for _ in range(2)))
+
+
+@pytest.fixture
+def cuda() -> str:
     if _cuda.why_not():
         pytest.skip(f"cuda: {_cuda.why_not()}")
+    return "cuda"
+
+
+def test_a_gradient_is_refused(cuda):
     tensors = Case().tensors()
-    tensors[0].requires_grad_()
+    tensors["x"].requires_grad_()
     with pytest.raises(UnsupportedError, match=r"no gradient; call it under torch\.no_grad"):
-        Case().run(tensors, "cuda")
+        Case().kernel(cuda, **tensors)
     with torch.no_grad():
-        Case().run(tensors, "cuda")
+        Case().kernel(cuda, **tensors)
 
 
-def test_more_sequences_than_fit_are_named():
-    if _cuda.why_not():
-        pytest.skip(f"cuda: {_cuda.why_not()}")
+def test_more_sequences_than_fit_are_named(cuda):
     case = Case(batch=17)
     with pytest.raises(UnsupportedError, match="B=17 is above 16"):
-        case.run(case.tensors(), "cuda")
-    assert case.run(case.tensors(), "auto").shape == (17, 64)
+        case.kernel(cuda, **case.tensors())
+    assert case.kernel("auto", **case.tensors())[0].shape == (17, 64)
+
+
+@pytest.mark.parametrize("name", ["to_q", "to_out", "up", "down"])
+def test_a_matrix_that_would_be_copied_in_every_step_is_named(name, cuda):
+    tensors = Case().tensors()
+    tensors[name] = tensors[name].T.contiguous().T
+    with pytest.raises(UnsupportedError, match=f"expected a contiguous {name}, got strides"):
+        Case().kernel(cuda, **tensors)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +97,14 @@ def test_more_sequences_than_fit_are_named():
     ],
 )
 def test_a_mistake_is_named(name, shape, message):
-    x, k, v, *weights = Case().tensors()
-    wrong = GatedBlockWeights(*weights)._replace(**{name: torch.zeros(shape)})
+    tensors = Case().tensors() | {name: torch.zeros(shape)}
+    x, k, v = (tensors.pop(key) for key in ("x", "k", "v"))
+    weights = GatedBlockWeights(**tensors)
     with pytest.raises(ValueError, match=f"^gated_block_decode: expected .*{message}"):
-        gated_block_decode(x, k, v, Case().mask(), wrong)
+        gated_block_decode(x, k, v, weights=weights, **Case().options())
+
+
+def test_no_key_at_all_is_named():
+    case = Case(latents=0)
+    with pytest.raises(ValueError, match="at least one latent key"):
+        case.kernel("reference", **case.tensors())

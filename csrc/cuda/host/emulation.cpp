@@ -136,6 +136,7 @@ void enter() {
 #endif
   try {
     (*kernel)();
+    require(self().copies.empty(), "a thread has returned before what it copies has been waited for");
   } catch (const std::exception& error) {
     fail(error.what());
   }

@@ -3,10 +3,11 @@
 // The threads of a block are fibers of one thread, and each runs until it has to wait. What a warp does together
 // (shuffle, ldmatrix, mma) is done once, for all its lanes, when the last of them has arrived.
 //
-// What it is strict about: shared memory starts as NaN; what cp.async copies is NaN until it has been waited for;
-// lanes must meet in the same instruction; a barrier that some thread never reaches is an error; wide accesses are
-// aligned; ldmatrix and cp.async stay inside shared memory (AddressSanitizer sees to the rest). Blocks, warps and
-// lanes take turns in order, in reverse or at random, so that results which depend on it differ.
+// What it is strict about: shared memory starts as NaN; what cp.async copies is NaN until it has been waited for, and
+// all of it must be: what comes late may fall on what lies there by then; lanes must meet in the same instruction; a
+// barrier that some thread never reaches is an error; wide accesses are aligned; ldmatrix and cp.async stay inside
+// shared memory (AddressSanitizer sees to the rest). Blocks, warps and lanes take turns in order, in reverse or at
+// random, so that results which depend on it differ.
 #pragma once
 
 #include <algorithm>
@@ -29,9 +30,6 @@ struct dim3 {
 };
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
 };
 
 using std::max;
@@ -118,7 +116,6 @@ template <class Value>
 Value __shfl_xor_sync(unsigned, Value value, int mask) {
   return emulation::shuffle(value, emulation::thread->lane ^ mask);
 }
-
 
 namespace flamingo_kernels {
 

@@ -8,11 +8,20 @@ import torch
 from torch import Tensor
 
 from ... import _dispatch
-from ..._checks import expect_head_groups, expect_same_device, expect_same_dtype, expect_shape
+from ..._checks import (
+    expect_head_groups,
+    expect_latents,
+    expect_same_device,
+    expect_same_dtype,
+    expect_shape,
+    needs_grad,
+    unit_stride,
+)
 from ...mask import MediaMask
 from . import reference
 
 _NAME = "gated_block_decode"
+_MATRICES = ("to_q", "to_out", "up", "down")
 ACTIVATIONS = (None, "gelu", "squared_relu", "relu")  # as `Activation` in csrc/cuda/params.h counts them
 
 
@@ -78,20 +87,30 @@ def gated_block_decode(
         TypeError: dtypes that differ.
         UnsupportedError: the requested backend cannot run these inputs, or a gradient is asked for.
 
-    Limits: inference only. cuda takes up to 16 sequences, head_dim up to 128 and H * d up to 16384; x,
-    weights, norms and gates must be contiguous. It reads no value on the host and takes its working memory
-    from torch, so that a CUDA graph can capture it. Bitwise deterministic.
+    Limits: inference only. cuda takes up to 16 sequences, head_dim up to 128 and H * d up to 16384, and
+    contiguous matrices: a copy in every step would take as long as the step. It reads no value on the host
+    and takes its working memory from torch, so that a CUDA graph can capture it. Bitwise deterministic.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2.
+
+    Example:
+        >>> x, k, v = torch.randn(2, 16), torch.randn(2, 3, 5, 2, 8), torch.randn(2, 3, 5, 2, 8)
+        >>> mask = MediaMask.cached(torch.tensor([[0, 1, 0], [1, 0, 1]]), num_media=3, length=1)
+        >>> norm, gate = (torch.ones(16), torch.zeros(16)), torch.ones(1)
+        >>> attn, ff = (torch.randn(16, 16), torch.randn(16, 16)), (torch.randn(64, 16), torch.randn(16, 64))
+        >>> weights = GatedBlockWeights(*norm, *attn, gate, *norm, *ff, gate)
+        >>> gated_block_decode(x, k, v, mask, weights).shape
+        torch.Size([2, 16])
     """
     _validate(x, k, v, mask, weights, activation)
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     backend = _dispatch.resolve(_NAME, backend, x, k, v, *weights)
     if backend == "reference":
         return reference.gated_block_decode(x, k, v, mask, weights, scale, eps, activation)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, k, v, *weights)):
-        reason = "it has no gradient; call it under torch.no_grad()"
+    if reason := _why_not(x, k, v, weights):
         raise _dispatch.UnsupportedError(f"{_NAME}: {reason}.", {backend: [reason]})
+    x, k, v = x.contiguous(), unit_stride(k), unit_stride(v)
+    weights = GatedBlockWeights(*(None if t is None else t.contiguous() for t in weights))  # type: ignore[arg-type]
     heads = weights.to_q.shape[0] // k.shape[-1]
     options = (heads, scale, float(eps), ACTIVATIONS.index(activation))
     run = torch.ops.flamingo_kernels.gated_block_decode.cuda
@@ -108,6 +127,7 @@ def _validate(
     batch, dim = x.shape
     expect_shape(_NAME, "k", k, (batch, "M", "R", "Hkv", "d"), "to match x")
     expect_shape(_NAME, "v", v, tuple(k.shape), "to match k")
+    expect_latents(_NAME, "k", k, 2)
     inner, hidden = weights.to_q.shape[0], weights.up.shape[0]
     expect_head_groups(_NAME, inner // k.shape[-1], k.shape[3])
     expect_shape(_NAME, "to_q", weights.to_q, (inner // k.shape[-1] * k.shape[-1], dim), "to match x and k")
@@ -123,9 +143,19 @@ def _validate(
             raise ValueError(f"{_NAME}: expected {name} of 1 or D={dim} elements, got {shape}.")
     expect_shape(_NAME, "a mask", mask.lo, (batch, 1), "for one row a sequence")
     expect_shape(_NAME, "a mask over media", mask.start, (batch, k.shape[1]), "to match k[:, :M]")
-    matrices = {name: getattr(weights, name) for name in ("to_q", "to_out", "up", "down")}
-    expect_same_dtype(_NAME, x=x, k=k, v=v, **matrices)
+    expect_same_dtype(_NAME, x=x, k=k, v=v, **{name: getattr(weights, name) for name in _MATRICES})
     expect_same_device(_NAME, x=x, k=k, v=v, mask=mask.lo, **weights._asdict())
+
+
+def _why_not(x: Tensor, k: Tensor, v: Tensor, weights: GatedBlockWeights) -> str:
+    """What no other backend would refuse, or an empty string."""
+    if needs_grad(x, k, v, *weights):
+        return "it has no gradient; call it under torch.no_grad()"
+    for name in _MATRICES:
+        if not getattr(weights, name).is_contiguous():
+            strides = getattr(weights, name).stride()
+            return f"expected a contiguous {name}, got strides {strides}; make it so once"
+    return ""
 
 
 def _sizes(x: Tensor, k: Tensor, v: Tensor, *weights: Tensor | None) -> dict[str, int]:

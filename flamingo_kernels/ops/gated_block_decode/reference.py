@@ -29,7 +29,7 @@ def gated_block_decode(
 ) -> Tensor:
     w = weights
     q = _norm(x, w.norm, w.norm_bias, eps) @ w.to_q.T
-    q = q.view(x.shape[0], 1, -1, k.shape[-1])
+    q = q.view(len(x), 1, w.to_q.shape[0] // k.shape[-1], k.shape[-1])
     attended = masked_cross_attention(q, k, v, mask, scale).flatten(1)
     z = _add(x, attended @ w.to_out.T, w.gate)
     hidden = ACTIVATIONS[activation](_norm(z, w.ff_norm, w.ff_norm_bias, eps) @ w.up.T)

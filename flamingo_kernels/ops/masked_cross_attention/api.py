@@ -10,6 +10,7 @@ from ... import _dispatch, _library
 from ..._checks import (
     autocast,
     expect_head_groups,
+    expect_latents,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
@@ -104,6 +105,7 @@ def validate(q: Tensor, k: Tensor, v: Tensor, mask: MediaMask) -> None:
     batch, length, heads, head_dim = q.shape
     expect_shape(_NAME, "k", k, (batch, "M", "R", "Hkv", head_dim), "to match q")
     expect_shape(_NAME, "v", v, tuple(k.shape), "to match k")
+    expect_latents(_NAME, "k", k, 2)
     expect_head_groups(_NAME, heads, k.shape[3])
     expect_shape(_NAME, "a mask", mask.lo, (batch, length), "to match q[:, :T]")
     expect_shape(_NAME, "a mask over media", mask.start, (batch, k.shape[1]), "to match k[:, :M]")

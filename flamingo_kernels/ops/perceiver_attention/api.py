@@ -10,6 +10,7 @@ from ... import _dispatch, _library
 from ..._checks import (
     autocast,
     expect_head_groups,
+    expect_latents,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
@@ -108,10 +109,7 @@ def _validate(
     expect_shape(_NAME, "k_latents", k_latents, (clips, "L", kv_heads, head_dim), "to match k_media")
     expect_shape(_NAME, "v_latents", v_latents, tuple(k_latents.shape), "to match k_latents")
     expect_head_groups(_NAME, heads, kv_heads)
-    if k_latents.shape[1] == 0:
-        raise ValueError(
-            f"{_NAME}: expected at least one latent key, got k_latents {tuple(k_latents.shape)}."
-        )
+    expect_latents(_NAME, "k_latents", k_latents, 1)
     expect_same_dtype(_NAME, q=q, k_media=k_media, v_media=v_media, k_latents=k_latents, v_latents=v_latents)
     expect_same_device(
         _NAME,
