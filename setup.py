@@ -5,8 +5,8 @@ One binary serves every torch >= 2.10 and every Python >= 3.10: `bindings.cpp` s
 The CUDA kernels need nvcc but no GPU, and compile with a torch for the CPU too.
 
 Environment:
-    FLAMINGO_KERNELS_BUILD       cpu | cuda (both) | none; without it cpu where a C++ compiler is found, cuda
-                                 where nvcc and a torch for CUDA are too, else none
+    FLAMINGO_KERNELS_BUILD       cpu | cuda (both) | cuda-alone | none; without it cpu where a C++ compiler is
+                                 found, cuda where nvcc and a torch for CUDA are too, else none
     FLAMINGO_KERNELS_CUDA_ARCHS  what GPUs to compile for, as in "80;90"; PTX for later ones comes along
     FLAMINGO_KERNELS_EMULATE     1: compile every CPU variant for this very processor, so that the tests run
                                  the wide kernels on machines that lack their instructions
@@ -33,7 +33,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-BUILDS = ("cpu", "cuda", "none")
+BUILDS = ("cpu", "cuda", "cuda-alone", "none")
 EMULATE = os.environ.get("FLAMINGO_KERNELS_EMULATE", "")
 SHARED = Path("csrc")
 SOURCES = Path("csrc", "cpu")
@@ -79,9 +79,9 @@ def choose_build(compiler: list[str]) -> str:
     build = os.environ.get("FLAMINGO_KERNELS_BUILD") or best_build(compiler)
     if build not in BUILDS:
         sys.exit(f"FLAMINGO_KERNELS_BUILD={build!r} is not one of {', '.join(BUILDS)}.")
-    if build == "cuda" and not shutil.which(NVCC):
+    if "cuda" in build and not shutil.which(NVCC):
         sys.exit(
-            f"FLAMINGO_KERNELS_BUILD=cuda needs CUDA's compiler, found no {NVCC}: install it, or set NVCC."
+            f"FLAMINGO_KERNELS_BUILD={build} needs CUDA's compiler, found no {NVCC}: install it, or set NVCC."
         )
     if build != "none" and not compiler:
         sys.exit(
@@ -323,7 +323,9 @@ CUDA_EXTENSION = Extension(
 def extensions() -> list[Extension]:
     if EMULATE == "cuda":
         return [CUDA_EXTENSION]
-    return {"none": [], "cpu": [EXTENSION], "cuda": [EXTENSION, CUDA_EXTENSION]}[choose_build(COMPILER)]
+    wanted = choose_build(COMPILER)
+    cpu = [EXTENSION] if wanted in ("cpu", "cuda") else []
+    return cpu + ([CUDA_EXTENSION] if "cuda" in wanted else [])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One token through a gated block by `gated_block_decode`, where the CUDA kernels compute all that is in it."""
+"""One token through a gated block by `gated_block_decode`, where its kernels compute all of the block."""
 
 from __future__ import annotations
 

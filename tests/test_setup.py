@@ -64,7 +64,7 @@ def test_a_build_without_torch_names_the_remedy(compiler, tmp_path):
 def test_an_unknown_build_lists_the_legal_ones():
     done = run_without_torch("--version", FLAMINGO_KERNELS_BUILD="gpu")
     assert done.returncode != 0
-    assert "FLAMINGO_KERNELS_BUILD='gpu' is not one of cpu, cuda, none." in done.stderr
+    assert "FLAMINGO_KERNELS_BUILD='gpu' is not one of cpu, cuda, cuda-alone, none." in done.stderr
 
 
 def test_cuda_without_its_compiler_is_an_error():

@@ -12,6 +12,8 @@ Floors, not rivals:
 - torch.add: `x + y`, which moves the bytes of a gated residual and leaves the gate out.
 - products: the linear layers of eager alone, each on the input that it gets there.
 
+On a GPU ours is timed by each backend too: "cuda" and "triton", where `flamingo_kernels` takes one of them.
+
 What is built once per batch stays outside the timing: our MediaMask, the dense mask of sdpa, the block mask
 of flex, the sequences of flash-attn, `text_time` for eager. Joining the keys of media and latents is inside
 for eager and sdpa: they do it in every layer, and not needing it is part of what perceiver_attention is for.
@@ -36,6 +38,7 @@ from flamingo_kernels import layers
 from .shapes import ALL_MODES, Case, Mode
 
 OURS = "flamingo_kernels"
+BACKENDS = ("cuda", "triton")
 FLOORS = ("torch.add", "products")
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
@@ -73,7 +76,21 @@ def contenders(case: Case, dtype: torch.dtype | None = None, device: str = "cpu"
         numbers = mean + std * torch.randn(*shape, generator=generator, device=device)
         return numbers.to(rounded).to(held).requires_grad_()
 
-    return _BUILDERS[case.op](randn, **case.sizes)
+    made = _BUILDERS[case.op](randn, **case.sizes)
+    if torch.device(device).type == "cuda":
+        made |= {backend: partial(_by, backend, made[OURS]) for backend in BACKENDS}
+    return made
+
+
+def _by(backend: str, make: Callable[[], Contender]) -> Contender:
+    """Ours by one backend."""
+    ours = make()
+
+    def call() -> Tensor | tuple[Tensor, ...]:
+        with fk.use_backend(backend):
+            return ours.call()
+
+    return ours._replace(call=call)
 
 
 def _masked_cross_attention(randn: Randn, *, B: int, T: int, M: int, R: int, H: int, d: int) -> Contenders:
@@ -131,6 +148,31 @@ def _gated_residual_norm(randn: Randn, *, rows: int, D: int) -> Contenders:
 
     tensors = (x, y, gate, weight, bias)
     return _over(tensors, ours=lambda: fk.gated_residual_norm(*tensors), eager=eager)
+
+
+def _gated_block_decode(randn: Randn, *, B: int, M: int, D: int, R: int, H: int, d: int) -> Contenders:
+    x, k, v = randn(B, D), randn(B, M, R, H, d), randn(B, M, R, H, d)
+    time = torch.full((B, 1), M, device=x.device)
+    mask = fk.MediaMask.from_text_time(time, M)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return randn(rows, columns, std=columns**-0.5)
+
+    def norm() -> tuple[Tensor, Tensor]:
+        return randn(D, mean=1.0, std=0.1), randn(D)
+
+    attn, ff = (matrix(H * d, D), matrix(D, H * d), randn(1)), (matrix(4 * D, D), matrix(D, 4 * D), randn(1))
+    weights = fk.GatedBlockWeights(*norm(), *attn, *norm(), *ff)
+
+    def eager() -> Tensor:
+        w = weights
+        q = (F.layer_norm(x, (D,), w.norm, w.norm_bias) @ w.to_q.T).view(B, 1, H, d)
+        attended = modules.dense_masked_attention(q, k, v, time).flatten(1)
+        z = x + torch.tanh(w.gate) * (attended @ w.to_out.T)
+        hidden = F.gelu(F.layer_norm(z, (D,), w.ff_norm, w.ff_norm_bias) @ w.up.T)
+        return z + torch.tanh(w.ff_gate) * (hidden @ w.down.T)
+
+    return _over((x, k, v), ours=lambda: fk.gated_block_decode(x, k, v, mask, weights), eager=eager)
 
 
 def _gated_cross_attention_block(
@@ -218,6 +260,7 @@ _BUILDERS: dict[str, Callable[..., Contenders]] = {
     "perceiver_attention": _perceiver_attention,
     "gated_residual": _gated_residual,
     "gated_residual_norm": _gated_residual_norm,
+    "gated_block_decode": _gated_block_decode,
     "GatedCrossAttentionBlock": _gated_cross_attention_block,
     "its cross-attention sublayer": _cross_attention_sublayer,
     "its decode step": _decode_step,

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import readme
-from .baselines import FLOORS, OURS
+from .baselines import BACKENDS, FLOORS, OURS
 from .rows import Key, Row, Run, Skipped
 from .shapes import CASES_OF, FLAT_MEMORY, HEADS, Floor, Target
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 COLUMNS = {"eager": "eager", "sdpa": "SDPA", "compile": "compile"}
-MORE_COLUMNS = {"flex": "flex", "flash-attn": "flash-attn", "folded": "folded"}  # where there are any
+MORE_COLUMNS = {name: name for name in ("flex", "flash-attn", *BACKENDS, "folded")}  # where there are any
 RIVALS = (*COLUMNS, *MORE_COLUMNS, *FLOORS)
 
 
@@ -214,6 +214,8 @@ _COLOURS = {
     "compile": "#f28f3b",
     "flex": "#6a4c93",
     "flash-attn": "#8ab17d",
+    "cuda": "#76b041",
+    "triton": "#c9a227",
     "folded": "#3d5a80",
     "torch.add": "#93b7be",
     "products": "#b0a8b9",

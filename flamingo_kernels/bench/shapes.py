@@ -190,6 +190,17 @@ GPU_CASES = (
             ALL_MODES,
         )
     ),
+    *(
+        case
+        for batch, targets in ((1, (Target(4, "eager"), Floor(1 / 1.6))), (8, ()))
+        for case in _cases(
+            "gated_block_decode",
+            {"B": batch, "M": 5, "D": 2048, **HEADS},
+            {("bfloat16", "forward"): targets},
+            _HALF,
+            ("forward",),
+        )
+    ),
     *_cases("masked_cross_attention", {"B": 8, "T": 2048, "M": 8, **_WIDE}, {_STEP: (Floor(0.7),)}, _HALF),
     *_cases("GatedCrossAttentionBlock", {"B": 8, "T": 1024, "M": 8, "D": 2048, **HEADS}, dtypes=_HALF),
     *_cases("masked_cross_attention", {"B": 1, "T": 1024, "M": 8, **HEADS}, dtypes=_HALF),
@@ -206,6 +217,9 @@ QUICK = (
     *_cases("perceiver_attention", {"N": 2, "S": 12, **_SMALL}, dtypes=("float32",)),
     *_cases("gated_residual", {"rows": 32, "D": 64}, dtypes=("float32",)),
     *_cases("gated_residual_norm", {"rows": 32, "D": 64}, dtypes=("float32",)),
+    *_cases(
+        "gated_block_decode", {"B": 2, "M": 3, "D": 32, **_SMALL}, dtypes=("float32",), modes=("forward",)
+    ),
     *_cases("GatedCrossAttentionBlock", {"B": 1, "T": 48, "M": 3, "D": 32, **_SMALL}, dtypes=("float32",)),
     *_cases(
         "its cross-attention sublayer",

@@ -2,6 +2,7 @@
 
 plan       what is proved and timed, and for how long, as data
 proofs     what is proved of one call: accuracy, determinism, graphs, offsets past 2^31
+build      the CUDA kernels, for this GPU
 crew       processes that share the proofs
 sanitizer  compute-sanitizer over small calls
 run        the steps, in order
@@ -47,6 +48,7 @@ def main(options: argparse.Namespace) -> int:
 def _run(device: str, quick: bool) -> Outcome:
     import torch
 
+    from .build import begin
     from .plan import FULL, QUICK, REHEARSAL
     from .run import run
 
@@ -54,7 +56,7 @@ def _run(device: str, quick: bool) -> Outcome:
         return run(REHEARSAL, device, say=_Say())
     device = f"cuda:{torch.device(device).index or 0}"
     torch.cuda.set_device(device)
-    return run(QUICK if quick else FULL, device, workers=_workers(), say=_Say())
+    return run(QUICK if quick else FULL, device, workers=_workers(), building=begin(device), say=_Say())
 
 
 def _workers() -> int:

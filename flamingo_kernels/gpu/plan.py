@@ -11,9 +11,11 @@ import torch
 
 from .. import check
 from ..bench import shapes
+from ..bench.baselines import BACKENDS
 from ..testing import (
     CASES,
     Case,
+    GatedBlockDecodeCase,
     GatedResidualCase,
     GatedResidualNormCase,
     MaskedCrossAttentionCase,
@@ -76,6 +78,21 @@ ROWS: list[Case] = [
     GatedResidualNormCase(shape=(100, 96), weight_dtype=torch.float32, gate_dtype=torch.float32),
     GatedResidualNormCase(shape=(0, 64)),
 ]
+DECODE: list[Case] = [
+    GatedBlockDecodeCase(batch=1, dim=2048, hidden=8192, media=5, latents=64, heads=8, head_dim=64),
+    GatedBlockDecodeCase(batch=8, dim=4096, hidden=400, heads=32, head_dim=128, latents=64, groups=4),
+    *(
+        GatedBlockDecodeCase(batch=16, dim=520, head_dim=head_dim, latents=65, gate=(520,))
+        for head_dim in (40, 80, 96)
+    ),
+    GatedBlockDecodeCase(batch=2, activation="squared_relu"),
+    GatedBlockDecodeCase(batch=2, activation="relu"),
+    GatedBlockDecodeCase(batch=9, immediate=False, policy="open_flamingo", bias=False, media=5),
+    GatedBlockDecodeCase(batch=3, dim=63, hidden=65, head_dim=7, latents=70),
+    *(GatedBlockDecodeCase(layout=layout) for layout in ("slice", "transposed", "strided", "expanded")),
+    GatedBlockDecodeCase(batch=0),
+    GatedBlockDecodeCase(media=0, policy="open_flamingo"),
+]
 REPEATED: list[Case] = [
     MaskedCrossAttentionCase(batch=4, length=1024, media=8, latents=64, heads=8, head_dim=64),
     MaskedCrossAttentionCase(length=1000, media=2, latents=64, head_dim=64, immediate=False, times="jumps"),
@@ -85,7 +102,9 @@ REPEATED: list[Case] = [
     GatedResidualCase(shape=(2048, 2048), gate=(2048,)),
     GatedResidualNormCase(shape=(8192, 2048)),
     GatedResidualNormCase(shape=(2048, 2048), gate=(2048,), norm="rms"),
+    DECODE[0],
 ]
+# Without gated_block_decode: of 16 sequences no tensor is so large.
 LARGE: list[Case] = [
     MaskedCrossAttentionCase(batch=1, length=2048, media=2, latents=64, heads=8, head_dim=64),
     PerceiverAttentionCase(clips=1, queries=64, features=2048, latents=64, heads=8, head_dim=64),
@@ -127,22 +146,22 @@ def _in_turn(*groups: list[Case]) -> list[Case]:
 
 
 FULL = Plan(
-    cases=[*check.CASES, *sanitizer.SMALL, *_in_turn(MASKED, PERCEIVER, ROWS)],
+    cases=[*check.CASES, *sanitizer.SMALL, *_in_turn(MASKED, PERCEIVER, ROWS, DECODE)],
     repeated=REPEATED,
     large=LARGE,
     timed=shapes.GPU_CASES,
     seconds_each=0.6,
-    seconds={"parity": 150, "determinism": 25, "graphs": 25, "large": 20, "sanitizer": 60, "floors": 10}
-    | {"rivals": 60, "all": 500},
+    seconds={"rivals": 60, "build": 60, "parity": 150, "determinism": 25, "graphs": 25, "large": 20}
+    | {"sanitizer": 60, "floors": 10, "all": 510},
 )
 QUICK = Plan(
     cases=check.CASES,
     repeated=REPEATED[::2],
     large=[],
     timed=tuple(case for case in shapes.GPU_CASES if case.targets),
-    against=("eager", "sdpa", "torch.add"),
+    against=("eager", "sdpa", "torch.add", *BACKENDS),
     seconds_each=0.3,
-    seconds={"parity": 35, "determinism": 10, "graphs": 10, "floors": 5, "all": 110},
+    seconds={"build": 60, "parity": 35, "determinism": 10, "graphs": 10, "floors": 5, "all": 170},
     sanitizer=False,
 )
 # On a cpu: every step, of nothing but small calls.
@@ -150,7 +169,7 @@ REHEARSAL = Plan(
     cases=[example() for example in CASES.values()],
     repeated=[example() for example in CASES.values()],
     large=[],
-    timed=shapes.QUICK,
+    timed=tuple(case for case in shapes.QUICK if case.op != "gated_block_decode"),  # Triton has none
     against=("eager", "sdpa", "torch.add"),
     seconds_each=0.0,
     seconds={"all": 515},

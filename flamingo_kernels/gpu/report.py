@@ -23,7 +23,7 @@ _WIDEST = 200  # characters of one failure
 def save(outcome: Outcome, folder: Path) -> None:
     """Write parity.json, bench.json, environment.json, summary.md and, where matplotlib is, bench.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {name: getattr(outcome, name) for name in ("problems", "seconds")}
+    kept = {name: getattr(outcome, name) for name in ("problems", "seconds", "notes")}
     measured = None if outcome.ceilings is None else outcome.ceilings._asdict()
     _write(folder / "environment.json", outcome.environment | kept | {"ceilings": measured})
     _write(folder / "parity.json", [dataclasses.asdict(each) for each in outcome.findings])
@@ -41,6 +41,7 @@ def load(folder: Path) -> Outcome:
     """Read what `save` wrote."""
     environment = json.loads((folder / "environment.json").read_text())
     measured, problems, seconds = (environment.pop(name) for name in ("ceilings", "problems", "seconds"))
+    notes = environment.pop("notes", [])
     return Outcome(
         environment,
         [Finding(**each) for each in json.loads((folder / "parity.json").read_text())],
@@ -48,6 +49,7 @@ def load(folder: Path) -> Outcome:
         seconds,
         None if measured is None else Ceilings(**measured),
         Run.load(folder / "bench.json"),
+        notes,
     )
 
 
@@ -58,7 +60,7 @@ def _write(path: Path, content: object) -> None:
 def summary(outcome: Outcome) -> str:
     """Everything that matters, in well under 12,000 characters."""
     parts = [
-        [_title(outcome), _steps(outcome)],
+        [_title(outcome), *outcome.notes, _steps(outcome)],
         [
             "accuracy: the largest share of a budget of 2 x eager's error + 2 ulp",
             *_accuracy(outcome.findings),

@@ -19,6 +19,7 @@ from ..bench.run import NO_TIME, prepare
 from ..bench.run import run as run_bench
 from ..bench.timing import Clock
 from . import sanitizer
+from .build import Building
 from .crew import Crew, Lost
 from .plan import Plan, tasks
 from .proofs import Finding, Task, perform
@@ -50,6 +51,7 @@ class Outcome:
         environment: of `info`, and the device, the time of day and the plan.
         findings: of every proof.
         problems: what kept a step from being done, by step.
+        notes: what else is to be told.
         seconds: that each step took.
         ceilings: None where they were not measured.
         bench: every timed row.
@@ -61,6 +63,7 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
     ceilings: Ceilings | None = None
     bench: Run = field(default_factory=lambda: Run([], []))
+    notes: list[str] = field(default_factory=list)
 
     @property
     def failures(self) -> list[str]:
@@ -86,28 +89,32 @@ def run(
     device: str,
     *,
     workers: int = 0,
+    building: Building | str = "",
     say: Callable[[str], None] = lambda text: None,
     clock: Clock | None = None,
 ) -> Outcome:
-    """Prove first, then time.
+    """Prove first, then time. What rivals compile is compiled while the CUDA kernels are.
 
     Args:
         plan: what, and for how long.
         device: where.
         workers: processes that make the proofs side by side; 0 to make them in this one.
+        building: a build of the CUDA kernels that goes on, or why there is none.
         say: told what is going on.
         clock: what keeps the time of benchmarks; the device's own by default.
     """
     gate = _Gate(plan, device, say)
     with Crew(workers) as crew:
+        with gate.step("rivals") as end:
+            gate.compile_rivals(crew, end)
+        with gate.step("build") as end:
+            gate.take_up(building, end)
         for name in _PROOFS:
             with gate.step(name) as end:
                 gate.outcome.findings += gate.prove(name, crew, end)
         if plan.sanitizer:
             with gate.step("sanitizer") as end:
                 gate.outcome.findings += gate.inspect(crew, end)
-        with gate.step("rivals") as end:
-            gate.compile_rivals(crew, end)
     with gate.step("floors"):
         gate.outcome.ceilings = ceilings(device, clock)
     with gate.step("bench") as end, _ours():
@@ -121,15 +128,24 @@ class _Gate:
     def __init__(self, plan: Plan, device: str, say: Callable[[str], None]) -> None:
         self.plan, self.device, self.say = plan, device, say
         self.end = time.monotonic() + plan.seconds["all"]
-        named = {"device": info.device_name(device), "on": device}
-        self.outcome = Outcome(info.collect() | named | {"time": time.strftime(_UTC, time.gmtime())})
+        self.outcome = Outcome({})
+        self.kernels: dict[str, tuple[str, ...]] = {}
+
+    def take_up(self, building: Building | str, end: float) -> None:
+        """Wait for the CUDA kernels, and see what there is to prove."""
+        note = building if isinstance(building, str) else building.finish(end)
+        if note:
+            self.say(note)
+            self.outcome.notes.append(note)
+        named = {"device": info.device_name(self.device), "on": self.device}
+        self.outcome.environment = info.collect() | named | {"time": time.strftime(_UTC, time.gmtime())}
         self.kernels = {operator: self._kernels(operator) for operator in _dispatch.operators()}
 
     def _kernels(self, operator: str) -> tuple[str, ...]:
-        """The backends to be proved; that there is none is a problem."""
+        """The backends to be proved; that there is none is a problem where Triton should have one."""
         able = check.backends_on(self.device, operator)
         found = tuple(name for name, yes in able.items() if yes is True and name != "reference")
-        if not found:
+        if not found and "triton" in _dispatch.limits(operator):
             reasons = "; ".join(f"{name}: {why}" for name, why in able.items() if why is not True)
             self.outcome.problems[operator] = f"no kernel of ours runs here: {reasons}"
         return found
@@ -184,7 +200,7 @@ class _Gate:
         """Every rival of every shape, until the time is over."""
         torch.set_float32_matmul_precision("highest")  # no tf32
         return run_bench(
-            self.plan.timed,
+            [case for case in self.plan.timed if self.kernels.get(case.op, True)],
             against=self.plan.against,
             seconds=self.plan.seconds_each,
             progress=self.say,

@@ -13,6 +13,7 @@ from flamingo_kernels.gpu.proofs import PROOFS, Call, Finding, Task, far, perfor
 from flamingo_kernels.ops.gated_residual import reference
 from flamingo_kernels.testing import (
     CASES,
+    GatedBlockDecodeCase,
     GatedResidualCase,
     GatedResidualNormCase,
     MaskedCrossAttentionCase,
@@ -24,6 +25,7 @@ SMALL = [
     PerceiverAttentionCase(features=5, latents=2, queries=3, heads=1, lengths=(3, 5)),
     GatedResidualCase(shape=(3, 40)),
     GatedResidualNormCase(shape=(3, 40), gate=(40,)),
+    GatedBlockDecodeCase(dim=8, hidden=9, heads=1),
 ]
 GATED = SMALL[2]
 
