@@ -61,7 +61,7 @@ emulated: $(VENV)/installed ## compile the CUDA kernels for this processor, as t
 	@FLAMINGO_KERNELS_EMULATE=cuda $(BIN)/python setup.py --quiet build_ext --build-lib build/emulated-cuda
 
 clean: ## remove everything that make has made
-	rm -rf $(VENV) build dist *.egg-info flamingo_kernels/_C.* flamingo_kernels/_cuda.*.so .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info flamingo_kernels/_C*.so .benchmarks .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/torch
 	@echo "installing the dependencies"

@@ -1,4 +1,4 @@
-"""Builds the kernels: `flamingo_kernels/_C.abi3.so` for the CPU, `_cuda.abi3.so` for NVIDIA GPUs.
+"""Builds the kernels: `flamingo_kernels/_C.abi3.so` for the CPU, `_C_cuda.abi3.so` for NVIDIA GPUs.
 
 One binary serves every torch >= 2.10 and every Python >= 3.10: `bindings.cpp` sees PyTorch's stable ABI only.
 `kernels.cpp` is compiled once for each instruction set in `VARIANTS`; the processor's is chosen at run time.
@@ -313,7 +313,7 @@ EXTENSION = Extension(
 )
 
 CUDA_EXTENSION = Extension(
-    "flamingo_kernels._cuda",
+    "flamingo_kernels._C_cuda",
     sources=sorted(map(str, (CUDA_SOURCES / "bindings.cpp", *CUDA_SOURCES.glob("*.cu")))),
     depends=sorted(map(str, (*SHARED.glob("*.h"), *CUDA_SOURCES.glob("*.h"), *CUDA_SOURCES.glob("host/*")))),
     py_limited_api=True,

@@ -23,7 +23,7 @@ _BUILD = re.compile(rb"flamingo_kernels_cuda_build: ([ -~]+)")
 def path() -> Path:
     """Where the library is, if it is built."""
     given = _env.CUDA_EXTENSION
-    return Path(given) if given else Path(__file__).with_name("_cuda.abi3.so")
+    return Path(given) if given else Path(__file__).with_name("_C_cuda.abi3.so")
 
 
 @cache

@@ -125,12 +125,11 @@ def commit() -> str | None:
         return None
 
 
-def backends_in_use(device: str = "cpu") -> dict[str, str]:
-    """What each operator runs on there without a choice of the caller's, as in "cpu/avx2"."""
+def backend_in_use(operator: str, device: str = "cpu") -> str:
+    """What an operator runs on there without a choice of the caller's, as in "cpu/avx2"."""
     from .testing import CASES  # needs `flamingo`, which this file otherwise does without
 
-    tensors = {name: CASES[name](device=device).tensors().values() for name in _dispatch.operators()}
-    return {name: variant(_dispatch.resolve(name, "auto", *given)) for name, given in tensors.items()}
+    return variant(_dispatch.resolve(operator, "auto", *CASES[operator](device=device).tensors().values()))
 
 
 def variant(backend: str) -> str:

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault(
         "TRITON_INTERPRET", "1"
     )  # the Triton kernels run on the processor, in their interpreter
-    emulated = Path(__file__).parents[1] / "build" / "emulated-cuda" / "flamingo_kernels" / "_cuda.abi3.so"
+    emulated = Path(__file__).parents[1] / "build" / "emulated-cuda" / "flamingo_kernels" / "_C_cuda.abi3.so"
     if emulated.exists():  # so do the CUDA kernels, as `make emulated` has compiled them for it
         os.environ.setdefault("FLAMINGO_KERNELS_CUDA_EXTENSION", str(emulated))
 

@@ -115,7 +115,7 @@ def test_gpu_rehearses_on_a_cpu_and_shows_it_again(tmp_path, capsys, monkeypatch
     shown = capsys.readouterr()
     assert shown.out.startswith("A rehearsal, which says nothing about a GPU, on ")
     assert shown.out.endswith(f"all that ran is right\nwritten to {folder}\n")
-    assert [line.split()[2] for line in shown.err.splitlines()][:2] == ["parity", "determinism"]
+    assert [line.split()[2] for line in shown.err.splitlines()][:3] == ["rivals", "build", "parity"]
     assert cli.main(["gpu", "--load", str(folder)]) == 0
     assert capsys.readouterr().out == shown.out.removesuffix(f"written to {folder}\n")
 

@@ -24,7 +24,7 @@ def examples() -> list[doctest.DocTest]:
         importlib.import_module(found.name)
         for package in (flamingo, flamingo_kernels)
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-        if not found.name.endswith(("._C", ".__main__"))
+        if not found.name.endswith(("._C", "._C_cuda", ".__main__"))
     ]
     finder = doctest.DocTestFinder(exclude_empty=True)
     found = [

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import flamingo_kernels
 
@@ -72,7 +76,7 @@ def source(tmp_path_factory) -> Path:
     if not (ROOT / "setup.py").exists():
         pytest.skip("the sources are not beside the tests")
     copy = tmp_path_factory.mktemp("source")
-    for name in ("flamingo", "flamingo_kernels", "csrc", "build/objects"):
+    for name in ("flamingo", "flamingo_kernels", "csrc", "build/objects", "build/objects-cuda-90"):
         if (ROOT / name).exists():
             ignored = shutil.ignore_patterns("__pycache__", "*.so")
             shutil.copytree(ROOT / name, copy / name, ignore=ignored)
@@ -82,9 +86,9 @@ def source(tmp_path_factory) -> Path:
     return copy
 
 
-def wheel(source: Path, folder: Path, build: str) -> tuple[str, set[str]]:
+def wheel(source: Path, folder: Path, build: str, **settings: str) -> tuple[str, set[str]]:
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
-    environment = os.environ | {"FLAMINGO_KERNELS_BUILD": build}
+    environment = os.environ | {"FLAMINGO_KERNELS_BUILD": build} | settings
     run(sys.executable, "-m", "pip", "wheel", *options, source, env=environment)
     (made,) = folder.iterdir()
     with zipfile.ZipFile(made) as archive:
@@ -99,6 +103,76 @@ def test_the_wheel_with_kernels_fits_every_python_from_3_10(source, tmp_path):
     assert re.fullmatch(r"flamingo_kernels-[\d.]+-cp310-abi3-\w+\.whl", name)
     assert "flamingo_kernels/_C.abi3.so" in files
     assert {"flamingo/__init__.py", "flamingo_kernels/py.typed"} <= files
+
+
+@pytest.fixture(scope="module")
+def cuda_wheel(source, tmp_path_factory) -> Path:
+    """A wheel with the kernels for the CPU and for one GPU."""
+    if shutil.which(os.environ.get("NVCC", "nvcc")) is None:
+        pytest.skip("no nvcc")
+    folder = tmp_path_factory.mktemp("wheel")
+    name, _ = wheel(source, folder, "cuda", FLAMINGO_KERNELS_CUDA_ARCHS="90", FLAMINGO_KERNELS_EMULATE="")
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """Runs Python in a new environment that has this one's packages but not this project, with a wheel."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+
+    def install(file: Path) -> Callable[..., str]:
+        place = folder / file.stem
+        run(sys.executable, "-m", "venv", "--without-pip", place)
+        python = place / "bin" / "python"
+        (packages,) = place.glob("lib/python*/site-packages")
+        # Behind what is installed there; an editable install, which is a .pth itself, stays out.
+        (packages / "torch.pth").write_text("".join(f"{path}\n" for path in site.getsitepackages()))
+        options = ["--quiet", "--no-deps", "--no-index", "--ignore-installed"]
+        run(sys.executable, "-m", "pip", "--python", python, "install", *options, file)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("FLAMINGO_KERNELS_")}
+
+        def call(*arguments: str) -> str:
+            return run(python, *arguments, cwd=folder, env=kept | {"PYTHONPATH": ""})
+
+        where = call("-c", "import flamingo_kernels; print(flamingo_kernels.__file__)").strip()
+        assert Path(where).is_relative_to(packages)
+        return call
+
+    return install
+
+
+@pytest.mark.slow
+def test_one_wheel_holds_the_kernels_for_cpu_and_gpu(cuda_wheel):
+    assert re.fullmatch(r"flamingo_kernels-[\d.]+-cp310-abi3-\w+\.whl", cuda_wheel.name)
+    with zipfile.ZipFile(cuda_wheel) as archive:
+        libraries = {name for name in archive.namelist() if name.endswith(".so")}
+    assert libraries == {"flamingo_kernels/_C.abi3.so", "flamingo_kernels/_C_cuda.abi3.so"}
+
+
+@pytest.mark.slow
+def test_the_wheel_with_cuda_says_what_it_holds_and_why_it_does_not_run(cuda_wheel, elsewhere):
+    if torch.cuda.is_available():
+        pytest.skip("it may run here")
+    found = json.loads(elsewhere(cuda_wheel)("-m", "flamingo_kernels", "info", "--json"))
+    assert found["extension"]["loaded"]
+    cuda = found["cuda_extension"]
+    assert re.fullmatch(r"nvcc [\d.]+; -std=c\+\+20 -O3 .*; sm_90 and PTX of 90", cuda["build"])
+    assert (cuda["loaded"], cuda["why_not"]) == (False, "there is no GPU that torch can use")
+    assert {backends["cuda"] for backends in found["backends"].values()} == {cuda["why_not"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", ["none", "cuda"])
+def test_a_wheel_computes_in_a_clean_environment(build, source, cuda_wheel, elsewhere, tmp_path):
+    file = cuda_wheel if build == "cuda" else tmp_path / wheel(source, tmp_path, build)[0]
+    code = (
+        "import torch, flamingo_kernels as fk\n"
+        "x, gate = torch.ones(2, 4), torch.full((1,), 0.5)\n"
+        "assert torch.allclose(fk.gated_residual(x, x, gate), x + gate.tanh())\n"
+        "print([name for name, able in fk.available_backends('gated_residual').items() if able is True])"
+    )
+    expected = ["reference"] if build == "none" else ["cpu", "reference"]
+    assert str(expected)[1:-1] in elsewhere(file)("-c", code)
 
 
 @pytest.mark.slow

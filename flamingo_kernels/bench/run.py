@@ -245,7 +245,7 @@ def _variant(op: str, device: str) -> str:
         "its decode step": "masked_cross_attention",
         "PerceiverResampler": "perceiver_attention",
     }
-    return info.backends_in_use(device)[attention.get(op, op)]
+    return info.backend_in_use(attention.get(op, op), device)
 
 
 def conditions_on(device: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .. import _env
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "gpu"
-LIBRARY = FOLDER / "flamingo_kernels" / "_cuda.abi3.so"
+LIBRARY = FOLDER / "flamingo_kernels" / "_C_cuda.abi3.so"
 NVCC = os.environ.get("NVCC", "nvcc")
 
 

@@ -58,7 +58,7 @@ def library() -> Path:
     environment = os.environ | wanted | {"FLAMINGO_KERNELS_EMULATE": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr[-3000:]
-    return target / "flamingo_kernels" / "_cuda.abi3.so"
+    return target / "flamingo_kernels" / "_C_cuda.abi3.so"
 
 
 @functools.cache
@@ -150,10 +150,12 @@ def test_a_library_that_cannot_run_here_is_a_reason_and_loads_only_when_asked():
         "print(fk.available_backends('gated_residual')['cuda'])"
     ).splitlines()
     assert said[0] == "0"
-    assert re.match(r"the CUDA kernels _cuda.abi3.so do not load: |there is no GPU", said[1])
+    assert re.match(r"the CUDA kernels _C_cuda.abi3.so do not load: |there is no GPU", said[1])
 
 
 def test_info_says_what_was_built():
     page = python("from flamingo_kernels import info; print(info.render(info.collect()))")
-    assert re.search(r"cuda extension .*_cuda\.abi3\.so, built .* \(nvcc [\d.]+; -std=c\+\+20 -O3 .*; ", page)
+    assert re.search(
+        r"cuda extension .*_C_cuda\.abi3\.so, built .* \(nvcc [\d.]+; -std=c\+\+20 -O3 .*; ", page
+    )
     assert f"sm_{', sm_'.join(ARCHS)} and PTX of 100" in page

@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
     if not (module.ROOT / "setup.py").exists():
         pytest.skip("setup.py is not beside the tests")
     monkeypatch.setattr(module, "FOLDER", tmp_path)
-    monkeypatch.setattr(module, "LIBRARY", tmp_path / "flamingo_kernels" / "_cuda.abi3.so")
+    monkeypatch.setattr(module, "LIBRARY", tmp_path / "flamingo_kernels" / "_C_cuda.abi3.so")
     monkeypatch.setattr(_env, "CUDA_EXTENSION", _env.CUDA_EXTENSION)
     monkeypatch.setenv(
         "FLAMINGO_KERNELS_CUDA_EXTENSION", os.environ.get("FLAMINGO_KERNELS_CUDA_EXTENSION", "")

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flamingo_kernels import _dispatch
 from flamingo_kernels.gpu import proofs
+from flamingo_kernels.gpu.plan import LARGE
 from flamingo_kernels.gpu.proofs import PROOFS, Call, Finding, Task, far, perform
 from flamingo_kernels.ops.gated_residual import reference
 from flamingo_kernels.testing import (
@@ -68,7 +70,10 @@ def found(proof, case=GATED, backend="reference"):
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.operator)
 def test_a_right_kernel_passes_every_proof(stubs, backend, case):
-    for proof in PROOFS:
+    if backend not in _dispatch.limits(case.operator):
+        pytest.skip(f"{case.operator} has no {backend} kernel")
+    unproved = set() if case.operator in {each.operator for each in LARGE} else {"past 2^31 elements"}
+    for proof in PROOFS.keys() - unproved:
         result = found(proof, case, backend)
         assert (result.status, result.detail) == ("ok", ""), proof
         assert result.check == proof
