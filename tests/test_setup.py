@@ -186,3 +186,10 @@ def test_one_ptx_serves_the_gpus_of_a_family():
         ],
         "100",
     )
+
+
+def test_no_library_takes_the_place_of_a_module():
+    """Python looks for `name.abi3.so` before `name.py`."""
+    setup = load_setup()
+    for extension in (setup.EXTENSION, setup.CUDA_EXTENSION):
+        assert not Path(ROOT, *extension.name.split(".")).with_suffix(".py").exists(), extension.name
