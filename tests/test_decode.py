@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flamingo import modules
-from flamingo_kernels import MediaCache, _cuda, _decode, patch, use_backend
+from flamingo_kernels import MediaCache, _cuda, _decode, fold, patch, use_backend
 from flamingo_kernels.testing import DTYPES, compare
 from tests.flamingo.weights import randomise
 
@@ -80,6 +80,23 @@ def test_without_the_kernels_a_step_is_as_before(steps):
     with use_backend("reference"):
         fused(x, media, LOCATIONS, True)
     assert steps == []
+
+
+@torch.no_grad()
+def test_a_folded_block_decodes_too(cuda, steps):
+    """Its gates are infinite, its norms without effect."""
+    reference = block(norm_media=True)
+    (
+        reference.attn.norm.bias.zero_(),
+        reference.ff[0].bias.zero_(),
+    )  # where they are not, linear layers get a bias
+    fused = copy.deepcopy(reference)
+    patch(fused)
+    fold(fused)
+    x, media = inputs()
+    found = fused(x, media, LOCATIONS, True)
+    assert steps == [(2, 24)]
+    torch.testing.assert_close(found, reference(x, media, LOCATIONS, True), rtol=1e-4, atol=1e-5)
 
 
 def change(how):

@@ -11,6 +11,7 @@ import torch
 from flamingo_kernels import _cuda
 from flamingo_kernels.testing import (
     DTYPES,
+    GatedBlockDecodeCase,
     GatedResidualCase,
     GatedResidualNormCase,
     MaskedCrossAttentionCase,
@@ -28,6 +29,8 @@ CASES = [
     GatedResidualCase(shape=(70, 136), gate=(136,)),
     GatedResidualNormCase(shape=(9, 4200)),  # rows in blocks
     GatedResidualNormCase(shape=(37, 136), gate=(136,), norm="rms"),
+    GatedBlockDecodeCase(batch=9, dim=100, hidden=70, latents=70, immediate=False),
+    GatedBlockDecodeCase(dim=2100, hidden=40, policy="open_flamingo", media=1),  # inputs in chunks
 ]
 
 
