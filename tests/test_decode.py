@@ -85,7 +85,7 @@ def test_without_the_kernels_a_step_is_as_before(steps):
 @torch.no_grad()
 def test_a_folded_block_decodes_too(cuda, steps):
     """Its gates are infinite, its norms without effect."""
-    reference = block(norm_media=True)
+    reference = block(norm_media=True).eval()
     (
         reference.attn.norm.bias.zero_(),
         reference.ff[0].bias.zero_(),
