@@ -7,10 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from flamingo_kernels import _dispatch, _env
+from flamingo_kernels import _cuda, _dispatch, _env
 from flamingo_kernels.bench import baselines, shapes
-from flamingo_kernels.bench.baselines import OURS
+from flamingo_kernels.bench.baselines import OURS, contenders
 from flamingo_kernels.bench.floors import Ceilings
+from flamingo_kernels.bench.run import prepare
 from flamingo_kernels.gpu import plan as plans
 from flamingo_kernels.gpu import proofs, report
 from flamingo_kernels.gpu import run as module
@@ -178,6 +179,19 @@ def test_what_came_of_the_build_is_told_and_fails_nothing(building, note, gated)
     assert outcome.failures == []
     assert told[told.index("build") + 1] == note
     assert report.summary(outcome).splitlines()[1] == note
+
+
+@pytest.mark.parametrize("case", shapes.QUICK, ids=str)
+def test_compiling_rivals_loads_no_kernel_of_ours(case, monkeypatch):
+    """Those of CUDA are being built meanwhile, and a process asks for them once."""
+    asked = []
+    monkeypatch.setattr(_cuda, "why_not", lambda: asked.append("why not") or "not yet")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for name in ("compile", "flex"):
+        prepare((case, name, "cpu"))
+    assert asked == []
+    contenders(case)[OURS]().call()
+    assert asked, "this test can fail"
 
 
 def test_an_operator_that_only_cuda_has_is_left_out_without_it(stubs, quick_ceilings, monkeypatch):  # noqa: F811
