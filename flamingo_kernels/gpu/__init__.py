@@ -5,6 +5,7 @@ proofs     what is proved of one call: accuracy, determinism, graphs, offsets pa
 build      the CUDA kernels, for this GPU
 crew       processes that share the proofs
 sanitizer  compute-sanitizer over small calls
+launch     what a call costs the host
 run        the steps, in order
 report     the files and the table
 """

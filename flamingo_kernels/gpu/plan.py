@@ -152,7 +152,7 @@ FULL = Plan(
     timed=shapes.GPU_CASES,
     seconds_each=0.6,
     seconds={"rivals": 60, "build": 60, "parity": 150, "determinism": 25, "graphs": 25, "large": 20}
-    | {"sanitizer": 60, "floors": 10, "all": 510},
+    | {"sanitizer": 60, "floors": 10, "launches": 10, "all": 510},
 )
 QUICK = Plan(
     cases=check.CASES,
@@ -161,7 +161,15 @@ QUICK = Plan(
     timed=tuple(case for case in shapes.GPU_CASES if case.targets),
     against=("eager", "sdpa", "torch.add", *BACKENDS),
     seconds_each=0.3,
-    seconds={"build": 60, "parity": 35, "determinism": 10, "graphs": 10, "floors": 5, "all": 170},
+    seconds={
+        "build": 60,
+        "parity": 35,
+        "determinism": 10,
+        "graphs": 10,
+        "floors": 5,
+        "launches": 5,
+        "all": 170,
+    },
     sanitizer=False,
 )
 # On a cpu: every step, of nothing but small calls.

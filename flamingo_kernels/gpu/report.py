@@ -23,7 +23,7 @@ _WIDEST = 200  # characters of one failure
 def save(outcome: Outcome, folder: Path) -> None:
     """Write parity.json, bench.json, environment.json, summary.md and, where matplotlib is, bench.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {name: getattr(outcome, name) for name in ("problems", "seconds", "notes")}
+    kept = {name: getattr(outcome, name) for name in ("problems", "seconds", "notes", "launches")}
     measured = None if outcome.ceilings is None else outcome.ceilings._asdict()
     _write(folder / "environment.json", outcome.environment | kept | {"ceilings": measured})
     _write(folder / "parity.json", [dataclasses.asdict(each) for each in outcome.findings])
@@ -41,7 +41,7 @@ def load(folder: Path) -> Outcome:
     """Read what `save` wrote."""
     environment = json.loads((folder / "environment.json").read_text())
     measured, problems, seconds = (environment.pop(name) for name in ("ceilings", "problems", "seconds"))
-    notes = environment.pop("notes", [])
+    notes, launches = environment.pop("notes", []), environment.pop("launches", {})
     return Outcome(
         environment,
         [Finding(**each) for each in json.loads((folder / "parity.json").read_text())],
@@ -50,6 +50,7 @@ def load(folder: Path) -> Outcome:
         None if measured is None else Ceilings(**measured),
         Run.load(folder / "bench.json"),
         notes,
+        launches,
     )
 
 
@@ -66,6 +67,7 @@ def summary(outcome: Outcome) -> str:
             *_accuracy(outcome.findings),
         ],
         _proofs(outcome.findings),
+        _launches(outcome),
         _bench(outcome),
         _failures(outcome.failures),
         [_verdict(outcome)],
@@ -123,6 +125,16 @@ def _proofs(findings: list[Finding]) -> list[str]:
         reasons = dict.fromkeys(each.detail for each in found if each.status == "skipped")
         lines.append(f"{check}: {_counted(found)}" + (f" ({'; '.join(reasons)})" if reasons else ""))
     return lines
+
+
+def _launches(outcome: Outcome) -> list[str]:
+    """One line: what a small call costs the host."""
+    each = [
+        f"{operator} " + " ".join(f"{backend} {spent:.1f}" for backend, spent in by_backend.items())
+        for operator, by_backend in outcome.launches.items()
+        if by_backend
+    ]
+    return ["microseconds of the host for a small forward call: " + ", ".join(each)] if each else []
 
 
 def _bench(outcome: Outcome) -> list[str]:

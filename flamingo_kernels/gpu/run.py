@@ -18,9 +18,11 @@ from ..bench.rows import Run
 from ..bench.run import NO_TIME, prepare
 from ..bench.run import run as run_bench
 from ..bench.timing import Clock
+from ..testing import CASES
 from . import sanitizer
 from .build import Building
 from .crew import Crew, Lost
+from .launch import host_microseconds
 from .plan import Plan, tasks
 from .proofs import Finding, Task, perform
 
@@ -52,6 +54,7 @@ class Outcome:
         findings: of every proof.
         problems: what kept a step from being done, by step.
         notes: what else is to be told.
+        launches: microseconds of the host for a small call, by operator and backend.
         seconds: that each step took.
         ceilings: None where they were not measured.
         bench: every timed row.
@@ -64,6 +67,7 @@ class Outcome:
     ceilings: Ceilings | None = None
     bench: Run = field(default_factory=lambda: Run([], []))
     notes: list[str] = field(default_factory=list)
+    launches: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def failures(self) -> list[str]:
@@ -117,6 +121,8 @@ def run(
                 gate.outcome.findings += gate.inspect(crew, end)
     with gate.step("floors"):
         gate.outcome.ceilings = ceilings(device, clock)
+    with gate.step("launches") as end:
+        gate.outcome.launches = gate.launches(end)
     with gate.step("bench") as end, _ours():
         gate.outcome.bench = gate.bench(clock, end)
     return gate.outcome
@@ -195,6 +201,18 @@ class _Gate:
         ahead = [(case, name, self.device) for case in self.plan.timed for name in names]
         for _ in crew.share(prepare, ahead, end=end) if crew.workers else ():
             pass
+
+    def launches(self, end: float) -> dict[str, dict[str, float]]:
+        """What a small call of every operator costs the host."""
+        found: dict[str, dict[str, float]] = {}
+        for operator, backends in self.kernels.items():
+            case = CASES[operator](device=self.device, dtype=self.plan.dtypes[0])
+            found[operator] = {
+                backend: round(host_microseconds(case, backend), 1)
+                for backend in backends
+                if time.monotonic() < end
+            }
+        return found
 
     def bench(self, clock: Clock | None, end: float) -> Run:
         """Every rival of every shape, until the time is over."""

@@ -164,3 +164,14 @@ def test_a_rehearsal_says_that_it_is_one():
 
 def test_the_environment_has_what_info_shows():
     assert {"versions", "processor", "gpu", "backends"} <= set(info.collect())
+
+
+def test_what_a_call_costs_the_host_is_shown_and_kept(tmp_path):
+    launches = {"gated_residual": {"cuda": 5.25, "triton": 21.0}, "gated_block_decode": {}}
+    told = dataclasses.replace(outcome(), launches=launches, notes=["no CUDA kernels: nvcc was not done"])
+    save(told, tmp_path)
+    assert load(tmp_path) == told
+    lines = summary(told).splitlines()
+    assert lines[1] == "no CUDA kernels: nvcc was not done"
+    line = "microseconds of the host for a small forward call: gated_residual cuda 5.2 triton 21.0"
+    assert line in lines

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from flamingo_kernels import _cuda, _dispatch, _env
+from flamingo_kernels import _cuda, _dispatch, _env, info
 from flamingo_kernels.bench import baselines, shapes
 from flamingo_kernels.bench.baselines import OURS, contenders
 from flamingo_kernels.bench.floors import Ceilings
@@ -26,7 +26,18 @@ from .test_proofs import SMALL, stubs  # noqa: F401
 pytestmark = pytest.mark.skipif(not _env.INTERPRET, reason="Triton's interpreter is off")
 
 GATED = [GatedResidualCase(shape=(3, 40))]
-STEPS = ["rivals", "build", "parity", "determinism", "graphs", "large", "sanitizer", "floors", "bench"]
+STEPS = [
+    "rivals",
+    "build",
+    "parity",
+    "determinism",
+    "graphs",
+    "large",
+    "sanitizer",
+    "floors",
+    "launches",
+    "bench",
+]
 
 
 def timed(op, *modes):
@@ -78,6 +89,8 @@ def test_all_is_right_and_in_order(gated):
     for check in ("another stream", "another device", "graph", "past 2^31 elements"):
         assert statuses(outcome, check) == dict.fromkeys(kernels, "ok")
     assert set(statuses(outcome, "sanitizer memcheck").values()) == {"skipped"}
+    assert {info.variant(backend) for backend in outcome.launches["gated_residual"]} == kernels
+    assert all(spent > 0 for spent in outcome.launches["gated_residual"].values())
     ours = outcome.bench.rows[0]
     assert (ours.contender, ours.variant) == (OURS, "triton/interpreter")
     assert ours.floor_share == pytest.approx(3 * 32 * 64 * 4 / 1e9 / 2e-3)
