@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from . import _dispatch
 from ._checks import autocast, is_eager, is_plain
 from .sublayers import Linear, Norm
 
@@ -127,6 +128,10 @@ def cross_attention_of(
 
 
 def _is_step(x: Tensor) -> bool:
-    """Whether x `[B, 1, D]` is one token a sequence on a CPU, of which a sublayer has nothing to save."""
+    """Whether x `[B, 1, D]` is one token a sequence on a CPU, of which a sublayer has nothing to save.
+
+    Not where CUDA is emulated there: its operator makes a whole block of the parts.
+    """
     few = x.device.type == "cpu" and x.shape[-2] == 1 and x.numel() * x.dtype.itemsize < _STEP
-    return few and not torch.is_grad_enabled() and is_eager(x)
+    called = few and not torch.is_grad_enabled() and is_eager(x)
+    return called and not _dispatch.is_chosen("gated_block_decode", "cuda")
