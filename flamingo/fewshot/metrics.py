@@ -147,6 +147,7 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tu
 
     >>> mean, each = cider(["a cat on a mat", "a red bus"], [["a cat on the mat"], ["a red bus"]])
     >>> print(f"{mean:.3f} {each[0]:.3f} {each[1]:.3f}")
+    5.874 4.248 7.500
     """
     if len(predictions) != len(references) or not all(references):
         raise ValueError(

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from flamingo.fewshot import metrics
 from flamingo.fewshot.prompts import CAPTION, QUESTION, Sample, Template, trim
 from flamingo.fewshot.rices import image_embeddings, nearest
-from flamingo.fewshot.scoring import batches
+from flamingo.fewshot.scoring import batches, identity
 from flamingo.processor import Processor
 
 Records = Sequence[dict[str, Any]]
@@ -132,17 +133,19 @@ def _check(queries: Sequence[Sample], support: Sequence[Sample], shots: int, sel
             f"evaluate: expected one query or more, each with its own id, got {len(queries)} with "
             f"{len({query.id for query in queries})} ids."
         )
+    about = Counter(identity(sample.image) for sample in support)
     for query in queries:
-        if len(others := _others(query, support)) < shots:
+        if (others := len(support) - about[identity(query.image)]) < shots:
             raise ValueError(
                 f"evaluate: expected {shots} samples or more in the support that are not about the image of "
-                f"query {query.id}, got {len(others)}."
+                f"query {query.id}, got {others}."
             )
 
 
 def _others(query: Sample, support: Sequence[Sample]) -> list[int]:
     """Which of the support are not about the query's own image."""
-    return [place for place, sample in enumerate(support) if sample.image != query.image]
+    own = identity(query.image)
+    return [place for place, sample in enumerate(support) if identity(sample.image) != own]
 
 
 Choose = Callable[[Sequence[Sample]], list[list[Sample]]]

@@ -130,7 +130,7 @@ def encode_prompts(
         processor.lay_out(document, name=f"document {index}", prompt=True)
         for index, document in enumerate(documents)
     ]
-    distinct = {_identity(medium): medium for layout in layouts for medium in layout.media}
+    distinct = {identity(medium): medium for layout in layouts for medium in layout.media}
     return EncodedPrompts(
         pad([layout.ids for layout in layouts], processor.tokenizer.pad_id, left=True).to(device),
         pad([[1] * len(layout.ids) for layout in layouts], 0, left=True).bool().to(device),
@@ -156,11 +156,12 @@ def _spread(latents: Tensor, identities: list[Hashable], layouts: list[Layout]) 
     media = latents.new_zeros(len(layouts), most, *latents.shape[1:])
     for row, layout in enumerate(layouts):
         if layout.media:
-            media[row, : len(layout.media)] = latents[[place[_identity(one)] for one in layout.media]]
+            media[row, : len(layout.media)] = latents[[place[identity(one)] for one in layout.media]]
     return media
 
 
-def _identity(medium: Any) -> Hashable:
+def identity(medium: Any) -> Hashable:
+    """What two media that are one have in common: the path of a file, else being the same object."""
     return medium if isinstance(medium, Path) else id(medium)
 
 
