@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     pixels: Tensor  # float32 [B, M, F, 3, image_size, image_size]
     num_media: Tensor  # int64 [B], the rest of M is padding
     num_frames: Tensor | None  # int64 [B, M] where clips differ in length, else None
-    media_locations: Tensor  # bool [B, T], True where the text that sees the next medium begins
+    media_starts: Tensor  # bool [B, T], True where the text that sees the next medium begins
     labels: Tensor  # int64 [B, T], input_ids, and -100 at `<image>`, the first token and padding
 
     @property
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
         >>> Processor(image_size=8)([["a", torch.zeros(3, 8, 8), "b", torch.zeros(3, 8, 8)]]).spans.tolist()
         [[[3, 6], [6, 9]]]
         """
-        times = text_time(self.media_locations) * self.attention_mask
+        times = text_time(self.media_starts) * self.attention_mask
         media = torch.arange(1, self.pixels.shape[1] + 1, device=times.device)
         seen = (times[..., None] == media).long()  # [B, T, M]
         if not seen.shape[1]:
@@ -148,7 +148,7 @@ class Processor:
         if padding_side not in (None, "left", "right"):
             raise ValueError(f"Processor: expected padding_side 'left' or 'right', got {padding_side!r}.")
         left = prompt if padding_side is None else padding_side == "left"
-        layouts, locations = [], []
+        layouts, starts = [], []
         for index, document in enumerate(documents):
             layout = self.lay_out(document, name=f"document {index}", prompt=prompt)
             if window is not None and len(layout.ids) > window:
@@ -156,7 +156,7 @@ class Processor:
             layout = self._first_media(layout)
             see_next = p_next > 0 and torch.rand((), generator=generator).item() < p_next
             layouts.append(layout)
-            locations.append(self._locations(layout.ids, see_next))
+            starts.append(self._starts(layout.ids, see_next))
         pixels, num_frames = self.pad_clips([[self.clip(m) for m in layout.media] for layout in layouts])
         return Batch(
             input_ids=pad([layout.ids for layout in layouts], self.tokenizer.pad_id, left=left),
@@ -164,7 +164,7 @@ class Processor:
             pixels=pixels,
             num_media=torch.tensor([len(layout.media) for layout in layouts], dtype=torch.int64),
             num_frames=num_frames,
-            media_locations=pad(locations, 0, left=left).bool(),
+            media_starts=pad(starts, 0, left=left).bool(),
             labels=pad([self._labels(layout.ids) for layout in layouts], -100, left=left),
         )
 
@@ -224,7 +224,7 @@ class Processor:
                 ids.pop()
         return Layout(ids, layout.media[: self.max_media])
 
-    def _locations(self, ids: list[int], see_next: bool) -> list[bool]:
+    def _starts(self, ids: list[int], see_next: bool) -> list[bool]:
         """Where the text of each medium begins: at its `<image>`, or right after that of the one before."""
         images = [place for place, id in enumerate(ids) if id == self.tokenizer.image_id]
         starts = {0, *(place + 1 for place in images[:-1])} if see_next and images else set(images)

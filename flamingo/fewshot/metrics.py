@@ -127,7 +127,7 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tu
         cosine[n] = min(g(c), g(r)) . g(r) / (|g(c)| |g(r)|)
         CIDEr(c) = 10 * mean over n and r of exp(-(l(c) - l(r))^2 / (2 * 6^2)) * cosine[n]
 
-    for the caption c, its references r, n = 1..4 and l the number of bigrams. On the same words it is the
+    for the caption c, its references r, n = 1..4 and l the number of words. On the same words it is the
     official scorer's number. That one finds words by a program in Java, of whose rules `caption_words` has
     those that captions need.
 
@@ -176,7 +176,7 @@ def _ngrams(caption: str) -> Counter:
 def _similarity(said: Counter, reference: Counter, weights: dict, unseen: float) -> float:
     """The mean over n of CIDEr[n] of a caption and one reference."""
     lengths = [
-        sum(count for ngram, count in counts.items() if len(ngram) == 2) for counts in (said, reference)
+        sum(count for ngram, count in counts.items() if len(ngram) == 1) for counts in (said, reference)
     ]
     penalty = math.exp(-((lengths[0] - lengths[1]) ** 2) / (2 * _SIGMA**2))
     dots, norms_said, norms_reference = ([0.0] * _NGRAMS for _ in range(3))

@@ -57,7 +57,7 @@ class TestTokens:
         assert right.input_ids.tolist() == [[BOS, 97, 98, 99], [BOS, IMAGE, PAD, PAD]]
         for batch in (left, right):
             assert torch.equal(batch.attention_mask, batch.input_ids != PAD)
-            assert torch.equal(batch.media_locations, batch.input_ids == IMAGE)
+            assert torch.equal(batch.media_starts, batch.input_ids == IMAGE)
         with pytest.raises(ValueError, match="padding_side 'left' or 'right', got 'top'"):
             processor(documents, padding_side="top")
 
@@ -106,7 +106,7 @@ class TestSpans:
         ]
         batch = processor(documents, padding_side=padding_side, p_next=p_next)
         assert batch.spans.shape == (3, 3, 2)
-        times = batch.media_locations.cumsum(dim=1) * batch.attention_mask
+        times = batch.media_starts.cumsum(dim=1) * batch.attention_mask
         for row, spans in zip(times.tolist(), batch.spans.tolist(), strict=True):
             for medium, (start, end) in enumerate(spans, 1):
                 places = [place for place, time in enumerate(row) if time == medium]
@@ -136,20 +136,20 @@ class TestPlacement:
     @pytest.mark.parametrize(("p_next", "times"), [(0.0, last), (1.0, next)])
     def test_text_sees_the_last_or_the_next(self, processor, p_next, times):
         batch = processor([self.document], p_next=p_next)
-        assert batch.media_locations.cumsum(dim=1).tolist() == [times]
+        assert batch.media_starts.cumsum(dim=1).tolist() == [times]
         left = processor([self.document, ["much longer than that"]], p_next=p_next, padding_side="left")
-        assert (left.media_locations.cumsum(dim=1) * left.attention_mask)[0, -12:].tolist() == times
-        assert not left.media_locations[1].any()
+        assert (left.media_starts.cumsum(dim=1) * left.attention_mask)[0, -12:].tolist() == times
+        assert not left.media_starts[1].any()
 
     def test_is_drawn_for_each_document(self, processor):
         documents = [self.document] * 400
         batch = processor(documents, p_next=0.5, generator=torch.Generator().manual_seed(0))
-        fired = batch.media_locations[:, 0]
+        fired = batch.media_starts[:, 0]
         for row, times in ((fired, self.next), (~fired, self.last)):
-            assert (batch.media_locations[row].cumsum(dim=1) == torch.tensor(times)).all()
+            assert (batch.media_starts[row].cumsum(dim=1) == torch.tensor(times)).all()
         assert 160 < fired.sum() < 240  # four standard deviations
         again = processor(documents, p_next=0.5, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(again.media_locations, batch.media_locations)
+        assert torch.equal(again.media_starts, batch.media_starts)
 
     def test_reaches_the_blocks_of_a_model(self, processor, seed):
         # One block in front of the last layer: a token's logits depend on the image that it sees alone.
@@ -157,7 +157,7 @@ class TestPlacement:
         for p_next, times in ((0.0, self.last), (1.0, self.next)):
             batch = processor([self.document], p_next=p_next)
             pixels = torch.randn_like(batch.pixels, dtype=torch.float64)
-            options = {"media_locations": batch.media_locations}
+            options = {"media_starts": batch.media_starts}
             block, seen = model.cross_attn["3"], []
             hook = block.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
             model(batch.input_ids, pixels, **options)
@@ -173,10 +173,10 @@ class TestPlacement:
         model = randomise(Flamingo(FlamingoConfig.preset("tiny")), std=0.2)
         batch = processor([self.document])
         logits = model(batch.input_ids, batch.pixels).logits
-        given = model(batch.input_ids, batch.pixels, media_locations=batch.media_locations).logits
+        given = model(batch.input_ids, batch.pixels, media_starts=batch.media_starts).logits
         assert torch.equal(logits, given)
-        moved = processor([self.document], p_next=1.0).media_locations
-        assert not torch.allclose(model(batch.input_ids, batch.pixels, media_locations=moved).logits, logits)
+        moved = processor([self.document], p_next=1.0).media_starts
+        assert not torch.allclose(model(batch.input_ids, batch.pixels, media_starts=moved).logits, logits)
 
 
 class TestManyMedia:

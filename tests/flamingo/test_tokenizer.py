@@ -32,9 +32,10 @@ class TestByteTokenizer:
 
 @pytest.fixture(params=["bpe", "unigram"])
 def pretrained(request):
-    """Small tokenizers of two kinds, made here; the second has no beginning and no padding of its own."""
+    """Small tokenizers of two kinds, made here: one that frames what it is asked to encode by special tokens
+    of its own, and one that has no beginning and no padding."""
     tokenizers = pytest.importorskip("tokenizers")
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     texts = ["a cat and a dog on a mat", "Output: two dogs", "Question: what is it? Answer: a café"]
@@ -54,6 +55,10 @@ def pretrained(request):
         trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=["</s>", "<unk>"], unk_token="<unk>")
         frame = {"eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer.train_from_iterator(texts, trainer)
+    if request.param == "bpe":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "<s> $A </s>", None, [("<s>", 0), ("</s>", 1)]
+        )
     return PretrainedTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **frame))
 
 
@@ -68,6 +73,11 @@ class TestPretrainedTokenizer:
         assert pretrained.encode("") == []
         frame = [pretrained.bos_id, *pretrained.encode("a cat"), pretrained.eos_id, pretrained.pad_id]
         assert pretrained.decode(torch.tensor(frame)).strip() == "a cat"
+
+    def test_frames_by_what_there_is(self, pretrained):
+        named = pretrained.tokenizer.convert_tokens_to_ids(["<s>", "</s>", "<pad>"])
+        ids = [pretrained.bos_id, pretrained.eos_id, pretrained.pad_id]
+        assert ids == (named if pretrained.tokenizer.bos_token else [named[1]] * 3)
 
     def test_the_papers_layout(self, pretrained):
         processor = Processor(image_size=32, tokenizer=pretrained)

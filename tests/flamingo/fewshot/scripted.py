@@ -36,7 +36,7 @@ class Namer(nn.Module):
         self.encoded += pixels.shape[0] * pixels.shape[1]
         return pixels.mean(dim=(2, 3, 4, 5))[..., None, None]
 
-    def decode(self, input_ids, media, attention_mask=None, media_locations=None):
+    def decode(self, input_ids, media, attention_mask=None, media_starts=None):
         logits = torch.zeros(*input_ids.shape, 261)
         times = text_time(input_ids == 256)
         for row, ids in enumerate(input_ids.tolist()):

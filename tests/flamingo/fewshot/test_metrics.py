@@ -98,12 +98,18 @@ class TestCIDEr:
         cosine = dog**2 / (math.hypot(dog, sits) * math.hypot(dog, runs))
         assert each == pytest.approx([10 * cosine / 4, 0, 0, 0])  # "dog sits" is a bigram of another image
 
+    def test_an_image_counts_once_however_many_references_say_it(self):
+        _, each = cider(["red bus", "", ""], [["red bus", "red car"], ["car"], ["dog"]])
+        red, bus, car = math.log(3 / 1), math.log(3 / 1), math.log(3 / 2)
+        second = red**2 / (math.hypot(red, bus) * math.hypot(red, car))
+        assert each[0] == pytest.approx(10 * ((1 + 1) / 4 + second / 4) / 2)
+
     def test_length_and_repetition_are_punished(self):
         references = [["a b c d"], ["e f"]]
         _, each = cider(["a b c d", "f"], references)
         assert each[0] == pytest.approx(10)
         _, repeated = cider(["a b c d a b c d", "f"], references)
-        # Twice the 1-grams, clipped to one; 7 bigrams to 3, so a penalty of exp(-16 / 72).
+        # Twice the 1-grams, clipped to one; 8 words to 4, so a penalty of exp(-16 / 72).
         cosines = [
             4 / math.sqrt(16 * 4),
             3 / math.sqrt((3 * 4 + 1) * 3),

@@ -191,11 +191,15 @@ class TestKilled:
         whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
         undisturbed = self.start(arguments, whole, tmp_path / "whole.log")
         killed = self.start(arguments, output, tmp_path / "killed.log", stop_after=2)
-        while not output.exists() or output.read_text().count("\n") < 5:  # its settings, two batches of two
-            assert killed.poll() is None, killed.communicate()
-            time.sleep(0.01)
-        killed.send_signal(signal.SIGKILL)
-        killed.communicate()
+        try:
+            while (
+                not output.exists() or output.read_text().count("\n") < 5
+            ):  # its settings, two batches of two
+                assert killed.poll() is None, killed.communicate()
+                time.sleep(0.01)
+        finally:
+            killed.send_signal(signal.SIGKILL)
+            killed.communicate()
         kept = output.read_text()
         resumed = self.start(arguments, output, tmp_path / "resumed.log")
         said, errors = resumed.communicate()
