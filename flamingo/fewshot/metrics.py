@@ -96,7 +96,7 @@ _SIGMA = 6.0
 _CONTRACTED = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b|(?<=\bcan)(?=not\b)")
 _WORD = re.compile(
     r"""
-    n't | (?<=[ ])'(?:s|re|ve|ll|d|m)\b  # taken off a word
+    n't | '(?:s|re|ve|ll|d|m)\b
     | (?:[a-z]\.){2,}                    # a.m.
     | \d+(?:[.,:]\d+)+
     | \w+(?:[-'./]\w+)*

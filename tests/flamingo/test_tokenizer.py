@@ -69,6 +69,7 @@ class TestPretrainedTokenizer:
         ids = pretrained.encode("a cat<image>two dogs<EOC>")
         assert ids.count(pretrained.image_id) == ids.count(pretrained.eoc_id) == 1
         assert max(ids) < pretrained.vocab_size
+        assert not {pretrained.bos_id, pretrained.eos_id, pretrained.pad_id} & set(ids)
         assert pretrained.decode(ids).replace(" ", "") == "acat<image>twodogs<EOC>"
         assert pretrained.encode("") == []
         frame = [pretrained.bos_id, *pretrained.encode("a cat"), pretrained.eos_id, pretrained.pad_id]
