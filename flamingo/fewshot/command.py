@@ -4,6 +4,7 @@ import argparse
 import random
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, made or gone on with")
     parser.add_argument("--shots", type=int, default=4, help="0: two without their images (default: 4)")
     parser.add_argument("--select", choices=("random", "rices"), default="random", help="default: random")
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="of an answer (default: 10 for vqa, 32 for captions)"
+    )
     parser.add_argument("--samples", type=int, help="a random so many (default: all)")
     parser.add_argument("--support-samples", type=int, default=2048, help="likewise (default: 2048)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
@@ -54,6 +58,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Evaluates, and prints the metric with its numbers of samples and shots."""
     task, files, read = TASKS[options.task]
+    if options.max_new_tokens is not None:
+        task = replace(task, max_new_tokens=options.max_new_tokens)
     try:
         paths = {name: getattr(options, name) for name in files}
         support_paths = {name: getattr(options, f"support_{name}") for name in files}

@@ -28,7 +28,7 @@ class Task:
     template: Template
     metric: str  # its name
     score: Callable[[Records], float]  # of records with a prediction and references
-    max_new_tokens: int
+    max_new_tokens: int  # the paper names no limit
 
 
 def _vqa_score(records: Records) -> float:
@@ -104,7 +104,14 @@ def evaluate(
     """
     few = shots or ZERO_SHOT
     _check(queries, support, few, select)
-    own = {"task": task.name, "shots": shots, "select": select, "seed": seed, "samples": len(queries)}
+    own = {
+        "task": task.name,
+        "max_new_tokens": task.max_new_tokens,
+        "shots": shots,
+        "select": select,
+        "seed": seed,
+        "samples": len(queries),
+    }
     records = _resume(output, own | (settings or {}))
     choose = None
     with output.open("a", encoding="utf-8") as file:
