@@ -4,11 +4,13 @@ modules      the layers that are trained: gated cross-attention and the Perceive
 model        Flamingo, put together
 config       sizes, and the presets of the published models
 processor    documents of text and images to tensors
-tokenizer    bytes and special tokens
+media        images and videos, in memory or in files, to frames
+tokenizer    bytes and special tokens, or any tokenizer of transformers
 vision       vision encoders: a small ViT, NFNet, CLIP and SigLIP
 contrastive  pre-training of a vision encoder on pairs of images and texts
 language     a small language model
 transformer  the layer those two share
+fewshot      prompts, closed-ended scoring, retrieval, metrics, evaluation over datasets on disk
 """
 
 from flamingo.config import FlamingoConfig
@@ -25,7 +27,7 @@ from flamingo.modules import (
     text_time,
 )
 from flamingo.processor import Batch, Processor
-from flamingo.tokenizer import ByteTokenizer
+from flamingo.tokenizer import ByteTokenizer, PretrainedTokenizer
 from flamingo.vision import NFNet, PretrainedVision, VisionEncoder
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "NFNet",
     "PerceiverAttention",
     "PerceiverResampler",
+    "PretrainedTokenizer",
     "PretrainedVision",
     "Processor",
     "VisionEncoder",

@@ -103,6 +103,7 @@ class Flamingo(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         num_frames: Tensor | None = None,
+        media_starts: Tensor | None = None,
     ) -> FlamingoOutput:
         """
         Args:
@@ -112,12 +113,14 @@ class Flamingo(nn.Module):
             attention_mask: `[B, T]`, 0 at padding; None for no padding.
             labels: int64 `[B, T]`, the tokens again, -100 where a token is not to be learned.
             num_frames: integer `[B, M]`, the true length of clips padded to F; None if all have F.
+            media_starts: bool `[B, T]`, True where the text that sees the next medium begins; by default
+                at its `<image>`. `Processor(...)(documents, p_next=0.5)` makes others.
 
         Returns:
             `FlamingoOutput(logits, loss)`; loss is None without labels.
         """
         media = self.encode_media(pixels, num_frames)
-        logits = self.decode(input_ids, media, attention_mask)
+        logits = self.decode(input_ids, media, attention_mask, media_starts)
         if labels is None:
             return FlamingoOutput(logits, None)
         # Position t predicts token t + 1.
@@ -127,10 +130,17 @@ class Flamingo(nn.Module):
         """pixels `[B, M, F, 3, h, w]` to media `[B, M, R, D_v]`."""
         return self.resampler(self.vision(pixels), num_frames)
 
-    def decode(self, input_ids: Tensor, media: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """input_ids `[B, T]` and media `[B, M, R, D_v]` to logits `[B, T, vocab_size]`."""
+    def decode(
+        self,
+        input_ids: Tensor,
+        media: Tensor,
+        attention_mask: Tensor | None = None,
+        media_starts: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids `[B, T]` and media `[B, M, R, D_v]` to logits `[B, T, vocab_size]`; see `forward`."""
         # One tensor for all blocks: what a block derives from it can be kept for the next.
-        media_locations = input_ids == self.config.media_token_id
+        is_image = input_ids == self.config.media_token_id
+        media_locations = is_image if media_starts is None else media_starts
         x = self.language.embedding(input_ids)
         angles, mask = self.language.positions_and_mask(input_ids, attention_mask)
         for i, layer in enumerate(self.language.layers):

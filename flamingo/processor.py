@@ -1,14 +1,15 @@
 """Documents of interleaved text and images to the tensors a Flamingo takes."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flamingo.tokenizer import ByteTokenizer
+from flamingo.media import read_frames
+from flamingo.modules import text_time
+from flamingo.tokenizer import ByteTokenizer, Tokenizer
 
 
 class Batch(NamedTuple):
@@ -19,16 +20,35 @@ class Batch(NamedTuple):
     pixels: Tensor  # float32 [B, M, F, 3, image_size, image_size]
     num_media: Tensor  # int64 [B], the rest of M is padding
     num_frames: Tensor | None  # int64 [B, M] where clips differ in length, else None
+    media_starts: Tensor  # bool [B, T], True where the text that sees the next medium begins
+    labels: Tensor  # int64 [B, T], input_ids, and -100 at `<image>`, the first token and padding
+
+    @property
+    def spans(self) -> Tensor:
+        """Which tokens see which medium: `start <= t < end`, int64 `[B, M, 2]`; (0, 0) for padding.
+
+        >>> Processor(image_size=8)([["a", torch.zeros(3, 8, 8), "b", torch.zeros(3, 8, 8)]]).spans.tolist()
+        [[[3, 6], [6, 9]]]
+        """
+        times = text_time(self.media_starts) * self.attention_mask
+        media = torch.arange(1, self.pixels.shape[1] + 1, device=times.device)
+        seen = (times[..., None] == media).long()  # [B, T, M]
+        if not seen.shape[1]:
+            return seen.new_zeros(*seen.shape[::2], 2)
+        start = seen.argmax(dim=1)
+        return torch.stack((start, start + seen.sum(dim=1)), dim=-1)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        return Batch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.pixels.to(device),
-            self.num_media.to(device),
-            None if self.num_frames is None else self.num_frames.to(device),
-        )
+        tensors = {name: x.to(device) for name, x in self._asdict().items() if x is not None}
+        return self._replace(**tensors)
+
+
+class Layout(NamedTuple):
+    """A document's tokens, and its media as they were given, one for each `<image>`."""
+
+    ids: list[int]
+    media: list[Any]
 
 
 class Processor:
@@ -37,7 +57,8 @@ class Processor:
     A document is a list of texts and media in reading order, or a tuple `(text, list of media)` whose text
     has one `<image>` for every medium. A medium is an image, or a list of images: the frames of a clip. An
     image is a PIL image, an array `[h, w]` or `[h, w, 3]`, or a tensor `[1, h, w]` or `[3, h, w]`, of uint8
-    or of floats in 0..1.
+    or of floats in 0..1. A `pathlib.Path` is a file: an image, read by Pillow, or by its suffix a video, read
+    by PyAV.
 
     Tokens are laid out as in the paper, `<EOC>` before every image and at the end::
 
@@ -49,9 +70,14 @@ class Processor:
     Args:
         image_size: side of the square, in pixels.
         mean, std: of the three channels in 0..1; those of CLIP by default.
-        tokenizer: anything with the methods and ids of `ByteTokenizer`.
+        tokenizer: a `ByteTokenizer`, a `PretrainedTokenizer`, or anything with their methods and ids.
+        max_media: media of a document at most; None for any number. The first are kept, later ones are
+            dropped with their `<image>` and the `<EOC>` in front of it, unread; their texts stay. 5 in the
+            paper's training.
+        fps, max_frames: frames a second of files of videos, and how many of a file are read: in the paper
+            1 and 8 in training, 3 and 30 in evaluation.
 
-    Source: arXiv 2204.14198, sections 2.3 and 2.4; the layout is Figure 7's.
+    Source: arXiv 2204.14198, sections 2.3 and 2.4, appendix A.3; the layout is Figure 7's.
 
     >>> batch = Processor(image_size=32)([["a dog:", torch.zeros(3, 20, 40)], ["nothing to see"]])
     >>> batch.pixels.shape, batch.num_media.tolist()
@@ -64,58 +90,149 @@ class Processor:
         *,
         mean: Sequence[float] = (0.4815, 0.4578, 0.4082),
         std: Sequence[float] = (0.2686, 0.2613, 0.2758),
-        tokenizer: ByteTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
+        max_media: int | None = None,
+        fps: float = 1.0,
+        max_frames: int = 8,
     ):
         self.image_size = image_size
         self.mean = torch.tensor(mean)[:, None, None]
         self.std = torch.tensor(std)[:, None, None]
         self.tokenizer = tokenizer or ByteTokenizer()
+        self.max_media = max_media
+        self.fps = fps
+        self.max_frames = max_frames
 
-    def __call__(self, documents: Sequence, *, prompt: bool = False) -> Batch:
+    def __call__(
+        self,
+        documents: Sequence,
+        *,
+        prompt: bool = False,
+        padding_side: Literal["left", "right"] | None = None,
+        window: int | None = None,
+        p_next: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Batch:
         """
+        With probability `p_next` a document's text sees the next image instead of the last one::
+
+            tokens      a  <EOC>  <image>  b  <EOC>  <image>  c
+            last        .    .       1     1    1       2     2
+            next        1    1       1     2    2       2     2
+
+        Text after the last image has no next one and keeps the last: the paper does not say, and blind text
+        teaches the blocks nothing.
+
         Args:
             documents: list of documents.
             prompt: leave the end open and pad on the left, for `Flamingo.generate`; otherwise a document is
                 closed by `<EOC><EOS>` and padded on the right.
+            padding_side: "left" or "right" where it is not to follow from `prompt`.
+            window: of a document with more tokens than this, take so many in a row from a random place, with
+                the media among them, of which `max_media` then keeps the first; 256 in the paper's training.
+            p_next: see above; 0.5 in the paper's training on web pages.
+            generator: of what is random; torch's own by default. For each document in turn it is asked for a
+                place, if the document is too long, and for a side, if `p_next` is not 0.
 
         Raises:
-            ValueError: if `<image>` tokens and images do not match, or an image has a wrong shape or range.
+            ValueError: if `<image>` tokens and images do not match, an image has a wrong shape or range, or a
+                file cannot be read.
+            FileNotFoundError: if a file does not exist.
             TypeError: if a part of a document is neither text nor an image.
+            ImportError: if a file needs Pillow or PyAV and it is not installed.
         """
         if isinstance(documents, str):
             raise TypeError(
                 "Processor: expected a list of documents, each a list of texts and images, got str."
             )
-        token_lists, clip_lists = [], []
+        if padding_side not in (None, "left", "right"):
+            raise ValueError(f"Processor: expected padding_side 'left' or 'right', got {padding_side!r}.")
+        left = prompt if padding_side is None else padding_side == "left"
+        layouts, starts = [], []
         for index, document in enumerate(documents):
-            parts = _interleave(document, f"document {index}")
-            token_lists.append(self._tokens(parts, prompt))
-            clip_lists.append([self._clip(part) for part in parts if not isinstance(part, str)])
-        input_ids, attention_mask = self._pad_tokens(token_lists, left=prompt)
-        pixels, num_frames = self._pad_clips(clip_lists)
-        num_media = torch.tensor([len(clips) for clips in clip_lists], dtype=torch.int64)
-        return Batch(input_ids, attention_mask, pixels, num_media, num_frames)
+            layout = self.lay_out(document, name=f"document {index}", prompt=prompt)
+            if window is not None and len(layout.ids) > window:
+                layout = self._window(layout, window, generator)
+            layout = self._first_media(layout)
+            see_next = p_next > 0 and torch.rand((), generator=generator).item() < p_next
+            layouts.append(layout)
+            starts.append(self._starts(layout.ids, see_next))
+        pixels, num_frames = self.pad_clips([[self.clip(m) for m in layout.media] for layout in layouts])
+        return Batch(
+            input_ids=pad([layout.ids for layout in layouts], self.tokenizer.pad_id, left=left),
+            attention_mask=pad([[1] * len(layout.ids) for layout in layouts], 0, left=left).bool(),
+            pixels=pixels,
+            num_media=torch.tensor([len(layout.media) for layout in layouts], dtype=torch.int64),
+            num_frames=num_frames,
+            media_starts=pad(starts, 0, left=left).bool(),
+            labels=pad([self._labels(layout.ids) for layout in layouts], -100, left=left),
+        )
 
-    def _tokens(self, parts: list, prompt: bool) -> list[int]:
+    def lay_out(self, document: Any, *, name: str = "the document", prompt: bool = False) -> Layout:
+        """A document's tokens and media; `name` is what errors call it, `prompt` as in `__call__`."""
         tokenizer = self.tokenizer
-        ids = [tokenizer.bos_id]
-        for part in parts:
+        ids, media = [tokenizer.bos_id], []
+        for part in _interleave(document, name):
             if isinstance(part, str):
                 ids += tokenizer.encode(part)
             else:
                 ids += [*self._end_of_chunk(ids), tokenizer.image_id]
-        return ids if prompt else [*ids, *self._end_of_chunk(ids), tokenizer.eos_id]
+                media.append(part)
+        return Layout(ids if prompt else [*ids, *self._end_of_chunk(ids), tokenizer.eos_id], media)
+
+    def clip(self, medium: Any) -> Tensor:
+        """A medium, read and resized: float32 `[F, 3, image_size, image_size]`."""
+        frames = read_frames(medium, fps=self.fps, max_frames=self.max_frames)
+        return torch.stack([self._square(frame) for frame in frames])
+
+    def pad_clips(self, clip_lists: list[list[Tensor]]) -> tuple[Tensor, Tensor | None]:
+        """The clips of each document to pixels `[B, M, F, 3, image_size, image_size]` and num_frames
+        `[B, M]`, which is None where all clips have F frames."""
+        most_media = max(map(len, clip_lists), default=0)
+        most_frames = max((len(clip) for clips in clip_lists for clip in clips), default=1)
+        size = self.image_size
+        pixels = torch.zeros(len(clip_lists), most_media, most_frames, 3, size, size)
+        num_frames = torch.full((len(clip_lists), most_media), most_frames)
+        for row, clips in enumerate(clip_lists):
+            for column, clip in enumerate(clips):
+                pixels[row, column, : len(clip)] = clip
+                num_frames[row, column] = len(clip)
+        return pixels, num_frames if (num_frames < most_frames).any() else None
 
     def _end_of_chunk(self, ids: list[int]) -> list[int]:
         """`<EOC>`, unless nothing or an `<EOC>` written by the user is before it."""
-        return [] if ids[-1] in (self.tokenizer.bos_id, self.tokenizer.eoc_id) else [self.tokenizer.eoc_id]
+        return [] if len(ids) == 1 or ids[-1] == self.tokenizer.eoc_id else [self.tokenizer.eoc_id]
 
-    def _clip(self, medium: Any) -> Tensor:
-        """A medium to `[F, 3, image_size, image_size]`."""
-        frames = medium if _is_clip(medium) else [medium]
-        if len(frames) == 0:
-            raise ValueError("Processor: expected a clip of one frame or more, got an empty list.")
-        return torch.stack([self._square(_to_image(frame)) for frame in frames])
+    def _window(self, layout: Layout, length: int, generator: torch.Generator | None) -> Layout:
+        """So many tokens in a row from a random place, and the media among them."""
+        places = len(layout.ids) - length + 1
+        start = int(torch.randint(places, (), generator=generator))
+        ids = layout.ids[start : start + length]
+        first = layout.ids[:start].count(self.tokenizer.image_id)
+        return Layout(ids, layout.media[first : first + ids.count(self.tokenizer.image_id)])
+
+    def _first_media(self, layout: Layout) -> Layout:
+        """The first `max_media` media, without the `<EOC><image>` of the others."""
+        if self.max_media is None or len(layout.media) <= self.max_media:
+            return layout
+        tokenizer, ids, found = self.tokenizer, [], 0
+        for id in layout.ids:
+            found += id == tokenizer.image_id
+            if id != tokenizer.image_id or found <= self.max_media:
+                ids.append(id)
+            elif ids and ids[-1] == tokenizer.eoc_id:
+                ids.pop()
+        return Layout(ids, layout.media[: self.max_media])
+
+    def _starts(self, ids: list[int], see_next: bool) -> list[bool]:
+        """Where the text of each medium begins: at its `<image>`, or right after that of the one before."""
+        images = [place for place, id in enumerate(ids) if id == self.tokenizer.image_id]
+        starts = {0, *(place + 1 for place in images[:-1])} if see_next and images else set(images)
+        return [place in starts for place in range(len(ids))]
+
+    def _labels(self, ids: list[int]) -> list[int]:
+        """Nothing predicts a document's first token, and nobody is to say `<image>`."""
+        return [-100 if not place or id == self.tokenizer.image_id else id for place, id in enumerate(ids)]
 
     def _square(self, image: Tensor) -> Tensor:
         """An image `[3, h, w]` in 0..1 to a normalised `[3, image_size, image_size]`."""
@@ -128,27 +245,17 @@ class Processor:
         image = (image - self.mean) / self.std
         return F.pad(image, (left, size - width - left, top, size - height - top))
 
-    def _pad_tokens(self, token_lists: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
-        length = max(map(len, token_lists), default=0)
-        input_ids = torch.full((len(token_lists), length), self.tokenizer.pad_id)
-        attention_mask = torch.zeros(len(token_lists), length, dtype=torch.bool)
-        for row, tokens in enumerate(token_lists):
-            place = slice(length - len(tokens), length) if left else slice(0, len(tokens))
-            input_ids[row, place] = torch.tensor(tokens)
-            attention_mask[row, place] = True
-        return input_ids, attention_mask
 
-    def _pad_clips(self, clip_lists: list[list[Tensor]]) -> tuple[Tensor, Tensor | None]:
-        most_media = max(map(len, clip_lists), default=0)
-        most_frames = max((len(clip) for clips in clip_lists for clip in clips), default=1)
-        size = self.image_size
-        pixels = torch.zeros(len(clip_lists), most_media, most_frames, 3, size, size)
-        num_frames = torch.full((len(clip_lists), most_media), most_frames)
-        for row, clips in enumerate(clip_lists):
-            for column, clip in enumerate(clips):
-                pixels[row, column, : len(clip)] = clip
-                num_frames[row, column] = len(clip)
-        return pixels, num_frames if (num_frames < most_frames).any() else None
+def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> Tensor:
+    """Rows of integers to int64 `[B, T]`, the shorter ones filled with a value on one side.
+
+    >>> pad([[1, 2, 3], [4]], 0, left=True).tolist()
+    [[1, 2, 3], [0, 0, 4]]
+    """
+    length = max(map(len, rows), default=0)
+    fill = [[value] * (length - len(row)) for row in rows]
+    padded = [[*more, *row] if left else [*row, *more] for row, more in zip(rows, fill, strict=True)]
+    return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), length)
 
 
 def _interleave(document: Any, name: str) -> list:
@@ -182,38 +289,3 @@ def _interleave(document: Any, name: str) -> list:
             "itself in that place, or pass a tuple (text, list of images)."
         )
     return list(document)
-
-
-def _is_clip(medium: Any) -> bool:
-    if isinstance(medium, (np.ndarray, Tensor)):
-        return medium.ndim == 4
-    return isinstance(medium, (list, tuple))
-
-
-def _to_image(image: Any) -> Tensor:
-    """A PIL image, an array or a tensor to float32 `[3, h, w]` in 0..1."""
-    if hasattr(image, "convert"):  # PIL, without importing it
-        image = np.asarray(image.convert("RGB"))
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.array(image, order="C"))
-        image = image[None] if image.ndim == 2 else image.movedim(-1, 0)
-    if not isinstance(image, Tensor):
-        raise TypeError(
-            f"Processor: expected a text, a PIL image, an array, a tensor or a list of these, got "
-            f"{type(image).__name__}."
-        )
-    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
-        raise ValueError(
-            "Processor: expected an image array (h, w) or (h, w, 3), or a tensor (1, h, w) or (3, h, w), got "
-            f"{tuple(image.shape)} (channels first)."
-        )
-    if image.dtype == torch.uint8:
-        image = image.float() / 255
-    elif not image.is_floating_point():
-        raise TypeError(f"Processor: expected an image of uint8 or a floating type, got {image.dtype}.")
-    elif not (image.min() >= 0 and image.max() <= 1):
-        raise ValueError(
-            f"Processor: expected a floating image in 0..1, got {image.min():.4g}..{image.max():.4g}. "
-            "Divide by 255, or pass uint8."
-        )
-    return image.detach().cpu().float().expand(3, -1, -1)

@@ -1,7 +1,28 @@
-"""Text as its UTF-8 bytes, and five special tokens."""
+"""Text to ids and back: as bytes, or by any tokenizer of transformers."""
 
 import re
 from collections.abc import Iterable
+from typing import Any, Protocol
+
+IMAGE, EOC = "<image>", "<EOC>"
+
+
+class Tokenizer(Protocol):
+    """What `Processor` asks of a tokenizer.
+
+    `encode` recognises `<image>` and `<EOC>` where they are spelled out and adds nothing of its own; `decode`
+    spells them out and leaves other special tokens out.
+    """
+
+    image_id: int
+    eoc_id: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
 
 
 class ByteTokenizer:
@@ -24,12 +45,12 @@ class ByteTokenizer:
     vocab_size = 261
 
     def __init__(self):
-        self._spelled_out = {"<image>": self.image_id, "<EOC>": self.eoc_id}
+        self._spelled_out = {IMAGE: self.image_id, EOC: self.eoc_id}
 
     def encode(self, text: str) -> list[int]:
         """Text to ids, without `<BOS>` and `<EOS>`."""
         ids: list[int] = []
-        for part in re.split("(<image>|<EOC>)", text):
+        for part in re.split(f"({IMAGE}|{EOC})", text):
             ids += [self._spelled_out[part]] if part in self._spelled_out else part.encode()
         return ids
 
@@ -38,3 +59,58 @@ class ByteTokenizer:
         names = {id: name.encode() for name, id in self._spelled_out.items()}
         data = b"".join(bytes([id]) if id < 256 else names.get(id, b"") for id in map(int, ids))
         return data.decode(errors="replace")
+
+
+class PretrainedTokenizer:
+    """A tokenizer of transformers with `<image>` and `<EOC>` added to it, as open_flamingo does.
+
+    The language model needs rows of embeddings for them: `model.resize_token_embeddings(vocab_size)`, and
+    `FlamingoConfig(media_token_id=image_id)`. A tokenizer without a beginning of text begins with its end of
+    text, as GPT-2 was trained; one without padding pads with it too, which the masks and labels leave out.
+
+    Args:
+        tokenizer: of transformers; it is changed.
+
+    Attributes:
+        vocab_size: number of ids, those added included.
+
+    Raises:
+        ValueError: if it has no end of text.
+
+    Example; `PretrainedTokenizer(AutoTokenizer.from_pretrained(name))` takes one by its name:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "cat": 2, "?": 3}, unk_token="?"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="?")
+        >>> tokenizer = PretrainedTokenizer(tokenizer)
+        >>> tokenizer.encode("<image>a cat<EOC>"), tokenizer.vocab_size
+        ([4, 1, 2, 5], 6)
+        >>> processor = Processor(image_size=32, tokenizer=tokenizer)
+        >>> processor([[torch.zeros(3, 8, 8), "a cat"]]).input_ids.tolist()
+        [[0, 4, 1, 2, 5, 0]]
+    """
+
+    def __init__(self, tokenizer: Any):
+        tokenizer.add_tokens([IMAGE, EOC], special_tokens=True)
+        self.tokenizer = tokenizer
+        self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.eoc_id: int = tokenizer.convert_tokens_to_ids(EOC)
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"PretrainedTokenizer: expected a tokenizer with an end of text, got "
+                f"{type(tokenizer).__name__} without. Set its eos_token."
+            )
+        self.eos_id: int = tokenizer.eos_token_id
+        self.bos_id: int = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.vocab_size: int = len(tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids, without any that begin or end a text."""
+        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids to text: `<image>` and `<EOC>` spelled out, padding, beginning and end of text left out."""
+        frame = {self.bos_id, self.eos_id, self.pad_id}
+        return self.tokenizer.decode([id for id in map(int, ids) if id not in frame])

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from flamingo import ByteTokenizer, Flamingo, FlamingoConfig, Processor
+from flamingo import Flamingo, FlamingoConfig, Processor
+from tests.flamingo.weights import randomise
 
 IMAGE, EOC, PAD, BOS, EOS = range(256, 261)
 
@@ -16,27 +17,6 @@ def processor():
 
 def text(string):
     return list(string.encode())
-
-
-class TestByteTokenizer:
-    @pytest.mark.parametrize(
-        "string", ["", "plain", "naïve ☕ 日本", "a<image>b<EOC>", "<image><image>", "<img>"]
-    )
-    def test_round_trip(self, string):
-        tokenizer = ByteTokenizer()
-        assert tokenizer.decode(tokenizer.encode(string)) == string
-
-    def test_special_tokens(self):
-        tokenizer = ByteTokenizer()
-        assert tokenizer.encode("a<image><EOC>") == [97, IMAGE, EOC]
-        assert tokenizer.decode([BOS, 97, EOS, PAD, PAD]) == "a"
-        assert tokenizer.vocab_size == 261
-
-    def test_text_cannot_spell_the_frame(self):
-        assert max(ByteTokenizer().encode("<BOS><EOS><PAD>")) < 256
-
-    def test_broken_bytes_are_replaced(self):
-        assert ByteTokenizer().decode(torch.tensor([0xE6, 97])) == "\ufffda"
 
 
 class TestTokens:
@@ -69,10 +49,184 @@ class TestTokens:
         assert batch.input_ids.tolist() == [[BOS, 97, 98, 99], [PAD, PAD, BOS, IMAGE]]
         assert torch.equal(batch.attention_mask, batch.input_ids != PAD)
 
+    def test_either_side_may_be_asked_for(self, processor):
+        documents = [["abc"], [self.image]]
+        left = processor(documents, padding_side="left")
+        assert left.input_ids.tolist() == [[BOS, 97, 98, 99, EOC, EOS], [PAD, PAD, BOS, IMAGE, EOC, EOS]]
+        right = processor(documents, prompt=True, padding_side="right")
+        assert right.input_ids.tolist() == [[BOS, 97, 98, 99], [BOS, IMAGE, PAD, PAD]]
+        for batch in (left, right):
+            assert torch.equal(batch.attention_mask, batch.input_ids != PAD)
+            assert torch.equal(batch.media_starts, batch.input_ids == IMAGE)
+        with pytest.raises(ValueError, match="padding_side 'left' or 'right', got 'top'"):
+            processor(documents, padding_side="top")
+
     def test_no_documents(self, processor):
         batch = processor([])
         assert batch.input_ids.shape == (0, 0)
         assert batch.pixels.shape == (0, 0, 1, 3, 32, 32)
+
+
+class TestLabels:
+    image = np.zeros((4, 4, 3), dtype=np.uint8)
+
+    @pytest.mark.parametrize("padding_side", ["left", "right"])
+    def test_all_but_images_the_first_token_and_padding(self, processor, padding_side):
+        batch = processor([["hi", self.image, "a"], [self.image]], padding_side=padding_side)
+        first = torch.zeros_like(batch.attention_mask)
+        for row, mask in enumerate(batch.attention_mask):
+            first[row, mask.long().argmax()] = True
+        silent = first | ~batch.attention_mask | (batch.input_ids == IMAGE)
+        assert torch.equal(batch.labels, batch.input_ids.masked_fill(silent, -100))
+        assert batch.labels[1][batch.labels[1] != -100].tolist() == [EOC, EOS]
+
+    def test_the_loss_is_that_of_the_document_alone(self, processor):
+        model = Flamingo(FlamingoConfig.preset("tiny"))
+        documents = [["hi there", self.image, "a"], [self.image, "b"]]
+        each = [processor([document]) for document in documents]
+        counts = [(one.labels[:, 1:] != -100).sum() for one in each]
+        losses = [model(one.input_ids, one.pixels, labels=one.labels).loss for one in each]
+        expected = (losses[0] * counts[0] + losses[1] * counts[1]) / sum(counts)
+        for padding_side in ("left", "right"):
+            batch = processor(documents, padding_side=padding_side)
+            loss = model(batch.input_ids, batch.pixels, batch.attention_mask, batch.labels).loss
+            torch.testing.assert_close(loss, expected)
+
+
+class TestSpans:
+    image = np.zeros((4, 4, 3), dtype=np.uint8)
+
+    @pytest.mark.parametrize("padding_side", ["left", "right"])
+    @pytest.mark.parametrize("p_next", [0.0, 1.0])
+    def test_are_the_tokens_that_see_a_medium(self, processor, padding_side, p_next):
+        documents = [
+            ["hi", self.image, "a", self.image, self.image],
+            ["text"],
+            ["b", self.image, "long text"],
+        ]
+        batch = processor(documents, padding_side=padding_side, p_next=p_next)
+        assert batch.spans.shape == (3, 3, 2)
+        times = batch.media_starts.cumsum(dim=1) * batch.attention_mask
+        for row, spans in zip(times.tolist(), batch.spans.tolist(), strict=True):
+            for medium, (start, end) in enumerate(spans, 1):
+                places = [place for place, time in enumerate(row) if time == medium]
+                assert places == list(range(start, end))
+        assert batch.spans[1].tolist() == [[0, 0]] * 3
+        assert batch.spans[2, 1:].tolist() == [[0, 0]] * 2
+
+    def test_by_hand(self, processor):
+        batch = processor([["hi", self.image, "a", self.image], [self.image]], prompt=True)
+        # <BOS> h i <EOC> <image> a <EOC> <image>; six of padding, <BOS> <image>
+        assert batch.spans.tolist() == [[[4, 7], [7, 8]], [[7, 8], [0, 0]]]
+
+    def test_empty(self, processor):
+        assert processor([]).spans.shape == (0, 0, 2)
+        assert processor([["text"]]).spans.shape == (1, 0, 2)
+
+
+class TestPlacement:
+    """`p_next`: which image a token sees."""
+
+    image = np.zeros((4, 4, 3), dtype=np.uint8)
+    document = ["a", image, "b", image, image, "c"]
+    #       <BOS> a <EOC> <image> b <EOC> <image> <EOC> <image> c <EOC> <EOS>
+    last = [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 3]
+    next = [1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3]
+
+    @pytest.mark.parametrize(("p_next", "times"), [(0.0, last), (1.0, next)])
+    def test_text_sees_the_last_or_the_next(self, processor, p_next, times):
+        batch = processor([self.document], p_next=p_next)
+        assert batch.media_starts.cumsum(dim=1).tolist() == [times]
+        left = processor([self.document, ["much longer than that"]], p_next=p_next, padding_side="left")
+        assert (left.media_starts.cumsum(dim=1) * left.attention_mask)[0, -12:].tolist() == times
+        assert not left.media_starts[1].any()
+
+    def test_is_drawn_for_each_document(self, processor):
+        documents = [self.document] * 400
+        batch = processor(documents, p_next=0.5, generator=torch.Generator().manual_seed(0))
+        fired = batch.media_starts[:, 0]
+        for row, times in ((fired, self.next), (~fired, self.last)):
+            assert (batch.media_starts[row].cumsum(dim=1) == torch.tensor(times)).all()
+        assert 160 < fired.sum() < 240  # four standard deviations
+        again = processor(documents, p_next=0.5, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(again.media_starts, batch.media_starts)
+
+    def test_reaches_the_blocks_of_a_model(self, processor, seed):
+        # One block in front of the last layer: a token's logits depend on the image that it sees alone.
+        model = randomise(Flamingo(FlamingoConfig.preset("tiny", cross_attn_first=3)), std=0.2).double()
+        for p_next, times in ((0.0, self.last), (1.0, self.next)):
+            batch = processor([self.document], p_next=p_next)
+            pixels = torch.randn_like(batch.pixels, dtype=torch.float64)
+            options = {"media_starts": batch.media_starts}
+            block, seen = model.cross_attn["3"], []
+            hook = block.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
+            model(batch.input_ids, pixels, **options)
+            for medium in range(3):
+                other = pixels.clone()
+                other[:, medium] += 1
+                model(batch.input_ids, other, **options)
+                changed = (seen[0] != seen[-1]).any(dim=-1)
+                assert changed.tolist() == [[time == medium + 1 for time in times]]
+            hook.remove()
+
+    def test_by_default_a_model_finds_the_images_itself(self, processor, seed):
+        model = randomise(Flamingo(FlamingoConfig.preset("tiny")), std=0.2)
+        batch = processor([self.document])
+        logits = model(batch.input_ids, batch.pixels).logits
+        given = model(batch.input_ids, batch.pixels, media_starts=batch.media_starts).logits
+        assert torch.equal(logits, given)
+        moved = processor([self.document], p_next=1.0).media_starts
+        assert not torch.allclose(model(batch.input_ids, batch.pixels, media_starts=moved).logits, logits)
+
+
+class TestManyMedia:
+    def images(self, count):
+        return [np.full((4, 4, 3), shade, dtype=np.uint8) for shade in range(0, 20 * count, 20)]
+
+    def test_the_first_are_kept(self, tmp_path):
+        first, second, third, fourth = self.images(4)
+        kept = Processor(32)([["a", first, "b", second, "c", "d"]])
+        batch = Processor(32, max_media=2)([["a", first, "b", second, "c", third, fourth, "d"]])
+        for found, expected in zip(batch[:4], kept[:4], strict=True):
+            assert torch.equal(found, expected)
+        # What is dropped is not read.
+        batch = Processor(32, max_media=2)([["a", first, "b", second, "c", tmp_path / "none.png", "d"]])
+        assert torch.equal(batch.pixels, kept.pixels)
+
+    def test_as_many_as_there_may_be(self):
+        images = self.images(2)
+        for most in (None, 2, 5):
+            assert Processor(32, max_media=most)([images]).num_media.tolist() == [2]
+        assert Processor(32, max_media=0)([images]).input_ids.tolist() == [[BOS, EOC, EOS]]
+
+    def test_a_window_takes_its_own_media(self):
+        images = self.images(9)
+        document = [part for number, image in enumerate(images) for part in (image, str(number) * 5)]
+        processor = Processor(4, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), max_media=2)
+        whole = Processor(4)([document]).input_ids[0].tolist()
+        generator, starts = torch.Generator().manual_seed(0), set()
+        for _ in range(60):
+            batch = processor([document], window=20, generator=generator)
+            ids, count = batch.input_ids[0].tolist(), batch.num_media.item()
+            assert ids.count(IMAGE) == count
+            places = [p for p in range(len(whole) - 19) if self.first_two(whole[p : p + 20]) == ids]
+            assert len(places) == 1
+            starts.add(places[0])
+            first = whole[: places[0]].count(IMAGE)
+            shades = (batch.pixels[0, :, 0, 0, 0, 0] * 255).round().long().tolist()
+            assert shades == [20 * number for number in range(first, first + count)]
+            assert batch.labels[0, 0] == -100
+        assert len(starts) > 20
+
+    def first_two(self, ids):
+        """Without `<EOC><image>` from the third image on."""
+        places = [place for place, id in enumerate(ids) if id == IMAGE][2:]
+        return [id for place, id in enumerate(ids) if place not in places and place + 1 not in places]
+
+    def test_a_short_document_is_its_own_window(self):
+        (image,) = self.images(1)
+        batch = Processor(32)([["text", image]], window=100)
+        assert torch.equal(batch.input_ids, Processor(32)([["text", image]]).input_ids)
 
 
 class TestPixels:
@@ -178,7 +332,7 @@ class TestErrors:
             (image, "expected document 1 to be a list of texts and images, got Tensor"),
             (("text", image), r"a tuple \(text, list of images\), got a tuple of str, Tensor"),
             (("<image>", ["text"]), "expected only images in the second half of document 1, got a text"),
-            ([3], "expected a text, a PIL image, an array, a tensor or a list of these, got int"),
+            ([3], "expected a text, a PIL image, .* a pathlib.Path or a list of these, got int"),
             ([torch.zeros(3, 4, 4, dtype=torch.int64)], "uint8 or a floating type, got torch.int64"),
         ],
     )
@@ -203,3 +357,22 @@ def test_a_document_goes_through_a_model(processor):
         prompt.input_ids, prompt.pixels, prompt.attention_mask, prompt.num_frames, max_new_tokens=2
     )
     assert new.shape == (2, 2)
+
+
+def test_an_image_and_clips_of_8_and_30_frames_go_through_a_model(processor, seed):
+    """Each with the time embeddings of its own length, in whatever batch it is."""
+    model = randomise(Flamingo(FlamingoConfig.preset("tiny", max_num_frames=8)), std=0.2).double()
+    image, short, long = (list(torch.rand(frames, 3, 8, 8)) for frames in (1, 8, 30))
+    documents = [["a", image[0], "one", short, "two", long, "three"], [long, "alone", short, "b"]]
+
+    def logits(some):
+        batch = processor(some)
+        pixels = batch.pixels.double()
+        out = model(batch.input_ids, pixels, batch.attention_mask, num_frames=batch.num_frames).logits
+        return [row[mask] for row, mask in zip(out, batch.attention_mask, strict=True)]
+
+    together = logits(documents)
+    for document, expected in zip(documents, together, strict=True):
+        torch.testing.assert_close(logits([document])[0], expected)
+    (other,) = logits([["a", image[0], "one", short[:7], "two", long, "three"]])
+    assert not torch.allclose(other, together[0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from flamingo import Flamingo, FlamingoConfig
+from flamingo import Flamingo, FlamingoConfig, Processor
 from flamingo_kernels import layers, patch, unpatch, use_backend
 from tests import third_party
 from tests.flamingo.weights import randomise
@@ -172,6 +172,20 @@ class TestFlamingo:
         with use_backend(backend):
             assert_parity(
                 model, fused, (2, 2, 1, 3, 32, 32), call=lambda module, pixels: module(tokens, pixels).logits
+            )
+
+    def test_text_that_sees_the_next_image(self, model, backend):
+        image = torch.rand(3, 8, 8)
+        batch = Processor(image_size=32)([["a", image, "b", image, "c"], ["d", image]], p_next=1.0)
+        inputs = {"input_ids": batch.input_ids, "media_starts": batch.media_starts}
+        fused = copy.deepcopy(model)
+        patch(fused)
+        with use_backend(backend):
+            assert_parity(
+                model,
+                fused,
+                batch.pixels.shape,
+                call=lambda module, pixels: module(pixels=pixels, **inputs).logits,
             )
 
     def test_generation(self, model):

@@ -1,0 +1,39 @@
+"""Few-shot evaluation as in the paper (arXiv 2204.14198, section 3 and appendix B.1.4).
+
+prompts   samples to documents, with the paper's templates
+scoring   closed-ended tasks: the log-likelihood of each candidate
+rices     shots that look like the query
+metrics   VQA accuracy, CIDEr, top-1 accuracy, ROC AUC
+datasets  VQAv2 and COCO captions on disk
+runner    a model over a dataset, resumed where it was killed
+command   `python -m flamingo evaluate`
+"""
+
+from flamingo.fewshot.datasets import read_captions, read_vqa
+from flamingo.fewshot.metrics import cider, roc_auc, top_one, vqa_accuracy
+from flamingo.fewshot.prompts import Sample, Template, conversation, trim
+from flamingo.fewshot.rices import image_embeddings, nearest
+from flamingo.fewshot.runner import CAPTIONS, VQA, Evaluation, Task, evaluate
+from flamingo.fewshot.scoring import ensemble_log_likelihoods, log_likelihoods
+
+__all__ = [
+    "CAPTIONS",
+    "VQA",
+    "Evaluation",
+    "Sample",
+    "Task",
+    "Template",
+    "cider",
+    "conversation",
+    "ensemble_log_likelihoods",
+    "evaluate",
+    "image_embeddings",
+    "log_likelihoods",
+    "nearest",
+    "read_captions",
+    "read_vqa",
+    "roc_auc",
+    "top_one",
+    "trim",
+    "vqa_accuracy",
+]

@@ -1,0 +1,157 @@
+"""Images and clips, in whatever form they come, to frames of one form."""
+
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+
+
+def read_frames(medium: Any, *, fps: float = 1.0, max_frames: int = 8) -> Iterator[Tensor]:
+    """The frames of an image, of a clip or of a file of either, one by one.
+
+    Args:
+        medium: what `Processor` takes as a medium.
+        fps, max_frames: of files of videos, see `read_video`.
+
+    Yields:
+        float32 `[3, h, w]` in 0..1.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a file cannot be read, a clip is empty, or an image has a wrong shape or range.
+        TypeError: if it is none of these.
+        ImportError: without Pillow or PyAV where a file needs it.
+    """
+    if isinstance(medium, Path) and medium.suffix.lower() in VIDEOS:
+        yield from read_video(medium, fps=fps, max_frames=max_frames)
+        return
+    frames = medium if _is_clip(medium) else [medium]
+    if len(frames) == 0:
+        raise ValueError("Processor: expected a clip of one frame or more, got an empty list.")
+    for frame in frames:
+        yield read_image(frame) if isinstance(frame, Path) else to_image(frame)
+
+
+def read_image(path: Path) -> Tensor:
+    """A file that Pillow can read, upright and in colour, to float32 `[3, h, w]` in 0..1.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if Pillow cannot read it.
+        ImportError: without Pillow.
+    """
+    _check_exists(path)
+    pillow = _import("PIL.Image", "pillow", "images")
+    operations = import_module("PIL.ImageOps")
+    try:
+        with pillow.open(path) as image:
+            return to_image(operations.exif_transpose(image))
+    except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
+        raise ValueError(f"Processor: expected an image that Pillow can read, got {path}: {error}") from error
+
+
+def read_video(path: Path, *, fps: float = 1.0, max_frames: int = 8) -> Iterator[Tensor]:
+    """The frames on show at 0, 1 / fps, 2 / fps, ... seconds, until the last frame has begun.
+
+    Args:
+        path: a file that PyAV, which is FFmpeg, can read.
+        fps: frames a second; 1 in the paper's training, 3 in its evaluation.
+        max_frames: where to stop; 8 in the paper's training, 30 in its evaluation.
+
+    Yields:
+        float32 `[3, h, w]` in 0..1.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read or has no frame.
+        ImportError: without PyAV.
+
+    Source: arXiv 2204.14198, appendix B.1.2.
+    """
+    _check_exists(path)
+    av = _import("av", "av", "videos")
+    taken = 0
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"Processor: expected a video with frames, got {path}, which has none.")
+            for frame in _at_rate(container.decode(container.streams.video[0]), fps):
+                yield to_image(frame.to_ndarray(format="rgb24"))
+                taken += 1
+                if taken == max_frames:
+                    return
+    except av.FFmpegError as error:
+        raise ValueError(f"Processor: expected a video that PyAV can read, got {path}: {error}") from error
+    if not taken:
+        raise ValueError(f"Processor: expected a video with frames, got {path}, which has none.")
+
+
+def _at_rate(frames: Iterator[Any], fps: float) -> Iterator[Any]:
+    """Frames with times, in order, to the one on show at each tick of 1 / fps seconds from the first on."""
+    shown, start, ticks = None, 0.0, 0
+    for frame in frames:
+        if shown is None:
+            start = frame.time
+        # A tick within a microsecond of a frame's time, which is rounded, is that frame's.
+        while shown is not None and start + ticks / fps < frame.time - 1e-6:
+            yield shown
+            ticks += 1
+        shown = frame
+    if shown is not None and start + ticks / fps < shown.time + 1e-6:
+        yield shown
+
+
+def to_image(image: Any) -> Tensor:
+    """A PIL image, an array or a tensor to float32 `[3, h, w]` in 0..1."""
+    if hasattr(image, "convert"):  # PIL, without importing it
+        image = np.asarray(image.convert("RGB"))
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(np.array(image, order="C"))
+        image = image[None] if image.ndim == 2 else image.movedim(-1, 0)
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            "Processor: expected a text, a PIL image, an array, a tensor, a pathlib.Path or a list of these, "
+            f"got {type(image).__name__}."
+        )
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
+        raise ValueError(
+            "Processor: expected an image array (h, w) or (h, w, 3), or a tensor (1, h, w) or (3, h, w), got "
+            f"{tuple(image.shape)} (channels first)."
+        )
+    if image.dtype == torch.uint8:
+        image = image.float() / 255
+    elif not image.is_floating_point():
+        raise TypeError(f"Processor: expected an image of uint8 or a floating type, got {image.dtype}.")
+    elif not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError(
+            f"Processor: expected a floating image in 0..1, got {image.min():.4g}..{image.max():.4g}. "
+            "Divide by 255, or pass uint8."
+        )
+    return image.detach().cpu().float().expand(3, -1, -1)
+
+
+def _is_clip(medium: Any) -> bool:
+    if isinstance(medium, (np.ndarray, Tensor)):
+        return medium.ndim == 4
+    return isinstance(medium, (list, tuple))
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"Processor: expected a file, found none at {path}.")
+
+
+def _import(module: str, package: str, what: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"Processor: reading {what} from files needs {package}: pip install {package}, or "
+            'pip install "flamingo-kernels[media]".'
+        ) from error

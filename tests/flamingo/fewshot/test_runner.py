@@ -1,0 +1,278 @@
+"""Runs whose result is known, and runs that are killed halfway."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flamingo.__main__ import main
+from flamingo.fewshot import CAPTIONS, VQA, Sample, cider, evaluate, vqa_accuracy
+from flamingo.fewshot.scoring import batches
+from tests.flamingo.fewshot.scripted import PROCESSOR, SHADES, Namer, picture, write_captions, write_vqa
+
+ROOT = Path(__file__).parents[3]
+QUERIES = ["white", "black", "grey", "white", "black"]
+
+
+def sample(shade, name):
+    return Sample(
+        id=name,
+        image=picture(shade),
+        fields={"question": "What colour?"},
+        answer=shade,
+        references=(shade,) * 10,
+    )
+
+
+QUERY_SAMPLES = [sample(shade, number) for number, shade in enumerate(QUERIES)]
+SUPPORT = [sample(shade, f"support {number}") for number, shade in enumerate([*SHADES] * 3)]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class TestEvaluate:
+    def run(self, path, queries=QUERY_SAMPLES, task=VQA, model=None, **options):
+        return evaluate(model or Namer(), PROCESSOR, task, queries, SUPPORT, path, batch_size=2, **options)
+
+    def test_writes_a_line_a_sample_and_measures(self, tmp_path):
+        wrong = sample("white", "wrong")
+        answers = ("white",) * 2 + ("black",) * 8
+        wrong = Sample(id="wrong", image=wrong.image, fields=wrong.fields, references=answers)
+        result = self.run(tmp_path / "out.jsonl", [*QUERY_SAMPLES, wrong], shots=3)
+        expected = 100 * (5 + vqa_accuracy("white", answers)) / 6
+        assert result.value == pytest.approx(expected)
+        assert str(result) == f"vqa: VQA accuracy {expected:.2f} (6 samples, 3 shots)"
+        header, *records = lines(tmp_path / "out.jsonl")
+        own = {"task": "vqa", "max_new_tokens": 10, "shots": 3, "select": "random", "seed": 0, "samples": 6}
+        assert header == own
+        assert [record["id"] for record in records] == [0, 1, 2, 3, 4, "wrong"]
+        assert [record["prediction"] for record in records] == [*QUERIES, "white"]
+        assert all(len(set(record["shots"])) == 3 for record in records)
+
+    def test_captions(self, tmp_path):
+        queries = [
+            Sample(id=number, image=picture(shade), references=(f"{shade}", f"a {shade} wall"))
+            for number, shade in enumerate(QUERIES)
+        ]
+        result = self.run(tmp_path / "out.jsonl", queries, CAPTIONS)
+        assert result.value == pytest.approx(100 * cider(QUERIES, [query.references for query in queries])[0])
+        assert result.value > 0
+
+    def test_shots_are_the_querys_own_whatever_comes_before(self, tmp_path):
+        shots = {}
+        for name, queries in (("all", QUERY_SAMPLES), ("last", QUERY_SAMPLES[3:])):
+            self.run(tmp_path / name, queries, shots=2)
+            shots[name] = {record["id"]: record["shots"] for record in lines(tmp_path / name)[1:]}
+        assert shots["last"] == {name: shots["all"][name] for name in (3, 4)}
+        assert len({tuple(few) for few in shots["all"].values()}) > 2
+        self.run(tmp_path / "seed", shots=2, seed=1)
+        assert {record["id"]: record["shots"] for record in lines(tmp_path / "seed")[1:]} != shots["all"]
+
+    def test_zero_shots_are_two_without_images(self, tmp_path):
+        model, prompts = Namer(), []
+        generate = model.generate
+        model.generate = lambda ids, *rest, **options: (
+            prompts.extend(ids.tolist()),
+            generate(ids, *rest, **options),
+        )[1]
+        self.run(tmp_path / "out.jsonl", shots=0, model=model)
+        assert len(prompts) == 5
+        for ids, query in zip(prompts, QUERIES, strict=True):
+            text = PROCESSOR.tokenizer.decode(ids)
+            asked = "Question: What colour? Answer:"
+            first, second, last = text.split("<EOC>")
+            assert first in {f"{asked} {shade}" for shade in SHADES}
+            assert second in {f"{asked} {shade}" for shade in SHADES}
+            assert last == f"<image>{asked}", query
+        assert model.encoded == 5
+
+    def test_rices_puts_the_most_alike_last(self, tmp_path):
+        self.run(tmp_path / "out.jsonl", shots=5, select="rices")
+        named = {one.id: one.answer for one in SUPPORT}
+        for record, shade in zip(lines(tmp_path / "out.jsonl")[1:], QUERIES, strict=True):
+            away = [abs(SHADES[named[name]] - SHADES[shade]) for name in record["shots"]]
+            assert away == sorted(away, reverse=True)
+            assert away[-3:] == [0, 0, 0]
+
+    @pytest.mark.parametrize("select", ["random", "rices"])
+    def test_a_query_is_not_shown_its_own_answer(self, tmp_path, select):
+        pillow = pytest.importorskip("PIL.Image")
+        samples = []
+        for shade in SHADES:
+            pillow.fromarray(picture(shade)).save(tmp_path / f"{shade}.png")
+            one = sample(shade, shade)
+            path = tmp_path / f"{shade}.png"
+            samples.append(Sample(id=shade, image=path, fields=one.fields, answer=shade, references=(shade,)))
+        evaluate(Namer(), PROCESSOR, VQA, samples, samples, tmp_path / "out", shots=2, select=select)
+        for record in lines(tmp_path / "out")[1:]:
+            assert sorted([record["id"], *record["shots"]]) == sorted(SHADES)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"select": "best"}, "select 'random' or 'rices', got 'best'"),
+            ({"shots": 10}, "10 samples or more in the support .* query 0, got 9"),
+            ({"queries": []}, "one query or more, each with its own id, got 0"),
+            ({"queries": QUERY_SAMPLES[:1] * 2}, "each with its own id, got 2 with 1 ids"),
+        ],
+    )
+    def test_errors(self, tmp_path, options, message):
+        with pytest.raises(ValueError, match=message):
+            self.run(tmp_path / "out.jsonl", **options)
+        assert not (tmp_path / "out.jsonl").exists()
+
+
+class TestResume:
+    def run(self, path, model=None, **options):
+        model = model or Namer()
+        options = {"batch_size": 2} | options
+        return evaluate(model, PROCESSOR, VQA, QUERY_SAMPLES, SUPPORT, path, shots=1, **options), model
+
+    @pytest.fixture
+    def finished(self, tmp_path):
+        result, model = self.run(tmp_path / "whole.jsonl")
+        assert model.encoded == 10  # a query and a shot each
+        return result, (tmp_path / "whole.jsonl").read_text()
+
+    @pytest.mark.parametrize("kept", range(7))
+    @pytest.mark.parametrize("torn", ["", '{"id": 3, "predic'])
+    def test_computes_what_is_missing_and_no_more(self, finished, tmp_path, kept, torn):
+        result, whole = finished
+        path = tmp_path / "out.jsonl"
+        path.write_text("".join(whole.splitlines(keepends=True)[:kept]) + torn)
+        again, model = self.run(path)
+        assert again == result
+        assert path.read_text() == whole
+        assert model.encoded == 2 * (5 - max(kept - 1, 0))
+
+    def test_another_run_is_not_gone_on_with(self, finished, tmp_path):
+        path = tmp_path / "whole.jsonl"
+        for options in ({"seed": 1}, {"select": "rices"}, {"settings": {"model": "other"}}):
+            with pytest.raises(
+                ValueError, match=r"expected .*whole\.jsonl to be of a run with .*, got one with"
+            ):
+                self.run(path, **options)
+        assert path.read_text() == finished[1]
+
+
+class TestKilled:
+    """`kill -9` in the middle of a batch, on a real model in a process of its own."""
+
+    @pytest.fixture
+    def arguments(self, tmp_path):
+        pytest.importorskip("PIL")
+        shades = [*SHADES] * 4
+        query, support = (write_vqa(tmp_path / name, shades) for name in ("query", "support"))
+        files = {**query, **{f"support-{name}": path for name, path in support.items()}}
+        return [
+            *("evaluate", "vqa", "--model", "tests.flamingo.fewshot.scripted:watched"),
+            *(part for name, path in files.items() for part in (f"--{name}", str(path))),
+            *("--shots", "1", "--batch-size", "2"),
+        ]
+
+    def start(self, arguments, output, log, stop_after=-1):
+        environment = os.environ | {
+            "FLAMINGO_TEST_LOG": str(log),
+            "FLAMINGO_TEST_STOP_AFTER": str(stop_after),
+        }
+        command = [sys.executable, "-m", "flamingo", *arguments, "--output", str(output)]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def test_ends_as_if_it_had_not_been(self, arguments, tmp_path):
+        whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+        undisturbed = self.start(arguments, whole, tmp_path / "whole.log")
+        killed = self.start(arguments, output, tmp_path / "killed.log", stop_after=2)
+        try:
+            while (
+                not output.exists() or output.read_text().count("\n") < 5
+            ):  # its settings, two batches of two
+                assert killed.poll() is None, killed.communicate()
+                time.sleep(0.01)
+        finally:
+            killed.send_signal(signal.SIGKILL)
+            killed.communicate()
+        kept = output.read_text()
+        resumed = self.start(arguments, output, tmp_path / "resumed.log")
+        said, errors = resumed.communicate()
+        expected, _ = undisturbed.communicate()
+        assert resumed.returncode == undisturbed.returncode == 0, errors
+        assert said == expected
+        assert "(12 samples, 1 shots)" in said
+        assert output.read_text() == whole.read_text()
+        assert kept == "".join(whole.read_text().splitlines(keepends=True)[:5])
+        answered = sum(map(int, (tmp_path / "resumed.log").read_text().split()))
+        assert answered == 8
+        assert len({record["prediction"] for record in lines(output)[1:]}) > 1
+
+
+class TestCommand:
+    def test_vqa(self, tmp_path, capsys):
+        pytest.importorskip("PIL")
+        answers = {0: ["white"] * 3 + ["black"] * 7}
+        query = write_vqa(tmp_path / "query", QUERIES, answers)
+        support = write_vqa(tmp_path / "support", ["white", "black", "grey"])
+        status = main(
+            [*self.arguments("vqa", query, support), "--output", str(tmp_path / "out"), "--shots", "2"]
+        )
+        value = 100 * (4 + vqa_accuracy("white", answers[0])) / 5
+        assert (status, capsys.readouterr().out) == (
+            0,
+            f"vqa: VQA accuracy {value:.2f} (5 samples, 2 shots)\n",
+        )
+        assert [one["prediction"] for one in lines(tmp_path / "out")[1:]] == QUERIES
+
+    def test_captions_of_some_samples_zero_shot_on_rices(self, tmp_path, capsys):
+        pytest.importorskip("PIL")
+        written = [(shade, [shade, f"a {shade} wall"]) for shade in [*SHADES] * 3]
+        query, support = (write_captions(tmp_path / name, written) for name in ("query", "support"))
+        options = ["--output", str(tmp_path / "out"), "--shots", "0", "--select", "rices"]
+        some = ["--samples", "4", "--support-samples", "5", "--seed", "3", "--max-new-tokens", "5"]
+        assert main([*self.arguments("captions", query, support), *options, *some]) == 0
+        header, *records = lines(tmp_path / "out")
+        chosen = sorted(random.Random(3).sample(range(9), 4))
+        assert [record["id"] for record in records] == chosen
+        shades = [written[place][0] for place in chosen]
+        assert header["support_samples"] == 5
+        assert [record["prediction"] for record in records] == [shade[:4] for shade in shades]
+        value = 100 * cider([shade[:4] for shade in shades], [written[place][1] for place in chosen])[0]
+        assert value > 0  # only "grey" and its space are short enough
+        assert capsys.readouterr().out == f"captions: CIDEr {value:.2f} (4 samples, 0 shots)\n"
+
+    def arguments(self, task, query, support):
+        files = {**query, **{f"support-{name}": path for name, path in support.items()}}
+        paths = [part for name, path in files.items() for part in (f"--{name}", str(path))]
+        return ["evaluate", task, "--model", "tests.flamingo.fewshot.scripted:namer", *paths]
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (["--model", "tests.flamingo"], "expected --model module:function, got 'tests.flamingo'"),
+            (["--model", "no.such:thing"], "No module named 'no'"),
+            (["--shots", "9"], "expected 9 samples or more in the support"),
+            (["--questions", "gone.json"], "expected a JSON file, found none at gone.json"),
+        ],
+    )
+    def test_mistakes_are_said_in_a_line(self, tmp_path, capsys, change, message):
+        pytest.importorskip("PIL")
+        paths = write_vqa(tmp_path / "data", QUERIES)
+        arguments = [*self.arguments("vqa", paths, paths), "--output", str(tmp_path / "out"), *change]
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("evaluate: ")
+        assert message in said
+        assert said.count("\n") == 1
+
+
+def test_batches():
+    assert list(batches([1, 2, 3, 4, 5], 2)) == [[1, 2], [3, 4], [5]]
+    assert list(batches([], 2)) == []

@@ -1,0 +1,154 @@
+"""Files of images and videos, and every way in which one can be unreadable."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flamingo import Processor
+from flamingo.media import read_frames, read_image, read_video
+
+RATE = 10  # frames a second of the video
+LEVELS = [10 * n for n in range(25)]  # of grey, one a frame
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """Two and a half seconds, every frame of one grey, without losses."""
+    av = pytest.importorskip("av")
+    path = tmp_path_factory.mktemp("video") / "greys.MKV"
+    with av.open(str(path), "w", format="matroska") as container:
+        stream = container.add_stream("ffv1", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "bgr0"
+        for level in LEVELS:
+            frame = av.VideoFrame.from_ndarray(np.full((16, 32, 3), level, dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pillow = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    path = tmp_path / "photo.png"
+    pillow.fromarray(pixels).save(path)
+    return path, pixels
+
+
+def levels(frames):
+    """The grey of each frame, which must be one grey."""
+    found = [round(frame.mean().item() * 255) for frame in frames]
+    assert all((frame == frame[0, 0, 0]).all() for frame in frames)
+    return found
+
+
+class TestVideo:
+    @pytest.mark.parametrize(
+        ("fps", "max_frames", "expected"),
+        [
+            (1, 8, [0, 10, 20]),
+            (1, 2, [0, 10]),
+            (2, 8, [0, 5, 10, 15, 20]),
+            (10, 30, list(range(25))),
+            (4, 30, [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]),  # 2.5 frames apart: the one that is on show
+            (20, 7, [0, 0, 1, 1, 2, 2, 3]),
+            (0.1, 8, [0]),
+        ],
+    )
+    def test_frames_at_a_rate(self, video, fps, max_frames, expected):
+        frames = list(read_video(video, fps=fps, max_frames=max_frames))
+        assert all(frame.shape == (3, 16, 32) for frame in frames)
+        assert levels(frames) == [LEVELS[place] for place in expected]
+
+    def test_a_document_with_an_image_and_a_video(self, video, photo):
+        batch = Processor(16, fps=3, max_frames=30)([[photo[0], "a photo", video, "a film"]])
+        assert batch.pixels.shape == (1, 2, 8, 3, 16, 16)
+        assert batch.num_frames.tolist() == [[1, 8]]
+        frames = list(read_video(video, fps=3, max_frames=30))
+        assert torch.equal(batch.pixels[0, 1], Processor(16)([[frames]]).pixels[0, 0])
+
+    def test_unreadable(self, tmp_path):
+        pytest.importorskip("av")
+        path = tmp_path / "broken.mp4"
+        path.write_bytes(b"no video" * 100)
+        with pytest.raises(ValueError, match=r"video that PyAV can read, got .*broken\.mp4"):
+            Processor(16)([[path]])
+
+    def test_sound_alone(self, tmp_path):
+        av = pytest.importorskip("av")
+        path = tmp_path / "sound.mkv"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 80), dtype=np.int16), format="s16", layout="mono")
+            frame.rate = 8000
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        with pytest.raises(ValueError, match=r"expected a video with frames, got .*sound\.mkv"):
+            list(read_video(path))
+
+    def test_without_pyav(self, video, monkeypatch):
+        monkeypatch.setitem(sys.modules, "av", None)
+        with pytest.raises(ImportError, match=r"videos from files needs av: pip install av.*\[media\]"):
+            Processor(16)([[video]])
+
+
+class TestImage:
+    def test_a_path_is_its_pixels(self, photo):
+        path, pixels = photo
+        batch, expected = Processor(16)([["a", path]]), Processor(16)([["a", pixels]])
+        assert torch.equal(batch.pixels, expected.pixels)
+        assert torch.equal(batch.input_ids, expected.input_ids)
+        clip = Processor(16)([[[path, path]]])
+        assert torch.equal(clip.pixels[0, 0, 1], expected.pixels[0, 0, 0])
+        assert torch.equal(Processor(16)([("a<image>", [path])]).pixels, expected.pixels)
+
+    @pytest.mark.parametrize(("height", "width"), [(90, 120), (41, 13), (16, 9)])
+    def test_resizes_as_pillow_does(self, height, width):
+        pillow = pytest.importorskip("PIL.Image")
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        processor = Processor(32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        ours = processor([[pixels]]).pixels[0, 0, 0]
+        scale = 32 / max(height, width)
+        size = (round(width * scale), round(height * scale))
+        theirs = np.asarray(pillow.fromarray(pixels).resize(size, pillow.Resampling.BILINEAR)) / 255
+        top, left = (32 - size[1]) // 2, (32 - size[0]) // 2
+        inside = ours[:, top : top + size[1], left : left + size[0]].movedim(0, -1).numpy()
+        # Pillow rounds to a byte after each of two passes.
+        assert np.abs(inside - theirs).max() <= 1.5 / 255
+        assert ours.sum() == pytest.approx(inside.sum(), rel=1e-5)
+
+    def test_stands_upright(self, tmp_path):
+        pillow = pytest.importorskip("PIL.Image")
+        image = pillow.fromarray(np.zeros((10, 20, 3), dtype=np.uint8))
+        exif = image.getexif()
+        exif[0x0112] = 6  # the camera was turned by 90 degrees
+        image.save(tmp_path / "turned.png", exif=exif)
+        assert read_image(tmp_path / "turned.png").shape == (3, 20, 10)
+
+    def test_palettes_and_greys_become_colours(self, tmp_path):
+        pillow = pytest.importorskip("PIL.Image")
+        image = pillow.fromarray(np.full((4, 4, 3), (255, 0, 0), dtype=np.uint8))
+        image.convert("P").save(tmp_path / "palette.png")
+        assert read_image(tmp_path / "palette.png")[:, 0, 0].tolist() == [1, 0, 0]
+        image.convert("L").save(tmp_path / "grey.png")
+        assert len(set(read_image(tmp_path / "grey.png")[:, 0, 0].tolist())) == 1
+
+    @pytest.mark.parametrize("content", [b"", b"no image", None])
+    def test_unreadable(self, photo, tmp_path, content):
+        path = tmp_path / "broken.png"
+        path.write_bytes(photo[0].read_bytes()[:-400] if content is None else content)
+        with pytest.raises(ValueError, match=r"image that Pillow can read, got .*broken\.png"):
+            Processor(16)([["fine"], ["text", path]])
+
+    @pytest.mark.parametrize("name", ["gone.png", "gone.mp4"])
+    def test_missing(self, tmp_path, name):
+        with pytest.raises(FileNotFoundError, match=rf"expected a file, found none at .*{name}"):
+            Processor(16)([[tmp_path / name]])
+
+    def test_without_pillow(self, photo, monkeypatch):
+        monkeypatch.setitem(sys.modules, "PIL.Image", None)
+        with pytest.raises(ImportError, match=r"images from files needs pillow: pip install pillow"):
+            list(read_frames(Path(photo[0])))
