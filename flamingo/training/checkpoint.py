@@ -74,7 +74,8 @@ def save(
         os.rename(unfinished, path)
         _point_to(path)
         _flush(folder)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        older = sorted(each for each in folder.glob("step-*") if each.name < path.name)
+        for old in older[: len(older) - (keep - 1)]:
             _remove(old)
     wait_for_all()
     return path

@@ -4,6 +4,7 @@ import difflib
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 if sys.version_info >= (3, 11):
@@ -234,22 +235,14 @@ def _from_table(kind: type, table: dict[str, Any], where: str) -> Any:
 
 def _typed(value: Any, expected: Any, where: str) -> Any:
     """A value of TOML as a field's type: a list becomes a tuple, an integer a float where one is expected."""
-    kinds = get_args(expected)
     if get_origin(expected) is tuple and isinstance(value, list):
-        return tuple(_typed(each, kinds[0], where) for each in value)
-    plain = next((kind for kind in (bool, int, float, str) if expected is kind or kind in kinds), None)
+        return tuple(_typed(each, get_args(expected)[0], where) for each in value)
+    kinds = get_args(expected) if isinstance(expected, UnionType) else (expected,)
+    plain = next((kind for kind in (bool, int, float, str) if kind in kinds), None)
     if plain is float and type(value) is int:
         return float(value)
+    if get_origin(expected) is tuple and not isinstance(value, tuple):
+        raise ValueError(f"{where}: expected a list, got {value!r}.")
     if plain is not None and type(value) is not plain:
-        raise ValueError(f"{where}: expected {_named(expected)}, got {value!r}.")
+        raise ValueError(f"{where}: expected {plain.__name__}, got {value!r}.")
     return value
-
-
-def _named(kind: Any) -> str:
-    return (
-        kind.__name__
-        if isinstance(kind, type) and not get_args(kind)
-        else "a list"
-        if get_origin(kind) is tuple
-        else str(kind)
-    )

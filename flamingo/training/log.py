@@ -32,8 +32,8 @@ class RunLog:
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """The numbers of an update."""
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._bar.update()
         self._bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+        self._bar.update()
         if self._board is not None:
             for name, number in numbers.items():
                 self._board.add_scalar(name, number, step)

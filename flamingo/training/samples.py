@@ -134,7 +134,10 @@ def _image(sample: Sample, kind: str) -> Any:
     try:
         return image.open(io.BytesIO(sample[kind])).convert("RGB")
     except OSError as error:
-        raise ValueError(f"to_document: expected {kind} to be an image, got: {error}.") from error
+        raise ValueError(
+            f"to_document: expected {kind} to be an image that Pillow can read, got {len(sample[kind])} "
+            "bytes that it cannot."
+        ) from error
 
 
 def _frames(video: bytes, frames: int, fps: float) -> list[Any]:

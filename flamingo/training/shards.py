@@ -79,9 +79,9 @@ def entries(shard: str) -> list[Entry]:
 
 def _split(name: str) -> tuple[str, str]:
     """A file's name to the sample's key, which may have folders, and the kind of file."""
-    folder, _, base = name.rpartition("/")
-    key, _, kind = base.partition(".")
-    return f"{folder}/{key}", kind.lower()
+    base = name.rpartition("/")[2]
+    kind = base.partition(".")[2]
+    return name.removesuffix(f".{kind}"), kind.lower()
 
 
 def write_shards(
