@@ -191,7 +191,10 @@ class TrainingConfig:
             ValueError: for a key that does not exist, is missing, or has a value of the wrong type.
         """
         with open(path, "rb") as file:
-            table = tomllib.load(file)
+            try:
+                table = tomllib.load(file)
+            except tomllib.TOMLDecodeError as error:
+                raise ValueError(f"{path}: expected TOML, got: {error}.") from error
         datasets = tuple(_dataset(dataset, path) for dataset in table.pop("datasets", []))
         model = table.pop("model", None)
         if model is not None:
