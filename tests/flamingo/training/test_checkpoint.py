@@ -85,6 +85,8 @@ OPERATIONS = [
     (os, "fsync"),
     (os, "rename"),
     (os, "replace"),
+    (os, "rmdir"),
+    (os, "unlink"),
     (shutil, "rmtree"),
     (torch, "save"),
     (Path, "mkdir"),
@@ -114,7 +116,7 @@ def killing(monkeypatch, moment):
 
 
 def test_a_kill_at_any_operation_leaves_a_whole_checkpoint(part, tmp_path, monkeypatch):
-    """Each in turn; what it leaves can be loaded, and the next save succeeds."""
+    """Each in turn; whatever is called a checkpoint can be loaded, and the next save succeeds."""
     _, weights, optimizer = part
     with monkeypatch.context() as patched:
         begun = killing(patched, moment=-1)
@@ -130,7 +132,8 @@ def test_a_kill_at_any_operation_leaves_a_whole_checkpoint(part, tmp_path, monke
         with monkeypatch.context() as patched, pytest.raises(Killed):  # noqa: PT012
             killing(patched, moment)
             save(folder, part, 2, keep=1)
-        step, _ = checkpoint.load(checkpoint.latest(folder), weights, optimizer)
+        for path in (*folder.glob("step-*"), checkpoint.latest(folder)):
+            step, _ = checkpoint.load(path, weights, optimizer)
         outcomes.add(step)
         save(folder, part, 2, keep=1)
         assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000002"]

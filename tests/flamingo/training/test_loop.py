@@ -92,7 +92,15 @@ def test_in_bfloat16_it_learns_the_same(data, tmp_path):
     torch.testing.assert_close(torch.tensor(low), torch.tensor(exact), rtol=0.02, atol=0)
 
 
-def test_gradients_are_clipped(data, tmp_path, monkeypatch):
+def test_a_model_of_bfloat16_is_left_as_any_other(data, tmp_path):
+    """Its gradients go nowhere else once the run is over."""
+    flamingo = model()
+    train(flamingo, processor(), config(data, tmp_path, steps=1, bfloat16=True))
+    flamingo.cross_attn["0"].ff(torch.ones(1, 64, dtype=torch.bfloat16)).sum().backward()
+    assert flamingo.cross_attn["0"].ff[1].weight.grad.dtype == torch.bfloat16
+
+
+def test_gradients_are_clipped_and_the_rate_warms_up(data, tmp_path, monkeypatch):
     """AdamW hides the length of a gradient, a plain step does not."""
     monkeypatch.setattr(
         loop,
@@ -101,10 +109,10 @@ def test_gradients_are_clipped(data, tmp_path, monkeypatch):
     )
     flamingo = model()
     before = [p.detach().clone() for p in flamingo.parameters()]
-    train(flamingo, processor(), config(data, tmp_path, steps=1, warmup_steps=0, max_grad_norm=0.01))
+    train(flamingo, processor(), config(data, tmp_path, steps=1, warmup_steps=4, max_grad_norm=0.01))
     moved = [(p - b).norm() for p, b in zip(flamingo.parameters(), before, strict=True)]
     assert read_log(tmp_path)[0]["gradient norm"] > 0.1
-    assert torch.stack(moved).norm().item() == pytest.approx(0.01 * 1e-2, rel=1e-3)
+    assert torch.stack(moved).norm().item() == pytest.approx(0.01 * 1e-2 / 4, rel=1e-2)
 
 
 def test_recomputed_blocks_give_the_same_to_the_bit(data, tmp_path, monkeypatch):

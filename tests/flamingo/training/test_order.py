@@ -52,6 +52,12 @@ def test_it_continues_from_every_position(shards):
         assert rest[: len(expected)] == expected
 
 
+def test_shards_come_in_another_order_in_every_epoch(shards):
+    found = numbers(shards, at_once=1)
+    first, second = ([number // 5 for number in each] for each in (found[:SAMPLES], found[SAMPLES:]))
+    assert list(dict.fromkeys(first)) != list(dict.fromkeys(second))
+
+
 def test_seeds_of_samples_never_repeat(shards):
     draws = islice(SampleOrder(shards, seed=0, at_once=2).draws(Position()), 3 * SAMPLES)
     assert len({draw.seed for draw, _ in draws}) == 3 * SAMPLES

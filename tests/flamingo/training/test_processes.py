@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from flamingo.training import read_log, train
+from flamingo.training.blocks import shard
 from flamingo.training.processes import gather, rank, sum_over_processes, world_size
 from tests.flamingo.training.test_resume import ROOT, toml
 from tests.flamingo.training.tiny_run import config, model, processor
@@ -35,6 +36,12 @@ def work(me: int, data: Path, folder: Path) -> None:
     for name, run in configs(data, folder).items():
         steps = 6 if name == "one" else run.steps  # one process has made the first four
         train(model(), processor(), replace(run, steps=steps))
+    layer = torch.nn.Linear(1, 1, bias=False)
+    shard(layer, [], bfloat16=True)
+    layer(torch.tensor([[256.0, 1.0][me]], dtype=torch.bfloat16)).sum().backward()
+    gradient = layer.weight.grad.full_tensor()
+    if me == 0:
+        torch.save(gradient, folder / "gradient.pt")
     distributed.destroy_process_group()
 
 
@@ -78,8 +85,16 @@ def test_two_processes_make_the_updates_of_one(runs, alone, name):
 
 
 def test_in_bfloat16_too(runs, alone):
+    """The first loss to the bit: the same roundings; later ones differ by how gradients were added."""
     assert_close(runs / "bfloat16", alone / "bfloat16", steps=4, rtol=0.02)
+    first, expected = (read_log(folder / "bfloat16")[0]["loss/pages"] for folder in (runs, alone))
+    assert first == pytest.approx(expected, rel=1e-6)
     assert {tensor.dtype for tensor in weights(runs / "bfloat16", 4).values()} == {torch.float32}
+
+
+def test_gradients_of_two_processes_meet_in_float32(runs):
+    """(256 + 1) / 2: in bfloat16 that is 128."""
+    assert torch.load(runs / "gradient.pt").item() == 128.5
 
 
 def test_one_process_continues_two(data, runs, alone):
