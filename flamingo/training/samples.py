@@ -130,9 +130,9 @@ def _caption(config: Pairs | Clips, sample: Sample, encode: Encode, draw: random
 def _image(sample: Sample, kind: str) -> Any:
     if kind not in sample:
         raise ValueError(f"to_document: expected an image {kind}, got {', '.join(sample)}.")
-    image = import_module("PIL.Image")
+    image, operations = import_module("PIL.Image"), import_module("PIL.ImageOps")
     try:
-        return image.open(io.BytesIO(sample[kind])).convert("RGB")
+        return operations.exif_transpose(image.open(io.BytesIO(sample[kind]))).convert("RGB")
     except OSError as error:
         raise ValueError(
             f"to_document: expected {kind} to be an image that Pillow can read, got {len(sample[kind])} "

@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from flamingo.tokenizer import ByteTokenizer
 from flamingo.training.config import Clips, Documents, Pairs
@@ -97,11 +98,12 @@ class TestPairs:
             assert document[1].strip() == "one two three"
             assert processor()([document]).input_ids.shape[1] <= 20
 
-    def test_jpegs_too(self):
-        buffer = io.BytesIO()
-        images(1, seed=0)[0].save(buffer, format="jpeg")
+    def test_jpegs_too_and_upright(self):
+        buffer, exif = io.BytesIO(), Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6  # the camera lay on its side
+        images(1, seed=0)[0].save(buffer, format="jpeg", exif=exif)
         image, _ = to_document(PAIRS, {"jpg": buffer.getvalue(), "txt": b"x"}, ENCODE, random.Random(0))
-        assert image.size == (12, 9)
+        assert image.size == (9, 12)
 
     @pytest.mark.parametrize(
         ("missing", "message"), [("png", "an image png, got txt"), ("txt", "txt, got png")]
