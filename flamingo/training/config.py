@@ -122,7 +122,8 @@ class TrainingConfig:
     """A training run. Defaults are the paper's; AdamW's betas and eps, which it does not give, are PyTorch's.
 
     Args:
-        folder: where checkpoints and logs go; a folder that has a checkpoint is continued.
+        folder: where checkpoints and logs go, on a disk that all processes see; a folder that has a
+            checkpoint is continued.
         datasets: the mixture, `Documents`, `Pairs` and `Clips`.
         steps: updates of the whole run.
         learning_rate: after the warm-up, then constant.

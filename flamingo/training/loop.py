@@ -18,7 +18,7 @@ from flamingo.training.blocks import recomputed, shard
 from flamingo.training.config import DatasetConfig, TrainingConfig
 from flamingo.training.data import Stream, TrainingBatch
 from flamingo.training.log import RunLog
-from flamingo.training.optimizer import TrainedWeights, learning_rate, make_optimizer, store_in_bfloat16
+from flamingo.training.optimizer import TrainedWeights, learning_rate, make_optimizer, store_as
 from flamingo.training.processes import device_of, rank, sum_over_processes, world_size
 
 
@@ -130,7 +130,8 @@ class _Run:
             stack.enter_context(recomputed(units))
         if several:
             if config.bfloat16:
-                store_in_bfloat16(p for p in model.parameters() if not p.requires_grad)
+                store_as(torch.float32, (p for p in model.parameters() if p.requires_grad))
+                store_as(torch.bfloat16, (p for p in model.parameters() if not p.requires_grad))
             shard(model, units, bfloat16=config.bfloat16)
         return TrainedWeights(model, bfloat16=config.bfloat16 and not several)
 

@@ -39,7 +39,7 @@ class TrainedWeights:
         if bfloat16:
             self.by_name = {name: nn.Parameter(p.detach().float().clone()) for name, p in trained.items()}
             self._copies = trained
-            store_in_bfloat16(model.parameters())
+            store_as(torch.bfloat16, model.parameters())
             for name, parameter in trained.items():
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._adds_up(name)))
 
@@ -67,10 +67,10 @@ class TrainedWeights:
 
 
 @torch.no_grad()
-def store_in_bfloat16(parameters: Iterable[Tensor]) -> None:
-    """Rounds parameters in place; buffers, as the frequencies of positions, stay exact."""
+def store_as(dtype: torch.dtype, parameters: Iterable[Tensor]) -> None:
+    """Converts parameters in place; buffers, as the frequencies of positions, stay exact."""
     for parameter in parameters:
-        parameter.data = parameter.data.bfloat16()
+        parameter.data = parameter.data.to(dtype)
 
 
 def make_optimizer(weights: Mapping[str, nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
