@@ -66,7 +66,7 @@ clean: ## remove everything that make has made
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/torch
 	@echo "installing the dependencies"
 	@# BUILD=none: pip would hide the compiler's output, the target 'build' shows it
-	@FLAMINGO_KERNELS_BUILD=none $(PIP) --no-build-isolation --editable ".[dev,bench,demo,media,evaluate,transformers]"
+	@FLAMINGO_KERNELS_BUILD=none $(PIP) --no-build-isolation --editable ".[dev,bench,demo,media,evaluate,training,transformers]"
 	@$(PIP) --no-deps $(PEERS)
 	@$(BIN)/python -c 'import triton' 2> /dev/null || $(PIP) --no-deps $(TRITON) \
 		|| echo "no Triton for this machine: the tests of its kernels are skipped"

@@ -9,6 +9,7 @@ tokenizer    bytes and special tokens, or any tokenizer of transformers
 vision       vision encoders: a small ViT, NFNet, CLIP and SigLIP
 contrastive  pre-training of a vision encoder on pairs of images and texts
 language     a small language model
+training     of what is new, on tar shards, by one process or many
 transformer  the layer those two share
 fewshot      prompts, closed-ended scoring, retrieval, metrics, evaluation over datasets on disk
 """

@@ -57,8 +57,10 @@ def test_torch_is_enough():
 
 
 def test_flamingo_needs_no_library_of_models():
-    blocked = ("transformers", "timm", "torchvision", "PIL", "av", "sklearn", "scipy", "flamingo_kernels")
+    models = ("transformers", "timm", "torchvision", "PIL", "flamingo_kernels")
+    blocked = (*models, "av", "sklearn", "scipy", "safetensors", "tensorboard", "tqdm")
     modules = "flamingo, flamingo.contrastive, flamingo.vision, flamingo.fewshot, flamingo.__main__"
+    modules += ", flamingo.training.command"
     done = python(BLOCK.format(blocked=blocked) + f"import {modules}")
     assert done.returncode == 0, done.stderr
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import flamingo
+import flamingo.training
 import flamingo_kernels
 from flamingo_kernels import MediaMask
 
@@ -62,7 +63,9 @@ def test_the_public_names():
     }
 
 
-@pytest.mark.parametrize("package", [flamingo, flamingo_kernels], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    "package", [flamingo, flamingo.training, flamingo_kernels], ids=lambda package: package.__name__
+)
 def test_every_public_name_exists_and_is_documented(package):
     assert package.__all__ == sorted(package.__all__)
     for name in package.__all__:

@@ -8,6 +8,7 @@ import pytest
 
 import flamingo
 import flamingo_kernels
+from flamingo.__main__ import main as flamingo_command
 from flamingo_kernels import _dispatch, _env, support
 from flamingo_kernels.bench import report
 from flamingo_kernels.patch.family import families
@@ -17,13 +18,25 @@ GAINS = ROOT / "benchmarks/results/intel-xeon-2-cores/models"
 README = (ROOT / "README.md").read_text()
 
 
-def test_its_python_runs():
+def test_its_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = flamingo.Flamingo(flamingo.FlamingoConfig.preset("tiny"))
     names = {"model": model}
     for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
         exec(block, names)
     assert isinstance(model.cross_attn["0"], flamingo_kernels.GatedCrossAttentionBlock)
     assert names["out"].shape == (1, 4, 8, 64)
+
+
+def test_its_training_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    section = README.partition("## Train\n")[2].partition("\n## ")[0]
+    python, toml, commands = re.findall(r"```\w*\n(.*?)```", section, flags=re.DOTALL)
+    exec(python, {})
+    Path("run.toml").write_text(toml)
+    assert commands.startswith("python -m flamingo train run.toml\n")
+    assert flamingo_command(["train", "run.toml"]) == 0
+    assert "20 steps done, the last checkpoint is run/checkpoints/step-00000020\n" in capsys.readouterr().out
 
 
 def test_it_names_every_operator_and_backend():

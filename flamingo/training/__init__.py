@@ -1,0 +1,36 @@
+"""Training of a Flamingo's new parameters, on tar shards, by one process or many.
+
+config      every choice of a run, with the paper's values
+shards      tar shards of documents, pairs and clips
+order       the order of samples, and how a run finds its place in it
+samples     files of a sample to a document
+data        documents to batches
+optimizer   AdamW on float32 weights
+blocks      what is sharded and recomputed as one
+processes   one process or several
+checkpoint  what is saved, and how it survives a kill
+log         progress bar, JSON lines, TensorBoard
+loop        one update after the other
+command     python -m flamingo train
+"""
+
+from flamingo.training.checkpoint import load_weights
+from flamingo.training.config import Clips, Documents, ModelConfig, Pairs, TrainingConfig
+from flamingo.training.log import read_log
+from flamingo.training.loop import train
+from flamingo.training.shards import clip_sample, document_sample, pair_sample, write_shards
+
+__all__ = [
+    "Clips",
+    "Documents",
+    "ModelConfig",
+    "Pairs",
+    "TrainingConfig",
+    "clip_sample",
+    "document_sample",
+    "load_weights",
+    "pair_sample",
+    "read_log",
+    "train",
+    "write_shards",
+]

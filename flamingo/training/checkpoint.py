@@ -1,0 +1,198 @@
+"""Checkpoints that a kill at any moment leaves whole, and that continue a run to the bit.
+
+::
+
+    run/checkpoints/
+        step-00001000/
+            weights.safetensors     trained parameters, float32, by their names in the model
+            optimizer.safetensors   AdamW's moments, "exp_avg.<name>" and so on
+            state.pt                step, places in the data, states of all random generators
+        step-00002000/
+        latest -> step-00002000
+
+A checkpoint is written under another name, flushed to the disk and renamed; then a rename exchanges `latest`
+for a new link, and only then the oldest is removed.
+"""
+
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flamingo.training.processes import gather, like, rank, wait_for_all, whole
+
+LATEST = "latest"
+_UNFINISHED = "unfinished-"
+
+
+def save(
+    folder: Path,
+    step: int,
+    weights: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    streams: Mapping[str, Any],
+    *,
+    keep: int,
+) -> Path:
+    """Writes a checkpoint and makes it the latest; all processes have to call.
+
+    Args:
+        folder: of all checkpoints of the run.
+        step: updates so far.
+        weights: the trained ones, by name.
+        optimizer: of these.
+        streams: the state of each dataset's `Stream`.
+        keep: checkpoints to keep, this one included.
+    """
+    tensors = {name: whole(weight).contiguous() for name, weight in weights.items()}
+    moments = {
+        f"{kind}.{name}": whole(value).contiguous()
+        for name, weight in weights.items()
+        for kind, value in optimizer.state[weight].items()
+    }
+    state = {"step": step, "streams": dict(streams), "random": gather(_random_states())}
+    path = folder / f"step-{step:08d}"
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f"{_UNFINISHED}{path.name}"
+        _remove(unfinished)
+        unfinished.mkdir()
+        safetensors = import_module("safetensors.torch")
+        safetensors.save_file(tensors, unfinished / "weights.safetensors")
+        safetensors.save_file(moments, unfinished / "optimizer.safetensors")
+        torch.save(state, unfinished / "state.pt")
+        for file in (*unfinished.iterdir(), unfinished):
+            _flush(file)
+        _remove(path)
+        os.rename(unfinished, path)
+        _point_to(path)
+        _flush(folder)
+        older = sorted(each for each in folder.glob("step-*") if each.name < path.name)
+        for old in older[: len(older) - (keep - 1)]:
+            _remove(old)
+    wait_for_all()
+    return path
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint to continue from, if there is one."""
+    path = folder / LATEST
+    return path.resolve() if path.exists() else None
+
+
+def load(
+    path: Path, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, Any]]:
+    """Sets weights, optimizer and random generators to those of a checkpoint, by any number of processes.
+
+    A process that the saved run did not have keeps its random generators.
+
+    Returns:
+        Step, and the state of each dataset's `Stream`.
+
+    Raises:
+        ValueError: if the checkpoint is of other parameters.
+    """
+    load_weights(weights, path / "weights.safetensors")
+    safetensors = import_module("safetensors")
+    with safetensors.safe_open(path / "optimizer.safetensors", framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 - it is no dictionary
+            kind, _, name = key.partition(".")
+            value = file.get_tensor(key)
+            optimizer.state[weights[name]][kind] = value if kind == "step" else like(value, weights[name])
+    state = torch.load(path / "state.pt", weights_only=True)
+    if rank() < len(state["random"]):
+        _set_random_states(state["random"][rank()])
+    return state["step"], state["streams"]
+
+
+@torch.no_grad()
+def load_weights(weights: Mapping[str, Tensor], path: Path | str) -> None:
+    """Sets parameters to those of a checkpoint's `weights.safetensors`.
+
+    Args:
+        weights: parameters by name, as `dict(model.named_parameters())`; those that are frozen may be missing
+            from the file.
+        path: of the file.
+
+    Raises:
+        ValueError: if the file has a name or a shape that the parameters have not, or lacks a trained one.
+    """
+    safetensors = import_module("safetensors")
+    with safetensors.safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        trained = {name for name, weight in weights.items() if weight.requires_grad}
+        if names - weights.keys() or trained - names:
+            raise ValueError(
+                f"{path}: expected the trained parameters of this model, got "
+                f"{len(names - weights.keys())} others {_some(names - weights.keys())} and not "
+                f"{len(trained - names)} of them {_some(trained - names)}."
+            )
+        for name in names:
+            value = file.get_tensor(name)
+            if value.shape != weights[name].shape:
+                raise ValueError(
+                    f"{path}: expected {name} with shape {tuple(weights[name].shape)}, got "
+                    f"{tuple(value.shape)}."
+                )
+            weights[name].copy_(like(value, weights[name]))
+
+
+def _some(names: set[str]) -> str:
+    return f"({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+
+
+def _point_to(path: Path) -> None:
+    link = path.parent / f"{_UNFINISHED}{LATEST}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.name)
+    os.replace(link, path.parent / LATEST)
+
+
+def _remove(path: Path) -> None:
+    """A checkpoint that is half removed no longer looks like one."""
+    if path.exists():
+        unfinished = path.parent / f"{_UNFINISHED}removed"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os.rename(path, unfinished)
+        shutil.rmtree(unfinished)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _random_states() -> dict[str, Any]:
+    """Of this process; plain numbers and tensors, which are safe to load."""
+    numpy = np.random.get_state(legacy=False)
+    return {
+        "python": random.getstate(),
+        "numpy": {**numpy, "state": {key: _plain(value) for key, value in numpy["state"].items()}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    numpy = states["numpy"]
+    key = np.array(numpy["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

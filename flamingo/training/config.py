@@ -1,0 +1,252 @@
+"""What a training run is: every choice, with the paper's values where the paper gives one."""
+
+import difflib
+import sys
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One dataset of the mixture; what all kinds have.
+
+    Args:
+        name: what logs and checkpoints call it.
+        shards: tar files in WebDataset's format; `*` and `?` as in a shell.
+        weight: lambda, the factor of its loss.
+        batch_size: samples in a step, over all processes.
+        micro_batch_size: samples of a process that are computed at once, None for all; their gradients add up
+            to the same.
+        length: tokens of a sample at most.
+    """
+
+    kind: ClassVar[str]
+
+    name: str
+    shards: tuple[str, ...]
+    weight: float
+    batch_size: int
+    micro_batch_size: int | None = None
+    length: int
+
+    def __post_init__(self):
+        where = f"dataset {self.name!r}"
+        if not self.shards:
+            raise ValueError(f"TrainingConfig: expected {where} to have shards, got none.")
+        _positive(self, where, "weight", "batch_size", "length")
+        if self.micro_batch_size is not None:
+            _positive(self, where, "micro_batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents(DatasetConfig):
+    """Web pages of interleaved text and images, the paper's M3W.
+
+    Args:
+        weight, batch_size, length: as in `DatasetConfig`; the batch is that of the paper's ablations, which
+            keeps the final one to itself. A longer document is cut to a random window of that length.
+        max_images: images of a window; the first are kept, later ones are left out.
+    """
+
+    kind: ClassVar[str] = "documents"
+
+    weight: float = 1.0
+    batch_size: int = 256
+    length: int = 256
+    max_images: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(DatasetConfig):
+    """Images with captions, the paper's ALIGN and LTIP.
+
+    Args:
+        weight, batch_size, length: as in `DatasetConfig`. The end of a longer caption is left out.
+        space: probability of a space in front of a caption.
+    """
+
+    kind: ClassVar[str] = "pairs"
+
+    weight: float = 0.2
+    batch_size: int = 512
+    length: int = 64
+    space: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips(DatasetConfig):
+    """Clips with captions, the paper's VTP.
+
+    Args:
+        weight, batch_size, length, space: as in `Pairs`.
+        frames: of a clip; the first are kept.
+        fps: frames a second that are read of a video file.
+    """
+
+    kind: ClassVar[str] = "clips"
+
+    weight: float = 0.03
+    batch_size: int = 64
+    length: int = 64
+    space: float = 0.5
+    frames: int = 8
+    fps: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model that `python -m flamingo train` builds.
+
+    Args:
+        preset: see `FlamingoConfig.preset`.
+        changes: fields of `FlamingoConfig` with other values.
+        vision_weights, language_weights: safetensors of the frozen parts, with the names of `model.vision`
+            and `model.language`; None leaves a part random.
+    """
+
+    preset: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    vision_weights: str | None = None
+    language_weights: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """A training run. Defaults are the paper's; AdamW's betas and eps, which it does not give, are PyTorch's.
+
+    Args:
+        folder: where checkpoints and logs go, on a disk that all processes see; a folder that has a
+            checkpoint is continued.
+        datasets: the mixture, `Documents`, `Pairs` and `Clips`.
+        steps: updates of the whole run.
+        learning_rate: after the warm-up, then constant.
+        warmup_steps: over which it grows from 0 in a straight line.
+        weight_decay: AdamW's; not of parameters whose name begins with one of `no_decay`.
+        max_grad_norm: longest gradient of all trained parameters together.
+        bfloat16: parameters, activations and gradients of one pass in bfloat16, frozen parameters also stored
+            so; trained ones, their sums of gradients and AdamW's moments are float32. False: all as the model
+            is.
+        gradient_checkpointing: keep the inputs of a block only, and compute the block again for its gradient.
+        seed: of the data's order and of everything drawn in it.
+        shards_at_once: shards whose samples are shuffled together; all of them give a perfect shuffle.
+        workers: processes that read and decode each dataset; 0 for none.
+        device: "auto" takes a GPU where there is one.
+        checkpoint_every: updates between two checkpoints.
+        keep: checkpoints that are kept, the latest.
+        tensorboard: write TensorBoard's files too.
+        model: what the command line builds; `train` itself is given a model.
+
+    Raises:
+        ValueError: for a value out of its range.
+
+    Source: arXiv 2204.14198, section 2.4, appendices B.1.2 and B.2.
+
+    >>> config = TrainingConfig(folder="run", datasets=(Pairs(name="ltip", shards=("ltip/*.tar",)),))
+    >>> config.learning_rate, config.warmup_steps, config.weight_decay, config.datasets[0].weight
+    (0.0001, 5000, 0.1, 0.2)
+    """
+
+    folder: str
+    datasets: tuple[DatasetConfig, ...]
+    steps: int = 500_000
+    learning_rate: float = 1e-4
+    warmup_steps: int = 5000
+    weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = ("resampler",)
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    bfloat16: bool = True
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    shards_at_once: int = 8
+    workers: int = 2
+    device: str = "auto"
+    checkpoint_every: int = 1000
+    keep: int = 3
+    tensorboard: bool = False
+    model: ModelConfig | None = None
+
+    def __post_init__(self):
+        names = [dataset.name for dataset in self.datasets]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"TrainingConfig: expected datasets of different names, got {names}.")
+        _positive(
+            self, "the run", "learning_rate", "max_grad_norm", "shards_at_once", "checkpoint_every", "keep"
+        )
+        if len(self.betas) != 2:
+            raise ValueError(f"TrainingConfig: expected two betas, got {self.betas}.")
+
+    @staticmethod
+    def from_toml(path: str | Path) -> "TrainingConfig":
+        """The run that a TOML file describes: fields as keys, `[[datasets]]` with a `kind` each, `[model]`.
+
+        Raises:
+            ValueError: for a key that does not exist, is missing, or has a value of the wrong type.
+        """
+        with open(path, "rb") as file:
+            try:
+                table = tomllib.load(file)
+            except tomllib.TOMLDecodeError as error:
+                raise ValueError(f"{path}: expected TOML, got: {error}.") from error
+        datasets = tuple(_dataset(dataset, path) for dataset in table.pop("datasets", []))
+        model = table.pop("model", None)
+        if model is not None:
+            model = _from_table(ModelConfig, model, f"{path}, [model]")
+        return _from_table(TrainingConfig, {**table, "datasets": datasets, "model": model}, str(path))
+
+
+def _positive(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(
+                f"TrainingConfig: expected {name} of {where} to be positive, got {getattr(config, name)}."
+            )
+
+
+def _dataset(table: dict[str, Any], path: str | Path) -> DatasetConfig:
+    kinds = {kind.kind: kind for kind in (Documents, Pairs, Clips)}
+    where = f"{path}, [[datasets]] {table.get('name', '')!r}"
+    kind = table.pop("kind", None)
+    if kind not in kinds:
+        raise ValueError(f"{where}: expected kind to be one of {', '.join(kinds)}, got {kind!r}.")
+    if isinstance(table.get("shards"), str):
+        table["shards"] = [table["shards"]]
+    return _from_table(kinds[kind], table, where)
+
+
+def _from_table(kind: type, table: dict[str, Any], where: str) -> Any:
+    """A dataclass from a table of TOML, each key and type checked."""
+    known = {each.name: each for each in fields(kind)}
+    types = get_type_hints(kind)
+    for name in table:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(known)}."
+            raise ValueError(f"{where}: there is no key {name!r}. {hint}")
+    for name, each in known.items():
+        if name not in table and each.default is MISSING and each.default_factory is MISSING:
+            raise ValueError(f"{where}: expected a key {name!r}, got none.")
+    return kind(**{name: _typed(value, types[name], f"{where}: {name}") for name, value in table.items()})
+
+
+def _typed(value: Any, expected: Any, where: str) -> Any:
+    """A value of TOML as a field's type: a list becomes a tuple, an integer a float where one is expected."""
+    if get_origin(expected) is tuple and isinstance(value, list):
+        return tuple(_typed(each, get_args(expected)[0], where) for each in value)
+    kinds = get_args(expected) if isinstance(expected, UnionType) else (expected,)
+    plain = next((kind for kind in (bool, int, float, str) if kind in kinds), None)
+    if plain is float and type(value) is int:
+        return float(value)
+    if get_origin(expected) is tuple and not isinstance(value, tuple):
+        raise ValueError(f"{where}: expected a list, got {value!r}.")
+    if plain is not None and type(value) is not plain:
+        raise ValueError(f"{where}: expected {plain.__name__}, got {value!r}.")
+    return value

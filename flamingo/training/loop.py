@@ -1,0 +1,235 @@
+"""The training loop."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from flamingo.processor import Processor
+from flamingo.training import checkpoint
+from flamingo.training.blocks import blocks as blocks_of
+from flamingo.training.blocks import recomputed, shard
+from flamingo.training.config import DatasetConfig, TrainingConfig
+from flamingo.training.data import Stream, TrainingBatch
+from flamingo.training.log import RunLog
+from flamingo.training.optimizer import TrainedWeights, learning_rate, make_optimizer, store_as
+from flamingo.training.processes import device_of, rank, sum_over_processes, world_size
+
+
+def train(
+    model: nn.Module,
+    processor: Processor,
+    config: TrainingConfig,
+    *,
+    blocks: Sequence[nn.Module] | None = None,
+) -> Path | None:
+    """Trains the parameters of a model that take a gradient, from the latest checkpoint or from the start.
+
+    Each update is by one batch of every dataset::
+
+        loss = sum over datasets of weight * mean over the batch's tokens of -log p(token | before it, images)
+
+    Several processes (torchrun) share each batch and the parameters, by FSDP2.
+
+    Args:
+        model: a `Flamingo`, `freeze()`d, or any module called as one that returns an object with `logits`. It
+            may be patched. It is changed: trained, moved to the device, with `config.bfloat16` rounded, and
+            sharded where there are several processes.
+        processor: of documents to tensors, of the model's image size and tokens.
+        config: the run.
+        blocks: what is sharded and recomputed as one; of a `Flamingo` its resampler, gated blocks and layers
+            of the language model.
+
+    Returns:
+        The last checkpoint; None if `config.steps` is 0.
+
+    Raises:
+        ValueError: if no parameter takes a gradient, a batch cannot be shared out, or the checkpoint to
+            continue is of another model or other data.
+        FileNotFoundError: if there are no shards.
+        FloatingPointError: if a gradient is not finite; the weights are those before it.
+
+    Determinism: on a CPU, a run that was killed and started again gives the same losses and weights to the
+    bit, with the same number of processes and threads; another number of processes sees the same samples.
+
+    Limits: every process builds the whole model before it is sharded, and one gathers all trained weights to
+    save them.
+
+    Source: arXiv 2204.14198, section 2.4 and appendix B.1.2.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> from flamingo.training import Pairs, pair_sample, read_log, write_shards
+    >>> model = Flamingo(FlamingoConfig.preset("tiny")).freeze()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     samples = [pair_sample(Image.new("RGB", (9, 9), c), f"a {c} square") for c in ("red", "blue")]
+    ...     _ = write_shards(f"{folder}/squares", samples)
+    ...     squares = Pairs(name="squares", shards=(f"{folder}/squares/*.tar",), batch_size=2)
+    ...     run = TrainingConfig(folder=f"{folder}/run", datasets=(squares,), steps=3, workers=0)
+    ...     checkpoint = train(model, Processor(image_size=32), run)
+    ...     len(read_log(f"{folder}/run")), sorted(path.name for path in checkpoint.iterdir())
+    (3, ['optimizer.safetensors', 'state.pt', 'weights.safetensors'])
+    """
+    with ExitStack() as stack:
+        run = _Run(model, processor, config, blocks, stack)
+        return run.to_the_end()
+
+
+class _Run:
+    """A model on its device, and everything that changes from update to update."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Processor,
+        config: TrainingConfig,
+        blocks: Sequence[nn.Module] | None,
+        stack: ExitStack,
+    ):
+        self.model = model
+        self.config = config
+        self.folder = Path(config.folder)
+        self.device = device_of(config.device)
+        self.weights = self._place(blocks, stack)
+        stack.callback(self.weights.release)
+        self.optimizer = make_optimizer(self.weights.by_name, config)
+        states: dict[str, Any] = {}
+        self.step = 0
+        self.saved = checkpoint.latest(self.folder / "checkpoints")
+        if self.saved is not None:
+            self.step, states = checkpoint.load(self.saved, self.weights.by_name, self.optimizer)
+            self.weights.publish()
+        self.streams = {
+            dataset.name: self._stream(dataset, processor, states.get(dataset.name))
+            for dataset in config.datasets
+        }
+        self.log = (
+            stack.enter_context(
+                RunLog(self.folder, step=self.step, steps=config.steps, tensorboard=config.tensorboard)
+            )
+            if rank() == 0
+            else None
+        )
+
+    def _place(self, blocks: Sequence[nn.Module] | None, stack: ExitStack) -> TrainedWeights:
+        """Moves, rounds, recomputes and shards the model, in the order in which these fit into each other."""
+        model, config = self.model, self.config
+        model.to(self.device)
+        model.train()
+        for part in model.children():
+            part.train(any(parameter.requires_grad for parameter in part.parameters()))
+        several = world_size() > 1
+        units = list(blocks or blocks_of(model)) if several or config.gradient_checkpointing else []
+        if config.gradient_checkpointing:
+            stack.enter_context(recomputed(units))
+        if several:
+            if config.bfloat16:
+                store_as(torch.float32, (p for p in model.parameters() if p.requires_grad))
+                store_as(torch.bfloat16, (p for p in model.parameters() if not p.requires_grad))
+            shard(model, units, bfloat16=config.bfloat16)
+        return TrainedWeights(model, bfloat16=config.bfloat16 and not several)
+
+    def _stream(self, dataset: DatasetConfig, processor: Processor, state: Any) -> Stream:
+        config = self.config
+        return Stream(
+            dataset,
+            processor,
+            seed=config.seed,
+            at_once=config.shards_at_once,
+            state=state,
+            rank=rank(),
+            world_size=world_size(),
+            workers=config.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def to_the_end(self) -> Path | None:
+        config = self.config
+        while self.step < config.steps:
+            numbers = self.update()
+            if self.log is not None:
+                self.log.write(self.step, numbers)
+            if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                self.save()
+        return self.saved
+
+    def update(self) -> dict[str, float]:
+        """One update, and what there is to report of it."""
+        config, began = self.config, time.perf_counter()
+        batches = {dataset: next(self.streams[dataset.name]).to(self.device) for dataset in config.datasets}
+        losses = accumulate_gradients(self.model, batches, bfloat16=config.bfloat16)
+        norm = nn.utils.clip_grad_norm_(self.weights.by_name.values(), config.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not norm.isfinite():
+            raise FloatingPointError(
+                f"train: expected a finite gradient, got a norm of {norm.item()} in update {self.step + 1}."
+            )
+        rate = learning_rate(self.step + 1, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.weights.publish()
+        self.step += 1
+        numbers = {f"loss/{dataset.name}": loss.item() for dataset, loss in losses.items()}
+        return {
+            "loss": sum(dataset.weight * numbers[f"loss/{dataset.name}"] for dataset in config.datasets),
+            **numbers,
+            "gradient norm": norm.item(),
+            "learning rate": rate,
+            "seconds": time.perf_counter() - began,
+        }
+
+    def save(self) -> None:
+        states = {name: stream.state for name, stream in self.streams.items()}
+        self.saved = checkpoint.save(
+            self.folder / "checkpoints",
+            self.step,
+            self.weights.by_name,
+            self.optimizer,
+            states,
+            keep=self.config.keep,
+        )
+
+
+def accumulate_gradients(
+    model: nn.Module, batches: Mapping[DatasetConfig, TrainingBatch], *, bfloat16: bool = False
+) -> dict[DatasetConfig, Tensor]:
+    """Adds to the gradients those of the weighted sum of the datasets' losses, one batch after the other.
+
+    Args:
+        model: see `train`.
+        batches: this process's share of a batch of each dataset.
+        bfloat16: whether the model takes its pixels in bfloat16.
+
+    Returns:
+        The loss of each dataset, float32: the mean over the tokens of all processes.
+    """
+    device = next(iter(batches.values())).labels.device
+    targets = torch.tensor([batch.targets for batch in batches.values()], dtype=torch.float32, device=device)
+    targets = sum_over_processes(targets)
+    losses = torch.zeros_like(targets)
+    for index, (dataset, batch) in enumerate(batches.items()):
+        for part in batch.split(dataset.micro_batch_size):
+            loss = _sum_of_losses(model, part, bfloat16) / targets[index]
+            losses[index] += loss.detach()
+            # FSDP takes the mean over processes.
+            (dataset.weight * world_size() * loss).backward()
+    return dict(zip(batches, sum_over_processes(losses), strict=True))
+
+
+def _sum_of_losses(model: nn.Module, batch: TrainingBatch, bfloat16: bool) -> Tensor:
+    """Over all tokens that are learned, in float32 or wider."""
+    inputs = batch.inputs
+    dtype = torch.bfloat16 if bfloat16 else next(model.parameters()).dtype
+    logits = model(
+        inputs.input_ids, inputs.pixels.to(dtype), inputs.attention_mask, num_frames=inputs.num_frames
+    ).logits[:, :-1]  # position t predicts token t + 1
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")

@@ -1,0 +1,153 @@
+"""What is saved, and that no moment is wrong for a kill."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from flamingo.training import checkpoint, load_weights, train
+from tests.flamingo.training.tiny_run import config, model, processor
+
+
+@pytest.fixture
+def part():
+    """A layer, its weights by name, and an optimizer that has made an update."""
+    layer = nn.Linear(3, 2)
+    weights = dict(layer.named_parameters())
+    optimizer = torch.optim.AdamW(weights.values())
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return layer, weights, optimizer
+
+
+def save(folder, part, step, keep=2):
+    _, weights, optimizer = part
+    return checkpoint.save(folder, step, weights, optimizer, {"pages": {"position": (0, 1, step)}}, keep=keep)
+
+
+def test_only_new_parameters_are_saved(data, tmp_path):
+    flamingo = model()
+    saved = train(flamingo, processor(), config(data, tmp_path, steps=1))
+    tensors = load_file(saved / "weights.safetensors")
+    trained = {name: p for name, p in flamingo.named_parameters() if p.requires_grad}
+    assert tensors.keys() == trained.keys()
+    assert {name.partition(".")[0] for name in tensors} == {"resampler", "cross_attn"}
+    assert all(torch.equal(tensors[name], trained[name]) for name in trained)
+    other = model(seed=1)
+    load_weights(dict(other.named_parameters()), saved / "weights.safetensors")
+    assert all(torch.equal(p, trained[name]) for name, p in other.named_parameters() if p.requires_grad)
+
+
+def test_all_of_it_comes_back(part, tmp_path):
+    layer, weights, optimizer = part
+    path = save(tmp_path, part, 7)
+    drawn = random.random(), np.random.rand(), torch.rand(1).item()
+    expected = {name: value.clone() for name, value in layer.state_dict().items()}
+    moments = {name: optimizer.state[weight]["exp_avg_sq"].clone() for name, weight in weights.items()}
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.zero_()
+    fresh = torch.optim.AdamW(weights.values())
+    assert checkpoint.load(path, weights, fresh) == (7, {"pages": {"position": (0, 1, 7)}})
+    assert all(torch.equal(value, expected[name]) for name, value in layer.state_dict().items())
+    for name, weight in weights.items():
+        assert torch.equal(fresh.state[weight]["exp_avg_sq"], moments[name])
+        assert fresh.state[weight]["step"] == 1
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == drawn
+
+
+def test_the_last_are_kept(part, tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, part, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000003"]
+    assert checkpoint.latest(tmp_path).name == "step-00000003"
+
+
+def test_those_of_a_future_that_was_abandoned_do_not_count(part, tmp_path):
+    (tmp_path / "step-00000009").mkdir()
+    for step in (1, 2):
+        save(tmp_path, part, step, keep=1)
+        assert checkpoint.latest(tmp_path).name == f"step-0000000{step}"
+        assert (checkpoint.latest(tmp_path) / "state.pt").exists()
+
+
+class Killed(BaseException):
+    """No `except Exception` survives it."""
+
+
+OPERATIONS = [
+    (os, "fsync"),
+    (os, "rename"),
+    (os, "replace"),
+    (os, "rmdir"),
+    (os, "unlink"),
+    (shutil, "rmtree"),
+    (torch, "save"),
+    (Path, "mkdir"),
+    (Path, "symlink_to"),
+    (Path, "unlink"),
+]
+
+
+def killing(monkeypatch, moment):
+    """From now on the operation of this number is the last; returns a list of those that began."""
+    begun = []
+
+    def wrap(owner, name):
+        original = getattr(owner, name)
+
+        def operation(*args, **kwargs):
+            begun.append(name)
+            if len(begun) == moment:
+                raise Killed(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, operation)
+
+    for owner, name in OPERATIONS:
+        wrap(owner, name)
+    return begun
+
+
+def test_a_kill_at_any_operation_leaves_a_whole_checkpoint(part, tmp_path, monkeypatch):
+    """Each in turn; whatever is called a checkpoint can be loaded, and the next save succeeds."""
+    _, weights, optimizer = part
+    with monkeypatch.context() as patched:
+        begun = killing(patched, moment=-1)
+        save(tmp_path / "count", part, 1, keep=1)
+        first = len(begun)
+        save(tmp_path / "count", part, 2, keep=1)
+        total = len(begun) - first
+    assert total > 10
+    outcomes = set()
+    for moment in range(1, total + 1):
+        folder = tmp_path / str(moment)
+        save(folder, part, 1, keep=1)
+        with monkeypatch.context() as patched, pytest.raises(Killed):  # noqa: PT012
+            killing(patched, moment)
+            save(folder, part, 2, keep=1)
+        for path in (*folder.glob("step-*"), checkpoint.latest(folder)):
+            step, _ = checkpoint.load(path, weights, optimizer)
+        outcomes.add(step)
+        save(folder, part, 2, keep=1)
+        assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000002"]
+    assert outcomes == {1, 2}
+
+
+def test_another_models_checkpoint_is_refused(part, tmp_path):
+    path = save(tmp_path, part, 1) / "weights.safetensors"
+    with pytest.raises(ValueError, match=r"got 1 others \(bias\) and not 0 of them"):
+        load_weights({"weight": nn.Parameter(torch.zeros(2, 3))}, path)
+    other = dict(nn.Linear(3, 2).named_parameters(prefix="new"))
+    with pytest.raises(
+        ValueError, match=r"2 others \(bias, weight\) and not 2 of them \(new\.bias, new\.weight\)"
+    ):
+        load_weights(other, path)
+    with pytest.raises(ValueError, match=r"expected weight with shape \(2, 4\), got \(2, 3\)"):
+        load_weights(dict(nn.Linear(4, 2).named_parameters()), path)

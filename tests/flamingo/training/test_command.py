@@ -1,0 +1,67 @@
+"""`python -m flamingo train`."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flamingo.__main__ import main
+from flamingo.training import ModelConfig, read_log
+from flamingo.training.command import build
+from tests.flamingo.training.test_resume import toml
+from tests.flamingo.training.tiny_run import model
+
+
+def test_it_trains_and_says_where_the_result_is(data, tmp_path, capsys):
+    (tmp_path / "run.toml").write_text(toml(data, tmp_path / "run", steps=2))
+    assert main(["train", str(tmp_path / "run.toml")]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == (f"2 steps done, the last checkpoint is {tmp_path}/run/checkpoints/step-00000002\n")
+    assert "train: vision has random weights, as vision_weights is not given" in shown.err
+    assert "2/2" in shown.err
+    assert len(read_log(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz = 1", "there is no key 'stepz'. Did you mean steps?"),
+        ("steps = ", "run.toml: expected TOML, got: Invalid value"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_in_a_line(tmp_path, capsys, text, message):
+    if text is not None:
+        (tmp_path / "run.toml").write_text(text)
+    assert main(["train", str(tmp_path / "run.toml")]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("train: ")
+    assert message in shown
+    assert shown.count("\n") == 1
+
+
+def test_a_file_without_a_model_is_refused(data, tmp_path, capsys):
+    (tmp_path / "run.toml").write_text(toml(data, tmp_path, steps=2).partition("[model]")[0])
+    assert main(["train", str(tmp_path / "run.toml")]) == 2
+    assert "expected a table [model], got none" in capsys.readouterr().err
+
+
+def test_frozen_parts_come_from_files(tmp_path, capsys):
+    given = model(seed=1)
+    for name in ("vision", "language"):
+        save_file(getattr(given, name).state_dict(), tmp_path / f"{name}.safetensors")
+    paths = {f"{name}_weights": str(tmp_path / f"{name}.safetensors") for name in ("vision", "language")}
+    built = build(ModelConfig(preset="tiny", **paths))
+    for name, parameter in built.named_parameters():
+        frozen = name.startswith(("vision.", "language."))
+        assert parameter.requires_grad is not frozen
+        if frozen:
+            assert torch.equal(parameter, given.get_parameter(name))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"]])
+def test_a_wrong_command_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: python -m flamingo" in capsys.readouterr().err

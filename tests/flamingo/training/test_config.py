@@ -1,0 +1,111 @@
+"""Runs from files, and what is wrong with them in a sentence."""
+
+import pytest
+
+from flamingo.training import Clips, Documents, ModelConfig, Pairs, TrainingConfig
+
+RUN = """
+folder = "run"
+steps = 10
+learning_rate = 1
+betas = [0.9, 0.95]
+no_decay = ["resampler", "cross_attn.0"]
+
+[[datasets]]
+kind = "documents"
+name = "pages"
+shards = ["a/*.tar", "b/*.tar"]
+
+[[datasets]]
+kind = "clips"
+name = "clips"
+shards = "c/*.tar"
+weight = 0.5
+micro_batch_size = 8
+
+[model]
+preset = "tiny"
+changes = { language_layers = 2 }
+"""
+
+
+@pytest.fixture
+def read(tmp_path):
+    def from_text(text):
+        path = tmp_path / "run.toml"
+        path.write_text(text)
+        return TrainingConfig.from_toml(path)
+
+    return from_text
+
+
+def test_a_file_says_what_the_fields_are(read):
+    assert read(RUN) == TrainingConfig(
+        folder="run",
+        steps=10,
+        learning_rate=1.0,
+        betas=(0.9, 0.95),
+        no_decay=("resampler", "cross_attn.0"),
+        datasets=(
+            Documents(name="pages", shards=("a/*.tar", "b/*.tar")),
+            Clips(name="clips", shards=("c/*.tar",), weight=0.5, micro_batch_size=8),
+        ),
+        model=ModelConfig(preset="tiny", changes={"language_layers": 2}),
+    )
+
+
+def test_defaults_are_the_papers():
+    kinds = (Documents, Pairs, Clips)
+    config = TrainingConfig(
+        folder="run", datasets=tuple(kind(name=kind.kind, shards=("x",)) for kind in kinds)
+    )
+    assert [(d.weight, d.batch_size, d.length) for d in config.datasets] == [
+        (1.0, 256, 256),
+        (0.2, 512, 64),
+        (0.03, 64, 64),
+    ]
+    assert (config.datasets[0].max_images, config.datasets[1].space) == (5, 0.5)
+    assert (config.datasets[2].frames, config.datasets[2].fps) == (8, 1.0)
+    assert (config.steps, config.learning_rate, config.warmup_steps) == (500_000, 1e-4, 5000)
+    assert (config.weight_decay, config.no_decay, config.max_grad_norm) == (0.1, ("resampler",), 1.0)
+    assert config.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps = 10", "step = 10", r"run\.toml: there is no key 'step'\. Did you mean steps\?"),
+        ("steps = 10", "x = 10", r"there is no key 'x'\. Expected one of folder, datasets, steps, "),
+        ("steps = 10", "steps = 10.5", r"run\.toml: steps: expected int, got 10\.5"),
+        ("steps = 10", "bfloat16 = 1", "bfloat16: expected bool, got 1"),
+        ("[0.9, 0.95]", "0.9", r"betas: expected a list, got 0\.9"),
+        ("[0.9, 0.95]", "[0.9]", r"expected two betas, got \(0\.9,\)"),
+        ("learning_rate = 1", "learning_rate = 0", "learning_rate of the run to be positive, got 0"),
+        ('folder = "run"', "", r"run\.toml: expected a key 'folder', got none"),
+        (
+            "weight = 0.5",
+            "wieght = 0.5",
+            r"\[\[datasets\]\] 'clips': there is no key 'wieght'\. Did you mean weight",
+        ),
+        ("weight = 0.5", "space = 'x'", r"'clips': space: expected float, got 'x'"),
+        ("weight = 0.5", "weight = -1", "weight of dataset 'clips' to be positive, got -1"),
+        (
+            "micro_batch_size = 8",
+            "micro_batch_size = 0",
+            "micro_batch_size of dataset 'clips' to be positive",
+        ),
+        ("micro_batch_size = 8", "micro_batch_size = '8'", "micro_batch_size: expected int, got '8'"),
+        ('["a/*.tar", "b/*.tar"]', "[]", "dataset 'pages' to have shards, got none"),
+        (
+            '"documents"',
+            '"pages"',
+            "'pages': expected kind to be one of documents, pairs, clips, got 'pages'",
+        ),
+        ('name = "clips"', 'name = "pages"', "expected datasets of different names"),
+        ("preset", "size", r"\[model\]: there is no key 'size'"),
+    ],
+)
+def test_mistakes_are_named(read, old, new, message):
+    assert RUN.count(old) == 1
+    with pytest.raises(ValueError, match=message):
+        read(RUN.replace(old, new))

@@ -1,0 +1,83 @@
+"""Batches: the same whoever makes them, and from wherever one continues."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flamingo.training.data import Stream
+from flamingo.training.shards import write_shards
+from tests.flamingo.training.tiny_run import datasets, processor
+
+
+def stream(config, **changes):
+    return Stream(config, processor(), **{"seed": 0, "at_once": 2, **changes})
+
+
+def take(batches, count=4):
+    return [next(batches) for _ in range(count)]
+
+
+def assert_same(first, second):
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.labels, other.labels)
+        for mine, its in zip(one.inputs, other.inputs, strict=True):
+            assert (mine is its is None) or torch.equal(mine, its)
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_it_continues_from_its_state(data, kind):
+    config = datasets(data)[kind]
+    first = stream(config)
+    take(first, 3)
+    assert_same(take(stream(config, state=first.state)), take(first))
+
+
+def test_workers_change_nothing(data):
+    """Though they read ahead, the state is that of the batch that was taken."""
+    config = datasets(data)[1]
+    alone, helped = stream(config), stream(config, workers=2)
+    assert_same(take(helped, 5), take(alone, 5))
+    assert helped.state == alone.state
+
+
+def test_two_processes_have_the_documents_of_one(data):
+    config = datasets(data)[0]
+    whole = take(stream(config))
+    for rank in (0, 1):
+        for mine, batch in zip(take(stream(config, rank=rank, world_size=2)), whole, strict=True):
+            length = int(mine.inputs.attention_mask.sum())
+            assert torch.equal(mine.inputs.input_ids[0, :length], batch.inputs.input_ids[rank, :length])
+
+
+def test_padding_and_images_are_not_learned(data):
+    (batch,) = take(stream(replace(datasets(data)[0], batch_size=7)), 1)
+    ids, labels = batch.inputs.input_ids, batch.labels
+    tokenizer = processor().tokenizer
+    unlearned = (ids == tokenizer.image_id) | (ids == tokenizer.pad_id)
+    assert unlearned.any()
+    assert torch.equal(labels == -100, unlearned)
+    assert torch.equal(labels[~unlearned], ids[~unlearned])
+    assert batch.targets == (~unlearned).sum() - 7  # <BOS> of each
+
+
+def test_splits_add_up(data):
+    (batch,) = take(stream(datasets(data)[2]), 1)
+    one, two = batch.split(1)
+    assert torch.equal(torch.cat((one.inputs.pixels, two.inputs.pixels)), batch.inputs.pixels)
+    assert one.targets + two.targets == batch.targets
+    assert_same(batch.split(None), [batch])
+
+
+def test_a_damaged_sample_is_named(data, tmp_path):
+    write_shards(tmp_path, [{"png": b"damaged", "txt": b"text"}])
+    config = replace(datasets(data)[1], shards=(f"{tmp_path}/*.tar",))
+    with pytest.raises(ValueError, match=r"000000\.tar, sample 000000: .* png to be an image"):
+        next(stream(config))
+
+
+def test_another_seed_cannot_continue(data):
+    config = datasets(data)[1]
+    state = stream(config).state
+    with pytest.raises(ValueError, match="seed and shards_at_once of the checkpoint for dataset 'pairs'"):
+        stream(config, state=state, seed=1)

@@ -1,0 +1,180 @@
+"""Updates: by which gradient, of which parameters, with which precision."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flamingo.training import loop, read_log, train
+from flamingo.training.data import Stream
+from flamingo.training.loop import accumulate_gradients
+from tests.flamingo.training.tiny_run import config, datasets, model, processor
+
+
+def batches(data):
+    return {dataset: next(Stream(dataset, processor(), seed=0, at_once=2)) for dataset in datasets(data)}
+
+
+def gradients(flamingo):
+    return {name: p.grad for name, p in flamingo.named_parameters() if p.grad is not None}
+
+
+def test_gradients_are_those_of_the_weighted_sum(data):
+    """The sum written anew, document by document, in one graph."""
+    taken, flamingo = batches(data), model().double()
+    summed = torch.zeros((), dtype=torch.float64)
+    for dataset, (inputs, labels) in taken.items():
+        losses = []
+        for row in range(len(labels)):
+            length = int(inputs.attention_mask[row].sum())
+            frames = None if inputs.num_frames is None else inputs.num_frames[row : row + 1]
+            ids, pixels = inputs.input_ids[row : row + 1, :length], inputs.pixels[row : row + 1].double()
+            logits = flamingo(ids, pixels, num_frames=frames).logits[0, :-1]
+            targets = labels[row, 1:length]
+            losses.append(F.cross_entropy(logits, targets, reduction="none")[targets != -100])
+        summed = summed + {"pages": 1.0, "pairs": 0.2, "clips": 0.03}[dataset.name] * torch.cat(losses).mean()
+    summed.backward()
+    expected = copy.deepcopy(gradients(flamingo))
+    flamingo.zero_grad()
+    found = accumulate_gradients(flamingo, taken)
+    assert gradients(flamingo).keys() == expected.keys()
+    for name, gradient in gradients(flamingo).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+    total = sum(dataset.weight * loss.item() for dataset, loss in found.items())
+    assert total == pytest.approx(summed.item())
+
+
+def test_micro_batches_change_nothing_but_memory(data):
+    taken = batches(data)
+    results = []
+    for size in (None, 1):
+        flamingo = model().double()
+        split = {replace(dataset, micro_batch_size=size): batch for dataset, batch in taken.items()}
+        losses = [loss.item() for loss in accumulate_gradients(flamingo, split).values()]
+        results.append((losses, gradients(flamingo)))
+    assert results[0][0] == pytest.approx(results[1][0])
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name], msg=name)
+
+
+def test_it_learns_and_leaves_the_frozen_parts_alone(data, tmp_path):
+    flamingo = model()
+    before = copy.deepcopy(flamingo.state_dict())
+    train(flamingo, processor(), config(data, tmp_path, steps=30))
+    for name, value in flamingo.state_dict().items():
+        frozen = name.startswith(("vision.", "language."))
+        assert torch.equal(value, before[name]) is frozen, name
+    log = read_log(tmp_path)
+    assert [update["step"] for update in log] == list(range(1, 31))
+    assert log[0].keys() >= {
+        "loss",
+        "loss/pages",
+        "loss/pairs",
+        "loss/clips",
+        "gradient norm",
+        "learning rate",
+    }
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+
+
+def test_in_bfloat16_it_learns_the_same(data, tmp_path):
+    """Within bfloat16's rounding; the frozen parts are rounded once, before the first update."""
+    flamingo = model()
+    rounded = {name: value.bfloat16() for name, value in flamingo.state_dict().items()}
+    train(flamingo, processor(), config(data, tmp_path / "low", steps=8, bfloat16=True))
+    changed = {name for name, value in flamingo.state_dict().items() if not torch.equal(value, rounded[name])}
+    assert {name.partition(".")[0] for name in changed} == {"resampler", "cross_attn"}
+    train(model(), processor(), config(data, tmp_path / "exact", steps=8))
+    low, exact = ([update["loss"] for update in read_log(tmp_path / run)] for run in ("low", "exact"))
+    assert low != exact
+    torch.testing.assert_close(torch.tensor(low), torch.tensor(exact), rtol=0.02, atol=0)
+
+
+def test_a_model_of_bfloat16_is_left_as_any_other(data, tmp_path):
+    """Its gradients go nowhere else once the run is over."""
+    flamingo = model()
+    train(flamingo, processor(), config(data, tmp_path, steps=1, bfloat16=True))
+    flamingo.cross_attn["0"].ff(torch.ones(1, 64, dtype=torch.bfloat16)).sum().backward()
+    assert flamingo.cross_attn["0"].ff[1].weight.grad.dtype == torch.bfloat16
+
+
+def test_gradients_are_clipped_and_the_rate_warms_up(data, tmp_path, monkeypatch):
+    """AdamW hides the length of a gradient, a plain step does not."""
+    monkeypatch.setattr(
+        loop,
+        "make_optimizer",
+        lambda weights, config: torch.optim.SGD(weights.values(), lr=config.learning_rate),
+    )
+    flamingo = model()
+    before = [p.detach().clone() for p in flamingo.parameters()]
+    train(flamingo, processor(), config(data, tmp_path, steps=1, warmup_steps=4, max_grad_norm=0.01))
+    moved = [(p - b).norm() for p, b in zip(flamingo.parameters(), before, strict=True)]
+    assert read_log(tmp_path)[0]["gradient norm"] > 0.1
+    assert torch.stack(moved).norm().item() == pytest.approx(0.01 * 1e-2 / 4, rel=1e-2)
+
+
+def test_recomputed_blocks_give_the_same_to_the_bit(data, tmp_path, monkeypatch):
+    calls = []
+    original = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    states, counts = [], []
+    for recompute in (False, True):
+        flamingo = model()
+        calls.clear()
+        train(
+            flamingo,
+            processor(),
+            config(data, tmp_path / str(recompute), gradient_checkpointing=recompute),
+        )
+        counts.append(len(calls))
+        states.append(flamingo.state_dict())
+        assert all("forward" not in vars(module) for module in flamingo.modules())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert counts[1] > 1.3 * counts[0]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(data, tmp_path):
+    flamingo = model()
+    with torch.no_grad():
+        flamingo.cross_attn["0"].attn.to_q.weight[0, 0] = torch.inf
+    before = copy.deepcopy(flamingo.state_dict())
+    with pytest.raises(FloatingPointError, match="got a norm of nan in update 1"):
+        train(flamingo, processor(), config(data, tmp_path))
+    assert all(torch.equal(value, before[name]) for name, value in flamingo.state_dict().items())
+
+
+def test_frozen_parts_are_in_eval_mode(data, tmp_path):
+    flamingo = model()
+    train(flamingo, processor(), config(data, tmp_path, steps=1))
+    modes = {name: part.training for name, part in flamingo.named_children()}
+    assert modes == {"vision": False, "resampler": True, "language": False, "cross_attn": True}
+
+
+def test_a_model_of_other_parts_names_its_blocks(data, tmp_path):
+    class Other(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model()
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    other, run = Other(), config(data, tmp_path, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match=r"got Other\. Name its blocks: train\(\.\.\., blocks=\[\.\.\.\]\)"):
+        train(other, processor(), run)
+    train(other, processor(), run, blocks=list(other.inner.language.layers))
+    assert len(read_log(tmp_path)) == 4
+
+
+def test_tensorboard_has_what_the_log_has(data, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(model(), processor(), config(data, tmp_path, tensorboard=True))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("loss", "loss/pairs", "learning rate"):
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        logged = [(update["step"], pytest.approx(update[name])) for update in read_log(tmp_path)]
+        assert shown == logged

@@ -1,0 +1,141 @@
+"""Two processes and FSDP2: the updates of one process, and checkpoints for any number."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import distributed
+
+from flamingo.training import read_log, train
+from flamingo.training.blocks import shard
+from flamingo.training.processes import gather, rank, sum_over_processes, world_size
+from tests.flamingo.training.test_resume import ROOT, toml
+from tests.flamingo.training.tiny_run import config, model, processor
+
+
+def configs(data: Path, folder: Path):
+    """Runs by their names; those of "one" begin or go on in one process."""
+    run = config(data, folder / "two", steps=4, checkpoint_every=2)
+    return {
+        "two": run,
+        "recomputed": replace(run, folder=f"{folder}/recomputed", gradient_checkpointing=True),
+        "bfloat16": replace(run, folder=f"{folder}/bfloat16", bfloat16=True),
+        "one": replace(run, folder=f"{folder}/one"),
+    }
+
+
+def work(me: int, data: Path, folder: Path) -> None:
+    """What each of the two processes does."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=me, world_size=2)
+    for name, run in configs(data, folder).items():
+        steps = 6 if name == "one" else run.steps  # one process has made the first four
+        train(model(), processor(), replace(run, steps=steps))
+    layer = torch.nn.Linear(1, 1, bias=False)
+    shard(layer, [], bfloat16=True)
+    layer(torch.tensor([[256.0, 1.0][me]], dtype=torch.bfloat16)).sum().backward()
+    gradient = layer.weight.grad.full_tensor()
+    if me == 0:
+        torch.save(gradient, folder / "gradient.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """The folder of runs that two processes have made or continued."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(model(), processor(), configs(data, folder)["one"])
+    torch.multiprocessing.spawn(work, (data, folder), nprocs=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """The folder of the runs of one process, in float32 and in bfloat16."""
+    folder = tmp_path_factory.mktemp("alone")
+    train(model(), processor(), config(data, folder / "exact", steps=6, checkpoint_every=2))
+    train(model(), processor(), config(data, folder / "bfloat16", steps=4, bfloat16=True))
+    return folder
+
+
+def assert_close(run: Path, expected: Path, steps: int, rtol: float = 1e-4) -> None:
+    found, alone = read_log(run)[:steps], read_log(expected)[:steps]
+    assert len(found) == len(alone) == steps
+    for name in ("loss", "loss/pages", "loss/pairs", "loss/clips", "gradient norm"):
+        one, other = (torch.tensor([update[name] for update in each]) for each in (found, alone))
+        torch.testing.assert_close(one, other, rtol=rtol, atol=0, msg=name)
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
+
+
+@pytest.mark.parametrize("name", ["two", "recomputed"])
+def test_two_processes_make_the_updates_of_one(runs, alone, name):
+    assert_close(runs / name, alone / "exact", steps=4)
+    found, expected = weights(runs / name, 4), weights(alone / "exact", 4)
+    assert found.keys() == expected.keys()
+    for key in expected:  # AdamW turns the sign of a gradient near 0 into a step of the learning rate
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-3, msg=key)
+
+
+def test_in_bfloat16_too(runs, alone):
+    """The first loss to the bit: the same roundings; later ones differ by how gradients were added."""
+    assert_close(runs / "bfloat16", alone / "bfloat16", steps=4, rtol=0.02)
+    first, expected = (read_log(folder / "bfloat16")[0]["loss/pages"] for folder in (runs, alone))
+    assert first == pytest.approx(expected, rel=1e-6)
+    assert {tensor.dtype for tensor in weights(runs / "bfloat16", 4).values()} == {torch.float32}
+
+
+def test_gradients_of_two_processes_meet_in_float32(runs):
+    """(256 + 1) / 2: in bfloat16 that is 128."""
+    assert torch.load(runs / "gradient.pt").item() == 128.5
+
+
+def test_one_process_continues_two(data, runs, alone):
+    untrained = model()
+    for name, part in model(seed=5).named_children():
+        if name in ("resampler", "cross_attn"):
+            getattr(untrained, name).load_state_dict(part.state_dict())
+    train(untrained, processor(), replace(configs(data, runs)["two"], steps=6))
+    assert_close(runs / "two", alone / "exact", steps=6)
+
+
+def test_two_processes_continue_one(runs, alone):
+    assert_close(runs / "one", alone / "exact", steps=6)
+
+
+def test_an_odd_batch_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("flamingo.training.loop.world_size", lambda: 2)
+    monkeypatch.setattr("flamingo.training.loop.shard", lambda *_, **__: None)
+    run = config(data, tmp_path)
+    odd = replace(run, datasets=(replace(run.datasets[0], batch_size=3),))
+    with pytest.raises(ValueError, match="batch_size that 2 processes can share evenly, got 3"):
+        train(model(), processor(), odd)
+
+
+def test_a_process_alone_needs_no_group():
+    assert (rank(), world_size(), gather("x")) == (0, 1, ["x"])
+    assert sum_over_processes(torch.ones(2)).tolist() == [1, 1]
+
+
+@pytest.mark.slow
+def test_torchrun(data, runs, alone, tmp_path):
+    """The command line, as it is started on a machine with several GPUs."""
+    (tmp_path / "run.toml").write_text(toml(data, tmp_path / "run", steps=4, checkpoint_every=2, workers=1))
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flamingo", "train"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(tmp_path / "run.toml")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("4 steps done, the last checkpoint is") == 1
+    assert len(read_log(tmp_path / "run")) == 4

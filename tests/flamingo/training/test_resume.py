@@ -1,0 +1,145 @@
+"""A run that was stopped, by its end or by a kill, continues to the bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flamingo.training import checkpoint, read_log, train
+from tests.flamingo.training.tiny_run import config, datasets, model, processor
+
+ROOT = Path(__file__).parents[3]
+
+
+def losses(folder):
+    """All that was logged but the time it took."""
+    return [{name: value for name, value in each.items() if name != "seconds"} for each in read_log(folder)]
+
+
+def assert_same_run(one: Path, other: Path):
+    assert losses(one) == losses(other)
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        first, second = ((run / "checkpoints" / "latest" / name).read_bytes() for run in (one, other))
+        assert first == second, name
+
+
+class Forgetful(nn.Module):
+    """A Flamingo whose pixels are dropped at random: it needs the random generators too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = model()
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, input_ids, pixels, *args, **kwargs):
+        return self.inner(input_ids, self.dropout(pixels), *args, **kwargs)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_twice_n_steps_are_n_and_n(data, tmp_path, bfloat16):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    changes = {"no_decay": ("inner.resampler",), "bfloat16": bfloat16}
+    train(Forgetful(), processor(), config(data, whole, steps=6, **changes))
+    train(Forgetful(), processor(), config(data, halves, steps=3, **changes))
+    torch.manual_seed(99)
+    train(Forgetful(), processor(), config(data, halves, steps=6, **changes))
+    assert len(losses(halves)) == 6
+    assert_same_run(whole, halves)
+
+
+def test_a_finished_run_is_left_alone(data, tmp_path):
+    run = config(data, tmp_path, steps=2)
+    saved = train(model(), processor(), run)
+    before = {path: path.stat().st_mtime_ns for path in saved.iterdir()}
+    assert train(model(), processor(), run) == saved
+    assert {path: path.stat().st_mtime_ns for path in saved.iterdir()} == before
+
+
+def test_updates_after_the_checkpoint_are_done_again(data, tmp_path, monkeypatch):
+    """Stopped between two checkpoints, with half a line in the log."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(model(), processor(), config(data, whole, steps=5, checkpoint_every=2))
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patched.setattr(checkpoint, "save", stop)
+        train(model(), processor(), config(data, stopped, steps=5, checkpoint_every=3))
+    assert [update["step"] for update in read_log(stopped)] == [1, 2, 3]
+    with open(stopped / "log.jsonl", "a") as log:
+        log.write('{"step": 4, "lo')
+    train(model(), processor(), config(data, stopped, steps=5, checkpoint_every=2))
+    assert_same_run(whole, stopped)
+
+
+def test_a_run_that_is_killed_twice_is_the_run_that_is_not(data, tmp_path):
+    """SIGKILL at a random moment, between any two instructions."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    steps, every = 60, 4
+    shared = {"steps": steps, "checkpoint_every": every}
+    moments = random.Random()
+    seed = moments.randrange(2**32)
+    print(f"killed at moments of seed {seed}")  # shown where the test fails
+    moments.seed(seed)
+    for kill in (0.25, 0.6, None):
+        process = start(data, killed, **shared)
+        if kill is None:
+            assert process.wait() == 0, process.stderr.read().decode()
+            break
+        wait_until_logged(process, killed, round(steps * (kill + 0.1 * moments.random())))
+        time.sleep(0.1 * moments.random())
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was too fast to be killed"
+        logged, saved = len(read_log(killed)), checkpoint.latest(killed / "checkpoints")
+        step = torch.load(saved / "state.pt", weights_only=True)["step"]
+        assert logged - step <= every
+    process = start(data, whole, **shared)
+    assert process.wait() == 0, process.stderr.read().decode()
+    assert len(losses(whole)) == steps
+    assert_same_run(whole, killed)
+
+
+def start(data: Path, run: Path, **changes) -> subprocess.Popen:
+    """`python -m flamingo train` in another process."""
+    run.mkdir(exist_ok=True)
+    (run / "run.toml").write_text(toml(data, run, **changes))
+    command = [sys.executable, "-m", "flamingo", "train", str(run / "run.toml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+
+
+def toml(data: Path, run: Path, **changes) -> str:
+    """The file of a tiny run."""
+    fields = {
+        "folder": str(run),
+        "warmup_steps": 2,
+        "learning_rate": 0.01,
+        "bfloat16": False,
+        "workers": 0,
+        "device": "cpu",
+        **changes,
+    }
+    lines = [
+        f"{name} = {str(value).lower() if isinstance(value, bool) else repr(value)}"
+        for name, value in fields.items()
+    ]
+    for dataset in datasets(data):
+        lines += ["[[datasets]]", f"kind = {dataset.kind!r}", f"name = {dataset.name!r}"]
+        lines += [f"shards = {list(dataset.shards)!r}", f"batch_size = {dataset.batch_size}"]
+        lines += [f"length = {dataset.length}"]
+    return "\n".join([*lines, "[model]", "preset = 'tiny'"]) + "\n"
+
+
+def wait_until_logged(process: subprocess.Popen, run: Path, step: int) -> None:
+    while process.poll() is None and len(read_log(run)) < step:
+        time.sleep(0.01)
