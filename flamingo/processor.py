@@ -110,7 +110,7 @@ class Processor:
         prompt: bool = False,
         padding_side: Literal["left", "right"] | None = None,
         window: int | None = None,
-        p_next: float = 0.0,
+        p_next: float | Sequence[float] = 0.0,
         generator: torch.Generator | None = None,
     ) -> Batch:
         """
@@ -130,7 +130,7 @@ class Processor:
             padding_side: "left" or "right" where it is not to follow from `prompt`.
             window: of a document with more tokens than this, take so many in a row from a random place, with
                 the media among them, of which `max_media` then keeps the first; 256 in the paper's training.
-            p_next: see above; 0.5 in the paper's training on web pages.
+            p_next: see above, for all documents or for each; 0.5 in the paper's training on web pages.
             generator: of what is random; torch's own by default. For each document in turn it is asked for a
                 place, if the document is too long, and for a side, if `p_next` is not 0.
 
@@ -148,13 +148,14 @@ class Processor:
         if padding_side not in (None, "left", "right"):
             raise ValueError(f"Processor: expected padding_side 'left' or 'right', got {padding_side!r}.")
         left = prompt if padding_side is None else padding_side == "left"
+        chances = [p_next] * len(documents) if isinstance(p_next, (int, float)) else p_next
         layouts, starts = [], []
-        for index, document in enumerate(documents):
+        for index, (document, chance) in enumerate(zip(documents, chances, strict=True)):
             layout = self.lay_out(document, name=f"document {index}", prompt=prompt)
             if window is not None and len(layout.ids) > window:
                 layout = self._window(layout, window, generator)
             layout = self._first_media(layout)
-            see_next = p_next > 0 and torch.rand((), generator=generator).item() < p_next
+            see_next = chance > 0 and torch.rand((), generator=generator).item() < chance
             layouts.append(layout)
             starts.append(self._starts(layout.ids, see_next))
         pixels, num_frames = self.pad_clips([[self.clip(m) for m in layout.media] for layout in layouts])

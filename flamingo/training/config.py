@@ -53,6 +53,7 @@ class Documents(DatasetConfig):
         weight, batch_size, length: as in `DatasetConfig`; the batch is that of the paper's ablations, which
             keeps the final one to itself. A longer document is cut to a random window of that length.
         max_images: images of a window; the first are kept, later ones are left out.
+        p_next: probability that a document's text sees the next image instead of the last.
     """
 
     kind: ClassVar[str] = "documents"
@@ -61,6 +62,7 @@ class Documents(DatasetConfig):
     batch_size: int = 256
     length: int = 256
     max_images: int = 5
+    p_next: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,59 +2,43 @@
 
 import random
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flamingo.processor import Batch, Processor
-from flamingo.training.config import DatasetConfig
+from flamingo.training.config import DatasetConfig, Documents
 from flamingo.training.order import Draw, Position, SampleOrder
 from flamingo.training.samples import to_document
 from flamingo.training.shards import find_shards
 
 
-class TrainingBatch(NamedTuple):
-    """A `Batch` with what is to be learnt of it."""
-
-    inputs: Batch
-    labels: Tensor  # int64 [B, T], -100 where a token is not to be learned
-
-    def to(self, device: torch.device | str) -> "TrainingBatch":
-        """The same batch on another device."""
-        return TrainingBatch(self.inputs.to(device), self.labels.to(device))
-
-    def split(self, size: int | None) -> Iterator["TrainingBatch"]:
-        """Batches of so many documents; itself for None."""
-        rows = len(self.labels)
-        size = size or rows
-        for start in range(0, rows, size):
-            place = slice(start, start + size)
-            inputs = Batch._make(None if field is None else field[place] for field in self.inputs)
-            yield TrainingBatch(inputs, self.labels[place])
-
-    @property
-    def targets(self) -> int:
-        """Tokens that are learned; the first of a document has nothing before it to be told from."""
-        return int((self.labels[:, 1:] != -100).sum())
-
-
-def collate(config: DatasetConfig, processor: Processor, draws: list[Draw]) -> TrainingBatch:
-    """Reads samples and makes a batch of them; the same for the same draws, wherever it runs.
-
-    Neither padding nor `<image>`, which a model never says, is learned.
-    """
-    tokenizer = processor.tokenizer
-    documents = []
+def collate(config: DatasetConfig, processor: Processor, draws: list[Draw]) -> Batch:
+    """Reads samples and makes a batch of them; the same for the same draws, wherever it runs."""
+    documents, sees_next = [], []
     for entry, seed in draws:
+        draw = random.Random(seed)
         try:
-            documents.append(to_document(config, entry.read(), tokenizer.encode, random.Random(seed)))
+            documents.append(to_document(config, entry.read(), processor.tokenizer.encode, draw))
         except ValueError as error:
             raise ValueError(f"{entry.shard}, sample {entry.key}: {error}") from error
-    batch = processor(documents)
-    learned = batch.attention_mask & (batch.input_ids != tokenizer.image_id)
-    return TrainingBatch(batch, batch.input_ids.masked_fill(~learned, -100))
+        sees_next.append(float(isinstance(config, Documents) and draw.random() < config.p_next))
+    return processor(documents, p_next=sees_next)
+
+
+def split(batch: Batch, size: int | None) -> Iterator[Batch]:
+    """Batches of so many documents; itself for None."""
+    rows = len(batch.labels)
+    size = size or rows
+    for start in range(0, rows, size):
+        place = slice(start, start + size)
+        yield Batch._make(None if field is None else field[place] for field in batch)
+
+
+def count_targets(batch: Batch) -> int:
+    """Tokens that are learned; the first of a document has nothing before it to be told from."""
+    return int((batch.labels[:, 1:] != -100).sum())
 
 
 class Stream:
@@ -98,7 +82,7 @@ class Stream:
                 f"{config.name!r}, got others. Take those again, or another folder for another run."
             )
         self.state: dict[str, Any] = {"order": order.identity, "position": tuple(position)}
-        self._batches: Iterator[tuple[TrainingBatch, Position]] = iter(
+        self._batches: Iterator[tuple[Batch, Position]] = iter(
             DataLoader(
                 _Batches(config, processor),
                 sampler=order.batches(config.batch_size, position, rank=rank, world_size=world_size),
@@ -112,7 +96,7 @@ class Stream:
     def __iter__(self) -> "Stream":
         return self
 
-    def __next__(self) -> TrainingBatch:
+    def __next__(self) -> Batch:
         batch, position = next(self._batches)
         self.state = {**self.state, "position": tuple(position)}
         return batch
@@ -125,6 +109,6 @@ class _Batches(Dataset):
         self.config = config
         self.processor = processor
 
-    def __getitem__(self, item: tuple[list[Draw], Position]) -> tuple[TrainingBatch, Position]:
+    def __getitem__(self, item: tuple[list[Draw], Position]) -> tuple[Batch, Position]:
         draws, position = item
         return collate(self.config, self.processor, draws), position

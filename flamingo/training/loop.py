@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flamingo.processor import Processor
+from flamingo.processor import Batch, Processor
 from flamingo.training import checkpoint
 from flamingo.training.blocks import blocks as blocks_of
 from flamingo.training.blocks import recomputed, shard
 from flamingo.training.config import DatasetConfig, TrainingConfig
-from flamingo.training.data import Stream, TrainingBatch
+from flamingo.training.data import Stream, count_targets, split
 from flamingo.training.log import RunLog
 from flamingo.training.optimizer import TrainedWeights, learning_rate, make_optimizer, store_as
 from flamingo.training.processes import device_of, rank, sum_over_processes, world_size
@@ -199,7 +199,7 @@ class _Run:
 
 
 def accumulate_gradients(
-    model: nn.Module, batches: Mapping[DatasetConfig, TrainingBatch], *, bfloat16: bool = False
+    model: nn.Module, batches: Mapping[DatasetConfig, Batch], *, bfloat16: bool = False
 ) -> dict[DatasetConfig, Tensor]:
     """Adds to the gradients those of the weighted sum of the datasets' losses, one batch after the other.
 
@@ -212,11 +212,13 @@ def accumulate_gradients(
         The loss of each dataset, float32: the mean over the tokens of all processes.
     """
     device = next(iter(batches.values())).labels.device
-    targets = torch.tensor([batch.targets for batch in batches.values()], dtype=torch.float32, device=device)
+    targets = torch.tensor(
+        [count_targets(batch) for batch in batches.values()], dtype=torch.float32, device=device
+    )
     targets = sum_over_processes(targets)
     losses = torch.zeros_like(targets)
     for index, (dataset, batch) in enumerate(batches.items()):
-        for part in batch.split(dataset.micro_batch_size):
+        for part in split(batch, dataset.micro_batch_size):
             loss = _sum_of_losses(model, part, bfloat16) / targets[index]
             losses[index] += loss.detach()
             # FSDP takes the mean over processes.
@@ -224,12 +226,15 @@ def accumulate_gradients(
     return dict(zip(batches, sum_over_processes(losses), strict=True))
 
 
-def _sum_of_losses(model: nn.Module, batch: TrainingBatch, bfloat16: bool) -> Tensor:
+def _sum_of_losses(model: nn.Module, batch: Batch, bfloat16: bool) -> Tensor:
     """Over all tokens that are learned, in float32 or wider."""
-    inputs = batch.inputs
     dtype = torch.bfloat16 if bfloat16 else next(model.parameters()).dtype
     logits = model(
-        inputs.input_ids, inputs.pixels.to(dtype), inputs.attention_mask, num_frames=inputs.num_frames
+        batch.input_ids,
+        batch.pixels.to(dtype),
+        batch.attention_mask,
+        num_frames=batch.num_frames,
+        media_starts=batch.media_starts,
     ).logits[:, :-1]  # position t predicts token t + 1
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flamingo.training.data import Stream
+from flamingo.training.data import Stream, count_targets, split
 from flamingo.training.shards import write_shards
 from tests.flamingo.training.tiny_run import datasets, processor
 
@@ -20,8 +20,7 @@ def take(batches, count=4):
 
 def assert_same(first, second):
     for one, other in zip(first, second, strict=True):
-        assert torch.equal(one.labels, other.labels)
-        for mine, its in zip(one.inputs, other.inputs, strict=True):
+        for mine, its in zip(one, other, strict=True):
             assert (mine is its is None) or torch.equal(mine, its)
 
 
@@ -46,27 +45,36 @@ def test_two_processes_have_the_documents_of_one(data):
     whole = take(stream(config))
     for rank in (0, 1):
         for mine, batch in zip(take(stream(config, rank=rank, world_size=2)), whole, strict=True):
-            length = int(mine.inputs.attention_mask.sum())
-            assert torch.equal(mine.inputs.input_ids[0, :length], batch.inputs.input_ids[rank, :length])
+            length = int(mine.attention_mask.sum())
+            for name in ("input_ids", "media_starts"):
+                assert torch.equal(getattr(mine, name)[0, :length], getattr(batch, name)[rank, :length])
 
 
 def test_padding_and_images_are_not_learned(data):
     (batch,) = take(stream(replace(datasets(data)[0], batch_size=7)), 1)
-    ids, labels = batch.inputs.input_ids, batch.labels
+    ids, labels = batch.input_ids, batch.labels
     tokenizer = processor().tokenizer
-    unlearned = (ids == tokenizer.image_id) | (ids == tokenizer.pad_id)
+    unlearned = (ids == tokenizer.image_id) | (ids == tokenizer.pad_id) | (ids == tokenizer.bos_id)
     assert unlearned.any()
     assert torch.equal(labels == -100, unlearned)
     assert torch.equal(labels[~unlearned], ids[~unlearned])
-    assert batch.targets == (~unlearned).sum() - 7  # <BOS> of each
+    assert count_targets(batch) == (~unlearned).sum()
 
 
 def test_splits_add_up(data):
     (batch,) = take(stream(datasets(data)[2]), 1)
-    one, two = batch.split(1)
-    assert torch.equal(torch.cat((one.inputs.pixels, two.inputs.pixels)), batch.inputs.pixels)
-    assert one.targets + two.targets == batch.targets
-    assert_same(batch.split(None), [batch])
+    one, two = split(batch, 1)
+    assert torch.equal(torch.cat((one.pixels, two.pixels)), batch.pixels)
+    assert count_targets(one) + count_targets(two) == count_targets(batch)
+    assert_same(split(batch, None), [batch])
+
+
+def test_half_of_the_documents_see_the_next_image(data):
+    """Those that do begin to see at <BOS>; pairs have one image, and never look ahead."""
+    pages, pairs, _ = datasets(data)
+    begins = [batch.media_starts[:, 0].any() for batch in take(stream(replace(pages, batch_size=1)), 200)]
+    assert 60 < sum(begins) < 120  # a seventh of the documents has no image
+    assert not any(batch.media_starts[:, 0].any() for batch in take(stream(pairs), 20))
 
 
 def test_a_damaged_sample_is_named(data, tmp_path):

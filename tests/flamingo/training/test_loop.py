@@ -25,14 +25,15 @@ def test_gradients_are_those_of_the_weighted_sum(data):
     """The sum written anew, document by document, in one graph."""
     taken, flamingo = batches(data), model().double()
     summed = torch.zeros((), dtype=torch.float64)
-    for dataset, (inputs, labels) in taken.items():
+    for dataset, batch in taken.items():
         losses = []
-        for row in range(len(labels)):
-            length = int(inputs.attention_mask[row].sum())
-            frames = None if inputs.num_frames is None else inputs.num_frames[row : row + 1]
-            ids, pixels = inputs.input_ids[row : row + 1, :length], inputs.pixels[row : row + 1].double()
-            logits = flamingo(ids, pixels, num_frames=frames).logits[0, :-1]
-            targets = labels[row, 1:length]
+        for row in range(len(batch.labels)):
+            length = int(batch.attention_mask[row].sum())
+            frames = None if batch.num_frames is None else batch.num_frames[row : row + 1]
+            ids, pixels = batch.input_ids[row : row + 1, :length], batch.pixels[row : row + 1].double()
+            starts = batch.media_starts[row : row + 1, :length]
+            logits = flamingo(ids, pixels, num_frames=frames, media_starts=starts).logits[0, :-1]
+            targets = batch.labels[row, 1:length]
             losses.append(F.cross_entropy(logits, targets, reduction="none")[targets != -100])
         summed = summed + {"pages": 1.0, "pairs": 0.2, "clips": 0.03}[dataset.name] * torch.cat(losses).mean()
     summed.backward()
