@@ -29,7 +29,7 @@ class KVCache:
 
     def __init__(self):
         self.layers: list[tuple[Tensor, Tensor]] = []  # k and v, each [B, H, K, d]
-        self.distances: list[Tensor] = []  # [H, K, d], of relative positions; the same for every text
+        self.distances: list[Tensor] = []  # [H, K, d], with relative positions: of the distances 0 to K - 1
 
     def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Adds the keys and values `[B, H, T, d]` of new tokens and returns all of the layer."""
@@ -60,6 +60,7 @@ class KVCache:
         """Forgets as many of the last tokens as a negative number says."""
         if tokens_to_remove < 0:
             self.layers = [(k[:, :, :tokens_to_remove], v[:, :, :tokens_to_remove]) for k, v in self.layers]
+            self.distances = [r[:, :tokens_to_remove] for r in self.distances]
 
 
 class SelfAttention(nn.Module):
@@ -274,8 +275,7 @@ class LanguageModel(nn.Module):
             return Places(None if visible is None else visible[:, None], angles)
         if visible is None:
             visible = keys <= new[..., None]
-        met = cache.distances[0].shape[1] if cache is not None and cache.distances else 0
-        longer = sinusoids(torch.arange(met, past + length, device=device), self.dim)
+        longer = sinusoids(torch.arange(past, past + length, device=device), self.dim)
         distance = (new[..., None] - keys[:, None]).clamp(min=0)
         return Places(visible[:, None], None, distance[:, None], longer)
 

@@ -12,7 +12,7 @@ class Places(NamedTuple):
     visible: Tensor | None  # bool [B or 1, 1, T, K]: token sees token; None for all before it, T = K
     angles: Tensor | None = None  # [B or 1, 1, T, d / 2], of rotary positions
     distance: Tensor | None = None  # int64 [B or 1, 1, T, K], of relative positions
-    longer: Tensor | None = None  # [n, D], the distances that no layer has met yet, as sinusoids
+    longer: Tensor | None = None  # [T, D], the distances K - T to K - 1 as sinusoids, with relative ones
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

@@ -52,8 +52,9 @@ class PretrainedLanguage(nn.Module):
     Raises:
         ValueError: if the family is unknown and no path is given.
 
-    Limits: calls from several threads need a copy each. MPT has no positions to shift: where padding stands
-    between tokens, as after a shorter text of an earlier turn, these are further apart.
+    Limits: calls from several threads need a copy each. Padding between tokens, as behind the shorter text of
+    an earlier turn, puts MPT's tokens further apart, since it has no positions to shift, and counts in a
+    sliding window. Gradient checkpointing includes the blocks in transformers 4 and not in 5.
 
     Example; `PretrainedLanguage.from_pretrained("facebook/opt-1.3b")` has OPT's weights:
         >>> from transformers import OPTConfig, OPTForCausalLM

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.flamingo.weights import randomise
+from tests.flamingo.weights import shake
 
 VOCABULARY, WIDTH, LAYERS = 101, 32, 3
 
@@ -46,12 +46,11 @@ FAMILIES = tuple(_CONFIGS)
 
 
 def build(family: str, **changes):
-    """A causal language model in float32 and eval mode, with random weights well off 0."""
+    """A causal language model in float32 and eval mode, its weights random and well off where they start."""
     transformers = pytest.importorskip("transformers")
     name, options = _CONFIGS[family]
     config = getattr(transformers, name)(**options | changes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    return randomise(model, std=0.2).eval()
+    return shake(transformers.AutoModelForCausalLM.from_config(config)).eval()
 
 
 def tokens(*shape: int) -> torch.Tensor:
