@@ -117,11 +117,11 @@ def test_a_cache_for_other_texts(language):
     rows = torch.tensor([2, 0, 2, 1])
     cache.reorder_cache(rows)
     assert cache.get_seq_length() == 5
-    new = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])
+    new = IDS[[0, 1, 2, 0]].flip(1)[:, :6]  # longer than what was forgotten
     whole = language(torch.cat((IDS[rows, :5], new), dim=1))[:, 5:]
     torch.testing.assert_close(language(new, cache=cache), whole, rtol=1e-12, atol=1e-12)
     cache.crop(0)
-    assert cache.get_seq_length() == 7
+    assert cache.get_seq_length() == 11
 
 
 def test_before_a_layer(language):

@@ -298,12 +298,15 @@ def test_from_a_folder(tmp_path):
     assert language.vocab_size == IMAGE + 1
 
 
-def test_a_model_in_half_precision():
-    """Gates in float32 promote what they multiply; the frozen layers get their own dtype back."""
-    model = flamingo(build("llama").bfloat16())
+def test_a_frozen_model_in_half_precision():
+    """Blocks in float32 promote their result; the frozen layers get their own dtype all the same."""
+    model, seen = open_gates(flamingo(build("llama").bfloat16())), []
+    for layer in model.language.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     ids, pixels = batch()
     with torch.autocast("cpu", torch.bfloat16):
-        logits = open_gates(model)(ids, pixels).logits
+        logits = model(ids, pixels).logits
         F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten()).backward()
+    assert set(seen) == {torch.bfloat16}
     assert all(block.attn_gate.grad.abs() > 0 for block in model.cross_attn.values())
     assert {p.dtype for p in model.cross_attn.parameters()} == {torch.float32}
