@@ -8,14 +8,18 @@ media        images and videos, in memory or in files, to frames
 tokenizer    bytes and special tokens, or any tokenizer of transformers
 vision       vision encoders: a small ViT, NFNet, CLIP and SigLIP
 contrastive  pre-training of a vision encoder on pairs of images and texts
-language     a small language model
+language     language models: a decoder, and those of transformers
+generation   what follows a prompt: greedy, sampled, by beam search, token by token
+beam_search  the search
+context      what a model has read, so that further turns can follow
 training     of what is new, on tar shards, by one process or many
-transformer  the layer those two share
 fewshot      prompts, closed-ended scoring, retrieval, metrics, evaluation over datasets on disk
 """
 
 from flamingo.config import FlamingoConfig
-from flamingo.language import LanguageModel
+from flamingo.context import Context
+from flamingo.generation import generate, stream
+from flamingo.language import KVCache, LanguageModel, NewTokens, PretrainedLanguage
 from flamingo.model import Flamingo, FlamingoOutput
 from flamingo.modules import (
     FeedForward,
@@ -34,21 +38,27 @@ from flamingo.vision import NFNet, PretrainedVision, VisionEncoder
 __all__ = [
     "Batch",
     "ByteTokenizer",
+    "Context",
     "FeedForward",
     "Flamingo",
     "FlamingoConfig",
     "FlamingoOutput",
     "GatedCrossAttentionBlock",
+    "KVCache",
     "LanguageModel",
     "MaskedCrossAttention",
     "NFNet",
+    "NewTokens",
     "PerceiverAttention",
     "PerceiverResampler",
+    "PretrainedLanguage",
     "PretrainedTokenizer",
     "PretrainedVision",
     "Processor",
     "VisionEncoder",
     "dense_masked_attention",
+    "generate",
     "interpolate_time",
+    "stream",
     "text_time",
 ]

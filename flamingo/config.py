@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from flamingo.language.decoder import PositionKind
 from flamingo.modules import Policy
 from flamingo.vision import NFNETS
 
@@ -46,12 +47,14 @@ class FlamingoConfig:
     activation: str = "gelu"
     ff_mult: int = 4
 
-    # Language model: a pre-norm decoder with rotary positions
+    # Language model, of which one's own has the same width, layers and vocabulary
     vocab_size: int
     language_dim: int
     language_layers: int
     language_heads: int
+    language_positions: PositionKind = "rotary"  # or "relative", as Chinchilla's
     tie_embeddings: bool = True
+    new_tokens: tuple[int, ...] = ()  # ids whose embedding is learnt beside a frozen language model
     media_token_id: int = 256  # `<image>` of ByteTokenizer
 
     def __post_init__(self):
@@ -65,7 +68,7 @@ class FlamingoConfig:
         if self.language_dim % (2 * self.language_heads):
             raise ValueError(
                 f"FlamingoConfig: expected language_dim to be an even multiple of language_heads="
-                f"{self.language_heads} (rotary positions turn pairs), got {self.language_dim}."
+                f"{self.language_heads} (positions come in pairs), got {self.language_dim}."
             )
 
     def _check_vit(self):
@@ -125,6 +128,7 @@ _FLAMINGO_3B = FlamingoConfig(
     language_dim=2048,
     language_layers=24,
     language_heads=16,
+    language_positions="relative",
 )
 
 # The released ones: a ViT of CLIP ViT-L/14's shape at 224, 8 heads of 64 whatever the language model, no time

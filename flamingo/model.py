@@ -7,15 +7,15 @@
     input_ids --> embedding --> [ gated cross-attention --> language layer ] x n --> logits
 """
 
-from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
+from flamingo import generation
 from flamingo.config import FlamingoConfig
-from flamingo.language import LanguageModel
+from flamingo.language import LanguageModel, PretrainedLanguage
 from flamingo.modules import GatedCrossAttentionBlock, PerceiverResampler
 from flamingo.vision import NFNet, VisionEncoder
 
@@ -37,9 +37,11 @@ class Flamingo(nn.Module):
         config: the sizes; see `FlamingoConfig.preset`. Build the big ones under `torch.device("meta")`.
         vision: a vision encoder of your own instead of the one that config names: any module from pixels
             `[B, M, F, 3, h, w]` to features `[B, M, F, v, dim]` whose attribute `dim` is `config.vision_dim`.
+        language: a language model instead of the one that config describes, as `PretrainedLanguage(model)`;
+            its sizes are `config.language_dim`, `language_layers` and `vocab_size`.
 
     Raises:
-        ValueError: if the vision encoder's features have another width.
+        ValueError: if the vision encoder or the language model has other sizes than config says.
 
     Source: arXiv 2204.14198, section 2.
 
@@ -49,7 +51,13 @@ class Flamingo(nn.Module):
     torch.Size([1, 4, 261])
     """
 
-    def __init__(self, config: FlamingoConfig, *, vision: nn.Module | None = None):
+    def __init__(
+        self,
+        config: FlamingoConfig,
+        *,
+        vision: nn.Module | None = None,
+        language: LanguageModel | PretrainedLanguage | None = None,
+    ):
         super().__init__()
         self.config = config
         self.vision = _vision_encoder(config) if vision is None else vision
@@ -71,13 +79,8 @@ class Flamingo(nn.Module):
             activation=config.activation,
             dim_input=None if config.vision_dim == config.resampler_dim else config.vision_dim,
         )
-        self.language = LanguageModel(
-            vocab_size=config.vocab_size,
-            dim=config.language_dim,
-            layers=config.language_layers,
-            heads=config.language_heads,
-            tie_embeddings=config.tie_embeddings,
-        )
+        self.language: LanguageModel | PretrainedLanguage
+        self.language = _language_model(config) if language is None else _fitting(language, config)
         # Keyed by the language model layer each block stands in front of.
         self.cross_attn = nn.ModuleDict(
             {
@@ -136,74 +139,61 @@ class Flamingo(nn.Module):
         media: Tensor,
         attention_mask: Tensor | None = None,
         media_starts: Tensor | None = None,
+        *,
+        cache: Any = None,
+        media_locations: Tensor | None = None,
     ) -> Tensor:
-        """input_ids `[B, T]` and media `[B, M, R, D_v]` to logits `[B, T, vocab_size]`; see `forward`."""
+        """Tokens and media to logits.
+
+        Args:
+            input_ids: int64 `[B, T]`.
+            media: `[B, M, R, D_v]`. With media_locations B may be a divisor of that of input_ids: a sequence
+                of media then serves as many texts in a row, as those of beams, without a copy.
+            attention_mask: `[B, K]`, 0 at padding, of the tokens in the cache and of input_ids.
+            media_starts: `[B, T]`, see `forward`.
+            cache: of `language.new_cache()`, with the K - T tokens before; the new ones are added.
+            media_locations: `[B, P]`, non-zero at as many places as media were before input_ids: all of
+                input_ids sees what they show. None for the media of input_ids itself.
+
+        Returns:
+            logits `[B, T, vocab_size]`.
+        """
+        follows = media_locations is not None
         # One tensor for all blocks: what a block derives from it can be kept for the next.
-        is_image = input_ids == self.config.media_token_id
-        media_locations = is_image if media_starts is None else media_starts
-        x = self.language.embedding(input_ids)
-        angles, mask = self.language.positions_and_mask(input_ids, attention_mask)
-        for i, layer in enumerate(self.language.layers):
-            if str(i) in self.cross_attn:
-                x = self.cross_attn[str(i)](x, media, media_locations)
-            x = layer(x, angles, mask)
-        return self.language.logits(x)
+        locations = media_locations if follows else media_starts
+        locations = input_ids == self.config.media_token_id if locations is None else locations
+
+        def before_layer(index: int, x: Tensor) -> Tensor:
+            if str(index) not in self.cross_attn:
+                return x
+            # Texts that share media see the same ones: to a block they are one longer text.
+            texts = rearrange(x, "(b n) t d -> b (n t) d", b=len(media)) if len(x) != len(media) else x
+            seen = self.cross_attn[str(index)](texts, media, locations, follows)
+            return seen.view(x.shape).to(x.dtype)  # gates in float32 promote
+
+        return self.language(input_ids, attention_mask, cache=cache, before_layer=before_layer)
 
     def freeze(self) -> "Flamingo":
-        """Freezes the vision encoder and the language model, as in training; returns the model."""
+        """Freezes the vision encoder and the language model but for new tokens, as in training."""
         self.vision.requires_grad_(False)
-        self.language.requires_grad_(False)
+        self.language.freeze()
         return self
 
-    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
-        pixels: Tensor,
+        pixels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         num_frames: Tensor | None = None,
-        *,
-        max_new_tokens: int = 32,
-        stop_token_ids: Collection[int] = (),
+        **options: Any,
     ) -> Tensor:
-        """Greedy continuation: the most likely token, again and again. Never emits `<image>`.
-
-        Args:
-            input_ids, pixels, attention_mask, num_frames: as in `forward`, padded on the left.
-            max_new_tokens: tokens to add at most.
-            stop_token_ids: a document that emits one of these repeats it until all have stopped.
-
-        Returns:
-            int64 `[B, n]`, the new tokens, n <= max_new_tokens.
-
-        Raises:
-            ValueError: if a document ends in padding.
+        """What follows the documents, int64 `[B, n]`; the options are those of `flamingo.generate`.
 
         >>> model = Flamingo(FlamingoConfig.preset("tiny"))
         >>> model.generate(torch.tensor([[256, 65]]), torch.zeros(1, 1, 1, 3, 32, 32), max_new_tokens=3).shape
         torch.Size([1, 3])
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if input_ids.shape[1] == 0 or not attention_mask[:, -1].all():
-            raise ValueError(
-                "generate: expected every document to end in a token, got one that is empty or padded on the "
-                "right. Processor(...)(documents, prompt=True) pads on the left."
-            )
-        media = self.encode_media(pixels, num_frames)
-        prompt = input_ids.shape[1]
-        stops = torch.tensor(list(stop_token_ids), dtype=input_ids.dtype, device=input_ids.device)
-        stopped = torch.zeros_like(input_ids[:, -1], dtype=torch.bool)
-        for _ in range(max_new_tokens):
-            logits = self.decode(input_ids, media, attention_mask)[:, -1]
-            logits[:, self.config.media_token_id] = -torch.inf
-            token = torch.where(stopped, input_ids[:, -1], logits.argmax(dim=-1))
-            input_ids = torch.cat((input_ids, token[:, None]), dim=1)
-            attention_mask = F.pad(attention_mask, (0, 1), value=1)
-            stopped = stopped | torch.isin(token, stops)
-            if stopped.all():
-                break
-        return input_ids[:, prompt:]
+        return generation.generate(self, input_ids, pixels, attention_mask, num_frames, **options)
 
 
 def _vision_encoder(config: FlamingoConfig) -> NFNet | VisionEncoder:
@@ -217,3 +207,35 @@ def _vision_encoder(config: FlamingoConfig) -> NFNet | VisionEncoder:
         layers=config.vision_layers,
         heads=config.vision_heads,
     )
+
+
+def _language_model(config: FlamingoConfig) -> LanguageModel:
+    """The language model that a configuration describes."""
+    return LanguageModel(
+        vocab_size=config.vocab_size,
+        dim=config.language_dim,
+        layers=config.language_layers,
+        heads=config.language_heads,
+        positions=config.language_positions,
+        tie_embeddings=config.tie_embeddings,
+        new_tokens=config.new_tokens,
+    )
+
+
+def _fitting(
+    language: LanguageModel | PretrainedLanguage, config: FlamingoConfig
+) -> LanguageModel | PretrainedLanguage:
+    """The language model, if it has the sizes that a configuration says."""
+    sizes = {
+        "language_dim": getattr(language, "dim", None),
+        "language_layers": getattr(language, "num_layers", None),
+        "vocab_size": getattr(language, "vocab_size", None),
+    }
+    expected = {name: getattr(config, name) for name in sizes}
+    if sizes != expected:
+        raise ValueError(
+            f"Flamingo: expected a language model of the sizes {expected}, got {type(language).__name__} of "
+            f"{sizes}. Change the configuration: FlamingoConfig.preset(name, language_dim=..., "
+            "language_layers=..., vocab_size=...). Pass a model of transformers as PretrainedLanguage(model)."
+        )
+    return language

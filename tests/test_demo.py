@@ -14,7 +14,7 @@ TINY = {
     "num_latents": 8,
     "language_dim": 64,
     "language_heads": 2,
-    "language_layers": 1,
+    "language_layers": 2,
 }
 
 

@@ -1,10 +1,41 @@
 """A small vision transformer: an image to a grid of features."""
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flamingo.transformer import TransformerLayer
+from flamingo.modules import FeedForward
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention without biases; every patch sees every other."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.to_out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[B, T, D]` to `[B, T, D]`."""
+        q, k, v = rearrange(self.to_qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
+
+
+class TransformerLayer(nn.Module):
+    """`x + attn(LN(x))`, then `x + ff(x)`."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attn = SelfAttention(dim, heads)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm(x))
+        return x + self.ff(x)
 
 
 class VisionEncoder(nn.Module):

@@ -5,9 +5,8 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from flamingo import Flamingo, FlamingoConfig, GatedCrossAttentionBlock, LanguageModel, NFNet
+from flamingo import Flamingo, FlamingoConfig, GatedCrossAttentionBlock, NFNet
 from tests.flamingo.weights import randomise
 
 IMAGE = 256
@@ -172,92 +171,6 @@ class TestForward:
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < losses[0]
-
-
-class TestGenerate:
-    @pytest.fixture
-    def model(self, seed):
-        """One with something to say: a model all random repeats one token."""
-        model = Flamingo(FlamingoConfig.preset("tiny", tie_embeddings=False)).double()
-        torch.nn.init.normal_(model.language.embedding.weight)
-        randomise(model.cross_attn, std=0.2)
-        return model
-
-    def test_is_greedy(self, model):
-        images = pixels().double()
-        new = model.generate(INPUT_IDS, images, max_new_tokens=4)
-        assert all(len(set(row)) > 2 for row in new.tolist())
-        ids = INPUT_IDS
-        for t in range(4):
-            logits = model(ids, images).logits[:, -1]
-            logits[:, IMAGE] = -torch.inf
-            ids = torch.cat((ids, logits.argmax(dim=-1, keepdim=True)), dim=1)
-            assert torch.equal(new[:, t], ids[:, -1])
-
-    def test_never_says_image(self, model):
-        images = pixels().double()
-        model.language.head.weight.data[IMAGE] *= 1000
-        assert (model(INPUT_IDS, images).logits[:, -1].argmax(dim=-1) == IMAGE).any()
-        assert (model.generate(INPUT_IDS, images, max_new_tokens=8) != IMAGE).all()
-
-    def test_stops(self, model):
-        images = pixels().double()
-        free = model.generate(INPUT_IDS, images, max_new_tokens=6)
-        stop = free[0, 0].item()
-        assert stop not in free[1]
-        stopped = model.generate(INPUT_IDS, images, max_new_tokens=6, stop_token_ids=[stop])
-        assert stopped[0].tolist() == [stop] * 6
-        assert torch.equal(stopped[1], free[1])
-        both = [stop, free[1, 0].item()]
-        assert model.generate(INPUT_IDS, images, max_new_tokens=6, stop_token_ids=both).shape == (2, 1)
-
-    def test_left_padding_changes_nothing(self, model):
-        images = pixels().double()
-        alone = model.generate(INPUT_IDS[1:, :6], images[1:], max_new_tokens=6)
-        ids = torch.full((2, 36), 258)
-        ids[0] = 64  # a long document, which the short one is padded to
-        ids[:1, -9:] = INPUT_IDS[:1]
-        ids[1:, -6:] = INPUT_IDS[1:, :6]
-        assert torch.equal(model.generate(ids, images, ids != 258, max_new_tokens=6)[1:], alone)
-        assert not torch.equal(model.generate(ids, images, max_new_tokens=6)[1:], alone)
-
-    def test_right_padding_is_refused(self, model):
-        with pytest.raises(ValueError, match=r"padded on the right.*prompt=True"):
-            model.generate(INPUT_IDS, pixels().double(), ATTENTION_MASK)
-        with pytest.raises(ValueError, match="empty"):
-            model.generate(INPUT_IDS[:, :0], pixels().double())
-
-
-class TestLanguageModel:
-    @pytest.mark.parametrize("tie_embeddings", [True, False])
-    def test_head(self, tie_embeddings):
-        language = LanguageModel(vocab_size=10, dim=8, layers=1, heads=2, tie_embeddings=tie_embeddings)
-        randomise(language)
-        weight = language.embedding.weight if tie_embeddings else language.head.weight
-        assert ("head.weight" in language.state_dict()) is not tie_embeddings
-        x = torch.randn(1, 3, 8)
-        torch.testing.assert_close(language.logits(x), F.linear(language.norm(x), weight))
-
-    def test_an_all_ones_mask_is_no_mask(self, model):
-        masked = model.language(INPUT_IDS, torch.ones_like(INPUT_IDS))
-        torch.testing.assert_close(masked, model.language(INPUT_IDS))
-
-    def test_order_matters(self, model):
-        # Without positions, the last token could not tell the order of those before it.
-        ids = torch.tensor([[1, 2, 3, 4], [2, 1, 3, 4]])
-        one = model.language.layers[:1]
-        model.language.layers = one
-        first, second = model.language(ids)[:, -1]
-        assert not torch.allclose(first, second)
-
-    def test_no_row_of_the_mask_is_empty(self, model):
-        # Some attention kernels return NaN for such a row, which would spread from the padding.
-        _, mask = model.language.positions_and_mask(INPUT_IDS, ATTENTION_MASK.flip(1))
-        assert mask.any(dim=-1).all()
-
-    def test_mask_of_another_shape(self, model):
-        with pytest.raises(ValueError, match=r"attention_mask with shape \(2, 9\) .*got \(2, 8\)"):
-            model.language(INPUT_IDS, ATTENTION_MASK[:, :8])
 
 
 class TestVision:

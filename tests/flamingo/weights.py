@@ -12,6 +12,14 @@ def randomise(module: nn.Module, std: float = 0.4) -> nn.Module:
     return module
 
 
+def shake(module: nn.Module, std: float = 0.2) -> nn.Module:
+    """Adds noise to every parameter, so that norms stay about 1, and returns the module."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += std * torch.randn_like(parameter)
+    return module
+
+
 def gradcheck(module: nn.Module, *inputs, **kwargs) -> bool:
     """Numerical against analytical gradients of a float64 module, in its parameters and its tensor inputs."""
     names = [name for name, _ in module.named_parameters()]

@@ -34,7 +34,7 @@ def test_it_prints_and_writes_what_it_found(tmp_path, capsys):
         "tiny, float32, 0.405 M random parameters; input_ids [1, 48], pixels [1, 3, 1, 3, 32, 32]",
         "flamingo.modules.MaskedCrossAttention",
         "tokens/s, median (20% to 80%)",
-        "no self-attention cache: every token reads the whole text again",
+        "a token after the whole text, keys and values in the cache",
         "saved for the backward pass",
         *(f"time by part, {name}" for name in WORKS),
     ):

@@ -1,0 +1,197 @@
+"""What a Flamingo has read, so that more text and images can follow without reading it again."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from flamingo.model import Flamingo
+
+
+class Context:
+    """Documents that a model has read: keys and values of their text, and their media, encoded once.
+
+    ::
+
+        turn 1   <BOS> <image> a dog: ...            read(ids, pixels)    every medium is encoded,
+        turn 2   ... woof <EOC> <image> a cat: ...   read(ids, pixels)    every token read, once
+
+    A token costs the same however many images came before it, in a model whose text sees the last one only.
+
+    Args:
+        model: a `Flamingo`; best in eval mode.
+
+    Attributes:
+        attention_mask: bool `[B, K]` of the K tokens read so far, False at padding.
+        media: `[B, M, R, D_v]`, of every document those it has seen first, in order.
+        num_seen: int64 `[B]`, how many media each document has seen.
+
+    Determinism: results do not depend on how a document is cut into turns, up to rounding.
+
+    >>> model = Flamingo(FlamingoConfig.preset("tiny"))
+    >>> context = Context(model)
+    >>> context.read(torch.tensor([[256, 65]]), torch.zeros(1, 1, 1, 3, 32, 32)).shape
+    torch.Size([1, 261])
+    >>> context.read(torch.tensor([[66, 256]]), torch.ones(1, 1, 1, 3, 32, 32)).shape
+    torch.Size([1, 261])
+    """
+
+    attention_mask: Tensor
+    media: Tensor
+    num_seen: Tensor
+
+    def __init__(self, model: Flamingo):
+        self.model = model
+        self.cache = model.language.new_cache()
+        self._unread: list[tuple[Tensor, Tensor]] = []  # tokens [N, n] that were added, and their mask
+        self._padded = False
+        self._visible: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def length(self) -> int:
+        """The number K of tokens read, with padding."""
+        return self.cache.get_seq_length()
+
+    @torch.no_grad()
+    def read(
+        self,
+        input_ids: Tensor,
+        pixels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        num_frames: Tensor | None = None,
+    ) -> Tensor:
+        """Reads what was added, and then more text and images.
+
+        Args:
+            input_ids, pixels, attention_mask, num_frames: as in `Flamingo.forward`, of the new text alone,
+                padded on the left; pixels None for no images.
+
+        Returns:
+            logits `[B, vocab_size]` of the token that follows, -inf for `<image>`, which no model is to say.
+
+        Raises:
+            ValueError: if there is another number of documents than before, a document ends in padding or has
+                more `<image>` tokens than media.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self.add(input_ids, mask != 0)
+        input_ids, mask = self._take_unread()
+        is_image = (input_ids == self.model.config.media_token_id) & mask  # [B, T]
+        media = self._encode(len(input_ids), pixels, num_frames)
+        self._check(mask, is_image, media)
+        if self.length == 0:
+            self.media, self.num_seen, self.attention_mask = media, is_image.sum(dim=1), mask
+            self._padded = not bool(mask.all())
+            return self._of_next(self.model.decode(input_ids, media, self._mask, cache=self.cache))
+        self._add_media(media)
+        # Text between images sees one medium throughout, so it can be read as text that follows it.
+        starts = is_image.any(dim=0).nonzero().flatten().tolist()
+        for start, stop in pairwise(sorted({0, *starts, input_ids.shape[1]})):
+            self.num_seen = self.num_seen + is_image[:, start]
+            self._visible = None
+            logits = self._read_on(input_ids[:, start:stop], mask[:, start:stop])
+        return logits
+
+    def add(self, tokens: Tensor, mask: Tensor | None = None) -> None:
+        """Appends tokens `[N, n]`, real where mask `[N, n]` is True, to be read with what comes next.
+
+        N is B, or a multiple of it after `reorder`.
+        """
+        self._unread.append((tokens, torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask))
+        self._padded = self._padded or (mask is not None and not bool(mask.all()))
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Reads what was added, tokens without images, to logits `[N, vocab_size]` of what follows."""
+        return self._read_on(*self._take_unread())
+
+    def reorder(self, rows: Tensor) -> None:
+        """Makes the texts those of rows `[N]`, N / B in a row of every document."""
+        self.cache.reorder_cache(rows)
+        self.attention_mask = self.attention_mask[rows]
+
+    def crop(self, length: int) -> None:
+        """Forgets the text after its first tokens; media stay."""
+        if length < self.length:
+            self.cache.crop(length - self.length)
+            self.attention_mask = self.attention_mask[:, :length]
+
+    def _take_unread(self) -> tuple[Tensor, Tensor]:
+        tokens, masks = zip(*self._unread, strict=True)
+        if len({len(each) for each in tokens}) > 1:
+            raise ValueError(
+                f"Context: expected {len(tokens[0])} documents as before, got {len(tokens[-1])}. Other "
+                "documents need a Context of their own."
+            )
+        self._unread = []
+        return torch.cat(tokens, dim=1), torch.cat(masks, dim=1)
+
+    def _check(self, mask: Tensor, is_image: Tensor, media: Tensor) -> None:
+        if self.length and len(mask) != len(self.attention_mask):
+            raise ValueError(
+                f"Context: expected {len(self.attention_mask)} documents as before, got {len(mask)}. Other "
+                "documents need a Context of their own."
+            )
+        if mask.shape[1] == 0 or not mask[:, -1].all():
+            raise ValueError(
+                "Context: expected every document to end in a token, got one that is empty or padded on the "
+                "right. Processor(...)(documents, prompt=True) pads on the left."
+            )
+        most = int(is_image.sum(dim=1).max()) if len(mask) else 0
+        if most > media.shape[1]:
+            raise ValueError(
+                f"Context: expected a medium for every <image> token, got {most} tokens in a document and "
+                f"{media.shape[1]} media. Pass their pixels together with the tokens."
+            )
+
+    def _encode(self, batch: int, pixels: Tensor | None, num_frames: Tensor | None) -> Tensor:
+        if pixels is not None:
+            return self.model.encode_media(pixels, num_frames)
+        latents = self.model.resampler.latents.detach()  # [R, D_v]
+        return latents.new_zeros(batch, 0, *latents.shape)
+
+    def _add_media(self, media: Tensor) -> None:
+        """Puts media `[B, M, R, D_v]` behind those that each document has seen, over its padding."""
+        every = torch.cat((self.media, media), dim=1)
+        slots = torch.arange(int(self.num_seen.max()) + media.shape[1], device=media.device)
+        after = slots - self.num_seen[:, None]  # [B, slots]
+        last = every.shape[1] - 1
+        index = torch.where(after < 0, slots, (self.media.shape[1] + after).clamp(max=last))
+        self.media = every.take_along_dim(index[..., None, None], dim=1)
+
+    def _read_on(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Reads tokens `[N, T]` that all see what was seen last."""
+        self.attention_mask = torch.cat((self.attention_mask, mask), dim=1)
+        media, locations = self._seen_now()
+        return self._of_next(
+            self.model.decode(input_ids, media, self._mask, cache=self.cache, media_locations=locations)
+        )
+
+    def _of_next(self, logits: Tensor) -> Tensor:
+        """Of logits `[N, T, V]` those of the token that follows: `[N, V]`."""
+        image = torch.tensor([self.model.config.media_token_id], device=logits.device)
+        return logits[:, -1].index_fill(-1, image, -torch.inf)
+
+    def _seen_now(self) -> tuple[Tensor, Tensor]:
+        """The media that further text sees, and `[B, M]`, True as often as there are any.
+
+        The same tensors until another image comes: what a block makes of them can be kept.
+        """
+        if self._visible is None:
+            if self.model.config.only_attend_immediate_media and self.media.shape[1]:
+                last = (self.num_seen - 1).clamp(min=0)
+                media = self.media.take_along_dim(last[:, None, None, None], dim=1)
+                self._visible = media, self.num_seen[:, None] > 0
+            else:
+                slots = torch.arange(self.media.shape[1], device=self.media.device)
+                self._visible = self.media, slots < self.num_seen[:, None]
+        return self._visible
+
+    @property
+    def _mask(self) -> Tensor | None:
+        """None where nothing is padded, which language models read faster."""
+        return self.attention_mask if self._padded else None

@@ -1,0 +1,16 @@
+"""Language models: tokens to logits, one layer after the other, with room in front of every layer.
+
+decoder      a decoder of one's own, Chinchilla's
+pretrained   any causal language model of transformers
+new_tokens   tokens that are learnt beside a frozen language model
+
+Both are called alike; `before_layer` is where Flamingo slips its blocks in::
+
+    logits = language(input_ids, attention_mask, cache=language.new_cache(), before_layer=lambda i, x: x)
+"""
+
+from flamingo.language.decoder import KVCache, LanguageModel
+from flamingo.language.new_tokens import NewTokens
+from flamingo.language.pretrained import PretrainedLanguage
+
+__all__ = ["KVCache", "LanguageModel", "NewTokens", "PretrainedLanguage"]

@@ -1,0 +1,294 @@
+"""A decoder language model: tokens to logits, each token seeing itself and those before it.
+
+The paper's is Chinchilla: RMSNorm before every sublayer, GELU, no biases, and the relative positions of
+Transformer-XL. Rotary positions cost no parameter and are the default.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from flamingo.language.new_tokens import NewTokens
+from flamingo.language.positions import Places, positions_of, rotary_angles, rotate, sinusoids
+
+PositionKind = Literal["rotary", "relative"]
+
+
+class KVCache:
+    """Keys and values of all tokens read so far, and what transformers' caches do with them.
+
+    >>> language, cache = LanguageModel(vocab_size=10, dim=16, layers=1, heads=2), KVCache()
+    >>> _ = language(torch.tensor([[1, 2, 3]]), cache=cache)
+    >>> cache.get_seq_length()
+    3
+    """
+
+    def __init__(self):
+        self.layers: list[tuple[Tensor, Tensor]] = []  # k and v, each [B, H, K, d]
+        self.distances: list[Tensor] = []  # [H, K, d], with relative positions: of the distances 0 to K - 1
+
+    def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Adds the keys and values `[B, H, T, d]` of new tokens and returns all of the layer."""
+        if layer == len(self.layers):
+            self.layers.append((k, v))
+        else:
+            old_k, old_v = self.layers[layer]
+            self.layers[layer] = (torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2))
+        return self.layers[layer]
+
+    def update_distances(self, r: Tensor, layer: int) -> Tensor:
+        """Adds the keys `[H, n, d]` of longer distances and returns all of the layer."""
+        if layer == len(self.distances):
+            self.distances.append(r)
+        else:
+            self.distances[layer] = torch.cat((self.distances[layer], r), dim=1)
+        return self.distances[layer]
+
+    def get_seq_length(self) -> int:
+        """The number K of tokens."""
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Makes the texts those of the rows beam_idx `[n]`; a row may come again or not at all."""
+        self.layers = [(k.index_select(0, beam_idx), v.index_select(0, beam_idx)) for k, v in self.layers]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets as many of the last tokens as a negative number says."""
+        if tokens_to_remove < 0:
+            self.layers = [(k[:, :, :tokens_to_remove], v[:, :, :tokens_to_remove]) for k, v in self.layers]
+            self.distances = [r[:, :tokens_to_remove] for r in self.distances]
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head self-attention without biases, with rotary positions."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.to_out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, places: Places, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """x `[B, T, D]`, new tokens of texts whose earlier ones the cache holds, to `[B, T, D]`."""
+        q, k, v = rearrange(self.to_qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        if places.angles is not None:
+            q, k = rotate(q, places.angles), rotate(k, places.angles)
+        if cache is not None:
+            k, v = cache.update(k, v, layer)
+        out = self.attend(q, k, v, places, cache, layer)
+        return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, places: Places, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        """q `[B, H, T, d]` over k and v `[B, H, K, d]` to `[B, H, T, d]`."""
+        causal = places.visible is None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=places.visible, is_causal=causal)
+
+
+class RelativeSelfAttention(SelfAttention):
+    """The same, with the relative positions of Transformer-XL.
+
+    ::
+
+        score[i, j] = ((q[i] + content_bias) . k[j] + (q[i] + distance_bias) . r[i - j]) / sqrt(d)
+        r[n] = to_distance(sinusoid(n))
+
+    Source: Dai et al. 2019 (arXiv 1901.02860), section 3.3.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__(dim, heads)
+        self.to_distance = nn.Linear(dim, dim, bias=False)
+        self.content_bias = nn.Parameter(torch.zeros(heads, 1, dim // heads))  # u of the paper
+        self.distance_bias = nn.Parameter(torch.zeros(heads, 1, dim // heads))  # v of the paper
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, places: Places, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        assert places.distance is not None  # LanguageModel.places
+        assert places.longer is not None
+        r = rearrange(self.to_distance(places.longer.to(q.dtype)), "n (h d) -> h n d", h=self.heads)
+        if cache is not None:
+            r = cache.update_distances(r, layer)
+        by_distance = (q + self.distance_bias) @ r.mT * q.shape[-1] ** -0.5  # [B, H, T, n]
+        batch, heads, length, _ = by_distance.shape
+        bias = by_distance.gather(-1, places.distance.expand(batch, heads, length, -1))
+        if places.visible is not None:
+            bias = bias.masked_fill(~places.visible, -torch.inf)
+        return F.scaled_dot_product_attention(q + self.content_bias, k, v, attn_mask=bias)
+
+
+class DecoderLayer(nn.Module):
+    """`x + attn(RMSNorm(x))`, then `x + ff(x)`."""
+
+    def __init__(self, dim: int, heads: int, positions: PositionKind = "rotary"):
+        super().__init__()
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.attn = SelfAttention(dim, heads) if positions == "rotary" else RelativeSelfAttention(dim, heads)
+        self.ff = nn.Sequential(
+            nn.RMSNorm(dim, eps=1e-6),
+            nn.Linear(dim, 4 * dim, bias=False),
+            nn.GELU(),
+            nn.Linear(4 * dim, dim, bias=False),
+        )
+
+    def forward(self, x: Tensor, places: Places, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """x `[B, T, D]` to `[B, T, D]`; layer is its place in the cache."""
+        x = x + self.attn(self.norm(x), places, cache, layer)
+        return x + self.ff(x)
+
+
+class LanguageModel(nn.Module):
+    """A decoder in the manner of Chinchilla: `head(RMSNorm(layers(embedding(input_ids))))`.
+
+    Args:
+        vocab_size: number of tokens.
+        dim: width D.
+        layers, heads: of the decoder; the feed-forward networks are 4 D wide.
+        positions: "rotary", or "relative" for Transformer-XL's, as the paper's language models have.
+        tie_embeddings: whether the output head is the token embedding.
+        new_tokens: ids whose embedding `freeze` leaves trainable, see `NewTokens`.
+
+    Attributes:
+        dim, vocab_size, num_layers: the sizes.
+
+    Raises:
+        ValueError: for other positions, or a width that heads do not divide into pairs.
+
+    Limits: 13 D^2 parameters a layer with relative positions, 12 D^2 with rotary ones.
+
+    Source: arXiv 2203.15556 (Chinchilla), with the architecture of arXiv 2112.11446 (Gopher); positions of
+    arXiv 1901.02860 and arXiv 2104.09864.
+
+    >>> language = LanguageModel(vocab_size=10, dim=16, layers=1, heads=2)
+    >>> language(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 10])
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        dim: int,
+        layers: int,
+        heads: int,
+        positions: PositionKind = "rotary",
+        tie_embeddings: bool = True,
+        new_tokens: Sequence[int] = (),
+    ):
+        super().__init__()
+        if positions not in ("rotary", "relative"):
+            raise ValueError(f"LanguageModel: expected positions 'rotary' or 'relative', got {positions!r}.")
+        if dim % (2 * heads):
+            raise ValueError(f"LanguageModel: expected dim to be an even multiple of {heads=}, got {dim}.")
+        self.dim = dim
+        self.dim_head = dim // heads
+        self.positions = positions
+        self.embedding = nn.Embedding(vocab_size, dim)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads, positions) for _ in range(layers))
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.head = None if tie_embeddings else nn.Linear(dim, vocab_size, bias=False)
+        head = None if self.head is None else self.head.weight
+        self.new_tokens = NewTokens(new_tokens, self.embedding.weight, head) if new_tokens else None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.new_tokens.vocab_size if self.new_tokens else self.embedding.num_embeddings
+
+    def new_cache(self) -> KVCache:
+        """An empty cache; given to every call on one text, it spares reading earlier tokens again."""
+        return KVCache()
+
+    def freeze(self) -> "LanguageModel":
+        """Takes gradients from all parameters but those of new tokens; returns the model."""
+        self.requires_grad_(False)
+        if self.new_tokens:
+            self.new_tokens.requires_grad_(True)
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        before_layer: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            input_ids: int64 `[B, T]`, new tokens.
+            attention_mask: `[B, K]`, 0 at padding, of the tokens in the cache and the new ones: a token's
+                position is the number of those before it. None for no padding.
+            cache: keys and values of the K - T tokens before; those of the new tokens are added.
+            before_layer: what to make of the input x `[B, T, D]` of a layer, from its index and x.
+
+        Returns:
+            logits `[B, T, vocab_size]`.
+
+        Raises:
+            ValueError: if attention_mask has another shape.
+        """
+        x = self.embed(input_ids)
+        places = self.places(input_ids, attention_mask, cache)
+        for i, layer in enumerate(self.layers):
+            if before_layer is not None:
+                x = before_layer(i, x)
+            x = layer(x, places, cache, i)
+        return self.logits(x)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """input_ids `[B, T]` to `[B, T, D]`."""
+        if self.new_tokens is None:
+            return self.embedding(input_ids)
+        return self.new_tokens.embed(input_ids, self.embedding(self.new_tokens.stand_in(input_ids)))
+
+    def places(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Places:
+        """Positions of the new tokens `[B, T]`, and what each sees."""
+        batch, length = input_ids.shape
+        past = 0 if cache is None else cache.get_seq_length()
+        device = input_ids.device
+        keys = torch.arange(past + length, device=device)[None]  # [1, K]
+        visible = None
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, (batch, past + length))
+            # Padding sees itself: no row is empty.
+            itself = keys == keys[:, past:, None]
+            visible = (attention_mask[:, None, :] != 0) & (keys <= keys[:, past:, None]) | itself
+            keys = positions_of(attention_mask)
+        elif past:
+            visible = keys <= keys[:, past:, None]
+        new = keys[:, past:]
+        if self.positions == "rotary":
+            angles = rotary_angles(new, self.dim_head)[:, None]
+            return Places(None if visible is None else visible[:, None], angles)
+        if visible is None:
+            visible = keys <= new[..., None]
+        longer = sinusoids(torch.arange(past, past + length, device=device), self.dim)
+        distance = (new[..., None] - keys[:, None]).clamp(min=0)
+        return Places(visible[:, None], None, distance[:, None], longer)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states `[B, T, D]` to logits `[B, T, vocab_size]`."""
+        x = self.norm(x)
+        logits = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+        return logits if self.new_tokens is None else self.new_tokens.add_logits(x, logits)
+
+
+def check_attention_mask(attention_mask: Tensor, expected: tuple[int, int]) -> None:
+    if attention_mask.shape != expected:
+        raise ValueError(
+            f"language model: expected attention_mask with shape {expected}, that of the tokens in the cache "
+            f"and of input_ids, got {tuple(attention_mask.shape)}."
+        )

@@ -1,0 +1,247 @@
+"""Causal language models of transformers, with room in front of every layer."""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from flamingo.language.decoder import check_attention_mask
+from flamingo.language.new_tokens import NewTokens
+from flamingo.language.positions import positions_of
+
+# By the model_type of a model's configuration: where its decoder layers are.
+_LAYERS = {
+    "llama": "model.layers",
+    "mistral": "model.layers",
+    "opt": "model.decoder.layers",
+    "gpt_neox": "gpt_neox.layers",
+    "mpt": "transformer.blocks",
+    "gemma": "model.layers",
+    "gemma2": "model.layers",
+    "gemma3_text": "model.layers",
+    "qwen2": "model.layers",
+    "qwen3": "model.layers",
+}
+
+BeforeLayer = Callable[[int, Tensor], Tensor]
+
+
+class PretrainedLanguage(nn.Module):
+    """A causal language model of transformers, called like `LanguageModel`, frozen.
+
+    The model stays as it is: its modules, their names, its `state_dict` and its own `generate`. Hooks on its
+    layers do nothing but in a call of this module. Where `before_layer` returns its input, and at tokens that
+    are not new, the logits are bit for bit those of the model alone.
+
+    Args:
+        model: a `...ForCausalLM` of the families Llama, Mistral, OPT, GPT-NeoX, MPT, Gemma and Qwen.
+        frozen: no parameter of the model takes a gradient, and it stays in eval mode, also after `train()`.
+        new_tokens: ids whose embedding is learnt all the same, see `NewTokens`; those beyond the model's
+            vocabulary continue it.
+        layers: the path of the list of decoder layers in a model of another family, as "transformer.h"; the
+            hidden states have to be the first positional argument of such a layer.
+
+    Attributes:
+        dim, vocab_size, num_layers: the sizes, with new tokens.
+        model: the model.
+
+    Raises:
+        ValueError: if the family is unknown and no path is given.
+
+    Limits: calls from several threads need a copy each. Padding between tokens, as behind the shorter text of
+    an earlier turn, puts MPT's tokens further apart, since it has no positions to shift, and counts in a
+    sliding window. Gradient checkpointing includes the blocks in transformers 4 and not in 5.
+
+    Example; `PretrainedLanguage.from_pretrained("facebook/opt-1.3b")` has OPT's weights:
+        >>> from transformers import OPTConfig, OPTForCausalLM
+        >>> sizes = {"hidden_size": 48, "ffn_dim": 96, "word_embed_proj_dim": 48, "num_attention_heads": 2}
+        >>> model = OPTForCausalLM(OPTConfig(vocab_size=300, num_hidden_layers=2, **sizes))
+        >>> language = PretrainedLanguage(model, new_tokens=[300])
+        >>> config = FlamingoConfig.preset(
+        ...     "tiny", language_dim=language.dim, language_layers=2, vocab_size=301, media_token_id=300
+        ... )
+        >>> flamingo = Flamingo(config, language=language)
+        >>> flamingo(torch.tensor([[65, 300, 66]]), torch.zeros(1, 1, 1, 3, 32, 32)).logits.shape
+        torch.Size([1, 3, 301])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        frozen: bool = True,
+        new_tokens: Sequence[int] = (),
+        layers: str | None = None,
+    ):
+        super().__init__()
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        path = layers or _LAYERS.get(str(kind))
+        if path is None:
+            raise ValueError(
+                f"PretrainedLanguage: expected a causal language model of {', '.join(_LAYERS)}, got "
+                f"{type(model).__name__} of type {kind}. Of another family, pass the path of its decoder "
+                'layers: layers="transformer.h".'
+            )
+        embedding, head = cast(Any, model).get_input_embeddings(), cast(Any, model).get_output_embeddings()
+        self.model: Any = model
+        self.dim: int = cast(Any, model).config.hidden_size
+        self.frozen = frozen
+        self._path = path
+        self._before_layer: BeforeLayer | None = None
+        self._is_called = False
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        untied = None if head.weight is embedding.weight else head.weight
+        self.new_tokens = NewTokens(new_tokens, embedding.weight, untied) if new_tokens else None
+        self.vocab_size: int = (
+            len(embedding.weight) if self.new_tokens is None else self.new_tokens.vocab_size
+        )
+        for index, layer in enumerate(self.layers):
+            layer.register_forward_pre_hook(functools.partial(self._enter_layer, index))
+        head.register_forward_hook(self._leave_head)
+        if frozen:
+            self.freeze()
+        self.train(self.training)
+
+    @staticmethod
+    def from_pretrained(
+        name: str, *, frozen: bool = True, new_tokens: Sequence[int] = (), **options: Any
+    ) -> "PretrainedLanguage":
+        """The language model of a checkpoint, by its name on the hub or its folder.
+
+        Args:
+            name: a checkpoint of a causal language model.
+            frozen, new_tokens: see the class.
+            options: for transformers' `from_pretrained`, as `dtype=torch.bfloat16`.
+
+        Raises:
+            ImportError: if transformers is not installed.
+            ValueError: if it is a checkpoint of an unknown family.
+        """
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        return PretrainedLanguage(model, frozen=frozen, new_tokens=new_tokens)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The model's decoder layers."""
+        return cast(nn.ModuleList, self.model.get_submodule(self._path))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def new_cache(self) -> Any:
+        """An empty cache; given to every call on one text, it spares reading earlier tokens again."""
+        from transformers import DynamicCache
+
+        return DynamicCache()
+
+    def freeze(self) -> "PretrainedLanguage":
+        """Takes gradients from all parameters but those of new tokens; returns the model."""
+        self.frozen = True
+        self.model.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> "PretrainedLanguage":
+        """`nn.Module.train`, but a frozen model stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.model.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: Any = None,
+        before_layer: BeforeLayer | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            input_ids: int64 `[B, T]`, new tokens.
+            attention_mask: `[B, K]`, 0 at padding, of the tokens in the cache and the new ones; None for no
+                padding.
+            cache: a cache of transformers with the K - T tokens before; the new ones are added.
+            before_layer: what to make of the input x `[B, T, D]` of a layer, from its index and x.
+
+        Returns:
+            logits `[B, T, vocab_size]`.
+
+        Raises:
+            ValueError: if attention_mask has another shape.
+        """
+        batch, length = input_ids.shape
+        options: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
+        if attention_mask is not None:
+            past = 0 if cache is None else cache.get_seq_length()
+            check_attention_mask(attention_mask, (batch, past + length))
+            options["attention_mask"] = attention_mask.long()
+            if self._takes_positions:
+                options["position_ids"] = positions_of(attention_mask)[:, past:]
+        with self._calling(before_layer):
+            return self.model(inputs_embeds=self._embed(input_ids), **options).logits
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        embedding = self.model.get_input_embeddings()
+        if self.new_tokens is None:
+            return embedding(input_ids)
+        frozen = embedding(self.new_tokens.stand_in(input_ids))
+        scale = getattr(embedding, "embed_scale", 1.0)  # of Gemma's, which multiplies its rows
+        return self.new_tokens.embed(input_ids, frozen, scale)
+
+    def _enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._before_layer is None:
+            return None
+        return self._before_layer(index, args[0]), *args[1:]
+
+    def _leave_head(self, head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        if self.new_tokens is None or not self._is_called:
+            return logits
+        return self.new_tokens.add_logits(args[0], logits)
+
+    @contextlib.contextmanager
+    def _calling(self, before_layer: BeforeLayer | None) -> Iterator[None]:
+        """Turns the hooks on."""
+        self._before_layer, self._is_called = before_layer, True
+        checkpointed = [layer for layer in self.layers if getattr(layer, "gradient_checkpointing", False)]
+        try:
+            with contextlib.ExitStack() as stack:
+                if checkpointed and self.training and torch.is_grad_enabled():
+                    for layer in checkpointed:
+                        stack.enter_context(self._checkpointing(layer, before_layer))
+                yield
+        finally:
+            self._before_layer, self._is_called = None, False
+
+    @contextlib.contextmanager
+    def _checkpointing(self, layer: Any, before_layer: BeforeLayer | None) -> Iterator[None]:
+        """Has transformers checkpoint a layer that is frozen, which it does not in eval mode.
+
+        In the backward pass the layer runs again, in transformers 4 with its hooks: then too it must see the
+        blocks of the call it belongs to, and be in eval mode where its dropout asks for it.
+        """
+        checkpoint, was_training = layer._gradient_checkpointing_func, layer.training
+
+        def run_again(function: Callable[..., Any], *args: Any) -> Any:
+            before = self._before_layer, layer.training
+            self._before_layer, layer.training = before_layer, was_training
+            try:
+                return function(*args)
+            finally:
+                self._before_layer, layer.training = before
+
+        def checkpoint_it(function: Callable[..., Any], *args: Any) -> Any:
+            # Not reentrant: that needs an input with a gradient, which a frozen embedding has not.
+            return checkpoint(functools.partial(run_again, function), *args, use_reentrant=False)
+
+        layer._gradient_checkpointing_func, layer.training = checkpoint_it, True
+        try:
+            yield
+        finally:
+            layer._gradient_checkpointing_func, layer.training = checkpoint, was_training
