@@ -13,6 +13,7 @@ generation   what follows a prompt: greedy, sampled, by beam search, token by to
 beam_search  the search
 context      what a model has read, so that further turns can follow
 training     of what is new, on tar shards, by one process or many
+demo         all of it on real digits, from nothing
 fewshot      prompts, closed-ended scoring, retrieval, metrics, evaluation over datasets on disk
 """
 

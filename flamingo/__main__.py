@@ -1,4 +1,4 @@
-"""The command line: python -m flamingo {train, evaluate}."""
+"""The command line: python -m flamingo {train, evaluate, demo}."""
 
 import argparse
 import sys
@@ -17,6 +17,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     fewshot.add_parser(commands)
 
+    demo = commands.add_parser("demo", help="a Flamingo from nothing, on real digits, in minutes")
+    demo.add_argument("--picture", metavar="FILE", default="digits.png", help="default: digits.png")
+    demo.add_argument("--no-kernels", action="store_true", help="train without flamingo_kernels")
+    demo.add_argument("--quick", action="store_true", help="a few steps of each stage, to see that it runs")
+    demo.set_defaults(run=_demo)
+
     options = parser.parse_args(arguments)
     return options.run(options)
 
@@ -25,6 +31,12 @@ def _train(options: argparse.Namespace) -> int:
     from flamingo.training.command import run
 
     return run(options.config)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from flamingo.demo import main as run
+
+    return run(options.picture, kernels=not options.no_kernels, quick=options.quick)
 
 
 if __name__ == "__main__":

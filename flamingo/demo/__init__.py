@@ -1,0 +1,25 @@
+"""A Flamingo from nothing, on real pixels, in minutes: `python -m flamingo demo`.
+
+::
+
+    1. images and their words   -->  a vision encoder, by contrast           then frozen
+    2. text                     -->  a language model                        then frozen
+    3. documents of both        -->  resampler and gated blocks between the two
+    4. digits never seen        -->  accuracy by the number of shots
+
+The digits are scikit-learn's, 1797 real ones of 8 x 8 pixels, and the text is made: lists like "lamp is nine
+<EOC> river is two <EOC> lamp is nine", from which a language model learns to look up what was said before.
+That, and no digit, is what the frozen model knows; to show it an image as if it were such a word is what the
+new layers learn.
+
+words     its tokenizer, and the text
+digits    images, documents of them, and prompts
+stages    the three trainings
+run       all of it, and what is found
+
+Source: arXiv 2204.14198: sections 2.1 to 2.4, and B.1.4 for the evaluation.
+"""
+
+from flamingo.demo.run import main
+
+__all__ = ["main"]

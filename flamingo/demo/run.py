@@ -1,0 +1,182 @@
+"""The whole demo, and what it finds."""
+
+import copy
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flamingo.demo import stages
+from flamingo.demo.digits import Digits, episode, load, prompt
+from flamingo.demo.words import NAMES
+from flamingo.fewshot import log_likelihoods
+from flamingo.model import Flamingo
+
+SHOTS = (0, 1, 2, 4, 8)
+EPISODES = 200
+
+
+@dataclass
+class Findings:
+    """What one run of the demo found.
+
+    Attributes:
+        zero_shot: accuracy of the vision encoder alone, by contrast, on digits it has not seen.
+        recall: how often the language model knows a number that was said before.
+        names: accuracy by shots on digits never seen, called by their names.
+        codes: the same where every episode draws new names, of which text alone knows nothing.
+        difference: the largest relative one between the losses of the first steps, patched and not; None
+            where nothing was patched.
+        seconds: of each stage.
+    """
+
+    zero_shot: float = 0.0
+    recall: float = 0.0
+    names: dict[int, float] = field(default_factory=dict)
+    codes: dict[int, float] = field(default_factory=dict)
+    difference: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def main(path: str | Path = "digits.png", *, kernels: bool = True, quick: bool = False) -> int:
+    """Run the demo, print what it finds and draw it.
+
+    Args:
+        path: of the picture.
+        kernels: train with the layers of `flamingo_kernels`, if it is installed.
+        quick: a few steps of each stage, to see that it runs.
+
+    Returns:
+        0, or 1 if it has not learnt what it should.
+    """
+    found = run(kernels=kernels, quick=quick)
+    if picture := _draw(found, Path(path)):
+        print(f"drawn: {picture}")
+    return 0 if quick or _has_learnt(found) else 1
+
+
+def run(*, kernels: bool = True, quick: bool = False) -> Findings:
+    """All stages, see `flamingo.demo`."""
+    torch.manual_seed(0)
+    found = Findings()
+    digits, held_out = load()
+    print(f"{len(digits.labels)} real digits to learn from, {len(held_out.labels)} others to be asked about")
+    with _stage("vision encoder by contrast", found):
+        vision, found.zero_shot = stages.pretrain_vision(digits, held_out, steps=5 if quick else 400)
+    print(f"  names digits it has not seen: {found.zero_shot:.1%}")
+    with _stage("language model on text", found):
+        language = stages.pretrain_language(steps=5 if quick else 1200, report=_progress(200))
+    found.recall = stages.recall(language)
+    print(f"  knows what a text has said before: {found.recall:.1%}")
+
+    model = Flamingo(stages.CONFIG, vision=vision, language=language).freeze()
+    if kernels and (patch := _patch()):
+        found.difference = _same_losses(model, digits, patch, steps=2 if quick else 10)
+        print(f"  with the kernels the first losses differ by at most {found.difference:.1e}")
+        print(patch(model))
+    with _stage("resampler and gated blocks on documents", found):
+        batches = stages.documents(digits, stages.make_processor())
+        stages.train(model, batches, steps=2 if quick else 300, report=_progress(50))
+    with _stage("questions about digits never seen", found):
+        shots, episodes = ((0, 1), 4) if quick else (SHOTS, EPISODES)
+        for codes, results in ((False, found.names), (True, found.codes)):
+            results.update(
+                {count: accuracy(model, held_out, count, episodes, codes=codes) for count in shots}
+            )
+    print(_table(found))
+    return found
+
+
+def accuracy(
+    model: Flamingo, digits: Digits, shots: int, episodes: int, *, codes: bool, seed: int = 1
+) -> float:
+    """How often the likeliest of ten names is the right one, with the shots before the question."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [episode(digits, shots, generator, codes=codes) for _ in range(episodes)]
+    documents = [prompt(query, before, codes=codes) for query, before in drawn]
+    model.eval()
+    scores = log_likelihoods(model, stages.make_processor(), documents, NAMES, closed=False, batch_size=100)
+    said = [NAMES[best] for best in scores.argmax(dim=1).tolist()]
+    return sum(name == query.answer for name, (query, _) in zip(said, drawn, strict=True)) / episodes
+
+
+def _same_losses(model: Flamingo, digits: Digits, patch: Callable[[Any], Any], *, steps: int) -> float:
+    """The same first steps with and without the kernels: the largest relative difference of their losses.
+
+    With open gates: at 0 they would hide what the kernels compute.
+    """
+    losses = []
+    for change in (lambda model: None, patch):
+        trained = copy.deepcopy(model)
+        for name, parameter in trained.named_parameters():
+            if name.endswith("_gate"):
+                parameter.data.fill_(0.5)
+        change(trained)
+        batches = stages.documents(digits, stages.make_processor(), seed=2, count=8)
+        losses.append(stages.train(trained, batches, steps=steps))
+    return max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
+
+
+def _patch() -> Callable[[Any], Any] | None:
+    """`flamingo_kernels.patch`, if it is installed: the reference knows nothing else of it."""
+    try:
+        return importlib.import_module("flamingo_kernels").patch
+    except ImportError as error:
+        print(f"without kernels: {error}")
+        return None
+
+
+def _has_learnt(found: Findings) -> bool:
+    """At least nine of ten digits by name, and eight shots worth 20 points where names are drawn."""
+    return found.names[0] >= 0.9 and found.codes[8] - found.codes[0] >= 0.2
+
+
+@contextmanager
+def _stage(name: str, found: Findings) -> Iterator[None]:
+    print(f"{name} ...", flush=True)
+    began = time.perf_counter()
+    yield
+    found.seconds[name] = time.perf_counter() - began
+    print(f"  {found.seconds[name]:.0f} s", flush=True)
+
+
+def _progress(every: int) -> stages.Report:
+    def report(step: int, loss: float) -> None:
+        if (step + 1) % every == 0:
+            print(f"  step {step + 1}: loss {loss:.3f}", flush=True)
+
+    return report
+
+
+def _table(found: Findings) -> str:
+    lines = ["", "accuracy by the number of shots, of 10 answers", f"{'shots':<24}"]
+    lines[-1] += "".join(f"{count:>8}" for count in found.names)
+    for title, results in (("by their names", found.names), ("by codes of the episode", found.codes)):
+        lines.append(f"{title:<24}" + "".join(f"{value:>8.1%}" for value in results.values()))
+    lines.append(f"in all {sum(found.seconds.values()):.0f} s")
+    return "\n".join(lines)
+
+
+def _draw(found: Findings, path: Path) -> Path | None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no picture: matplotlib is not installed", file=sys.stderr)
+        return None
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for title, results in (("by their names", found.names), ("by codes of the episode", found.codes)):
+        axes.plot(list(results), [100 * value for value in results.values()], marker="o", label=title)
+    axes.axhline(10, color="0.6", linewidth=0.8, linestyle="--", label="chance")
+    axes.set(
+        xlabel="shots", ylabel="accuracy on digits never seen, %", ylim=(0, 100), xticks=list(found.names)
+    )
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,180 @@
+"""The three trainings of the demo, each a plain loop."""
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flamingo.config import FlamingoConfig
+from flamingo.contrastive import ContrastiveModel, Pairs, training_step, zero_shot
+from flamingo.demo.digits import MEAN, STD, Digits, episode, prompt
+from flamingo.demo.words import NAMES, WordTokenizer, lists
+from flamingo.language import LanguageModel
+from flamingo.model import Flamingo
+from flamingo.processor import Batch, Processor
+from flamingo.vision import VisionEncoder
+
+CONFIG = FlamingoConfig(
+    image_size=8,
+    patch_size=2,
+    vision_dim=64,
+    vision_layers=1,
+    vision_heads=4,
+    resampler_dim=64,
+    resampler_heads=4,
+    resampler_dim_head=16,
+    resampler_depth=2,
+    num_latents=8,
+    cross_attn_heads=4,
+    cross_attn_dim_head=32,
+    norm_media=True,
+    vocab_size=WordTokenizer.vocab_size,
+    language_dim=96,
+    language_layers=4,
+    language_heads=4,
+    media_token_id=WordTokenizer.image_id,
+)
+LENGTH = 9  # digits of a document, nouns of a list: eight shots and one that is asked
+
+Report = Callable[[int, float], None]
+
+
+class NameEncoder(nn.Module):
+    """The text tower of stage 1: names are single words, of which it has one vector each."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(len(NAMES), dim)
+        self.config = SimpleNamespace(hidden_size=dim)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return SimpleNamespace(last_hidden_state=self.embedding(input_ids))
+
+
+def pretrain_vision(
+    digits: Digits, held_out: Digits, *, steps: int = 400, seed: int = 0
+) -> tuple[VisionEncoder, float]:
+    """A vision encoder, taught which digit goes with which name, and its zero-shot accuracy."""
+    generator = torch.Generator().manual_seed(seed)
+    vision = VisionEncoder(
+        image_size=CONFIG.image_size,
+        patch_size=CONFIG.patch_size,
+        dim=CONFIG.vision_dim,
+        layers=CONFIG.vision_layers,
+        heads=CONFIG.vision_heads,
+    )
+    model = ContrastiveModel(vision, NameEncoder(64), dim=32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
+    pixels = _normalised(digits.images)
+    for _ in range(steps):
+        drawn = torch.randint(len(pixels), (100,), generator=generator)
+        names = digits.labels[drawn, None]
+        training_step(
+            model, optimizer, [Pairs(pixels[drawn], names, torch.ones_like(names))], vision_clipping=0.1
+        )
+        schedule.step()
+    names = torch.arange(len(NAMES))[:, None]
+    with torch.no_grad():
+        classes = model.text_embedding(names, torch.ones_like(names))
+    logits = zero_shot(model, _normalised(held_out.images), classes)
+    return vision, (logits.argmax(dim=1) == held_out.labels).float().mean().item()
+
+
+def pretrain_language(*, steps: int, seed: int = 0, report: Report = lambda *_: None) -> LanguageModel:
+    """A language model that has read lists of nouns and numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    model = LanguageModel(
+        vocab_size=CONFIG.vocab_size,
+        dim=CONFIG.language_dim,
+        layers=CONFIG.language_layers,
+        heads=CONFIG.language_heads,
+    )
+    optimizer, schedule = _optimizer([{"params": list(model.parameters())}], 3e-3, steps)
+    for step in range(steps):
+        text = lists(64, LENGTH, generator)
+        logits = model(text)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten())
+        _update(loss, optimizer, schedule)
+        report(step, loss.item())
+    return model
+
+
+def recall(model: LanguageModel, *, seed: int = 1) -> float:
+    """How often a language model knows the number of a noun that was said before, of 10 numbers."""
+    text = lists(200, LENGTH, torch.Generator().manual_seed(seed))
+    nouns, numbers = text[:, 1::4], text[:, 3::4]
+    said = (nouns[:, :, None] == nouns[:, None, :]).tril(diagonal=-1).any(dim=-1)
+    with torch.no_grad():
+        found = model(text)[:, 2::4].argmax(dim=-1)
+    return (found == numbers)[said].float().mean().item()
+
+
+def documents(digits: Digits, processor: Processor, *, seed: int = 0, count: int = 32) -> Iterator[Batch]:
+    """Batches without end, in turn of digits by their names and by codes."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for codes in (False, True):
+            told = []
+            for _ in range(count):
+                query, shots = episode(digits, LENGTH - 1, generator, codes=codes)
+                told.append([*prompt(query, shots, codes=codes), query.answer])
+            yield processor(told)
+
+
+def train(
+    model: Flamingo,
+    batches: Iterator[Batch],
+    *,
+    steps: int,
+    report: Report = lambda *_: None,
+) -> list[float]:
+    """Train what is not frozen, each step by a batch of either kind of document; returns the losses."""
+    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gates = [p for name, p in learnt.items() if name.endswith("_gate")]
+    others = [p for name, p in learnt.items() if not name.endswith("_gate")]
+    # A gate is one number that starts at 0: it may move as far as many do together.
+    optimizer, schedule = _optimizer([{"params": others}, {"params": gates, "lr": 3e-2}], 3e-3, steps)
+    losses = []
+    for step in range(steps):
+        both = [next(batches), next(batches)]
+        loss = torch.stack([_loss(model, batch) for batch in both]).mean()
+        _update(loss, optimizer, schedule)
+        losses.append(loss.item())
+        report(step, losses[-1])
+    return losses
+
+
+def make_processor() -> Processor:
+    """Of the demo's images and words."""
+    return Processor(CONFIG.image_size, mean=MEAN, std=STD, tokenizer=WordTokenizer())
+
+
+def _loss(model: Flamingo, batch: Batch) -> Tensor:
+    loss = model(batch.input_ids, batch.pixels, batch.attention_mask, batch.labels).loss
+    assert loss is not None
+    return loss
+
+
+def _normalised(images: Tensor) -> Tensor:
+    mean, std = (torch.tensor(each)[:, None, None] for each in (MEAN, STD))
+    return (images - mean) / std
+
+
+def _optimizer(groups: list[dict[str, Any]], lr: float, steps: int) -> tuple[Any, Any]:
+    """AdamW, warmed up for 50 steps and then falling to a fiftieth."""
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.01)
+    rate = lambda step: min(1.0, (step + 1) / 50) * max(0.02, 1 - step / steps)  # noqa: E731
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
+def _update(loss: Tensor, optimizer: Any, schedule: Any) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+    schedule.step()
