@@ -123,7 +123,7 @@ class Flamingo(nn.Module):
             `FlamingoOutput(logits, loss)`; loss is None without labels.
         """
         media = self.encode_media(pixels, num_frames)
-        logits = self.decode(input_ids, media, attention_mask, media_starts)
+        logits = self.decode(input_ids, media, attention_mask, media_starts=media_starts)
         if labels is None:
             return FlamingoOutput(logits, None)
         # Position t predicts token t + 1.
@@ -138,6 +138,7 @@ class Flamingo(nn.Module):
         input_ids: Tensor,
         media: Tensor,
         attention_mask: Tensor | None = None,
+        *,
         media_starts: Tensor | None = None,
         *,
         cache: Any = None,

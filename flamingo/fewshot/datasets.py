@@ -24,7 +24,7 @@ def read_vqa(questions: Path, annotations: Path, images: Path) -> list[Sample]:
 
     Raises:
         FileNotFoundError: if a file does not exist, or an image is not in the folder.
-        ValueError: if a file is of another format, or a question has no annotation.
+        ValueError: if a file is of another format, or a question has no answers.
 
     Source: visualqa.org/download.
     """
@@ -35,11 +35,9 @@ def read_vqa(questions: Path, annotations: Path, images: Path) -> list[Sample]:
     samples = []
     for entry in _entries(questions, "questions", "question_id", "image_id", "question"):
         name = entry["question_id"]
-        if name not in answered:
-            raise ValueError(
-                f"read_vqa: expected an annotation of question {name} in {annotations}, found none."
-            )
-        answers = tuple(one["answer"] for one in answered[name]["answers"])
+        answers = tuple(one["answer"] for one in answered.get(name, {}).get("answers", ()))
+        if not answers:
+            raise ValueError(f"read_vqa: expected answers to question {name} in {annotations}, found none.")
         samples.append(
             Sample(
                 id=name,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # an image may be an array, which has no one equality
 class Sample:
     """An image or a clip, what is asked about it, and the answer."""
 

@@ -51,11 +51,15 @@ class TestVQA:
             read_vqa(**vqa | {"images": tmp_path / "gone"})
         with pytest.raises(ValueError, match=r"a list 'questions' in .*annotations\.json"):
             read_vqa(**vqa | {"questions": vqa["annotations"]})
+        change(vqa["annotations"], "annotations", 0, answers=[])
+        with pytest.raises(ValueError, match=r"answers to question 100 in .*annotations\.json, found none"):
+            read_vqa(**vqa)
+        change(vqa["annotations"], "annotations", 0, answers=[{"answer": "white"}])
         change(vqa["questions"], "questions", 1, image_id=7)
         with pytest.raises(FileNotFoundError, match="ends in the image's number 7 in"):
             read_vqa(**vqa)
         change(vqa["questions"], "questions", 1, question_id=55)
-        with pytest.raises(ValueError, match="an annotation of question 55 in"):
+        with pytest.raises(ValueError, match="answers to question 55 in"):
             read_vqa(**vqa)
         change(vqa["questions"], "questions", 1, question=None)
         with pytest.raises(ValueError, match=r"questions in .* to have 'question', which one lacks"):
