@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ def read_frames(medium: Any, *, fps: float = 1.0, max_frames: int = 8) -> Iterat
         yield read_image(frame) if isinstance(frame, Path) else to_image(frame)
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(file: Path | BinaryIO) -> Tensor:
     """A file that Pillow can read, upright and in colour, to float32 `[3, h, w]` in 0..1.
 
     Raises:
@@ -46,21 +46,23 @@ def read_image(path: Path) -> Tensor:
         ValueError: if Pillow cannot read it.
         ImportError: without Pillow.
     """
-    _check_exists(path)
+    _check_exists(file)
     pillow = _import("PIL.Image", "pillow", "images")
     operations = import_module("PIL.ImageOps")
     try:
-        with pillow.open(path) as image:
+        with pillow.open(file) as image:
             return to_image(operations.exif_transpose(image))
     except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise ValueError(f"Processor: expected an image that Pillow can read, got {path}: {error}") from error
+        raise ValueError(
+            f"Processor: expected an image that Pillow can read, got {_name(file)}: {error}"
+        ) from error
 
 
-def read_video(path: Path, *, fps: float = 1.0, max_frames: int = 8) -> Iterator[Tensor]:
+def read_video(file: Path | BinaryIO, *, fps: float = 1.0, max_frames: int = 8) -> Iterator[Tensor]:
     """The frames on show at 0, 1 / fps, 2 / fps, ... seconds, until the last frame has begun.
 
     Args:
-        path: a file that PyAV, which is FFmpeg, can read.
+        file: one that PyAV, which is FFmpeg, can read.
         fps: frames a second; 1 in the paper's training, 3 in its evaluation.
         max_frames: where to stop; 8 in the paper's training, 30 in its evaluation.
 
@@ -74,22 +76,26 @@ def read_video(path: Path, *, fps: float = 1.0, max_frames: int = 8) -> Iterator
 
     Source: arXiv 2204.14198, appendix B.1.2.
     """
-    _check_exists(path)
+    _check_exists(file)
     av = _import("av", "av", "videos")
     taken = 0
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(file) if isinstance(file, Path) else file) as container:
             if not container.streams.video:
-                raise ValueError(f"Processor: expected a video with frames, got {path}, which has none.")
+                raise ValueError(
+                    f"Processor: expected a video with frames, got {_name(file)}, which has none."
+                )
             for frame in _at_rate(container.decode(container.streams.video[0]), fps):
                 yield to_image(frame.to_ndarray(format="rgb24"))
                 taken += 1
                 if taken == max_frames:
                     return
     except av.FFmpegError as error:
-        raise ValueError(f"Processor: expected a video that PyAV can read, got {path}: {error}") from error
+        raise ValueError(
+            f"Processor: expected a video that PyAV can read, got {_name(file)}: {error}"
+        ) from error
     if not taken:
-        raise ValueError(f"Processor: expected a video with frames, got {path}, which has none.")
+        raise ValueError(f"Processor: expected a video with frames, got {_name(file)}, which has none.")
 
 
 def _at_rate(frames: Iterator[Any], fps: float) -> Iterator[Any]:
@@ -142,9 +148,13 @@ def _is_clip(medium: Any) -> bool:
     return isinstance(medium, (list, tuple))
 
 
-def _check_exists(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"Processor: expected a file, found none at {path}.")
+def _check_exists(file: Path | BinaryIO) -> None:
+    if isinstance(file, Path) and not file.is_file():
+        raise FileNotFoundError(f"Processor: expected a file, found none at {file}.")
+
+
+def _name(file: Path | BinaryIO) -> str:
+    return str(file) if isinstance(file, Path) else getattr(file, "name", "an open file")
 
 
 def _import(module: str, package: str, what: str) -> Any:

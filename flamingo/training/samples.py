@@ -6,14 +6,15 @@ import random
 import re
 from collections.abc import Callable, Iterable
 from functools import singledispatch
-from importlib import import_module
 from typing import Any
 
+from torch import Tensor
+
+from flamingo.media import VIDEOS, read_image, read_video
 from flamingo.training.config import Clips, DatasetConfig, Documents, Pairs
 from flamingo.training.shards import Sample
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
-VIDEOS = ("mp4", "webm", "mkv", "avi", "mov")
 Encode = Callable[[str], list[int]]
 
 
@@ -51,14 +52,14 @@ def _(config: Pairs, sample: Sample, encode: Encode, draw: random.Random) -> lis
 
 @to_document.register
 def _(config: Clips, sample: Sample, encode: Encode, draw: random.Random) -> list[Any]:
-    video = next((kind for kind in VIDEOS if kind in sample), None)
+    video = next((kind for kind in sample if f".{kind}" in VIDEOS), None)
     if video is None:
         kinds = sorted(
             (kind for kind in sample if kind.endswith(IMAGES)), key=lambda kind: int(kind.split(".")[0])
         )
         frames = [_image(sample, kind) for kind in kinds[: config.frames]]
     else:
-        frames = _frames(sample[video], config.frames, config.fps)
+        frames = list(read_video(_File(sample, video), fps=config.fps, max_frames=config.frames))
     return [frames, _caption(config, sample, encode, draw)]
 
 
@@ -127,30 +128,15 @@ def _caption(config: Pairs | Clips, sample: Sample, encode: Encode, draw: random
     return kept
 
 
-def _image(sample: Sample, kind: str) -> Any:
+class _File(io.BytesIO):
+    """A file of a sample, open, with what errors call it."""
+
+    def __init__(self, sample: Sample, kind: str):
+        super().__init__(sample[kind])
+        self.name = kind
+
+
+def _image(sample: Sample, kind: str) -> Tensor:
     if kind not in sample:
         raise ValueError(f"to_document: expected an image {kind}, got {', '.join(sample)}.")
-    image, operations = import_module("PIL.Image"), import_module("PIL.ImageOps")
-    try:
-        return operations.exif_transpose(image.open(io.BytesIO(sample[kind]))).convert("RGB")
-    except OSError as error:
-        raise ValueError(
-            f"to_document: expected {kind} to be an image that Pillow can read, got {len(sample[kind])} "
-            "bytes that it cannot."
-        ) from error
-
-
-def _frames(video: bytes, frames: int, fps: float) -> list[Any]:
-    """The frames on show at 0, 1 / fps, 2 / fps, ... seconds."""
-    av = import_module("av")
-    found: list[Any] = []
-    try:
-        with av.open(io.BytesIO(video)) as container:
-            for frame in container.decode(video=0):
-                while len(found) < frames and frame.time >= len(found) / fps - 1e-6:
-                    found.append(frame.to_image())
-                if len(found) == frames:
-                    break
-    except av.FFmpegError as error:
-        raise ValueError(f"to_document: expected a video that PyAV can read, got: {error}.") from error
-    return found
+    return read_image(_File(sample, kind))
