@@ -140,7 +140,6 @@ class Flamingo(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         media_starts: Tensor | None = None,
-        *,
         cache: Any = None,
         media_locations: Tensor | None = None,
     ) -> Tensor:
