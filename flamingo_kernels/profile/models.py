@@ -133,7 +133,7 @@ def _flamingo(preset: str, sizes: Sizes, **changes: Any) -> Subject:
     def decode(model: Flamingo) -> Callable[[], Tensor]:
         media, cache = model.encode_media(images(model)), model.language.new_cache()
         model.decode(ids, media, cache=cache)
-        last, seen = media[:, -1:].clone(), torch.ones(1, 1, dtype=torch.bool)
+        last, seen = media[:, -1:].clone(), torch.ones(1, 1, dtype=torch.bool, device=ids.device)
 
         def token() -> Tensor:
             logits = model.decode(ids[:, -1:], last, cache=cache, media_locations=seen)
