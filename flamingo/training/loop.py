@@ -122,8 +122,10 @@ class _Run:
         model, config = self.model, self.config
         model.to(self.device)
         model.train()
-        for part in model.children():
-            part.train(any(parameter.requires_grad for parameter in part.parameters()))
+        for part in model.modules():
+            parameters = list(part.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                part.eval()
         several = world_size() > 1
         units = list(blocks or blocks_of(model)) if several or config.gradient_checkpointing else []
         if config.gradient_checkpointing:

@@ -15,7 +15,7 @@ def test_only_the_resampler_does_not_decay(tmp_path):
     for weight in weights.values():
         weight.grad = torch.zeros_like(weight)
     make_optimizer(weights, config(tmp_path, tmp_path, learning_rate=0.5)).step()
-    assert {name.partition(".")[0] for name in weights} == {"resampler", "cross_attn"}
+    assert {name.partition(".")[0] for name in weights} == {"resampler", "cross_attn", "language"}
     for name, weight in weights.items():
         decayed = before[name] * (1 if name.startswith("resampler.") else 1 - 0.5 * 0.1)
         torch.testing.assert_close(weight, decayed, msg=name)

@@ -137,7 +137,7 @@ def toml(data: Path, run: Path, **changes) -> str:
         lines += ["[[datasets]]", f"kind = {dataset.kind!r}", f"name = {dataset.name!r}"]
         lines += [f"shards = {list(dataset.shards)!r}", f"batch_size = {dataset.batch_size}"]
         lines += [f"length = {dataset.length}"]
-    return "\n".join([*lines, "[model]", "preset = 'tiny'"]) + "\n"
+    return "\n".join([*lines, "[model]", "preset = 'tiny'", "changes = { new_tokens = [257] }"]) + "\n"
 
 
 def wait_until_logged(process: subprocess.Popen, run: Path, step: int) -> None:

@@ -62,9 +62,14 @@ def config(data: Path, run: Path, **changes) -> TrainingConfig:
 
 
 def model(seed: int = 0) -> Flamingo:
-    """Gates open, so that every trained parameter has a gradient."""
+    """Gates open, so that every trained parameter has a gradient; <EOC> is learned."""
     torch.manual_seed(seed)
-    return randomise(Flamingo(FlamingoConfig.preset("tiny"))).freeze()
+    return randomise(Flamingo(FlamingoConfig.preset("tiny", new_tokens=(257,)))).freeze()
+
+
+def is_frozen(name: str) -> bool:
+    """Whether a parameter of this name is to stay as it is."""
+    return name.startswith(("vision.", "language.")) and not name.startswith("language.new_tokens.")
 
 
 def processor() -> Processor:
