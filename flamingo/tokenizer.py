@@ -64,7 +64,7 @@ class ByteTokenizer:
 class PretrainedTokenizer:
     """A tokenizer of transformers with `<image>` and `<EOC>` added to it, as open_flamingo does.
 
-    The language model needs rows of embeddings for them: `model.resize_token_embeddings(vocab_size)`, and
+    The language model needs to know them: `PretrainedLanguage(model, new_tokens=[image_id, eoc_id])`, and
     `FlamingoConfig(media_token_id=image_id)`. A tokenizer without a beginning of text begins with its end of
     text, as GPT-2 was trained; one without padding pads with it too, which the masks and labels leave out.
 

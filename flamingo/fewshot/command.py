@@ -51,6 +51,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, help="a random so many (default: all)")
     parser.add_argument("--support-samples", type=int, default=2048, help="likewise (default: 2048)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
+    parser.add_argument("--beams", type=int, default=3, help="1: greedy (default: 3)")
     parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
     parser.add_argument("--device", default="cpu", help='as "cuda:0" (default: cpu)')
 
@@ -83,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
             select=options.select,
             seed=options.seed,
             batch_size=options.batch_size,
+            num_beams=options.beams,
             settings=settings,
         )
     except (ValueError, OSError, ImportError) as error:

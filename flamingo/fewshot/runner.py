@@ -71,6 +71,7 @@ def evaluate(
     select: str = "random",
     seed: int = 0,
     batch_size: int = 8,
+    num_beams: int = 3,
     settings: dict[str, Any] | None = None,
 ) -> Evaluation:
     """Answers every query after a prompt of shots, and measures the answers.
@@ -90,6 +91,7 @@ def evaluate(
         select: "random", or "rices" for those that look most like the query.
         seed: of the random choice.
         batch_size: queries answered at once.
+        num_beams: width of the beam search; 3 in the paper, 1 for greedy answers.
         settings: anything else that two runs must share to be one, as the model's name.
 
     Raises:
@@ -107,6 +109,7 @@ def evaluate(
     own = {
         "task": task.name,
         "max_new_tokens": task.max_new_tokens,
+        "num_beams": num_beams,
         "shots": shots,
         "select": select,
         "seed": seed,
@@ -121,7 +124,7 @@ def evaluate(
                 continue
             choose = choose or _chooser(model, processor, support, few, select, seed)
             chosen = choose(batch)
-            new = _answer(model, processor, task, batch, chosen, text_only=shots == 0)
+            new = _answer(model, processor, task, batch, chosen, num_beams, text_only=shots == 0)
             # One write: a kill leaves a batch whole or not at all.
             file.write("".join(json.dumps(record) + "\n" for record in new))
             file.flush()
@@ -193,12 +196,14 @@ def _answer(
     task: Task,
     queries: Sequence[Sample],
     chosen: Sequence[Sequence[Sample]],
+    num_beams: int,
+    *,
     text_only: bool,
 ) -> list[dict[str, Any]]:
     """Queries and their shots to records."""
     pairs = list(zip(queries, chosen, strict=True))
     prompts = [task.template.prompt(query, shots, text_only=text_only) for query, shots in pairs]
-    answers = generate(model, processor, prompts, task.max_new_tokens)
+    answers = generate(model, processor, prompts, task.max_new_tokens, num_beams)
     return [
         {
             "id": query.id,
@@ -228,8 +233,10 @@ def _resume(output: Path, header: dict[str, Any]) -> dict[Any, dict[str, Any]]:
     return {record["id"]: record for record in records}
 
 
-def generate(model: Any, processor: Processor, prompts: Sequence[list], max_new_tokens: int) -> list[str]:
-    """The model's greedy answers; the only place here that knows how a model generates."""
+def generate(
+    model: Any, processor: Processor, prompts: Sequence[list], max_new_tokens: int, num_beams: int
+) -> list[str]:
+    """The model's answers; the only place here that knows how a model generates."""
     tokenizer = processor.tokenizer
     batch = processor(prompts, prompt=True).to(next(model.parameters()).device)
     ids = model.generate(
@@ -238,6 +245,7 @@ def generate(model: Any, processor: Processor, prompts: Sequence[list], max_new_
         batch.attention_mask,
         batch.num_frames,
         max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
         stop_token_ids=(tokenizer.eoc_id, tokenizer.eos_id),
     )
     return [tokenizer.decode(row) for row in ids.tolist()]

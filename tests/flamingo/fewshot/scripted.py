@@ -53,8 +53,9 @@ class Namer(nn.Module):
         return ids + [0] * 100
 
     def generate(
-        self, input_ids, pixels, attention_mask, num_frames, *, max_new_tokens, stop_token_ids
+        self, input_ids, pixels, attention_mask, num_frames, *, max_new_tokens, num_beams, stop_token_ids
     ):  # the signature of Flamingo's
+        self.num_beams = num_beams
         media = self.encode_media(pixels, num_frames)
         for _ in range(max_new_tokens):
             token = self.decode(input_ids, media, attention_mask)[:, -1].argmax(dim=-1)
@@ -101,7 +102,8 @@ def watched():
     torch.set_num_threads(1)
     model = Watched(FlamingoConfig.preset("tiny", tie_embeddings=False))
     nn.init.normal_(model.language.embedding.weight)
-    randomise(model.cross_attn, std=0.2)
+    for part in (model.resampler, model.cross_attn):
+        randomise(part)
     return model, Processor(image_size=32)
 
 

@@ -51,11 +51,17 @@ class TestEvaluate:
         assert result.value == pytest.approx(expected)
         assert str(result) == f"vqa: VQA accuracy {expected:.2f} (6 samples, 3 shots)"
         header, *records = lines(tmp_path / "out.jsonl")
-        own = {"task": "vqa", "max_new_tokens": 10, "shots": 3, "select": "random", "seed": 0, "samples": 6}
-        assert header == own
+        how = {"task": "vqa", "max_new_tokens": 10, "num_beams": 3}
+        assert header == how | {"shots": 3, "select": "random", "seed": 0, "samples": 6}
         assert [record["id"] for record in records] == [0, 1, 2, 3, 4, "wrong"]
         assert [record["prediction"] for record in records] == [*QUERIES, "white"]
         assert all(len(set(record["shots"])) == 3 for record in records)
+
+    @pytest.mark.parametrize(("options", "num_beams"), [({}, 3), ({"num_beams": 1}, 1)])
+    def test_answers_by_beam_search(self, tmp_path, options, num_beams):
+        model = Namer()
+        self.run(tmp_path / "out.jsonl", model=model, **options)
+        assert model.num_beams == num_beams
 
     def test_captions(self, tmp_path):
         queries = [
@@ -155,7 +161,7 @@ class TestResume:
 
     def test_another_run_is_not_gone_on_with(self, finished, tmp_path):
         path = tmp_path / "whole.jsonl"
-        for options in ({"seed": 1}, {"select": "rices"}, {"settings": {"model": "other"}}):
+        for options in ({"seed": 1}, {"select": "rices"}, {"num_beams": 1}, {"settings": {"model": "other"}}):
             with pytest.raises(
                 ValueError, match=r"expected .*whole\.jsonl to be of a run with .*, got one with"
             ):
@@ -236,13 +242,24 @@ class TestCommand:
         written = [(shade, [shade, f"a {shade} wall"]) for shade in [*SHADES] * 3]
         query, support = (write_captions(tmp_path / name, written) for name in ("query", "support"))
         options = ["--output", str(tmp_path / "out"), "--shots", "0", "--select", "rices"]
-        some = ["--samples", "4", "--support-samples", "5", "--seed", "3", "--max-new-tokens", "5"]
+        some = [
+            "--samples",
+            "4",
+            "--support-samples",
+            "5",
+            "--seed",
+            "3",
+            "--max-new-tokens",
+            "5",
+            "--beams",
+            "2",
+        ]
         assert main([*self.arguments("captions", query, support), *options, *some]) == 0
         header, *records = lines(tmp_path / "out")
         chosen = sorted(random.Random(3).sample(range(9), 4))
         assert [record["id"] for record in records] == chosen
         shades = [written[place][0] for place in chosen]
-        assert header["support_samples"] == 5
+        assert (header["support_samples"], header["num_beams"]) == (5, 2)
         assert [record["prediction"] for record in records] == [shade[:4] for shade in shades]
         value = 100 * cider([shade[:4] for shade in shades], [written[place][1] for place in chosen])[0]
         assert value > 0  # only "grey" and its space are short enough
