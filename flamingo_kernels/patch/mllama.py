@@ -177,10 +177,8 @@ def _is_short_step(x: Tensor, states: Tensor | None, mask: Tensor | None) -> boo
 
 
 def _where_seeing(rows: Tensor | None, z: Tensor, x: Tensor) -> Tensor:
-    """z in the rows that see an image, x in the others; exactly so, for all that it interpolates."""
-    if rows is None:
-        return z
-    return torch.lerp(x.to(z.dtype), z, rows[:, 0].to(z.dtype))
+    """z in the rows that see an image, x in the others."""
+    return z if rows is None else torch.where(rows[:, 0] != 0, z, x.to(z.dtype))
 
 
 FAMILY = Family(
