@@ -74,5 +74,6 @@ def process_group(device: torch.device) -> Iterator[None]:
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+        distributed.barrier()  # who leaves first takes the connection along
     finally:
         distributed.destroy_process_group()
