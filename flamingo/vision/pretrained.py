@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flamingo.vision.frames import expect_frames
+
 # By the model_type of a tower's configuration: mean and standard deviation of the pixels it was trained on,
 # and how many of its tokens come before the patches.
 _FAMILIES = {
@@ -99,12 +101,7 @@ class PretrainedVision(nn.Module):
         Raises:
             ValueError: if pixels has another shape.
         """
-        expected = (3, self.image_size, self.image_size)
-        if pixels.ndim != 6 or pixels.shape[3:] != expected:
-            raise ValueError(
-                f"PretrainedVision: expected pixels with shape (B, M, F, {', '.join(map(str, expected))}), "
-                f"got {tuple(pixels.shape)}. Processor(image_size={self.image_size}) makes them."
-            )
+        expect_frames(self, pixels, self.image_size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             tokens = self.tower(pixel_values=pixels.flatten(0, 2)).last_hidden_state
         return tokens[:, self._before_patches :].unflatten(0, pixels.shape[:3])

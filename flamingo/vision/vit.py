@@ -6,6 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flamingo.modules import FeedForward
+from flamingo.vision.frames import expect_frames
 
 
 class SelfAttention(nn.Module):
@@ -66,12 +67,7 @@ class VisionEncoder(nn.Module):
         Raises:
             ValueError: if pixels has another shape.
         """
-        expected = (3, self.image_size, self.image_size)
-        if pixels.ndim != 6 or pixels.shape[3:] != expected:
-            raise ValueError(
-                f"VisionEncoder: expected pixels with shape (B, M, F, {', '.join(map(str, expected))}), got "
-                f"{tuple(pixels.shape)}. Processor makes them."
-            )
+        expect_frames(self, pixels, self.image_size)
         patches = self.to_patches(pixels.flatten(0, 2))  # [B * M * F, dim, rows, columns]
         x = rearrange(patches, "n d rows columns -> n (rows columns) d") + self.positions
         for layer in self.layers:
