@@ -19,7 +19,7 @@ fewshot      prompts, closed-ended scoring, retrieval, metrics, evaluation over 
 
 from flamingo.config import FlamingoConfig
 from flamingo.context import Context
-from flamingo.generation import generate, stream
+from flamingo.generation import complete, generate, stream
 from flamingo.language import KVCache, LanguageModel, NewTokens, PretrainedLanguage
 from flamingo.model import Flamingo, FlamingoOutput
 from flamingo.modules import (
@@ -57,6 +57,7 @@ __all__ = [
     "PretrainedVision",
     "Processor",
     "VisionEncoder",
+    "complete",
     "dense_masked_attention",
     "generate",
     "interpolate_time",
