@@ -20,7 +20,7 @@ fewshot      prompts, closed-ended scoring, retrieval, metrics, evaluation over 
 from flamingo.config import FlamingoConfig
 from flamingo.context import Context
 from flamingo.generation import generate, stream
-from flamingo.language import KVCache, LanguageModel, NewTokens, PretrainedLanguage
+from flamingo.language import KVCache, LanguageModel, NewTokens, PretrainedLanguage, load_mpt_1b
 from flamingo.model import Flamingo, FlamingoOutput
 from flamingo.modules import (
     FeedForward,
@@ -60,6 +60,7 @@ __all__ = [
     "dense_masked_attention",
     "generate",
     "interpolate_time",
+    "load_mpt_1b",
     "stream",
     "text_time",
 ]
