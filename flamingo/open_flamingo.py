@@ -87,9 +87,7 @@ def load_open_flamingo(model: Flamingo, checkpoint: Path | str) -> Flamingo:
 
         processor = Processor(224, mean=vision.mean, std=vision.std, fit="crop", tokenizer=tokenizer)
         document = [Path("cats.jpg"), "An image of two cats.", Path("sink.jpg"), "An image of"]
-        batch = processor([document], prompt=True)
-        ids = model.generate(batch.input_ids, batch.pixels, stop_token_ids=[tokenizer.eoc_id])
-        print(tokenizer.decode(ids[0]))
+        print(complete(model, processor, [document]))
 
     The others have a language model that transformers loads, `AutoModelForCausalLM.from_pretrained(name)`:
     "togethercomputer/RedPajama-INCITE-Base-3B-v1" of the 4B, "anas-awadalla/mpt-7b" of the 9B, and LLaMA-7B
