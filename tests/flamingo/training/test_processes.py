@@ -14,14 +14,13 @@ from torch import distributed
 from flamingo import Flamingo, FlamingoConfig, PretrainedLanguage
 from flamingo.training import read_log, train
 from flamingo.training.blocks import shard
-from flamingo.training.processes import gather, rank, sum_over_processes, world_size
+from flamingo.training.processes import gather, leave, rank, sum_over_processes, world_size
 from flamingo_kernels import patch
 from tests.flamingo.language import families
 from tests.flamingo.training.test_resume import ROOT, toml
 from tests.flamingo.training.tiny_run import config, model, processor
 from tests.flamingo.weights import randomise
 
-# Two times of nine, on a crowded machine, gloo aborted a process whose work was done.
 pytestmark = pytest.mark.slow
 
 
@@ -73,6 +72,7 @@ def work(me: int, data: Path, folder: Path) -> None:
         torch.save(gradient, folder / "gradient.pt")
     distributed.barrier()  # who leaves first takes the connection along
     distributed.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,23 @@ def test_a_process_alone_needs_no_group():
     assert sum_over_processes(torch.ones(2)).tolist() == [1, 1]
 
 
-@pytest.mark.slow
+def test_who_leaves_says_all_and_waits_for_no_thread():
+    """In particular for none that the interpreter would end."""
+    script = """
+import atexit, threading
+from flamingo.training.processes import leave
+
+atexit.register(print, "the interpreter has ended")
+threading.Thread(target=threading.Event().wait).start()
+print("the work is done", end="")
+leave()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the work is done", "")
+
+
 def test_torchrun(data, runs, alone, tmp_path):
     """The command line, as it is started on a machine with several GPUs."""
     (tmp_path / "run.toml").write_text(toml(data, tmp_path / "run", steps=4, checkpoint_every=2, workers=1))
