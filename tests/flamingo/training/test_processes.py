@@ -11,28 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed
 
-from flamingo import Flamingo, FlamingoConfig, PretrainedLanguage
 from flamingo.training import read_log, train
 from flamingo.training.blocks import shard
 from flamingo.training.processes import gather, leave, rank, sum_over_processes, world_size
 from flamingo_kernels import patch
-from tests.flamingo.language import families
 from tests.flamingo.training.test_resume import ROOT, toml
-from tests.flamingo.training.tiny_run import config, model, processor
-from tests.flamingo.weights import randomise
+from tests.flamingo.training.tiny_run import config, model, pretrained, processor
 
 pytestmark = pytest.mark.slow
-
-
-def pretrained():
-    """OPT: its embedding is its head, which two modules then share in one shard."""
-    torch.manual_seed(0)
-    language = PretrainedLanguage(families.build("opt", vocab_size=261), new_tokens=(257,))
-    sizes = {"language_dim": families.WIDTH, "language_layers": families.LAYERS}
-    flamingo = Flamingo(FlamingoConfig.preset("tiny", **sizes), language=language)
-    for part in (flamingo.vision, flamingo.resampler, flamingo.cross_attn):
-        randomise(part)
-    return flamingo.freeze()
 
 
 def patched():
