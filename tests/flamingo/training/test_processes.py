@@ -162,7 +162,12 @@ print("the work is done", end="")
 leave()
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, timeout=120
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        text=True,
+        capture_output=True,
+        timeout=120,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "the work is done", "")
 
