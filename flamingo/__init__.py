@@ -1,26 +1,27 @@
 """A Flamingo (arXiv 2204.14198) in plain PyTorch, to be read.
 
-modules      the layers that are trained: gated cross-attention and the Perceiver Resampler
-model        Flamingo, put together
-config       sizes, and the presets of the published models
-processor    documents of text and images to tensors
-media        images and videos, in memory or in files, to frames
-tokenizer    bytes and special tokens, or any tokenizer of transformers
-vision       vision encoders: a small ViT, NFNet, CLIP and SigLIP
-contrastive  pre-training of a vision encoder on pairs of images and texts
-language     language models: a decoder, and those of transformers
-generation   what follows a prompt: greedy, sampled, by beam search, token by token
-beam_search  the search
-context      what a model has read, so that further turns can follow
-training     of what is new, on tar shards, by one process or many
-demo         all of it on real digits, from nothing
-fewshot      prompts, closed-ended scoring, retrieval, metrics, evaluation over datasets on disk
+modules        the layers that are trained: gated cross-attention and the Perceiver Resampler
+model          Flamingo, put together
+config         sizes, and the presets of the published models
+open_flamingo  the weights of OpenFlamingo's published models
+processor      documents of text and images to tensors
+media          images and videos, in memory or in files, to frames
+tokenizer      bytes and special tokens, or any tokenizer of transformers
+vision         vision encoders: a small ViT, NFNet, CLIP and SigLIP
+contrastive    pre-training of a vision encoder on pairs of images and texts
+language       language models: a decoder, and those of transformers
+generation     what follows a prompt: greedy, sampled, by beam search, token by token
+beam_search    the search
+context        what a model has read, so that further turns can follow
+training       of what is new, on tar shards, by one process or many
+demo           all of it on real digits, from nothing
+fewshot        prompts, closed-ended scoring, retrieval, metrics, evaluation over datasets on disk
 """
 
 from flamingo.config import FlamingoConfig
 from flamingo.context import Context
-from flamingo.generation import generate, stream
-from flamingo.language import KVCache, LanguageModel, NewTokens, PretrainedLanguage
+from flamingo.generation import complete, generate, stream
+from flamingo.language import KVCache, LanguageModel, NewTokens, PretrainedLanguage, load_mpt_1b
 from flamingo.model import Flamingo, FlamingoOutput
 from flamingo.modules import (
     FeedForward,
@@ -32,6 +33,7 @@ from flamingo.modules import (
     interpolate_time,
     text_time,
 )
+from flamingo.open_flamingo import load_open_flamingo
 from flamingo.processor import Batch, Processor
 from flamingo.tokenizer import ByteTokenizer, PretrainedTokenizer
 from flamingo.vision import NFNet, PretrainedVision, VisionEncoder
@@ -57,9 +59,12 @@ __all__ = [
     "PretrainedVision",
     "Processor",
     "VisionEncoder",
+    "complete",
     "dense_masked_attention",
     "generate",
     "interpolate_time",
+    "load_mpt_1b",
+    "load_open_flamingo",
     "stream",
     "text_time",
 ]

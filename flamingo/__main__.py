@@ -19,6 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     demo = commands.add_parser("demo", help="a Flamingo from nothing, on real digits, in minutes")
     demo.add_argument("--picture", metavar="FILE", default="digits.png", help="default: digits.png")
+    demo.add_argument(
+        "--model", metavar="FILE", default="digits.safetensors", help="default: digits.safetensors"
+    )
     demo.add_argument("--no-kernels", action="store_true", help="train without flamingo_kernels")
     demo.add_argument("--quick", action="store_true", help="a few steps of each stage, to see that it runs")
     demo.set_defaults(run=_demo)
@@ -36,7 +39,7 @@ def _train(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from flamingo.demo import main as run
 
-    return run(options.picture, kernels=not options.no_kernels, quick=options.quick)
+    return run(options.picture, options.model, kernels=not options.no_kernels, quick=options.quick)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,8 @@ _FLAMINGO_3B = FlamingoConfig(
 )
 
 # The released ones: a ViT of CLIP ViT-L/14's shape at 224, 8 heads of 64 whatever the language model, no time
-# embeddings.
+# embeddings. The vocabulary: 50277 tokens of GPT-NeoX, then `<|endofchunk|>`, `<image>` and `<PAD>`. What the
+# language models have beyond, up to 50432, is cut off.
 _OPEN_FLAMINGO_3B = FlamingoConfig(
     image_size=224,
     patch_size=14,
@@ -145,10 +146,11 @@ _OPEN_FLAMINGO_3B = FlamingoConfig(
     cross_attn_heads=8,
     cross_attn_dim_head=64,
     policy="open_flamingo",
-    vocab_size=50432,
+    vocab_size=50280,
     language_dim=2048,
     language_layers=24,
     language_heads=16,
+    media_token_id=50278,
 )
 
 PRESETS = {

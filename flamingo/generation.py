@@ -1,9 +1,10 @@
-"""What follows a prompt: greedy, sampled or by beam search, all at once or token by token."""
+"""What follows a prompt: greedy, sampled or by beam search, as text or tokens, all at once or one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,39 @@ from flamingo.context import Context
 
 if TYPE_CHECKING:
     from flamingo.model import Flamingo
+    from flamingo.processor import Processor
+
+
+def complete(model: Any, processor: Processor, documents: Sequence, **options: Any) -> list[str]:
+    """The text that follows each document, up to the `<EOC>` or `<EOS>` that ends it.
+
+    Args:
+        model: a Flamingo in eval mode, or anything with its `generate`.
+        processor: of the model.
+        documents: as `Processor` takes them and `flamingo.fewshot` makes them: a caption is what follows
+            `[image, "Output:"]`, an answer what follows `[image, "Question: what is it? Answer:"]`.
+        options: of `generate`; `max_new_tokens` is 32 by default.
+
+    Raises:
+        ValueError: as `Processor` and `generate`.
+
+    Determinism: see `generate`.
+
+    >>> model, processor = Flamingo(FlamingoConfig.preset("tiny")).eval(), Processor(image_size=32)
+    >>> len(complete(model, processor, [[torch.zeros(3, 8, 8), "Output:"], ["Output:"]], max_new_tokens=2))
+    2
+    """
+    ends = (processor.tokenizer.eoc_id, processor.tokenizer.eos_id)
+    batch = processor(documents, prompt=True).to(next(model.parameters()).device)
+    ids = model.generate(
+        batch.input_ids,
+        batch.pixels,
+        batch.attention_mask,
+        batch.num_frames,
+        stop_token_ids=ends,
+        **options,
+    )
+    return [processor.tokenizer.decode(takewhile(lambda id: id not in ends, row)) for row in ids.tolist()]
 
 
 def generate(

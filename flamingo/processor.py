@@ -64,18 +64,25 @@ class Processor:
 
         <BOS> a dog: <EOC> <image> a cat: <EOC> <image> <EOC> <EOS>
 
+    and without `<BOS>` by a tokenizer whose `bos_id` is None.
+
     An image is resized to fit a square, keeping its proportions, normalised, and padded with zeros: the mean,
-    once normalised.
+    once normalised. With `fit="crop"` its shorter side fits, and what stands over is cut off, as in CLIP and
+    open_flamingo.
 
     Args:
         image_size: side of the square, in pixels.
         mean, std: of the three channels in 0..1; those of CLIP by default.
+        fit: "pad" or "crop".
         tokenizer: a `ByteTokenizer`, a `PretrainedTokenizer`, or anything with their methods and ids.
         max_media: media of a document at most; None for any number. The first are kept, later ones are
             dropped with their `<image>` and the `<EOC>` in front of it, unread; their texts stay. 5 in the
             paper's training.
         fps, max_frames: frames a second of files of videos, and how many of a file are read: in the paper
             1 and 8 in training, 3 and 30 in evaluation.
+
+    Raises:
+        ValueError: for another fit.
 
     Source: arXiv 2204.14198, sections 2.3 and 2.4, appendix A.3; the layout is Figure 7's.
 
@@ -90,12 +97,16 @@ class Processor:
         *,
         mean: Sequence[float] = (0.4815, 0.4578, 0.4082),
         std: Sequence[float] = (0.2686, 0.2613, 0.2758),
+        fit: Literal["pad", "crop"] = "pad",
         tokenizer: Tokenizer | None = None,
         max_media: int | None = None,
         fps: float = 1.0,
         max_frames: int = 8,
     ):
+        if fit not in ("pad", "crop"):
+            raise ValueError(f"Processor: expected fit 'pad' or 'crop', got {fit!r}.")
         self.image_size = image_size
+        self.fit = fit
         self.mean = torch.tensor(mean)[:, None, None]
         self.std = torch.tensor(std)[:, None, None]
         self.tokenizer = tokenizer or ByteTokenizer()
@@ -172,7 +183,7 @@ class Processor:
     def lay_out(self, document: Any, *, name: str = "the document", prompt: bool = False) -> Layout:
         """A document's tokens and media; `name` is what errors call it, `prompt` as in `__call__`."""
         tokenizer = self.tokenizer
-        ids, media = [tokenizer.bos_id], []
+        ids, media = [*self._beginning], []
         for part in _interleave(document, name):
             if isinstance(part, str):
                 ids += tokenizer.encode(part)
@@ -200,9 +211,15 @@ class Processor:
                 num_frames[row, column] = len(clip)
         return pixels, num_frames if (num_frames < most_frames).any() else None
 
+    @property
+    def _beginning(self) -> list[int]:
+        """`<BOS>`, of a tokenizer that has one."""
+        return [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+
     def _end_of_chunk(self, ids: list[int]) -> list[int]:
         """`<EOC>`, unless nothing or an `<EOC>` written by the user is before it."""
-        return [] if len(ids) == 1 or ids[-1] == self.tokenizer.eoc_id else [self.tokenizer.eoc_id]
+        is_first = len(ids) == len(self._beginning)
+        return [] if is_first or ids[-1] == self.tokenizer.eoc_id else [self.tokenizer.eoc_id]
 
     def _window(self, layout: Layout, length: int, generator: torch.Generator | None) -> Layout:
         """So many tokens in a row from a random place, and the media among them."""
@@ -238,6 +255,8 @@ class Processor:
     def _square(self, image: Tensor) -> Tensor:
         """An image `[3, h, w]` in 0..1 to a normalised `[3, image_size, image_size]`."""
         size = self.image_size
+        if self.fit == "crop":
+            return (self._cropped(image) - self.mean) / self.std
         height, width = image.shape[1:]
         scale = size / max(height, width)
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
@@ -245,6 +264,14 @@ class Processor:
         left, top = (size - width) // 2, (size - height) // 2
         image = (image - self.mean) / self.std
         return F.pad(image, (left, size - width - left, top, size - height - top))
+
+    def _cropped(self, image: Tensor) -> Tensor:
+        """As torchvision's Resize and CenterCrop do it."""
+        size = self.image_size
+        height, width = (size * side // min(image.shape[1:]) for side in image.shape[1:])
+        image = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
+        top, left = round((height - size) / 2), round((width - size) / 2)
+        return image[:, top : top + size, left : left + size]
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> Tensor:

@@ -76,7 +76,7 @@ def _info(options: argparse.Namespace) -> int:
 def _support(options: argparse.Namespace) -> int:
     from . import support
 
-    print(support.table(), support.models(options.results), sep="\n\n")
+    print(support.table(), support.models(options.results), support.presets(options.results), sep="\n\n")
     if options.readme:
         support.update_readme(options.readme, options.results)
     return 0

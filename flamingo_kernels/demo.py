@@ -123,8 +123,10 @@ def run(images: list[Any], *, rounds: int = 5, **changes: Any) -> Findings:
 
 def build(**changes: Any) -> flamingo.Flamingo:
     """The model, its vision encoder and language model frozen as in training."""
-    sizes = {"vision_layers": 1, "resampler_depth": 2, "language_layers": 2, "vocab_size": 261}
-    model = flamingo.Flamingo(flamingo.FlamingoConfig.preset("openflamingo-3b", **sizes | changes))
+    sizes = {"vision_layers": 1, "resampler_depth": 2, "language_layers": 2}
+    tokens = {"vocab_size": 261, "media_token_id": 256}  # of ByteTokenizer
+    config = flamingo.FlamingoConfig.preset("openflamingo-3b", **sizes | tokens | changes)
+    model = flamingo.Flamingo(config)
     for name, parameter in model.named_parameters():
         if name.endswith("gate"):
             nn.init.uniform_(parameter, 0.3, 1.0)

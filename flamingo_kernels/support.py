@@ -1,4 +1,4 @@
-"""Which backend runs what, and which models can be swapped: tables of the README, made from the code."""
+"""Which backend runs what, which models can be swapped, how fast they are: tables of the README."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from .patch.family import families
 
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
+
+PRESETS_BEGIN, PRESETS_END = "<!-- presets: begin -->", "<!-- presets: end -->"
 
 # By family, what `profile` calls the model whose gains stand in its row.
 PROFILED = {
@@ -121,10 +123,54 @@ def _conditions(found: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def presets(results: str | Path | None = None) -> str:
+    """Tokens a second of each preset, or its bytes and FLOPs where it was not run, in Markdown.
+
+    Args:
+        results: a folder as for `models`, for `flamingo-small` and the presets of `flamingo`. Default: none.
+    """
+    from flamingo.config import PRESETS
+
+    found = [each for name in ("flamingo-small", *PRESETS) if (each := _profile(results, name))]
+    run, counted = ([each for each in found if ("works" in each) is was_run] for was_run in (True, False))
+    lines = [
+        f"| run | dtype | parameters | {' | '.join(f'{work}, tokens/s' for work in WORKS)} |",
+        f"|---|---|--:|{'--:|' * len(WORKS)}",
+    ]
+    for each in sorted(run, key=lambda each: each["parameters"]):
+        cells = [each["model"], each["dtype"], _rounded(each["parameters"] / 1e6) + " M"]
+        lines.append("| " + " | ".join([*cells, *(_speeds(each["works"][work]) for work in WORKS)]) + " |")
+    lines += [
+        "",
+        "| counted | dtype | parameters | weights | prefill | a token | training step | kept for backward |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for each in sorted(counted, key=lambda each: sum(each["parameters"].values())):
+        size = sum(each["parameters"].values())
+        flops = (f"{_rounded(each['flops'][work] / 1e9)} GFLOP" for work in WORKS)
+        before, after = (each["saved"][side] for side in ("before", "after"))
+        kept = f"{_rounded(before / 2**20)} to {_rounded(after / 2**20)} MiB ({before / after:.2f}x)"
+        cells = [each["model"], each["dtype"], f"{_rounded(size / 1e9)} G"]
+        cells += [f"{_rounded(size * each['bytes_each'] / 2**30)} GiB", *flops, kept]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _speeds(measured: dict[str, Any]) -> str:
+    before, after = (measured["tokens_per_s"][side]["median"] for side in ("before", "after"))
+    return f"{_rounded(before)} to {_rounded(after)} ({measured['ratio']:.2f}x)"
+
+
+def _rounded(value: float) -> str:
+    """To three digits, or to a whole number."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def update_readme(path: str | Path, results: str | Path | None = None) -> None:
     """Replace what stands between the markers of a page by the tables. Raises as `readme.around`."""
     readme.replace(path, BEGIN, END, table())
     readme.replace(path, MODELS_BEGIN, MODELS_END, models(results))
+    readme.replace(path, PRESETS_BEGIN, PRESETS_END, presets(results))
 
 
 def _dtypes() -> str:

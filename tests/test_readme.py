@@ -9,6 +9,7 @@ import pytest
 import flamingo
 import flamingo_kernels
 from flamingo.__main__ import main as flamingo_command
+from flamingo.config import PRESETS
 from flamingo_kernels import _dispatch, _env, support
 from flamingo_kernels.bench import report
 from flamingo_kernels.patch.family import families
@@ -57,12 +58,22 @@ def test_its_models_are_those_of_the_code_and_its_gains_those_of_a_run():
     assert shown.strip() == support.models(GAINS), make
 
 
+def test_its_presets_are_those_of_a_run():
+    shown = README.partition(support.PRESETS_BEGIN)[2].partition(support.PRESETS_END)[0]
+    make = f"python -m flamingo_kernels support --results {GAINS.relative_to(ROOT)} --readme README.md"
+    assert shown.strip() == support.presets(GAINS), make
+    assert all(f"| {name} |" in shown for name in PRESETS)
+
+
 def test_every_model_it_names_has_gains_and_was_the_same_after():
     assert list(support.PROFILED) == [family.name for family in families()]
-    assert {path.stem for path in GAINS.iterdir()} == set(support.PROFILED.values())
+    assert {path.stem for path in GAINS.iterdir()} == {*support.PROFILED.values(), *PRESETS}
     for path in GAINS.iterdir():
         found = json.loads(path.read_text())
         assert found["model"] == path.stem
+        if "lacking" in found:
+            assert "in float64" in found["lacking"]
+            continue
         assert list(found["works"]) == list(found["proofs"])
         assert all(proof["err"] <= proof["budget"] for proof in found["proofs"].values())
         assert "dirty" not in found["conditions"]["commit"], "nobody can run that again"
@@ -85,6 +96,9 @@ def test_gains_are_ratios_of_times(tmp_path):
     assert "| 1.50x | ~0.50x | - | `row_leak`" in table
     assert table.count("| - | - | - |") == len(families()) - 1
     assert "Gains" not in support.models()
+    speeds = {"before": times(1234.4, 1, 1), "after": times(1851.7, 1, 1)}
+    assert support._speeds({"tokens_per_s": speeds, "ratio": 1.5}) == "1,234 to 1,852 (1.50x)"
+    assert support.presets().count("\n") == 4
 
 
 def test_a_file_without_markers_is_refused(tmp_path):

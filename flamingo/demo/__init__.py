@@ -8,18 +8,21 @@
     4. digits never seen        -->  accuracy by the number of shots
 
 The digits are scikit-learn's, 1797 real ones of 8 x 8 pixels, and the text is made: lists like "lamp is nine
-<EOC> river is two <EOC> lamp is nine", from which a language model learns to look up what was said before.
-That, and no digit, is what the frozen model knows; to show it an image as if it were such a word is what the
-new layers learn.
+<EOC> river is two <EOC> lamp is nine", from which a language model learns to look up what was said before,
+and facts like "Question: is nine odd? Answer: yes". That, and no digit, is what the frozen model knows; to
+show it an image as if it were such a word is what the new layers learn.
 
 words     its tokenizer, and the text
-digits    images, documents of them, and prompts
+digits    images, and what documents say of them
 stages    the three trainings
 run       all of it, and what is found
+saved     the model in a file
 
 Source: arXiv 2204.14198: sections 2.1 to 2.4, and B.1.4 for the evaluation.
 """
 
+from flamingo.demo.digits import load_digits
 from flamingo.demo.run import main
+from flamingo.demo.saved import load_model
 
-__all__ = ["main"]
+__all__ = ["load_digits", "load_model", "main"]

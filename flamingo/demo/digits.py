@@ -1,14 +1,25 @@
-"""Real handwritten digits, and documents that show some of them and say what they are."""
+"""Real handwritten digits, and what a document shows and says of them.
+
+::
+
+    captions     <image>Output: seven<EOC>                      the digit's own name
+    questions    <image>Question: is it odd? Answer: yes<EOC>
+    codes        <image>is two<EOC>                             a name drawn for this document
+"""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flamingo.demo.words import NAMES
-from flamingo.fewshot import Sample, Template
+from flamingo.demo.words import ANSWERS, NAMES, QUESTIONS
+from flamingo.fewshot import CAPTION, QUESTION, Sample, Template
 
-TEMPLATE = Template("is")
+Kind = Literal["captions", "questions", "codes"]
+
+TEMPLATES: dict[Kind, Template] = {"captions": CAPTION, "questions": QUESTION, "codes": Template("is")}
+CANDIDATES: dict[Kind, tuple[str, ...]] = {"captions": NAMES, "questions": ANSWERS, "codes": NAMES}
 WAYS = 4  # different digits of a document with codes
 HELD_OUT = 397
 MEAN, STD = (0.3053,) * 3, (0.3763,) * 3
@@ -32,15 +43,15 @@ class Digits:
         return self.images[places[torch.randint(len(places), (), generator=generator)]]
 
 
-def load(seed: int = 0) -> tuple[Digits, Digits]:
+def load_digits(seed: int = 0) -> tuple[Digits, Digits]:
     """scikit-learn's 1797 digits, those for training and 397 others.
 
     Raises:
         ImportError: without scikit-learn.
     """
-    from sklearn.datasets import load_digits
+    from sklearn import datasets
 
-    found = load_digits()
+    found = datasets.load_digits()
     images = torch.tensor(found.images, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 16
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     images, labels = images[order], torch.tensor(found.target)[order]
@@ -48,27 +59,26 @@ def load(seed: int = 0) -> tuple[Digits, Digits]:
 
 
 def episode(
-    digits: Digits, shots: int, generator: torch.Generator, *, codes: bool
+    kind: Kind, digits: Digits, shots: int, generator: torch.Generator
 ) -> tuple[Sample, list[Sample]]:
-    """One digit to be named, and others that are named before it.
+    """A digit that something is asked about, and others with their answers.
 
     Args:
+        kind: what is asked. Codes are names drawn for this episode, of four digits alone, so that the one
+            that is asked has mostly been shown.
         digits: where images are taken from.
-        shots: how many come before.
+        shots: how many have answers.
         generator: of all that is drawn.
-        codes: call the digits by names that are drawn for this episode, and take them from four alone, so
-            that the one that is asked has mostly been shown; otherwise by their own names.
 
     Returns:
-        The query and the shots.
+        The query, with its answer, and the shots.
     """
-    ways = torch.randperm(10, generator=generator)[: WAYS if codes else 10]
-    names = torch.randperm(10, generator=generator) if codes else torch.arange(10)
-    drawn = ways[torch.randint(len(ways), (shots + 1,), generator=generator)].tolist()
-    samples = [Sample(image=digits.draw(digit, generator), answer=NAMES[names[digit]]) for digit in drawn]
+    ways = torch.randperm(10, generator=generator)[: WAYS if kind == "codes" else 10]
+    names = torch.randperm(10, generator=generator) if kind == "codes" else torch.arange(10)
+    samples = []
+    for digit in ways[torch.randint(len(ways), (shots + 1,), generator=generator)].tolist():
+        question, is_true = list(QUESTIONS.items())[torch.randint(len(QUESTIONS), (), generator=generator)]
+        answer = ANSWERS[is_true(digit)] if kind == "questions" else NAMES[names[digit]]
+        image = digits.draw(digit, generator)
+        samples.append(Sample(image=image, fields={"question": question}, answer=answer))
     return samples[-1], samples[:-1]
-
-
-def prompt(query: Sample, shots: list[Sample], *, codes: bool) -> list:
-    """The document that asks for the query; its first word says whether the names are the digits' own."""
-    return ["codes" if codes else "digits", *TEMPLATE.prompt(query, shots)]

@@ -13,13 +13,18 @@ from typing import Any
 import torch
 
 from flamingo.demo import stages
-from flamingo.demo.digits import Digits, episode, load, prompt
-from flamingo.demo.words import NAMES
+from flamingo.demo.digits import CANDIDATES, TEMPLATES, Digits, Kind, episode, load_digits
+from flamingo.demo.saved import save_model
 from flamingo.fewshot import log_likelihoods
 from flamingo.model import Flamingo
 
 SHOTS = (0, 1, 2, 4, 8)
 EPISODES = 200
+TITLES: dict[Kind, str] = {
+    "captions": "called by their names",
+    "questions": "odd, even, small or large",
+    "codes": "called by names of the document",
+}
 
 
 @dataclass
@@ -29,8 +34,8 @@ class Findings:
     Attributes:
         zero_shot: accuracy of the vision encoder alone, by contrast, on digits it has not seen.
         recall: how often the language model knows a number that was said before.
-        names: accuracy by shots on digits never seen, called by their names.
-        codes: the same where every episode draws new names, of which text alone knows nothing.
+        knowledge: how often it knows whether something is true of a number.
+        accuracy: by kind of document and number of shots, on digits never seen.
         difference: the largest relative one between the losses of the first steps, patched and not; None
             where nothing was patched.
         seconds: of each stage.
@@ -38,42 +43,51 @@ class Findings:
 
     zero_shot: float = 0.0
     recall: float = 0.0
-    names: dict[int, float] = field(default_factory=dict)
-    codes: dict[int, float] = field(default_factory=dict)
+    knowledge: float = 0.0
+    accuracy: dict[Kind, dict[int, float]] = field(default_factory=dict)
     difference: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def main(path: str | Path = "digits.png", *, kernels: bool = True, quick: bool = False) -> int:
-    """Run the demo, print what it finds and draw it.
+def main(
+    picture: str | Path = "digits.png",
+    model: str | Path = "digits.safetensors",
+    *,
+    kernels: bool = True,
+    quick: bool = False,
+) -> int:
+    """Run the demo, print what it finds, draw it and save the model.
 
     Args:
-        path: of the picture.
+        picture, model: files to write; see `load_model`.
         kernels: train with the layers of `flamingo_kernels`, if it is installed.
         quick: a few steps of each stage, to see that it runs.
 
     Returns:
         0, or 1 if it has not learnt what it should.
     """
-    found = run(kernels=kernels, quick=quick)
-    if picture := _draw(found, Path(path)):
+    found, trained = run(kernels=kernels, quick=quick)
+    save_model(trained, model)
+    print(f"saved: {model}")
+    if _draw(found, Path(picture)):
         print(f"drawn: {picture}")
     return 0 if quick or _has_learnt(found) else 1
 
 
-def run(*, kernels: bool = True, quick: bool = False) -> Findings:
-    """All stages, see `flamingo.demo`."""
+def run(*, kernels: bool = True, quick: bool = False) -> tuple[Findings, Flamingo]:
+    """All stages, see `flamingo.demo`, and the model."""
     torch.manual_seed(0)
     found = Findings()
-    digits, held_out = load()
+    digits, held_out = load_digits()
     print(f"{len(digits.labels)} real digits to learn from, {len(held_out.labels)} others to be asked about")
     with _stage("vision encoder by contrast", found):
         vision, found.zero_shot = stages.pretrain_vision(digits, held_out, steps=5 if quick else 400)
     print(f"  names digits it has not seen: {found.zero_shot:.1%}")
     with _stage("language model on text", found):
-        language = stages.pretrain_language(steps=5 if quick else 1200, report=_progress(200))
+        language = stages.pretrain_language(steps=5 if quick else 600, report=_progress(200))
     found.recall = stages.recall(language)
-    print(f"  knows what a text has said before: {found.recall:.1%}")
+    found.knowledge = stages.knowledge(language)
+    print(f"  knows what a text has said before: {found.recall:.1%}, and facts: {found.knowledge:.1%}")
 
     model = Flamingo(stages.CONFIG, vision=vision, language=language).freeze()
     if kernels and (patch := _patch()):
@@ -82,27 +96,30 @@ def run(*, kernels: bool = True, quick: bool = False) -> Findings:
         print(patch(model))
     with _stage("resampler and gated blocks on documents", found):
         batches = stages.documents(digits, stages.make_processor())
-        stages.train(model, batches, steps=2 if quick else 300, report=_progress(50))
+        stages.train(model, batches, steps=2 if quick else 700, report=_progress(50))
     with _stage("questions about digits never seen", found):
         shots, episodes = ((0, 1), 4) if quick else (SHOTS, EPISODES)
-        for codes, results in ((False, found.names), (True, found.codes)):
-            results.update(
-                {count: accuracy(model, held_out, count, episodes, codes=codes) for count in shots}
-            )
+        found.accuracy = {
+            kind: {count: accuracy(kind, model, held_out, count, episodes) for count in shots}
+            for kind in TEMPLATES
+        }
     print(_table(found))
-    return found
+    return found, model
 
 
 def accuracy(
-    model: Flamingo, digits: Digits, shots: int, episodes: int, *, codes: bool, seed: int = 1
+    kind: Kind, model: Flamingo, digits: Digits, shots: int, episodes: int, *, seed: int = 1
 ) -> float:
-    """How often the likeliest of ten names is the right one, with the shots before the question."""
+    """How often the likeliest of the answers is the right one, with the shots before the question."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = [episode(digits, shots, generator, codes=codes) for _ in range(episodes)]
-    documents = [prompt(query, before, codes=codes) for query, before in drawn]
+    drawn = [episode(kind, digits, shots, generator) for _ in range(episodes)]
+    documents = [TEMPLATES[kind].prompt(query, before) for query, before in drawn]
+    candidates = CANDIDATES[kind]
     model.eval()
-    scores = log_likelihoods(model, stages.make_processor(), documents, NAMES, closed=False, batch_size=100)
-    said = [NAMES[best] for best in scores.argmax(dim=1).tolist()]
+    scores = log_likelihoods(
+        model, stages.make_processor(), documents, candidates, closed=False, batch_size=100
+    )
+    said = [candidates[best] for best in scores.argmax(dim=1).tolist()]
     return sum(name == query.answer for name, (query, _) in zip(said, drawn, strict=True)) / episodes
 
 
@@ -134,7 +151,8 @@ def _patch() -> Callable[[Any], Any] | None:
 
 def _has_learnt(found: Findings) -> bool:
     """At least nine of ten digits by name, and eight shots worth 20 points where names are drawn."""
-    return found.names[0] >= 0.9 and found.codes[8] - found.codes[0] >= 0.2
+    codes = found.accuracy["codes"]
+    return found.accuracy["captions"][0] >= 0.9 and codes[8] - codes[0] >= 0.2
 
 
 @contextmanager
@@ -155,28 +173,37 @@ def _progress(every: int) -> stages.Report:
 
 
 def _table(found: Findings) -> str:
-    lines = ["", "accuracy by the number of shots, of 10 answers", f"{'shots':<24}"]
-    lines[-1] += "".join(f"{count:>8}" for count in found.names)
-    for title, results in (("by their names", found.names), ("by codes of the episode", found.codes)):
-        lines.append(f"{title:<24}" + "".join(f"{value:>8.1%}" for value in results.values()))
+    shots = found.accuracy["captions"]
+    lines = [
+        "",
+        "accuracy by the number of shots",
+        f"{'shots':<34}" + "".join(f"{each:>8}" for each in shots),
+    ]
+    for kind, title in TITLES.items():
+        values = "".join(f"{value:>8.1%}" for value in found.accuracy[kind].values())
+        lines.append(f"{title:<34}{values}")
     lines.append(f"in all {sum(found.seconds.values()):.0f} s")
     return "\n".join(lines)
 
 
-def _draw(found: Findings, path: Path) -> Path | None:
+def _draw(found: Findings, path: Path) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no picture: matplotlib is not installed", file=sys.stderr)
-        return None
+        return False
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for title, results in (("by their names", found.names), ("by codes of the episode", found.codes)):
+    for kind, title in TITLES.items():
+        results = found.accuracy[kind]
         axes.plot(list(results), [100 * value for value in results.values()], marker="o", label=title)
-    axes.axhline(10, color="0.6", linewidth=0.8, linestyle="--", label="chance")
+    axes.axhline(10, color="0.6", linewidth=0.8, linestyle="--", label="chance among ten")
     axes.set(
-        xlabel="shots", ylabel="accuracy on digits never seen, %", ylim=(0, 100), xticks=list(found.names)
+        xlabel="shots",
+        ylabel="accuracy on digits never seen, %",
+        ylim=(0, 100),
+        xticks=list(found.accuracy["codes"]),
     )
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
-    return path
+    return True

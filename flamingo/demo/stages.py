@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from flamingo.config import FlamingoConfig
 from flamingo.contrastive import ContrastiveModel, Pairs, training_step, zero_shot
-from flamingo.demo.digits import MEAN, STD, Digits, episode, prompt
-from flamingo.demo.words import NAMES, WordTokenizer, lists
+from flamingo.demo.digits import MEAN, STD, TEMPLATES, Digits, episode
+from flamingo.demo.words import NAMES, WordTokenizer, facts, lists
 from flamingo.language import LanguageModel
 from flamingo.model import Flamingo
 from flamingo.processor import Batch, Processor
@@ -37,7 +37,8 @@ CONFIG = FlamingoConfig(
     language_heads=4,
     media_token_id=WordTokenizer.image_id,
 )
-LENGTH = 9  # digits of a document, nouns of a list: eight shots and one that is asked
+LENGTH = 9  # digits of a document: eight shots and one that is asked
+LIST_LENGTH, FACTS_LENGTH = 18, 5  # longer lists say more nouns again, from which looking up is learnt sooner
 
 Report = Callable[[int, float], None]
 
@@ -85,7 +86,7 @@ def pretrain_vision(
 
 
 def pretrain_language(*, steps: int, seed: int = 0, report: Report = lambda *_: None) -> LanguageModel:
-    """A language model that has read lists of nouns and numbers."""
+    """A language model that has read lists of nouns and numbers, and facts about numbers."""
     generator = torch.Generator().manual_seed(seed)
     model = LanguageModel(
         vocab_size=CONFIG.vocab_size,
@@ -93,35 +94,43 @@ def pretrain_language(*, steps: int, seed: int = 0, report: Report = lambda *_: 
         layers=CONFIG.language_layers,
         heads=CONFIG.language_heads,
     )
-    optimizer, schedule = _optimizer([{"params": list(model.parameters())}], 3e-3, steps)
+    optimizer, schedule = _optimizer([{"params": list(model.parameters())}], 4e-3, steps)
     for step in range(steps):
-        text = lists(64, LENGTH, generator)
-        logits = model(text)
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten())
+        texts = lists(32, LIST_LENGTH, generator), facts(8, FACTS_LENGTH, generator)
+        loss = torch.stack([_text_loss(model, text) for text in texts]).sum()
         _update(loss, optimizer, schedule)
         report(step, loss.item())
     return model
 
 
+@torch.no_grad()
 def recall(model: LanguageModel, *, seed: int = 1) -> float:
     """How often a language model knows the number of a noun that was said before, of 10 numbers."""
     text = lists(200, LENGTH, torch.Generator().manual_seed(seed))
     nouns, numbers = text[:, 1::4], text[:, 3::4]
     said = (nouns[:, :, None] == nouns[:, None, :]).tril(diagonal=-1).any(dim=-1)
-    with torch.no_grad():
-        found = model(text)[:, 2::4].argmax(dim=-1)
+    found = model(text)[:, 2::4].argmax(dim=-1)
     return (found == numbers)[said].float().mean().item()
 
 
+@torch.no_grad()
+def knowledge(model: LanguageModel, *, seed: int = 1) -> float:
+    """How often a language model knows whether something is true of a number."""
+    text = facts(200, FACTS_LENGTH, torch.Generator().manual_seed(seed))
+    answers = text[:, 6::7]
+    return (model(text)[:, 5::7].argmax(dim=-1) == answers).float().mean().item()
+
+
 def documents(digits: Digits, processor: Processor, *, seed: int = 0, count: int = 32) -> Iterator[Batch]:
-    """Batches without end, in turn of digits by their names and by codes."""
+    """Batches without end, of each kind of document in turn: `count` with codes, which are learnt last, and a
+    fourth of that of the others."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        for codes in (False, True):
+        for kind, template in TEMPLATES.items():
             told = []
-            for _ in range(count):
-                query, shots = episode(digits, LENGTH - 1, generator, codes=codes)
-                told.append([*prompt(query, shots, codes=codes), query.answer])
+            for _ in range(count if kind == "codes" else count // 4):
+                query, shots = episode(kind, digits, LENGTH - 1, generator)
+                told.append([*template.prompt(query, shots), query.answer])
             yield processor(told)
 
 
@@ -132,7 +141,7 @@ def train(
     steps: int,
     report: Report = lambda *_: None,
 ) -> list[float]:
-    """Train what is not frozen, each step by a batch of either kind of document; returns the losses."""
+    """Train what is not frozen, each step by a batch of each kind of document; returns the losses."""
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gates = [p for name, p in learnt.items() if name.endswith("_gate")]
     others = [p for name, p in learnt.items() if not name.endswith("_gate")]
@@ -140,8 +149,7 @@ def train(
     optimizer, schedule = _optimizer([{"params": others}, {"params": gates, "lr": 3e-2}], 3e-3, steps)
     losses = []
     for step in range(steps):
-        both = [next(batches), next(batches)]
-        loss = torch.stack([_loss(model, batch) for batch in both]).mean()
+        loss = torch.stack([_loss(model, next(batches)) for _ in TEMPLATES]).mean()
         _update(loss, optimizer, schedule)
         losses.append(loss.item())
         report(step, losses[-1])
@@ -151,6 +159,10 @@ def train(
 def make_processor() -> Processor:
     """Of the demo's images and words."""
     return Processor(CONFIG.image_size, mean=MEAN, std=STD, tokenizer=WordTokenizer())
+
+
+def _text_loss(model: LanguageModel, text: Tensor) -> Tensor:
+    return F.cross_entropy(model(text)[:, :-1].flatten(0, 1), text[:, 1:].flatten())
 
 
 def _loss(model: Flamingo, batch: Batch) -> Tensor:

@@ -17,6 +17,16 @@ NOUNS = (
 )
 
 
+# What is asked about a digit.
+QUESTIONS = {
+    "is it even?": lambda digit: digit % 2 == 0,
+    "is it odd?": lambda digit: digit % 2 == 1,
+    "is it small?": lambda digit: digit < 5,
+    "is it large?": lambda digit: digit >= 5,
+}
+ANSWERS = ("no", "yes")
+
+
 class WordTokenizer:
     """One id a word, for the words above and those of the documents.
 
@@ -26,7 +36,11 @@ class WordTokenizer:
     """
 
     image_id, eoc_id, pad_id, bos_id, eos_id = range(5)
-    words = ("<image>", "<EOC>", "<PAD>", "<BOS>", "<EOS>", "is", "digits", "codes", *NAMES, *NOUNS)
+    words = (
+        *("<image>", "<EOC>", "<PAD>", "<BOS>", "<EOS>", "is", "it", "Output:", "Question:", "Answer:"),
+        *(question.split()[-1] for question in QUESTIONS),
+        *(*ANSWERS, *NAMES, *NOUNS),
+    )
     vocab_size = len(words)
 
     def __init__(self):
@@ -73,4 +87,25 @@ def lists(count: int, length: int, generator: torch.Generator) -> Tensor:
     ]
     columns = [torch.as_tensor(item).expand(count, length) for item in items]
     text = torch.stack(columns, dim=-1).flatten(1)
+    return torch.cat((torch.full((count, 1), tokenizer.bos_id), text), dim=1)
+
+
+def facts(count: int, length: int, generator: torch.Generator) -> Tensor:
+    """Texts about what is true of numbers: int64 `[count, 1 + 7 * length]`.
+
+    ::
+
+        <BOS> Question: is nine odd? Answer: yes <EOC> Question: is two large? Answer: no <EOC> ...
+    """
+    tokenizer = WordTokenizer()
+    every = torch.tensor(
+        [
+            tokenizer.encode(
+                f"Question: {question.replace('it', name)} Answer: {ANSWERS[is_true(digit)]}<EOC>"
+            )
+            for question, is_true in QUESTIONS.items()
+            for digit, name in enumerate(NAMES)
+        ]
+    )
+    text = every[torch.randint(len(every), (count, length), generator=generator)].flatten(1)
     return torch.cat((torch.full((count, 1), tokenizer.bos_id), text), dim=1)

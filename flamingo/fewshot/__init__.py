@@ -11,13 +11,31 @@ command   `python -m flamingo evaluate`
 
 from flamingo.fewshot.datasets import read_captions, read_vqa
 from flamingo.fewshot.metrics import cider, roc_auc, top_one, vqa_accuracy
-from flamingo.fewshot.prompts import Sample, Template, conversation, trim
+from flamingo.fewshot.prompts import (
+    ACTION,
+    CAPTION,
+    CLASSIFICATION,
+    HATEFUL_MEMES,
+    QUESTION,
+    VISUAL_DIALOGUE,
+    Sample,
+    Template,
+    conversation,
+    dialogue_history,
+    trim,
+)
 from flamingo.fewshot.rices import image_embeddings, nearest
 from flamingo.fewshot.runner import CAPTIONS, VQA, Evaluation, Task, evaluate
 from flamingo.fewshot.scoring import ensemble_log_likelihoods, log_likelihoods
 
 __all__ = [
+    "ACTION",
+    "CAPTION",
     "CAPTIONS",
+    "CLASSIFICATION",
+    "HATEFUL_MEMES",
+    "QUESTION",
+    "VISUAL_DIALOGUE",
     "VQA",
     "Evaluation",
     "Sample",
@@ -25,6 +43,7 @@ __all__ = [
     "Template",
     "cider",
     "conversation",
+    "dialogue_history",
     "ensemble_log_likelihoods",
     "evaluate",
     "image_embeddings",

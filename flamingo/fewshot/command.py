@@ -14,6 +14,7 @@ import torch
 from flamingo.fewshot.datasets import read_captions, read_vqa
 from flamingo.fewshot.prompts import Sample
 from flamingo.fewshot.runner import CAPTIONS, VQA, Task, evaluate
+from flamingo.training import load_run
 
 # A task, its files' arguments, and what reads them.
 TASKS: dict[str, tuple[Task, tuple[str, ...], Callable[..., list[Sample]]]] = {
@@ -39,8 +40,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        metavar="MODULE:FUNCTION",
-        help="a function without arguments that returns (model, processor)",
+        metavar="RUN.TOML|MODULE:FUNCTION",
+        help="what was given to train, or a function without arguments that returns (model, processor)",
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, made or gone on with")
     parser.add_argument("--shots", type=int, default=4, help="0: two without their images (default: 4)")
@@ -95,9 +96,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _load(name: str) -> tuple[torch.nn.Module, Any]:
+    if name.endswith(".toml"):
+        return load_run(name)
     module, colon, function = name.partition(":")
     if not colon:
-        raise ValueError(f"expected --model module:function, got {name!r}.")
+        raise ValueError(f"expected --model run.toml or module:function, got {name!r}.")
     return getattr(import_module(module), function)()
 
 

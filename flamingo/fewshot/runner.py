@@ -14,6 +14,7 @@ from flamingo.fewshot import metrics
 from flamingo.fewshot.prompts import CAPTION, QUESTION, Sample, Template, trim
 from flamingo.fewshot.rices import image_embeddings, nearest
 from flamingo.fewshot.scoring import batches, identity
+from flamingo.generation import complete
 from flamingo.processor import Processor
 
 Records = Sequence[dict[str, Any]]
@@ -203,7 +204,7 @@ def _answer(
     """Queries and their shots to records."""
     pairs = list(zip(queries, chosen, strict=True))
     prompts = [task.template.prompt(query, shots, text_only=text_only) for query, shots in pairs]
-    answers = generate(model, processor, prompts, task.max_new_tokens, num_beams)
+    answers = complete(model, processor, prompts, max_new_tokens=task.max_new_tokens, num_beams=num_beams)
     return [
         {
             "id": query.id,
@@ -231,21 +232,3 @@ def _resume(output: Path, header: dict[str, Any]) -> dict[Any, dict[str, Any]]:
     if len(whole) < len(data):
         os.truncate(output, len(whole))
     return {record["id"]: record for record in records}
-
-
-def generate(
-    model: Any, processor: Processor, prompts: Sequence[list], max_new_tokens: int, num_beams: int
-) -> list[str]:
-    """The model's answers; the only place here that knows how a model generates."""
-    tokenizer = processor.tokenizer
-    batch = processor(prompts, prompt=True).to(next(model.parameters()).device)
-    ids = model.generate(
-        batch.input_ids,
-        batch.pixels,
-        batch.attention_mask,
-        batch.num_frames,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        stop_token_ids=(tokenizer.eoc_id, tokenizer.eos_id),
-    )
-    return [tokenizer.decode(row) for row in ids.tolist()]

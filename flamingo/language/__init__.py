@@ -3,6 +3,7 @@
 decoder      a decoder of one's own, Chinchilla's
 pretrained   any causal language model of transformers
 new_tokens   tokens that are learnt beside a frozen language model
+mpt_1b       the language model of OpenFlamingo-3B, which transformers has not
 
 Both are called alike; `before_layer` is where Flamingo slips its blocks in::
 
@@ -10,7 +11,8 @@ Both are called alike; `before_layer` is where Flamingo slips its blocks in::
 """
 
 from flamingo.language.decoder import KVCache, LanguageModel
+from flamingo.language.mpt_1b import load_mpt_1b
 from flamingo.language.new_tokens import NewTokens
 from flamingo.language.pretrained import PretrainedLanguage
 
-__all__ = ["KVCache", "LanguageModel", "NewTokens", "PretrainedLanguage"]
+__all__ = ["KVCache", "LanguageModel", "NewTokens", "PretrainedLanguage", "load_mpt_1b"]

@@ -190,12 +190,21 @@ class LanguageModel(nn.Module):
         self.dim_head = dim // heads
         self.positions = positions
         self.embedding = nn.Embedding(vocab_size, dim)
-        nn.init.normal_(self.embedding.weight, std=0.02)
         self.layers = nn.ModuleList(DecoderLayer(dim, heads, positions) for _ in range(layers))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.head = None if tie_embeddings else nn.Linear(dim, vocab_size, bias=False)
+        self._initialise()
         head = None if self.head is None else self.head.weight
         self.new_tokens = NewTokens(new_tokens, self.embedding.weight, head) if new_tokens else None
+
+    def _initialise(self) -> None:
+        """Products keep the size of what they are given; a token weighs as much as all that is added."""
+        nn.init.normal_(self.embedding.weight, std=self.dim**-0.5)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                added = name.endswith(("attn.to_out", "ff.3"))
+                terms = module.in_features * (2 * self.num_layers if added else 1)
+                nn.init.normal_(module.weight, std=terms**-0.5)
 
     @property
     def num_layers(self) -> int:

@@ -12,10 +12,11 @@ processes   one process or several
 checkpoint  what is saved, and how it survives a kill
 log         progress bar, JSON lines, TensorBoard
 loop        one update after the other
-command     python -m flamingo train
+command     python -m flamingo train, and the model of a run
 """
 
 from flamingo.training.checkpoint import load_weights
+from flamingo.training.command import load_run
 from flamingo.training.config import Clips, Documents, ModelConfig, Pairs, TrainingConfig
 from flamingo.training.log import read_log
 from flamingo.training.loop import train
@@ -29,6 +30,7 @@ __all__ = [
     "TrainingConfig",
     "clip_sample",
     "document_sample",
+    "load_run",
     "load_weights",
     "pair_sample",
     "read_log",

@@ -1,4 +1,4 @@
-"""`python -m flamingo train`: a run from a file."""
+"""`python -m flamingo train`: a run from a file, and the model it has trained."""
 
 import sys
 from importlib import import_module
@@ -10,6 +10,7 @@ from torch import distributed, nn
 from flamingo.config import FlamingoConfig
 from flamingo.model import Flamingo
 from flamingo.processor import Processor
+from flamingo.training import checkpoint
 from flamingo.training.config import ModelConfig, TrainingConfig
 from flamingo.training.loop import train
 from flamingo.training.processes import device_of, leave, process_group, rank
@@ -18,21 +19,48 @@ from flamingo.training.processes import device_of, leave, process_group, rank
 def run(path: str) -> int:
     """Trains as a TOML file says and returns the command's exit status."""
     try:
-        config = TrainingConfig.from_toml(path)
-        if config.model is None:
-            raise ValueError(f"{path}: expected a table [model], got none.")
+        config, of_model = _read(path)
     except (OSError, ValueError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
     with process_group(device_of(config.device)):
         torch.manual_seed(config.seed)
-        model = build(config.model)
+        model = build(of_model)
         saved = train(model, Processor(image_size=model.config.image_size), config)
         if rank() == 0:
             print(f"{config.steps} steps done, the last checkpoint is {saved}")
     if distributed.is_torchelastic_launched():
         leave()
     return 0
+
+
+def load_run(path: str | Path) -> tuple[Flamingo, Processor]:
+    """The model of a run with the weights of its latest checkpoint, in eval mode, and its processor.
+
+    Args:
+        path: of the TOML file that `python -m flamingo train` was given.
+
+    Raises:
+        ValueError: if the file is no configuration with a model, or the checkpoint is of another one.
+        FileNotFoundError: if there is no such file, or no checkpoint yet.
+    """
+    config, of_model = _read(path)
+    saved = checkpoint.latest(Path(config.folder) / "checkpoints")
+    if saved is None:
+        raise FileNotFoundError(
+            f"{path}: expected a checkpoint in {config.folder}/checkpoints, got none yet."
+        )
+    torch.manual_seed(config.seed)  # frozen weights that are random are those of the run
+    model = build(of_model)
+    checkpoint.load_weights(dict(model.named_parameters()), saved / "weights.safetensors")
+    return model.eval(), Processor(image_size=model.config.image_size)
+
+
+def _read(path: str | Path) -> tuple[TrainingConfig, ModelConfig]:
+    config = TrainingConfig.from_toml(path)
+    if config.model is None:
+        raise ValueError(f"{path}: expected a table [model], got none.")
+    return config, config.model
 
 
 def build(config: ModelConfig) -> Flamingo:

@@ -12,6 +12,8 @@ from flamingo import (
     FlamingoConfig,
     MaskedCrossAttention,
     PretrainedLanguage,
+    Processor,
+    complete,
     generate,
     stream,
 )
@@ -110,11 +112,13 @@ class TestGreedy:
     def test_stops(self, plain):
         ids, pixels, mask = documents()
         free = plain.generate(ids, pixels, mask, max_new_tokens=6)
-        stop = free[0, 1].item()
-        assert stop not in free[1:]
+        row, stop = next(
+            (row, id) for row in range(3) for id in free[row, :4].tolist() if (free == id).any(1).sum() == 1
+        )
         stopped = plain.generate(ids, pixels, mask, max_new_tokens=6, stop_token_ids=[stop])
-        assert stopped[0].tolist() == [free[0, 0].item(), *[stop] * 5]
-        assert torch.equal(stopped[1:], free[1:])
+        said = free[row].tolist()[: free[row].tolist().index(stop)]
+        assert stopped[row].tolist() == said + [stop] * (6 - len(said))
+        assert [torch.equal(a, b) for a, b in zip(stopped, free, strict=True)].count(False) == 1
         every = free[:, 2].tolist()
         assert plain.generate(ids, pixels, mask, stop_token_ids=every).shape[1] == 3
 
@@ -156,6 +160,25 @@ class TestStream:
             next(tokens)
             assert len(calls) == n
         assert torch.is_grad_enabled()
+
+
+class TestComplete:
+    def test_is_the_text_before_the_end(self, seed):
+        model, processor = build("rotary", vocab_size=261, media_token_id=256), Processor(image_size=32)
+        documents = [[torch.rand(3, 9, 9), "Output:"], ["Question: "]]
+        batch, decode = processor(documents, prompt=True), processor.tokenizer.decode
+        ids = model.generate(batch.input_ids, batch.pixels, batch.attention_mask, max_new_tokens=5)
+        ids = ids.tolist()
+        assert complete(model, processor, documents, max_new_tokens=5) == [decode(row) for row in ids]
+        for name in ("eoc_id", "eos_id"):
+            processor = Processor(image_size=32)
+            setattr(processor.tokenizer, name, ids[0][2])
+            first = complete(model, processor, documents, max_new_tokens=5)[0]
+            assert first == decode(ids[0][: ids[0].index(ids[0][2])])
+
+    def test_options_are_those_of_generate(self, plain):
+        with pytest.raises(ValueError, match="expected beam search or sampling"):
+            complete(plain, Processor(image_size=32), [["a"]], num_beams=3, temperature=1.0)
 
 
 class TestSampling:

@@ -249,6 +249,23 @@ class TestPixels:
         top, left = filled.any(dim=1).nonzero()[0].item(), filled.any(dim=0).nonzero()[0].item()
         assert (top, left) == ((32 - rows) // 2, (32 - columns) // 2)
 
+    @pytest.mark.parametrize(("height", "width"), [(50, 80), (81, 50), (20, 33), (32, 32), (7, 99)])
+    def test_cropped_as_clip_does(self, height, width):
+        """The shorter side fits, by Pillow's bicubic, and the middle of the longer one is kept."""
+        pillow = pytest.importorskip("PIL.Image")
+        # Not up to black and white: Pillow clips twice, after rows and after columns.
+        array = np.random.default_rng(0).integers(64, 192, (height, width, 3), dtype=np.uint8)
+        processor = Processor(32, fit="crop")
+        pixels = processor([[array]]).pixels[0, 0, 0]
+        shorter = min(height, width)
+        size = 32 * width // shorter, 32 * height // shorter
+        left, top = (round((side - 32) / 2) for side in size)
+        resized = pillow.fromarray(array).resize(size, pillow.Resampling.BICUBIC)
+        expected = np.asarray(resized)[top : top + 32, left : left + 32] / 255
+        found = (pixels * processor.std + processor.mean).permute(1, 2, 0)
+        assert found.shape == (32, 32, 3)
+        assert abs(found.numpy() - expected).max() < 1.5 / 255
+
     def test_every_kind_of_image_is_the_same_image(self, processor):
         array = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         tensor = torch.from_numpy(array).permute(2, 0, 1)
@@ -339,6 +356,10 @@ class TestErrors:
     def test_types(self, processor, document, message):
         with pytest.raises(TypeError, match=message):
             processor([["fine"], document])
+
+    def test_another_fit(self):
+        with pytest.raises(ValueError, match="expected fit 'pad' or 'crop', got 'stretch'"):
+            Processor(32, fit="stretch")
 
     def test_one_text_is_not_a_batch(self, processor):
         with pytest.raises(TypeError, match="expected a list of documents"):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from flamingo.demo import run, stages
-from flamingo.demo.digits import WAYS, episode, load, prompt
-from flamingo.demo.words import NAMES, NOUNS, WordTokenizer, lists
+from flamingo.demo import load_digits, load_model, run, stages
+from flamingo.demo.digits import TEMPLATES, WAYS, episode
+from flamingo.demo.saved import save_model
+from flamingo.demo.words import NAMES, NOUNS, WordTokenizer, facts, lists
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
@@ -44,7 +45,7 @@ def test_a_noun_keeps_its_number():
 
 
 def test_digits_are_held_out():
-    digits, held_out = load()
+    digits, held_out = load_digits()
     assert (len(digits.labels), len(held_out.labels)) == (1400, 397)
     assert digits.images.shape[1:] == (3, 8, 8)
     assert (digits.images.min(), digits.images.max()) == (0, 1)
@@ -52,40 +53,78 @@ def test_digits_are_held_out():
     assert not rows & {tuple(image.flatten().tolist()) for image in held_out.images}
 
 
-@pytest.mark.parametrize("codes", [False, True])
-def test_episodes(codes):
-    """Names are the digits' own, or one for each digit that is drawn for the episode."""
-    digits, _ = load()
-    label_of = {
+def labels_of(digits):
+    return {
         tuple(x.flatten().tolist()): y for x, y in zip(digits.images, digits.labels.tolist(), strict=True)
     }
-    draw, own = generator(), 0
+
+
+@pytest.mark.parametrize("kind", ["captions", "codes"])
+def test_names(kind):
+    """They are the digits' own, or one for each digit that is drawn for the episode."""
+    digits, _ = load_digits()
+    label_of, draw, own = labels_of(digits), generator(), 0
     for _ in range(20):
-        query, shots = episode(digits, 8, draw, codes=codes)
+        query, shots = episode(kind, digits, 8, draw)
         pairs = [(label_of[tuple(s.image.flatten().tolist())], s.answer) for s in (*shots, query)]
         names = dict(pairs)
         assert all(names[digit] == name for digit, name in pairs)
         assert len(set(names.values())) == len(names)
-        assert not codes or len(names) <= WAYS
+        assert kind == "captions" or len(names) <= WAYS
         own += all(NAMES[digit] == name for digit, name in pairs)
-    assert own == (0 if codes else 20)
+    assert own == (0 if kind == "codes" else 20)
+
+
+TRUE = {
+    "even?": {0, 2, 4, 6, 8},
+    "odd?": {1, 3, 5, 7, 9},
+    "small?": {0, 1, 2, 3, 4},
+    "large?": {5, 6, 7, 8, 9},
+}
+
+
+def test_questions():
+    digits, _ = load_digits()
+    label_of, draw, asked = labels_of(digits), generator(), set()
+    for _ in range(20):
+        query, shots = episode("questions", digits, 3, draw)
+        for sample in (*shots, query):
+            digit = label_of[tuple(sample.image.flatten().tolist())]
+            word = sample.fields["question"].split()[-1]
+            assert sample.answer == ("yes" if digit in TRUE[word] else "no")
+            asked.add((word, sample.answer))
+    assert len(asked) == 8
+
+
+def test_facts_are_true():
+    texts, asked = facts(50, 5, generator()), set()
+    assert texts.shape == (50, 36)
+    for text in texts:
+        for fact in WordTokenizer().decode(text).split(" <EOC>")[:-1]:
+            question, is_, name, word, answer, said = fact.split()
+            assert (question, is_, answer) == ("Question:", "is", "Answer:")
+            assert said == ("yes" if NAMES.index(name) in TRUE[word] else "no")
+            asked.add((name, word))
+    assert len(asked) == 40
 
 
 def test_prompts():
-    digits, _ = load()
-    query, (shot,) = episode(digits, 1, generator(), codes=True)
-    document = prompt(query, [shot], codes=True)
-    batch = stages.make_processor()([document], prompt=True)
-    assert WordTokenizer().decode(batch.input_ids[0]) == (
-        f"codes <EOC> <image> is {shot.answer} <EOC> <image> is"
-    )
-    assert batch.pixels.shape == (1, 2, 1, 3, 8, 8)
+    digits, _ = load_digits()
+    written = []
+    for kind, template in TEMPLATES.items():
+        query, (shot,) = episode(kind, digits, 1, generator())
+        batch = stages.make_processor()([template.prompt(query, [shot])], prompt=True)
+        written.append(WordTokenizer().decode(batch.input_ids[0]).replace(f" {shot.answer} ", " # "))
+        assert batch.pixels.shape == (1, 2, 1, 3, 8, 8)
+        assert torch.allclose(batch.pixels[0, 1, 0], stages._normalised(query.image), atol=1e-6)
+    assert written[::2] == ["<image> Output: # <EOC> <image> Output:", "<image> is # <EOC> <image> is"]
+    assert written[1].startswith("<image> Question: is it ")
+    assert written[1].endswith("? Answer:")
     assert abs(stages._normalised(digits.images).mean()) < 0.01
-    assert torch.allclose(batch.pixels[0, 1, 0], stages._normalised(query.image), atol=1e-6)
 
 
 def test_what_is_frozen_stays_and_what_is_not_learns():
-    digits, _ = load()
+    digits, _ = load_digits()
     torch.manual_seed(0)
     model = run.Flamingo(stages.CONFIG).freeze()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -98,18 +137,34 @@ def test_what_is_frozen_stays_and_what_is_not_learns():
 
 def test_quick(capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    assert run.main(tmp_path / "digits.png", quick=True) == 0
+    assert run.main(tmp_path / "digits.png", tmp_path / "digits.safetensors", quick=True) == 0
     said = capsys.readouterr().out
     assert "with the kernels the first losses differ by at most" in said
     assert "GatedCrossAttentionBlock" in said
     assert (tmp_path / "digits.png").stat().st_size > 1000
 
 
+def test_saved(tmp_path):
+    """What is loaded is what was trained, in eval mode."""
+    model = run.Flamingo(stages.CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    save_model(model, tmp_path / "model.safetensors")
+    loaded, processor = load_model(tmp_path / "model.safetensors")
+    assert not loaded.training
+    batch = processor([[torch.rand(3, 8, 8), "Output:"]], prompt=True)
+    assert torch.equal(
+        loaded(batch.input_ids, batch.pixels).logits, model(batch.input_ids, batch.pixels).logits
+    )
+    with pytest.raises(FileNotFoundError):
+        load_model(tmp_path / "none.safetensors")
+
+
 def test_patched_training_has_the_same_losses():
     """Within what rounding in another order does to ten steps."""
     from flamingo_kernels import patch
 
-    digits, _ = load()
+    digits, _ = load_digits()
     torch.manual_seed(0)
     model = run.Flamingo(stages.CONFIG).freeze()
     assert run._same_losses(model, digits, patch, steps=10) < 1e-5
@@ -122,7 +177,7 @@ def test_patched_training_has_the_same_losses():
 
 def test_what_counts_as_learnt():
     def found(zero, eight, names):
-        return run.Findings(names={0: names}, codes={0: zero, 8: eight})
+        return run.Findings(accuracy={"captions": {0: names}, "codes": {0: zero, 8: eight}})
 
     assert run._has_learnt(found(0.1, 0.8, 0.95))
     assert not run._has_learnt(found(0.1, 0.25, 0.95))
@@ -131,4 +186,4 @@ def test_what_counts_as_learnt():
 
 @pytest.mark.slow
 def test_it_learns(tmp_path):
-    assert run.main(tmp_path / "digits.png") == 0
+    assert run.main(tmp_path / "digits.png", tmp_path / "digits.safetensors") == 0

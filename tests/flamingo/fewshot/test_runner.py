@@ -273,8 +273,12 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (["--model", "tests.flamingo"], "expected --model module:function, got 'tests.flamingo'"),
+            (
+                ["--model", "tests.flamingo"],
+                "expected --model run.toml or module:function, got 'tests.flamingo'",
+            ),
             (["--model", "no.such:thing"], "No module named 'no'"),
+            (["--model", "gone.toml"], "No such file or directory: 'gone.toml'"),
             (["--shots", "9"], "expected 9 samples or more in the support"),
             (["--questions", "gone.json"], "expected a JSON file, found none at gone.json"),
         ],

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from flamingo.__main__ import main
-from flamingo.training import ModelConfig, read_log
+from flamingo.training import ModelConfig, TrainingConfig, load_run, load_weights, read_log
 from flamingo.training.command import build
 from tests.flamingo.training.test_resume import toml
 from tests.flamingo.training.tiny_run import is_frozen, model
@@ -72,6 +72,23 @@ def test_frozen_parts_come_from_files(tmp_path, capsys):
         if is_frozen(name):
             assert torch.equal(parameter, given.get_parameter(name))
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_is_loaded_as_it_was_trained(data, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(toml(data, tmp_path / "run", steps=2))
+    with pytest.raises(FileNotFoundError, match=r"expected a checkpoint in .*run/checkpoints, got none yet"):
+        load_run(path)
+    assert main(["train", str(path)]) == 0
+    loaded, processor = load_run(path)
+    torch.manual_seed(TrainingConfig.from_toml(path).seed)
+    trained = build(TrainingConfig.from_toml(path).model)
+    assert not torch.equal(loaded.resampler.latents, trained.resampler.latents)
+    weights = tmp_path / "run/checkpoints/step-00000002/weights.safetensors"
+    load_weights(dict(trained.named_parameters()), weights)
+    assert all(map(torch.equal, loaded.state_dict().values(), trained.state_dict().values()))
+    assert not loaded.training
+    assert processor.image_size == 32
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"]])
