@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from flamingo.__main__ import main
 from flamingo.demo import run, stages
-from flamingo.demo.digits import load
+from flamingo.demo.digits import load_digits
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
@@ -19,7 +19,7 @@ def key(image):
 
 def test_the_vision_encoder_learns_what_the_digits_are(seed):
     """By chance it would be one of ten."""
-    _, zero_shot = stages.pretrain_vision(*load(), steps=40)
+    _, zero_shot = stages.pretrain_vision(*load_digits(), steps=40)
     assert zero_shot > 0.3
 
 
@@ -33,7 +33,7 @@ def test_what_is_found_is_said_and_drawn(capsys, tmp_path, monkeypatch):
     """By an oracle that knows the digits held out, and is right about the even ones."""
     figure = pytest.importorskip("matplotlib.figure").Figure
     monkeypatch.chdir(tmp_path)
-    _, held_out = load()
+    _, held_out = load_digits()
     labels = {
         key(image): label for image, label in zip(held_out.images, held_out.labels.tolist(), strict=True)
     }
@@ -65,7 +65,9 @@ def test_what_is_found_is_said_and_drawn(capsys, tmp_path, monkeypatch):
 def test_the_command(monkeypatch):
     calls = []
     monkeypatch.setattr("flamingo.demo.main", lambda *args, **options: calls.append((args, options)) or 3)
-    assert main(["demo"]) == main(["demo", "--picture", "x.png", "--no-kernels", "--quick"]) == 3
-    (first, plain), (second, quick) = calls
-    assert (first[0], plain["kernels"], plain["quick"]) == ("digits.png", True, False)
-    assert (second[0], quick["kernels"], quick["quick"]) == ("x.png", False, True)
+    files = ["--picture", "x.png", "--model", "x.safetensors"]
+    assert main(["demo"]) == main(["demo", *files, "--no-kernels", "--quick"]) == 3
+    assert calls == [
+        (("digits.png", "digits.safetensors"), {"kernels": True, "quick": False}),
+        (("x.png", "x.safetensors"), {"kernels": False, "quick": True}),
+    ]
