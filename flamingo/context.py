@@ -86,7 +86,7 @@ class Context:
         if self.length == 0:
             self.media, self.num_seen, self.attention_mask = media, is_image.sum(dim=1), mask
             self._padded = not bool(mask.all())
-            return self._of_next(self.model.decode(input_ids, media, self._mask, cache=self.cache))
+            return self._of_next(input_ids, media)
         self._add_media(media)
         # Text between images sees one medium throughout, so it can be read as text that follows it.
         starts = is_image.any(dim=0).nonzero().flatten().tolist()
@@ -167,12 +167,18 @@ class Context:
         """Reads tokens `[N, T]` that all see what was seen last."""
         self.attention_mask = torch.cat((self.attention_mask, mask), dim=1)
         media, locations = self._seen_now()
-        return self._of_next(
-            self.model.decode(input_ids, media, self._mask, cache=self.cache, media_locations=locations)
-        )
+        return self._of_next(input_ids, media, locations)
 
-    def _of_next(self, logits: Tensor) -> Tensor:
-        """Of logits `[N, T, V]` those of the token that follows: `[N, V]`."""
+    def _of_next(self, input_ids: Tensor, media: Tensor, locations: Tensor | None = None) -> Tensor:
+        """Reads tokens `[N, T]` to logits `[N, V]` of the token that follows them."""
+        logits = self.model.decode(
+            input_ids,
+            media,
+            self._mask,
+            cache=self.cache,
+            media_locations=locations,
+            logits_to_keep=1,
+        )
         image = torch.tensor([self.model.config.media_token_id], device=logits.device)
         return logits[:, -1].index_fill(-1, image, -torch.inf)
 

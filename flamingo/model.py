@@ -142,6 +142,7 @@ class Flamingo(nn.Module):
         media_starts: Tensor | None = None,
         cache: Any = None,
         media_locations: Tensor | None = None,
+        logits_to_keep: int = 0,
     ) -> Tensor:
         """Tokens and media to logits.
 
@@ -154,9 +155,10 @@ class Flamingo(nn.Module):
             cache: of `language.new_cache()`, with the K - T tokens before; the new ones are added.
             media_locations: `[B, P]`, non-zero at as many places as media were before input_ids: all of
                 input_ids sees what they show. None for the media of input_ids itself.
+            logits_to_keep: n, to compute the logits of the last n tokens alone; 0 for all T.
 
         Returns:
-            logits `[B, T, vocab_size]`.
+            logits `[B, T or n, vocab_size]`.
         """
         follows = media_locations is not None
         # One tensor for all blocks: what a block derives from it can be kept for the next.
@@ -171,7 +173,13 @@ class Flamingo(nn.Module):
             seen = self.cross_attn[str(index)](texts, media, locations, follows)
             return seen.view(x.shape).to(x.dtype)  # gates in float32 promote
 
-        return self.language(input_ids, attention_mask, cache=cache, before_layer=before_layer)
+        return self.language(
+            input_ids,
+            attention_mask,
+            cache=cache,
+            before_layer=before_layer,
+            logits_to_keep=logits_to_keep,
+        )
 
     def freeze(self) -> "Flamingo":
         """Freezes the vision encoder and the language model but for new tokens, as in training."""

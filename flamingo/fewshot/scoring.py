@@ -71,7 +71,7 @@ def log_likelihoods(
     tokenizer = processor.tokenizer
     end = [tokenizer.eoc_id] if closed else []
     answers = [[*tokenizer.encode(f" {candidate}"), *end] for candidate in candidates]
-    device, length = prompts.input_ids.device, prompts.input_ids.shape[1]
+    device = prompts.input_ids.device
     scores = []
     for pairs in batches(list(product(range(len(documents)), range(len(answers)))), batch_size):
         chosen = [answers[answer] for _, answer in pairs]
@@ -82,7 +82,8 @@ def log_likelihoods(
             torch.cat((prompts.input_ids[prompt], suffix), dim=1),
             prompts.media[prompt],
             torch.cat((prompts.attention_mask[prompt], counts), dim=1),
-        )[:, length - 1 : -1]  # position t predicts token t + 1
+            logits_to_keep=suffix.shape[1] + 1,
+        )[:, :-1]  # position t predicts token t + 1
         log_p = logits.float().log_softmax(dim=-1).gather(-1, suffix[..., None])[..., 0]
         scores.append(log_p.masked_fill(~counts, 0.0).sum(dim=1).cpu())
     return torch.cat([torch.zeros(0), *scores]).reshape(len(documents), len(answers))

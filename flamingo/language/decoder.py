@@ -232,6 +232,7 @@ class LanguageModel(nn.Module):
         *,
         cache: KVCache | None = None,
         before_layer: Callable[[int, Tensor], Tensor] | None = None,
+        logits_to_keep: int = 0,
     ) -> Tensor:
         """
         Args:
@@ -240,9 +241,10 @@ class LanguageModel(nn.Module):
                 position is the number of those before it. None for no padding.
             cache: keys and values of the K - T tokens before; those of the new tokens are added.
             before_layer: what to make of the input x `[B, T, D]` of a layer, from its index and x.
+            logits_to_keep: n, to compute the logits of the last n tokens alone; 0 for all T.
 
         Returns:
-            logits `[B, T, vocab_size]`.
+            logits `[B, T or n, vocab_size]`.
 
         Raises:
             ValueError: if attention_mask has another shape.
@@ -253,7 +255,7 @@ class LanguageModel(nn.Module):
             if before_layer is not None:
                 x = before_layer(i, x)
             x = layer(x, places, cache, i)
-        return self.logits(x)
+        return self.logits(x[:, -logits_to_keep:])
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids `[B, T]` to `[B, T, D]`."""

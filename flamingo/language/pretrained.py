@@ -93,6 +93,7 @@ class PretrainedLanguage(nn.Module):
         self._path = path
         self._before_layer: BeforeLayer | None = None
         self._is_called = False
+        self._logits_to_keep = 0
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         untied = None if head.weight is embedding.weight else head.weight
         self.new_tokens = NewTokens(new_tokens, embedding.weight, untied) if new_tokens else None
@@ -101,6 +102,7 @@ class PretrainedLanguage(nn.Module):
         )
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(functools.partial(self._enter_layer, index))
+        head.register_forward_pre_hook(self._enter_head)
         head.register_forward_hook(self._leave_head)
         if frozen:
             self.freeze()
@@ -161,6 +163,7 @@ class PretrainedLanguage(nn.Module):
         *,
         cache: Any = None,
         before_layer: BeforeLayer | None = None,
+        logits_to_keep: int = 0,
     ) -> Tensor:
         """
         Args:
@@ -169,9 +172,10 @@ class PretrainedLanguage(nn.Module):
                 padding.
             cache: a cache of transformers with the K - T tokens before; the new ones are added.
             before_layer: what to make of the input x `[B, T, D]` of a layer, from its index and x.
+            logits_to_keep: n, to compute the logits of the last n tokens alone; 0 for all T.
 
         Returns:
-            logits `[B, T, vocab_size]`.
+            logits `[B, T or n, vocab_size]`.
 
         Raises:
             ValueError: if attention_mask has another shape.
@@ -184,7 +188,7 @@ class PretrainedLanguage(nn.Module):
             options["attention_mask"] = attention_mask.long()
             if self._takes_positions:
                 options["position_ids"] = positions_of(attention_mask)[:, past:]
-        with self._calling(before_layer):
+        with self._calling(before_layer, logits_to_keep):
             return self.model(inputs_embeds=self._embed(input_ids), **options).logits
 
     def _embed(self, input_ids: Tensor) -> Tensor:
@@ -200,15 +204,20 @@ class PretrainedLanguage(nn.Module):
             return None
         return self._before_layer(index, args[0]), *args[1:]
 
+    def _enter_head(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        # Here and not by the model's own argument, which not every family has.
+        return (args[0][:, -self._logits_to_keep :],) if self._is_called else None
+
     def _leave_head(self, head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         if self.new_tokens is None or not self._is_called:
             return logits
         return self.new_tokens.add_logits(args[0], logits)
 
     @contextlib.contextmanager
-    def _calling(self, before_layer: BeforeLayer | None) -> Iterator[None]:
+    def _calling(self, before_layer: BeforeLayer | None, logits_to_keep: int) -> Iterator[None]:
         """Turns the hooks on."""
         self._before_layer, self._is_called = before_layer, True
+        self._logits_to_keep = logits_to_keep
         checkpointed = [layer for layer in self.layers if getattr(layer, "gradient_checkpointing", False)]
         try:
             with contextlib.ExitStack() as stack:

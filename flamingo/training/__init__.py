@@ -4,6 +4,7 @@ config      every choice of a run, with the paper's values
 shards      tar shards of documents, pairs and clips
 order       the order of samples, and how a run finds its place in it
 samples     files of a sample to a document
+augment     images mirrored and recoloured at random
 data        documents to batches
 optimizer   AdamW on float32 weights
 blocks      what is sharded and recomputed as one

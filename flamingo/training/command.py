@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from flamingo.config import FlamingoConfig
 from flamingo.model import Flamingo
@@ -13,7 +13,7 @@ from flamingo.processor import Processor
 from flamingo.training import checkpoint
 from flamingo.training.config import ModelConfig, TrainingConfig
 from flamingo.training.loop import train
-from flamingo.training.processes import device_of, process_group, rank
+from flamingo.training.processes import device_of, leave, process_group, rank
 
 
 def run(path: str) -> int:
@@ -29,6 +29,8 @@ def run(path: str) -> int:
         saved = train(model, Processor(image_size=model.config.image_size), config)
         if rank() == 0:
             print(f"{config.steps} steps done, the last checkpoint is {saved}")
+    if distributed.is_torchelastic_launched():
+        leave()
     return 0
 
 

@@ -25,6 +25,8 @@ class DatasetConfig:
         micro_batch_size: samples of a process that are computed at once, None for all; their gradients add up
             to the same.
         length: tokens of a sample at most.
+        flip, colour: probabilities that an image or a clip is mirrored, and that its colours are changed; see
+            `augment`. 0 and 0 leave images as they are.
     """
 
     kind: ClassVar[str]
@@ -35,6 +37,8 @@ class DatasetConfig:
     batch_size: int
     micro_batch_size: int | None = None
     length: int
+    flip: float = 0.5
+    colour: float = 0.8
 
     def __post_init__(self):
         where = f"dataset {self.name!r}"

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from flamingo.media import VIDEOS, read_image, read_video
+from flamingo.training.augment import augment
 from flamingo.training.config import Clips, DatasetConfig, Documents, Pairs
 from flamingo.training.shards import Sample
 
@@ -41,13 +42,13 @@ def _(config: Documents, sample: Sample, encode: Encode, draw: random.Random) ->
         raise ValueError(f"to_document: expected a document's json, got {', '.join(sample)}.")
     parts = json.loads(sample["json"])
     kept = window(parts, config.length, config.max_images, encode, draw)
-    return [part if isinstance(part, str) else _image(sample, part["image"]) for part in kept]
+    return [part if isinstance(part, str) else _image(config, sample, part["image"], draw) for part in kept]
 
 
 @to_document.register
 def _(config: Pairs, sample: Sample, encode: Encode, draw: random.Random) -> list[Any]:
     kind = next((kind for kind in IMAGES if kind in sample), "png")
-    return [_image(sample, kind), _caption(config, sample, encode, draw)]
+    return [_image(config, sample, kind, draw), _caption(config, sample, encode, draw)]
 
 
 @to_document.register
@@ -57,9 +58,10 @@ def _(config: Clips, sample: Sample, encode: Encode, draw: random.Random) -> lis
         kinds = sorted(
             (kind for kind in sample if kind.endswith(IMAGES)), key=lambda kind: int(kind.split(".")[0])
         )
-        frames = [_image(sample, kind) for kind in kinds[: config.frames]]
+        frames = [_read(sample, kind) for kind in kinds[: config.frames]]
     else:
         frames = list(read_video(_File(sample, video), fps=config.fps, max_frames=config.frames))
+    frames = augment(frames, flip=config.flip, colour=config.colour, draw=draw)
     return [frames, _caption(config, sample, encode, draw)]
 
 
@@ -136,7 +138,12 @@ class _File(io.BytesIO):
         self.name = kind
 
 
-def _image(sample: Sample, kind: str) -> Tensor:
+def _image(config: Documents | Pairs, sample: Sample, kind: str, draw: random.Random) -> Tensor:
+    (image,) = augment([_read(sample, kind)], flip=config.flip, colour=config.colour, draw=draw)
+    return image
+
+
+def _read(sample: Sample, kind: str) -> Tensor:
     if kind not in sample:
         raise ValueError(f"to_document: expected an image {kind}, got {', '.join(sample)}.")
     return read_image(_File(sample, kind))

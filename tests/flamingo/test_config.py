@@ -54,6 +54,8 @@ def test_the_papers_parameters():
     assert type(block.ff[2]).__name__ == "SquaredReLU"
     assert block.attn.norm_media.normalized_shape == (1536,)
     assert block.attn.scale == 128**-0.5
+    assert model.resampler.latents.shape == (64, 1536)
+    assert model.resampler.frame_embs.shape == (8, 1536)
 
 
 @pytest.mark.parametrize(("name", "billions"), [("flamingo-3b", 3.2), ("flamingo-80b", 80)])

@@ -409,6 +409,22 @@ class TestCost:
         assert flops[2] - flops[1] == 40 * slope
         assert slope <= 3 * 2 * model.config.language_dim * model.config.language_layers
 
+    @pytest.mark.parametrize("kind", ["rotary", "llama", "mpt"])
+    def test_of_a_prompt_has_the_vocabulary_once(self, kind, seed):
+        """Logits of the last token alone, the same as among those of all."""
+        model, (ids, pixels) = build(kind), self.prompt(3)
+        lm = model.language
+        head = lm.model.get_output_embeddings() if isinstance(lm, PretrainedLanguage) else lm.head
+        flops, logits = [], []
+        model.requires_grad_(False)
+        for read in (lambda: model(ids, pixels).logits[:, -1], lambda: Context(model).read(ids, pixels)):
+            with FlopCounterMode(display=False) as counter:
+                logits.append(read())
+            flops.append(counter.get_total_flops())
+        logits[0][:, IMAGE] = -torch.inf
+        torch.testing.assert_close(logits[1], logits[0])
+        assert flops[0] - flops[1] == 2 * head.weight.numel() * (ids.shape[1] - 1)
+
     @pytest.mark.parametrize("kind", ["rotary", "llama"])
     def test_media_are_encoded_once(self, kind, seed):
         model = build(kind)

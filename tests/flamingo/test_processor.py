@@ -395,5 +395,8 @@ def test_an_image_and_clips_of_8_and_30_frames_go_through_a_model(processor, see
     together = logits(documents)
     for document, expected in zip(documents, together, strict=True):
         torch.testing.assert_close(logits([document])[0], expected)
+        alone = [processor([[part]]).pixels.double() for part in document if not isinstance(part, str)]
+        media = torch.cat([model.encode_media(pixels) for pixels in alone], dim=1)
+        torch.testing.assert_close(model.decode(processor([document]).input_ids, media)[0], expected)
     (other,) = logits([["a", image[0], "one", short[:7], "two", long, "three"]])
     assert not torch.allclose(other, together[0])

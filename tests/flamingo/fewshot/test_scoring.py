@@ -52,6 +52,12 @@ class TestLogLikelihoods:
         torch.testing.assert_close(scores, torch.tensor(expected))
         assert scores.std(dim=1).min() > 0.1
 
+    def test_logits_are_of_the_candidates_alone(self, model, processor, images):
+        rows = []
+        model.language.norm.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+        log_likelihoods(model, processor, [[images[0], "a long prompt:"]], ["ab", "c"])
+        assert rows == [5]  # the colon, the longest candidate's " ab", and <EOC>, from which nothing follows
+
     def test_every_medium_is_encoded_once(self, model, processor, images):
         seen = []
         model.vision.register_forward_pre_hook(

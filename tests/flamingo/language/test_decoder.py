@@ -138,6 +138,14 @@ def test_before_a_layer(language):
     assert not torch.equal(language(IDS, before_layer=before_layer), logits)
 
 
+def test_logits_of_the_last_tokens(language):
+    whole, rows = language(IDS, MASK), []
+    language.norm.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    for keep in (1, 4, 9):
+        torch.testing.assert_close(language(IDS, MASK, logits_to_keep=keep), whole[:, -keep:])
+    assert rows == [1, 4, 9]
+
+
 def test_sizes(language):
     assert (language.dim, language.vocab_size, language.num_layers) == (16, 10, 2)
     assert not [name for name, _ in language.named_parameters() if name.endswith(".bias")]

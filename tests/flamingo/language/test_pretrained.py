@@ -86,6 +86,18 @@ class TestAlone:
         alone = language(ids[mask][None])[0]
         torch.testing.assert_close(language(ids, mask)[mask], alone, **ROUNDING)
 
+    def test_logits_of_the_last_tokens(self, lm):
+        """The model's own call has all of them again."""
+        language, ids, rows = PretrainedLanguage(lm, new_tokens=[IMAGE]), tokens(2, 9), []
+        whole = language(ids)
+        lm.get_output_embeddings().register_forward_hook(
+            lambda module, args, out: rows.append(args[0].shape[1])
+        )
+        for keep in (1, 4):
+            torch.testing.assert_close(language(ids, logits_to_keep=keep), whole[:, -keep:], **ROUNDING)
+        assert lm(input_ids=ids).logits.shape == (2, 9, VOCABULARY)
+        assert rows == [1, 4, 9]
+
     def test_sizes(self, lm):
         language = PretrainedLanguage(lm)
         assert (language.dim, language.vocab_size, language.num_layers) == (WIDTH, VOCABULARY, LAYERS)

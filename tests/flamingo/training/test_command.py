@@ -1,5 +1,7 @@
 """`python -m flamingo train`."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,6 +21,20 @@ def test_it_trains_and_says_where_the_result_is(data, tmp_path, capsys):
     assert "train: vision has random weights, as vision_weights is not given" in shown.err
     assert "2/2" in shown.err
     assert len(read_log(tmp_path / "run")) == 2
+
+
+def test_one_of_several_processes_leaves_at_once(data, tmp_path, monkeypatch):
+    left = []
+    monkeypatch.setattr(
+        "flamingo.training.command.leave", lambda: left.append(len(read_log(tmp_path / "run")))
+    )
+    (tmp_path / "run.toml").write_text(toml(data, tmp_path / "run", steps=1))
+    assert main(["train", str(tmp_path / "run.toml")]) == 0
+    assert left == []
+    torchrun = SimpleNamespace(is_torchelastic_launched=lambda: True)
+    monkeypatch.setattr("flamingo.training.command.distributed", torchrun)
+    main(["train", str(tmp_path / "run.toml")])
+    assert left == [1]
 
 
 @pytest.mark.parametrize(

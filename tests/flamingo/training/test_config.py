@@ -65,6 +65,7 @@ def test_defaults_are_the_papers():
         (0.03, 64, 64),
     ]
     assert (config.datasets[0].max_images, config.datasets[1].space) == (5, 0.5)
+    assert {(d.flip, d.colour) for d in config.datasets} == {(0.5, 0.8)}  # BYOL's
     assert (config.datasets[2].frames, config.datasets[2].fps) == (8, 1.0)
     assert (config.steps, config.learning_rate, config.warmup_steps) == (500_000, 1e-4, 5000)
     assert (config.weight_decay, config.no_decay, config.max_grad_norm) == (0.1, ("resampler",), 1.0)

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from flamingo.training import loop, read_log, train
+from flamingo.training.blocks import blocks, recomputed
 from flamingo.training.data import Stream
 from flamingo.training.loop import accumulate_gradients
-from tests.flamingo.training.tiny_run import config, datasets, is_frozen, model, processor
+from tests.flamingo.training.tiny_run import config, datasets, is_frozen, model, pretrained, processor
 
 
 def batches(data):
@@ -136,6 +137,34 @@ def test_recomputed_blocks_give_the_same_to_the_bit(data, tmp_path, monkeypatch)
         assert all("forward" not in vars(module) for module in flamingo.modules())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert counts[1] > 1.3 * counts[0]
+
+
+@pytest.mark.parametrize("build", [model, pretrained])
+def test_recomputed_blocks_keep_less(data, build):
+    """The resampler, the gated blocks and the layers of either language model: each saves its share."""
+    flamingo, taken = build(), batches(data)
+    units = blocks(flamingo)
+    kinds = [units[:1], units[1:3], units[3:]]
+    assert [len(kind) for kind in kinds] == [1, len(flamingo.cross_attn), flamingo.language.num_layers]
+    expected, everything = kept(flamingo, taken, [])
+    share = [everything - kept(flamingo, taken, kind)[1] for kind in kinds]
+    found, rest = kept(flamingo, taken, units)
+    assert min(share) > 0.1 * everything
+    assert rest == everything - sum(share) < 0.35 * everything
+    for name, gradient in found.items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+def kept(flamingo, taken, recompute):
+    """The gradients, and how many bytes are kept for them."""
+    sizes = []
+    flamingo.zero_grad()
+    with (
+        recomputed(recompute),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x),
+    ):
+        accumulate_gradients(flamingo, taken)
+    return gradients(flamingo), sum(sizes)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(data, tmp_path):

@@ -13,12 +13,21 @@ from torch import distributed
 
 from flamingo.training import read_log, train
 from flamingo.training.blocks import shard
-from flamingo.training.processes import gather, rank, sum_over_processes, world_size
+from flamingo.training.processes import gather, leave, rank, sum_over_processes, world_size
+from flamingo_kernels import patch
 from tests.flamingo.training.test_resume import ROOT, toml
-from tests.flamingo.training.tiny_run import config, model, processor
+from tests.flamingo.training.tiny_run import config, model, pretrained, processor
 
-# Two times of nine, on a crowded machine, gloo aborted a process whose work was done.
 pytestmark = pytest.mark.slow
+
+
+def patched():
+    flamingo = model()
+    assert len(patch(flamingo).replaced) == 7
+    return flamingo
+
+
+MODELS = {"pretrained": pretrained, "patched": patched}  # of runs of these names; of others, `model`
 
 
 def configs(data: Path, folder: Path):
@@ -28,6 +37,8 @@ def configs(data: Path, folder: Path):
         "two": run,
         "recomputed": replace(run, folder=f"{folder}/recomputed", gradient_checkpointing=True),
         "bfloat16": replace(run, folder=f"{folder}/bfloat16", bfloat16=True),
+        "pretrained": replace(run, folder=f"{folder}/pretrained", gradient_checkpointing=True),
+        "patched": replace(run, folder=f"{folder}/patched"),
         "one": replace(run, folder=f"{folder}/one"),
     }
 
@@ -38,7 +49,7 @@ def work(me: int, data: Path, folder: Path) -> None:
     distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=me, world_size=2)
     for name, run in configs(data, folder).items():
         steps = 6 if name == "one" else run.steps  # one process has made the first four
-        train(model(), processor(), replace(run, steps=steps))
+        train(MODELS.get(name, model)(), processor(), replace(run, steps=steps))
     layer = torch.nn.Linear(1, 1, bias=False)
     shard(layer, [], bfloat16=True)
     layer(torch.tensor([[256.0, 1.0][me]], dtype=torch.bfloat16)).sum().backward()
@@ -47,6 +58,7 @@ def work(me: int, data: Path, folder: Path) -> None:
         torch.save(gradient, folder / "gradient.pt")
     distributed.barrier()  # who leaves first takes the connection along
     distributed.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +72,12 @@ def runs(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
-    """The folder of the runs of one process, in float32 and in bfloat16."""
+    """The folder of the runs of one process."""
     folder = tmp_path_factory.mktemp("alone")
     train(model(), processor(), config(data, folder / "exact", steps=6, checkpoint_every=2))
     train(model(), processor(), config(data, folder / "bfloat16", steps=4, bfloat16=True))
+    for name, build in MODELS.items():
+        train(build(), processor(), config(data, folder / name, steps=4))
     return folder
 
 
@@ -79,13 +93,22 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
 
 
-@pytest.mark.parametrize("name", ["two", "recomputed"])
-def test_two_processes_make_the_updates_of_one(runs, alone, name):
-    assert_close(runs / name, alone / "exact", steps=4)
-    found, expected = weights(runs / name, 4), weights(alone / "exact", 4)
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("two", "exact"), ("recomputed", "exact"), ("pretrained", "pretrained"), ("patched", "patched")],
+)
+def test_two_processes_make_the_updates_of_one(runs, alone, name, expected):
+    assert_close(runs / name, alone / expected, steps=4)
+    found, expected = weights(runs / name, 4), weights(alone / expected, 4)
     assert found.keys() == expected.keys()
     for key in expected:  # AdamW turns the sign of a gradient near 0 into a step of the learning rate
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-3, msg=key)
+
+
+def test_two_processes_run_the_kernels(runs):
+    plain, fused = (read_log(runs / name)[-1]["loss"] for name in ("two", "patched"))
+    assert plain == pytest.approx(fused, rel=1e-4)
+    assert plain != fused
 
 
 def test_in_bfloat16_too(runs, alone):
@@ -127,7 +150,28 @@ def test_a_process_alone_needs_no_group():
     assert sum_over_processes(torch.ones(2)).tolist() == [1, 1]
 
 
-@pytest.mark.slow
+def test_who_leaves_says_all_and_waits_for_no_thread():
+    """In particular for none that the interpreter would end."""
+    script = """
+import atexit, threading
+from flamingo.training.processes import leave
+
+atexit.register(print, "the interpreter has ended")
+threading.Thread(target=threading.Event().wait).start()
+print("the work is done", end="")
+leave()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the work is done", "")
+
+
 def test_torchrun(data, runs, alone, tmp_path):
     """The command line, as it is started on a machine with several GPUs."""
     (tmp_path / "run.toml").write_text(toml(data, tmp_path / "run", steps=4, checkpoint_every=2, workers=1))

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tests.flamingo.training.tiny_run import images, processor
 ENCODE = ByteTokenizer().encode
 PAGES = Documents(name="pages", shards=("x",), length=40)
 PAIRS = Pairs(name="pairs", shards=("x",), length=20)
-CLIPS = Clips(name="clips", shards=("x",), frames=3)
+CLIPS = Clips(name="clips", shards=("x",), frames=3, flip=0.0, colour=0.0)
 
 
 def windows(parts, length, max_images=5, times=200):
@@ -121,7 +122,7 @@ class TestClips:
     def test_frames_in_their_order(self):
         """Of which there may be more than nine."""
         frames = images(12, seed=0)
-        config = Clips(name="clips", shards=("x",), frames=11)
+        config = replace(CLIPS, frames=11)
         clip, caption = to_document(config, clip_sample(frames, "moves"), ENCODE, random.Random(0))
         for found, frame in zip(clip, frames[:11], strict=True):
             assert torch.equal(found, to_image(frame))
@@ -141,7 +142,7 @@ class TestClips:
         sample = {"mp4": buffer.getvalue(), "txt": b"brighter"}
         clip, _ = to_document(CLIPS, sample, ENCODE, random.Random(0))
         assert [round(frame.mean().item() * 255 / 60) for frame in clip] == [0, 1, 2]
-        twice = Clips(name="clips", shards=("x",), frames=5, fps=2.0)
+        twice = replace(CLIPS, frames=5, fps=2.0)
         clip, _ = to_document(twice, sample, ENCODE, random.Random(0))
         assert [round(frame.mean().item() * 255 / 60) for frame in clip] == [0, 0, 1, 1, 2]
         with pytest.raises(ValueError, match=r"expected a video that PyAV can read, got mp4"):

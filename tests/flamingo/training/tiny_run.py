@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flamingo import Flamingo, FlamingoConfig, Processor
+from flamingo import Flamingo, FlamingoConfig, PretrainedLanguage, Processor
 from flamingo.training import (
     Clips,
     Documents,
@@ -17,6 +17,7 @@ from flamingo.training import (
     pair_sample,
     write_shards,
 )
+from tests.flamingo.language import families
 from tests.flamingo.weights import randomise
 
 SIZES = {"documents": 7, "pairs": 9, "clips": 5}
@@ -65,6 +66,17 @@ def model(seed: int = 0) -> Flamingo:
     """Gates open, so that every trained parameter has a gradient; <EOC> is learned."""
     torch.manual_seed(seed)
     return randomise(Flamingo(FlamingoConfig.preset("tiny", new_tokens=(257,)))).freeze()
+
+
+def pretrained() -> Flamingo:
+    """With an OPT of transformers, whose embedding is its head too."""
+    torch.manual_seed(0)
+    language = PretrainedLanguage(families.build("opt", vocab_size=261), new_tokens=(257,))
+    sizes = {"language_dim": families.WIDTH, "language_layers": families.LAYERS}
+    flamingo = Flamingo(FlamingoConfig.preset("tiny", **sizes), language=language)
+    for part in (flamingo.vision, flamingo.resampler, flamingo.cross_attn):
+        randomise(part)
+    return flamingo.freeze()
 
 
 def is_frozen(name: str) -> bool:
