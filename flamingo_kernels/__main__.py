@@ -32,7 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument("--device", default="cpu", help='where to run, as in "cuda:0" (default: cpu)')
     bench.add_argument("--quick", action="store_true", help="tiny shapes: shows that it works, not how fast")
     bench.add_argument("--seconds", type=float, help="how long to time one case (default: 2; 0.1 if quick)")
-    bench.add_argument("--load", metavar="FILE", help="show an earlier --json FILE instead of running")
+    bench.add_argument(
+        "--load",
+        metavar="FILE",
+        action="append",
+        help="show an earlier --json FILE instead of running (repeatable: the later replaces a case)",
+    )
     bench.add_argument("--json", metavar="FILE", help="write every row with its conditions")
     bench.add_argument("--csv", metavar="FILE", help="write the rows for a spreadsheet")
     bench.add_argument("--picture", metavar="FILE", help="draw the speed-ups (.png, .svg, .pdf)")

@@ -14,10 +14,12 @@ from flamingo.demo import stages
 from flamingo.demo.saved import save_model
 from flamingo_kernels import _dispatch, _env, support
 from flamingo_kernels.bench import report
+from flamingo_kernels.bench.rows import Run
 from flamingo_kernels.patch.family import families
 
 ROOT = Path(__file__).parents[1]
 GAINS = ROOT / "benchmarks/results/intel-xeon-2-cores/models"
+BENCH = ROOT / "benchmarks/results/intel-xeon-2-cores/bench.json"
 README = (ROOT / "README.md").read_text()
 
 
@@ -129,6 +131,13 @@ def test_its_links_lead_somewhere():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_its_speeds_are_those_of_a_run():
+    shown = README.partition(report.BEGIN)[2].partition(report.END)[0]
+    make = f"python -m flamingo_kernels bench --load {BENCH.relative_to(ROOT)} --readme README.md"
+    assert shown.strip() == report.markdown(Run.load(BENCH)), make
+    assert "dirty" not in report.conditions(Run.load(BENCH))
 
 
 def test_bench_finds_its_markers():

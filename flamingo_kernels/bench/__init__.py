@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import reduce
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _load_or_run(options: argparse.Namespace) -> Run:
     from .shapes import CASES_OF, QUICK
 
     if options.load:
-        return Run.load(options.load)
+        return reduce(Run.updated, map(Run.load, options.load))
     if why := why_not_on(options.device):
         raise ValueError(f"{why}.")
     device = torch.device(options.device)

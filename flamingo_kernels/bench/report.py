@@ -114,7 +114,7 @@ def _left_out(run: Run) -> list[str]:
 
 def markdown(run: Run) -> str:
     """One line a case, for the README."""
-    columns = columns_of(run)
+    columns = columns_of(run) | {name: name for name in FLOORS if name in {row.contender for row in run.rows}}
     lines = [
         f"| | dtype | mode | ours | {' | '.join(columns.values())} | target |",
         f"|---|---|---|--:|{'--:|' * len(columns)}---|",
@@ -126,6 +126,7 @@ def markdown(run: Run) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     notes = [
         f"Columns of rivals: how many times as long as ours they take. Attention has{_USUAL}. "
+        f"{' and '.join(FLOORS)} are no rivals but floors: they do a part of the work. "
         "A dash: no such rival, or it was left out (no compiler, or a wrong result).",
         memory_verdict(run),
         conditions(run),
@@ -144,8 +145,9 @@ def conditions(run: Run) -> str:
     if not run.rows:
         return ""
     ours = {row.variant for row in run.rows if row.contender == OURS}
-    row = run.rows[0]
-    commit = f", commit {row.commit}" if row.commit else ""
+    row = max(run.rows, key=lambda row: row.time)
+    commits = ", ".join(dict.fromkeys(each.commit for each in run.rows if each.commit))
+    commit = f", commit {commits}" if commits else ""
     threads = f", {row.threads} threads" if row.device_type == "cpu" else ""
     return (
         f"Medians on {row.device}{threads}, torch {row.torch}, backend "

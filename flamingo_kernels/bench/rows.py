@@ -81,6 +81,15 @@ class Run(NamedTuple):
         stored = json.loads(Path(path).read_text())
         return cls([Row(**row) for row in stored["rows"]], [Skipped(**each) for each in stored["skipped"]])
 
+    def updated(self, later: Run) -> Run:
+        """This run with the cases that a later one measured again, in the places where they were."""
+        cases = self.cases | later.cases
+        again = {*later.cases, *(each.key for each in later.skipped)}
+        return Run(
+            [row for rows in cases.values() for row in rows.values()],
+            [each for each in self.skipped if each.key not in again] + later.skipped,
+        )
+
     def save_json(self, path: str | Path) -> None:
         lists = {name: [dataclasses.asdict(each) for each in kept] for name, kept in self._asdict().items()}
         Path(path).write_text(json.dumps(lists, indent=1) + "\n")

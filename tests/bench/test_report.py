@@ -200,6 +200,29 @@ def test_a_stored_run_is_the_same_run(outcome, tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["rows"][0]["op"] == MASKED.op
 
 
+def test_a_later_run_replaces_the_cases_that_it_measured(outcome):
+    ours = next(row for row in outcome.rows if row.contender == OURS)
+    again = dataclasses.replace(ours, median_ms=0.5, commit="later", time="2100-01-01T00:00:00Z")
+    other = dataclasses.replace(again, shape="another")
+    skipped = [each for each in outcome.skipped if each.key != ours.key]
+    found = outcome.updated(Run([again, other], []))
+    assert list(found.cases) == [*outcome.cases, other.key]
+    assert found.cases[ours.key] == {OURS: again}
+    assert found.skipped == skipped
+    assert f"commit {outcome.rows[0].commit}, later, 2100-01-01T00:00:00Z." in report.conditions(
+        Run([*outcome.rows, again], [])
+    )
+
+
+def test_floors_have_columns_where_there_are_any(outcome):
+    head = report.markdown(outcome).splitlines()[0]
+    assert "products" not in head
+    floor = dataclasses.replace(outcome.rows[0], contender="products", ratio=0.93)
+    head, _, line, *_ = report.markdown(Run([*outcome.rows, floor], [])).splitlines()
+    assert "| products |" in head
+    assert "| 0.93x |" in line
+
+
 def test_the_picture_has_a_bar_for_every_rival(outcome, tmp_path, monkeypatch):
     figure_module = pytest.importorskip("matplotlib.figure")
     figures = []
