@@ -10,6 +10,8 @@ import flamingo
 import flamingo_kernels
 from flamingo.__main__ import main as flamingo_command
 from flamingo.config import PRESETS
+from flamingo.demo import stages
+from flamingo.demo.saved import save_model
 from flamingo_kernels import _dispatch, _env, support
 from flamingo_kernels.bench import report
 from flamingo_kernels.patch.family import families
@@ -20,7 +22,9 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_its_python_runs(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn", reason="the demo's digits are scikit-learn's")
     monkeypatch.chdir(tmp_path)
+    save_model(flamingo.Flamingo(stages.CONFIG), "digits.safetensors")
     model = flamingo.Flamingo(flamingo.FlamingoConfig.preset("tiny"))
     names = {"model": model}
     for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
@@ -29,10 +33,25 @@ def test_its_python_runs(tmp_path, monkeypatch):
     assert names["out"].shape == (1, 4, 8, 64)
 
 
+@pytest.mark.slow
+def test_its_captions_and_answers_are_those_of_the_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert flamingo_command(["demo"]) == 0
+    python, printed = re.findall(r"```(?:python)?\n(.*?)```", section("A Flamingo from nothing"), re.DOTALL)[
+        1:3
+    ]
+    capsys.readouterr()
+    exec(python, {})
+    assert capsys.readouterr().out == printed
+
+
+def section(title):
+    return README.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
 def test_its_training_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    section = README.partition("## Train\n")[2].partition("\n## ")[0]
-    python, toml, commands = re.findall(r"```\w*\n(.*?)```", section, flags=re.DOTALL)
+    python, toml, commands = re.findall(r"```\w*\n(.*?)```", section("Train"), flags=re.DOTALL)
     exec(python, {})
     Path("run.toml").write_text(toml)
     assert commands.startswith("python -m flamingo train run.toml\n")
@@ -43,8 +62,7 @@ def test_its_training_runs(tmp_path, monkeypatch, capsys):
 def test_it_names_every_operator_and_backend():
     operators = re.findall(r"^\| `(\w+)\(", README, flags=re.MULTILINE)
     assert sorted(operators) == sorted(_dispatch.operators())
-    section = README.partition("## What runs where")[2].partition("## ")[0]
-    assert set(_env.BACKENDS) <= set(re.findall(r"`(\w+)`", section))
+    assert set(_env.BACKENDS) <= set(re.findall(r"`(\w+)`", section("What runs where")))
 
 
 def test_its_support_table_is_that_of_the_code():
