@@ -63,12 +63,15 @@ class Context:
         pixels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         num_frames: Tensor | None = None,
+        *,
+        media: Tensor | None = None,
     ) -> Tensor:
         """Reads what was added, and then more text and images.
 
         Args:
             input_ids, pixels, attention_mask, num_frames: as in `Flamingo.forward`, of the new text alone,
                 padded on the left; pixels None for no images.
+            media: `[B, M, R, D_v]`, what `Flamingo.encode_media` made of the images, instead of pixels.
 
         Returns:
             logits `[B, vocab_size]` of the token that follows, -inf for `<image>`, which no model is to say.
@@ -81,12 +84,12 @@ class Context:
         self.add(input_ids, mask != 0)
         input_ids, mask = self._take_unread()
         is_image = (input_ids == self.model.config.media_token_id) & mask  # [B, T]
-        media = self._encode(len(input_ids), pixels, num_frames)
+        media = self._encode(len(input_ids), pixels, num_frames) if media is None else media
         self._check(mask, is_image, media)
         if self.length == 0:
             self.media, self.num_seen, self.attention_mask = media, is_image.sum(dim=1), mask
             self._padded = not bool(mask.all())
-            return self._of_next(input_ids, media)
+            return self._logits(input_ids, media)[:, -1]
         self._add_media(media)
         # Text between images sees one medium throughout, so it can be read as text that follows it.
         starts = is_image.any(dim=0).nonzero().flatten().tolist()
@@ -94,7 +97,7 @@ class Context:
             self.num_seen = self.num_seen + is_image[:, start]
             self._visible = None
             logits = self._read_on(input_ids[:, start:stop], mask[:, start:stop])
-        return logits
+        return logits[:, -1]
 
     def add(self, tokens: Tensor, mask: Tensor | None = None) -> None:
         """Appends tokens `[N, n]`, real where mask `[N, n]` is True, to be read with what comes next.
@@ -107,7 +110,16 @@ class Context:
     @torch.no_grad()
     def step(self) -> Tensor:
         """Reads what was added, tokens without images, to logits `[N, vocab_size]` of what follows."""
-        return self._read_on(*self._take_unread())
+        return self._read_on(*self._take_unread())[:, -1]
+
+    @torch.no_grad()
+    def peek(self, tokens: Tensor) -> Tensor:
+        """Reads tokens `[N, n]` without images, to logits `[N, n, vocab_size]` of what follows each, and
+        forgets them again: so texts that may come next are compared."""
+        length = self.length
+        logits = self._read_on(tokens, torch.ones_like(tokens, dtype=torch.bool), keep=tokens.shape[1])
+        self.crop(length)
+        return logits
 
     def reorder(self, rows: Tensor) -> None:
         """Makes the texts those of rows `[N]`, N / B in a row of every document."""
@@ -163,24 +175,25 @@ class Context:
         index = torch.where(after < 0, slots, (self.media.shape[1] + after).clamp(max=last))
         self.media = every.take_along_dim(index[..., None, None], dim=1)
 
-    def _read_on(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Reads tokens `[N, T]` that all see what was seen last."""
+    def _read_on(self, input_ids: Tensor, mask: Tensor, keep: int = 1) -> Tensor:
+        """Reads tokens `[N, T]` that all see what was seen last, to logits of the last `keep`."""
         self.attention_mask = torch.cat((self.attention_mask, mask), dim=1)
-        media, locations = self._seen_now()
-        return self._of_next(input_ids, media, locations)
+        return self._logits(input_ids, *self._seen_now(), keep=keep)
 
-    def _of_next(self, input_ids: Tensor, media: Tensor, locations: Tensor | None = None) -> Tensor:
-        """Reads tokens `[N, T]` to logits `[N, V]` of the token that follows them."""
+    def _logits(
+        self, input_ids: Tensor, media: Tensor, locations: Tensor | None = None, *, keep: int = 1
+    ) -> Tensor:
+        """Reads tokens `[N, T]` to logits `[N, keep, V]` of what follows the last ones."""
         logits = self.model.decode(
             input_ids,
             media,
             self._mask,
             cache=self.cache,
             media_locations=locations,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
         image = torch.tensor([self.model.config.media_token_id], device=logits.device)
-        return logits[:, -1].index_fill(-1, image, -torch.inf)
+        return logits.index_fill(-1, image, -torch.inf)
 
     def _seen_now(self) -> tuple[Tensor, Tensor]:
         """The media that further text sees, and `[B, M]`, True as often as there are any.

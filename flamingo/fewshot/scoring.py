@@ -1,13 +1,13 @@
 """Closed-ended tasks: each candidate is appended to the prompt and ranked by its log-likelihood."""
 
 from collections.abc import Hashable, Iterator, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from flamingo.context import Context
 from flamingo.fewshot.prompts import Sample, Template
 from flamingo.processor import Layout, Processor, pad
 
@@ -38,10 +38,11 @@ def log_likelihoods(
 
         score[p, c] = sum over the tokens t of candidate c of log P(t | prompt p, the tokens before t)
 
-    Every medium is encoded once: for all candidates, and for all prompts that hold the same object or path.
+    P leaves out `<image>`, as in generation. Every medium is encoded once, for all candidates and for all
+    prompts that hold the same object or path, and every prompt is read once.
 
     Args:
-        model: a Flamingo in eval mode, or anything with its `encode_media` and `decode`.
+        model: a Flamingo in eval mode.
         processor: of the model.
         documents: P prompts, as `Template.prompt` makes them.
         candidates: C texts; a space is put in front of each.
@@ -56,8 +57,6 @@ def log_likelihoods(
         ValueError: without candidates, or if the resampler tells a document's first medium from its second
             (`max_num_media`), so that one encoding cannot serve two places.
 
-    Limits: the text of a prompt is read again for each candidate.
-
     Source: arXiv 2204.14198, appendix B.1.4.
 
     >>> model, processor = Flamingo(FlamingoConfig.preset("tiny")).eval(), Processor(image_size=32)
@@ -67,26 +66,38 @@ def log_likelihoods(
     """
     if not candidates:
         raise ValueError("log_likelihoods: expected one candidate or more, got none.")
-    prompts = encode_prompts(model, processor, documents, batch_size=batch_size)
     tokenizer = processor.tokenizer
     end = [tokenizer.eoc_id] if closed else []
     answers = [[*tokenizer.encode(f" {candidate}"), *end] for candidate in candidates]
-    device = prompts.input_ids.device
+    prompts = encode_prompts(model, processor, documents, batch_size=batch_size)
+    scores = [
+        _score(model, EncodedPrompts(*some), answers, batch_size)
+        for some in zip(*(each.split(batch_size) for each in prompts), strict=True)
+        if len(documents)
+    ]
+    return torch.cat([torch.zeros(0, len(answers)), *scores])
+
+
+def _score(model: Any, prompts: EncodedPrompts, answers: list[list[int]], batch_size: int) -> Tensor:
+    """Prompts that are read at once, to `[P, C]`."""
+    context, count = Context(model), len(prompts.input_ids)
+    after_prompt = context.read(prompts.input_ids, None, prompts.attention_mask, media=prompts.media)
+    first_log_p = after_prompt.float().log_softmax(dim=-1)  # [P, V]
+    device = first_log_p.device
+    at_once = min(len(answers), max(1, batch_size // count))
+    context.reorder(torch.arange(count, device=device).repeat_interleave(at_once))
     scores = []
-    for pairs in batches(list(product(range(len(documents)), range(len(answers)))), batch_size):
-        chosen = [answers[answer] for _, answer in pairs]
-        suffix = pad(chosen, tokenizer.pad_id, left=False).to(device)  # [n, L]
-        counts = pad([[1] * len(answer) for answer in chosen], 0, left=False).bool().to(device)
-        prompt = torch.tensor([prompt for prompt, _ in pairs], device=device)
-        logits = model.decode(
-            torch.cat((prompts.input_ids[prompt], suffix), dim=1),
-            prompts.media[prompt],
-            torch.cat((prompts.attention_mask[prompt], counts), dim=1),
-            logits_to_keep=suffix.shape[1] + 1,
-        )[:, :-1]  # position t predicts token t + 1
-        log_p = logits.float().log_softmax(dim=-1).gather(-1, suffix[..., None])[..., 0]
-        scores.append(log_p.masked_fill(~counts, 0.0).sum(dim=1).cpu())
-    return torch.cat([torch.zeros(0), *scores]).reshape(len(documents), len(answers))
+    for some in batches(answers, at_once):
+        some = [*some, *[some[0]] * (at_once - len(some))]  # as many texts every time
+        tokens = pad(some, 0, left=False).to(device)  # [A, L]
+        is_token = pad([[1] * len(answer) for answer in some], 0, left=False).bool().to(device)
+        log_p = first_log_p[:, tokens[:, 0], None]  # [P, A, 1]
+        if tokens.shape[1] > 1:
+            every = tokens.repeat(count, 1)
+            follows = context.peek(every[:, :-1]).float().log_softmax(dim=-1)
+            log_p = torch.cat((log_p, follows.gather(-1, every[:, 1:, None]).view(count, at_once, -1)), -1)
+        scores.append(log_p.masked_fill(~is_token, 0.0).sum(dim=-1).cpu())
+    return torch.cat(scores, dim=1)[:, : len(answers)]
 
 
 def ensemble_log_likelihoods(

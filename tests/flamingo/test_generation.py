@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from flamingo import (
@@ -362,6 +363,19 @@ class TestTurns:
         assert read == [5, IMAGE, 6, 7, *said, 8, IMAGE, 9, *more[0].tolist()]
         assert len(vision) == len(resampler) == 2
         assert context.length == len(read)
+
+    def test_a_peek_is_forgotten(self, model):
+        ids, pixels, mask = documents()
+        context, texts = Context(model), [torch.randint(20, 90, (3, n)) for n in (3, 2)]
+        context.read(ids, pixels, mask)
+        for text in (*texts, texts[0]):
+            with torch.no_grad():
+                expected = model(
+                    torch.cat((ids, text), dim=1), pixels, F.pad(mask, (0, text.shape[1]), value=True)
+                ).logits[:, -text.shape[1] :]
+            expected[..., IMAGE] = -torch.inf
+            torch.testing.assert_close(context.peek(text), expected, rtol=1e-4, atol=1e-4)
+        assert context.length == ids.shape[1]
 
     def test_without_images_at_first(self, model):
         ids = torch.tensor([[5, 6, 7]])

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,22 +31,29 @@ class Namer(nn.Module):
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(1))  # for its device
         self.vision = Brightness()
+        self.language = SimpleNamespace(new_cache=Read)
         self.encoded = 0
 
     def encode_media(self, pixels, num_frames=None):
         self.encoded += pixels.shape[0] * pixels.shape[1]
         return pixels.mean(dim=(2, 3, 4, 5))[..., None, None]
 
-    def decode(self, input_ids, media, attention_mask=None, logits_to_keep=0):
-        logits = torch.zeros(*input_ids.shape, 261)
-        times = text_time(input_ids == 256)
-        for row, ids in enumerate(input_ids.tolist()):
+    def decode(
+        self, input_ids, media, attention_mask=None, *, cache=None, media_locations=None, logits_to_keep=0
+    ):
+        cache = Read() if cache is None else cache
+        cache.ids = torch.cat((cache.ids.expand(len(input_ids), -1), input_ids), dim=1)
+        logits = torch.zeros(*cache.ids.shape, 261)
+        times = text_time(cache.ids == 256)
+        media = media.repeat_interleave(len(input_ids) // len(media), dim=0)
+        for row, ids in enumerate(cache.ids.tolist()):
             for place in range(len(ids)):
                 colons = [before for before in range(place + 1) if ids[before] == ord(":")]
                 if colons and times[row, place]:
-                    script = self.script(media[row, times[row, place] - 1].item())
+                    seen = -1 if media_locations is not None else times[row, place] - 1
+                    script = self.script(media[row, seen].item())
                     logits[row, place, script[place - colons[-1]]] = 5.0
-        return logits[:, -logits_to_keep:]
+        return logits[:, -(logits_to_keep or input_ids.shape[1]) :]
 
     def script(self, brightness):
         name = min(SHADES, key=lambda shade: abs(SHADES[shade] / 255 - brightness))
@@ -62,6 +70,22 @@ class Namer(nn.Module):
             input_ids = torch.cat((input_ids, token[:, None]), dim=1)
             attention_mask = F.pad(attention_mask, (0, 1), value=True)
         return input_ids[:, -max_new_tokens:]
+
+
+class Read:
+    """A cache that is the text itself."""
+
+    def __init__(self):
+        self.ids = torch.zeros(1, 0, dtype=torch.int64)
+
+    def get_seq_length(self):
+        return self.ids.shape[1]
+
+    def reorder_cache(self, rows):
+        self.ids = self.ids[rows]
+
+    def crop(self, tokens_to_remove):
+        self.ids = self.ids[:, :tokens_to_remove]
 
 
 class Brightness(nn.Module):

@@ -33,7 +33,9 @@ def plainly(model, processor, document, candidate, closed=True):
     batch = processor([[*document, f" {candidate}"]], prompt=True)
     prompt = processor([document], prompt=True).input_ids.shape[1]
     ids = torch.cat((batch.input_ids, torch.tensor([[257]] if closed else [[]], dtype=torch.int64)), dim=1)
-    log_p = model(ids, batch.pixels, num_frames=batch.num_frames).logits.log_softmax(dim=-1)
+    logits = model(ids, batch.pixels, num_frames=batch.num_frames).logits
+    logits[..., 256] = -torch.inf  # `<image>` is not said
+    log_p = logits.log_softmax(dim=-1)
     return sum(log_p[0, place - 1, ids[0, place]] for place in range(prompt, ids.shape[1]))
 
 
@@ -52,11 +54,18 @@ class TestLogLikelihoods:
         torch.testing.assert_close(scores, torch.tensor(expected))
         assert scores.std(dim=1).min() > 0.1
 
-    def test_logits_are_of_the_candidates_alone(self, model, processor, images):
-        rows = []
-        model.language.norm.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
-        log_likelihoods(model, processor, [[images[0], "a long prompt:"]], ["ab", "c"])
-        assert rows == [5]  # the colon, the longest candidate's " ab", and <EOC>, from which nothing follows
+    def test_a_prompt_is_read_once_for_all_candidates(self, model, processor, images):
+        read, multiplied = [], []
+        layer, norm = model.language.layers[0], model.language.norm
+        layer.register_forward_pre_hook(lambda module, args: read.append(tuple(args[0].shape[:2])))
+        norm.register_forward_pre_hook(lambda module, args: multiplied.append(args[0].shape[1]))
+        documents = [[images[0], "a long prompt:"], ["short:"], ["another:"]]
+        candidates = ["ab", "c", "d"]
+        log_likelihoods(model, processor, documents, candidates, batch_size=2)
+        longest = len(processor.lay_out(documents[0], prompt=True).ids)
+        # Of " ab<EOC>" and " c<EOC>" but the last token, from which nothing follows.
+        assert read == [(2, longest), (2, 3), (2, 2), (2, 2), (1, longest), (2, 3), (2, 2)]
+        assert multiplied == [1, 3, 2, 2, 1, 3, 2]
 
     def test_every_medium_is_encoded_once(self, model, processor, images):
         seen = []
