@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from flamingo.__main__ import main
 from flamingo.demo import run, stages
 from flamingo.demo.digits import load_digits
+from flamingo.demo.words import ANSWERS, NAMES, WordTokenizer
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
@@ -27,6 +28,19 @@ def test_the_language_model_learns_its_text(seed):
     losses = []
     stages.pretrain_language(steps=20, report=lambda step, loss: losses.append(loss))
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_it_learns_from_nine_digits_a_document():
+    """Eight shots and one more, all with their answers, of each kind in turn."""
+    batches = stages.documents(load_digits()[0], stages.make_processor(), count=4)
+    for words, answers, count in (("Output:", NAMES, 1), ("Question:", ANSWERS, 1), ("is", NAMES, 4)) * 2:
+        batch = next(batches)
+        assert batch.pixels.shape == (count, 9, 1, 3, 8, 8)
+        for ids in batch.input_ids:
+            told = WordTokenizer().decode(ids).split("<image> ")[1:]
+            assert len(told) == 9
+            assert all(each.startswith(words) for each in told)
+            assert all(each.split()[-2] in answers for each in told)
 
 
 def test_what_is_found_is_said_and_drawn(capsys, tmp_path, monkeypatch):
