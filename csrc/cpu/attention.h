@@ -79,10 +79,19 @@ struct KeyBlock {
   }
 };
 
-FK_INLINE void store_operand(float* to, Floats x) { store(to, x); }
-FK_INLINE void store_operand(BFloat16* to, Floats x) { store(to, round_to_bf16(x)); }
-FK_INLINE Floats exp_for(const float*, Floats x) { return exp(x); }
-FK_INLINE Floats exp_for(const BFloat16*, Floats x) { return exp_for_bf16(x); }
+template <class Dot>
+FK_INLINE Floats exp_for(Floats x) {
+  if constexpr (Dot::lanes == 1)
+    return exp(x);
+  else
+    return exp_for_bf16(x);
+}
+
+// A row's elements beyond its keys that a product reads.
+template <class Dot>
+FK_INLINE void clear_padding(typename Dot::Element* row, int64_t keys) {
+  for (int64_t j = round_up(keys, width); j < words<Dot>(keys) * Dot::lanes; j += width) store_element(row + j, Floats{});
+}
 
 // The largest scaled score of a row, or the maximum so far.
 FK_INLINE float raised_max(const float* scores, int64_t keys, float scale, float so_far) {
@@ -93,38 +102,30 @@ FK_INLINE float raised_max(const float* scores, int64_t keys, float scale, float
   return largest(highest);
 }
 
-// Scores to weights relative to the maximum; returns their sum. Zeros fill `padded_keys`.
-template <class Weight>
-FK_INLINE float weigh_row(
-    const float* scores, Weight* weights, int64_t keys, int64_t padded_keys, float scale, float max) {
-  const int64_t whole = keys / width * width;
+// Scores to weights relative to the maximum, which may take their place; returns the sum of the weights.
+template <class Dot, class Weight>
+FK_INLINE float weigh_row(const float* scores, Weight* weights, int64_t keys, float scale, float max) {
   Floats total = {};
-  for (int64_t j = 0; j < whole; j += width) {
-    Floats weight = exp_for(weights, load(scores + j) * scale - max);
-    store_operand(weights + j, weight);
+  for (int64_t j = 0; j < keys; j += width) {
+    Floats weight = exp_for<Dot>(load(scores + j) * scale - max);
+    if (keys - j < width) weight = keep_first(weight, keys - j, 0);
+    store_element(weights + j, weight);
     total += weight;
   }
-  if (whole < keys) {
-    Floats weight = keep_first(exp_for(weights, load(scores + whole) * scale - max), keys - whole, 0);
-    store_operand(weights + whole, weight);
-    total += weight;
-  }
-  for (int64_t j = round_up(keys, width); j < padded_keys; j += width) store_operand(weights + j, Floats{});
   return sum(total);
 }
 
 // A few query rows on their way through the forward pass.
 template <class T, class Dot = typename DotOf<T>::type>
 struct QueryTile {
-  using Weight = std::conditional_t<Dot::lanes == 1, float, BFloat16>;
   int64_t head_dim, q_row, score_row, out_row, count = 0;
-  float *q, *scores, *weights, *out;  // a row's weights lie where its scores were
+  float *q, *scores, *out;  // scores, and then in their place the weights
   Ahead<T> ahead;
 
   QueryTile(Scratch& scratch, int64_t most_keys, int64_t d)
       : head_dim(d), q_row(padded(words<Dot>(d))), score_row(padded(most_keys)), out_row(padded(d)) {
     q = scratch.take(forward_rows<T> * q_row);
-    scores = weights = scratch.take(forward_rows<T> * score_row);
+    scores = scratch.take(forward_rows<T> * score_row);
     out = scratch.take(forward_rows<T> * out_row);
   }
 
@@ -132,18 +133,19 @@ struct QueryTile {
 
   // out = unnormalised attention of the rows to the block; raises each row's maximum, returns its sum.
   void attend(const KeyBlock<T>& block, float scale, float* running_max, float* sums) {
-    const int64_t key_words = words<Dot>(block.keys);
     multiply<Dot, false>(
         count, block.keys, words<Dot>(head_dim), {q, q_row, 1}, block.k, block.k_row, scores, score_row);
     for (int64_t i = 0; i < count; ++i)
       running_max[i] = raised_max(scores + i * score_row, block.keys, scale, running_max[i]);
     for (int64_t i = 0; i < count; ++i) {
       float* row = scores + i * score_row;
+      auto* weights = (typename Dot::Element*)row;
       ahead.fetch(head_dim);
-      sums[i] = weigh_row(row, (Weight*)row, block.keys, key_words * Dot::lanes, scale, running_max[i]);
+      sums[i] = weigh_row<Dot>(row, weights, block.keys, scale, running_max[i]);
+      clear_padding<Dot>(weights, block.keys);
     }
     multiply<Dot, false>(
-        count, head_dim, key_words, {weights, score_row, 1}, block.v, block.v_row, out, out_row);
+        count, head_dim, words<Dot>(block.keys), {scores, score_row, 1}, block.v, block.v_row, out, out_row);
   }
 };
 
@@ -252,14 +254,13 @@ template <class T, class Dot = typename DotOf<T>::type>
 struct GradientTile {
   static constexpr int64_t most = backward_rows<T>;
   static constexpr bool pairs = Dot::lanes == 2;
-  using Weight = std::conditional_t<pairs, BFloat16, float>;
+  using Element = typename Dot::Element;
   int64_t head_dim, key_row, channel_row, column_row, count = 0;
-  float *q, *dout;                // [rows][words(d)]
-  float *p, *ds;                  // [rows][keys], scores and dP before that
-  float *ds_words;                // [rows][words(keys)]
-  float *q_pairs, *dout_pairs;    // [words(rows)][d]
-  float *columns;                 // P or dS, packed along the rows
-  float *dq;                      // [rows][d]
+  float *q, *dout;              // [rows][words(d)]
+  float *p, *ds;                // [rows][keys]: scores and dP, and then in their place P and dS, as elements
+  float *q_pairs, *dout_pairs;  // [words(rows)][d]
+  float *columns;               // P or dS, packed along the rows
+  float *dq;                    // [rows][d]
   float delta[most], highest[most], share[most];  // what add() was told of a row
   const T *q_from[most], *dout_from[most];
   Ahead<T> ahead;
@@ -274,10 +275,9 @@ struct GradientTile {
     p = scratch.take(most * key_row);
     ds = scratch.take(most * key_row);
     dq = scratch.take(most * channel_row);
-    ds_words = pairs ? scratch.take(most * key_row) : ds;
     q_pairs = pairs ? scratch.take(words<Dot>(most) * channel_row) : q;
     dout_pairs = pairs ? scratch.take(words<Dot>(most) * channel_row) : dout;
-    columns = pairs ? scratch.take((in_tiles<T> ? round_up(most_keys, width) : words<Dot>(most)) * column_row) : nullptr;
+    columns = scratch.take(pairs ? (in_tiles<T> ? round_up(most_keys, width) : words<Dot>(most)) * column_row : 0);
   }
 
   void add(const T* q_row, const T* dout_row) {
@@ -300,10 +300,10 @@ struct GradientTile {
   void differentiate(const KeyGradients<T>& block, float scale) {
     score(block);
     for (int64_t i = 0; i < count; ++i) {
-      float* weights = p + i * key_row;
-      for (int64_t j = 0; j < block.keys; j += width)
-        store(weights + j, exp_for((const Weight*)nullptr, load(weights + j) * scale - highest[i]) * share[i]);
-      score_gradient(i, block.keys, delta[i], scale);
+      const float* scores = p + i * key_row;
+      score_gradient(i, block.keys, delta[i], scale, [&](int64_t j) {
+        return exp_for<Dot>(load(scores + j) * scale - highest[i]) * share[i];
+      });
     }
   }
 
@@ -311,18 +311,15 @@ struct GradientTile {
   // pass is read.
   void differentiate_whole(const KeyGradients<T>& block, float scale) {
     score(block);
+    for (int64_t i = 0; i < count; ++i) highest[i] = raised_max(p + i * key_row, block.keys, scale, -INFINITY);
     for (int64_t i = 0; i < count; ++i) {
       float *weights = p + i * key_row, *dp = ds + i * key_row;
       ahead.fetch(head_dim);
-      const float highest = raised_max(weights, block.keys, scale, -INFINITY);
-      const float share = 1 / weigh_row(weights, weights, block.keys, block.keys, scale, highest);
+      const float share = 1 / weigh_row<Dot>(weights, weights, block.keys, scale, highest[i]);
+      const auto weight = [&](int64_t j) { return load(weights + j) * share; };
       Floats product = {};
-      for (int64_t j = 0; j < block.keys; j += width) {
-        Floats weight = load(weights + j) * share;
-        store(weights + j, weight);
-        product += weight * load(dp + j);
-      }
-      score_gradient(i, block.keys, sum(product), scale);
+      for (int64_t j = 0; j < block.keys; j += width) product += weight(j) * load(dp + j);
+      score_gradient(i, block.keys, sum(product), scale, weight);
     }
   }
 
@@ -334,19 +331,25 @@ struct GradientTile {
         count, block.keys, words<Dot>(head_dim), {dout, channel_row, 1}, block.v, block.key_row, ds, key_row);
   }
 
-  // dP of row i to dS, where row_delta is the sum of P dP.
-  FK_INLINE void score_gradient(int64_t i, int64_t keys, float row_delta, float scale) {
-    float *weights = p + i * key_row, *to = ds + i * key_row;
-    for (int64_t j = 0; j < keys; j += width)
-      store(to + j, load(weights + j) * (load(to + j) - splat(row_delta)) * scale);
-    if constexpr (pairs) pack_row<Dot>(to, keys, ds_words + i * key_row);
+  // P of row i, which `weight` gives by vectors, and dS from dP; row_delta is the sum of P dP.
+  template <class Weight>
+  FK_INLINE void score_gradient(int64_t i, int64_t keys, float row_delta, float scale, Weight weight) {
+    float *to_p = p + i * key_row, *to_ds = ds + i * key_row;
+    for (int64_t j = 0; j < keys; j += width) {
+      Floats probability = weight(j);
+      if (keys - j < width) probability = keep_first(probability, keys - j, 0);
+      const Floats gradient = probability * (load(to_ds + j) - row_delta) * scale;
+      store_element((Element*)to_p + j, probability);
+      store_element((Element*)to_ds + j, gradient);
+    }
+    clear_padding<Dot>((Element*)to_ds, keys);
   }
 
   // dq = dS K, or dq += dS K.
   template <bool accumulate>
   void query_gradient(const KeyGradients<T>& block, float* to) {
     multiply<Dot, accumulate>(
-        count, head_dim, words<Dot>(block.keys), {ds_words, key_row, 1}, block.k_rows, block.channel_row, to,
+        count, head_dim, words<Dot>(block.keys), {ds, key_row, 1}, block.k_rows, block.channel_row, to,
         channel_row);
   }
 
@@ -367,7 +370,8 @@ struct GradientTile {
 
   // to[keys][d] += weights[rows][keys]^T rows[rows][d]
   void add_key_gradient(const float* weights, const float* rows, const KeyGradients<T>& block, float* to) {
-    const Operand transposed = pack_columns<Dot>(weights, key_row, count, block.keys, columns, column_row);
+    const Operand transposed = pack_columns<Dot>(
+        (const Element*)weights, key_row * Dot::lanes, count, block.keys, columns, column_row);
     const auto product = block.empty ? multiply<Dot, false> : multiply<Dot, true>;
     product(block.keys, head_dim, words<Dot>(count), transposed, rows, channel_row, to, channel_row);
   }

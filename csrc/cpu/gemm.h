@@ -14,12 +14,14 @@ namespace flamingo_kernels::FK_ISA {
 
 // lanes: elements of a word. A product has a multiple of `depth` words, its matrices of `rows` rows.
 struct Single {
+  using Element = float;
   static constexpr int lanes = 1, depth = 1, rows = 1;
   struct Registers {};
   static FK_INLINE Floats dot(Floats sum, Floats a, Floats b) { return a * b + sum; }
 };
 
 struct Pairs {
+  using Element = BFloat16;
   static constexpr int lanes = 2, depth = 1, rows = 1;
   struct Registers {};
   static FK_INLINE Floats dot(Floats sum, Floats a, Floats b) {
@@ -33,6 +35,7 @@ struct Pairs {
 };
 
 struct Tiles {
+  using Element = BFloat16;
   static constexpr int lanes = 2, depth = tile_side, rows = tile_side;
   using Registers = TileRegisters;
 };
@@ -140,6 +143,9 @@ FK_INLINE void multiply(
 FK_INLINE Shorts load_halves(const BFloat16* from, int64_t count) { return load_bits(from, count); }
 FK_INLINE Shorts load_halves(const float* from, int64_t count) { return round_to_bf16(load(from, count)); }
 
+FK_INLINE void store_element(float* to, Floats x) { store(to, x); }
+FK_INLINE void store_element(BFloat16* to, Floats x) { store(to, round_to_bf16(x)); }
+
 // [rows][columns] to the same rows of words: an A operand summed along its columns.
 template <class Dot, class T>
 FK_INLINE void pack_row(const T* from, int64_t columns, float* to) {
@@ -215,7 +221,7 @@ __attribute__((noinline)) void pack_matrix(
 // [rows][columns] as an A operand summed along the rows; `to` holds its words where the matrix itself does not.
 template <class Dot>
 __attribute__((noinline)) Operand pack_columns(
-    const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_row) {
+    const typename Dot::Element* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_row) {
   if constexpr (Dot::lanes == 1) {
     return {from, 1, stride};
   } else if constexpr (Dot::depth == 1) {
@@ -227,8 +233,8 @@ __attribute__((noinline)) Operand pack_columns(
         Floats block[width];
         for (int r = 0; r < width; ++r) {
           const int64_t i = 2 * (k + r);
-          block[r] =
-              pair_words(row_or_null(from, stride, i, rows), row_or_null(from, stride, i + 1, rows), j, columns);
+          block[r] = pair_words(
+              row_or_null(from, stride, i, rows), row_or_null(from, stride, i + 1, rows), j, round_up(columns, width));
         }
         transpose(block);
         for (int r = 0; r < width; ++r) store(to + (j + r) * to_row + k, block[r]);
