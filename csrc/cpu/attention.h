@@ -79,6 +79,7 @@ struct KeyBlock {
   }
 };
 
+// e^x, as exactly as a product shows it.
 template <class Dot>
 FK_INLINE Floats exp_for(Floats x) {
   if constexpr (Dot::lanes == 1)

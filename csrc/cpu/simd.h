@@ -225,26 +225,16 @@ FK_INLINE Floats exp(Floats x) {
   return x < -87.f ? splat(0.f) : power;
 }
 
-// x * 2^n for whole n from -126; below, zero or 2^-126 x.
-FK_INLINE Floats times_power(Floats x, Floats n) {
-#ifdef FK_AVX512
-  return (Floats)_mm512_scalef_ps((__m512)x, (__m512)n);
-#else
-  Ints exponent = (Ints)(max(splat(-126.f), n) + 0x1.8p23f) << 23;
-  return (Floats)((Ints)x + exponent);
-#endif
-}
-
-// e^x for x <= 88, to 2^-18 of it: more than bfloat16 shows. NaN for NaN.
+// e^x for x <= 88, to 2^-13 of it, more than bfloat16 shows; e^-87 below that, NaN for NaN.
 FK_INLINE Floats exp_for_bf16(Floats x) {
-  Floats n = (x * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;
-  Floats f = x * 1.44269504f - n;
-  Floats p = splat(9.58285294e-03f);  // minimax of 2^f on half an octave, exact at 0
-  p = p * f + 5.59064262e-02f;
-  p = p * f + 2.40240991e-01f;
-  p = p * f + 6.93124175e-01f;
+  Floats clamped = max(splat(-87.f), x);
+  Floats shifted = clamped * 1.44269504f + 0x1.8p23f;
+  Floats f = clamped * 1.44269504f - (shifted - 0x1.8p23f);
+  Floats p = splat(5.50089329e-02f);  // minimax of 2^f on half an octave, exact at 0
+  p = p * f + 2.42210954e-01f;
+  p = p * f + 6.93282902e-01f;
   p = p * f + 1.f;
-  return times_power(p, n);
+  return (Floats)((Ints)p + ((Ints)shifted << 23));
 }
 
 template <int... lane>
