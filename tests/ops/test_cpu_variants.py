@@ -72,7 +72,11 @@ def needs_tiles():
 def digests(**environment: str) -> list[str]:
     environment |= {"FLAMINGO_KERNELS_CPU_VARIANT": "avx512_amx", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", DIGESTS], cwd=ROOT, env=os.environ | environment, text=True, capture_output=True
+        [sys.executable, "-c", DIGESTS],
+        cwd=ROOT,
+        env=os.environ | environment,
+        text=True,
+        capture_output=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
