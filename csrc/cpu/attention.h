@@ -91,7 +91,8 @@ FK_INLINE Floats exp_for(Floats x) {
 // A row's elements beyond its keys that a product reads.
 template <class Dot>
 FK_INLINE void clear_padding(typename Dot::Element* row, int64_t keys) {
-  for (int64_t j = round_up(keys, width); j < words<Dot>(keys) * Dot::lanes; j += width) store_element(row + j, Floats{});
+  for (int64_t j = round_up(keys, width); j < words<Dot>(keys) * Dot::lanes; j += width)
+    store_element(row + j, Floats{});
 }
 
 // The largest scaled score of a row, or the maximum so far.
@@ -356,18 +357,18 @@ struct GradientTile {
 
   // dk += dS^T Q and dv += P^T dO.
   void key_gradients(KeyGradients<T>& block) {
-    if constexpr (pairs)
-      for (int64_t k = 0; k < words<Dot>(count); ++k) {
-        pack_rows<Dot>(row_or_null(q_from, 2 * k), row_or_null(q_from, 2 * k + 1), head_dim, q_pairs + k * channel_row);
-        pack_rows<Dot>(
-            row_or_null(dout_from, 2 * k), row_or_null(dout_from, 2 * k + 1), head_dim, dout_pairs + k * channel_row);
-      }
+    if constexpr (pairs) pack_pairs(q_from, q_pairs), pack_pairs(dout_from, dout_pairs);
     add_key_gradient(p, dout_pairs, block, block.dv);
     add_key_gradient(ds, q_pairs, block, block.dk);
     block.empty = false;
   }
 
-  const T* row_or_null(const T* const (&rows)[most], int64_t i) const { return i < count ? rows[i] : nullptr; }
+  // The rows as a B operand summed along them.
+  void pack_pairs(const T* const (&from)[most], float* to) {
+    const auto row = [&](int64_t i) { return i < count ? from[i] : nullptr; };
+    for (int64_t k = 0; k < words<Dot>(count); ++k)
+      pack_rows<Dot>(row(2 * k), row(2 * k + 1), head_dim, to + k * channel_row);
+  }
 
   // to[keys][d] += weights[rows][keys]^T rows[rows][d]
   void add_key_gradient(const float* weights, const float* rows, const KeyGradients<T>& block, float* to) {

@@ -195,7 +195,8 @@ __attribute__((noinline)) void pack_transposed(
     for (int64_t k = 0; k < words<Dot>(columns); k += width) {
       Floats block[width];
       for (int r = 0; r < width; ++r)
-        block[r] = i + r < rows ? load_words<Dot>(from + (i + r) * stride + k * lanes, columns - k * lanes) : Floats{};
+        block[r] = i + r < rows ? load_words<Dot>(from + (i + r) * stride + k * lanes, columns - k * lanes)
+                                : Floats{};
       transpose(block);
       for (int r = 0; r < width && k + r < words<Dot>(columns); ++r) store(to + (k + r) * to_row + i, block[r]);
     }
@@ -228,14 +229,12 @@ __attribute__((noinline)) Operand pack_columns(
     pack_matrix<Dot>(from, stride, rows, columns, to, to_row);
     return {to, 1, to_row};
   } else {
+    const auto row = [&](int64_t i) { return row_or_null(from, stride, i, rows); };
     for (int64_t j = 0; j < columns; j += width)
       for (int64_t k = 0; k < words<Dot>(rows); k += width) {
         Floats block[width];
-        for (int r = 0; r < width; ++r) {
-          const int64_t i = 2 * (k + r);
-          block[r] = pair_words(
-              row_or_null(from, stride, i, rows), row_or_null(from, stride, i + 1, rows), j, round_up(columns, width));
-        }
+        for (int r = 0; r < width; ++r)
+          block[r] = pair_words(row(2 * (k + r)), row(2 * (k + r) + 1), j, round_up(columns, width));
         transpose(block);
         for (int r = 0; r < width; ++r) store(to + (j + r) * to_row + k, block[r]);
       }

@@ -1,8 +1,8 @@
 // Latents attend to two segments of keys, media and latents, read where they lie.
 //
 // Oracle: flamingo_kernels/ops/perceiver_attention/reference.py. A task is one head of one clip: forward
-// reads k and v once per 96 latents with an online softmax, 4 FLOPs per (latent, key, channel); backward
-// reads them once, writes dk and dv once and keeps dq in cache, 10 FLOPs.
+// reads k and v once per 96 latents (in tiles, 128) with an online softmax, 4 FLOPs per (latent, key,
+// channel); backward reads them once, writes dk and dv once and keeps dq in cache, 10 FLOPs.
 #pragma once
 
 #include "attention.h"
@@ -53,8 +53,9 @@ struct Forward {
 
   void run(const Params& p, int64_t task) {
     const int64_t h = task % p.heads, n = task / p.heads;
-    for (int64_t begin = 0; begin < p.length; begin += RunningRows<T>::most)
-      attend_rows(p, n, h, begin, begin + RunningRows<T>::most < p.length ? begin + RunningRows<T>::most : p.length);
+    constexpr int64_t most = RunningRows<T>::most;
+    for (int64_t begin = 0; begin < p.length; begin += most)
+      attend_rows(p, n, h, begin, begin + most < p.length ? begin + most : p.length);
   }
 
   void attend_rows(const Params& p, int64_t n, int64_t h, int64_t begin, int64_t end) {
