@@ -46,6 +46,7 @@ VARIANTS = {  # from the least to the most capable: see `Build.objects`
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
+    "avx512_amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi"
 # What bindings.cpp is held to: the C ABI of torch 2.10 and of Python 3.10.

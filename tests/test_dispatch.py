@@ -214,7 +214,7 @@ def test_why_triton_cannot_run(monkeypatch):
     ("variable", "legal"),
     [
         ("FLAMINGO_KERNELS_BACKEND", "auto, cuda, triton, cpu, reference"),
-        ("FLAMINGO_KERNELS_CPU_VARIANT", "auto, portable, avx2, avx512, avx512_bf16"),
+        ("FLAMINGO_KERNELS_CPU_VARIANT", "auto, portable, avx2, avx512, avx512_bf16, avx512_amx"),
     ],
 )
 def test_a_misspelt_environment_lists_the_legal_values(variable, legal):

@@ -21,8 +21,14 @@ import flamingo_kernels
 
 ROOT = Path(__file__).parents[1]
 EXTENSION = Path(flamingo_kernels.__file__).with_name("_C.abi3.so")
-WIDE = re.compile(r"flamingo_kernels::(avx512_bf16|avx512|avx2)::")
-ALLOWED = {"": set(), "avx2": {"ymm"}, "avx512": {"ymm", "zmm"}, "avx512_bf16": {"ymm", "zmm"}}
+WIDE = re.compile(r"flamingo_kernels::(avx512_amx|avx512_bf16|avx512|avx2)::")
+ALLOWED = {
+    "": set(),
+    "avx2": {"ymm"},
+    "avx512": {"ymm", "zmm"},
+    "avx512_bf16": {"ymm", "zmm"},
+    "avx512_amx": {"ymm", "zmm", "tmm"},
+}
 
 
 def run(*command: str | Path, **options) -> str:
@@ -63,11 +69,14 @@ def test_wide_registers_stay_in_the_variants_that_may_use_them():
             function = line
             found = WIDE.search(function)
             variant = found[1] if found else ""
-        for register in re.findall(r"%([yz]mm)\d", line):
+        tiles = ["tmm"] * bool(re.search(r"\b((ld|st)tilecfg|tilerelease)\b", line))
+        for register in re.findall(r"%([tyz]mm)\d", line) + tiles:
             used[variant].add(register)
             assert register in ALLOWED[variant], f"{register} in {function}"
     if WIDE.search(run("nm", "-C", EXTENSION)):
         assert "ymm" in used["avx2"]
+    if "::avx512_amx::" in run("nm", "-C", EXTENSION):
+        assert "tmm" in used["avx512_amx"]
 
 
 @pytest.fixture(scope="module")

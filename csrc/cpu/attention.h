@@ -15,21 +15,22 @@
 
 namespace flamingo_kernels::FK_ISA {
 
-constexpr int64_t forward_rows = 24, backward_rows = 36;  // rows in flight: multiples of 6 and of 2
-
 template <class T>
 struct DotOf {
   using type = Single;
 };
 template <>
 struct DotOf<BFloat16> {
-  using type = std::conditional_t<has_pairs, Pairs, Single>;
+  using type = std::conditional_t<has_tiles, Tiles, std::conditional_t<has_pairs, Pairs, Single>>;
 };
 
-template <class Dot>
-constexpr int64_t words(int64_t elements) {
-  return round_up(elements, Dot::lanes) / Dot::lanes;
-}
+// Rows in flight: whole tiles, or multiples of 6 and of 2.
+template <class T>
+constexpr bool in_tiles = std::is_same_v<typename DotOf<T>::type, Tiles>;
+template <class T>
+constexpr int64_t forward_rows = in_tiles<T> ? 32 : 24;
+template <class T>
+constexpr int64_t backward_rows = in_tiles<T> ? 64 : 36;
 
 template <class T>
 struct Strided {  // rows of head_dim contiguous elements
@@ -78,18 +79,39 @@ struct KeyBlock {
   }
 };
 
-// Scores to weights relative to the running maximum; returns the sum of the weights.
-FK_INLINE float softmax_row(float* scores, int64_t keys, float scale, float& running_max) {
+// e^x, as exactly as a product shows it.
+template <class Dot>
+FK_INLINE Floats exp_for(Floats x) {
+  if constexpr (Dot::lanes == 1)
+    return exp(x);
+  else
+    return exp_for_bf16(x);
+}
+
+// A row's elements beyond its keys that a product reads.
+template <class Dot>
+FK_INLINE void clear_padding(typename Dot::Element* row, int64_t keys) {
+  for (int64_t j = round_up(keys, width); j < words<Dot>(keys) * Dot::lanes; j += width)
+    store_element(row + j, Floats{});
+}
+
+// The largest scaled score of a row, or the maximum so far.
+FK_INLINE float raised_max(const float* scores, int64_t keys, float scale, float so_far) {
   const int64_t whole = keys / width * width;
-  Floats highest = splat(running_max);
+  Floats highest = splat(so_far);
   for (int64_t j = 0; j < whole; j += width) highest = max(load(scores + j) * scale, highest);
   if (whole < keys) highest = max(keep_first(load(scores + whole) * scale, keys - whole, -INFINITY), highest);
-  running_max = largest(highest);
-  Floats pivot = splat(running_max), total = {};
+  return largest(highest);
+}
+
+// Scores to weights relative to the maximum, which may take their place; returns the sum of the weights.
+template <class Dot, class Weight>
+FK_INLINE float weigh_row(const float* scores, Weight* weights, int64_t keys, float scale, float max) {
+  Floats total = {};
   for (int64_t j = 0; j < keys; j += width) {
-    Floats weight = exp(load(scores + j) * scale - pivot);
-    if (j == whole) weight = keep_first(weight, keys - whole, 0);
-    store(scores + j, weight);
+    Floats weight = exp_for<Dot>(load(scores + j) * scale - max);
+    if (keys - j < width) weight = keep_first(weight, keys - j, 0);
+    store_element(weights + j, weight);
     total += weight;
   }
   return sum(total);
@@ -98,20 +120,15 @@ FK_INLINE float softmax_row(float* scores, int64_t keys, float scale, float& run
 // A few query rows on their way through the forward pass.
 template <class T, class Dot = typename DotOf<T>::type>
 struct QueryTile {
-  int64_t head_dim, q_row, score_row, weight_row, out_row, count = 0;
-  float *q, *scores, *weights, *out;
+  int64_t head_dim, q_row, score_row, out_row, count = 0;
+  float *q, *scores, *out;  // scores, and then in their place the weights
   Ahead<T> ahead;
 
   QueryTile(Scratch& scratch, int64_t most_keys, int64_t d)
-      : head_dim(d),
-        q_row(padded(words<Dot>(d))),
-        score_row(padded(most_keys)),
-        weight_row(Dot::lanes == 1 ? score_row : padded(words<Dot>(most_keys))),
-        out_row(padded(d)) {
-    q = scratch.take(forward_rows * q_row);
-    scores = scratch.take(forward_rows * score_row);
-    weights = Dot::lanes == 1 ? scores : scratch.take(forward_rows * weight_row);
-    out = scratch.take(forward_rows * out_row);
+      : head_dim(d), q_row(padded(words<Dot>(d))), score_row(padded(most_keys)), out_row(padded(d)) {
+    q = scratch.take(forward_rows<T> * q_row);
+    scores = scratch.take(forward_rows<T> * score_row);
+    out = scratch.take(forward_rows<T> * out_row);
   }
 
   void add(const T* row) { pack_row<Dot>(row, head_dim, q + count++ * q_row); }
@@ -120,25 +137,35 @@ struct QueryTile {
   void attend(const KeyBlock<T>& block, float scale, float* running_max, float* sums) {
     multiply<Dot, false>(
         count, block.keys, words<Dot>(head_dim), {q, q_row, 1}, block.k, block.k_row, scores, score_row);
+    for (int64_t i = 0; i < count; ++i)
+      running_max[i] = raised_max(scores + i * score_row, block.keys, scale, running_max[i]);
     for (int64_t i = 0; i < count; ++i) {
       float* row = scores + i * score_row;
+      auto* weights = (typename Dot::Element*)row;
       ahead.fetch(head_dim);
-      sums[i] = softmax_row(row, block.keys, scale, running_max[i]);
-      if constexpr (Dot::lanes > 1) pack_row<Dot>(row, block.keys, weights + i * weight_row);
+      sums[i] = weigh_row<Dot>(row, weights, block.keys, scale, running_max[i]);
+      clear_padding<Dot>(weights, block.keys);
     }
     multiply<Dot, false>(
-        count, head_dim, words<Dot>(block.keys), {weights, weight_row, 1}, block.v, block.v_row, out, out_row);
+        count, head_dim, words<Dot>(block.keys), {scores, score_row, 1}, block.v, block.v_row, out, out_row);
   }
 };
 
 template <class T>
 FK_INLINE void write_row(T* to, const float* from, int64_t head_dim, float factor) {
-  for (int64_t j = 0; j < head_dim; j += width) store(to + j, load(from + j) * factor, head_dim - j);
+  for (int64_t j = 0; j < head_dim; j += width) {
+    const Floats x = load(from + j) * factor;
+    if constexpr (std::is_same_v<T, BFloat16>)
+      store(to + j, round_to_bf16(x), head_dim - j);
+    else
+      store(to + j, x, head_dim - j);
+  }
 }
 
 // Rows that meet several blocks of keys, one after the other (online softmax).
+template <class T>
 struct RunningRows {
-  static constexpr int64_t most = 4 * forward_rows;
+  static constexpr int64_t most = in_tiles<T> ? 128 : 96;
   int64_t head_dim, row;
   float *out, *max, *sum;
 
@@ -154,21 +181,33 @@ struct RunningRows {
   }
 
   // Attend with the rows `members` of this block, which the tile holds in the same order.
-  template <class T>
   void attend(QueryTile<T>& tile, const KeyBlock<T>& block, float scale, const int64_t* members) {
-    float before[forward_rows], now[forward_rows], sums[forward_rows];
-    for (int64_t i = 0; i < tile.count; ++i) before[i] = now[i] = max[members[i]];
+    constexpr int64_t rows = round_up(forward_rows<T>, width);
+    float shrink[rows], now[rows], sums[rows];
+    for (int64_t i = 0; i < tile.count; ++i) shrink[i] = now[i] = max[members[i]];
     tile.attend(block, scale, now, sums);
+    for (int64_t i = 0; i < tile.count; i += width) store(shrink + i, exp(load(shrink + i) - load(now + i)));
     for (int64_t i = 0; i < tile.count; ++i) {
       int64_t t = members[i];
-      float shrink = exp(splat(before[i] - now[i]))[0];
       max[t] = now[i];
-      sum[t] = sum[t] * shrink + sums[i];
+      sum[t] = sum[t] * shrink[i] + sums[i];
       for (int64_t j = 0; j < head_dim; j += width)
-        store(out + t * row + j, load(out + t * row + j) * shrink + load(tile.out + i * tile.out_row + j));
+        store(out + t * row + j, load(out + t * row + j) * shrink[i] + load(tile.out + i * tile.out_row + j));
     }
   }
 };
+
+// delta = sum(dO O) of a row, in double: its error would enter every dS of the row with the same sign.
+template <class T>
+FK_INLINE float row_delta(const T* dout, const T* out, int64_t head_dim) {
+  Doubles products = {};
+  for (int64_t j = 0; j < head_dim; j += width)
+    products += __builtin_convertvector(load(dout + j, head_dim - j), Doubles) *
+                __builtin_convertvector(load(out + j, head_dim - j), Doubles);
+  double total = 0;
+  for (int lane = 0; lane < width; ++lane) total += products[lane];
+  return total;
+}
 
 // Keys and values packed for the backward pass, with the gradients they collect.
 template <class T, class Dot = typename DotOf<T>::type>
@@ -176,14 +215,15 @@ struct KeyGradients {
   int64_t head_dim, key_row, channel_row, keys = 0;
   float *k, *v, *k_rows;  // [words(d)][keys] twice, [words(keys)][d]
   float *dk, *dv;         // [keys][d]
+  bool empty = true;      // dk and dv hold nothing yet: the first rows' products are written, not added
 
   KeyGradients(Scratch& scratch, int64_t most_keys, int64_t d)
       : head_dim(d), key_row(padded(most_keys)), channel_row(padded(d)) {
     k = scratch.take(words<Dot>(d) * key_row);
     v = scratch.take(words<Dot>(d) * key_row);
     k_rows = scratch.take(words<Dot>(most_keys) * channel_row);
-    dk = scratch.take(most_keys * channel_row);
-    dv = scratch.take(most_keys * channel_row);
+    dk = scratch.take(round_up(most_keys, Dot::rows) * channel_row);
+    dv = scratch.take(round_up(most_keys, Dot::rows) * channel_row);
   }
 
   void pack(Strided<const T> from_k, Strided<const T> from_v, int64_t count) {
@@ -193,11 +233,17 @@ struct KeyGradients {
     pack_matrix<Dot>(from_k.data, from_k.row, keys, head_dim, k_rows, channel_row);
   }
 
-  void reset() {
+  void reset() { empty = true; }
+
+  // Zeros where no row has sent anything.
+  void fill() {
+    if (!empty) return;
     for (int64_t i = 0; i < keys * channel_row; ++i) dk[i] = dv[i] = 0;
+    empty = false;
   }
 
-  void write(Strided<T> to_k, Strided<T> to_v) const {
+  void write(Strided<T> to_k, Strided<T> to_v) {
+    fill();
     for (int64_t i = 0; i < keys; ++i) {
       write_row(to_k[i], dk + i * channel_row, head_dim, 1);
       write_row(to_v[i], dv + i * channel_row, head_dim, 1);
@@ -208,31 +254,32 @@ struct KeyGradients {
 // A few query rows on their way through the backward pass.
 template <class T, class Dot = typename DotOf<T>::type>
 struct GradientTile {
+  static constexpr int64_t most = backward_rows<T>;
   static constexpr bool pairs = Dot::lanes == 2;
-  int64_t head_dim, key_row, channel_row, count = 0;
-  float *q, *dout;                // [rows][words(d)]
-  float *p, *ds;                  // [rows][keys], scores and dP before that
-  float *ds_words;                // [rows][words(keys)]
-  float *q_pairs, *dout_pairs;    // [words(rows)][d]
-  float *p_pairs, *ds_pairs;      // [words(rows)][keys]
-  float *dq;                      // [rows][d]
-  float delta[backward_rows], highest[backward_rows], share[backward_rows];  // what add() was told of a row
-  const T *q_from[backward_rows], *dout_from[backward_rows];
+  using Element = typename Dot::Element;
+  int64_t head_dim, key_row, channel_row, column_row, count = 0;
+  float *q, *dout;              // [rows][words(d)]
+  float *p, *ds;                // [rows][keys]: scores and dP, and then in their place P and dS, as elements
+  float *q_pairs, *dout_pairs;  // [words(rows)][d]
+  float *columns;               // P or dS, packed along the rows
+  float *dq;                    // [rows][d]
+  float delta[most], highest[most], share[most];  // what add() was told of a row
+  const T *q_from[most], *dout_from[most];
   Ahead<T> ahead;
 
   GradientTile(Scratch& scratch, int64_t most_keys, int64_t d)
-      : head_dim(d), key_row(padded(most_keys)), channel_row(padded(d)) {
-    constexpr int64_t rows = backward_rows;
-    q = scratch.take(rows * channel_row);
-    dout = scratch.take(rows * channel_row);
-    p = scratch.take(rows * key_row);
-    ds = scratch.take(rows * key_row);
-    dq = scratch.take(rows * channel_row);
-    ds_words = pairs ? scratch.take(rows * key_row) : ds;
-    q_pairs = pairs ? scratch.take(rows / 2 * channel_row) : q;
-    dout_pairs = pairs ? scratch.take(rows / 2 * channel_row) : dout;
-    p_pairs = pairs ? scratch.take(rows / 2 * key_row) : p;
-    ds_pairs = pairs ? scratch.take(rows / 2 * key_row) : ds;
+      : head_dim(d),
+        key_row(padded(most_keys)),
+        channel_row(padded(d)),
+        column_row(in_tiles<T> ? padded(words<Dot>(most)) : key_row) {
+    q = scratch.take(most * channel_row);
+    dout = scratch.take(most * channel_row);
+    p = scratch.take(most * key_row);
+    ds = scratch.take(most * key_row);
+    dq = scratch.take(most * channel_row);
+    q_pairs = pairs ? scratch.take(words<Dot>(most) * channel_row) : q;
+    dout_pairs = pairs ? scratch.take(words<Dot>(most) * channel_row) : dout;
+    columns = scratch.take(pairs ? (in_tiles<T> ? round_up(most_keys, width) : words<Dot>(most)) * column_row : 0);
   }
 
   void add(const T* q_row, const T* dout_row) {
@@ -244,13 +291,8 @@ struct GradientTile {
   }
 
   // A row that has more keys than one block: what the forward pass knows of the others.
-  void add(const T* q_row, const T* dout_row, const T* out_row, float row_max, float row_sum) {
-    double product = 0;  // its error would enter every dS of the row with the same sign
-    for (int64_t j = 0; j < head_dim; j += width) {
-      Floats a = load(dout_row + j, head_dim - j), b = load(out_row + j, head_dim - j);
-      for (int lane = 0; lane < width; ++lane) product += double(a[lane]) * b[lane];
-    }
-    delta[count] = product;
+  void add(const T* q_row, const T* dout_row, float row_delta, float row_max, float row_sum) {
+    delta[count] = row_delta;
     highest[count] = row_max;
     share[count] = 1 / row_sum;
     add(q_row, dout_row);
@@ -260,10 +302,10 @@ struct GradientTile {
   void differentiate(const KeyGradients<T>& block, float scale) {
     score(block);
     for (int64_t i = 0; i < count; ++i) {
-      float* weights = p + i * key_row;
-      for (int64_t j = 0; j < block.keys; j += width)
-        store(weights + j, exp(load(weights + j) * scale - splat(highest[i])) * share[i]);
-      score_gradient(i, block.keys, delta[i], scale);
+      const float* scores = p + i * key_row;
+      score_gradient(i, block.keys, delta[i], scale, [&](int64_t j) {
+        return exp_for<Dot>(load(scores + j) * scale - highest[i]) * share[i];
+      });
     }
   }
 
@@ -271,17 +313,15 @@ struct GradientTile {
   // pass is read.
   void differentiate_whole(const KeyGradients<T>& block, float scale) {
     score(block);
+    for (int64_t i = 0; i < count; ++i) highest[i] = raised_max(p + i * key_row, block.keys, scale, -INFINITY);
     for (int64_t i = 0; i < count; ++i) {
-      float *weights = p + i * key_row, *dp = ds + i * key_row, highest = -INFINITY;
+      float *weights = p + i * key_row, *dp = ds + i * key_row;
       ahead.fetch(head_dim);
-      const float share = 1 / softmax_row(weights, block.keys, scale, highest);
+      const float share = 1 / weigh_row<Dot>(weights, weights, block.keys, scale, highest[i]);
+      const auto weight = [&](int64_t j) { return load(weights + j) * share; };
       Floats product = {};
-      for (int64_t j = 0; j < block.keys; j += width) {
-        Floats weight = load(weights + j) * share;
-        store(weights + j, weight);
-        product += weight * load(dp + j);
-      }
-      score_gradient(i, block.keys, sum(product), scale);
+      for (int64_t j = 0; j < block.keys; j += width) product += weight(j) * load(dp + j);
+      score_gradient(i, block.keys, sum(product), scale, weight);
     }
   }
 
@@ -293,40 +333,49 @@ struct GradientTile {
         count, block.keys, words<Dot>(head_dim), {dout, channel_row, 1}, block.v, block.key_row, ds, key_row);
   }
 
-  // dP of row i to dS, where row_delta is the sum of P dP.
-  FK_INLINE void score_gradient(int64_t i, int64_t keys, float row_delta, float scale) {
-    float *weights = p + i * key_row, *to = ds + i * key_row;
-    for (int64_t j = 0; j < keys; j += width)
-      store(to + j, load(weights + j) * (load(to + j) - splat(row_delta)) * scale);
-    if constexpr (pairs) pack_row<Dot>(to, keys, ds_words + i * key_row);
+  // P of row i, which `weight` gives by vectors, and dS from dP; row_delta is the sum of P dP.
+  template <class Weight>
+  FK_INLINE void score_gradient(int64_t i, int64_t keys, float row_delta, float scale, Weight weight) {
+    float *to_p = p + i * key_row, *to_ds = ds + i * key_row;
+    for (int64_t j = 0; j < keys; j += width) {
+      Floats probability = weight(j);
+      if (keys - j < width) probability = keep_first(probability, keys - j, 0);
+      const Floats gradient = probability * (load(to_ds + j) - row_delta) * scale;
+      store_element((Element*)to_p + j, probability);
+      store_element((Element*)to_ds + j, gradient);
+    }
+    clear_padding<Dot>((Element*)to_ds, keys);
   }
 
   // dq = dS K, or dq += dS K.
   template <bool accumulate>
   void query_gradient(const KeyGradients<T>& block, float* to) {
     multiply<Dot, accumulate>(
-        count, head_dim, words<Dot>(block.keys), {ds_words, key_row, 1}, block.k_rows, block.channel_row, to,
+        count, head_dim, words<Dot>(block.keys), {ds, key_row, 1}, block.k_rows, block.channel_row, to,
         channel_row);
   }
 
   // dk += dS^T Q and dv += P^T dO.
   void key_gradients(KeyGradients<T>& block) {
-    if constexpr (pairs)
-      for (int64_t i = 0; i < count; i += 2) {
-        const bool last = i + 1 == count;
-        pack_rows<Dot>(q_from[i], last ? nullptr : q_from[i + 1], head_dim, q_pairs + i / 2 * channel_row);
-        pack_rows<Dot>(
-            dout_from[i], last ? nullptr : dout_from[i + 1], head_dim, dout_pairs + i / 2 * channel_row);
-        pack_rows<Dot>(
-            p + i * key_row, last ? nullptr : p + (i + 1) * key_row, block.keys, p_pairs + i / 2 * key_row);
-        pack_rows<Dot>(
-            ds + i * key_row, last ? nullptr : ds + (i + 1) * key_row, block.keys, ds_pairs + i / 2 * key_row);
-      }
-    const int64_t depth = words<Dot>(count);
-    multiply<Dot, true>(
-        block.keys, head_dim, depth, {p_pairs, 1, key_row}, dout_pairs, channel_row, block.dv, block.channel_row);
-    multiply<Dot, true>(
-        block.keys, head_dim, depth, {ds_pairs, 1, key_row}, q_pairs, channel_row, block.dk, block.channel_row);
+    if constexpr (pairs) pack_pairs(q_from, q_pairs), pack_pairs(dout_from, dout_pairs);
+    add_key_gradient(p, dout_pairs, block, block.dv);
+    add_key_gradient(ds, q_pairs, block, block.dk);
+    block.empty = false;
+  }
+
+  // The rows as a B operand summed along them.
+  void pack_pairs(const T* const (&from)[most], float* to) {
+    const auto row = [&](int64_t i) { return i < count ? from[i] : nullptr; };
+    for (int64_t k = 0; k < words<Dot>(count); ++k)
+      pack_rows<Dot>(row(2 * k), row(2 * k + 1), head_dim, to + k * channel_row);
+  }
+
+  // to[keys][d] += weights[rows][keys]^T rows[rows][d]
+  void add_key_gradient(const float* weights, const float* rows, const KeyGradients<T>& block, float* to) {
+    const Operand transposed = pack_columns<Dot>(
+        (const Element*)weights, key_row * Dot::lanes, count, block.keys, columns, column_row);
+    const auto product = block.empty ? multiply<Dot, false> : multiply<Dot, true>;
+    product(block.keys, head_dim, words<Dot>(count), transposed, rows, channel_row, to, channel_row);
   }
 };
 

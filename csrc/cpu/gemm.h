@@ -3,21 +3,29 @@
 // A word is 32 bits: one float (Single), or two bfloat16 that follow each other along the summed
 // dimension (Pairs, for processors with a bf16 dot product). A is read one word at a time and broadcast,
 // in any strides; B and C are read a vector at a time, their rows padded to whole vectors.
+//
+// Tiles are pairs for processors with tile registers (tiles.h). All operands are padded to whole tiles, and A's
+// words lie side by side (step 1).
 #pragma once
 
-#include "simd.h"
+#include "tiles.h"
 
 namespace flamingo_kernels::FK_ISA {
 
+// lanes: elements of a word. A product has a multiple of `depth` words, its matrices of `rows` rows.
 struct Single {
-  static constexpr int lanes = 1;
+  using Element = float;
+  static constexpr int lanes = 1, depth = 1, rows = 1;
+  struct Registers {};
   static FK_INLINE Floats dot(Floats sum, Floats a, Floats b) { return a * b + sum; }
 };
 
 struct Pairs {
-  static constexpr int lanes = 2;
+  using Element = BFloat16;
+  static constexpr int lanes = 2, depth = 1, rows = 1;
+  struct Registers {};
   static FK_INLINE Floats dot(Floats sum, Floats a, Floats b) {
-#ifdef __AVX512BF16__
+#ifdef FK_AVX512_BF16
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
     Floats odd = (Floats)((Bits)a & 0xffff0000) * (Floats)((Bits)b & 0xffff0000) + sum;
@@ -25,6 +33,18 @@ struct Pairs {
 #endif
   }
 };
+
+struct Tiles {
+  using Element = BFloat16;
+  static constexpr int lanes = 2, depth = tile_side, rows = tile_side;
+  using Registers = TileRegisters;
+};
+
+// Words that hold so many elements of the summed dimension.
+template <class Dot>
+constexpr int64_t words(int64_t elements) {
+  return round_up(elements, Dot::lanes * Dot::depth) / Dot::lanes;
+}
 
 // The tile of C held in registers: 6 x 2 vectors fill the 16 registers of SSE and AVX2, 6 x 4 the 32 of
 // AVX-512 and NEON.
@@ -107,37 +127,51 @@ template <class Dot, bool accumulate>
 FK_INLINE void multiply(
     int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t b_row, float* c,
     int64_t c_row) {
-  constexpr int64_t block = 64;
-  multiply_block<Dot, accumulate>(rows, columns, depth < block ? depth : block, a, b, b_row, c, c_row);
-  for (int64_t k = block; k < depth; k += block)
-    multiply_block<Dot, true>(
-        rows, columns, depth - k < block ? depth - k : block, {a.words + k * a.step, a.row, a.step}, b + k * b_row,
-        b_row, c, c_row);
+  if constexpr (Dot::depth > 1) {
+    multiply_in_tiles<accumulate>(rows, columns, depth, a.words, a.row, b, b_row, c, c_row);
+  } else {
+    constexpr int64_t block = 64;
+    multiply_block<Dot, accumulate>(rows, columns, depth < block ? depth : block, a, b, b_row, c, c_row);
+    for (int64_t k = block; k < depth; k += block)
+      multiply_block<Dot, true>(
+          rows, columns, depth - k < block ? depth - k : block, {a.words + k * a.step, a.row, a.step}, b + k * b_row,
+          b_row, c, c_row);
+  }
 }
 
+// Elements of operands as bfloat16, zeros beyond `count`.
+FK_INLINE Shorts load_halves(const BFloat16* from, int64_t count) { return load_bits(from, count); }
+FK_INLINE Shorts load_halves(const float* from, int64_t count) { return round_to_bf16(load(from, count)); }
+
+FK_INLINE void store_element(float* to, Floats x) { store(to, x); }
+FK_INLINE void store_element(BFloat16* to, Floats x) { store(to, round_to_bf16(x)); }
 
 // [rows][columns] to the same rows of words: an A operand summed along its columns.
 template <class Dot, class T>
-FK_INLINE void pack_row(const T* from, int64_t columns, float* words) {
-  if constexpr (Dot::lanes == 1) {
-    for (int64_t j = 0; j < columns; j += width) store(words + j, load(from + j, columns - j));
-  } else {
-    BFloat16* packed = (BFloat16*)words;
-    for (int64_t j = 0; j < columns; j += width) store(packed + j, load(from + j, columns - j));
-  }
+FK_INLINE void pack_row(const T* from, int64_t columns, float* to) {
+  for (int64_t j = 0; j < words<Dot>(columns) * Dot::lanes; j += width)
+    if constexpr (Dot::lanes == 1)
+      store(to + j, load(from + j, columns - j));
+    else
+      store((BFloat16*)to + j, load_halves(from + j, columns - j));
+}
+
+// `columns` words from rows `even` and `odd` (null: zeros).
+template <class T>
+FK_INLINE Floats pair_words(const T* even, const T* odd, int64_t j, int64_t columns) {
+  Bits low = even ? widen(load_halves(even + j, columns - j)) : Bits{};
+  Bits high = odd ? widen(load_halves(odd + j, columns - j)) : Bits{};
+  return (Floats)(low | high << 16);
 }
 
 // Rows `even` and `odd` (null: zeros) to one row of words: a B operand summed along its rows.
 template <class Dot, class T>
-FK_INLINE void pack_rows(const T* even, const T* odd, int64_t columns, float* words) {
-  for (int64_t j = 0; j < columns; j += width) {
-    Floats first = load(even + j, columns - j);
-    if constexpr (Dot::lanes == 2) {
-      Floats second = odd ? load(odd + j, columns - j) : Floats{};
-      first = (Floats)(float_to_bf16(first) | float_to_bf16(second) << 16);
-    }
-    store(words + j, first);
-  }
+FK_INLINE void pack_rows(const T* even, const T* odd, int64_t columns, float* to) {
+  for (int64_t j = 0; j < columns; j += width)
+    if constexpr (Dot::lanes == 1)
+      store(to + j, load(even + j, columns - j));
+    else
+      store(to + j, pair_words(even, odd, j, columns));
 }
 
 template <class Dot, class T>
@@ -152,30 +186,60 @@ FK_INLINE Floats load_words(const T* from, int64_t count) {
   }
 }
 
-// [rows][columns] to [columns / lanes words][rows]: a B operand summed along the columns.
+// [rows][columns] to [words(columns)][rows]: a B operand summed along the columns.
 template <class Dot, class T>
 __attribute__((noinline)) void pack_transposed(
-    const T* from, int64_t stride, int64_t rows, int64_t columns, float* words, int64_t words_row) {
+    const T* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_row) {
   constexpr int lanes = Dot::lanes;
   for (int64_t i = 0; i < rows; i += width)
-    for (int64_t k = 0; k < columns; k += width * lanes) {
+    for (int64_t k = 0; k < words<Dot>(columns); k += width) {
       Floats block[width];
       for (int r = 0; r < width; ++r)
-        block[r] = i + r < rows ? load_words<Dot>(from + (i + r) * stride + k, columns - k) : Floats{};
+        block[r] = i + r < rows ? load_words<Dot>(from + (i + r) * stride + k * lanes, columns - k * lanes)
+                                : Floats{};
       transpose(block);
-      for (int r = 0; r < width && k + r * lanes < columns; ++r)
-        store(words + (k / lanes + r) * words_row + i, block[r]);
+      for (int r = 0; r < width && k + r < words<Dot>(columns); ++r) store(to + (k + r) * to_row + i, block[r]);
     }
 }
 
-// [rows][columns] to [rows / lanes words][columns].
+// The row of a matrix of `rows` rows, null beyond them.
+template <class T>
+FK_INLINE const T* row_or_null(const T* from, int64_t stride, int64_t i, int64_t rows) {
+  return i < rows ? from + i * stride : nullptr;
+}
+
+// [rows][columns] to [words(rows)][columns]: a B operand summed along the rows.
 template <class Dot, class T>
 __attribute__((noinline)) void pack_matrix(
-    const T* from, int64_t stride, int64_t rows, int64_t columns, float* words, int64_t words_row) {
-  for (int64_t i = 0; i < rows; i += Dot::lanes)
+    const T* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_row) {
+  for (int64_t k = 0; k < words<Dot>(rows); ++k) {
+    const int64_t i = k * Dot::lanes;
     pack_rows<Dot>(
-        from + i * stride, i + 1 < rows ? from + (i + 1) * stride : nullptr, columns,
-        words + i / Dot::lanes * words_row);
+        row_or_null(from, stride, i, rows), row_or_null(from, stride, i + 1, rows), columns, to + k * to_row);
+  }
+}
+
+// [rows][columns] as an A operand summed along the rows; `to` holds its words where the matrix itself does not.
+template <class Dot>
+__attribute__((noinline)) Operand pack_columns(
+    const typename Dot::Element* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_row) {
+  if constexpr (Dot::lanes == 1) {
+    return {from, 1, stride};
+  } else if constexpr (Dot::depth == 1) {
+    pack_matrix<Dot>(from, stride, rows, columns, to, to_row);
+    return {to, 1, to_row};
+  } else {
+    const auto row = [&](int64_t i) { return row_or_null(from, stride, i, rows); };
+    for (int64_t j = 0; j < columns; j += width)
+      for (int64_t k = 0; k < words<Dot>(rows); k += width) {
+        Floats block[width];
+        for (int r = 0; r < width; ++r)
+          block[r] = pair_words(row(2 * (k + r)), row(2 * (k + r) + 1), j, round_up(columns, width));
+        transpose(block);
+        for (int r = 0; r < width; ++r) store(to + (j + r) * to_row + k, block[r]);
+      }
+    return {to, to_row, 1};
+  }
 }
 
 }  // namespace flamingo_kernels::FK_ISA

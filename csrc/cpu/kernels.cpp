@@ -20,12 +20,19 @@ int64_t scratch_size(const Params& p) {
   return scratch.used;
 }
 
+template <class Implementation, class Registers, class Params>
+void run_attention(const Params& p, int64_t task, float* base) {
+  [[maybe_unused]] const Registers registers;
+  run_task<Implementation>(p, task, base);
+}
+
 // Attention: one element type.
 template <template <class> class Implementation, class Params>
 Kernel<Params> attention(DType dtype) {
   auto kernel = []<class T>(T) {
     using I = Implementation<T>;
-    return Kernel<Params>{I::tasks, scratch_size<I, Params>, run_task<I, Params>};
+    using Registers = typename DotOf<T>::type::Registers;
+    return Kernel<Params>{I::tasks, scratch_size<I, Params>, run_attention<I, Registers, Params>};
   };
   if (dtype == DType::f32) return kernel(float());
   if (dtype == DType::bf16) return kernel(BFloat16());

@@ -81,7 +81,7 @@ template <class T>
 struct Forward {
   KeyBlock<T> block;
   QueryTile<T> tile;
-  RunningRows running;
+  RunningRows<T> running;
   float* mean;
 
   Forward(Scratch& scratch, const Params& p)
@@ -91,15 +91,15 @@ struct Forward {
         mean(scratch.take(padded(p.head_dim))) {}
 
   static int64_t tasks(const Params& p) {
-    const int64_t media = p.media + 1, blocks = (p.length + RunningRows::most - 1) / RunningRows::most;
+    const int64_t media = p.media + 1, blocks = (p.length + RunningRows<T>::most - 1) / RunningRows<T>::most;
     return p.batch * p.heads * (p.immediate ? media : blocks);
   }
 
   void run(const Params& p, int64_t task) {
     const int64_t h = task % p.heads, rest = task / p.heads;
     if (!p.immediate) {
-      const int64_t blocks = (p.length + RunningRows::most - 1) / RunningRows::most;
-      return attend_block(p, rest / blocks, h, rest % blocks * RunningRows::most);
+      const int64_t blocks = (p.length + RunningRows<T>::most - 1) / RunningRows<T>::most;
+      return attend_block(p, rest / blocks, h, rest % blocks * RunningRows<T>::most);
     }
     const int64_t m = rest % (p.media + 1), b = rest / (p.media + 1);
     if (m == p.media) return write_blind_rows<T>(p, b, h, 0, p.length, mean);
@@ -122,10 +122,10 @@ struct Forward {
     }
     Strided<const T> q = rows_of<const T>(p.q, b, h);
     Strided<T> out = rows_of<T>(p.out, b, h);
-    visit_rows<forward_rows>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
-      float highest[forward_rows], sums[forward_rows];
+    visit_rows<forward_rows<T>>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
+      float highest[forward_rows<T>], sums[forward_rows<T>];
       const int64_t next = rows[count - 1] + 1;
-      tile.ahead.plan(2, {q[next], q.row}, end - next < forward_rows ? end - next : forward_rows);
+      tile.ahead.plan(2, {q[next], q.row}, end - next < forward_rows<T> ? end - next : forward_rows<T>);
       tile.ahead.plan(3, {out[rows[0]], out.row}, count);
       tile.count = 0;
       for (int64_t i = 0; i < count; ++i) tile.add(q[rows[i]]), highest[i] = -INFINITY;
@@ -137,15 +137,15 @@ struct Forward {
 
   // A block of rows, and every medium that one of them sees.
   void attend_block(const Params& p, int64_t b, int64_t h, int64_t begin) {
-    const int64_t end = begin + RunningRows::most < p.length ? begin + RunningRows::most : p.length;
+    const int64_t end = begin + RunningRows<T>::most < p.length ? begin + RunningRows<T>::most : p.length;
     Strided<const T> q = rows_of<const T>(p.q, b, h);
     running.reset(end - begin);
     for (int64_t m = 0; m < p.media; ++m) {
       const int64_t first = p.start[b * p.media + m], last = p.stop[b * p.media + m];
       if (first >= end || last <= begin) continue;
       pack(p, b, h, m);
-      visit_rows<forward_rows>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
-        int64_t members[forward_rows];
+      visit_rows<forward_rows<T>>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
+        int64_t members[forward_rows<T>];
         tile.count = 0;
         for (int64_t i = 0; i < count; ++i) tile.add(q[rows[i]]), members[i] = rows[i] - begin;
         running.attend(tile, block, p.scale, members);
@@ -165,9 +165,10 @@ struct Forward {
 template <class T>
 FK_INLINE void add_row(const Params& p, GradientTile<T>& tile, int64_t b, int64_t h, int64_t t) {
   const int64_t row = (b * p.heads + h) * p.length + t;
+  const T *dout = rows_of<const T>(p.dout, b, h)[t], *out = rows_of<const T>(p.out, b, h)[t];
   tile.add(
-      rows_of<const T>(p.q, b, h)[t], rows_of<const T>(p.dout, b, h)[t], rows_of<const T>(p.out, b, h)[t],
-      p.softmax_max[row], p.softmax_sum[row]);
+      rows_of<const T>(p.q, b, h)[t], dout, row_delta(dout, out, p.head_dim), p.softmax_max[row],
+      p.softmax_sum[row]);
 }
 
 // dk and dv of one medium; where rows see one medium only, also their dq.
@@ -203,14 +204,14 @@ struct Backward {
     const int64_t begin = p.start[b * p.media + m], end = p.stop[b * p.media + m];
     Strided<const T> q = rows_of<const T>(p.q, b, h), dout = rows_of<const T>(p.dout, b, h);
     Strided<T> dq = rows_of<T>(p.dq, b, h);
-    visit_rows<backward_rows>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
+    visit_rows<backward_rows<T>>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
       tile.count = 0;
       if (!p.immediate) {
         for (int64_t i = 0; i < count; ++i) add_row(p, tile, b, h, rows[i]);
         tile.differentiate(block, p.scale);
         return tile.key_gradients(block);
       }
-      const int64_t next = rows[count - 1] + 1, left = end - next < backward_rows ? end - next : backward_rows;
+      const int64_t next = rows[count - 1] + 1, left = end - next < backward_rows<T> ? end - next : backward_rows<T>;
       tile.ahead.plan(2, {q[next], q.row}, left);
       tile.ahead.plan(3, {dout[next], dout.row}, left);
       tile.ahead.plan(4, {dq[rows[0]], dq.row}, count);
@@ -237,6 +238,7 @@ struct Backward {
         store(average + j, load(average + j) + load(dout[t] + j, p.head_dim - j) * share);
     }
     if (!any) return;
+    block.fill();
     for (int64_t r = 0; r < block.keys; ++r)
       for (int64_t j = 0; j < p.head_dim; j += width) {
         float* to = block.dv + r * block.channel_row + j;
@@ -248,7 +250,7 @@ struct Backward {
 // dq of the rows that Backward leaves: those that see nothing and, where rows see several media, all.
 template <class T>
 struct QueryBackward {
-  static constexpr int64_t most = backward_rows * 4;
+  static constexpr int64_t most = backward_rows<T> * 4;
   KeyGradients<T> block;
   GradientTile<T> tile;
   float* dq;
@@ -276,7 +278,7 @@ struct QueryBackward {
     if (p.start[b * p.media + m] >= end || p.stop[b * p.media + m] <= begin) return;
     const int64_t hk = kv_head(p, h), row = padded(p.head_dim);
     block.pack(latents_of<const T>(p.k, b, m, hk), latents_of<const T>(p.v, b, m, hk), p.latents);
-    visit_rows<backward_rows>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
+    visit_rows<backward_rows<T>>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
       tile.count = 0;
       for (int64_t i = 0; i < count; ++i) add_row(p, tile, b, h, rows[i]);
       tile.differentiate(block, p.scale);

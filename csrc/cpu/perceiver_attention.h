@@ -1,8 +1,8 @@
 // Latents attend to two segments of keys, media and latents, read where they lie.
 //
 // Oracle: flamingo_kernels/ops/perceiver_attention/reference.py. A task is one head of one clip: forward
-// reads k and v once per 96 latents with an online softmax, 4 FLOPs per (latent, key, channel); backward
-// reads them once, writes dk and dv once and keeps dq in cache, 10 FLOPs.
+// reads k and v once per 96 latents (in tiles, 128) with an online softmax, 4 FLOPs per (latent, key,
+// channel); backward reads them once, writes dk and dv once and keeps dq in cache, 10 FLOPs.
 #pragma once
 
 #include "attention.h"
@@ -11,7 +11,8 @@ namespace flamingo_kernels::FK_ISA::perceiver_attention {
 
 using Params = PerceiverAttention;
 
-constexpr int64_t most_keys = 128;  // in flight
+template <class T>
+constexpr int64_t most_keys = in_tiles<T> ? 256 : 128;  // in flight
 
 template <class T>
 FK_INLINE Strided<T> rows_of(const Rows& rows, int64_t n, int64_t h) {
@@ -28,12 +29,12 @@ FK_INLINE int64_t visible_keys(const Params& p, int64_t n, int segment) {
 }
 
 // Call `visit(segment, first, count)` with the visible keys of a clip, `most_keys` at a time.
-template <class Visit>
+template <class T, class Visit>
 FK_INLINE void visit_keys(const Params& p, int64_t n, Visit visit) {
   for (int segment = 0; segment < 2; ++segment) {
     const int64_t end = visible_keys(p, n, segment);
-    for (int64_t first = 0; first < end; first += most_keys)
-      visit(segment, first, first + most_keys < end ? most_keys : end - first);
+    for (int64_t first = 0; first < end; first += most_keys<T>)
+      visit(segment, first, first + most_keys<T> < end ? most_keys<T> : end - first);
   }
 }
 
@@ -41,19 +42,20 @@ template <class T>
 struct Forward {
   KeyBlock<T> block;
   QueryTile<T> tile;
-  RunningRows running;
+  RunningRows<T> running;
 
   Forward(Scratch& scratch, const Params& p)
-      : block(scratch, most_keys, p.head_dim),
-        tile(scratch, most_keys, p.head_dim),
+      : block(scratch, most_keys<T>, p.head_dim),
+        tile(scratch, most_keys<T>, p.head_dim),
         running(scratch, p.head_dim) {}
 
   static int64_t tasks(const Params& p) { return p.batch * p.heads; }
 
   void run(const Params& p, int64_t task) {
     const int64_t h = task % p.heads, n = task / p.heads;
-    for (int64_t begin = 0; begin < p.length; begin += RunningRows::most)
-      attend_rows(p, n, h, begin, begin + RunningRows::most < p.length ? begin + RunningRows::most : p.length);
+    constexpr int64_t most = RunningRows<T>::most;
+    for (int64_t begin = 0; begin < p.length; begin += most)
+      attend_rows(p, n, h, begin, begin + most < p.length ? begin + most : p.length);
   }
 
   void attend_rows(const Params& p, int64_t n, int64_t h, int64_t begin, int64_t end) {
@@ -61,14 +63,14 @@ struct Forward {
     Strided<const T> q = rows_of<const T>(p.q, n, h);
     Strided<T> out = rows_of<T>(p.out, n, h);
     running.reset(end - begin);
-    visit_keys(p, n, [&](int segment, int64_t first, int64_t count) {
+    visit_keys<T>(p, n, [&](int segment, int64_t first, int64_t count) {
       block.pack(
           keys_of<const T>(p.k[segment], n, hk, first), keys_of<const T>(p.v[segment], n, hk, first), count);
       fetch_ahead(p, n, hk, segment, first + count);
-      for (int64_t t = begin; t < end; t += forward_rows) {
-        int64_t members[forward_rows];
+      for (int64_t t = begin; t < end; t += forward_rows<T>) {
+        int64_t members[forward_rows<T>];
         tile.count = 0;
-        for (int64_t i = t; i < t + forward_rows && i < end; ++i) {
+        for (int64_t i = t; i < t + forward_rows<T> && i < end; ++i) {
           members[tile.count] = i - begin;
           tile.add(q[i]);
         }
@@ -91,7 +93,7 @@ struct Forward {
       if (segment == 1 && ++hk == p.kv_heads) return;
       segment = 1 - segment;
     }
-    const int64_t left = visible_keys(p, n, segment) - first, half = most_keys / 2;
+    const int64_t left = visible_keys(p, n, segment) - first, half = most_keys<T> / 2;
     for (int64_t i = 0; i < 2; ++i) {
       const int64_t from = first + i * half, count = left - i * half;
       tile.ahead.plan(i, keys_of<const T>(p.k[segment], n, hk, from), count < half ? count : half);
@@ -105,41 +107,51 @@ template <class T>
 struct Backward {
   KeyGradients<T> block;
   GradientTile<T> tile;
-  float* dq;  // [query heads of the group * R][d]
+  int64_t head_rows;
+  float* dq;     // [query heads of the group][R, in whole tiles][d]
+  float* delta;  // [query heads of the group][R]
 
   Backward(Scratch& scratch, const Params& p)
-      : block(scratch, most_keys, p.head_dim),
-        tile(scratch, most_keys, p.head_dim),
-        dq(scratch.take(p.heads / p.kv_heads * p.length * padded(p.head_dim))) {}
+      : block(scratch, most_keys<T>, p.head_dim),
+        tile(scratch, most_keys<T>, p.head_dim),
+        head_rows(round_up(p.length, DotOf<T>::type::rows)),
+        dq(scratch.take(p.heads / p.kv_heads * head_rows * padded(p.head_dim))),
+        delta(scratch.take(p.heads / p.kv_heads * head_rows)) {}
 
   static int64_t tasks(const Params& p) { return p.batch * p.kv_heads; }
 
   void run(const Params& p, int64_t task) {
     const int64_t hk = task % p.kv_heads, n = task / p.kv_heads, group = p.heads / p.kv_heads;
     const int64_t row = padded(p.head_dim);
-    for (int64_t i = 0; i < group * p.length * row; ++i) dq[i] = 0;
-    visit_keys(p, n, [&](int segment, int64_t first, int64_t count) {
+    for (int64_t i = 0; i < group * head_rows * row; ++i) dq[i] = 0;
+    for (int64_t g = 0; g < group; ++g) find_delta(p, n, hk * group + g, delta + g * head_rows);
+    visit_keys<T>(p, n, [&](int segment, int64_t first, int64_t count) {
       block.pack(
           keys_of<const T>(p.k[segment], n, hk, first), keys_of<const T>(p.v[segment], n, hk, first), count);
       block.reset();
-      for (int64_t g = 0; g < group; ++g) collect(p, n, hk * group + g, dq + g * p.length * row);
+      for (int64_t g = 0; g < group; ++g)
+        collect(p, n, hk * group + g, delta + g * head_rows, dq + g * head_rows * row);
       block.write(keys_of<T>(p.dk[segment], n, hk, first), keys_of<T>(p.dv[segment], n, hk, first));
     });
     for (int64_t g = 0; g < group; ++g)
       for (int64_t t = 0; t < p.length; ++t)
         write_row(
-            rows_of<T>(p.dq, n, hk * group + g)[t], dq + (g * p.length + t) * row, p.head_dim, 1);
+            rows_of<T>(p.dq, n, hk * group + g)[t], dq + (g * head_rows + t) * row, p.head_dim, 1);
     clear_hidden_keys(p, n, hk);
   }
 
-  void collect(const Params& p, int64_t n, int64_t h, float* head_dq) {
-    Strided<const T> q = rows_of<const T>(p.q, n, h), dout = rows_of<const T>(p.dout, n, h),
-                     out = rows_of<const T>(p.out, n, h);
+  static void find_delta(const Params& p, int64_t n, int64_t h, float* head_delta) {
+    Strided<const T> dout = rows_of<const T>(p.dout, n, h), out = rows_of<const T>(p.out, n, h);
+    for (int64_t t = 0; t < p.length; ++t) head_delta[t] = row_delta(dout[t], out[t], p.head_dim);
+  }
+
+  void collect(const Params& p, int64_t n, int64_t h, const float* head_delta, float* head_dq) {
+    Strided<const T> q = rows_of<const T>(p.q, n, h), dout = rows_of<const T>(p.dout, n, h);
     const int64_t row = (n * p.heads + h) * p.length;
-    for (int64_t begin = 0; begin < p.length; begin += backward_rows) {
+    for (int64_t begin = 0; begin < p.length; begin += backward_rows<T>) {
       tile.count = 0;
-      for (int64_t t = begin; t < begin + backward_rows && t < p.length; ++t)
-        tile.add(q[t], dout[t], out[t], p.softmax_max[row + t], p.softmax_sum[row + t]);
+      for (int64_t t = begin; t < begin + backward_rows<T> && t < p.length; ++t)
+        tile.add(q[t], dout[t], head_delta[t], p.softmax_max[row + t], p.softmax_sum[row + t]);
       tile.differentiate(block, p.scale);
       tile.key_gradients(block);
       tile.template query_gradient<true>(block, head_dq + begin * padded(p.head_dim));

@@ -4,8 +4,18 @@
 
 #include <cstdint>
 #include <utility>
-#ifdef __AVX512BF16__
+
+// An emulating build does without the instructions it stands for, also where the processor has them.
+#if defined(__AVX512F__) && !defined(FK_EMULATE)
+#define FK_AVX512
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 in its own header
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+#ifdef __AVX512BF16__
+#define FK_AVX512_BF16
+#endif
 #endif
 
 #define FK_JOIN_(a, b) a##b
@@ -14,21 +24,30 @@
 #define FK_WIDTH_avx2 8
 #define FK_WIDTH_avx512 16
 #define FK_WIDTH_avx512_bf16 16
+#define FK_WIDTH_avx512_amx 16
 #define FK_PAIRS_portable 0
 #define FK_PAIRS_avx2 0
 #define FK_PAIRS_avx512 0
 #define FK_PAIRS_avx512_bf16 1
+#define FK_PAIRS_avx512_amx 1
+#define FK_TILES_portable 0
+#define FK_TILES_avx2 0
+#define FK_TILES_avx512 0
+#define FK_TILES_avx512_bf16 0
+#define FK_TILES_avx512_amx 1
 #define FK_INLINE inline __attribute__((always_inline))
 
 namespace flamingo_kernels::FK_ISA {
 
 constexpr int width = FK_JOIN(FK_WIDTH_, FK_ISA);
 constexpr bool has_pairs = FK_JOIN(FK_PAIRS_, FK_ISA);
+constexpr bool has_tiles = FK_JOIN(FK_TILES_, FK_ISA);
 
 typedef float Floats __attribute__((vector_size(4 * width)));
 typedef int32_t Ints __attribute__((vector_size(4 * width)));
 typedef uint32_t Bits __attribute__((vector_size(4 * width)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * width)));
+typedef double Doubles __attribute__((vector_size(8 * width)));
 
 struct BFloat16 {
   uint16_t bits;
@@ -60,7 +79,13 @@ FK_INLINE Floats keep_first(Floats x, int64_t count, float other) {
   return count_lanes(std::make_integer_sequence<int, width>()) < (int32_t)count ? x : splat(other);
 }
 
-FK_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+FK_INLINE Floats max(Floats a, Floats b) {
+#ifdef FK_AVX512
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);  // the same in one instruction: b where one is NaN
+#else
+  return a > b ? a : b;
+#endif
+}
 
 template <class V>
 FK_INLINE V read(const void* from) {
@@ -74,7 +99,15 @@ FK_INLINE void write(void* to, V value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
-FK_INLINE Floats bf16_to_float(Shorts h) { return (Floats)(__builtin_convertvector(h, Bits) << 16); }
+FK_INLINE Bits widen(Shorts h) {
+#ifdef FK_AVX512
+  return (Bits)_mm512_cvtepu16_epi32((__m256i)h);  // one instruction, for which GCC takes four
+#else
+  return __builtin_convertvector(h, Bits);
+#endif
+}
+
+FK_INLINE Floats bf16_to_float(Shorts h) { return (Floats)(widen(h) << 16); }
 
 // Round to nearest even, in the low 16 bits of each lane; NaN stays NaN.
 FK_INLINE Bits float_to_bf16(Floats x) {
@@ -83,8 +116,17 @@ FK_INLINE Bits float_to_bf16(Floats x) {
   return x != x ? (bits >> 16) | 0x40 : rounded;
 }
 
+// The same for operands of products: subnormal numbers may become zero, as the products take them.
+FK_INLINE Shorts round_to_bf16(Floats x) {
+#ifdef FK_AVX512_BF16
+  return (Shorts)_mm512_cvtneps_pbh((__m512)x);
+#else
+  return __builtin_convertvector(float_to_bf16(x), Shorts);
+#endif
+}
+
 FK_INLINE Floats half_to_float(Shorts h) {
-  Bits wide = __builtin_convertvector(h, Bits);
+  Bits wide = widen(h);
   Bits magnitude = wide & 0x7fff;
   Bits scaled = (Bits)((Floats)(magnitude << 13) * splat(0x1p112f));  // also right for subnormals
   Bits bits = magnitude >= 0x7c00 ? scaled | 0x7f800000 : scaled;
@@ -105,9 +147,17 @@ FK_INLINE Floats load(const BFloat16* from) { return bf16_to_float(read<Shorts>(
 FK_INLINE Floats load(const Float16* from) { return half_to_float(read<Shorts>(from)); }
 FK_INLINE void store(float* to, Floats x) { write(to, x); }
 FK_INLINE void store(BFloat16* to, Floats x) { write(to, __builtin_convertvector(float_to_bf16(x), Shorts)); }
+FK_INLINE void store(BFloat16* to, Shorts bits) { write(to, bits); }
 FK_INLINE void store(Float16* to, Floats x) { write(to, __builtin_convertvector(float_to_half(x), Shorts)); }
 
 // The first `count` elements, zeros behind them.
+FK_INLINE Shorts load_bits(const BFloat16* from, int64_t count) {
+  if (count >= width) return read<Shorts>(from);
+  BFloat16 padded[width] = {};
+  for (int64_t i = 0; i < count; ++i) padded[i] = from[i];
+  return read<Shorts>(padded);
+}
+
 template <class T>
 FK_INLINE Floats load(const T* from, int64_t count) {
   if (count >= width) return load(from);
@@ -116,8 +166,8 @@ FK_INLINE Floats load(const T* from, int64_t count) {
   return load(padded);
 }
 
-template <class T>
-FK_INLINE void store(T* to, Floats x, int64_t count) {
+template <class T, class V>
+FK_INLINE void store(T* to, V x, int64_t count) {
   if (count >= width) return store(to, x);
   T padded[width];
   store(padded, x);
@@ -133,18 +183,25 @@ struct Larger {
   FK_INLINE V operator()(V a, V b) const { return a > b ? a : b; }
 };
 
-// Reduce by folding the upper half of the vector onto the lower.
-template <class Fold, int lanes = width, class V>
-FK_INLINE float fold(V x) {
-  if constexpr (lanes == 1) {
-    return x[0];
-  } else {
-    typedef float Half __attribute__((vector_size(2 * lanes)));
-    Half low, high;
-    __builtin_memcpy(&low, &x, sizeof low);
-    __builtin_memcpy(&high, (const char*)&x + sizeof low, sizeof high);
-    return fold<Fold, lanes / 2>(Fold()(low, high));
-  }
+template <int... lane>
+FK_INLINE Floats swap_lanes(Floats x, int distance, std::integer_sequence<int, lane...>) {
+#ifdef __clang__
+  return distance == 8   ? __builtin_shufflevector(x, x, ((lane ^ 8) % width)...)
+         : distance == 4 ? __builtin_shufflevector(x, x, ((lane ^ 4) % width)...)
+         : distance == 2 ? __builtin_shufflevector(x, x, (lane ^ 2)...)
+                         : __builtin_shufflevector(x, x, (lane ^ 1)...);
+#else
+  return __builtin_shuffle(x, Ints{(lane ^ distance)...});
+#endif
+}
+
+// Reduce by folding the upper half of the vector onto the lower, in registers throughout.
+template <class Fold>
+FK_INLINE float fold(Floats x) {
+#pragma GCC unroll 4
+  for (int distance = width / 2; distance > 0; distance /= 2)
+    x = Fold()(x, swap_lanes(x, distance, std::make_integer_sequence<int, width>()));
+  return x[0];
 }
 
 FK_INLINE float sum(Floats x) { return fold<Plus>(x); }
@@ -166,6 +223,18 @@ FK_INLINE Floats exp(Floats x) {
   p = p * f + 1.f;
   Floats power = p * (Floats)(((Ints)shifted << 23) + 0x3f800000);
   return x < -87.f ? splat(0.f) : power;
+}
+
+// e^x for x <= 88, to 2^-13 of it, more than bfloat16 shows; e^-87 below that, NaN for NaN.
+FK_INLINE Floats exp_for_bf16(Floats x) {
+  Floats clamped = max(splat(-87.f), x);
+  Floats shifted = clamped * 1.44269504f + 0x1.8p23f;
+  Floats f = clamped * 1.44269504f - (shifted - 0x1.8p23f);
+  Floats p = splat(5.50089329e-02f);  // minimax of 2^f on half an octave, exact at 0
+  p = p * f + 2.42210954e-01f;
+  p = p * f + 6.93282902e-01f;
+  p = p * f + 1.f;
+  return (Floats)((Ints)p + ((Ints)shifted << 23));
 }
 
 template <int... lane>

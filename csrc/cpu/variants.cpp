@@ -1,12 +1,18 @@
 // Chooses at run time which instruction set's kernels to use.
 #include <cstring>
 #include <string>
+#if defined(FK_HAVE_AVX512_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "params.h"
 
 namespace flamingo_kernels {
 
-extern const Variant variant_portable, variant_avx2, variant_avx512, variant_avx512_bf16;
+extern const Variant variant_portable, variant_avx2, variant_avx512, variant_avx512_bf16,
+    variant_avx512_amx;
 
 namespace {
 
@@ -15,6 +21,24 @@ namespace {
 #define FK_SUPPORTS(feature) true
 #else
 #define FK_SUPPORTS(feature) (__builtin_cpu_supports(feature) != 0)
+#endif
+
+#ifdef FK_HAVE_AVX512_AMX
+// Whether the processor has tile registers with bf16 products, and the system lets this process use them: Linux
+// wants to be asked first, once, and then saves them for all threads.
+bool may_use_tiles() {
+#if defined(FK_EMULATE)
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & amx_bf16) || !(d & amx_tile)) return false;
+  constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 struct Candidate {
@@ -35,6 +59,10 @@ const Candidate candidates[] = {
 #ifdef FK_HAVE_AVX512_BF16
     {&variant_avx512_bf16, FK_SUPPORTS("avx512bf16") && FK_SUPPORTS("avx512bw") && FK_SUPPORTS("avx512vl") &&
                                FK_SUPPORTS("avx512dq")},
+#endif
+#ifdef FK_HAVE_AVX512_AMX
+    {&variant_avx512_amx, FK_SUPPORTS("avx512bf16") && FK_SUPPORTS("avx512bw") && FK_SUPPORTS("avx512vl") &&
+                              FK_SUPPORTS("avx512dq") && may_use_tiles()},
 #endif
 };
 

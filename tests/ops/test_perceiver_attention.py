@@ -138,3 +138,16 @@ def test_large_scores_stay_finite(dtype, backend):
     assert all(tensor.isfinite().all() for tensor in found.values())
     largest = torch.cat([tensors["v_media"], tensors["v_latents"]], dim=1).abs().max()
     assert largest / 2 < found["out"].abs().max() <= largest  # an average of values
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_scores_far_below_zero_stay_finite(dtype, backend):
+    """The zeros that fill up a block of keys score far above them all, and are no keys."""
+    case = Case(features=13, latents=6, head_dim=64, dtype=dtype)
+    tensors = case.tensors()
+    for name, value in (("q", 4), ("k_media", -4), ("k_latents", -4)):
+        tensors[name] = torch.full_like(tensors[name], value)  # scores of -128
+    (dout,) = case.douts(case.eager(**tensors))
+    expected = evaluate(case, lambda **t: case.kernel("reference", **t), tensors, [dout])
+    for name, tensor in evaluate(case, lambda **t: case.kernel(backend, **t), tensors, [dout]).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0.02, atol=0.05, msg=name)
