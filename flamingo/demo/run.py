@@ -65,7 +65,11 @@ def main(
 
     Returns:
         0, or 1 if it has not learnt what it should.
+
+    Raises:
+        ImportError: without scikit-learn or safetensors.
     """
+    importlib.import_module("safetensors.torch")  # what would fail at the end fails before the work
     found, trained = run(kernels=kernels, quick=quick)
     save_model(trained, model)
     print(f"saved: {model}")
