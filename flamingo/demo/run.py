@@ -88,7 +88,7 @@ def run(*, kernels: bool = True, quick: bool = False) -> tuple[Findings, Flaming
         vision, found.zero_shot = stages.pretrain_vision(digits, held_out, steps=5 if quick else 400)
     print(f"  names digits it has not seen: {found.zero_shot:.1%}")
     with _stage("language model on text", found):
-        language = stages.pretrain_language(steps=5 if quick else 600, report=_progress(200))
+        language = stages.pretrain_language(steps=5 if quick else 1200, report=_progress(200))
     found.recall = stages.recall(language)
     found.knowledge = stages.knowledge(language)
     print(f"  knows what a text has said before: {found.recall:.1%}, and facts: {found.knowledge:.1%}")
@@ -100,7 +100,7 @@ def run(*, kernels: bool = True, quick: bool = False) -> tuple[Findings, Flaming
         print(patch(model))
     with _stage("resampler and gated blocks on documents", found):
         batches = stages.documents(digits, stages.make_processor())
-        stages.train(model, batches, steps=2 if quick else 700, report=_progress(50))
+        stages.train(model, batches, steps=2 if quick else 1000, report=_progress(50))
     with _stage("questions about digits never seen", found):
         shots, episodes = ((0, 1), 4) if quick else (SHOTS, EPISODES)
         found.accuracy = {

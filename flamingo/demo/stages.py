@@ -37,8 +37,8 @@ CONFIG = FlamingoConfig(
     language_heads=4,
     media_token_id=WordTokenizer.image_id,
 )
-LENGTH = 9  # digits of a document: eight shots and one that is asked
-LIST_LENGTH, FACTS_LENGTH = 18, 5  # longer lists say more nouns again, from which looking up is learnt sooner
+LENGTH = 9  # digits of a document, nouns of a list: eight shots and one that is asked
+FACTS_LENGTH = 5
 
 Report = Callable[[int, float], None]
 
@@ -94,9 +94,9 @@ def pretrain_language(*, steps: int, seed: int = 0, report: Report = lambda *_: 
         layers=CONFIG.language_layers,
         heads=CONFIG.language_heads,
     )
-    optimizer, schedule = _optimizer([{"params": list(model.parameters())}], 4e-3, steps)
+    optimizer, schedule = _optimizer([{"params": list(model.parameters())}], 3e-3, steps)
     for step in range(steps):
-        texts = lists(32, LIST_LENGTH, generator), facts(8, FACTS_LENGTH, generator)
+        texts = lists(64, LENGTH, generator), facts(4, FACTS_LENGTH, generator)
         loss = torch.stack([_text_loss(model, text) for text in texts]).sum()
         _update(loss, optimizer, schedule)
         report(step, loss.item())
