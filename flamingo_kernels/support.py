@@ -8,10 +8,10 @@ from typing import Any, cast
 
 from . import _cuda, _dispatch, _triton, readme
 from .patch.family import families
+from .profile.report import rounded
 
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
-
 PRESETS_BEGIN, PRESETS_END = "<!-- presets: begin -->", "<!-- presets: end -->"
 
 # By family, what `profile` calls the model whose gains stand in its row.
@@ -59,7 +59,7 @@ def table() -> str:
                 _GRADIENTS.get(backend, "once" if _dispatch.is_differentiable(operator) else _NO_GRADIENTS),
                 _REPRODUCIBLE.get(backend, "yes"),
             ]
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append(_line(*cells))
     return "\n".join(lines)
 
 
@@ -136,34 +136,36 @@ def presets(results: str | Path | None = None) -> str:
     lines = [
         f"| run | dtype | parameters | {' | '.join(f'{work}, tokens/s' for work in WORKS)} |",
         f"|---|---|--:|{'--:|' * len(WORKS)}",
-    ]
-    for each in sorted(run, key=lambda each: each["parameters"]):
-        cells = [each["model"], each["dtype"], _rounded(each["parameters"] / 1e6) + " M"]
-        lines.append("| " + " | ".join([*cells, *(_speeds(each["works"][work]) for work in WORKS)]) + " |")
-    lines += [
+        *map(_run_line, sorted(run, key=lambda each: each["parameters"])),
         "",
         "| counted | dtype | parameters | weights | prefill | a token | training step | kept for backward |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
+        *map(_counted_line, sorted(counted, key=lambda each: sum(each["parameters"].values()))),
     ]
-    for each in sorted(counted, key=lambda each: sum(each["parameters"].values())):
-        size = sum(each["parameters"].values())
-        flops = (f"{_rounded(each['flops'][work] / 1e9)} GFLOP" for work in WORKS)
-        before, after = (each["saved"][side] for side in ("before", "after"))
-        kept = f"{_rounded(before / 2**20)} to {_rounded(after / 2**20)} MiB ({before / after:.2f}x)"
-        cells = [each["model"], each["dtype"], f"{_rounded(size / 1e9)} G"]
-        cells += [f"{_rounded(size * each['bytes_each'] / 2**30)} GiB", *flops, kept]
-        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _run_line(found: dict[str, Any]) -> str:
+    speeds = (_speeds(found["works"][work]) for work in WORKS)
+    return _line(found["model"], found["dtype"], f"{rounded(found['parameters'] / 1e6)} M", *speeds)
+
+
+def _counted_line(found: dict[str, Any]) -> str:
+    size = sum(found["parameters"].values())
+    weights = f"{rounded(size * found['bytes_each'] / 2**30)} GiB"
+    flops = (f"{rounded(found['flops'][work] / 1e9)} GFLOP" for work in WORKS)
+    before, after = (found["saved"][side] for side in ("before", "after"))
+    kept = f"{rounded(before / 2**20)} to {rounded(after / 2**20)} MiB ({before / after:.2f}x)"
+    return _line(found["model"], found["dtype"], f"{rounded(size / 1e9)} G", weights, *flops, kept)
 
 
 def _speeds(measured: dict[str, Any]) -> str:
     before, after = (measured["tokens_per_s"][side]["median"] for side in ("before", "after"))
-    return f"{_rounded(before)} to {_rounded(after)} ({measured['ratio']:.2f}x)"
+    return f"{rounded(before)} to {rounded(after)} ({measured['ratio']:.2f}x)"
 
 
-def _rounded(value: float) -> str:
-    """To three digits, or to a whole number."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def update_readme(path: str | Path, results: str | Path | None = None) -> None:

@@ -23,6 +23,12 @@ namespace {
 #define FK_SUPPORTS(feature) (__builtin_cpu_supports(feature) != 0)
 #endif
 
+#ifdef FK_HAVE_AVX512
+bool has_avx512() {
+  return FK_SUPPORTS("avx512f") && FK_SUPPORTS("avx512bw") && FK_SUPPORTS("avx512vl") && FK_SUPPORTS("avx512dq");
+}
+#endif
+
 #ifdef FK_HAVE_AVX512_AMX
 // Whether the processor has tile registers with bf16 products, and the system lets this process use them: Linux
 // wants to be asked first, once, and then saves them for all threads.
@@ -53,16 +59,13 @@ const Candidate candidates[] = {
     {&variant_avx2, FK_SUPPORTS("avx2") && FK_SUPPORTS("fma")},
 #endif
 #ifdef FK_HAVE_AVX512
-    {&variant_avx512, FK_SUPPORTS("avx512f") && FK_SUPPORTS("avx512bw") && FK_SUPPORTS("avx512vl") &&
-                          FK_SUPPORTS("avx512dq")},
+    {&variant_avx512, has_avx512()},
 #endif
 #ifdef FK_HAVE_AVX512_BF16
-    {&variant_avx512_bf16, FK_SUPPORTS("avx512bf16") && FK_SUPPORTS("avx512bw") && FK_SUPPORTS("avx512vl") &&
-                               FK_SUPPORTS("avx512dq")},
+    {&variant_avx512_bf16, has_avx512() && FK_SUPPORTS("avx512bf16")},
 #endif
 #ifdef FK_HAVE_AVX512_AMX
-    {&variant_avx512_amx, FK_SUPPORTS("avx512bf16") && FK_SUPPORTS("avx512bw") && FK_SUPPORTS("avx512vl") &&
-                              FK_SUPPORTS("avx512dq") && may_use_tiles()},
+    {&variant_avx512_amx, has_avx512() && FK_SUPPORTS("avx512bf16") && may_use_tiles()},
 #endif
 };
 

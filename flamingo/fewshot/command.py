@@ -14,7 +14,6 @@ import torch
 from flamingo.fewshot.datasets import read_captions, read_vqa
 from flamingo.fewshot.prompts import Sample
 from flamingo.fewshot.runner import CAPTIONS, VQA, Task, evaluate
-from flamingo.training import load_run
 
 # A task, its files' arguments, and what reads them.
 TASKS: dict[str, tuple[Task, tuple[str, ...], Callable[..., list[Sample]]]] = {
@@ -97,6 +96,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _load(name: str) -> tuple[torch.nn.Module, Any]:
     if name.endswith(".toml"):
+        from flamingo.training import load_run
+
         return load_run(name)
     module, colon, function = name.partition(":")
     if not colon:

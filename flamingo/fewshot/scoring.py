@@ -70,12 +70,10 @@ def log_likelihoods(
     end = [tokenizer.eoc_id] if closed else []
     answers = [[*tokenizer.encode(f" {candidate}"), *end] for candidate in candidates]
     prompts = encode_prompts(model, processor, documents, batch_size=batch_size)
-    scores = [
-        _score(model, EncodedPrompts(*some), answers, batch_size)
-        for some in zip(*(each.split(batch_size) for each in prompts), strict=True)
-        if len(documents)
-    ]
-    return torch.cat([torch.zeros(0, len(answers)), *scores])
+    if not documents:
+        return torch.zeros(0, len(answers))
+    parts = zip(*(each.split(batch_size) for each in prompts), strict=True)
+    return torch.cat([_score(model, EncodedPrompts(*part), answers, batch_size) for part in parts])
 
 
 def _score(model: Any, prompts: EncodedPrompts, answers: list[list[int]], batch_size: int) -> Tensor:

@@ -24,9 +24,8 @@ def run(path: str) -> int:
         print(f"train: {error}", file=sys.stderr)
         return 2
     with process_group(device_of(config.device)):
-        torch.manual_seed(config.seed)
-        model = build(of_model)
-        saved = train(model, Processor(image_size=model.config.image_size), config)
+        model, processor = _start(config, of_model)
+        saved = train(model, processor, config)
         if rank() == 0:
             print(f"{config.steps} steps done, the last checkpoint is {saved}")
     if distributed.is_torchelastic_launched():
@@ -50,10 +49,9 @@ def load_run(path: str | Path) -> tuple[Flamingo, Processor]:
         raise FileNotFoundError(
             f"{path}: expected a checkpoint in {config.folder}/checkpoints, got none yet."
         )
-    torch.manual_seed(config.seed)  # frozen weights that are random are those of the run
-    model = build(of_model)
+    model, processor = _start(config, of_model)
     checkpoint.load_weights(dict(model.named_parameters()), saved / "weights.safetensors")
-    return model.eval(), Processor(image_size=model.config.image_size)
+    return model.eval(), processor
 
 
 def _read(path: str | Path) -> tuple[TrainingConfig, ModelConfig]:
@@ -61,6 +59,13 @@ def _read(path: str | Path) -> tuple[TrainingConfig, ModelConfig]:
     if config.model is None:
         raise ValueError(f"{path}: expected a table [model], got none.")
     return config, config.model
+
+
+def _start(config: TrainingConfig, of_model: ModelConfig) -> tuple[Flamingo, Processor]:
+    """What a run begins with; its frozen weights are the same every time, also those that are random."""
+    torch.manual_seed(config.seed)
+    model = build(of_model)
+    return model, Processor(image_size=model.config.image_size)
 
 
 def build(config: ModelConfig) -> Flamingo:

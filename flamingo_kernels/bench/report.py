@@ -114,7 +114,7 @@ def _left_out(run: Run) -> list[str]:
 
 def markdown(run: Run) -> str:
     """One line a case, for the README."""
-    columns = columns_of(run) | {name: name for name in FLOORS if name in {row.contender for row in run.rows}}
+    columns = columns_of(run) | _timed(run, {name: name for name in FLOORS})
     lines = [
         f"| | dtype | mode | ours | {' | '.join(columns.values())} | target |",
         f"|---|---|---|--:|{'--:|' * len(columns)}---|",
@@ -136,8 +136,13 @@ def markdown(run: Run) -> str:
 
 def columns_of(run: Run) -> dict[str, str]:
     """The rivals that have a column in a table of this run, and its heading."""
+    return COLUMNS | _timed(run, MORE_COLUMNS)
+
+
+def _timed(run: Run, columns: dict[str, str]) -> dict[str, str]:
+    """Those of the columns that have a row."""
     timed = {row.contender for row in run.rows}
-    return COLUMNS | {name: heading for name, heading in MORE_COLUMNS.items() if name in timed}
+    return {name: heading for name, heading in columns.items() if name in timed}
 
 
 def conditions(run: Run) -> str:

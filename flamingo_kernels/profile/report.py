@@ -130,7 +130,7 @@ def picture(found: Profile, path: str | Path) -> None:
     for y, (name, side) in enumerate(rows):
         work = found.works[name]
         gain = f", {_times(work.ratio)}" if side == AFTER else ""
-        label = f"  {_rounded(work.speed(side).median)} tokens/s{gain}"
+        label = f"  {rounded(work.speed(side).median)} tokens/s{gain}"
         axes.text(ends[name, side], y, label, va="center", fontsize=9, color="#333333")
     axes.set_yticks(range(len(rows)), [f"{name}, {side}" for name, side in rows], fontsize=9)
     axes.set_xlim(0, 1.3 * max([1.0, *ends.values()]))
@@ -169,10 +169,11 @@ def _shapes(inputs: Mapping[str, list[int]]) -> str:
 
 
 def _spread(value: Spread) -> str:
-    return f"{_rounded(value.median)} ({_rounded(value.p20)} to {_rounded(value.p80)})"
+    return f"{rounded(value.median)} ({rounded(value.p20)} to {rounded(value.p80)})"
 
 
-def _rounded(value: float) -> str:
+def rounded(value: float) -> str:
+    """To three digits, or to a whole number."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
