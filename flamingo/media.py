@@ -10,68 +10,116 @@ import torch
 from torch import Tensor
 
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+MAX_PIXELS = 2**30 // 12  # 1 GiB as float32 in three channels; Pillow has the same limit
+
+# Files are told by their content, so what may be read is named. Pillow would give an EPS file to Ghostscript,
+# which runs it as a program, and FFmpeg would fetch what a playlist names.
+_IMAGES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_CONTAINERS = "avi,m4v,matroska,mov,mpeg,mpegts,mpegvideo"
 
 
-def read_frames(medium: Any, *, fps: float = 1.0, max_frames: int = 8) -> Iterator[Tensor]:
+def read_frames(
+    medium: Any, *, fps: float = 1.0, max_frames: int = 8, max_pixels: int = MAX_PIXELS
+) -> Iterator[Tensor]:
     """The frames of an image, of a clip or of a file of either, one by one.
 
     Args:
         medium: what `Processor` takes as a medium.
         fps, max_frames: of files of videos, see `read_video`.
+        max_pixels: of an image or a frame in a file; see `read_image`.
 
     Yields:
         float32 `[3, h, w]` in 0..1.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a file cannot be read, a clip is empty, or an image has a wrong shape or range.
+        ValueError: if a file cannot be read or is too large, a clip is empty, or an image has a wrong shape
+            or range.
         TypeError: if it is none of these.
         ImportError: without Pillow or PyAV where a file needs it.
     """
     if isinstance(medium, Path) and medium.suffix.lower() in VIDEOS:
-        yield from read_video(medium, fps=fps, max_frames=max_frames)
+        yield from read_video(medium, fps=fps, max_frames=max_frames, max_pixels=max_pixels)
         return
     frames = medium if _is_clip(medium) else [medium]
     if len(frames) == 0:
         raise ValueError("Processor: expected a clip of one frame or more, got an empty list.")
     for frame in frames:
-        yield read_image(frame) if isinstance(frame, Path) else to_image(frame)
+        yield read_image(frame, max_pixels=max_pixels) if isinstance(frame, Path) else to_image(frame)
 
 
-def read_image(file: Path | BinaryIO) -> Tensor:
+def read_image(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """A file that Pillow can read, upright and in colour, to float32 `[3, h, w]` in 0..1.
+
+    Args:
+        file: PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000 or AVIF, by its content. Of several images the
+            first is read.
+        max_pixels: a larger image is refused before it is decoded: a small file may hold gigabytes. A value
+            above `MAX_PIXELS` raises Pillow's own limit too, for the whole process.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if Pillow cannot read it.
+        ValueError: if Pillow cannot read it, or it has more pixels.
         ImportError: without Pillow.
     """
     _check_exists(file)
+    with _open_image(file, max_pixels) as image:
+        _check_size(file, *image.size, max_pixels)
+        try:
+            upright = import_module("PIL.ImageOps").exif_transpose(image)
+            pixels = torch.from_numpy(np.array(upright.convert("RGB")))
+        except Exception as error:  # of a damaged file Pillow raises whatever its reader met
+            raise _unreadable(file, error) from error
+    return to_image(pixels.movedim(-1, 0))
+
+
+def _open_image(file: Path | BinaryIO, max_pixels: int) -> Any:
+    """What Pillow makes of the header; nothing is decoded."""
     pillow = _import("PIL.Image", "pillow", "images")
-    operations = import_module("PIL.ImageOps")
+    pillow.init()
+    if max_pixels > MAX_PIXELS and pillow.MAX_IMAGE_PIXELS is not None:
+        pillow.MAX_IMAGE_PIXELS = max(pillow.MAX_IMAGE_PIXELS, max_pixels)
     try:
-        with pillow.open(file) as image:
-            return to_image(operations.exif_transpose(image))
-    except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise ValueError(
-            f"Processor: expected an image that Pillow can read, got {_name(file)}: {error}"
-        ) from error
+        return pillow.open(file, formats=[name for name in _IMAGES if name in pillow.OPEN])
+    except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
+        raise _too_large(file, str(error), max_pixels) from error
+    except Exception as error:
+        raise _unreadable(file, error) from error
 
 
-def read_video(file: Path | BinaryIO, *, fps: float = 1.0, max_frames: int = 8) -> Iterator[Tensor]:
+def _unreadable(file: Path | BinaryIO, error: Exception) -> ValueError:
+    return ValueError(f"Processor: expected an image that Pillow can read, got {_name(file)}: {error}")
+
+
+def _check_size(file: Path | BinaryIO, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise _too_large(file, f"{width} x {height}.", max_pixels)
+
+
+def _too_large(file: Path | BinaryIO, size: str, max_pixels: int) -> ValueError:
+    return ValueError(
+        f"Processor: expected at most {max_pixels} pixels in an image or a frame, got {_name(file)}: {size} "
+        "Raise max_pixels if you trust it."
+    )
+
+
+def read_video(
+    file: Path | BinaryIO, *, fps: float = 1.0, max_frames: int = 8, max_pixels: int = MAX_PIXELS
+) -> Iterator[Tensor]:
     """The frames on show at 0, 1 / fps, 2 / fps, ... seconds, until the last frame has begun.
 
     Args:
-        file: one that PyAV, which is FFmpeg, can read.
+        file: AVI, MPEG, MP4, QuickTime, Matroska or WebM, by its content; PyAV, which is FFmpeg, reads it.
         fps: frames a second; 1 in the paper's training, 3 in its evaluation.
         max_frames: where to stop; 8 in the paper's training, 30 in its evaluation.
+        max_pixels: a larger frame is refused before it is decoded.
 
     Yields:
         float32 `[3, h, w]` in 0..1.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read or has no frame.
+        ValueError: if it cannot be read, has no frame, or one of more pixels.
         ImportError: without PyAV.
 
     Source: arXiv 2204.14198, appendix B.1.2.
@@ -79,13 +127,19 @@ def read_video(file: Path | BinaryIO, *, fps: float = 1.0, max_frames: int = 8) 
     _check_exists(file)
     av = _import("av", "av", "videos")
     taken = 0
+    source = str(file.absolute()) if isinstance(file, Path) else file
     try:
-        with av.open(str(file) if isinstance(file, Path) else file) as container:
+        with av.open(source, options={"format_whitelist": _CONTAINERS}) as container:
             if not container.streams.video:
                 raise ValueError(
                     f"Processor: expected a video with frames, got {_name(file)}, which has none."
                 )
-            for frame in _at_rate(container.decode(container.streams.video[0]), fps):
+            stream = container.streams.video[0]
+            _check_size(file, stream.width, stream.height, max_pixels)
+            # A later frame may be larger. A decoder counts its own margins, hence twice.
+            stream.codec_context.options = {"max_pixels": str(2 * max_pixels + 2**20)}
+            for frame in _at_rate(container.decode(stream), fps):
+                _check_size(file, frame.width, frame.height, max_pixels)
                 yield to_image(frame.to_ndarray(format="rgb24"))
                 taken += 1
                 if taken == max_frames:
@@ -131,7 +185,7 @@ def to_image(image: Any) -> Tensor:
             f"{tuple(image.shape)} (channels first)."
         )
     if image.dtype == torch.uint8:
-        image = image.float() / 255
+        image = image.float().div_(255)
     elif not image.is_floating_point():
         raise TypeError(f"Processor: expected an image of uint8 or a floating type, got {image.dtype}.")
     elif not (image.min() >= 0 and image.max() <= 1):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flamingo.media import read_frames
+from flamingo.media import MAX_PIXELS, read_frames
 from flamingo.modules import text_time
 from flamingo.tokenizer import ByteTokenizer, Tokenizer
 
@@ -80,6 +80,8 @@ class Processor:
             paper's training.
         fps, max_frames: frames a second of files of videos, and how many of a file are read: in the paper
             1 and 8 in training, 3 and 30 in evaluation.
+        max_pixels: of an image or a frame in a file; a larger one is refused before it is decoded. Raise it
+            for files that you trust: while it is read, an image takes 12 bytes a pixel and more.
 
     Raises:
         ValueError: for another fit.
@@ -102,6 +104,7 @@ class Processor:
         max_media: int | None = None,
         fps: float = 1.0,
         max_frames: int = 8,
+        max_pixels: int = MAX_PIXELS,
     ):
         if fit not in ("pad", "crop"):
             raise ValueError(f"Processor: expected fit 'pad' or 'crop', got {fit!r}.")
@@ -113,6 +116,7 @@ class Processor:
         self.max_media = max_media
         self.fps = fps
         self.max_frames = max_frames
+        self.max_pixels = max_pixels
 
     def __call__(
         self,
@@ -147,7 +151,7 @@ class Processor:
 
         Raises:
             ValueError: if `<image>` tokens and images do not match, an image has a wrong shape or range, or a
-                file cannot be read.
+                file cannot be read or is too large.
             FileNotFoundError: if a file does not exist.
             TypeError: if a part of a document is neither text nor an image.
             ImportError: if a file needs Pillow or PyAV and it is not installed.
@@ -194,7 +198,7 @@ class Processor:
 
     def clip(self, medium: Any) -> Tensor:
         """A medium, read and resized: float32 `[F, 3, image_size, image_size]`."""
-        frames = read_frames(medium, fps=self.fps, max_frames=self.max_frames)
+        frames = read_frames(medium, fps=self.fps, max_frames=self.max_frames, max_pixels=self.max_pixels)
         return torch.stack([self._square(frame) for frame in frames])
 
     def pad_clips(self, clip_lists: list[list[Tensor]]) -> tuple[Tensor, Tensor | None]:

@@ -99,7 +99,7 @@ def load_photographs() -> list[Any]:
     from PIL import Image
 
     folder = Path(skimage.data.__file__).parent
-    return [Image.open(folder / name).convert("RGB") for name in PHOTOGRAPHS]
+    return [Image.open(folder / name, formats=("PNG", "JPEG")).convert("RGB") for name in PHOTOGRAPHS]
 
 
 def run(images: list[Any], *, rounds: int = 5, **changes: Any) -> Findings:

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
+from flamingo.media import MAX_PIXELS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -27,6 +29,7 @@ class DatasetConfig:
         length: tokens of a sample at most.
         flip, colour: probabilities that an image or a clip is mirrored, and that its colours are changed; see
             `augment`. 0 and 0 leave images as they are.
+        max_pixels: of an image or a frame; a sample with a larger one is refused before it is decoded.
     """
 
     kind: ClassVar[str]
@@ -39,12 +42,13 @@ class DatasetConfig:
     length: int
     flip: float = 0.5
     colour: float = 0.8
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self):
         where = f"dataset {self.name!r}"
         if not self.shards:
             raise ValueError(f"TrainingConfig: expected {where} to have shards, got none.")
-        _positive(self, where, "weight", "batch_size", "length")
+        _positive(self, where, "weight", "batch_size", "length", "max_pixels")
         if self.micro_batch_size is not None:
             _positive(self, where, "micro_batch_size")
 

@@ -30,7 +30,7 @@ def to_document(config: DatasetConfig, sample: Sample, encode: Encode, draw: ran
         draw: of what is random about the sample.
 
     Raises:
-        ValueError: if a file is missing or cannot be read.
+        ValueError: if a file is missing, cannot be read or is too large.
     """
     raise TypeError(f"to_document: expected Documents, Pairs or Clips, got {type(config).__name__}.")
 
@@ -58,9 +58,12 @@ def _(config: Clips, sample: Sample, encode: Encode, draw: random.Random) -> lis
         kinds = sorted(
             (kind for kind in sample if kind.endswith(IMAGES)), key=lambda kind: int(kind.split(".")[0])
         )
-        frames = [_read(sample, kind) for kind in kinds[: config.frames]]
+        frames = [_read(config, sample, kind) for kind in kinds[: config.frames]]
     else:
-        frames = list(read_video(_File(sample, video), fps=config.fps, max_frames=config.frames))
+        file = _File(sample, video)
+        frames = list(
+            read_video(file, fps=config.fps, max_frames=config.frames, max_pixels=config.max_pixels)
+        )
     frames = augment(frames, flip=config.flip, colour=config.colour, draw=draw)
     return [frames, _caption(config, sample, encode, draw)]
 
@@ -139,11 +142,11 @@ class _File(io.BytesIO):
 
 
 def _image(config: Documents | Pairs, sample: Sample, kind: str, draw: random.Random) -> Tensor:
-    (image,) = augment([_read(sample, kind)], flip=config.flip, colour=config.colour, draw=draw)
+    (image,) = augment([_read(config, sample, kind)], flip=config.flip, colour=config.colour, draw=draw)
     return image
 
 
-def _read(sample: Sample, kind: str) -> Tensor:
+def _read(config: DatasetConfig, sample: Sample, kind: str) -> Tensor:
     if kind not in sample:
         raise ValueError(f"to_document: expected an image {kind}, got {', '.join(sample)}.")
-    return read_image(_File(sample, kind))
+    return read_image(_File(sample, kind), max_pixels=config.max_pixels)

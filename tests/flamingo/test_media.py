@@ -1,14 +1,16 @@
 """Files of images and videos, and every way in which one can be unreadable."""
 
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from flamingo import Processor
-from flamingo.media import read_frames, read_image, read_video
+from flamingo import Processor, media
+from flamingo.media import MAX_PIXELS, read_frames, read_image, read_video
 
 RATE = 10  # frames a second of the video
 LEVELS = [10 * n for n in range(25)]  # of grey, one a frame
@@ -43,6 +45,16 @@ def levels(frames):
     found = [round(frame.mean().item() * 255) for frame in frames]
     assert all((frame == frame[0, 0, 0]).all() for frame in frames)
     return found
+
+
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width, height, *chunks):
+    """A PNG of one bit a pixel that ends where its pixels begin."""
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + b"".join(chunks) + png_chunk(b"IDAT", b"")
 
 
 class TestVideo:
@@ -87,6 +99,50 @@ class TestVideo:
             container.mux(stream.encode(frame))
             container.mux(stream.encode())
         with pytest.raises(ValueError, match=r"expected a video with frames, got .*sound\.mkv"):
+            list(read_video(path))
+
+    def test_a_frame_of_too_many_pixels(self, video):
+        assert len(list(read_video(video, max_pixels=32 * 16))) == 3
+        for read in (
+            lambda: list(read_video(video, max_pixels=32 * 16 - 1)),
+            lambda: Processor(16, max_pixels=32 * 16 - 1)([[video]]),
+        ):
+            with pytest.raises(
+                ValueError, match=r"at most 511 pixels .*greys\.MKV: 32 x 16.* Raise max_pixels"
+            ):
+                read()
+
+    def test_a_first_frame_of_too_many_pixels_is_not_decoded(self, video, monkeypatch):
+        monkeypatch.setattr(media, "_at_rate", lambda *_: pytest.fail("decoded"))
+        with pytest.raises(ValueError, match="at most 511 pixels"):
+            list(read_video(video, max_pixels=32 * 16 - 1))
+
+    def test_a_later_frame_of_too_many_pixels(self, tmp_path):
+        """The stream begins with small frames, and only these are in its header."""
+        path = tmp_path / "grows.m4v"
+        path.write_bytes(b"".join(self.mpeg4(tmp_path / "part.m4v", side) for side in (32, 64)))
+        sides = [frame.shape[-1] for frame in read_video(path, fps=RATE, max_pixels=64 * 64)]
+        assert sides[0] == 32
+        assert sides[-1] == 64
+        with pytest.raises(ValueError, match=r"at most 4095 pixels .*grows\.m4v: 64 x 64"):
+            list(read_video(path, fps=RATE, max_pixels=64 * 64 - 1))
+
+    def mpeg4(self, path, side):
+        av = pytest.importorskip("av")
+        with av.open(str(path), "w", format="m4v") as container:
+            stream = container.add_stream("mpeg4", rate=RATE)
+            stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+            black = av.VideoFrame.from_ndarray(np.zeros((side, side, 3), dtype=np.uint8), format="rgb24")
+            for _ in range(4):
+                container.mux(stream.encode(black))
+            container.mux(stream.encode())
+        return path.read_bytes()
+
+    def test_a_list_of_other_files_is_no_video(self, video):
+        """FFmpeg would open what it names."""
+        path = video.parent / "list.mp4"
+        path.write_text(f"ffconcat version 1.0\nfile {video.name}\n")
+        with pytest.raises(ValueError, match=r"video that PyAV can read, got .*list\.mp4"):
             list(read_video(path))
 
     def test_without_pyav(self, video, monkeypatch):
@@ -142,6 +198,64 @@ class TestImage:
         path.write_bytes(photo[0].read_bytes()[:-400] if content is None else content)
         with pytest.raises(ValueError, match=r"image that Pillow can read, got .*broken\.png"):
             Processor(16)([["fine"], ["text", path]])
+
+    @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "bmp", "tiff", "ppm"])
+    def test_kinds_by_their_content(self, photo, tmp_path, kind):
+        pillow = pytest.importorskip("PIL.Image")
+        pillow.fromarray(photo[1]).save(tmp_path / "photo", format=kind)
+        assert read_image(tmp_path / "photo").shape == (3, 20, 30)
+
+    def test_postscript_is_run_by_nobody(self, tmp_path, monkeypatch):
+        """Pillow gives it to `gs`, here a program that leaves a trace."""
+        pytest.importorskip("PIL")
+        trace, path = tmp_path / "trace", tmp_path / "drawing.png"
+        (tmp_path / "gs").write_text(f"#!/bin/sh\necho 10.0\ntouch {trace}\n")
+        (tmp_path / "gs").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+        with pytest.raises(ValueError, match=r"image that Pillow can read, got .*drawing\.png"):
+            read_image(path)
+        assert not trace.exists()
+
+    @pytest.mark.parametrize(
+        ("side", "said"),
+        [
+            (10_000, "10000 x 10000"),
+            (14_000, "196000000 pixels"),  # Pillow itself refuses from twice its limit on
+            (2**31 - 1, "4611686014132420609 pixels"),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+    def test_too_many_pixels_are_refused_from_the_header(self, tmp_path, side, said):
+        """There are no pixels, so to decode them would be another error."""
+        pytest.importorskip("PIL")
+        path = tmp_path / "large.png"
+        path.write_bytes(png(side, side))
+        with pytest.raises(
+            ValueError, match=rf"at most {MAX_PIXELS} pixels .*large\.png: .*{said}.* Raise max_pixels"
+        ):
+            Processor(16)([[path]])
+
+    def test_the_limit_is_the_users(self, photo, tmp_path, monkeypatch):
+        pillow = pytest.importorskip("PIL.Image")
+        assert read_image(photo[0], max_pixels=600).shape == (3, 20, 30)
+        with pytest.raises(ValueError, match=r"at most 599 pixels .*photo\.png: 30 x 20"):
+            Processor(16, max_pixels=599)([[photo[0]]])
+        monkeypatch.setattr(pillow, "MAX_IMAGE_PIXELS", pillow.MAX_IMAGE_PIXELS)
+        path = tmp_path / "large.png"
+        path.write_bytes(png(20_000, 20_000))
+        with pytest.raises(
+            ValueError, match=r"image that Pillow can read, got .*large\.png"
+        ):  # it has no end
+            read_image(path, max_pixels=20_000**2)
+
+    def test_a_small_file_with_a_large_text(self, tmp_path):
+        pytest.importorskip("PIL")
+        path = tmp_path / "wordy.png"
+        text = png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10_000_000)))
+        path.write_bytes(png(8, 8, text))
+        with pytest.raises(ValueError, match=r"image that Pillow can read, got .*wordy\.png"):
+            read_image(path)
 
     @pytest.mark.parametrize("name", ["gone.png", "gone.mp4"])
     def test_missing(self, tmp_path, name):

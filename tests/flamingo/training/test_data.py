@@ -86,6 +86,15 @@ def test_a_damaged_sample_is_named(data, tmp_path):
         next(stream(config))
 
 
+@pytest.mark.parametrize("kind", range(3))
+def test_a_sample_of_too_many_pixels_is_named(data, kind):
+    """The images of the data sets have 9 x 12."""
+    config = replace(datasets(data)[kind], max_pixels=9 * 12)
+    take(stream(config), 1)
+    with pytest.raises(ValueError, match=r"\d{6}\.tar, sample \d{6}: .*at most 107 pixels .* 12 x 9"):
+        take(stream(replace(config, max_pixels=9 * 12 - 1)), 9)
+
+
 def test_another_seed_cannot_continue(data):
     config = datasets(data)[1]
     state = stream(config).state

@@ -145,5 +145,7 @@ class TestClips:
         twice = replace(CLIPS, frames=5, fps=2.0)
         clip, _ = to_document(twice, sample, ENCODE, random.Random(0))
         assert [round(frame.mean().item() * 255 / 60) for frame in clip] == [0, 0, 1, 1, 2]
+        with pytest.raises(ValueError, match=r"at most 1 pixels .*got mp4"):
+            to_document(replace(CLIPS, max_pixels=1), sample, ENCODE, random.Random(0))
         with pytest.raises(ValueError, match=r"expected a video that PyAV can read, got mp4"):
             to_document(CLIPS, {"mp4": b"damaged", "txt": b""}, ENCODE, random.Random(0))
