@@ -17,9 +17,11 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Sequence
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from flamingo.training.tar import members
 
 Sample = dict[str, bytes]  # a kind of file, as "txt", to its content
 
@@ -32,12 +34,20 @@ class Entry(NamedTuple):
     files: dict[str, tuple[int, int]]  # a kind of file to its first byte in the shard and its length
 
     def read(self) -> Sample:
-        """The content of every file."""
+        """The content of every file.
+
+        Raises:
+            ValueError: if the shard has become shorter.
+        """
         with open(self.shard, "rb") as shard:
             sample = {}
             for kind, (start, length) in self.files.items():
                 shard.seek(start)
                 sample[kind] = shard.read(length)
+                if len(sample[kind]) < length:
+                    raise ValueError(
+                        f"expected {length} bytes of {kind}, got {len(sample[kind])}: the shard has changed."
+                    )
         return sample
 
 
@@ -59,29 +69,36 @@ def find_shards(patterns: Iterable[str]) -> list[str]:
 def entries(shard: str) -> list[Entry]:
     """A shard's samples in their order; reads the headers and passes over the contents.
 
+    Files without a kind (`README`) and hidden ones (`._000000.png`) belong to no sample.
+
     Raises:
-        ValueError: if the shard is not an uncompressed tar file.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the shard is not an uncompressed tar file, is damaged anywhere, or has two files of one
+            name in a sample.
     """
+    found: list[Entry] = []
     try:
-        with tarfile.open(shard, "r:") as tar:
-            members = [
-                (*_split(member.name), member.offset_data, member.size) for member in tar if member.isfile()
-            ]
-    except tarfile.ReadError as error:
+        for member in members(shard):
+            key, kind = _split(member.name)
+            if not (key and kind):
+                continue
+            if not found or found[-1].key != key:
+                found.append(Entry(shard, key, {}))
+            if kind in found[-1].files:
+                raise ValueError(f"two files {f'{key}.{kind}'!r} in one sample")
+            found[-1].files[kind] = (member.start, member.size)
+    except ValueError as error:
         raise ValueError(
-            f"entries: expected {shard} to be an uncompressed tar file, got: {error}."
+            f"entries: expected {shard} to be an uncompressed tar file, whole, got: {error}."
         ) from error
-    return [
-        Entry(shard, key, {kind: (start, length) for _, kind, start, length in files})
-        for key, files in groupby(members, key=lambda member: member[0])
-    ]
+    return found
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A file's name to the sample's key, which may have folders, and the kind of file."""
-    base = name.rpartition("/")[2]
-    kind = base.partition(".")[2]
-    return name.removesuffix(f".{kind}"), kind.lower()
+    """A file's name to the sample's key, which may have folders, and the kind of file; either may be ""."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, kind = base.partition(".")
+    return stem and f"{folder}{slash}{stem}", kind.lower()
 
 
 def write_shards(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -51,6 +52,45 @@ def test_shards_of_others_with_folders_links_and_dots(tmp_path):
         ("./b.c/2", ["txt"]),
     ]
     assert found[2].read() == {"txt": b"./b.c/2.txt"}
+
+
+def shard_of(folder, files):
+    """A shard of files by name, in any order and as often as they are given."""
+    path = folder / "shard.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+def test_files_without_a_kind_and_hidden_ones_are_no_samples(tmp_path):
+    files = [
+        ("README", b""),
+        ("./._1.txt", b""),
+        ("1.txt", b"one"),
+        (".1.png", b""),
+        ("1.png", b"two"),
+        ("2.", b""),
+    ]
+    (entry,) = entries(shard_of(tmp_path, files))
+    assert (entry.key, entry.read()) == ("1", {"txt": b"one", "png": b"two"})
+
+
+@pytest.mark.parametrize("again", ["1.txt", "1.TXT"])
+def test_two_files_of_one_kind_in_a_sample_are_refused(tmp_path, again):
+    path = shard_of(tmp_path, [("1.txt", b""), ("1.png", b""), (again, b"")])
+    with pytest.raises(ValueError, match=r"shard\.tar to be .* got: two files '1\.txt' in one sample"):
+        entries(path)
+
+
+def test_a_shard_that_has_become_shorter(tmp_path):
+    path = shard_of(tmp_path, [("1.txt", b"a" * 100)])
+    (entry,) = entries(path)
+    os.truncate(path, 600)
+    with pytest.raises(ValueError, match="expected 100 bytes of txt, got 88: the shard has changed"):
+        entry.read()
 
 
 def test_what_is_no_shard_is_refused(tmp_path):
