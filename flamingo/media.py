@@ -64,7 +64,7 @@ def read_image(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Tensor
     """
     _check_exists(file)
     with _open_image(file, max_pixels) as image:
-        _check_size(file, *image.size, max_pixels)
+        _check_size(file, image.width, image.height, max_pixels)
         try:
             upright = import_module("PIL.ImageOps").exif_transpose(image)
             pixels = torch.from_numpy(np.array(upright.convert("RGB")))

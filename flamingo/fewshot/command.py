@@ -13,7 +13,7 @@ import torch
 
 from flamingo.fewshot.datasets import read_captions, read_vqa
 from flamingo.fewshot.prompts import Sample
-from flamingo.fewshot.runner import CAPTIONS, VQA, Task, evaluate
+from flamingo.fewshot.runner import CAPTIONS, VQA, Task, evaluate, prepare
 
 # A task, its files' arguments, and what reads them.
 TASKS: dict[str, tuple[Task, tuple[str, ...], Callable[..., list[Sample]]]] = {
@@ -53,6 +53,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
     parser.add_argument("--beams", type=int, default=3, help="1: greedy (default: 3)")
     parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
+    parser.add_argument("--max-pixels", type=int, help="of an image (default: the model's processor's)")
     parser.add_argument("--device", default="cpu", help='as "cuda:0" (default: cpu)')
 
 
@@ -66,13 +67,23 @@ def run(options: argparse.Namespace) -> int:
         support_paths = {name: getattr(options, f"support_{name}") for name in files}
         queries = _some(read(**paths), options.samples, options.seed)
         support = _some(read(**support_paths), options.support_samples, options.seed)
-        model, processor = _load(options.model)
-        settings = {name: str(path) for name, path in paths.items()} | {
-            "model": options.model,
-            "support": [str(path) for path in support_paths.values()],
-            "support_samples": len(support),
-            "batch_size": options.batch_size,
+        how = {
+            "shots": options.shots,
+            "select": options.select,
+            "seed": options.seed,
+            "num_beams": options.beams,
+            "settings": {name: str(path) for name, path in paths.items()}
+            | {
+                "model": options.model,
+                "support": [str(path) for path in support_paths.values()],
+                "support_samples": len(support),
+                "batch_size": options.batch_size,
+            },
         }
+        prepare(task, queries, support, options.output, **how)  # what is refused needs no model
+        model, processor = _load(options.model)
+        if options.max_pixels is not None:
+            processor.max_pixels = options.max_pixels
         result = evaluate(
             model.to(options.device).eval(),
             processor,
@@ -80,15 +91,11 @@ def run(options: argparse.Namespace) -> int:
             queries,
             support,
             options.output,
-            shots=options.shots,
-            select=options.select,
-            seed=options.seed,
             batch_size=options.batch_size,
-            num_beams=options.beams,
-            settings=settings,
+            **how,
         )
     except (ValueError, OSError, ImportError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        print(f"evaluate: {str(error).removeprefix('evaluate: ')}", file=sys.stderr)
         return 2
     print(result)
     return 0

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flamingo.fewshot import metrics
 from flamingo.fewshot.prompts import CAPTION, QUESTION, Sample, Template, trim
@@ -18,6 +18,8 @@ from flamingo.generation import complete
 from flamingo.processor import Processor
 
 Records = Sequence[dict[str, Any]]
+_OURS = {"task", "max_new_tokens", "num_beams", "shots", "select", "seed", "samples"}  # of a first line
+_LONGEST = 2**20  # bytes of a first line
 ZERO_SHOT = 2  # shots without their images; one harms, more help little (appendix B.1.4)
 
 
@@ -87,7 +89,7 @@ def evaluate(
         task: `VQA` or `CAPTIONS`, or one of your own.
         queries: with names that differ.
         support: where the shots come from; those of the query's own image are left out.
-        output: a file of JSON lines, made or gone on with.
+        output: a file of JSON lines, made or gone on with. Any other file is left as it is.
         shots: number of shots; 0 is the paper's zero-shot prompt, two shots without their images.
         select: "random", or "rices" for those that look most like the query.
         seed: of the random choice.
@@ -97,7 +99,7 @@ def evaluate(
 
     Raises:
         ValueError: without queries, if two queries have one name, the support has too few samples, or the
-            output is of a run with other settings.
+            output is of a run with other settings, or no output of a run at all.
 
     Determinism: as `generate` is; a run that goes on has the batches of one that was not killed.
 
@@ -105,8 +107,61 @@ def evaluate(
 
     Source: arXiv 2204.14198, appendix B.1.4.
     """
-    few = shots or ZERO_SHOT
-    _check(queries, support, few, select)
+    plan = prepare(
+        task,
+        queries,
+        support,
+        output,
+        shots=shots,
+        select=select,
+        seed=seed,
+        num_beams=num_beams,
+        settings=settings,
+    )
+    records, choose = plan.records, None
+    with output.open("ab") as file:
+        file.truncate(plan.whole)
+        if not plan.whole:
+            file.write(plan.header)
+        for batch in batches(queries, batch_size):
+            batch = [query for query in batch if query.id not in records]
+            if not batch:
+                continue
+            choose = choose or _chooser(model, processor, support, shots or ZERO_SHOT, select, seed)
+            chosen = choose(batch)
+            new = _answer(model, processor, task, batch, chosen, num_beams, text_only=shots == 0)
+            # One write: a kill leaves a batch whole or not at all.
+            file.write("".join(json.dumps(record) + "\n" for record in new).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            records |= {record["id"]: record for record in new}
+            print(f"{task.name}: {len(records)} of {len(queries)}", file=sys.stderr, flush=True)
+    value = task.score([records[query.id] for query in queries])
+    return Evaluation(task.name, task.metric, value, len(queries), shots)
+
+
+class Plan(NamedTuple):
+    """What a run finds in its output, which is left as it is."""
+
+    header: bytes  # the first line of the output
+    whole: int  # bytes of whole lines in the output
+    records: dict[Any, dict[str, Any]]  # by their ids
+
+
+def prepare(
+    task: Task,
+    queries: Sequence[Sample],
+    support: Sequence[Sample],
+    output: Path,
+    *,
+    shots: int = 4,
+    select: str = "random",
+    seed: int = 0,
+    num_beams: int = 3,
+    settings: dict[str, Any] | None = None,
+) -> Plan:
+    """All that `evaluate` does before it needs a model; arguments and errors are its own."""
+    _check(queries, support, shots or ZERO_SHOT, select)
     own = {
         "task": task.name,
         "max_new_tokens": task.max_new_tokens,
@@ -116,24 +171,7 @@ def evaluate(
         "seed": seed,
         "samples": len(queries),
     }
-    records = _resume(output, own | (settings or {}))
-    choose = None
-    with output.open("a", encoding="utf-8") as file:
-        for batch in batches(queries, batch_size):
-            batch = [query for query in batch if query.id not in records]
-            if not batch:
-                continue
-            choose = choose or _chooser(model, processor, support, few, select, seed)
-            chosen = choose(batch)
-            new = _answer(model, processor, task, batch, chosen, num_beams, text_only=shots == 0)
-            # One write: a kill leaves a batch whole or not at all.
-            file.write("".join(json.dumps(record) + "\n" for record in new))
-            file.flush()
-            os.fsync(file.fileno())
-            records |= {record["id"]: record for record in new}
-            print(f"{task.name}: {len(records)} of {len(queries)}", file=sys.stderr, flush=True)
-    value = task.score([records[query.id] for query in queries])
-    return Evaluation(task.name, task.metric, value, len(queries), shots)
+    return _read(output, own | (settings or {}))
 
 
 def _check(queries: Sequence[Sample], support: Sequence[Sample], shots: int, select: str) -> None:
@@ -216,19 +254,61 @@ def _answer(
     ]
 
 
-def _resume(output: Path, header: dict[str, Any]) -> dict[Any, dict[str, Any]]:
-    """The records in the output by their ids; a new output gets its first line."""
-    data = output.read_bytes() if output.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    if not whole:
-        output.write_text(json.dumps(header) + "\n", encoding="utf-8")
-        return {}
-    found, *records = [json.loads(line) for line in whole.splitlines()]
+def _read(output: Path, header: dict[str, Any]) -> Plan:
+    """What is in the output, if it is new, empty or of a run with this header."""
+    first = (json.dumps(header) + "\n").encode()
+    if not output.exists():
+        if not output.parent.is_dir():
+            raise ValueError(f"evaluate: expected the folder of {output}, got none. Make it first.")
+        return Plan(first, 0, {})
+    if not output.is_file():
+        raise ValueError(
+            f"evaluate: expected {output} to be a file, got something else. Name another output."
+        )
+    with output.open("rb") as file:
+        found = file.readline(_LONGEST)
+        if first.startswith(found) and found != first:  # it is empty, or a kill has cut its first line short
+            return Plan(first, 0, {})
+        _check_header(output, found, header)
+        lines = file.readlines()
+    if lines and not lines[-1].endswith(b"\n"):
+        del lines[-1]
+    records = [_record(output, number, line) for number, line in enumerate(lines, start=2)]
+    whole = len(found) + sum(map(len, lines))
+    return Plan(first, whole, {record["id"]: record for record in records})
+
+
+def _check_header(output: Path, line: bytes, header: dict[str, Any]) -> None:
+    found = _json(line)
+    if not isinstance(found, dict) or not found.keys() >= _OURS:
+        raise ValueError(
+            f"evaluate: expected {output} to be new, empty or the results of an evaluation, got a file of "
+            "something else, which is left as it is. Name another output."
+        )
     if found != header:
         raise ValueError(
             f"evaluate: expected {output} to be of a run with {header}, got one with {found}. Name another "
             "output."
         )
-    if len(whole) < len(data):
-        os.truncate(output, len(whole))
-    return {record["id"]: record for record in records}
+
+
+def _record(output: Path, number: int, line: bytes) -> dict[str, Any]:
+    """A line of the output that is a sample."""
+    record = _json(line)
+    kinds = {"id": str | int, "prediction": str, "references": list, "shots": list}
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(key), kind) for key, kind in kinds.items()
+    ):
+        raise ValueError(
+            f"evaluate: expected line {number} of {output} to be an answer, got {line[:40]!r}. Remove it, or "
+            "name another output."
+        )
+    return record
+
+
+def _json(line: bytes) -> Any:
+    """None for what is no JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

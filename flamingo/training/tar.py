@@ -59,7 +59,9 @@ def _headers(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int, dict[str, s
     end = file.seek(0, os.SEEK_END)
     if not end:
         raise ValueError("it is empty")
-    at, shared, own = 0, {}, {}
+    shared: dict[str, str] = {}
+    own: dict[str, str] = {}
+    at = 0
     while at < end:
         file.seek(at)
         block = file.read(tarfile.BLOCKSIZE)

@@ -14,6 +14,7 @@ import pytest
 from flamingo.__main__ import main
 from flamingo.fewshot import CAPTIONS, VQA, Sample, cider, evaluate, vqa_accuracy
 from flamingo.fewshot.scoring import batches
+from flamingo.processor import Processor
 from tests.flamingo.fewshot.scripted import PROCESSOR, SHADES, Namer, picture, write_captions, write_vqa
 
 ROOT = Path(__file__).parents[3]
@@ -149,11 +150,13 @@ class TestResume:
         return result, (tmp_path / "whole.jsonl").read_text()
 
     @pytest.mark.parametrize("kept", range(7))
-    @pytest.mark.parametrize("torn", ["", '{"id": 3, "predic'])
+    @pytest.mark.parametrize("torn", [0, 1, 17, -1])
     def test_computes_what_is_missing_and_no_more(self, finished, tmp_path, kept, torn):
+        """Some lines, and of the next so many characters, or all but its end."""
         result, whole = finished
         path = tmp_path / "out.jsonl"
-        path.write_text("".join(whole.splitlines(keepends=True)[:kept]) + torn)
+        lines = [*whole.splitlines(keepends=True), '{"id": 9, "predict\n']
+        path.write_text("".join(lines[:kept]) + lines[kept][:torn])
         again, model = self.run(path)
         assert again == result
         assert path.read_text() == whole
@@ -167,6 +170,58 @@ class TestResume:
             ):
                 self.run(path, **options)
         assert path.read_text() == finished[1]
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b'{"questions": []}',
+            b'{"questions": []}\n',
+            b'{"task": "vqa", "notes": "my own"}',
+            b"id,answer\n1,white\n",
+            b"a word",
+            b"\n",
+            b"[1]\n",
+            b"null\n",
+            b"[" * 100_000,
+            bytes(100),
+            bytes(range(256)),
+        ],
+    )
+    def test_a_file_of_something_else_stays_as_it_is(self, tmp_path, content):
+        path, model = tmp_path / "mine", Namer()
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"expected .*mine to be new, empty or .* Name another output"):
+            self.run(path, model)
+        assert path.read_bytes() == content
+        assert model.encoded == 0
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            b"[1]\n",
+            b"\n",
+            bytes(64) + b"\n",
+            b'{"prediction": "white"}\n',
+            b'{"id": 2, "prediction": null, "references": [], "shots": []}\n',
+            b'{"id": [2], "prediction": "white", "references": [], "shots": []}\n',
+        ],
+    )
+    def test_a_line_that_is_no_answer_is_named(self, finished, tmp_path, line):
+        path = tmp_path / "whole.jsonl"
+        content = b"".join([*finished[1].encode().splitlines(keepends=True)[:2], line])
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"expected line 3 of .*whole\.jsonl to be an answer, got b'"):
+            self.run(path)
+        assert path.read_bytes() == content
+
+    def test_what_is_no_file_is_refused(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "folder").mkdir()
+        for name in ("pipe", "folder"):
+            with pytest.raises(ValueError, match=rf"expected .*{name} to be a file"):
+                self.run(tmp_path / name)
+        with pytest.raises(ValueError, match=r"expected the folder of .*gone/out, got none\. Make it first"):
+            self.run(tmp_path / "gone" / "out")
 
 
 class TestKilled:
@@ -292,6 +347,37 @@ class TestCommand:
         assert said.startswith("evaluate: ")
         assert message in said
         assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("of", ["questions", "annotations", "images", "link"])
+def test_an_input_is_no_output_and_this_is_said_before_the_model_is_loaded(tmp_path, capsys, of):
+    pytest.importorskip("PIL")
+    paths = write_vqa(tmp_path / "data", QUERIES)
+    (tmp_path / "link").symlink_to(paths["questions"])
+    before = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+    output = paths.get(of, tmp_path / of)
+    arguments = [*TestCommand().arguments("vqa", paths, paths), "--model", "no.such:model"]
+    assert main([*arguments, "--output", str(output)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"evaluate: expected {output} to be ")
+    assert said.endswith("Name another output.\n")
+    assert said.count("\n") == 1
+    assert {name: path.read_bytes() for name, path in paths.items() if path.is_file()} == before
+
+
+def test_the_user_says_how_large_an_image_may_be(tmp_path, capsys):
+    """Those of the data set have 8 x 8 pixels."""
+    pytest.importorskip("PIL")
+    paths = write_vqa(tmp_path / "data", QUERIES)
+    arguments = [*TestCommand().arguments("vqa", paths, paths), "--model", f"{__name__}:namer"]
+    for name, size, status in (("refused", "63", 2), ("taken", "64", 0)):
+        assert main([*arguments, "--output", str(tmp_path / name), "--max-pixels", size]) == status
+    assert "at most 63 pixels" in capsys.readouterr().err
+
+
+def namer():
+    """With a processor of its own, as its limit is changed."""
+    return Namer(), Processor(image_size=8)
 
 
 def test_batches():
