@@ -30,6 +30,7 @@ from flamingo.training.processes import gather, like, rank, wait_for_all, whole
 
 LATEST = "latest"
 _UNFINISHED = "unfinished-"
+_FILES = {"weights.safetensors", "optimizer.safetensors", "state.pt"}
 
 
 def save(
@@ -49,7 +50,7 @@ def save(
         weights: the trained ones, by name.
         optimizer: of these.
         streams: the state of each dataset's `Stream`.
-        keep: checkpoints to keep, this one included.
+        keep: checkpoints to keep, this one included; a folder with anything else in it is kept too.
     """
     tensors = {name: whole(weight).contiguous() for name, weight in weights.items()}
     moments = {
@@ -74,7 +75,7 @@ def save(
         os.rename(unfinished, path)
         _point_to(path)
         _flush(folder)
-        older = sorted(each for each in folder.glob("step-*") if each.name < path.name)
+        older = sorted(each for each in folder.glob("step-*") if each.name < path.name and _is_ours(each))
         for old in older[: len(older) - (keep - 1)]:
             _remove(old)
     wait_for_all()
@@ -147,6 +148,11 @@ def load_weights(weights: Mapping[str, Tensor], path: Path | str) -> None:
 
 def _some(names: set[str]) -> str:
     return f"({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder has nothing but what `save` writes."""
+    return path.is_dir() and {file.name for file in path.iterdir()} <= _FILES
 
 
 def _point_to(path: Path) -> None:

@@ -12,6 +12,7 @@ from flamingo.model import Flamingo
 from flamingo.processor import Processor
 from flamingo.training import checkpoint
 from flamingo.training.config import ModelConfig, TrainingConfig
+from flamingo.training.log import read_log
 from flamingo.training.loop import train
 from flamingo.training.processes import device_of, leave, process_group, rank
 
@@ -20,6 +21,7 @@ def run(path: str) -> int:
     """Trains as a TOML file says and returns the command's exit status."""
     try:
         config, of_model = _read(path)
+        read_log(config.folder)  # before there is a model: it may be a file of something else
     except (OSError, ValueError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2

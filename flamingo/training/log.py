@@ -2,10 +2,13 @@
 
 import json
 import os
+import sys
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+_BEGINNING = b'{"step": '  # of every line
 
 
 class RunLog:
@@ -16,6 +19,9 @@ class RunLog:
         step: updates before.
         steps: of the whole run.
         tensorboard: whether to write TensorBoard's files.
+
+    Raises:
+        ValueError: see `read_log`.
     """
 
     def __init__(self, folder: Path, *, step: int, steps: int, tensorboard: bool):
@@ -54,14 +60,50 @@ class RunLog:
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
-    """The updates of a run, one dictionary each; a line that a kill cut short is left out."""
-    path = Path(folder) / "log.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """The updates of a run in their order, one dictionary each.
+
+    A line that a kill, a full disk or a power cut has damaged is left out; of a step that is there twice, the
+    later line counts.
+
+    Raises:
+        ValueError: if `log.jsonl` is a file of something else.
+    """
+    return _read(Path(folder) / "log.jsonl")[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The updates, and the number of whole lines that are none."""
+    *lines, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    if _json(cut) is not None:  # it lacks nothing but its end
+        lines, cut = [*lines, cut], b""
+    lines = [line for line in lines if line.strip(b"\0 ")]
+    updates = [update for update in map(_json, lines) if _is_update(update)]
+    if not updates and (lines or not _BEGINNING.startswith(cut.rstrip(b"\0")[: len(_BEGINNING)])):
+        raise ValueError(
+            f"expected {path} to be the log of a run, got a file of something else, which is left as it is. "
+            "Name another folder for the run."
+        )
+    by_step = {update["step"]: update for update in updates}
+    return [by_step[step] for step in sorted(by_step)], len(lines) - len(updates)
+
+
+def _is_update(line: Any) -> bool:
+    return isinstance(line, dict) and type(line.get("step")) is int and "gradient norm" in line
+
+
+def _json(line: bytes) -> Any:
+    """None for what is no JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _forget_after(path: Path, step: int) -> None:
-    kept = [update for update in read_log(path.parent) if update["step"] <= step]
+    updates, damaged = _read(path)
+    if damaged:
+        print(f"train: left out {damaged} damaged lines of {path}", file=sys.stderr)
+    kept = [update for update in updates if update["step"] <= step]
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text("".join(json.dumps(update) + "\n" for update in kept))
     os.replace(unfinished, path)

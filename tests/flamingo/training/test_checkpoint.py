@@ -70,6 +70,20 @@ def test_the_last_are_kept(part, tmp_path):
     assert checkpoint.latest(tmp_path).name == "step-00000003"
 
 
+def test_a_folder_with_anything_else_in_it_is_kept(part, tmp_path):
+    """Somebody's own, or a checkpoint with notes beside it."""
+    (tmp_path / "step-0").mkdir()
+    (tmp_path / "step-0" / "mine.txt").touch()
+    (save(tmp_path, part, 1) / "notes.txt").touch()
+    (tmp_path / "step-00000002").touch()
+    for step in (3, 4, 5, 6):
+        save(tmp_path, part, step)
+    kept = ["step-0", *(f"step-{step:08d}" for step in (1, 2, 5, 6))]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == kept
+    assert (tmp_path / "step-0" / "mine.txt").exists()
+    assert (tmp_path / "step-00000001" / "state.pt").exists()
+
+
 def test_those_of_a_future_that_was_abandoned_do_not_count(part, tmp_path):
     (tmp_path / "step-00000009").mkdir()
     for step in (1, 2):

@@ -61,6 +61,16 @@ def test_a_file_without_a_model_is_refused(data, tmp_path, capsys):
     assert "expected a table [model], got none" in capsys.readouterr().err
 
 
+def test_a_log_of_something_else_is_said_in_a_line_and_stays(data, tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "accuracy": 0.5}\n')
+    (tmp_path / "run.toml").write_text(toml(data, tmp_path, steps=2))
+    assert main(["train", str(tmp_path / "run.toml")]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"train: expected {tmp_path}/log.jsonl to be the log of a run")
+    assert shown.count("\n") == 1
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "accuracy": 0.5}\n'
+
+
 def test_frozen_parts_come_from_files(tmp_path, capsys):
     given = model(seed=1)
     for name in ("vision", "language"):
