@@ -30,8 +30,8 @@ from flamingo import modules
 
 from . import PatchReport, info, patch
 from .bench.memory import peak_growth
-from .bench.proof import Proof, prove
 from .bench.timing import interleave
+from .testing import Expected, Proof, expect, prove
 
 # Photographs that scikit-image brings inside its wheel, and what is said about them.
 PHOTOGRAPHS = {
@@ -182,13 +182,23 @@ def compare(model: flamingo.Flamingo, batch: flamingo.Batch) -> tuple[dict[str, 
     _say("comparing, and measuring memory")
     runners = [Runner(model, batch, patched=patched) for patched in (False, True)]
     forward = [_weigh(runner[FORWARD])[1] for runner in runners]
-    (eager, eager_mib), (ours, ours_mib) = (_weigh(runner[STEP]) for runner in runners)
+    (_, eager_mib), (ours, ours_mib) = (_weigh(runner[STEP]) for runner in runners)
     proofs = {
-        f"{what} ({len(tensors)} tensors)": prove(ours[what], eager[what], tensors)
-        for what, tensors in exact.items()
+        f"{what} ({len(expected.exact)} tensors)": prove(ours[what], expected)
+        for what, expected in _expected(runners[0][STEP], exact).items()
     }
     peaks = {FORWARD: Pair(*forward), STEP: Pair(eager_mib, ours_mib)}
     return proofs, {mode: pair for mode, pair in peaks.items() if all(pair)}
+
+
+def _expected(run: Callable[[], Results], exact: Results) -> dict[str, Expected]:
+    """What is expected of each kind of result, of one run for all."""
+    every = expect(lambda: [each for tensors in run().values() for each in tensors], sum(exact.values(), ()))
+    found, begin = {}, 0
+    for what, tensors in exact.items():
+        end = begin + len(tensors)
+        found[what], begin = every.part(begin, end), end
+    return found
 
 
 def _weigh(call: Callable[[], Results]) -> tuple[Results, float]:

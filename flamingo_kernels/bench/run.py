@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import info
+from ..testing import Expected, expect, prove
 from .baselines import OURS, Contender, contenders
 from .floors import Ceilings, least_bytes
 from .memory import peak_growth
-from .proof import prove
 from .rows import Key, Row, Run, Skipped
 from .shapes import Case, Mode
 from .timing import Clock, Spread, clock_of, interleave
@@ -159,7 +159,7 @@ def check(
     """Hold the contenders of a case against float64: those within the error budget, and the others."""
     exact = _call(contenders(case, torch.float64, device)["eager"](), case.mode)()
     makers = contenders(case, device=device)
-    eager = _call(makers["eager"](), case.mode)()
+    expected = _expected(makers["eager"](), case.mode, exact)
     sound: dict[str, Checked] = {}
     refused: dict[str, Refused] = {}
     for name in [name for name in makers if not against or name in (OURS, *against)]:
@@ -174,7 +174,7 @@ def check(
             if case.mode in rival.modes:
                 sound[name] = Checked(call, None, None)
             continue
-        checked = _judge(call, result, eager, exact)
+        checked = _judge(call, result, expected)
         if isinstance(checked, Checked):
             sound[name] = checked
         else:
@@ -182,11 +182,15 @@ def check(
     return sound, refused
 
 
-def _judge(
-    call: Call, result: tuple[Tensor, ...], eager: tuple[Tensor, ...], exact: tuple[Tensor, ...]
-) -> Checked | Refused:
+def _expected(eager: Contender, mode: Mode, exact: tuple[Tensor, ...]) -> Expected:
+    """What rounding costs eager; of gradients also that of the forward pass before them."""
+    call = _call(eager, "forward+backward" if mode == "backward" else mode)
+    return expect(lambda: call()[-len(exact) :], exact)
+
+
+def _judge(call: Call, result: tuple[Tensor, ...], expected: Expected) -> Checked | Refused:
     try:
-        proof = prove(result, eager, exact)
+        proof = prove(result, expected)
     except AssertionError as error:
         return Refused(str(error), wrong=True)
     if proof.passed:

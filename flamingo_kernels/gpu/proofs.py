@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, info
-from ..check import severity
 from ..mask import MediaMask
-from ..testing import Case, Measurement, Outputs, Tensors, evaluate, measure, measure_call
+from ..testing import Case, Measurement, Outputs, Tensors, evaluate, measure, measure_call, severity
 
 FAR = 2**31  # elements, the first that a 32-bit offset does not reach
 
@@ -28,7 +27,7 @@ class Finding:
         operator, backend, dtype, case: of what.
         status: "ok", "failed", "skipped" (it cannot run here) or "late" (no time was left).
         detail: why not ok.
-        tensor, error, eager_error, budget: of the worst tensor, where the proof is one of accuracy.
+        tensor, error, rounding, budget: of the worst tensor, where the proof is one of accuracy.
     """
 
     check: str
@@ -40,7 +39,7 @@ class Finding:
     detail: str = ""
     tensor: str = ""
     error: float | None = None
-    eager_error: float | None = None
+    rounding: float | None = None
     budget: float | None = None
     spent: float | None = None
 
@@ -58,7 +57,7 @@ class Task(NamedTuple):
         what = (self.check, self.case.operator, info.variant(self.backend), dtype, case)
         if worst is None:
             return Finding(*what, status, detail)
-        numbers = (worst.name, worst.error, worst.eager_error, worst.budget, worst.spent)
+        numbers = (worst.name, worst.error, worst.rounding, worst.budget, worst.spent)
         return Finding(*what, status, detail, *numbers)
 
 
@@ -93,7 +92,7 @@ def far(case: Case, backend: str) -> Measurement:
     tensors = case.tensors()
     copies = FAR // max(tensor.numel() for tensor in tensors.values()) + 2
     _expect_memory(5 * copies * sum(tensor.nbytes for tensor in tensors.values()), case.device)
-    measured = measure_call(case, lambda case: _last_of(copies, case, backend), draws=1)
+    measured = measure_call(case, _last_of(copies, case, backend))
     shared = [f"d{name}" for name, tensor in tensors.items() if tensor.ndim == 1]
     return max((each for each in measured if each.name not in shared), key=severity)
 

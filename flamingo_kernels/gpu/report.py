@@ -63,7 +63,7 @@ def summary(outcome: Outcome) -> str:
     parts = [
         [_title(outcome), *outcome.notes, _steps(outcome)],
         [
-            "accuracy: the largest share of a budget of 2 x eager's error + 2 ulp",
+            "accuracy: the largest share of a budget of 2 x rounding + 1 ulp",
             *_accuracy(outcome.findings),
         ],
         _proofs(outcome.findings),

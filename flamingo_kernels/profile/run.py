@@ -6,6 +6,7 @@ import copy
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from .. import patch
 from ..bench.memory import peak_growth, saved_bytes
-from ..bench.proof import Proof, prove
 from ..bench.run import ProgressBar, conditions_on
 from ..bench.timing import Clock, Spread, clock_of, interleave
+from ..testing import Proof, expect, prove
 from .models import STEP, Plan, Subject, Work, convert
 from .parts import PARTS, device_time, each_part, host_time, labels, time_by_part
 
@@ -144,14 +145,21 @@ def compare(subject: Subject, after: nn.Module) -> dict[str, Proof]:
     """Hold the results of both against float64."""
 
     def results(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
-        return {name: call(name, work, model)() for name, work in subject.works.items()}
+        return {name: _result(name, work, model) for name, work in subject.works.items()}
 
-    eager, ours = results(subject.model), results(after)
+    ours = results(after)
     dtype = next(subject.model.parameters()).dtype
     convert(subject.model, torch.float64)
     exact = results(subject.model)
     convert(subject.model, dtype)  # loses nothing: the numbers were of this dtype before
-    return {name: prove(ours[name], eager[name], exact[name]) for name in subject.works}
+    return {
+        name: prove(ours[name], expect(partial(_result, name, work, subject.model), exact[name]))
+        for name, work in subject.works.items()
+    }
+
+
+def _result(name: str, work: Work, model: nn.Module) -> tuple[Tensor, ...]:
+    return call(name, work, model)()
 
 
 def _measure(

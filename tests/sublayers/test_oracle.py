@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flamingo_kernels.bench.memory import saved_bytes
 from flamingo_kernels.sublayers import gated_feed_forward, scratch
 from flamingo_kernels.sublayers.activation import ACTIVATIONS
-from flamingo_kernels.testing import DTYPES, compare, measure
+from flamingo_kernels.testing import DTYPES, assert_all_passed, measure
+from tests.parity import hold
 
 from ..products import Products
 from .cases import CrossAttentionCase as Attention
@@ -51,8 +52,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{type(case).__name__[:-4]}:{case}")
 def test_oracle(case, dtype, backend):
-    measured = measure(replace(case, dtype=dtype), backend)
-    assert all(each.passed for each in measured if not is_one_number(each, case)), measured
+    assert_all_passed(measure(replace(case, dtype=dtype), backend), str(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -63,16 +63,10 @@ def test_oracle_of_inference(case, least, dtype, monkeypatch):
     monkeypatch.setattr(scratch, "_LEAST", least)
     case = replace(case, dtype=dtype)
     tensors = case.tensors()
-    ours, eager = case.kernel("auto", **tensors), case.eager(**tensors)
-    exact = case.eager(**{name: tensor.double() for name, tensor in tensors.items()})
-    measured = compare("z", ours[0], eager[0], exact[0])
+    (ours,) = case.kernel("auto", **tensors)
+    (exact,) = case.eager(**{name: tensor.double() for name, tensor in tensors.items()})
+    measured = hold("z", ours, lambda: case.eager(**tensors)[0], exact)
     assert measured.passed, measured
-    assert ours[0].dtype == eager[0].dtype
-
-
-def is_one_number(measurement, case):
-    """The gradient of one gate, which eager may have right by luck: judged over many draws, below."""
-    return measurement.name == "dgate" and case.gate in ((), (1,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -80,19 +74,19 @@ def is_one_number(measurement, case):
 @pytest.mark.parametrize("kind", ["attention", "feed_forward"])
 def test_the_gradient_of_one_gate(kind, rows, dtype):
     case = Attention(batch=1, length=rows) if kind == "attention" else FeedForward(rows=(rows,))
-    errors = torch.zeros(2)
-    for seed in range(64):
-        (gate,) = (m for m in measure(replace(case, dtype=dtype, seed=seed), "cpu", 1) if m.name == "dgate")
-        errors += torch.tensor([gate.error, gate.eager_error]).square()
-    ours, eager = errors.sqrt().tolist()
-    assert ours <= 1.5 * eager
+    found = []
+    for seed in range(32):
+        found += [m for m in measure(replace(case, dtype=dtype, seed=seed), "cpu") if m.name == "dgate"]
+    ours, rounding = (torch.tensor([getattr(m, name) for m in found]) for name in ("error", "rounding"))
+    assert ours.square().mean() <= (rounding / 2).square().mean()
 
 
 @pytest.mark.parametrize("case", [Attention(), FeedForward(), FeedForward(biased=True)], ids=str)
 def test_oracle_of_a_wider_gate(case, backend):
     """A float32 gate beside bfloat16 promotes the residual, so that it cannot ride on the product."""
-    measured = measure(replace(case, dtype=torch.bfloat16, gate_dtype=torch.float32), backend)
-    assert all(each.passed for each in measured if not is_one_number(each, case)), measured
+    assert_all_passed(
+        measure(replace(case, dtype=torch.bfloat16, gate_dtype=torch.float32), backend), str(case)
+    )
 
 
 @pytest.mark.parametrize("case", [Attention(), FeedForward(), FeedForward(gate=(24,))], ids=str)

@@ -5,6 +5,7 @@ import torch
 
 from flamingo.training import read_log, train
 from flamingo_kernels import layers, patch
+from flamingo_kernels.testing import RandomRounding, compare
 from tests.flamingo.training.tiny_run import config, model, processor
 
 
@@ -14,20 +15,20 @@ def losses(run):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_patched_losses_are_those_of_the_plain_model(data, tmp_path, recompute):
-    """`err(patched) <= 2 * err(plain) + 2 ulp` over the whole run, both against a run in float64."""
+    """By the error budget over the whole run, against a run in float64."""
     changes = {"steps": 8, "gradient_checkpointing": recompute}
     train(model().double(), processor(), config(data, tmp_path / "exact", **changes))
     train(model(), processor(), config(data, tmp_path / "plain", **changes))
+    with RandomRounding(0):
+        train(model(), processor(), config(data, tmp_path / "drawn", **changes))
     patched = model()
     assert len(patch(patched).replaced) == 7
     train(patched, processor(), config(data, tmp_path / "patched", **changes))
     assert isinstance(patched.resampler, layers.PerceiverResampler)
-    exact, plain, fused = (losses(tmp_path / name) for name in ("exact", "plain", "patched"))
+    exact, plain, fused, drawn = (losses(tmp_path / name) for name in ("exact", "plain", "patched", "drawn"))
     assert not torch.equal(plain, fused), "the kernels did not run"
-    ulp = torch.finfo(torch.float32).eps * exact.max()
-    plain_error, fused_error = (plain - exact).abs().max(), (fused - exact).abs().max()
-    print(f"plain {plain_error:.3g}, patched {fused_error:.3g}, ulp {ulp:.3g}")
-    assert fused_error <= 2 * plain_error + 2 * ulp
+    measured = compare("losses", fused.float(), exact, (drawn - exact).abs().max().item())
+    assert measured.passed, measured
 
 
 def test_a_patched_run_goes_on_plain(data, tmp_path):

@@ -1,27 +1,14 @@
-"""What a kernel is held to: inputs for every operator, the eager baseline, and the error budget.
+"""Calls of every operator: their inputs, and what one writes without the operator.
 
-One rule for every operator, backend, dtype and gradient, with all errors measured against float64::
-
-    error(kernel) <= 2 * error(eager in the same dtype) + 2 ulp
-
-An error is the largest absolute difference within one tensor. Inputs are rounded to the dtype first, and the
-exact values are computed in float64 from the rounded inputs, so that only the arithmetic is judged. An ulp is
-the spacing of the tensor's dtype at its largest exact value: a correct kernel rounds its result once where
-eager may by luck be exact, and a sum taken in another order costs another rounding. Both errors are the
-largest of a few draws of the random values. Where all exact values
-are 0 an ulp is 0 too: what should be exactly zero has no excuse.
-
-The exact values come from the eager baseline, which shares no code with a kernel, its `reference.py` or
-`MediaMask`. Needs `flamingo` (hence einops) beside torch.
+The eager baselines share no code with a kernel, its `reference.py` or `MediaMask`. Needs `flamingo` (hence
+einops) beside torch.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,8 +17,8 @@ from torch import Tensor
 
 from flamingo.modules import dense_masked_attention, text_time
 
-from .mask import MediaMask, Policy
-from .ops import (
+from ..mask import MediaMask, Policy
+from ..ops import (
     GatedBlockWeights,
     gated_block_decode,
     gated_residual,
@@ -449,155 +436,3 @@ def lay_out(tensor: Tensor, layout: Layout) -> Tensor:
     if layout == "expanded" and tensor.ndim >= 2:
         return tensor[:1].contiguous().expand_as(tensor)
     return tensor.contiguous()
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """How far one output or gradient is from the exact values, and how far it may be.
-
-    Attributes:
-        name: of the tensor: an output's, or "d" and an input's.
-        error: of the kernel, the largest absolute difference to float64.
-        eager_error: of the eager baseline in the same dtype.
-        ulp: spacing of the dtype at the largest exact value.
-    """
-
-    name: str
-    error: float
-    eager_error: float
-    ulp: float
-
-    @property
-    def budget(self) -> float:
-        return 2 * self.eager_error + 2 * self.ulp
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.budget
-
-    @property
-    def spent(self) -> float:
-        """The share of the budget that the error takes: above 1, or NaN, is a failure."""
-        return self.error / self.budget if self.budget else (0.0 if self.error == 0 else math.inf)
-
-    def __str__(self) -> str:
-        verdict = "ok" if self.passed else "FAILED"
-        return (
-            f"{self.name:<10} error {self.error:.2e}  budget {self.budget:.2e} = "
-            f"2 x {self.eager_error:.2e} (eager) + 2 x {self.ulp:.2e} (ulp)  {verdict}"
-        )
-
-
-def measure(case: Case, backend: str = "auto", draws: int = 3) -> list[Measurement]:
-    """Run a case forward and backward by the kernel, by eager, and by eager in float64.
-
-    Args:
-        case: what to run.
-        backend: of the kernel.
-        draws: how often, with other random values; both errors are the largest of all draws. In one draw of
-            few elements eager may be right by luck, and the kernel wrong by as little.
-
-    Returns:
-        One Measurement for each output and for the gradient of each input that has one.
-
-    Raises:
-        AssertionError: an output has another shape or dtype than eager's.
-
-    Example:
-        >>> for each in measure(GatedResidualCase(), "reference"):
-        ...     print(each.name, each.passed)
-        out True
-        dx True
-        dy True
-        dgate True
-    """
-    return measure_call(case, lambda case: partial(case.kernel, backend), draws)
-
-
-def measure_call(
-    case: Case, kernel_of: Callable[[Case], Callable[..., Outputs]], draws: int = 3
-) -> list[Measurement]:
-    """`measure` of another call than the operator's own: `kernel_of(case)` takes the tensors of a case."""
-    cases = [replace(case, seed=case.seed + draw) for draw in range(draws)]
-    drawn = [_measure(each, kernel_of(each)) for each in cases]
-    return [_worst(each) for each in zip(*drawn, strict=True)]
-
-
-def _measure(case: Case, kernel: Callable[..., Outputs]) -> list[Measurement]:
-    tensors = case.tensors()
-    with torch.no_grad():
-        douts = case.douts(case.eager(**tensors))
-    exact = evaluate(case, case.eager, _double(tensors), [dout.double() for dout in douts])
-    eager = evaluate(case, case.eager, tensors, douts)
-    found = evaluate(case, kernel, tensors, douts)
-    return [compare(name, found[name], eager[name], exact[name]) for name in exact]
-
-
-def _worst(drawn: tuple[Measurement, ...]) -> Measurement:
-    errors, eager_errors, ulps = ([getattr(each, f.name) for each in drawn] for f in fields(Measurement)[1:])
-    error = math.nan if any(map(math.isnan, errors)) else max(errors)
-    return Measurement(drawn[0].name, error, max(eager_errors), max(ulps))
-
-
-def evaluate(
-    case: Case, function: Callable[..., Outputs], tensors: Tensors, douts: Iterable[Tensor]
-) -> Tensors:
-    """The outputs of `function(**tensors)` by name, and gradients, if there are any, under "d" + the tensor.
-
-    Raises:
-        AssertionError: an output has not the shape and dtype of its gradient.
-    """
-    leaves = {name: tensor.detach().requires_grad_(case.differentiable) for name, tensor in tensors.items()}
-    outputs, douts = function(**leaves), tuple(douts)
-    for name, out, dout in zip(case.outputs, outputs, douts, strict=True):
-        if (out.shape, out.dtype) != (dout.shape, dout.dtype):
-            raise AssertionError(
-                f"{name}: expected shape {tuple(dout.shape)} and {dout.dtype} like eager, "
-                f"got {tuple(out.shape)} and {out.dtype}."
-            )
-    named = dict(zip(case.outputs, (out.detach() for out in outputs), strict=True))
-    if not case.differentiable:
-        return named
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), douts, materialize_grads=True)
-    return named | {f"d{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
-
-
-def compare(name: str, kernel: Tensor, eager: Tensor, exact: Tensor) -> Measurement:
-    """Hold one tensor of a kernel and of eager against the exact values."""
-    largest = exact.abs().max().item() if exact.numel() else 0.0
-    return Measurement(name, _error(kernel, exact), _error(eager, exact), ulp(largest, kernel.dtype))
-
-
-def _error(tensor: Tensor, exact: Tensor) -> float:
-    return (tensor.double() - exact).abs().max().item() if exact.numel() else 0.0
-
-
-def _double(tensors: Tensors) -> Tensors:
-    return {name: tensor.double() for name, tensor in tensors.items()}
-
-
-def ulp(value: float, dtype: torch.dtype) -> float:
-    """The distance from |value| to the next larger number of a dtype; 0 for 0.
-
-    Example:
-        >>> ulp(1.0, torch.bfloat16), ulp(0.0, torch.float32)
-        (0.0078125, 0.0)
-    """
-    if value == 0:
-        return 0.0
-    info = torch.finfo(dtype)
-    exponent = math.frexp(max(abs(value), info.tiny))[1] - 1
-    return math.ldexp(info.eps, exponent)
-
-
-def assert_within_budget(case: Case, backend: str = "auto") -> None:
-    """Measure a case, print every error and budget, and fail if one exceeds it.
-
-    Raises:
-        AssertionError: with every measurement of the case.
-    """
-    measurements = measure(case, backend)
-    report = "\n".join([f"{case.operator}, {backend}, {case}", *map(str, measurements)])
-    print(report)
-    if not all(each.passed for each in measurements):
-        raise AssertionError(f"error budget exceeded: {report}")

@@ -1,0 +1,69 @@
+"""Inputs for every operator, the eager baseline, and the error budget that a kernel is held to.
+
+cases      calls of every operator
+rounding   what rounding does to a computation
+budget     the rule, and measurements by it
+"""
+
+from .budget import (
+    Expected,
+    Measurement,
+    Proof,
+    assert_all_passed,
+    assert_within_budget,
+    compare,
+    evaluate,
+    expect,
+    measure,
+    measure_call,
+    prove,
+    severity,
+    ulp,
+)
+from .cases import (
+    CASES,
+    DTYPES,
+    Case,
+    GatedBlockDecodeCase,
+    GatedResidualCase,
+    GatedResidualNormCase,
+    Layout,
+    MaskedCrossAttentionCase,
+    Outputs,
+    PerceiverAttentionCase,
+    Spec,
+    Tensors,
+    lay_out,
+)
+from .rounding import RandomRounding, rounding_errors
+
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "Case",
+    "Expected",
+    "GatedBlockDecodeCase",
+    "GatedResidualCase",
+    "GatedResidualNormCase",
+    "Layout",
+    "MaskedCrossAttentionCase",
+    "Measurement",
+    "Outputs",
+    "PerceiverAttentionCase",
+    "Proof",
+    "RandomRounding",
+    "Spec",
+    "Tensors",
+    "assert_all_passed",
+    "assert_within_budget",
+    "compare",
+    "evaluate",
+    "expect",
+    "lay_out",
+    "measure",
+    "measure_call",
+    "prove",
+    "rounding_errors",
+    "severity",
+    "ulp",
+]
