@@ -1,47 +1,212 @@
 // What the bindings of every backend ask of tensors; of torch only the stable ABI.
+// Anybody can call torch.ops.flamingo_kernels: whatever a kernel dereferences is checked here before.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <string>
 
 #include "dtype.h"
 
 namespace flamingo_kernels {
-namespace {
 
 using torch::headeronly::ScalarType;
+using torch::headeronly::toString;
 using torch::stable::Tensor;
+using Sizes = std::initializer_list<int64_t>;
 
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline std::optional<DType> kernel_dtype(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
-    default: break;
+    default: return std::nullopt;
   }
-  STD_TORCH_CHECK(
-      false, "flamingo_kernels: expected float32, bfloat16 or float16, got ",
-      torch::headeronly::toString(tensor.scalar_type()), ".");
 }
 
-ScalarType wider(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
+inline DType dtype_of(const Tensor& tensor) {
+  const std::optional<DType> dtype = kernel_dtype(tensor.scalar_type());
+  STD_TORCH_CHECK(
+      dtype, "flamingo_kernels: expected float32, bfloat16 or float16, got ", toString(tensor.scalar_type()), ".");
+  return *dtype;
+}
+
+inline ScalarType wider(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
 
 // The dtype of x + tanh(gate) * y; as everywhere in torch, a gate without dimensions does not widen y.
-ScalarType residual_dtype(const Tensor& x, const Tensor& y, const Tensor& gate) {
+inline ScalarType residual_dtype(const Tensor& x, const Tensor& y, const Tensor& gate) {
   const ScalarType product = gate.dim() == 0 ? y.scalar_type() : wider(y.scalar_type(), gate.scalar_type());
   return wider(x.scalar_type(), product);
 }
 
-void check_last_stride(const char* operation, const Tensor& tensor) {
-  STD_TORCH_CHECK(
-      tensor.stride(-1) == 1 || tensor.size(-1) <= 1, operation, ": expected a contiguous last dimension, got stride ",
-      tensor.stride(-1), ".");
+template <class Numbers>
+std::string in_brackets(const Numbers& numbers) {
+  std::string text;
+  for (int64_t number : numbers) text += (text.empty() ? "" : ", ") + std::to_string(number);
+  return "(" + text + ")";
 }
 
-const int32_t* spans_of(const char* operation, const Tensor& t, int64_t batch, int64_t columns) {
+inline std::string device_of(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  return (tensor.is_cuda() ? "cuda:" : "another device, ") + std::to_string(tensor.get_device_index());
+}
+
+// The checks of one operation, whose first tensor says on which device all are.
+class Checks {
+ public:
+  Checks(const char* operation, const char* first_name, const Tensor& first, int64_t dimensions)
+      : operation_(operation), first_name_(first_name), first_(first) {
+    expect_dimensions(first_name, first, dimensions);
+  }
+
+  void expect_dimensions(const char* name, const Tensor& tensor, int64_t dimensions) const {
+    STD_TORCH_CHECK(
+        tensor.dim() == dimensions, operation_, ": expected ", name, " with ", dimensions, " dimensions, got ",
+        in_brackets(tensor.sizes()), ".");
+  }
+
+  // [..., D] in any dtype of the kernels, with elements of a row side by side.
+  void expect_rows(const char* name, const Tensor& tensor, Sizes sizes) const {
+    expect_number(name, tensor), expect_sizes(name, tensor, sizes), expect_device(name, tensor);
+    const int64_t last = tensor.dim() - 1;
+    STD_TORCH_CHECK(
+        tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1, operation_, ": expected ", name,
+        " with a contiguous last dimension, got strides ", in_brackets(tensor.strides()), ".");
+  }
+
+  // The same, in the dtype of the first tensor.
+  void expect_rows_like_first(const char* name, const Tensor& tensor, Sizes sizes) const {
+    expect_rows(name, tensor, sizes);
+    STD_TORCH_CHECK(
+        tensor.scalar_type() == first_.scalar_type(), operation_, ": expected ", name, " in ",
+        toString(first_.scalar_type()), " like ", first_name_, ", got ", toString(tensor.scalar_type()), ".");
+  }
+
+  // A parameter with an element for each of D channels, or one for all, in any dtype of the kernels and any layout.
+  void expect_parameter(const char* name, const Tensor& tensor, int64_t channels, bool one_for_all) const {
+    expect_number(name, tensor), expect_device(name, tensor);
+    STD_TORCH_CHECK(
+        tensor.numel() == channels || (one_for_all && tensor.numel() == 1), operation_, ": expected ", name, " with ",
+        one_for_all ? "1 or " : "", channels, " elements, got shape ", in_brackets(tensor.sizes()), ".");
+  }
+
+  // Contiguous, in one dtype.
+  void expect_contiguous(const char* name, const Tensor& tensor, ScalarType dtype, Sizes sizes) const {
+    STD_TORCH_CHECK(
+        tensor.scalar_type() == dtype, operation_, ": expected ", name, " in ", toString(dtype), ", got ",
+        toString(tensor.scalar_type()), ".");
+    expect_sizes(name, tensor, sizes), expect_device(name, tensor);
+    STD_TORCH_CHECK(
+        tensor.is_contiguous(), operation_, ": expected a contiguous ", name, ", got strides ",
+        in_brackets(tensor.strides()), ".");
+  }
+
+  void expect_head_groups(int64_t heads, int64_t kv_heads) const {
+    STD_TORCH_CHECK(
+        kv_heads > 0 && heads % kv_heads == 0, operation_, ": expected the ", heads,
+        " heads of q to be a multiple of the heads of the keys, got ", kv_heads, ".");
+  }
+
+ private:
+  void expect_number(const char* name, const Tensor& tensor) const {
+    STD_TORCH_CHECK(
+        kernel_dtype(tensor.scalar_type()), operation_, ": expected ", name, " in Float, BFloat16 or Half, got ",
+        toString(tensor.scalar_type()), ".");
+  }
+
+  void expect_sizes(const char* name, const Tensor& tensor, Sizes sizes) const {
+    const auto found = tensor.sizes();
+    STD_TORCH_CHECK(
+        std::equal(sizes.begin(), sizes.end(), found.begin(), found.end()), operation_, ": expected ", name,
+        " with shape ", in_brackets(sizes), ", got ", in_brackets(found), ".");
+  }
+
+  void expect_device(const char* name, const Tensor& tensor) const {
+    STD_TORCH_CHECK(
+        tensor.is_cpu() == first_.is_cpu() && tensor.is_cuda() == first_.is_cuda() &&
+            tensor.get_device_index() == first_.get_device_index(),
+        operation_, ": expected ", name, " on ", device_of(first_), " with ", first_name_, ", got ",
+        device_of(tensor), ".");
+  }
+
+  const char *operation_, *first_name_;
+  const Tensor& first_;
+};
+
+inline Checks check_masked_cross_attention(
+    const char* operation, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi,
+    const Tensor& start, const Tensor& stop) {
+  const Checks checks(operation, "q", q, 4);
+  checks.expect_dimensions("k", k, 5);
+  const int64_t batch = q.size(0), length = q.size(1), heads = q.size(2), head_dim = q.size(3);
+  const int64_t media = k.size(1), latents = k.size(2), kv_heads = k.size(3);
+  checks.expect_rows_like_first("q", q, {batch, length, heads, head_dim});
+  checks.expect_rows_like_first("k", k, {batch, media, latents, kv_heads, head_dim});
+  checks.expect_rows_like_first("v", v, {batch, media, latents, kv_heads, head_dim});
+  checks.expect_head_groups(heads, kv_heads);
+  checks.expect_contiguous("lo", lo, ScalarType::Int, {batch, length});
+  checks.expect_contiguous("hi", hi, ScalarType::Int, {batch, length});
+  checks.expect_contiguous("start", start, ScalarType::Int, {batch, media});
+  checks.expect_contiguous("stop", stop, ScalarType::Int, {batch, media});
+  return checks;
+}
+
+inline Checks check_perceiver_attention(
+    const char* operation, const Tensor& q, const Tensor& k_media, const Tensor& v_media, const Tensor& k_latents,
+    const Tensor& v_latents, const std::optional<Tensor>& media_lengths) {
+  const Checks checks(operation, "q", q, 4);
+  checks.expect_dimensions("k_media", k_media, 4), checks.expect_dimensions("k_latents", k_latents, 4);
+  const int64_t batch = q.size(0), heads = q.size(2), head_dim = q.size(3);
+  const int64_t features = k_media.size(1), latents = k_latents.size(1), kv_heads = k_media.size(2);
+  checks.expect_rows_like_first("q", q, {batch, q.size(1), heads, head_dim});
+  checks.expect_rows_like_first("k_media", k_media, {batch, features, kv_heads, head_dim});
+  checks.expect_rows_like_first("v_media", v_media, {batch, features, kv_heads, head_dim});
+  checks.expect_rows_like_first("k_latents", k_latents, {batch, latents, kv_heads, head_dim});
+  checks.expect_rows_like_first("v_latents", v_latents, {batch, latents, kv_heads, head_dim});
+  checks.expect_head_groups(heads, kv_heads);
+  if (media_lengths) checks.expect_contiguous("media_lengths", *media_lengths, ScalarType::Int, {batch});
+  return checks;
+}
+
+// What the forward pass of either attention left for the backward pass, and the gradient of its output; `kept` are
+// the rows of which it left the softmax.
+inline void check_attention_bwd(
+    const Checks& checks, const Tensor& dout, const Tensor& q, const Tensor& out, const Tensor& softmax, int64_t kept) {
+  const int64_t batch = q.size(0), length = q.size(1), heads = q.size(2), head_dim = q.size(3);
+  checks.expect_rows_like_first("dout", dout, {batch, length, heads, head_dim});
+  checks.expect_rows_like_first("out", out, {batch, length, heads, head_dim});
+  checks.expect_contiguous("softmax", softmax, ScalarType::Float, {2, batch, heads, kept});
+}
+
+// The branch y of a residual and its gate, of one element or one a channel; `first` is x, or z where there is no x.
+inline Checks check_residual(
+    const char* operation, const char* first_name, const Tensor& first, const Tensor& y, const Tensor& gate) {
+  const Checks checks(operation, first_name, first, 2);
+  const int64_t rows = first.size(0), columns = first.size(1);
+  checks.expect_rows(first_name, first, {rows, columns}), checks.expect_rows("y", y, {rows, columns});
+  checks.expect_parameter("gate", gate, columns, true);
+  return checks;
+}
+
+// The gradient of a sum with y is in y's dtype or wider.
+inline void check_residual_bwd(const char* operation, const char* name, const Tensor& dz, const Tensor& y) {
+  STD_TORCH_CHECK(
+      wider(dz.scalar_type(), y.scalar_type()) == dz.scalar_type(), operation, ": expected ", name, " in Float or ",
+      toString(y.scalar_type()), " like y, got ", toString(dz.scalar_type()), ".");
+}
+
+inline void check_last_stride(const char* operation, const Tensor& tensor) {
+  STD_TORCH_CHECK(
+      tensor.numel() == 0 || tensor.stride(-1) == 1 || tensor.size(-1) == 1, operation,
+      ": expected a contiguous last dimension, got stride ", tensor.stride(-1), ".");
+}
+
+inline const int32_t* spans_of(const char* operation, const Tensor& t, int64_t batch, int64_t columns) {
   STD_TORCH_CHECK(
       t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.size(0) == batch && t.size(1) == columns, operation,
       ": expected a contiguous int32 mask tensor of shape (", batch, ", ", columns, ").");
@@ -49,7 +214,7 @@ const int32_t* spans_of(const char* operation, const Tensor& t, int64_t batch, i
 }
 
 // None is a null pointer: all are real.
-const int32_t* lengths_of(const char* operation, const std::optional<Tensor>& media_lengths) {
+inline const int32_t* lengths_of(const char* operation, const std::optional<Tensor>& media_lengths) {
   if (!media_lengths) return nullptr;
   STD_TORCH_CHECK(
       media_lengths->scalar_type() == ScalarType::Int && media_lengths->is_contiguous(), operation,
@@ -57,5 +222,9 @@ const int32_t* lengths_of(const char* operation, const std::optional<Tensor>& me
   return media_lengths->const_data_ptr<int32_t>();
 }
 
-}  // namespace
+// None is a null pointer: all are real.
+inline const int32_t* data_or_null(const std::optional<Tensor>& integers) {
+  return integers ? integers->const_data_ptr<int32_t>() : nullptr;
+}
+
 }  // namespace flamingo_kernels
