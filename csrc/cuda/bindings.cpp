@@ -5,7 +5,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <cmath>
 #include <initializer_list>
+#include <limits>
+#include <numbers>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -87,6 +91,9 @@ Attention attention_params(
   p.dtype = dtype_of(q);
   p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
   p.kv_heads = kv_heads, p.scale = scale, p.parts = 1;
+  p.sign = std::signbit(scale) ? -1 : 1;
+  // not 0, as 0 times the -inf of a key that is not real is NaN
+  p.base2_scale = std::max(float(std::abs(scale) * std::numbers::log2e), std::numeric_limits<float>::min());
   p.q = rows_of(operation, q), p.out = rows_of(operation, out);
   if (softmax.numel() == 0) return p;
   p.softmax_max = softmax.mutable_data_ptr<float>(), p.softmax_sum = p.softmax_max + softmax.numel() / 2;

@@ -228,7 +228,7 @@ def load_latents(media, strides, medium, latents, R: tl.constexpr, D: tl.constex
 
 @triton.jit
 def scores_of(queries, keys, inside, SIGN: tl.constexpr, PRECISION: tl.constexpr):  # [BLOCK_T, BLOCK_R]
-    """Scores before they are scaled, turned so that the highest weighs the most; -inf where there is no key."""
+    """Scores, not scaled yet, turned so that the highest weighs the most; -inf where there is no key."""
     return tl.where(inside[None, :], dot(queries, tl.trans(keys), PRECISION) * SIGN, float("-inf"))
 
 
