@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "dtype.h"
@@ -19,6 +21,14 @@ using torch::headeronly::ScalarType;
 using torch::headeronly::toString;
 using torch::stable::Tensor;
 using Sizes = std::initializer_list<int64_t>;
+
+// Without the file and line that torch's own macro puts before a message.
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 inline std::optional<DType> kernel_dtype(ScalarType dtype) {
   switch (dtype) {
@@ -31,8 +41,7 @@ inline std::optional<DType> kernel_dtype(ScalarType dtype) {
 
 inline DType dtype_of(const Tensor& tensor) {
   const std::optional<DType> dtype = kernel_dtype(tensor.scalar_type());
-  STD_TORCH_CHECK(
-      dtype, "flamingo_kernels: expected float32, bfloat16 or float16, got ", toString(tensor.scalar_type()), ".");
+  if (!dtype) refuse("flamingo_kernels: expected Float, BFloat16 or Half, got ", toString(tensor.scalar_type()), ".");
   return *dtype;
 }
 
@@ -65,73 +74,75 @@ class Checks {
   }
 
   void expect_dimensions(const char* name, const Tensor& tensor, int64_t dimensions) const {
-    STD_TORCH_CHECK(
-        tensor.dim() == dimensions, operation_, ": expected ", name, " with ", dimensions, " dimensions, got ",
-        in_brackets(tensor.sizes()), ".");
+    if (tensor.dim() != dimensions)
+      refuse(
+          operation_, ": expected ", name, " with ", dimensions, " dimensions, got ", in_brackets(tensor.sizes()), ".");
   }
 
   // [..., D] in any dtype of the kernels, with elements of a row side by side.
   void expect_rows(const char* name, const Tensor& tensor, Sizes sizes) const {
     expect_number(name, tensor), expect_sizes(name, tensor, sizes), expect_device(name, tensor);
     const int64_t last = tensor.dim() - 1;
-    STD_TORCH_CHECK(
-        tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1, operation_, ": expected ", name,
-        " with a contiguous last dimension, got strides ", in_brackets(tensor.strides()), ".");
+    if (tensor.numel() != 0 && tensor.size(last) != 1 && tensor.stride(last) != 1)
+      refuse(
+          operation_, ": expected ", name, " with a contiguous last dimension, got strides ",
+          in_brackets(tensor.strides()), ".");
   }
 
   // The same, in the dtype of the first tensor.
   void expect_rows_like_first(const char* name, const Tensor& tensor, Sizes sizes) const {
     expect_rows(name, tensor, sizes);
-    STD_TORCH_CHECK(
-        tensor.scalar_type() == first_.scalar_type(), operation_, ": expected ", name, " in ",
-        toString(first_.scalar_type()), " like ", first_name_, ", got ", toString(tensor.scalar_type()), ".");
+    if (tensor.scalar_type() != first_.scalar_type())
+      refuse(
+          operation_, ": expected ", name, " in ", toString(first_.scalar_type()), " like ", first_name_, ", got ",
+          toString(tensor.scalar_type()), ".");
   }
 
   // A parameter with an element for each of D channels, or one for all, in any dtype of the kernels and any layout.
   void expect_parameter(const char* name, const Tensor& tensor, int64_t channels, bool one_for_all) const {
     expect_number(name, tensor), expect_device(name, tensor);
-    STD_TORCH_CHECK(
-        tensor.numel() == channels || (one_for_all && tensor.numel() == 1), operation_, ": expected ", name, " with ",
-        one_for_all ? "1 or " : "", channels, " elements, got shape ", in_brackets(tensor.sizes()), ".");
+    if (tensor.numel() != channels && !(one_for_all && tensor.numel() == 1))
+      refuse(
+          operation_, ": expected ", name, " with ", one_for_all ? "1 or " : "", channels, " elements, got shape ",
+          in_brackets(tensor.sizes()), ".");
   }
 
   // Contiguous, in one dtype.
   void expect_contiguous(const char* name, const Tensor& tensor, ScalarType dtype, Sizes sizes) const {
-    STD_TORCH_CHECK(
-        tensor.scalar_type() == dtype, operation_, ": expected ", name, " in ", toString(dtype), ", got ",
-        toString(tensor.scalar_type()), ".");
+    if (tensor.scalar_type() != dtype)
+      refuse(
+          operation_, ": expected ", name, " in ", toString(dtype), ", got ", toString(tensor.scalar_type()), ".");
     expect_sizes(name, tensor, sizes), expect_device(name, tensor);
-    STD_TORCH_CHECK(
-        tensor.is_contiguous(), operation_, ": expected a contiguous ", name, ", got strides ",
-        in_brackets(tensor.strides()), ".");
+    if (!tensor.is_contiguous())
+      refuse(operation_, ": expected a contiguous ", name, ", got strides ", in_brackets(tensor.strides()), ".");
   }
 
   void expect_head_groups(int64_t heads, int64_t kv_heads) const {
-    STD_TORCH_CHECK(
-        kv_heads > 0 && heads % kv_heads == 0, operation_, ": expected the ", heads,
-        " heads of q to be a multiple of the heads of the keys, got ", kv_heads, ".");
+    if (kv_heads == 0 || heads % kv_heads != 0)
+      refuse(
+          operation_, ": expected the ", heads, " heads of q to be a multiple of the heads of the keys, got ", kv_heads,
+          ".");
   }
 
  private:
   void expect_number(const char* name, const Tensor& tensor) const {
-    STD_TORCH_CHECK(
-        kernel_dtype(tensor.scalar_type()), operation_, ": expected ", name, " in Float, BFloat16 or Half, got ",
-        toString(tensor.scalar_type()), ".");
+    if (!kernel_dtype(tensor.scalar_type()))
+      refuse(
+          operation_, ": expected ", name, " in Float, BFloat16 or Half, got ", toString(tensor.scalar_type()), ".");
   }
 
   void expect_sizes(const char* name, const Tensor& tensor, Sizes sizes) const {
     const auto found = tensor.sizes();
-    STD_TORCH_CHECK(
-        std::equal(sizes.begin(), sizes.end(), found.begin(), found.end()), operation_, ": expected ", name,
-        " with shape ", in_brackets(sizes), ", got ", in_brackets(found), ".");
+    if (!std::equal(sizes.begin(), sizes.end(), found.begin(), found.end()))
+      refuse(operation_, ": expected ", name, " with shape ", in_brackets(sizes), ", got ", in_brackets(found), ".");
   }
 
   void expect_device(const char* name, const Tensor& tensor) const {
-    STD_TORCH_CHECK(
-        tensor.is_cpu() == first_.is_cpu() && tensor.is_cuda() == first_.is_cuda() &&
-            tensor.get_device_index() == first_.get_device_index(),
-        operation_, ": expected ", name, " on ", device_of(first_), " with ", first_name_, ", got ",
-        device_of(tensor), ".");
+    if (tensor.is_cpu() != first_.is_cpu() || tensor.is_cuda() != first_.is_cuda() ||
+        tensor.get_device_index() != first_.get_device_index())
+      refuse(
+          operation_, ": expected ", name, " on ", device_of(first_), " with ", first_name_, ", got ",
+          device_of(tensor), ".");
   }
 
   const char *operation_, *first_name_;
@@ -195,9 +206,10 @@ inline Checks check_residual(
 
 // The gradient of a sum with y is in y's dtype or wider.
 inline void check_residual_bwd(const char* operation, const char* name, const Tensor& dz, const Tensor& y) {
-  STD_TORCH_CHECK(
-      wider(dz.scalar_type(), y.scalar_type()) == dz.scalar_type(), operation, ": expected ", name, " in Float or ",
-      toString(y.scalar_type()), " like y, got ", toString(dz.scalar_type()), ".");
+  if (wider(dz.scalar_type(), y.scalar_type()) != dz.scalar_type())
+    refuse(
+        operation, ": expected ", name, " in Float or in ", toString(y.scalar_type()), " like y, got ",
+        toString(dz.scalar_type()), ".");
 }
 
 inline void check_last_stride(const char* operation, const Tensor& tensor) {

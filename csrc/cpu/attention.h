@@ -1,14 +1,16 @@
 // The two steps every attention here is made of: query rows against a block of keys, forward and backward.
 //
-//   forward   S = scale Q K^T,  P = e^(S - max) / sum,  O = P V
+//   forward   S = Q K^T,  P = e^(scale (S - max)) / sum,  O = P V
 //   backward  dP = dO V^T,  dS = scale P (dP - delta),  delta = rowsum(P dP) = rowsum(dO O),
 //             dQ = dS K,  dK = dS^T Q,  dV = P^T dO
 //
+// max is taken before the scale: the largest key's weight is e^0 = 1, no rounding of large scores makes it more.
 // Oracle: flamingo_kernels/ops/*/reference.py. Forward 4 FLOPs, backward 10 FLOPs per (row, key, channel);
 // a block of keys is packed once and stays in the L1 or L2 cache for all rows that see it.
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "gemm.h"
 #include "params.h"
@@ -95,21 +97,39 @@ FK_INLINE void clear_padding(typename Dot::Element* row, int64_t keys) {
     store_element(row + j, Floats{});
 }
 
-// The largest scaled score of a row, or the maximum so far.
-FK_INLINE float raised_max(const float* scores, int64_t keys, float scale, float so_far) {
+// A factor on scores, as a softmax applies it: its sign before the maximum is found, its size behind.
+struct Scale {
+  float sign, size;
+
+  Scale(float scale) : sign(scale < 0 ? -1 : 1), size(sign * scale) {}
+};
+
+// The maximum of no scores. Finite, so that a score of -inf has a weight, 0.
+constexpr float lowest = std::numeric_limits<float>::lowest();
+
+// What the weights of a row are multiplied with. There is no softmax of scores that are all -inf.
+FK_INLINE float share_of(float row_max, float row_sum) { return row_max > lowest ? 1 / row_sum : NAN; }
+
+// The largest score of a row, of the scale's sign, or the maximum so far.
+FK_INLINE float raised_max(const float* scores, int64_t keys, Scale scale, float so_far) {
   const int64_t whole = keys / width * width;
   Floats highest = splat(so_far);
-  for (int64_t j = 0; j < whole; j += width) highest = max(load(scores + j) * scale, highest);
-  if (whole < keys) highest = max(keep_first(load(scores + whole) * scale, keys - whole, -INFINITY), highest);
+  for (int64_t j = 0; j < whole; j += width) highest = max(load(scores + j) * scale.sign, highest);
+  if (whole < keys) highest = max(keep_first(load(scores + whole) * scale.sign, keys - whole, lowest), highest);
   return largest(highest);
+}
+
+template <class Dot>
+FK_INLINE Floats weight_of(Floats scores, Scale scale, float max) {
+  return exp_for<Dot>((scores * scale.sign - max) * scale.size);
 }
 
 // Scores to weights relative to the maximum, which may take their place; returns the sum of the weights.
 template <class Dot, class Weight>
-FK_INLINE float weigh_row(const float* scores, Weight* weights, int64_t keys, float scale, float max) {
+FK_INLINE float weigh_row(const float* scores, Weight* weights, int64_t keys, Scale scale, float max) {
   Floats total = {};
   for (int64_t j = 0; j < keys; j += width) {
-    Floats weight = exp_for<Dot>(load(scores + j) * scale - max);
+    Floats weight = weight_of<Dot>(load(scores + j), scale, max);
     if (keys - j < width) weight = keep_first(weight, keys - j, 0);
     store_element(weights + j, weight);
     total += weight;
@@ -134,7 +154,7 @@ struct QueryTile {
   void add(const T* row) { pack_row<Dot>(row, head_dim, q + count++ * q_row); }
 
   // out = unnormalised attention of the rows to the block; raises each row's maximum, returns its sum.
-  void attend(const KeyBlock<T>& block, float scale, float* running_max, float* sums) {
+  void attend(const KeyBlock<T>& block, Scale scale, float* running_max, float* sums) {
     multiply<Dot, false>(
         count, block.keys, words<Dot>(head_dim), {q, q_row, 1}, block.k, block.k_row, scores, score_row);
     for (int64_t i = 0; i < count; ++i)
@@ -177,16 +197,20 @@ struct RunningRows {
 
   void reset(int64_t count) {
     for (int64_t i = 0; i < count * row; ++i) out[i] = 0;
-    for (int64_t i = 0; i < count; ++i) max[i] = -INFINITY, sum[i] = 0;
+    for (int64_t i = 0; i < count; ++i) max[i] = lowest, sum[i] = 0;
   }
 
   // Attend with the rows `members` of this block, which the tile holds in the same order.
-  void attend(QueryTile<T>& tile, const KeyBlock<T>& block, float scale, const int64_t* members) {
+  void attend(QueryTile<T>& tile, const KeyBlock<T>& block, Scale scale, const int64_t* members) {
     constexpr int64_t rows = round_up(forward_rows<T>, width);
-    float shrink[rows], now[rows], sums[rows];
+    float shrink[rows] = {}, now[rows] = {}, sums[rows];
     for (int64_t i = 0; i < tile.count; ++i) shrink[i] = now[i] = max[members[i]];
     tile.attend(block, scale, now, sums);
-    for (int64_t i = 0; i < tile.count; i += width) store(shrink + i, exp(load(shrink + i) - load(now + i)));
+    for (int64_t i = 0; i < tile.count; i += width) {
+      // inf - inf and inf * 0 are no number: the sum is NaN or 0 already, and 0 keeps it
+      const Floats fall = (load(shrink + i) - load(now + i)) * scale.size;
+      store(shrink + i, exp(FK_ISA::max(fall, splat(-100))));
+    }
     for (int64_t i = 0; i < tile.count; ++i) {
       int64_t t = members[i];
       max[t] = now[i];
@@ -196,6 +220,22 @@ struct RunningRows {
     }
   }
 };
+
+// Whether one key has more than half of a row's weight. Its dP and delta are then nearly the same, and dS is what is
+// left of them: delta must be the sum of P dP, by the same products, as the rounded O would leave more.
+FK_INLINE bool is_sharp(float row_sum) { return row_sum < 2; }
+
+// Call `visit(rows, count)` with every `most` rows between begin and end that are wanted.
+template <int64_t most, class Wanted, class Visit>
+FK_INLINE void visit_rows(int64_t begin, int64_t end, Wanted wanted, Visit visit) {
+  int64_t rows[most], count = 0;
+  for (int64_t t = begin; t < end; ++t) {
+    if (!wanted(t)) continue;
+    rows[count++] = t;
+    if (count == most) visit(rows, count), count = 0;
+  }
+  if (count) visit(rows, count);
+}
 
 // delta = sum(dO O) of a row, in double: its error would enter every dS of the row with the same sign.
 template <class T>
@@ -294,30 +334,42 @@ struct GradientTile {
   void add(const T* q_row, const T* dout_row, float row_delta, float row_max, float row_sum) {
     delta[count] = row_delta;
     highest[count] = row_max;
-    share[count] = 1 / row_sum;
+    share[count] = share_of(row_max, row_sum);
     add(q_row, dout_row);
+  }
+
+  // P of row i, by vectors, from its scores.
+  FK_INLINE Floats probability(int64_t i, int64_t j, Scale scale) const {
+    return weight_of<Dot>(load(p + i * key_row + j), scale, highest[i]) * share[i];
+  }
+
+  // Adds to each row's delta what a block of keys has of sum(P dP).
+  void add_delta(const KeyGradients<T>& block, float scale) {
+    score(block);
+    for (int64_t i = 0; i < count; ++i) {
+      Floats product = {};
+      for (int64_t j = 0; j < block.keys; j += width)
+        product += keep_first(probability(i, j, scale), block.keys - j, 0) * load(ds + i * key_row + j);
+      delta[i] += sum(product);
+    }
   }
 
   // P and dS of the rows for a block of keys.
   void differentiate(const KeyGradients<T>& block, float scale) {
     score(block);
-    for (int64_t i = 0; i < count; ++i) {
-      const float* scores = p + i * key_row;
-      score_gradient(i, block.keys, delta[i], scale, [&](int64_t j) {
-        return exp_for<Dot>(load(scores + j) * scale - highest[i]) * share[i];
-      });
-    }
+    for (int64_t i = 0; i < count; ++i)
+      score_gradient(i, block.keys, delta[i], scale, [&](int64_t j) { return probability(i, j, scale); });
   }
 
   // The same for rows that have no other keys: their softmax is made anew, and nothing of the forward
   // pass is read.
   void differentiate_whole(const KeyGradients<T>& block, float scale) {
     score(block);
-    for (int64_t i = 0; i < count; ++i) highest[i] = raised_max(p + i * key_row, block.keys, scale, -INFINITY);
+    for (int64_t i = 0; i < count; ++i) highest[i] = raised_max(p + i * key_row, block.keys, scale, lowest);
     for (int64_t i = 0; i < count; ++i) {
       float *weights = p + i * key_row, *dp = ds + i * key_row;
       ahead.fetch(head_dim);
-      const float share = 1 / weigh_row<Dot>(weights, weights, block.keys, scale, highest[i]);
+      const float share = share_of(highest[i], weigh_row<Dot>(weights, weights, block.keys, scale, highest[i]));
       const auto weight = [&](int64_t j) { return load(weights + j) * share; };
       Floats product = {};
       for (int64_t j = 0; j < block.keys; j += width) product += weight(j) * load(dp + j);

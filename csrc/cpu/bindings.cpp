@@ -21,59 +21,120 @@ namespace {
 
 bool poisoned = false;  // a test aid: outputs and scratch start as NaN
 
-Tensor fresh(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
-  // All ones is a NaN in float32, bfloat16 and float16 alike.
-  if (poisoned) std::memset(tensor.mutable_data_ptr(), 0xff, tensor.numel() * tensor.element_size());
-  return tensor;
+// All ones is a NaN in float32, bfloat16, float16 and float64 alike.
+void poison(void* memory, size_t bytes) {
+  if (poisoned) std::memset(memory, 0xff, bytes);
 }
 
-Tensor fresh_like(const Tensor& tensor) {
-  return fresh(tensor, {tensor.sizes().begin(), tensor.sizes().end()}, tensor.scalar_type());
+[[noreturn]] void refuse_memory(const char* operation, const char* what, size_t bytes) {
+  refuse(
+      operation, ": out of memory, expected ", bytes, " bytes for ", what,
+      ", got none; use a smaller batch or fewer threads.");
 }
+
+Tensor fresh(const char* operation, const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  try {
+    Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
+    poison(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+    return tensor;
+  } catch (const std::exception&) {  // its message is lost at the C boundary
+    size_t bytes = dtype == ScalarType::Float ? 4 : 2;
+    for (int64_t size : sizes) bytes *= size;
+    refuse_memory(operation, "a result", bytes);
+  }
+}
+
+Tensor fresh_like(const char* operation, const Tensor& tensor) {
+  return fresh(operation, tensor, {tensor.sizes().begin(), tensor.sizes().end()}, tensor.scalar_type());
+}
+
+// Memory of one operation, in whole cache lines. Kernels may read a line behind it.
+template <class T>
+class Memory {
+ public:
+  Memory() : data_(nullptr, std::free) {}
+  Memory(const char* operation, const char* what, int64_t count) : Memory() {
+    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64 + 64;
+    data_.reset((T*)std::aligned_alloc(64, bytes));
+    if (!data_) refuse_memory(operation, what, bytes);
+    poison(data_.get(), bytes);
+    count_ = count;
+  }
+
+  T* data() const { return data_.get(); }
+  T* begin() const { return data(); }
+  T* end() const { return data() + count_; }
+
+ private:
+  std::unique_ptr<T, decltype(&std::free)> data_;
+  int64_t count_ = 0;
+};
+
+// As many threads as have a fair share of the work, which is counted in elements that are read or written; torch's own
+// loops go by the same share.
+int64_t threads_for(int64_t elements, int64_t tasks) {
+  constexpr int64_t fair_share = 32768;
+  return std::clamp<int64_t>(elements / fair_share, 1, std::min<int64_t>(tasks, torch::stable::get_num_threads()));
+}
+
+std::atomic<int64_t> threads_of_latest_run{0};  // for tests
 
 // Every thread takes the next few tasks until none is left.
 template <class Params>
-void run(const Kernel<Params>& kernel, const Params& params) {
-  const int64_t tasks = kernel.tasks(params), floats = kernel.scratch(params);
+void run(const char* operation, const Kernel<Params>& kernel, const Params& params, int64_t elements) {
+  const int64_t tasks = kernel.tasks(params);
   if (tasks == 0) return;
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  const int64_t threads = threads_of_latest_run = threads_for(elements, tasks);
   const int64_t few = std::max<int64_t>(1, tasks / (threads * 8));  // neighbours share cache lines and pages
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    // What one slot leaves undone the others take: the range itself says nothing.
-    (void)begin, (void)end;
-    const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
-    std::unique_ptr<float, decltype(&std::free)> scratch((float*)std::aligned_alloc(64, bytes + 64), std::free);
-    if (poisoned) std::memset(scratch.get(), 0xff, bytes);
+  const int64_t floats = (kernel.scratch(params) + 15) / 16 * 16;
+  const Memory<float> scratch(operation, "working memory", threads * floats);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    // What one slot leaves undone the others take: its range says only which memory is its own.
     for (int64_t first; (first = next.fetch_add(few)) < tasks;)
-      for (int64_t task = first; task < std::min(first + few, tasks); ++task) kernel.run(params, task, scratch.get());
+      for (int64_t task = first; task < std::min(first + few, tasks); ++task)
+        kernel.run(params, task, scratch.data() + begin * floats);
   });
 }
 
-Rows rows_of(const char* operation, const Tensor& t) {  // [B, T, H, d]
-  check_last_stride(operation, t);
+// The work of attention in elements: those of q, k, v and out, and as a thread multiplies and adds about eight pairs in
+// the time of an element of plain arithmetic, an eighth of the pairs.
+int64_t attention_work(int64_t rows, int64_t keys_of_a_row, int64_t keys, int64_t head_dim) {
+  return 2 * (rows + keys + rows * keys_of_a_row / 8) * head_dim;
+}
+
+int64_t work_of(const MaskedCrossAttention& p) {
+  const int64_t keys = p.media * p.latents, keys_of_a_row = p.immediate ? p.latents : keys;
+  return attention_work(p.batch * p.heads * p.length, keys_of_a_row, p.batch * p.kv_heads * keys, p.head_dim);
+}
+
+int64_t work_of(const PerceiverAttention& p) {
+  const int64_t keys = p.keys[0] + p.keys[1];
+  return attention_work(p.batch * p.heads * p.length, keys, p.batch * p.kv_heads * keys, p.head_dim);
+}
+
+int64_t work_of(const GatedResidual& p) { return p.rows * p.columns; }
+int64_t work_of(const GatedResidualNorm& p) { return work_of(p.residual); }
+
+Rows rows_of(const Tensor& t) {  // [B, T, H, d]
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-Media media_of(const char* operation, const Tensor& t) {  // [B, M, R, Hkv, d]
-  check_last_stride(operation, t);
+Media media_of(const Tensor& t) {  // [B, M, R, Hkv, d]
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
 MaskedCrossAttention masked_params(
-    const char* operation, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi,
-    const Tensor& start, const Tensor& stop, bool immediate, bool averages, double scale, const Tensor& out,
-    const Tensor& softmax) {
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi, const Tensor& start,
+    const Tensor& stop, bool immediate, bool averages, double scale, const Tensor& out, const Tensor& softmax) {
   MaskedCrossAttention p = {};
   p.dtype = dtype_of(q);
   p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
   p.media = k.size(1), p.latents = k.size(2), p.kv_heads = k.size(3);
   p.scale = scale, p.immediate = immediate, p.averages = averages;
-  p.lo = spans_of(operation, lo, p.batch, p.length), p.hi = spans_of(operation, hi, p.batch, p.length);
-  p.start = spans_of(operation, start, p.batch, p.media), p.stop = spans_of(operation, stop, p.batch, p.media);
-  p.q = rows_of(operation, q), p.out = rows_of(operation, out);
-  p.k = media_of(operation, k), p.v = media_of(operation, v);
+  p.lo = lo.const_data_ptr<int32_t>(), p.hi = hi.const_data_ptr<int32_t>();
+  p.start = start.const_data_ptr<int32_t>(), p.stop = stop.const_data_ptr<int32_t>();
+  p.q = rows_of(q), p.out = rows_of(out), p.k = media_of(k), p.v = media_of(v);
   p.softmax_max = softmax.mutable_data_ptr<float>(), p.softmax_sum = p.softmax_max + softmax.numel() / 2;
   return p;
 }
@@ -81,11 +142,13 @@ MaskedCrossAttention masked_params(
 std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
     Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor start, Tensor stop, bool immediate, bool averages,
     double scale) {
-  Tensor out = fresh_like(q),
-         softmax = fresh(q, {2, q.size(0), q.size(2), immediate ? 0 : q.size(1)}, ScalarType::Float);
-  const MaskedCrossAttention p = masked_params(
-      "masked_cross_attention_fwd", q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
-  run(variant().masked_cross_attention_fwd(p.dtype), p);
+  const char* operation = "masked_cross_attention_fwd";
+  check_masked_cross_attention(operation, q, k, v, lo, hi, start, stop);
+  Tensor out = fresh_like(operation, q),
+         softmax = fresh(operation, q, {2, q.size(0), q.size(2), immediate ? 0 : q.size(1)}, ScalarType::Float);
+  const MaskedCrossAttention p =
+      masked_params(q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
+  run(operation, variant().masked_cross_attention_fwd(p.dtype), p, work_of(p));
   return {out, softmax};
 }
 
@@ -93,30 +156,31 @@ std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor lo, Tensor hi, Tensor start, Tensor stop,
     bool immediate, bool averages, double scale) {
   const char* operation = "masked_cross_attention_bwd";
-  Tensor dq = fresh_like(q), dk = fresh_like(k), dv = fresh_like(v);
-  MaskedCrossAttention p =
-      masked_params(operation, q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
-  p.dout = rows_of(operation, dout), p.dq = rows_of(operation, dq);
-  p.dk = media_of(operation, dk), p.dv = media_of(operation, dv);
-  run(variant().masked_cross_attention_bwd(p.dtype), p);
-  run(variant().masked_cross_attention_dq(p.dtype), p);
+  const int64_t kept = immediate ? 0 : q.size(1);
+  const Checks checks = check_masked_cross_attention(operation, q, k, v, lo, hi, start, stop);
+  check_attention_bwd(checks, dout, q, out, softmax, kept);
+  Tensor dq = fresh_like(operation, q), dk = fresh_like(operation, k), dv = fresh_like(operation, v);
+  MaskedCrossAttention p = masked_params(q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
+  const Memory<float> delta(operation, "working memory", p.batch * p.heads * kept);
+  p.dout = rows_of(dout), p.dq = rows_of(dq), p.dk = media_of(dk), p.dv = media_of(dv), p.delta = delta.data();
+  run(operation, variant().masked_cross_attention_dq(p.dtype), p, work_of(p));
+  run(operation, variant().masked_cross_attention_bwd(p.dtype), p, work_of(p));
   return {dq, dk, dv};
 }
 
 PerceiverAttention perceiver_params(
-    const char* operation, const Tensor& q, const Tensor& k_media, const Tensor& v_media, const Tensor& k_latents,
-    const Tensor& v_latents, const std::optional<Tensor>& media_lengths, double scale, const Tensor& out,
-    const Tensor& softmax) {
+    const Tensor& q, const Tensor& k_media, const Tensor& v_media, const Tensor& k_latents, const Tensor& v_latents,
+    const std::optional<Tensor>& media_lengths, double scale, const Tensor& out, const Tensor& softmax) {
   PerceiverAttention p = {};
   p.dtype = dtype_of(q);
   p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
   p.kv_heads = k_media.size(2);
   p.keys[0] = k_media.size(1), p.keys[1] = k_latents.size(1);
-  p.media_lengths = lengths_of(operation, media_lengths);
+  p.media_lengths = data_or_null(media_lengths);
   p.scale = scale;
-  p.q = rows_of(operation, q), p.out = rows_of(operation, out);
-  p.k[0] = rows_of(operation, k_media), p.k[1] = rows_of(operation, k_latents);
-  p.v[0] = rows_of(operation, v_media), p.v[1] = rows_of(operation, v_latents);
+  p.q = rows_of(q), p.out = rows_of(out);
+  p.k[0] = rows_of(k_media), p.k[1] = rows_of(k_latents);
+  p.v[0] = rows_of(v_media), p.v[1] = rows_of(v_latents);
   p.softmax_max = softmax.mutable_data_ptr<float>(), p.softmax_sum = p.softmax_max + softmax.numel() / 2;
   return p;
 }
@@ -124,10 +188,13 @@ PerceiverAttention perceiver_params(
 std::tuple<Tensor, Tensor> perceiver_attention_fwd(
     Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, std::optional<Tensor> media_lengths,
     double scale) {
-  Tensor out = fresh_like(q), softmax = fresh(q, {2, q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
-  const PerceiverAttention p = perceiver_params(
-      "perceiver_attention_fwd", q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
-  run(variant().perceiver_attention_fwd(p.dtype), p);
+  const char* operation = "perceiver_attention_fwd";
+  check_perceiver_attention(operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
+  Tensor out = fresh_like(operation, q),
+         softmax = fresh(operation, q, {2, q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
+  const PerceiverAttention p =
+      perceiver_params(q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
+  run(operation, variant().perceiver_attention_fwd(p.dtype), p, work_of(p));
   return {out, softmax};
 }
 
@@ -135,19 +202,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> perceiver_attention_bwd(
     Tensor dout, Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor out, Tensor softmax,
     std::optional<Tensor> media_lengths, double scale) {
   const char* operation = "perceiver_attention_bwd";
-  Tensor dq = fresh_like(q), dk_media = fresh_like(k_media), dv_media = fresh_like(v_media),
-         dk_latents = fresh_like(k_latents), dv_latents = fresh_like(v_latents);
-  PerceiverAttention p = perceiver_params(
-      operation, q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
-  p.dout = rows_of(operation, dout), p.dq = rows_of(operation, dq);
-  p.dk[0] = rows_of(operation, dk_media), p.dk[1] = rows_of(operation, dk_latents);
-  p.dv[0] = rows_of(operation, dv_media), p.dv[1] = rows_of(operation, dv_latents);
-  run(variant().perceiver_attention_bwd(p.dtype), p);
+  const Checks checks =
+      check_perceiver_attention(operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
+  check_attention_bwd(checks, dout, q, out, softmax, q.size(1));
+  const auto gradient = [&](const Tensor& of) { return fresh_like(operation, of); };
+  Tensor dq = gradient(q), dk_media = gradient(k_media), dv_media = gradient(v_media),
+         dk_latents = gradient(k_latents), dv_latents = gradient(v_latents);
+  PerceiverAttention p =
+      perceiver_params(q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
+  p.dout = rows_of(dout), p.dq = rows_of(dq);
+  p.dk[0] = rows_of(dk_media), p.dk[1] = rows_of(dk_latents);
+  p.dv[0] = rows_of(dv_media), p.dv[1] = rows_of(dv_latents);
+  run(operation, variant().perceiver_attention_bwd(p.dtype), p, work_of(p));
   return {dq, dk_media, dv_media, dk_latents, dv_latents};
 }
 
-Matrix matrix_of(const char* operation, const Tensor& t) {  // [N, D]
-  check_last_stride(operation, t);
+Matrix matrix_of(const Tensor& t) {  // [N, D]
   return {t.data_ptr(), dtype_of(t), t.stride(0)};
 }
 
@@ -166,120 +236,148 @@ float half_to_float(uint16_t half) {
 }
 
 // A vector of parameters as floats.
-std::vector<float> floats_of(const Tensor& tensor) {
-  const int64_t count = tensor.numel();
+Memory<float> floats_of(const char* operation, const Tensor& tensor) {
   const Tensor flat = torch::stable::contiguous(tensor);
   const DType dtype = dtype_of(flat);
-  std::vector<float> values(count);
-  for (int64_t i = 0; i < count; ++i) {
-    if (dtype == DType::f32) values[i] = ((const float*)flat.data_ptr())[i];
-    const uint16_t* halves = (const uint16_t*)flat.data_ptr();
-    if (dtype == DType::bf16) values[i] = bits_to_float(uint32_t(halves[i]) << 16);
-    if (dtype == DType::f16) values[i] = half_to_float(halves[i]);
-  }
+  Memory<float> values(operation, "a parameter", flat.numel());
+  const uint16_t* halves = (const uint16_t*)flat.data_ptr();
+  for (int64_t i = 0; i < flat.numel(); ++i)
+    values.data()[i] = dtype == DType::f32    ? ((const float*)flat.data_ptr())[i]
+                       : dtype == DType::bf16 ? bits_to_float(uint32_t(halves[i]) << 16)
+                                              : half_to_float(halves[i]);
   return values;
 }
 
-std::vector<float> tanh_of(const Tensor& gate) {
-  std::vector<float> values = floats_of(gate);
+Memory<float> tanh_of(const char* operation, const Tensor& gate) {
+  Memory<float> values = floats_of(operation, gate);
   for (float& value : values) value = std::tanh(value);
   return values;
 }
 
-GatedResidual residual_params(const Tensor& y, const Tensor& gate, const std::vector<float>& tanh_gate) {
+GatedResidual residual_params(const Tensor& y, const Tensor& gate, const Memory<float>& tanh_gate) {
   GatedResidual p = {};
   p.rows = y.size(0), p.columns = y.size(1);
   p.per_channel = gate.numel() > 1;
   p.gate = tanh_gate.data();
-  p.y = matrix_of("gated_residual", y);
+  p.y = matrix_of(y);
   return p;
 }
 
-// Partial sums of all tasks, in their order.
-void add_up(const std::vector<float>& partial, Tensor& total, const std::vector<double>* factor) {
-  const int64_t columns = total.numel();
-  float* sums = total.mutable_data_ptr<float>();
-  std::vector<double> exact(columns, 0);
-  for (size_t i = 0; i < partial.size(); ++i) exact[i % columns] += partial[i];
-  for (int64_t j = 0; j < columns; ++j) sums[j] = factor ? exact[j] * (*factor)[j] : exact[j];
-}
+// The gradient of a parameter from partial sums, which each task has of its own.
+class ParameterGradient {
+ public:
+  ParameterGradient(const char* operation, const Tensor& parameter, int64_t tasks)
+      : total_(fresh(
+            operation, parameter, {parameter.sizes().begin(), parameter.sizes().end()}, ScalarType::Float)),
+        partial_(operation, "partial sums", tasks * parameter.numel()),
+        sums_(operation, "partial sums", parameter.numel()) {}
 
-Tensor parameter_gradient(const Tensor& parameter) {
-  return fresh(parameter, {parameter.sizes().begin(), parameter.sizes().end()}, ScalarType::Float);
-}
+  float* partial() const { return partial_.data(); }
 
-// d tanh(gate) / d gate = 1 - tanh(gate)^2, in double because the two nearly cancel for large gates.
-std::vector<double> gate_slope(const Tensor& gate) {
-  std::vector<double> slope;
-  for (double value : floats_of(gate)) slope.push_back(1 - std::tanh(value) * std::tanh(value));
-  return slope;
-}
+  // The sums of all tasks, added in their order.
+  Tensor added() const {
+    return added_and([](double sum, int64_t) { return sum; });
+  }
+
+  // Of sums of dz * y, times d tanh(gate) / d gate: 1 - tanh(gate)^2 = 1 / cosh(gate)^2, where nothing cancels.
+  Tensor added_times_slope(const Memory<float>& gate) const {
+    return added_and([&](double sum, int64_t j) {
+      const double cosh = std::cosh(double(gate.data()[j]));
+      return sum / cosh / cosh;
+    });
+  }
+
+ private:
+  template <class Finish>
+  Tensor added_and(Finish finish) const {
+    const int64_t columns = total_.numel();
+    float* total = total_.mutable_data_ptr<float>();
+    std::fill(sums_.begin(), sums_.end(), 0);
+    for (const float* row = partial_.begin(); row < partial_.end(); row += columns)
+      for (int64_t j = 0; j < columns; ++j) sums_.data()[j] += row[j];
+    for (int64_t j = 0; j < columns; ++j) total[j] = finish(sums_.data()[j], j);
+    return total_;
+  }
+
+  Tensor total_;
+  Memory<float> partial_;
+  Memory<double> sums_;
+};
 
 Tensor gated_residual_fwd(Tensor x, Tensor y, Tensor gate) {
-  Tensor z = fresh(x, {x.size(0), x.size(1)}, residual_dtype(x, y, gate));
-  const std::vector<float> tanh_gate = tanh_of(gate);
+  const char* operation = "gated_residual_fwd";
+  check_residual(operation, "x", x, y, gate);
+  Tensor z = fresh(operation, x, {x.size(0), x.size(1)}, residual_dtype(x, y, gate));
+  const Memory<float> tanh_gate = tanh_of(operation, gate);
   GatedResidual p = residual_params(y, gate, tanh_gate);
-  p.x = matrix_of("gated_residual", x), p.z = matrix_of("gated_residual", z);
-  run(variant().gated_residual_fwd(p.x.dtype, p.y.dtype, p.z.dtype), p);
+  p.x = matrix_of(x), p.z = matrix_of(z);
+  run(operation, variant().gated_residual_fwd(p.x.dtype, p.y.dtype, p.z.dtype), p, work_of(p));
   return z;
 }
 
 std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) {
-  Tensor dy = fresh_like(y), dgate = parameter_gradient(gate);
-  const std::vector<float> tanh_gate = tanh_of(gate);
-  const std::vector<double> slope = gate_slope(gate);
+  const char* operation = "gated_residual_bwd";
+  check_residual(operation, "dz", dz, y, gate);
+  check_residual_bwd(operation, "dz", dz, y);
+  Tensor dy = fresh_like(operation, y);
+  const Memory<float> tanh_gate = tanh_of(operation, gate);
   GatedResidual p = residual_params(y, gate, tanh_gate);
-  p.dz = matrix_of("gated_residual", dz), p.dy = matrix_of("gated_residual", dy);
+  p.dz = matrix_of(dz), p.dy = matrix_of(dy);
   const Kernel<GatedResidual> kernel = variant().gated_residual_bwd(p.dz.dtype, p.y.dtype, p.dz.dtype);
-  std::vector<float> partial(kernel.tasks(p) * gate.numel());
-  p.dgate = partial.data();
-  run(kernel, p);
-  add_up(partial, dgate, &slope);
-  return {dy, dgate};
+  const ParameterGradient dgate(operation, gate, kernel.tasks(p));
+  p.dgate = dgate.partial();
+  run(operation, kernel, p, work_of(p));
+  return {dy, dgate.added_times_slope(floats_of(operation, gate))};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_fwd(
     Tensor x, Tensor y, Tensor gate, Tensor weight, std::optional<Tensor> bias, double eps, bool rms) {
-  const char* operation = "gated_residual_norm";
+  const char* operation = "gated_residual_norm_fwd";
+  const Checks checks = check_residual(operation, "x", x, y, gate);
+  const int64_t rows = x.size(0), columns = x.size(1);
+  checks.expect_parameter("weight", weight, columns, false);
+  if (bias) checks.expect_parameter("bias", *bias, columns, false);
   const ScalarType dtype = residual_dtype(x, y, gate);
-  Tensor z = fresh(x, {x.size(0), x.size(1)}, dtype), n = fresh(x, {x.size(0), x.size(1)}, dtype),
-         mean = fresh(x, {x.size(0)}, ScalarType::Float), rstd = fresh(x, {x.size(0)}, ScalarType::Float);
-  const std::vector<float> tanh_gate = tanh_of(gate), scale = floats_of(weight),
-                           offset = bias ? floats_of(*bias) : std::vector<float>();
+  Tensor z = fresh(operation, x, {rows, columns}, dtype), n = fresh(operation, x, {rows, columns}, dtype),
+         mean = fresh(operation, x, {rows}, ScalarType::Float), rstd = fresh(operation, x, {rows}, ScalarType::Float);
+  const Memory<float> tanh_gate = tanh_of(operation, gate), scale = floats_of(operation, weight),
+                      offset = bias ? floats_of(operation, *bias) : Memory<float>();
   GatedResidualNorm p = {};
   p.residual = residual_params(y, gate, tanh_gate);
-  p.residual.x = matrix_of(operation, x), p.residual.z = matrix_of(operation, z);
-  p.rms = rms, p.eps = eps, p.weight = scale.data(), p.bias = bias ? offset.data() : nullptr;
-  p.n = matrix_of(operation, n);
+  p.residual.x = matrix_of(x), p.residual.z = matrix_of(z);
+  p.rms = rms, p.eps = eps, p.weight = scale.data(), p.bias = offset.data();
+  p.n = matrix_of(n);
   p.mean = mean.mutable_data_ptr<float>(), p.rstd = rstd.mutable_data_ptr<float>();
-  run(variant().gated_residual_norm_fwd(p.residual.x.dtype, p.residual.y.dtype, p.n.dtype), p);
+  run(operation, variant().gated_residual_norm_fwd(p.residual.x.dtype, p.residual.y.dtype, p.n.dtype), p, work_of(p));
   return {z, n, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_bwd(
     Tensor dz, Tensor dn, Tensor y, Tensor gate, Tensor weight, Tensor z, Tensor mean, Tensor rstd, bool rms) {
-  const char* operation = "gated_residual_norm";
-  Tensor dx = fresh_like(z), dy = fresh_like(y), dgate = parameter_gradient(gate), dweight = parameter_gradient(weight),
-         dbias = parameter_gradient(weight);
-  const std::vector<float> tanh_gate = tanh_of(gate), scale = floats_of(weight);
-  const std::vector<double> slope = gate_slope(gate);
+  const char* operation = "gated_residual_norm_bwd";
+  const Checks checks = check_residual(operation, "z", z, y, gate);
+  const int64_t rows = z.size(0), columns = z.size(1);
+  check_residual_bwd(operation, "z", z, y);
+  checks.expect_rows_like_first("dz", dz, {rows, columns}), checks.expect_rows_like_first("dn", dn, {rows, columns});
+  checks.expect_parameter("weight", weight, columns, false);
+  checks.expect_contiguous("mean", mean, ScalarType::Float, {rows});
+  checks.expect_contiguous("rstd", rstd, ScalarType::Float, {rows});
+  Tensor dx = fresh_like(operation, z), dy = fresh_like(operation, y);
+  const Memory<float> tanh_gate = tanh_of(operation, gate), scale = floats_of(operation, weight);
   GatedResidualNorm p = {};
   p.residual = residual_params(y, gate, tanh_gate);
-  p.residual.z = matrix_of(operation, z), p.residual.dz = matrix_of(operation, dz);
-  p.residual.dy = matrix_of(operation, dy);
+  p.residual.z = matrix_of(z), p.residual.dz = matrix_of(dz), p.residual.dy = matrix_of(dy);
   p.rms = rms, p.weight = scale.data();
-  p.dn = matrix_of(operation, dn), p.dx = matrix_of(operation, dx);
+  p.dn = matrix_of(dn), p.dx = matrix_of(dx);
   p.mean = mean.mutable_data_ptr<float>(), p.rstd = rstd.mutable_data_ptr<float>();
   const Kernel<GatedResidualNorm> kernel =
       variant().gated_residual_norm_bwd(p.residual.z.dtype, p.residual.y.dtype, p.residual.z.dtype);
   const int64_t tasks = kernel.tasks(p);
-  std::vector<float> gates(tasks * gate.numel()), weights(tasks * weight.numel()), biases(tasks * weight.numel());
-  p.residual.dgate = gates.data(), p.dweight = weights.data(), p.dbias = biases.data();
-  run(kernel, p);
-  add_up(gates, dgate, &slope);
-  add_up(weights, dweight, nullptr);
-  add_up(biases, dbias, nullptr);
-  return {dx, dy, dgate, dweight, dbias};
+  const ParameterGradient dgate(operation, gate, tasks), dweight(operation, weight, tasks),
+      dbias(operation, weight, tasks);
+  p.residual.dgate = dgate.partial(), p.dweight = dweight.partial(), p.dbias = dbias.partial();
+  run(operation, kernel, p, work_of(p));
+  return {dx, dy, dgate.added_times_slope(floats_of(operation, gate)), dweight.added(), dbias.added()};
 }
 
 }  // namespace
@@ -302,4 +400,5 @@ STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CPU, m) {
 FK_EXPORT int flamingo_kernels_select(const char* name) { return flamingo_kernels::select(name); }
 FK_EXPORT const char* flamingo_kernels_variant() { return flamingo_kernels::variant().name; }
 FK_EXPORT const char* flamingo_kernels_variants() { return flamingo_kernels::variants(); }
+FK_EXPORT int64_t flamingo_kernels_threads_of_latest_run() { return flamingo_kernels::threads_of_latest_run; }
 FK_EXPORT void flamingo_kernels_poison(int on) { flamingo_kernels::poisoned = on != 0; }

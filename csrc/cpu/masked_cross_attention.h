@@ -1,11 +1,13 @@
 // Text rows attend to the media their span names.
 //
 // Oracle: flamingo_kernels/ops/masked_cross_attention/reference.py. Forward reads q, k, v and writes out
-// once; FLOPs are 4 per (row, visible key, channel), 10 backward (14 where rows see several media).
+// once; FLOPs are 4 per (row, visible key, channel), 10 backward (14 where rows see several media, and 4 more for those
+// that attend to one key almost alone).
 //
 // Where no row sees two media (`immediate`), a task is a medium of one head: its keys are packed once, each
 // row's softmax needs one pass, and the backward pass owns dk, dv and the rows of dq. Otherwise forward and
-// dq take a task for each block of rows and visit the media these rows name.
+// dq take a task for each block of rows and visit the media these rows name; dq comes first and leaves each row's delta
+// to dk and dv.
 #pragma once
 
 #include "attention.h"
@@ -24,6 +26,16 @@ FK_INLINE Strided<T> latents_of(const Media& media, int64_t b, int64_t m, int64_
   return {(T*)media.data + b * media.batch + m * media.medium + h * media.head, media.latent};
 }
 
+struct Range {
+  int64_t begin, end;
+};
+
+// The rows of a range that may see medium m.
+FK_INLINE Range rows_near(const Params& p, int64_t b, int64_t m, Range range) {
+  const int64_t start = p.start[b * p.media + m], stop = p.stop[b * p.media + m];
+  return {start > range.begin ? start : range.begin, stop < range.end ? stop : range.end};
+}
+
 FK_INLINE bool sees(const Params& p, int64_t b, int64_t t, int64_t m) {
   return p.lo[b * p.length + t] <= m && m < p.hi[b * p.length + t];
 }
@@ -38,16 +50,10 @@ FK_INLINE void keep_softmax(const Params& p, int64_t b, int64_t h, int64_t t, fl
   p.softmax_max[row] = max, p.softmax_sum[row] = sum;
 }
 
-// Call `visit(rows, count)` with every `most` rows between begin and end that see medium m.
+// Call `visit(rows, count)` with every `most` rows of a range that see medium m.
 template <int64_t most, class Visit>
-FK_INLINE void visit_rows(const Params& p, int64_t b, int64_t m, int64_t begin, int64_t end, Visit visit) {
-  int64_t rows[most], count = 0;
-  for (int64_t t = begin; t < end; ++t) {
-    if (!sees(p, b, t, m)) continue;
-    rows[count++] = t;
-    if (count == most) visit(rows, count), count = 0;
-  }
-  if (count) visit(rows, count);
+FK_INLINE void visit_rows_of(const Params& p, int64_t b, int64_t m, Range range, Visit visit) {
+  visit_rows<most>(range.begin, range.end, [&](int64_t t) { return sees(p, b, t, m); }, visit);
 }
 
 // The mean of all values of a sequence: what rows that average return.
@@ -113,8 +119,8 @@ struct Forward {
 
   // All rows that see medium m, and see nothing else.
   void attend_medium(const Params& p, int64_t b, int64_t h, int64_t m) {
-    const int64_t begin = p.start[b * p.media + m], end = p.stop[b * p.media + m];
-    if (begin >= end) return;
+    const Range near = rows_near(p, b, m, {0, p.length});
+    if (near.begin >= near.end) return;
     pack(p, b, h, m);
     if (h + 1 < p.heads) {  // the next task's
       tile.ahead.plan(0, latents_of<const T>(p.k, b, m, kv_head(p, h + 1)), p.latents);
@@ -122,16 +128,16 @@ struct Forward {
     }
     Strided<const T> q = rows_of<const T>(p.q, b, h);
     Strided<T> out = rows_of<T>(p.out, b, h);
-    visit_rows<forward_rows<T>>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
+    visit_rows_of<forward_rows<T>>(p, b, m, near, [&](const int64_t* rows, int64_t count) {
       float highest[forward_rows<T>], sums[forward_rows<T>];
-      const int64_t next = rows[count - 1] + 1;
-      tile.ahead.plan(2, {q[next], q.row}, end - next < forward_rows<T> ? end - next : forward_rows<T>);
+      const int64_t next = rows[count - 1] + 1, left = near.end - next;
+      tile.ahead.plan(2, {q[next], q.row}, left < forward_rows<T> ? left : forward_rows<T>);
       tile.ahead.plan(3, {out[rows[0]], out.row}, count);
       tile.count = 0;
-      for (int64_t i = 0; i < count; ++i) tile.add(q[rows[i]]), highest[i] = -INFINITY;
+      for (int64_t i = 0; i < count; ++i) tile.add(q[rows[i]]), highest[i] = lowest;
       tile.attend(block, p.scale, highest, sums);
       for (int64_t i = 0; i < count; ++i)
-        write_row(out[rows[i]], tile.out + i * tile.out_row, p.head_dim, 1 / sums[i]);
+        write_row(out[rows[i]], tile.out + i * tile.out_row, p.head_dim, share_of(highest[i], sums[i]));
     });
   }
 
@@ -141,10 +147,10 @@ struct Forward {
     Strided<const T> q = rows_of<const T>(p.q, b, h);
     running.reset(end - begin);
     for (int64_t m = 0; m < p.media; ++m) {
-      const int64_t first = p.start[b * p.media + m], last = p.stop[b * p.media + m];
-      if (first >= end || last <= begin) continue;
+      const Range near = rows_near(p, b, m, {begin, end});
+      if (near.begin >= near.end) continue;
       pack(p, b, h, m);
-      visit_rows<forward_rows<T>>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
+      visit_rows_of<forward_rows<T>>(p, b, m, near, [&](const int64_t* rows, int64_t count) {
         int64_t members[forward_rows<T>];
         tile.count = 0;
         for (int64_t i = 0; i < count; ++i) tile.add(q[rows[i]]), members[i] = rows[i] - begin;
@@ -155,7 +161,7 @@ struct Forward {
     for (int64_t t = begin; t < end; ++t) {
       if (blind(p, b, t)) continue;
       const int64_t i = t - begin;
-      write_row(out[t], running.out + i * running.row, p.head_dim, 1 / running.sum[i]);
+      write_row(out[t], running.out + i * running.row, p.head_dim, share_of(running.max[i], running.sum[i]));
       keep_softmax(p, b, h, t, running.max[i], running.sum[i]);
     }
     write_blind_rows<T>(p, b, h, begin, end, mean);
@@ -165,9 +171,8 @@ struct Forward {
 template <class T>
 FK_INLINE void add_row(const Params& p, GradientTile<T>& tile, int64_t b, int64_t h, int64_t t) {
   const int64_t row = (b * p.heads + h) * p.length + t;
-  const T *dout = rows_of<const T>(p.dout, b, h)[t], *out = rows_of<const T>(p.out, b, h)[t];
   tile.add(
-      rows_of<const T>(p.q, b, h)[t], dout, row_delta(dout, out, p.head_dim), p.softmax_max[row],
+      rows_of<const T>(p.q, b, h)[t], rows_of<const T>(p.dout, b, h)[t], p.delta[row], p.softmax_max[row],
       p.softmax_sum[row]);
 }
 
@@ -201,17 +206,18 @@ struct Backward {
   }
 
   void collect(const Params& p, int64_t b, int64_t h, int64_t m) {
-    const int64_t begin = p.start[b * p.media + m], end = p.stop[b * p.media + m];
+    const Range near = rows_near(p, b, m, {0, p.length});
     Strided<const T> q = rows_of<const T>(p.q, b, h), dout = rows_of<const T>(p.dout, b, h);
     Strided<T> dq = rows_of<T>(p.dq, b, h);
-    visit_rows<backward_rows<T>>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
+    visit_rows_of<backward_rows<T>>(p, b, m, near, [&](const int64_t* rows, int64_t count) {
       tile.count = 0;
       if (!p.immediate) {
         for (int64_t i = 0; i < count; ++i) add_row(p, tile, b, h, rows[i]);
         tile.differentiate(block, p.scale);
         return tile.key_gradients(block);
       }
-      const int64_t next = rows[count - 1] + 1, left = end - next < backward_rows<T> ? end - next : backward_rows<T>;
+      const int64_t next = rows[count - 1] + 1;
+      const int64_t left = near.end - next < backward_rows<T> ? near.end - next : backward_rows<T>;
       tile.ahead.plan(2, {q[next], q.row}, left);
       tile.ahead.plan(3, {dout[next], dout.row}, left);
       tile.ahead.plan(4, {dq[rows[0]], dq.row}, count);
@@ -247,7 +253,7 @@ struct Backward {
   }
 };
 
-// dq of the rows that Backward leaves: those that see nothing and, where rows see several media, all.
+// dq of the rows that Backward leaves: those that see nothing and, where rows see several media, all, with their delta.
 template <class T>
 struct QueryBackward {
   static constexpr int64_t most = backward_rows<T> * 4;
@@ -267,25 +273,53 @@ struct QueryBackward {
     const int64_t b = task / p.heads / blocks, begin = task / p.heads % blocks * most;
     const int64_t end = begin + most < p.length ? begin + most : p.length, row = padded(p.head_dim);
     for (int64_t i = 0; i < (end - begin) * row; ++i) dq[i] = 0;
-    if (!p.immediate)
-      for (int64_t m = 0; m < p.media; ++m) collect(p, b, h, m, begin, end);
+    if (!p.immediate) {
+      find_delta(p, b, h, {begin, end});
+      for (int64_t m = 0; m < p.media; ++m) collect(p, b, h, m, {begin, end});
+    }
     Strided<T> to = rows_of<T>(p.dq, b, h);
     for (int64_t t = begin; t < end; ++t)
       if (!p.immediate || blind(p, b, t)) write_row(to[t], dq + (t - begin) * row, p.head_dim, 1);
   }
 
-  void collect(const Params& p, int64_t b, int64_t h, int64_t m, int64_t begin, int64_t end) {
-    if (p.start[b * p.media + m] >= end || p.stop[b * p.media + m] <= begin) return;
-    const int64_t hk = kv_head(p, h), row = padded(p.head_dim);
+  void find_delta(const Params& p, int64_t b, int64_t h, Range block_rows) {
+    const int64_t row = (b * p.heads + h) * p.length;
+    Strided<const T> dout = rows_of<const T>(p.dout, b, h), out = rows_of<const T>(p.out, b, h);
+    const auto sharp = [&](int64_t t) { return is_sharp(p.softmax_sum[row + t]); };
+    for (int64_t t = block_rows.begin; t < block_rows.end; ++t)
+      p.delta[row + t] = sharp(t) ? 0 : row_delta(dout[t], out[t], p.head_dim);
+    for (int64_t m = 0; m < p.media; ++m) {
+      const Range near = rows_near(p, b, m, block_rows);
+      const auto wanted = [&](int64_t t) { return sharp(t) && sees(p, b, t, m); };
+      bool packed = false;
+      visit_rows<backward_rows<T>>(near.begin, near.end, wanted, [&](const int64_t* rows, int64_t count) {
+        if (!packed) pack(p, b, h, m), packed = true;
+        tile.count = 0;
+        for (int64_t i = 0; i < count; ++i) add_row(p, tile, b, h, rows[i]);
+        tile.add_delta(block, p.scale);
+        for (int64_t i = 0; i < count; ++i) p.delta[row + rows[i]] = tile.delta[i];
+      });
+    }
+  }
+
+  void pack(const Params& p, int64_t b, int64_t h, int64_t m) {
+    const int64_t hk = kv_head(p, h);
     block.pack(latents_of<const T>(p.k, b, m, hk), latents_of<const T>(p.v, b, m, hk), p.latents);
-    visit_rows<backward_rows<T>>(p, b, m, begin, end, [&](const int64_t* rows, int64_t count) {
+  }
+
+  void collect(const Params& p, int64_t b, int64_t h, int64_t m, Range block_rows) {
+    const int64_t row = padded(p.head_dim);
+    const Range near = rows_near(p, b, m, block_rows);
+    if (near.begin >= near.end) return;
+    pack(p, b, h, m);
+    visit_rows_of<backward_rows<T>>(p, b, m, near, [&](const int64_t* rows, int64_t count) {
       tile.count = 0;
       for (int64_t i = 0; i < count; ++i) add_row(p, tile, b, h, rows[i]);
       tile.differentiate(block, p.scale);
       tile.template query_gradient<false>(block, tile.dq);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t j = 0; j < p.head_dim; j += width) {
-          float* sum = dq + (rows[i] - begin) * row + j;
+          float* sum = dq + (rows[i] - block_rows.begin) * row + j;
           store(sum, load(sum) + load(tile.dq + i * tile.channel_row + j));
         }
     });

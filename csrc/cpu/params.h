@@ -31,9 +31,12 @@ struct MaskedCrossAttention {
   const int32_t* stop;  // [B, M]
   Rows q, out;
   Media k, v;
-  float *softmax_max, *softmax_sum;  // [B, H, T], null if immediate: the backward pass needs them not
+  // [B, H, T] of each row: its largest score, before the scale and of its sign, and the sum of the weights relative to
+  // it; none if immediate: the backward pass needs them not
+  float *softmax_max, *softmax_sum;
   // backward only
   Rows dout, dq;
+  float* delta;  // [B, H, T], none if immediate
   Media dk, dv;
 };
 
@@ -45,7 +48,7 @@ struct PerceiverAttention {
   float scale;
   Rows q, out;
   Rows k[2], v[2];
-  float *softmax_max, *softmax_sum;  // [N, H, R]
+  float *softmax_max, *softmax_sum;  // [N, H, R], as of MaskedCrossAttention
   // backward only
   Rows dout, dq;
   Rows dk[2], dv[2];

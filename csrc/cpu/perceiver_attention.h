@@ -25,7 +25,10 @@ FK_INLINE Strided<T> keys_of(const Rows& keys, int64_t n, int64_t h, int64_t fir
 }
 
 FK_INLINE int64_t visible_keys(const Params& p, int64_t n, int segment) {
-  return segment == 0 && p.media_lengths ? p.media_lengths[n] : p.keys[segment];
+  const int64_t all = p.keys[segment];
+  if (segment == 1 || !p.media_lengths) return all;
+  const int64_t length = p.media_lengths[n];
+  return length < 0 ? 0 : length < all ? length : all;
 }
 
 // Call `visit(segment, first, count)` with the visible keys of a clip, `most_keys` at a time.
@@ -79,7 +82,7 @@ struct Forward {
     });
     for (int64_t t = begin; t < end; ++t) {
       const int64_t i = t - begin;
-      write_row(out[t], running.out + i * running.row, p.head_dim, 1 / running.sum[i]);
+      write_row(out[t], running.out + i * running.row, p.head_dim, share_of(running.max[i], running.sum[i]));
       const int64_t row = (n * p.heads + h) * p.length + t;
       p.softmax_max[row] = running.max[i], p.softmax_sum[row] = running.sum[i];
     }
@@ -124,7 +127,7 @@ struct Backward {
     const int64_t hk = task % p.kv_heads, n = task / p.kv_heads, group = p.heads / p.kv_heads;
     const int64_t row = padded(p.head_dim);
     for (int64_t i = 0; i < group * head_rows * row; ++i) dq[i] = 0;
-    for (int64_t g = 0; g < group; ++g) find_delta(p, n, hk * group + g, delta + g * head_rows);
+    find_delta(p, n, hk);
     visit_keys<T>(p, n, [&](int segment, int64_t first, int64_t count) {
       block.pack(
           keys_of<const T>(p.k[segment], n, hk, first), keys_of<const T>(p.v[segment], n, hk, first), count);
@@ -140,18 +143,49 @@ struct Backward {
     clear_hidden_keys(p, n, hk);
   }
 
-  static void find_delta(const Params& p, int64_t n, int64_t h, float* head_delta) {
-    Strided<const T> dout = rows_of<const T>(p.dout, n, h), out = rows_of<const T>(p.out, n, h);
-    for (int64_t t = 0; t < p.length; ++t) head_delta[t] = row_delta(dout[t], out[t], p.head_dim);
+  void find_delta(const Params& p, int64_t n, int64_t hk) {
+    const int64_t group = p.heads / p.kv_heads;
+    bool any_sharp = false;
+    for (int64_t g = 0; g < group; ++g) {
+      const int64_t h = hk * group + g, row = (n * p.heads + h) * p.length;
+      Strided<const T> dout = rows_of<const T>(p.dout, n, h), out = rows_of<const T>(p.out, n, h);
+      for (int64_t t = 0; t < p.length; ++t) {
+        const bool sharp = is_sharp(p.softmax_sum[row + t]);
+        delta[g * head_rows + t] = sharp ? 0 : row_delta(dout[t], out[t], p.head_dim);
+        any_sharp |= sharp;
+      }
+    }
+    if (!any_sharp) return;
+    visit_keys<T>(p, n, [&](int segment, int64_t first, int64_t count) {
+      block.pack(
+          keys_of<const T>(p.k[segment], n, hk, first), keys_of<const T>(p.v[segment], n, hk, first), count);
+      for (int64_t g = 0; g < group; ++g) add_sharp_deltas(p, n, hk * group + g, delta + g * head_rows);
+    });
+  }
+
+  // What the block of keys has of the deltas of sharp rows.
+  void add_sharp_deltas(const Params& p, int64_t n, int64_t h, float* head_delta) {
+    const int64_t row = (n * p.heads + h) * p.length;
+    const auto sharp = [&](int64_t t) { return is_sharp(p.softmax_sum[row + t]); };
+    visit_rows<backward_rows<T>>(0, p.length, sharp, [&](const int64_t* rows, int64_t count) {
+      tile.count = 0;
+      for (int64_t i = 0; i < count; ++i) add_row(p, n, h, rows[i], head_delta);
+      tile.add_delta(block, p.scale);
+      for (int64_t i = 0; i < count; ++i) head_delta[rows[i]] = tile.delta[i];
+    });
+  }
+
+  void add_row(const Params& p, int64_t n, int64_t h, int64_t t, const float* head_delta) {
+    const int64_t row = (n * p.heads + h) * p.length + t;
+    tile.add(
+        rows_of<const T>(p.q, n, h)[t], rows_of<const T>(p.dout, n, h)[t], head_delta[t], p.softmax_max[row],
+        p.softmax_sum[row]);
   }
 
   void collect(const Params& p, int64_t n, int64_t h, const float* head_delta, float* head_dq) {
-    Strided<const T> q = rows_of<const T>(p.q, n, h), dout = rows_of<const T>(p.dout, n, h);
-    const int64_t row = (n * p.heads + h) * p.length;
     for (int64_t begin = 0; begin < p.length; begin += backward_rows<T>) {
       tile.count = 0;
-      for (int64_t t = begin; t < begin + backward_rows<T> && t < p.length; ++t)
-        tile.add(q[t], dout[t], head_delta[t], p.softmax_max[row + t], p.softmax_sum[row + t]);
+      for (int64_t t = begin; t < begin + backward_rows<T> && t < p.length; ++t) add_row(p, n, h, t, head_delta);
       tile.differentiate(block, p.scale);
       tile.key_gradients(block);
       tile.template query_gradient<true>(block, head_dq + begin * padded(p.head_dim));

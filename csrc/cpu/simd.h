@@ -207,7 +207,8 @@ FK_INLINE float fold(Floats x) {
 FK_INLINE float sum(Floats x) { return fold<Plus>(x); }
 FK_INLINE float largest(Floats x) { return fold<Larger>(x); }
 
-// e^x for x <= 88, to an ulp or two; 0 below e^-87, NaN for NaN.
+// e^x for x <= 88, to an ulp or two; 0 below e^-87, NaN for NaN. Above, some number that nobody may use: powers are
+// made of unsigned bits, whose sum may wrap.
 FK_INLINE Floats exp(Floats x) {
   Floats clamped = x < -87.f ? splat(-87.f) : x;
   Floats shifted = clamped * 1.44269504f + 0x1.8p23f;  // rounds x / ln 2 to an integer, kept in the low bits
@@ -221,11 +222,11 @@ FK_INLINE Floats exp(Floats x) {
   p = p * f + 4.999999341e-01f;
   p = p * f + 1.f;
   p = p * f + 1.f;
-  Floats power = p * (Floats)(((Ints)shifted << 23) + 0x3f800000);
+  Floats power = p * (Floats)(((Bits)shifted << 23) + 0x3f800000);
   return x < -87.f ? splat(0.f) : power;
 }
 
-// e^x for x <= 88, to 2^-13 of it, more than bfloat16 shows; e^-87 below that, NaN for NaN.
+// The same to 2^-13 of it, more than bfloat16 shows; e^-87 below that.
 FK_INLINE Floats exp_for_bf16(Floats x) {
   Floats clamped = max(splat(-87.f), x);
   Floats shifted = clamped * 1.44269504f + 0x1.8p23f;
@@ -234,7 +235,7 @@ FK_INLINE Floats exp_for_bf16(Floats x) {
   p = p * f + 2.42210954e-01f;
   p = p * f + 6.93282902e-01f;
   p = p * f + 1.f;
-  return (Floats)((Ints)p + ((Ints)shifted << 23));
+  return (Floats)((Bits)p + ((Bits)shifted << 23));
 }
 
 template <int... lane>
