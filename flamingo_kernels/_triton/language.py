@@ -84,8 +84,8 @@ def power_below(scores, highest, base2_scale):
 
 @triton.jit
 def kept_weights(scores, highest, share, base2_scale):
-    """The weights of a row whose softmax was kept. A score that is above the highest of the forward pass, as it
-    was summed in another order, counts as the highest.
+    """The weights of a row whose softmax was kept. A score above the highest of the forward pass, as it was
+    summed in another order, counts as the highest.
     """
     below = tl.minimum(scores - highest, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.exp2(below * base2_scale) * share
@@ -93,8 +93,8 @@ def kept_weights(scores, highest, share, base2_scale):
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """`a @ b` in float32. The interpreter sums as numpy does, which depends on the processor and on the shape of
-    a tile, and cannot multiply bfloat16: in float64 every kernel gets the same numbers, as on a GPU.
+    """`a @ b` in float32. The interpreter sums as numpy does, which depends on the processor and on the tile's
+    shape, and has no product of bfloat16: in float64 every kernel gets the same numbers, as on a GPU.
     """
     if INTERPRET:
         return tl.dot(a.to(tl.float64), b.to(tl.float64)).to(tl.float32)

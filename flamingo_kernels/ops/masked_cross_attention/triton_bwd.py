@@ -53,7 +53,17 @@ from .config import (
     block_of_latents,
     is_one_shot,
 )
-from .triton_fwd import SIZES, keys_of, load_latents, media_of, scores_of, spans_of, tile_of, tiles_seen
+from .triton_fwd import (
+    SIZES,
+    check,
+    keys_of,
+    load_latents,
+    media_of,
+    scores_of,
+    spans_of,
+    tile_of,
+    tiles_seen,
+)
 
 
 def masked_cross_attention_bwd(
@@ -71,16 +81,19 @@ def masked_cross_attention_bwd(
     averages: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dq [B, T, H, d], dk and dv [B, M, R, Hkv, d]
+    checks = check("masked_cross_attention_bwd", q, k, v, lo, hi, start, stop)
     batch, length, heads, head_dim = q.shape
     _, media, latents, kv_heads, _ = k.shape
+    one_shot = is_one_shot(immediate, latents, head_dim, q.dtype)
+    checks.rows_like_first("dout", dout, q.shape)
+    checks.whole("out", out, q.shape, q.dtype)
+    checks.whole("softmax", softmax, (2, batch, heads, 0 if one_shot else length), torch.float32)
     dq, dk, dv = (tensor.new_empty(tensor.shape) for tensor in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
 
-    one_shot = is_one_shot(immediate, latents, head_dim, q.dtype)
     block_r = block_of_latents(one_shot, latents, head_dim, q.dtype)
     static = Static(latents, head_dim, q.dtype, length <= FEW_ROWS, device_of(q.device))
-    lo, hi, start, stop = (tensor.contiguous() for tensor in (lo, hi, start, stop))
     inputs = (q, k, v, dout, q.stride()[:3], k.stride()[:4], v.stride()[:4], dout.stride()[:3], lo, hi)
     sizes = (length, media, heads, heads // kv_heads, base2(scale))
     constants = {

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._triton.checks import Checks
 from ..._triton.config import device_of, power_of_two
 from ..._triton.language import dot, load_head, load_tile, power_below, store_rows, store_softmax, wide
 from ..._triton.launch import base2, launch, precision
@@ -38,6 +39,7 @@ def masked_cross_attention_fwd(
     averages: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # out [B, T, H, d], softmax [2, B, H, T]
+    check("masked_cross_attention_fwd", q, k, v, lo, hi, start, stop)
     batch, length, heads, head_dim = q.shape
     _, media, latents, kv_heads, _ = k.shape
     one_shot = is_one_shot(immediate, latents, head_dim, q.dtype)
@@ -47,7 +49,7 @@ def masked_cross_attention_fwd(
         _one_shot_kernel if one_shot else _spans_kernel,
         lambda config: batch * triton.cdiv(length, config.block_t) * heads,
         forward(Static(latents, head_dim, q.dtype, length <= FEW_ROWS, device_of(q.device))),
-        *(q, k, v, out, *softmax, lo.contiguous(), hi.contiguous()),
+        *(q, k, v, out, *softmax, lo, hi),
         *(q.stride()[:3], k.stride()[:4], v.stride()[:4]),
         *(length, media, heads, heads // kv_heads, base2(scale)),
         R=latents,
@@ -59,6 +61,24 @@ def masked_cross_attention_fwd(
         PRECISION=precision(q),
     )
     return out, softmax
+
+
+def check(
+    operation: str, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, start: Tensor, stop: Tensor
+) -> Checks:
+    checks = Checks(operation, "q", q, 4)
+    checks.dimensions("k", k, 5)
+    batch, length, heads, head_dim = q.shape
+    _, media, latents, kv_heads, _ = k.shape
+    checks.rows("q", q, (batch, length, heads, head_dim))
+    checks.rows_like_first("k", k, (batch, media, latents, kv_heads, head_dim))
+    checks.rows_like_first("v", v, (batch, media, latents, kv_heads, head_dim))
+    checks.head_groups(heads, kv_heads)
+    for name, span in (("lo", lo), ("hi", hi)):
+        checks.whole(name, span, (batch, length), torch.int32)
+    for name, span in (("start", start), ("stop", stop)):
+        checks.whole(name, span, (batch, media), torch.int32)
+    return checks
 
 
 SIZES = ["T", "M", "H", "GROUP"]

@@ -38,6 +38,7 @@ from ..._triton.reduction import add_in_order
 from .config import Tiles, backward_keys, backward_queries, is_whole, parts_of
 from .triton_fwd import (
     SIZES,
+    check,
     keys_of,
     length_of,
     load_keys,
@@ -59,8 +60,12 @@ def perceiver_attention_bwd(
     media_lengths: Tensor | None,  # [N]
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # dq, dk_media, dv_media, dk_latents, dv_latents
+    checks = check("perceiver_attention_bwd", q, k_media, v_media, k_latents, v_latents, media_lengths)
     clips, queries, heads, head_dim = q.shape
     features, latents, kv_heads = k_media.shape[1], k_latents.shape[1], k_media.shape[2]
+    checks.rows_like_first("dout", dout, q.shape)
+    checks.whole("out", out, q.shape, q.dtype)
+    checks.whole("softmax", softmax, (2, clips, heads, queries), torch.float32)
     inputs = (q, k_media, v_media, k_latents, v_latents)
     fresh = q.new_empty if q.numel() else q.new_zeros
     dq, dk_media, dv_media, dk_latents, dv_latents = (fresh(tensor.shape) for tensor in inputs)

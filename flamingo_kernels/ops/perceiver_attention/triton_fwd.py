@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._triton.checks import Checks
 from ..._triton.config import device_of, power_of_two
 from ..._triton.language import (
     dot,
@@ -45,6 +46,7 @@ def perceiver_attention_fwd(
     media_lengths: Tensor | None,  # [N]
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # out [N, R, H, d], softmax [2, N, H, R]
+    check("perceiver_attention_fwd", q, k_media, v_media, k_latents, v_latents, media_lengths)
     clips, queries, heads, head_dim = q.shape
     features, latents, kv_heads = k_media.shape[1], k_latents.shape[1], k_media.shape[2]
     out = q.new_empty(q.shape)
@@ -75,6 +77,31 @@ def perceiver_attention_fwd(
         sizes = (clips, queries, heads, parts, base2(scale))
         launch(_combine_kernel, programs, COMBINE, outs, *softmaxes, out, *softmax, *sizes, **constants)
     return out, softmax
+
+
+def check(
+    operation: str,
+    q: Tensor,
+    k_media: Tensor,
+    v_media: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    media_lengths: Tensor | None,
+) -> Checks:
+    checks = Checks(operation, "q", q, 4)
+    checks.dimensions("k_media", k_media, 4)
+    checks.dimensions("k_latents", k_latents, 4)
+    clips, queries, heads, head_dim = q.shape
+    features, latents, kv_heads = k_media.shape[1], k_latents.shape[1], k_media.shape[2]
+    checks.rows("q", q, (clips, queries, heads, head_dim))
+    checks.rows_like_first("k_media", k_media, (clips, features, kv_heads, head_dim))
+    checks.rows_like_first("v_media", v_media, (clips, features, kv_heads, head_dim))
+    checks.rows_like_first("k_latents", k_latents, (clips, latents, kv_heads, head_dim))
+    checks.rows_like_first("v_latents", v_latents, (clips, latents, kv_heads, head_dim))
+    checks.head_groups(heads, kv_heads)
+    if media_lengths is not None:
+        checks.whole("media_lengths", media_lengths, (clips,), torch.int32)
+    return checks
 
 
 def strides_of(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
