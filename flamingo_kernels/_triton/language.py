@@ -93,8 +93,8 @@ def kept_weights(scores, highest, share, base2_scale):
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """`a @ b` in float32. The interpreter sums as numpy does, which depends on the processor and on the tile's
-    shape, and has no product of bfloat16: in float64 every kernel gets the same numbers, as on a GPU.
+    """`a @ b` in float32. The interpreter sums as numpy does, which depends on the processor and on the shape
+    of a tile, and has no product of bfloat16: in float64 every kernel gets the same numbers, as on a GPU.
     """
     if INTERPRET:
         return tl.dot(a.to(tl.float64), b.to(tl.float64)).to(tl.float32)
