@@ -25,6 +25,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library.flamingo_kernels_variant.restype = ctypes.c_char_p
         library.flamingo_kernels_variants.restype = ctypes.c_char_p
         library.flamingo_kernels_poison.argtypes = [ctypes.c_int]
+        library.flamingo_kernels_threads_of_latest_run.restype = ctypes.c_int64
         torch.ops.load_library(str(path))
     except (OSError, AttributeError) as error:
         return None, f"the C++ extension {path.name} does not load: {error}"
@@ -75,6 +76,12 @@ def poison(on: bool) -> None:
     library, _ = _load()
     if library:
         library.flamingo_kernels_poison(int(on))
+
+
+def threads_of_latest_run() -> int:
+    """A test aid: over how many threads the latest C++ kernel was spread."""
+    library, _ = _load()
+    return library.flamingo_kernels_threads_of_latest_run() if library else 0
 
 
 # A module constant rather than a call, so that compiled graphs guard on a string.

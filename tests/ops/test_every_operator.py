@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from flamingo_kernels import MediaMask, use_backend
+from flamingo_kernels import MediaMask, _extension, use_backend
 from flamingo_kernels.testing import (
     DTYPES,
     Case,
@@ -68,6 +68,18 @@ def test_threads_and_repeats_change_nothing(case, dtype, compiled, set_threads):
     for threads in (1, 2, 4, 4, 3):
         set_threads(threads)
         assert_same(run(case, compiled), expected)
+        assert _extension.threads_of_latest_run() == threads
+
+
+@pytest.mark.parametrize("case", SMALL, ids=name)
+def test_few_elements_wake_no_thread(case, compiled, set_threads):
+    """A thread is worth waking for some ten thousand elements."""
+    set_threads(4)
+    with torch.no_grad():
+        case.kernel(compiled, **case.tensors())
+        assert _extension.threads_of_latest_run() == 1
+    run(case, compiled)
+    assert _extension.threads_of_latest_run() == 1
 
 
 @pytest.mark.parametrize("case", SMALL, ids=name)

@@ -212,6 +212,82 @@ def test_large_scores_stay_finite(immediate, dtype, backend):
     assert largest / 2 < found["out"].abs().max() <= largest  # an average of values
 
 
+def _gradients(out, q, k, v):
+    return torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("immediate", [True, False])
+def test_a_row_that_sees_one_key(immediate, dtype, backend):
+    """It returns the key's value, and nothing depends on the score: not almost, but exactly."""
+    q = torch.randn(2, 63, 4, 40).to(dtype).requires_grad_()
+    k, v = (torch.randn(2, 3, 1, 2, 40).to(dtype).requires_grad_() for _ in range(2))
+    times = torch.randint(2, (2, 63))
+    mask = MediaMask.from_text_time(times, 3, immediate=immediate)
+    out = masked_cross_attention(q, k, v, mask, scale=1.7, backend=backend)
+    value = v[:, 0].repeat_interleave(2, dim=2)  # [B, 1, H, d]
+    assert torch.equal(out, torch.where(times[..., None, None] == 1, value, 0))
+    dq, dk, _ = _gradients(out, q, k, v)
+    assert not dq.any()
+    assert not dk.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+def test_one_key_far_above_all_others(scale, dtype, backend):
+    """The others' weights are below every float, so its own is 1 and no score has a gradient."""
+    signs = torch.randn(16).sign()
+    q = (signs * torch.randint(1, 4, (2, 63, 4, 1))).to(dtype).requires_grad_()
+    k = -4 * scale * signs * torch.randint(1, 4, (2, 3, 9, 2, 1))
+    k[:, 1, 5] *= -1
+    k = k.to(dtype).requires_grad_()
+    v = torch.randn(2, 3, 9, 2, 16).to(dtype).requires_grad_()
+    mask = MediaMask.from_text_time(torch.randint(2, 4, (2, 63)), 3, immediate=False)
+    out = masked_cross_attention(q, k, v, mask, scale=scale, backend=backend)
+    assert torch.equal(out, v[:, 1, 5].repeat_interleave(2, dim=1)[:, None].expand_as(out))
+    dq, dk, _ = _gradients(out, q, k, v)
+    assert max(dq.abs().max(), dk.abs().max()).item() < 1e-30
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("scale", [0.7, -0.7])
+@pytest.mark.parametrize("immediate", [True, False])
+def test_scores_of_which_the_last_bits_are_thousands(immediate, scale, dtype, backend):
+    """Scores of 1e10: a weight relative to a rounded maximum would be e^1000."""
+    case = Case(length=63, latents=60, head_dim=64, immediate=immediate, scale=scale, dtype=dtype)
+    tensors = case.tensors()
+    tensors["q"], tensors["k"] = ((tensors[name] * 2e4).clamp(-6e4, 6e4) for name in ("q", "k"))
+    douts = case.douts(case.eager(**tensors))
+    found = evaluate(case, lambda **t: case.kernel(backend, **t), tensors, douts)
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    expected = evaluate(case, lambda **t: case.kernel("reference", **t), tensors, douts)
+    assert torch.equal(found["out"], expected["out"])  # each row has one key, whose value it returns
+
+
+@pytest.mark.parametrize("immediate", [True, False])
+def test_a_scale_of_zero_averages_scores_of_any_size(immediate, compiled):
+    case = Case(length=63, latents=60, immediate=immediate, scale=0.0)
+    tensors = case.tensors()
+    expected = case.kernel(compiled, **tensors)[0]
+    tensors["q"], tensors["k"] = tensors["q"] * 1e17, tensors["k"] * 1e18
+    assert torch.equal(case.kernel(compiled, **tensors)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("medium", [0, 1])
+def test_keys_with_scores_of_minus_infinity_weigh_nothing(medium, dtype, compiled):
+    """Unless they are all that a row sees: of them there is no softmax."""
+    q = torch.rand(1, 2, 2, 16).to(dtype)
+    k, v = torch.randn(2, 1, 2, 5, 2, 16).to(dtype)
+    k[:, medium] = -torch.inf
+    mask = MediaMask.from_text_time(torch.tensor([[1, 2]]), 2, immediate=False)
+    out = masked_cross_attention(q, k, v, mask, backend=compiled)
+    other = MediaMask.from_text_time(torch.tensor([[1, 2 - medium]]), 2)
+    expected = masked_cross_attention(q, k, v, other, backend=compiled)
+    assert torch.equal(out[:, 1], expected[:, 1])
+    assert out[:, 0].isnan().all() == (medium == 0)
+
+
 def _flip(text_time, num_media, *, immediate=True, policy="zero", flip):
     if flip == "last or first":
         return _from_text_time(num_media + 1 - text_time, num_media, immediate=immediate, policy=policy)

@@ -141,6 +141,50 @@ def test_large_scores_stay_finite(dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_a_clip_with_one_key(dtype, backend):
+    """Its value is what all rows return, and nothing depends on a score: not almost, but exactly."""
+    case = Case(clips=2, queries=63, features=5, latents=1, head_dim=40, groups=2, lengths=(0,), dtype=dtype)
+    tensors = case.tensors()
+    douts = case.douts(case.eager(**tensors))
+    found = evaluate(case, lambda **t: case.kernel(backend, **t), tensors, douts)
+    value = tensors["v_latents"].repeat_interleave(2, dim=2)
+    assert torch.equal(found["out"], value.expand_as(found["out"]))
+    assert not any(found[name].any() for name in ("dq", "dk_media", "dv_media", "dk_latents"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_one_key_far_above_all_others(dtype, backend):
+    """The others' weights are below every float, so its own is 1 and no score has a gradient."""
+    case = Case(queries=63, features=300, groups=2, scale=1.0, dtype=dtype)
+    tensors = case.tensors()
+    signs = torch.randn(16).sign()
+    for name, times in (("q", 1), ("k_media", -4), ("k_latents", -4)):
+        many = torch.randint(1, 4, (*tensors[name].shape[:-1], 1))
+        tensors[name] = (signs * many * times).to(dtype)
+    tensors["k_media"][:, 200] *= -1
+    douts = case.douts(case.eager(**tensors))
+    found = evaluate(case, lambda **t: case.kernel(backend, **t), tensors, douts)
+    value = tensors["v_media"][:, 200].repeat_interleave(2, dim=1)[:, None]
+    assert torch.equal(found["out"], value.expand_as(found["out"]))
+    assert max(found[name].abs().max() for name in ("dq", "dk_media", "dk_latents")).item() < 1e-30
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("scale", [0.7, -0.7])
+def test_scores_of_which_the_last_bits_are_thousands(scale, dtype, backend):
+    """Scores of 1e10: a weight relative to a rounded maximum would be e^1000."""
+    case = Case(queries=63, features=300, head_dim=64, scale=scale, dtype=dtype)
+    tensors = case.tensors()
+    for name in ("q", "k_media", "k_latents"):
+        tensors[name] = (tensors[name] * 2e4).clamp(-6e4, 6e4)
+    douts = case.douts(case.eager(**tensors))
+    found = evaluate(case, lambda **t: case.kernel(backend, **t), tensors, douts)
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    expected = evaluate(case, lambda **t: case.kernel("reference", **t), tensors, douts)
+    assert torch.equal(found["out"], expected["out"])  # each row has one key, whose value it returns
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_scores_far_below_zero_stay_finite(dtype, backend):
     """The zeros that fill up a block of keys score far above them all, and are no keys."""
     case = Case(features=13, latents=6, head_dim=64, dtype=dtype)
