@@ -65,6 +65,7 @@ struct Attention {
   DType dtype;
   int64_t batch, length, heads, head_dim, kv_heads;
   float scale;
+  float sign, base2_scale;  // of the scale; and the scale without it, in base 2 and not 0
   Rows q, out;
   float *softmax_max, *softmax_sum;  // [B, H, T]; null where the backward pass needs them not
   // backward only
