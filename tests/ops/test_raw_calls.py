@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flamingo_kernels import MediaMask, _cuda, _library
+from flamingo_kernels import MediaMask, _cuda, _library, available_backends
 from flamingo_kernels.testing import GatedBlockDecodeCase, lay_out
 
 T, M, S = 7, 3, 6
@@ -69,7 +69,7 @@ OPERATIONS: dict[str, Callable[[], dict[str, Any]]] = {
     }.items()
     for way in ("fwd", "bwd")
 }
-ANY_LAYOUT = ("gate", "weight", "bias")
+ANY_LAYOUT = ("gate", "ff_gate", "weight", "bias")
 PARTS_OF_A_MASK = ("lo", "hi", "start", "stop", "media_lengths")
 
 
