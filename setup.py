@@ -24,14 +24,19 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata, util
 from pathlib import Path
 from typing import NamedTuple
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # before setuptools 70.1, which builds libraries all the same
+    bdist_wheel = Command
 
 BUILDS = ("cpu", "cuda", "cuda-alone", "none")
 EMULATE = os.environ.get("FLAMINGO_KERNELS_EMULATE", "")
@@ -51,6 +56,7 @@ VARIANTS = {  # from the least to the most capable: see `Build.objects`
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi"
 # What bindings.cpp is held to: the C ABI of torch 2.10 and of Python 3.10.
 TORCH_OLDEST = (2, 10)
+TORCH_LIBRARIES = ("torch_cpu", "torch_cuda")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030A0000"
 
 CUDA_ARCHS = "80;86;89;90;100;120"
@@ -159,6 +165,18 @@ def nvcc_version() -> str:
     return f"nvcc {found[1]}" if found else "nvcc"
 
 
+def run(command: list[str]) -> str:
+    """The first error of a compiler or linker, whose output is shown as it is, or an empty string."""
+    done = subprocess.run(command, text=True, errors="replace", stderr=subprocess.PIPE)
+    sys.stderr.write(done.stderr)
+    if done.returncode == 0:
+        return ""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    say(shlex.join(command))
+    last = lines[-1] if lines else f"{command[0]} ended with status {done.returncode}"
+    return next(filter(re.compile(r"\b(error|fatal|undefined reference|cannot find)\b").search, lines), last)
+
+
 def made_folder(name: str) -> Path:
     """Where objects go; not in build_temp, which an editable install throws away."""
     folder = Path("build", name)
@@ -192,8 +210,8 @@ class Object(NamedTuple):
         say(f"compiling {self.output.stem}")
         self.record.unlink(missing_ok=True)
         began = time.time_ns()
-        if subprocess.run(self.command).returncode:
-            raise SystemExit(f"flamingo_kernels: {self.source} does not compile: {shlex.join(self.command)}")
+        if error := run(self.command):
+            raise SystemExit(f"flamingo_kernels: {self.source} does not compile: {error}")
         os.utime(self.output, ns=(began, began))  # a header edited meanwhile is newer than the object
         self.record.write_text(shlex.join(self.command))
 
@@ -204,6 +222,18 @@ class Build(build_ext):
     emulate = EMULATE == "1"
 
     def build_extension(self, extension: Extension) -> None:
+        """Build it, or leave the reason beside where it would be, for `python -m flamingo_kernels info`."""
+        output = Path(self.get_ext_fullpath(extension.name))
+        failed = output.with_name(f"{output.name}.failed")
+        failed.unlink(missing_ok=True)
+        try:
+            self.build_library(extension, output)
+        except SystemExit as failure:
+            failed.parent.mkdir(parents=True, exist_ok=True)
+            failed.write_text(str(failure))
+            raise
+
+    def build_library(self, extension: Extension, output: Path) -> None:
         self.torch = find_torch()
         self.stable_abi = [*STABLE_ABI.split(), "-isystem", str(self.torch / "include")]
         cuda = extension.name == CUDA_EXTENSION.name
@@ -213,8 +243,12 @@ class Build(build_ext):
             list(pool.map(Object.compile, [one for one in objects if not one.is_current()]))
         finally:
             pool.shutdown(cancel_futures=True)  # after one failure the others would only repeat it
-        linker = [NVCC, "-cudart", "static"] if cuda and not EMULATE else COMPILER
-        self.link(linker, objects, Path(self.get_ext_fullpath(extension.name)))
+        if cuda and not EMULATE:
+            # the stream is in libtorch_cuda, which a torch for the CPU lacks: there `_cuda.py` opens it
+            libraries = [name for name in TORCH_LIBRARIES if (self.torch / "lib" / f"lib{name}.so").exists()]
+            self.link([NVCC, "-cudart", "static"], objects, libraries, output)
+        else:
+            self.link(COMPILER, objects, TORCH_LIBRARIES[:1], output)
 
     def objects(self) -> list[Object]:
         """All objects in link order. Where several share an inline function of the C++ library the linker
@@ -276,13 +310,13 @@ class Build(build_ext):
             self.object(source, source.stem, *flags, "-x", "c++", folder=folder) for source in sources
         ]
 
-    def link(self, linker: list[str], objects: list[Object], output: Path) -> None:
+    def link(self, linker: list[str], objects: list[Object], libraries: Sequence[str], output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         inputs = [str(one.output) for one in objects]
         # Python loads libtorch privately: only a library that names it finds its symbols.
-        libraries = ["-L", str(self.torch / "lib"), "-ltorch_cpu"]
-        if subprocess.run([*linker, "-shared", *inputs, *libraries, "-o", str(output)]).returncode:
-            raise SystemExit(f"flamingo_kernels: {output.name} does not link.")
+        torch = ["-L", str(self.torch / "lib"), *(f"-l{library}" for library in libraries)]
+        if error := run([*linker, "-shared", *inputs, *torch, "-o", str(output)]):
+            raise SystemExit(f"flamingo_kernels: {output.name} does not link: {error}")
 
 
 class Wheel(bdist_wheel):
@@ -332,5 +366,5 @@ def extensions() -> list[Extension]:
 if __name__ == "__main__":
     setup(
         ext_modules=extensions(),
-        cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+        cmdclass={"build_ext": Build} | ({} if bdist_wheel is Command else {"bdist_wheel": Wheel}),
     )

@@ -212,28 +212,6 @@ inline void check_residual_bwd(const char* operation, const char* name, const Te
         toString(dz.scalar_type()), ".");
 }
 
-inline void check_last_stride(const char* operation, const Tensor& tensor) {
-  STD_TORCH_CHECK(
-      tensor.numel() == 0 || tensor.stride(-1) == 1 || tensor.size(-1) == 1, operation,
-      ": expected a contiguous last dimension, got stride ", tensor.stride(-1), ".");
-}
-
-inline const int32_t* spans_of(const char* operation, const Tensor& t, int64_t batch, int64_t columns) {
-  STD_TORCH_CHECK(
-      t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.size(0) == batch && t.size(1) == columns, operation,
-      ": expected a contiguous int32 mask tensor of shape (", batch, ", ", columns, ").");
-  return t.const_data_ptr<int32_t>();
-}
-
-// None is a null pointer: all are real.
-inline const int32_t* lengths_of(const char* operation, const std::optional<Tensor>& media_lengths) {
-  if (!media_lengths) return nullptr;
-  STD_TORCH_CHECK(
-      media_lengths->scalar_type() == ScalarType::Int && media_lengths->is_contiguous(), operation,
-      ": expected contiguous int32 media_lengths.");
-  return media_lengths->const_data_ptr<int32_t>();
-}
-
 // None is a null pointer: all are real.
 inline const int32_t* data_or_null(const std::optional<Tensor>& integers) {
   return integers ? integers->const_data_ptr<int32_t>() : nullptr;

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 
 from . import _env
+from ._extension import failed_build
 
 OLDEST_CAPABILITY = (8, 0)
+TORCH_FOLDER = Path(torch.__file__).with_name("lib")
 # In the file as text, so that a library which does not load here says what it holds, too.
 _BUILD = re.compile(rb"flamingo_kernels_cuda_build: ([ -~]+)")
 
@@ -36,13 +38,14 @@ def build() -> str:
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if not path().exists():
-        return None, (
+        return None, failed_build(path()) or (
             "the CUDA kernels are not built; install nvcc and run "
             "`FLAMINGO_KERNELS_BUILD=cuda pip install --no-build-isolation .`"
         )
     if not _env.CUDA_EXTENSION and (why := _no_gpu()):
         return None, why
     try:
+        _open_torch()
         library = ctypes.CDLL(str(path()))
         library.flamingo_kernels_cuda_poison.argtypes = [ctypes.c_int]
         library.flamingo_kernels_cuda_emulated.restype = ctypes.c_int
@@ -52,6 +55,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if not library.flamingo_kernels_cuda_emulated() and (why := _no_gpu()):
         return None, why
     return library, ""
+
+
+def _open_torch() -> None:
+    """Python loads torch's libraries privately, and a build beside a torch for the CPU names none of CUDA."""
+    library = TORCH_FOLDER / "libtorch_cuda.so"
+    if library.exists():
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def _no_gpu() -> str:

@@ -15,7 +15,7 @@ from . import _env
 def _load() -> tuple[ctypes.CDLL | None, str]:
     path = Path(_env.EXTENSION) if _env.EXTENSION else Path(__file__).with_name("_C.abi3.so")
     if not path.exists():
-        return None, (
+        return None, failed_build(path) or (
             "the C++ extension is not built; install a C++ compiler and run "
             "`FLAMINGO_KERNELS_BUILD=cpu pip install --no-build-isolation .`"
         )
@@ -36,6 +36,17 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             f"(usable here: {built})"
         )
     return library, ""
+
+
+def record_of_failure(path: Path) -> Path:
+    """Where setup.py leaves why the latest build of a library failed."""
+    return path.with_name(f"{path.name}.failed")
+
+
+def failed_build(path: Path) -> str:
+    """Why the latest build of a library failed, or an empty string."""
+    record = record_of_failure(path)
+    return " ".join(record.read_text().split()) if record.exists() else ""
 
 
 def why_not() -> str:

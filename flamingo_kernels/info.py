@@ -67,7 +67,7 @@ def render(found: dict[str, Any]) -> str:
         f"{'instruction set':<17} {processor['instruction_set'] or 'none chosen'}"
         + (f" (usable: {usable})" if usable else ""),
         f"{'gpu':<17} {', '.join(map(_render_gpu, gpu['devices'])) or 'none: ' + gpu['why_not']}",
-        f"{'extension':<17} {extension['path']}, built {extension['built']}"
+        f"{'extension':<17} {extension['path']}, built {extension['built']}{_render_failed(extension)}"
         if extension["loaded"]
         else f"{'extension':<17} none: {extension['why_not']}",
         f"{'cuda extension':<17} {_render_cuda(found['cuda_extension'])}",
@@ -83,7 +83,15 @@ def _render_cuda(extension: dict[str, Any]) -> str:
     if not extension["build"]:
         return f"none: {extension['why_not']}"
     loaded = "loaded" if extension["loaded"] else f"not loaded: {extension['why_not']}"
-    return f"{extension['path']}, built {extension['built']} ({extension['build']}), {loaded}"
+    return (
+        f"{extension['path']}, built {extension['built']} ({extension['build']}), {loaded}"
+        f"{_render_failed(extension)}"
+    )
+
+
+def _render_failed(extension: dict[str, Any]) -> str:
+    """What is there may be older than its sources."""
+    return f"; the latest build failed: {extension['failed_build']}" if extension["failed_build"] else ""
 
 
 def _render_gpu(gpu: dict[str, Any]) -> str:
@@ -190,15 +198,28 @@ def _facts(gpu: Any) -> dict[str, Any]:
 
 def _extension_file() -> dict[str, Any]:
     path = Path(_env.EXTENSION) if _env.EXTENSION else Path(_extension.__file__).with_name("_C.abi3.so")
-    if why_not := _extension.why_not():
-        return {"loaded": False, "path": str(path), "built": None, "why_not": why_not}
-    return {"loaded": True, "path": str(path), "built": _date(path), "why_not": None}
+    why_not, failed = _extension.why_not() or None, _extension.failed_build(path) or None
+    built = None if why_not else _date(path)
+    return {
+        "loaded": not why_not,
+        "path": str(path),
+        "built": built,
+        "why_not": why_not,
+        "failed_build": failed,
+    }
 
 
 def _cuda_extension_file() -> dict[str, Any]:
     path, build, why_not = _cuda.path(), _cuda.build() or None, _cuda.why_not() or None
     built = _date(path) if build else None
-    return {"loaded": not why_not, "path": str(path), "built": built, "build": build, "why_not": why_not}
+    return {
+        "loaded": not why_not,
+        "path": str(path),
+        "built": built,
+        "build": build,
+        "why_not": why_not,
+        "failed_build": _extension.failed_build(path) or None,
+    }
 
 
 def _date(path: Path) -> str:

@@ -131,7 +131,8 @@ class MediaMask:
         if policy == "open_flamingo" and num_media > 0:
             averages = text_time > num_media if immediate else text_time <= 0
             hi = torch.where(averages, -1, hi)
-        return cls(lo.int(), hi.int(), start, stop, immediate or num_media <= 1, policy)
+        lo, hi = (span.int().contiguous() for span in (lo, hi))
+        return cls(lo, hi, start, stop, immediate or num_media <= 1, policy)
 
     @classmethod
     def from_dense(

@@ -179,3 +179,12 @@ def test_bench_says_before_the_work_what_it_cannot_do(asked, message, monkeypatc
     monkeypatch.setattr("flamingo_kernels.bench.run.run", lambda *_, **__: pytest.fail("it went to work"))
     assert cli.main(["bench", *asked]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_info_tells_of_a_build_that_failed_after_the_one_that_is_there(monkeypatch):
+    line = "csrc/cuda/bindings.cpp does not compile: error: no such macro"
+    monkeypatch.setattr(info._extension, "failed_build", lambda path: line)
+    found = info.collect()
+    assert found["extension"]["failed_build"] == found["cuda_extension"]["failed_build"] == line
+    if found["extension"]["loaded"]:
+        assert f"; the latest build failed: {line}" in info.render(found)

@@ -97,6 +97,15 @@ def test_without_the_extension_the_reference_runs(content, reason, tmp_path):
     assert reason in done.stderr
 
 
+def test_a_build_that_failed_is_the_reason(tmp_path):
+    path = tmp_path / "_C.abi3.so"
+    (tmp_path / "_C.abi3.so.failed").write_text(
+        "flamingo_kernels: a.cpp does not compile: error: no such type\n"
+    )
+    done = python("import sys\n" + USE, FLAMINGO_KERNELS_EXTENSION=str(path))
+    assert "flamingo_kernels: a.cpp does not compile: error: no such type" in done.stdout.splitlines()[0]
+
+
 def test_an_import_prints_nothing():
     done = python("import flamingo_kernels")
     assert (done.stdout, done.stderr) == ("", "")

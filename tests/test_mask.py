@@ -197,3 +197,12 @@ class TestFromDense:
     def test_bad_input(self, visible, message):
         with pytest.raises(ValueError, match=f"^MediaMask: .*{message}"):
             MediaMask.from_dense(visible)
+
+
+@pytest.mark.parametrize("immediate", [True, False])
+def test_spans_are_contiguous_wherever_they_come_from(immediate):
+    """As kernels read them."""
+    times = torch.tensor([[0, 1], [1, 2], [2, 2]]).T
+    assert not times.is_contiguous()
+    mask = MediaMask.from_text_time(times, 2, immediate=immediate)
+    assert all(span.is_contiguous() for span in (mask.lo, mask.hi, mask.start, mask.stop))

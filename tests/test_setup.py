@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 from setuptools import Distribution
 
+from flamingo_kernels import _extension
+
 ROOT = Path(__file__).parents[1]
 SETUP = ROOT / "setup.py"
 
@@ -167,9 +169,42 @@ def test_an_object_is_made_again_only_when_source_header_or_flags_changed(compil
         unit().compile()
         assert unit().is_current()
     header.write_text("inline int one() { return 1 }\n")
-    with pytest.raises(SystemExit, match="does not compile"):
+    with pytest.raises(SystemExit, match=r"a\.cpp does not compile: .*a\.h:1:.* error: "):
         unit().compile()
     assert not unit().is_current()
+
+
+def test_a_failed_build_leaves_its_reason_until_one_succeeds(tmp_path, monkeypatch):
+    setup = load_setup()
+    library = tmp_path / "lib" / "_C.abi3.so"
+    outcome = ["a.cpp does not compile: a.cpp:1: error: no such type"]
+    build = setup.Build(Distribution())
+    monkeypatch.setattr(build, "get_ext_fullpath", lambda name: str(library))
+    monkeypatch.setattr(build, "build_library", lambda *_: outcome and sys.exit(outcome[0]))
+    with pytest.raises(SystemExit, match="no such type"):
+        build.build_extension(setup.EXTENSION)
+    assert _extension.failed_build(library) == outcome[0]
+    outcome.clear()
+    build.build_extension(setup.EXTENSION)
+    assert _extension.failed_build(library) == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "first"),
+    [
+        (
+            "echo In file >&2; echo 'a.cu(3): error: no type' >&2; echo 1 error detected >&2",
+            "a.cu(3): error: no type",
+        ),
+        ("echo 'ptxas fatal   : Unresolved' >&2; echo bye >&2", "ptxas fatal   : Unresolved"),
+        ("echo first >&2; echo last >&2", "last"),
+        (":", "sh ended with status 3"),
+    ],
+)
+def test_the_first_error_of_a_compiler(said, first):
+    setup = load_setup()
+    assert setup.run(["sh", "-c", f"{said}; exit 3"]) == first
+    assert setup.run(["sh", "-c", said]) == ""
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")

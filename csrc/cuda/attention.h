@@ -3,11 +3,13 @@
 //   P = softmax(scale q k^T),  out = P v,  delta = rowsum(dout out),  dS = P (dout v^T - delta)
 //   dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout
 //
+// Rows in which one key weighs more than all others have delta = rowsum(P dP), by a pass over the keys before.
+//
 // A problem (MaskedCrossAttention, PerceiverAttention) says by overloads of these functions what there is:
 //
 //   span_of(p, batch, row)                   the media that a row sees
 //   place_of_rows(p), place_of_keys(p)       what a block owns
-//   key_tiles(p, place, media)               the tiles of keys that a block of rows visits
+//   key_tiles(p, place, media)               all tiles of keys that a block of rows sees
 //   keys_of(p, batch, kv_head, tile)         such a tile
 //   owned_keys(p, place)                     the tile of keys that a block owns
 //   gradients_of(p, batch, kv_head, keys)    where the gradients of a tile of keys go
@@ -109,11 +111,17 @@ struct Here {
   __device__ bool operator[](int half) const { return half ? lower : upper; }
 };
 
-// Scores in base 2; of keys that are not real -inf.
+// Turns scores, which are not scaled yet, so that the highest weighs the most; of keys that are not real they are -inf.
 template <int n>
-__device__ inline void scale_scores(float (&scores)[n][4], float scale, int real) {
+__device__ inline void turn_scores(float (&scores)[n][4], float sign, int real) {
   for (int j = 0; j < n; ++j)
-    for (int i = 0; i < 4; ++i) scores[j][i] = fragment_column(j, i) < real ? scores[j][i] * scale : -kInfinity;
+    for (int i = 0; i < 4; ++i) scores[j][i] = fragment_column(j, i) < real ? scores[j][i] * sign : -kInfinity;
+}
+
+// The tiles that one of equal parts visits.
+__device__ inline Range part_of(Range tiles, int part, int parts) {
+  const int each = divide_up(tiles.end - tiles.begin, parts), begin = tiles.begin + part * each;
+  return {begin, min(begin + each, tiles.end)};
 }
 
 // The softmax of 16 rows over the tiles of keys seen so far, and its product with their values.
@@ -124,12 +132,12 @@ struct OnlineSoftmax {
 
   // Makes weights of the scores of another tile. Rows that are not here keep what they have.
   template <int n>
-  __device__ void weigh(float (&scores)[n][4], Here here) {
+  __device__ void weigh(float (&scores)[n][4], float scale, Here here) {
     for (int half = 0; half < 2; ++half) {
       const float higher = fmaxf(highest[half], row_max(scores, half));
-      shrink[half] = power_below(highest[half], higher);
+      shrink[half] = power_below(highest[half], higher, scale);
       for (int j = 0; j < n; ++j)
-        for (int i = 2 * half; i < 2 * half + 2; ++i) scores[j][i] = power_below(scores[j][i], higher);
+        for (int i = 2 * half; i < 2 * half + 2; ++i) scores[j][i] = power_below(scores[j][i], higher, scale);
       const float sum = row_sum(scores, half);
       if (!here[half]) continue;
       total[half] = total[half] * shrink[half] + sum;
@@ -181,7 +189,7 @@ __device__ inline void store_out(
       for (int i = 2 * half; i < 2 * half + 2; ++i) softmax.product[j][i] *= share;
     if (!p.softmax_max || lane() % 4 || row >= p.length) continue;
     const int64_t at = number_of(p, place.part * p.batch + place.batch, place.head, row);
-    p.softmax_max[at] = sees[half] ? softmax.highest[half] : 0.0f;
+    p.softmax_max[at] = sees[half] ? softmax.highest[half] * p.sign : 0.0f;
     p.softmax_sum[at] = total;
   }
   const uint64_t rows = first_rows(min(p.length - first, int64_t(64)));
@@ -220,7 +228,7 @@ __global__ void __launch_bounds__(kThreads<T>, kForwardBlocks<columns>) attentio
   const Place place = place_of_rows<kTile<T>>(p);
   const int64_t first = int64_t(place.tile) * kTile<T>;
   const Spans<kTile<T>> spans(p, place.batch, first, p.length);
-  const Range tiles = key_tiles<kTile<T>>(p, place, spans.all());
+  const Range tiles = part_of(key_tiles<kTile<T>>(p, place, spans.all()), place.part, p.parts);
   load(q, rows_from<const T>(p.q, place.batch, place.head, first, p.head_dim), spans.sighted());
 
   OnlineSoftmax<columns> softmax;
@@ -239,8 +247,8 @@ __global__ void __launch_bounds__(kThreads<T>, kForwardBlocks<columns>) attentio
     __syncthreads();  // k is there
     float scores[kTile<T> / 8][4] = {};
     multiply<false, true>(scores, q, k);
-    scale_scores(scores, p.scale * kLog2E, real);
-    softmax.weigh(scores, here);
+    turn_scores(scores, p.sign, real);
+    softmax.weigh(scores, p.base2_scale, here);
     put(weights, scores);
     wait_for_copies<0>();
     __syncthreads();  // v is there, and k is free
@@ -279,7 +287,7 @@ struct RowNumbers {
   __device__ void read_softmax(const Attention& p, int64_t batch, int64_t head, int64_t first, const Here& here) {
     for (int half = 0; half < 2; ++half) {
       const int64_t at = place_of(p, batch, head, first, here, half);
-      highest[half] = p.softmax_max[at], share[half] = 1 / p.softmax_sum[at];
+      highest[half] = p.softmax_max[at] * p.sign, share[half] = 1 / p.softmax_sum[at];
     }
   }
   // As the kernel by rows left it.
@@ -295,28 +303,41 @@ struct RowNumbers {
   }
 };
 
+// The rows in which one key weighs more than all others, one bit each. Every warp knows it of all of them.
+template <int rows>
+__device__ inline uint64_t saturated_rows(const Attention& p, const Place& place, int64_t first, uint64_t sighted) {
+  uint64_t bits = 0;
+  for (int i = 0; i < rows / 32; ++i) {
+    const int row = i * 32 + lane();
+    // relative to the weight of the highest
+    const bool saturated = sighted >> row & 1 && p.softmax_sum[number_of(p, place.batch, place.head, first + row)] < 2;
+    bits |= uint64_t(__ballot_sync(~0u, saturated)) << i * 32;
+  }
+  return bits;
+}
+
 // Makes weights P of scores; in rows that are not here they are 0.
 template <int n>
-__device__ inline void weigh(float (&scores)[n][4], const RowNumbers& numbers, const Here& here) {
+__device__ inline void weigh(float (&scores)[n][4], float scale, const RowNumbers& numbers, const Here& here) {
   for (int j = 0; j < n; ++j)
     for (int i = 0; i < 4; ++i) {
-      const float weight = exp2f(scores[j][i] - numbers.highest[i / 2]) * numbers.share[i / 2];
+      const float weight = exp2f((scores[j][i] - numbers.highest[i / 2]) * scale) * numbers.share[i / 2];
       scores[j][i] = here[i / 2] ? weight : 0.0f;
     }
 }
 
 // The same where these keys are all that the rows see.
 template <int n>
-__device__ inline void weigh_alone(float (&scores)[n][4], const Here& here) {
+__device__ inline void weigh_alone(float (&scores)[n][4], float scale, const Here& here) {
   RowNumbers numbers;
   for (int half = 0; half < 2; ++half) {
     float sum = 0;
     numbers.highest[half] = row_max(scores, half);
     for (int j = 0; j < n; ++j)
-      for (int i = 2 * half; i < 2 * half + 2; ++i) sum += exp2f(scores[j][i] - numbers.highest[half]);
+      for (int i = 2 * half; i < 2 * half + 2; ++i) sum += exp2f((scores[j][i] - numbers.highest[half]) * scale);
     numbers.share[half] = 1 / quad_sum(sum);
   }
-  weigh(scores, numbers, here);
+  weigh(scores, scale, numbers, here);
 }
 
 // delta = rowsum(P dP), where these keys are all that the rows see. A lane reads the weights that it has put there.
@@ -327,6 +348,18 @@ __device__ inline void sum_along(RowNumbers& numbers, Tile<T, kTile<T>> weights,
     for (int j = 0; j < n; ++j)
       for (int i = 2 * half; i < 2 * half + 2; ++i) sum += got(weights, j, i) * dweights[j][i];
     numbers.delta[half] = quad_sum(sum);
+  }
+}
+
+// Adds a tile's share of rowsum(P dP), what this lane has of it, for the rows that are here: 0 * NaN is NaN.
+template <int n>
+__device__ inline void add_along(
+    float (&sums)[2], const float (&weights)[n][4], const float (&dweights)[n][4], const Here& here) {
+  for (int half = 0; half < 2; ++half) {
+    float sum = 0;
+    for (int j = 0; j < n; ++j)
+      for (int i = 2 * half; i < 2 * half + 2; ++i) sum += weights[j][i] * dweights[j][i];
+    if (here[half]) sums[half] += sum;
   }
 }
 
@@ -417,7 +450,7 @@ __global__ void __launch_bounds__(kThreads<T>, kRowsBlocks<columns>) attention_b
   const Place place = place_of_rows<kTile<T>>(p);
   const int64_t first = int64_t(place.tile) * kTile<T>;
   const Spans<kTile<T>> spans(p, place.batch, first, p.length);
-  const Range tiles = key_tiles<kTile<T>>(p, place, spans.all());
+  const Range all = key_tiles<kTile<T>>(p, place, spans.all()), tiles = part_of(all, place.part, p.parts);
   const uint64_t rows = first_rows(min(p.length - first, int64_t(64))), sighted = spans.sighted();
 
   load(q, rows_from<const T>(p.q, place.batch, place.head, first, p.head_dim), sighted);
@@ -428,8 +461,37 @@ __global__ void __launch_bounds__(kThreads<T>, kRowsBlocks<columns>) attention_b
   __syncthreads();
   RowNumbers numbers;
   numbers.read_softmax(p, place.batch, place.head, first, Here(sighted));
+  for (int half = 0; half < 2; ++half) numbers.delta[half] = row_dot(dout, k, half);
+  const auto load_keys = [&](const Keys<T>& keys) {
+    __syncthreads();  // k and v are free
+    load(k, keys.k, first_rows(keys.real));
+    load(v, keys.v, first_rows(keys.real));
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+  };
+
+  // Where one key has most of a row's weight its dP cancels against delta: from the rounded out it would not.
+  if (const uint64_t saturated = saturated_rows<kTile<T>>(p, place, first, sighted)) {
+    float sums[2] = {};
+    for (int tile = all.begin; (tile = next_seen<T>(p, place, spans, tile, all.end)) < all.end; ++tile) {
+      const Keys<T> keys = keys_of<T>(p, place.batch, place.kv_head, tile);
+      const Here here(spans.seeing(keys.medium));
+      load_keys(keys);
+      float scores[kTile<T> / 8][4] = {}, dweights[kTile<T> / 8][4] = {};
+      multiply<false, true>(scores, q, k);
+      turn_scores(scores, p.sign, keys.real);
+      weigh(scores, p.base2_scale, numbers, here);
+      multiply<false, true>(dweights, dout, v);
+      add_along(sums, scores, dweights, here);
+    }
+    const Here exact(saturated);
+    for (int half = 0; half < 2; ++half) {
+      const float sum = quad_sum(sums[half]);
+      if (exact[half]) numbers.delta[half] = sum;
+    }
+  }
   for (int half = 0; half < 2; ++half) {
-    numbers.delta[half] = row_dot(dout, k, half);
     const int row = first_row_of_warp() + fragment_row(2 * half);
     if (!whole && place.part == 0 && lane() % 4 == 0 && (rows >> row & 1))
       p.delta[number_of(p, place.batch, place.head, first + row)] = numbers.delta[half];
@@ -439,16 +501,11 @@ __global__ void __launch_bounds__(kThreads<T>, kRowsBlocks<columns>) attention_b
   for (int tile = tiles.begin; (tile = next_seen<T>(p, place, spans, tile, tiles.end)) < tiles.end; ++tile) {
     const Keys<T> keys = keys_of<T>(p, place.batch, place.kv_head, tile);
     const Here here(spans.seeing(keys.medium));
-    __syncthreads();  // k and v are free
-    load(k, keys.k, first_rows(keys.real));
-    load(v, keys.v, first_rows(keys.real));
-    commit_copies();
-    wait_for_copies<0>();
-    __syncthreads();
+    load_keys(keys);
     float scores[kTile<T> / 8][4] = {}, dweights[kTile<T> / 8][4] = {};
     multiply<false, true>(scores, q, k);
-    scale_scores(scores, p.scale * kLog2E, keys.real);
-    weigh(scores, numbers, here);
+    turn_scores(scores, p.sign, keys.real);
+    weigh(scores, p.base2_scale, numbers, here);
     put(weights, scores);
     multiply<false, true>(dweights, dout, v);
     differentiate(dweights, weights, numbers, here);
@@ -497,14 +554,14 @@ __global__ void __launch_bounds__(kThreads<T>, kKeysBlocks) attention_bwd_keys_k
       __syncthreads();
       float scores[kTile<T> / 8][4] = {}, dweights[kTile<T> / 8][4] = {};
       multiply<false, true>(scores, q, k);
-      scale_scores(scores, p.scale * kLog2E, keys.real);
+      turn_scores(scores, p.sign, keys.real);
       RowNumbers numbers;
       if constexpr (one_shot) {
-        weigh_alone(scores, here);
+        weigh_alone(scores, p.base2_scale, here);
       } else {
         numbers.read_softmax(p, place.batch, head, first, here);
         numbers.read_delta(p, place.batch, head, first, here);
-        weigh(scores, numbers, here);
+        weigh(scores, p.base2_scale, numbers, here);
       }
       put(weights, scores);
       multiply<false, true>(dweights, dout, v);

@@ -5,7 +5,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <cmath>
 #include <initializer_list>
+#include <limits>
+#include <numbers>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -25,7 +29,7 @@ class Launch {
   explicit Launch(const Tensor&) {}
 #else
   explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   }
 #endif
   Stream stream = nullptr;
@@ -63,60 +67,69 @@ bool is_wide(const Tensor& tensor) {
   return wide;
 }
 
-Matrix matrix_of(const char* operation, const Tensor& t) {  // [N, D]
-  check_last_stride(operation, t);
+Matrix matrix_of(const Tensor& t) {  // [N, D]
   // a thread takes 8 elements, whatever their size
   return {t.data_ptr(), dtype_of(t), t.stride(0), is_wide(t) && t.size(1) % 8 == 0};
 }
 
 Vector vector_of(const Tensor& t) { return {t.data_ptr(), dtype_of(t)}; }
 
-Rows rows_of(const char* operation, const Tensor& t) {  // [B, T, H, d]
-  check_last_stride(operation, t);
+Rows rows_of(const Tensor& t) {  // [B, T, H, d]
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), is_wide(t)};
 }
 
-Media media_of(const char* operation, const Tensor& t) {  // [B, M, R, Hkv, d]
-  check_last_stride(operation, t);
+Media media_of(const Tensor& t) {  // [B, M, R, Hkv, d]
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3), is_wide(t)};
 }
 
+// What the kernels take; the shape of a tensor may ask for more.
+constexpr int64_t kMostColumns = 128, kMostSequences = 16, kMostInner = 16384;
+
+void expect_at_most(const char* operation, const char* name, int64_t size, int64_t most) {
+  if (size > most) refuse(operation, ": expected ", name, " of at most ", most, ", got ", size, ".");
+}
+
 Attention attention_params(
-    const char* operation, const Tensor& q, int64_t kv_heads, double scale, const Tensor& out, const Tensor& softmax) {
+    const Tensor& q, int64_t kv_heads, double scale, const Tensor& out, const Tensor& softmax) {
   Attention p = {};
   p.dtype = dtype_of(q);
   p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
   p.kv_heads = kv_heads, p.scale = scale, p.parts = 1;
-  p.q = rows_of(operation, q), p.out = rows_of(operation, out);
+  p.sign = std::signbit(scale) ? -1 : 1;
+  // not 0, as 0 times the -inf of a key that is not real is NaN
+  p.base2_scale = std::max(float(std::abs(scale) * std::numbers::log2e), std::numeric_limits<float>::min());
+  p.q = rows_of(q), p.out = rows_of(out);
   if (softmax.numel() == 0) return p;
   p.softmax_max = softmax.mutable_data_ptr<float>(), p.softmax_sum = p.softmax_max + softmax.numel() / 2;
   return p;
 }
 
 MaskedCrossAttention masked_params(
-    const char* operation, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi,
-    const Tensor& start, const Tensor& stop, bool immediate, bool averages, double scale, const Tensor& out,
-    const Tensor& softmax) {
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi, const Tensor& start,
+    const Tensor& stop, bool immediate, bool averages, double scale, const Tensor& out, const Tensor& softmax) {
   MaskedCrossAttention p = {};
-  static_cast<Attention&>(p) = attention_params(operation, q, k.size(3), scale, out, softmax);
+  static_cast<Attention&>(p) = attention_params(q, k.size(3), scale, out, softmax);
   p.media = k.size(1), p.latents = k.size(2);
   p.one_shot = kernels::is_one_shot(p.dtype, immediate, p.latents), p.averages = averages;
-  p.lo = spans_of(operation, lo, p.batch, p.length), p.hi = spans_of(operation, hi, p.batch, p.length);
-  p.start = spans_of(operation, start, p.batch, p.media), p.stop = spans_of(operation, stop, p.batch, p.media);
-  p.k = media_of(operation, k), p.v = media_of(operation, v);
+  p.lo = lo.const_data_ptr<int32_t>(), p.hi = hi.const_data_ptr<int32_t>();
+  p.start = start.const_data_ptr<int32_t>(), p.stop = stop.const_data_ptr<int32_t>();
+  p.k = media_of(k), p.v = media_of(v);
   return p;
 }
 
 std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
     Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor start, Tensor stop, bool immediate, bool averages,
     double scale) {
+  const char* operation = "masked_cross_attention_fwd";
+  check_masked_cross_attention(operation, q, k, v, lo, hi, start, stop);
+  expect_at_most(operation, "head_dim", q.size(3), kMostColumns);
   const Launch launch(q);
   const bool one_shot = kernels::is_one_shot(dtype_of(q), immediate, k.size(2));
   Tensor out = fresh_like(launch, q),
          softmax = fresh(launch, q, {2, q.size(0), q.size(2), one_shot ? 0 : q.size(1)}, ScalarType::Float);
   if (out.numel() == 0) return {out, softmax};
-  const MaskedCrossAttention p = masked_params(
-      "masked_cross_attention_fwd", q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
+  const MaskedCrossAttention p =
+      masked_params(q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
   kernels::masked_cross_attention_fwd(p, launch.stream);
   return {out, softmax};
 }
@@ -138,13 +151,17 @@ std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor lo, Tensor hi, Tensor start, Tensor stop,
     bool immediate, bool averages, double scale) {
   const char* operation = "masked_cross_attention_bwd";
+  const Checks checks = check_masked_cross_attention(operation, q, k, v, lo, hi, start, stop);
+  expect_at_most(operation, "head_dim", q.size(3), kMostColumns);
+  const int64_t kept = kernels::is_one_shot(dtype_of(q), immediate, k.size(2)) ? 0 : q.size(1);
+  check_attention_bwd(checks, dout, q, out, softmax, kept);
   const Launch launch(q);
   Tensor dq = fresh_like(launch, q), dk = fresh_like(launch, k), dv = fresh_like(launch, v);
   if (q.numel() == 0 || k.numel() == 0) return {zeroed(dq), zeroed(dk), zeroed(dv)};
   MaskedCrossAttention p =
-      masked_params(operation, q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
-  p.dout = rows_of(operation, dout), p.dq = rows_of(operation, dq);
-  p.dk = media_of(operation, dk), p.dv = media_of(operation, dv);
+      masked_params(q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
+  p.dout = rows_of(dout), p.dq = rows_of(dq);
+  p.dk = media_of(dk), p.dv = media_of(dv);
   const Tensor delta = fresh(launch, q, {p.one_shot ? 0 : p.batch * p.heads * p.length}, ScalarType::Float),
                share = fresh(launch, q, {averages ? p.batch * p.kv_heads * p.head_dim : 0}, ScalarType::Float);
   p.delta = p.one_shot ? nullptr : delta.mutable_data_ptr<float>(), p.share = share.mutable_data_ptr<float>();
@@ -161,15 +178,14 @@ std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
 }
 
 PerceiverAttention perceiver_params(
-    const char* operation, const Tensor& q, const Tensor& k_media, const Tensor& v_media, const Tensor& k_latents,
-    const Tensor& v_latents, const std::optional<Tensor>& media_lengths, double scale, const Tensor& out,
-    const Tensor& softmax) {
+    const Tensor& q, const Tensor& k_media, const Tensor& v_media, const Tensor& k_latents, const Tensor& v_latents,
+    const std::optional<Tensor>& media_lengths, double scale, const Tensor& out, const Tensor& softmax) {
   PerceiverAttention p = {};
-  static_cast<Attention&>(p) = attention_params(operation, q, k_media.size(2), scale, out, softmax);
+  static_cast<Attention&>(p) = attention_params(q, k_media.size(2), scale, out, softmax);
   p.keys[0] = k_media.size(1), p.keys[1] = k_latents.size(1);
-  p.media_lengths = lengths_of(operation, media_lengths);
-  p.k[0] = rows_of(operation, k_media), p.k[1] = rows_of(operation, k_latents);
-  p.v[0] = rows_of(operation, v_media), p.v[1] = rows_of(operation, v_latents);
+  p.media_lengths = data_or_null(media_lengths);
+  p.k[0] = rows_of(k_media), p.k[1] = rows_of(k_latents);
+  p.v[0] = rows_of(v_media), p.v[1] = rows_of(v_latents);
   p.parts = kernels::parts_of_perceiver_attention(p), p.whole = kernels::is_whole(p);
   return p;
 }
@@ -177,12 +193,15 @@ PerceiverAttention perceiver_params(
 std::tuple<Tensor, Tensor> perceiver_attention_fwd(
     Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, std::optional<Tensor> media_lengths,
     double scale) {
+  const char* operation = "perceiver_attention_fwd";
+  check_perceiver_attention(operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
+  expect_at_most(operation, "head_dim", q.size(3), kMostColumns);
   const Launch launch(q);
   Tensor out = fresh_like(launch, q),
          softmax = fresh(launch, q, {2, q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   if (out.numel() == 0) return {out, softmax};
-  PerceiverAttention p = perceiver_params(
-      "perceiver_attention_fwd", q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
+  PerceiverAttention p =
+      perceiver_params(q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
   const bool divided = p.parts > 1;
   const Tensor outs = parts_of(launch, out, divided ? p.parts : 0),
                softmaxes = parts_of(launch, softmax, divided ? p.parts : 0);
@@ -195,15 +214,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> perceiver_attention_bwd(
     Tensor dout, Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor out, Tensor softmax,
     std::optional<Tensor> media_lengths, double scale) {
   const char* operation = "perceiver_attention_bwd";
+  const Checks checks =
+      check_perceiver_attention(operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
+  expect_at_most(operation, "head_dim", q.size(3), kMostColumns);
+  check_attention_bwd(checks, dout, q, out, softmax, q.size(1));
   const Launch launch(q);
   Tensor dq = fresh_like(launch, q), dk_media = fresh_like(launch, k_media), dv_media = fresh_like(launch, v_media),
          dk_latents = fresh_like(launch, k_latents), dv_latents = fresh_like(launch, v_latents);
   if (q.numel() == 0) return {dq, zeroed(dk_media), zeroed(dv_media), zeroed(dk_latents), zeroed(dv_latents)};
-  PerceiverAttention p = perceiver_params(
-      operation, q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
-  p.dout = rows_of(operation, dout), p.dq = rows_of(operation, dq);
-  p.dk[0] = rows_of(operation, dk_media), p.dk[1] = rows_of(operation, dk_latents);
-  p.dv[0] = rows_of(operation, dv_media), p.dv[1] = rows_of(operation, dv_latents);
+  PerceiverAttention p =
+      perceiver_params(q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
+  p.dout = rows_of(dout), p.dq = rows_of(dq);
+  p.dk[0] = rows_of(dk_media), p.dk[1] = rows_of(dk_latents);
+  p.dv[0] = rows_of(dv_media), p.dv[1] = rows_of(dv_latents);
   const Tensor delta = fresh(launch, q, {p.whole ? 0 : p.batch * p.heads * p.length}, ScalarType::Float),
                dqs = parts_of(launch, dq, p.parts > 1 ? p.parts : 0);
   p.delta = p.whole ? nullptr : delta.mutable_data_ptr<float>(), p.partial_rows = dqs.mutable_data_ptr<float>();
@@ -217,7 +240,7 @@ GatedResidual residual_params(const Tensor& y, const Tensor& gate) {
   p.rows = y.size(0), p.columns = y.size(1);
   p.per_channel = gate.numel() > 1;
   p.gate = vector_of(gate);
-  p.y = matrix_of("gated_residual", y);
+  p.y = matrix_of(y);
   return p;
 }
 
@@ -244,17 +267,21 @@ Partials gate_partials_of(const Launch& launch, const Tensor& gate, const Divisi
 }
 
 Tensor gated_residual_fwd(Tensor x, Tensor y, Tensor gate) {
+  check_residual("gated_residual_fwd", "x", x, y, gate);
   const Launch launch(x);
   Tensor z = fresh(launch, x, {x.size(0), x.size(1)}, residual_dtype(x, y, gate));
   if (z.numel() == 0) return z;
   gate = torch::stable::contiguous(gate);
   GatedResidual p = residual_params(y, gate);
-  p.x = matrix_of("gated_residual", x), p.z = matrix_of("gated_residual", z);
+  p.x = matrix_of(x), p.z = matrix_of(z);
   kernels::gated_residual_fwd(p, launch.stream);
   return z;
 }
 
 std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) {
+  const char* operation = "gated_residual_bwd";
+  check_residual(operation, "dz", dz, y, gate);
+  check_residual_bwd(operation, "dz", dz, y);
   const Launch launch(y);
   Tensor dy = fresh_like(launch, y);
   if (dy.numel() == 0) return {dy, zeroed(gradient_of_parameter(launch, gate))};
@@ -262,7 +289,7 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) 
   const Division division = kernels::divide_gated_residual_bwd(y.size(0), y.size(1));
   Partials dgate = gate_partials_of(launch, gate, division);
   GatedResidual p = residual_params(y, gate);
-  p.dz = matrix_of("gated_residual", dz), p.dy = matrix_of("gated_residual", dy);
+  p.dz = matrix_of(dz), p.dy = matrix_of(dy);
   p.parts = division.parts, p.part_rows = division.part_rows, p.dgate = dgate.data();
   kernels::gated_residual_bwd(p, launch.stream);
   return {dy, dgate.added(launch)};
@@ -270,7 +297,9 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_fwd(
     Tensor x, Tensor y, Tensor gate, Tensor weight, std::optional<Tensor> bias, double eps, bool rms) {
-  const char* operation = "gated_residual_norm";
+  const Checks checks = check_residual("gated_residual_norm_fwd", "x", x, y, gate);
+  checks.expect_parameter("weight", weight, x.size(1), false);
+  if (bias) checks.expect_parameter("bias", *bias, x.size(1), false);
   const Launch launch(x);
   const ScalarType dtype = residual_dtype(x, y, gate);
   Tensor z = fresh(launch, x, {x.size(0), x.size(1)}, dtype), n = fresh_like(launch, z),
@@ -280,10 +309,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_fwd(
   if (bias) bias = torch::stable::contiguous(*bias);
   GatedResidualNorm p = {};
   p.residual = residual_params(y, gate);
-  p.residual.x = matrix_of(operation, x), p.residual.z = matrix_of(operation, z);
+  p.residual.x = matrix_of(x), p.residual.z = matrix_of(z);
   p.rms = rms, p.eps = eps, p.weight = vector_of(weight);
   if (bias) p.bias = vector_of(*bias);
-  p.n = matrix_of(operation, n);
+  p.n = matrix_of(n);
   p.mean = mean.mutable_data_ptr<float>(), p.rstd = rstd.mutable_data_ptr<float>();
   kernels::gated_residual_norm_fwd(p, launch.stream);
   return {z, n, mean, rstd};
@@ -291,7 +320,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_fwd(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_bwd(
     Tensor dz, Tensor dn, Tensor y, Tensor gate, Tensor weight, Tensor z, Tensor mean, Tensor rstd, bool rms) {
-  const char* operation = "gated_residual_norm";
+  const char* operation = "gated_residual_norm_bwd";
+  const Checks checks = check_residual(operation, "z", z, y, gate);
+  const int64_t rows = z.size(0), columns = z.size(1);
+  check_residual_bwd(operation, "z", z, y);
+  checks.expect_rows_like_first("dz", dz, {rows, columns}), checks.expect_rows_like_first("dn", dn, {rows, columns});
+  checks.expect_parameter("weight", weight, columns, false);
+  checks.expect_contiguous("mean", mean, ScalarType::Float, {rows});
+  checks.expect_contiguous("rstd", rstd, ScalarType::Float, {rows});
   const Launch launch(z);
   Tensor dx = fresh_like(launch, z), dy = fresh_like(launch, y);
   if (dx.numel() == 0) {
@@ -299,19 +335,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_bwd(
     return {dx, dy, none(gate), none(weight), none(weight)};
   }
   gate = torch::stable::contiguous(gate), weight = torch::stable::contiguous(weight);
-  const Division division = kernels::divide_gated_residual_norm_bwd(z.size(0), z.size(1));
+  const Division division = kernels::divide_gated_residual_norm_bwd(rows, columns);
   Partials dgate = gate_partials_of(launch, gate, division), dweight = partials_of(launch, weight, division.parts),
            dbias = partials_of(launch, weight, division.parts);
   std::optional<Tensor> means;  // of rows that are cut
   if (division.blocks > 1) means = fresh(launch, z, {2, z.size(0)}, ScalarType::Float);
   GatedResidualNorm p = {};
   p.residual = residual_params(y, gate);
-  p.residual.z = matrix_of(operation, z), p.residual.dz = matrix_of(operation, dz);
-  p.residual.dy = matrix_of(operation, dy);
+  p.residual.z = matrix_of(z), p.residual.dz = matrix_of(dz);
+  p.residual.dy = matrix_of(dy);
   p.residual.parts = division.parts, p.residual.part_rows = division.part_rows;
   p.residual.dgate = dgate.data(), p.dweight = dweight.data(), p.dbias = dbias.data();
   p.rms = rms, p.weight = vector_of(weight);
-  p.dn = matrix_of(operation, dn), p.dx = matrix_of(operation, dx);
+  p.dn = matrix_of(dn), p.dx = matrix_of(dx);
   p.mean = mean.mutable_data_ptr<float>(), p.rstd = rstd.mutable_data_ptr<float>();
   p.means = means ? means->mutable_data_ptr<float>() : nullptr;
   kernels::gated_residual_norm_bwd(p, launch.stream);
@@ -335,10 +371,38 @@ void add_residual(WeightProduct& p, const Tensor& residual, const Tensor& gate) 
   p.residual = residual.data_ptr(), p.gate = vector_of(gate), p.per_channel = gate.numel() > 1;
 }
 
-// What decoding needs contiguous the caller makes so: copies of weights in every step would be most of the time.
-void check_contiguous(std::initializer_list<Tensor> tensors) {
-  for (const Tensor& tensor : tensors)
-    STD_TORCH_CHECK(tensor.is_contiguous(), "gated_block_decode: expected contiguous x, weights, norms and gates.");
+void check_gated_block_decode(
+    const char* operation, const Tensor& x, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi,
+    const Tensor& norm, const std::optional<Tensor>& norm_bias, const Tensor& to_q, const Tensor& to_out,
+    const Tensor& gate, const Tensor& ff_norm, const std::optional<Tensor>& ff_norm_bias, const Tensor& up,
+    const Tensor& down, const Tensor& ff_gate, int64_t heads, int64_t activation) {
+  const Checks checks(operation, "x", x, 2);
+  checks.expect_dimensions("k", k, 5), checks.expect_dimensions("up", up, 2);
+  const int64_t batch = x.size(0), dim = x.size(1), inner = heads * k.size(4), hidden = up.size(0);
+  // What is contiguous here the caller makes so: copies of weights in every step would be most of the time.
+  const auto expect_matrix = [&](const char* name, const Tensor& matrix, int64_t rows, int64_t columns) {
+    checks.expect_contiguous(name, matrix, x.scalar_type(), {rows, columns});
+  };
+  const auto expect_vector = [&](const char* name, const Tensor& vector, bool one_for_all) {
+    checks.expect_parameter(name, vector, dim, one_for_all);
+    if (!vector.is_contiguous()) refuse(operation, ": expected a contiguous ", name, ".");
+  };
+  checks.expect_rows("x", x, {batch, dim}), expect_matrix("x", x, batch, dim);
+  expect_matrix("to_q", to_q, inner, dim), expect_matrix("to_out", to_out, dim, inner);
+  expect_matrix("up", up, hidden, dim), expect_matrix("down", down, dim, hidden);
+  expect_vector("norm", norm, false), expect_vector("ff_norm", ff_norm, false);
+  if (norm_bias) expect_vector("norm_bias", *norm_bias, false);
+  if (ff_norm_bias) expect_vector("ff_norm_bias", *ff_norm_bias, false);
+  expect_vector("gate", gate, true), expect_vector("ff_gate", ff_gate, true);
+  for (const auto& [name, keys] : {std::pair("k", k), std::pair("v", v)})
+    checks.expect_rows_like_first(name, keys, {batch, k.size(1), k.size(2), k.size(3), k.size(4)});
+  checks.expect_head_groups(heads, k.size(3));
+  for (const auto& [name, span] : {std::pair("lo", lo), std::pair("hi", hi)})
+    checks.expect_contiguous(name, span, ScalarType::Int, {batch, 1});
+  expect_at_most(operation, "B", batch, kMostSequences), expect_at_most(operation, "head_dim", k.size(4), kMostColumns);
+  expect_at_most(operation, "H * d", inner, kMostInner);
+  if (activation < 0 || activation > static_cast<int64_t>(Activation::relu))
+    refuse(operation, ": expected an activation from 0 to 3, got ", activation, ".");
 }
 
 Tensor gated_block_decode(
@@ -346,8 +410,10 @@ Tensor gated_block_decode(
     Tensor to_out, Tensor gate, Tensor ff_norm, std::optional<Tensor> ff_norm_bias, Tensor up, Tensor down,
     Tensor ff_gate, int64_t heads, double scale, double eps, int64_t activation) {
   const char* operation = "gated_block_decode";
+  check_gated_block_decode(
+      operation, x, k, v, lo, hi, norm, norm_bias, to_q, to_out, gate, ff_norm, ff_norm_bias, up, down, ff_gate, heads,
+      activation);
   const Launch launch(x);
-  check_contiguous({x, norm, to_q, to_out, gate, ff_norm, up, down, ff_gate});
   const int64_t batch = x.size(0);
   const Tensor q = fresh(launch, x, {batch, to_q.size(0)}, x.scalar_type()), z = fresh_like(launch, x),
                hidden = fresh(launch, x, {batch, up.size(0)}, x.scalar_type());
@@ -364,8 +430,8 @@ Tensor gated_block_decode(
   add_residual(attention.out, x, gate);
   attention.heads = heads, attention.kv_heads = k.size(3), attention.head_dim = k.size(4);
   attention.media = k.size(1), attention.latents = k.size(2), attention.scale = scale;
-  attention.lo = spans_of(operation, lo, batch, 1), attention.hi = spans_of(operation, hi, batch, 1);
-  attention.q = q.data_ptr(), attention.k = media_of(operation, k), attention.v = media_of(operation, v);
+  attention.lo = lo.const_data_ptr<int32_t>(), attention.hi = hi.const_data_ptr<int32_t>();
+  attention.q = q.data_ptr(), attention.k = media_of(k), attention.v = media_of(v);
 
   kernels::weight_product(query, launch.stream);
   kernels::decode_attention(attention, launch.stream);

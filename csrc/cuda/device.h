@@ -68,9 +68,10 @@ __device__ inline int warp_min(int value) {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// 2 ** (exponent - highest); 0 where both are -inf, as in a row that has seen nothing yet.
-__device__ inline float power_below(float exponent, float highest) {
-  return exp2f(exponent - (highest == -kInfinity ? 0.0f : highest));
+// 2 ** (scale * (score - highest)); 0 where both are -inf, as in a row that has seen nothing yet. Scaled after the
+// subtraction: the highest score weighs exactly 1, however large it is.
+__device__ inline float power_below(float score, float highest, float scale = 1) {
+  return exp2f((score - (highest == -kInfinity ? 0.0f : highest)) * scale);
 }
 
 // Calls a function with a value of an element type: by_type(dtype, [&](auto type) { using T = decltype(type); ... }).

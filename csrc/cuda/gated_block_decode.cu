@@ -181,7 +181,7 @@ __device__ inline void attend(float* out, const DecodeAttention& p, int64_t b, i
   constexpr int most = 4;  // columns of a lane
   const int64_t kv_head = head * p.kv_heads / p.heads;
   const bool average = p.hi[b] < 0;  // of all values
-  const int64_t begin = average ? 0 : p.lo[b], end = average ? p.media : p.hi[b];
+  const int64_t begin = average ? 0 : max(p.lo[b], 0), end = average ? p.media : min(int64_t(p.hi[b]), p.media);
   const int columns = p.head_dim;
   for (int i = lane(); i < divide_up(columns, kVector) * kVector; i += 32) {
     const float value = i < columns ? to_float(static_cast<const T*>(p.q)[(b * p.heads + head) * columns + i]) : 0.0f;

@@ -20,7 +20,8 @@
 namespace flamingo_kernels {
 
 __device__ inline Range span_of(const MaskedCrossAttention& p, int64_t batch, int64_t row) {
-  return {p.lo[batch * p.length + row], p.hi[batch * p.length + row]};
+  const int64_t at = batch * p.length + row;
+  return {max(p.lo[at], 0), min(p.hi[at], int(p.media))};
 }
 
 // Heads first, which lie side by side in memory, then tiles from the end of the text, where rows may see the most.
@@ -86,7 +87,8 @@ __device__ inline KeyGradients<float> partial_gradients_of(
 // A part of the rows from the first to the last that see a medium.
 template <int tile>
 __device__ inline Range rows_of(const MaskedCrossAttention& p, int64_t batch, int medium, int part) {
-  const int begin = p.start[batch * p.media + medium], end = p.stop[batch * p.media + medium];
+  const int64_t at = batch * p.media + medium;
+  const int begin = max(p.start[at], 0), end = min(p.stop[at], int(p.length));
   const int each = divide_up(divide_up(end - begin, p.parts), tile) * tile;
   return {begin + part * each, min(begin + (part + 1) * each, end)};
 }

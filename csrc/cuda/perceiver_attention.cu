@@ -37,14 +37,13 @@ __device__ inline Place place_of_keys(const PerceiverAttention& p) {
 
 // How many of the media keys of a clip are real.
 __device__ inline int length_of(const PerceiverAttention& p, int64_t clip) {
-  return p.media_lengths ? p.media_lengths[clip] : p.keys[0];
+  const int all = p.keys[0];
+  return p.media_lengths ? min(max(p.media_lengths[clip], 0), all) : all;
 }
 
 template <int tile>
 __device__ inline Range key_tiles(const PerceiverAttention& p, const Place& place, Range) {
-  const int tiles = divide_up(length_of(p, place.batch), tile) + divide_up(p.keys[1], tile);
-  const int each = divide_up(tiles, p.parts);
-  return {place.part * each, min((place.part + 1) * each, tiles)};
+  return {0, int(divide_up(length_of(p, place.batch), tile) + divide_up(p.keys[1], tile))};
 }
 
 // A tile of keys where the first `media_tiles` tiles are those of the media.
@@ -118,21 +117,24 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(Combine c) {
   const int64_t at = int64_t(blockIdx.x) * (kCombineThreads / 32) + threadIdx.x / 32;
   if (at >= numbers) return;
   float highest = -kInfinity, total = 0;
-  for (int part = 0; part < p.parts; ++part) highest = fmaxf(highest, c.softmax_max[part * numbers + at]);
-  for (int part = 0; part < p.parts; ++part)
-    total += c.softmax_sum[part * numbers + at] * exp2f(c.softmax_max[part * numbers + at] - highest);
+  for (int part = 0; part < p.parts; ++part) highest = fmaxf(highest, c.softmax_max[part * numbers + at] * p.sign);
+  const auto weight_of = [&](int part) {
+    const float own = c.softmax_max[part * numbers + at] * p.sign;
+    return c.softmax_sum[part * numbers + at] * power_below(own, highest, p.base2_scale);
+  };
+  for (int part = 0; part < p.parts; ++part) total += weight_of(part);
   const int64_t row = at % p.length, head = at / p.length % p.heads, clip = at / p.length / p.heads;
   const int64_t from = ((clip * p.length + row) * p.heads + head) * p.head_dim;
   const HeadRows<T> to = rows_from<T>(p.out, clip, head, row, p.head_dim);
   for (int column = lane(); column < p.head_dim; column += 32) {
     float sum = 0;
     for (int part = 0; part < p.parts; ++part) {
-      const float weight = c.softmax_sum[part * numbers + at] * exp2f(c.softmax_max[part * numbers + at] - highest);
+      const float weight = weight_of(part);
       if (weight != 0) sum += weight * c.out[part * numbers * p.head_dim + from + column];
     }
     to.data[column] = from_float<T>(sum / total);
   }
-  if (lane() == 0) p.softmax_max[at] = highest, p.softmax_sum[at] = total;
+  if (lane() == 0) p.softmax_max[at] = highest * p.sign, p.softmax_sum[at] = total;
 }
 
 int64_t tiles_of_rows(const PerceiverAttention& p) {

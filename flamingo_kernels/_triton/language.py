@@ -7,12 +7,14 @@ power of two that holds D; what lies beyond D, and rows that are masked out, rea
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from .. import _env
 
 INTERPRET = tl.constexpr(_env.INTERPRET)
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # a maximum starts with it: from -inf, -inf is NaN
 
 
 @triton.jit
@@ -60,26 +62,46 @@ def row_of(batch, rows, head, length, H):
 
 
 @triton.jit
-def load_softmax(softmax_max, softmax_sum, batch, rows, head, mask, length, H):
-    """The maximum and the sum of each row's softmax; 0 and 1 where masked out."""
+def load_softmax(softmax_max, softmax_sum, batch, rows, head, mask, length, H, SIGN: tl.constexpr):
+    """The highest score of each row, turned by SIGN, and the sum of its weights; 0 and 1 where masked out."""
     at = row_of(batch, rows, head, length, H)
-    return tl.load(softmax_max + at, mask=mask, other=0.0), tl.load(softmax_sum + at, mask=mask, other=1.0)
+    highest = tl.load(softmax_max + at, mask=mask, other=0.0) * SIGN
+    return highest, tl.load(softmax_sum + at, mask=mask, other=1.0)
 
 
 @triton.jit
-def store_softmax(softmax_max, softmax_sum, batch, rows, head, highest, total, length, H):
+def store_softmax(softmax_max, softmax_sum, batch, rows, head, highest, total, length, H, SIGN: tl.constexpr):
     at = row_of(batch, rows, head, length, H)
-    tl.store(softmax_max + at, highest, mask=rows < length)
+    tl.store(softmax_max + at, highest * SIGN, mask=rows < length)
     tl.store(softmax_sum + at, total, mask=rows < length)
 
 
 @triton.jit
+def power_below(scores, highest, base2_scale):
+    """The weights `2 ** (base2_scale * (scores - highest))`. Scores are scaled after the subtraction, so that
+    the highest weighs exactly 1, however large it is.
+    """
+    return tl.exp2((scores - highest) * base2_scale)
+
+
+@triton.jit
+def kept_weights(scores, highest, base2_scale):
+    """The weights of a row whose highest score was kept. A score above it, as the forward pass has summed in
+    another order, counts as the highest.
+    """
+    below = tl.minimum(scores - highest, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(below * base2_scale)
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """`a @ b` in float32. The interpreter has no product of bfloat16; in float32 it is the same one."""
+    """`a @ b` in float32. The interpreter sums as numpy does, which depends on the processor and on the shape
+    of a tile, and has no product of bfloat16: in float64 every kernel gets the same numbers, as on a GPU.
+    """
     if INTERPRET:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+        return tl.dot(a.to(tl.float64), b.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -104,6 +126,12 @@ def tanh_slope(a):
 def wide(index):
     """An index in 64 bits, for offsets past 2^31."""
     return tl.cast(index, tl.int64)
+
+
+@triton.jit
+def is_saturated(seen, total):
+    """Rows in which one key weighs more than all others: `total` is relative to the weight of the highest."""
+    return seen & (total < 2)
 
 
 @triton.jit

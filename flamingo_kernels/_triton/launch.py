@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from math import e, log2
 from typing import Any, TypeVar
 
 import torch
@@ -48,6 +49,11 @@ def start(kernel: Any, count: int, arguments: tuple[Any, ...], keywords: dict[st
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def base2(scale: float) -> float:
+    """A softmax's scale in base 2 and without its sign; not 0, as 0 times the -inf of a masked key is NaN."""
+    return max(abs(scale) * log2(e), 2.0**-126)
 
 
 def precision(tensor: Tensor) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .. import _env
+from .._extension import failed_build, record_of_failure
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "gpu"
@@ -30,7 +31,8 @@ class Building:
     def __init__(self, arch: str) -> None:
         self.arch, self.began = arch, time.monotonic()
         FOLDER.mkdir(parents=True, exist_ok=True)
-        LIBRARY.unlink(missing_ok=True)  # what an earlier build has left is of other sources
+        for left in (LIBRARY, record_of_failure(LIBRARY)):  # by an earlier build, of other sources
+            left.unlink(missing_ok=True)
         os.environ["FLAMINGO_KERNELS_CUDA_EXTENSION"] = _env.CUDA_EXTENSION = str(LIBRARY)
         self.log = FOLDER / "log.txt"
         wanted = {"BUILD": "cuda-alone", "CUDA_ARCHS": arch, "EMULATE": ""}
@@ -54,7 +56,7 @@ class Building:
             return f"no CUDA kernels: {NVCC} was not done in time"
         if status:
             lines = self.log.read_text().strip().splitlines() or [f"exit status {status}"]
-            return f"no CUDA kernels: {lines[-1]}"
+            return f"no CUDA kernels: {failed_build(LIBRARY) or lines[-1]}"
         return f"CUDA kernels built for sm_{self.arch} in {time.monotonic() - self.began:.0f} s"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from .. import test_stable_abi as abi
 from . import binary
 from .binary import Kernel
 
@@ -125,6 +126,28 @@ def test_the_library_needs_only_the_stable_abi():
     exported = listed("--defined-only")
     assert "flamingo_kernels_cuda_build" in exported
     assert "flamingo_kernels::" not in exported
+
+
+def test_the_library_finds_its_symbols():
+    """In what it is linked to, or in what `_cuda` opens before."""
+    abi.assert_found(library(), {"libtorch_cpu.so", "libtorch_cuda.so"})
+
+
+def test_beside_a_torch_for_cuda_it_loads(tmp_path):
+    """Which loads its libraries privately; a stub with the symbols of the list may stand in for one."""
+    torch = pytest.importorskip("torch")
+    if (Path(torch.__file__).parent / "lib" / "libtorch_cuda.so").exists():
+        folder = ""  # torch's own
+    else:
+        symbols = [name for name, where in abi.oldest().items() if where == "libtorch_cuda.so"]
+        source = "".join(f'extern "C" int {name}() {{ return 0; }}\n' for name in symbols)
+        (tmp_path / "cuda.cpp").write_text(source)
+        compiler = abi.load_setup().COMPILER
+        command = [*compiler, "-shared", "-fPIC", tmp_path / "cuda.cpp", "-o", tmp_path / "libtorch_cuda.so"]
+        subprocess.run(command, check=True)
+        folder = f"_cuda.TORCH_FOLDER = pathlib.Path({str(tmp_path)!r})\n"
+    said = python(f"import pathlib\nfrom flamingo_kernels import _cuda\n{folder}print(_cuda.why_not())")
+    assert said.strip() in ("there is no GPU that torch can use", "")
 
 
 def listed(symbols: str) -> str:

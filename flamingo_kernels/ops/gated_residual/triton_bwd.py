@@ -17,7 +17,7 @@ from ..._triton.language import tanh, tanh_slope
 from ..._triton.launch import launch
 from ..._triton.reduction import add_many_in_order
 from .config import backward, block_of_columns, parts_of, rows_of_a_part
-from .triton_fwd import load, load_gate, store, strides_of, tile_of
+from .triton_fwd import check, load, load_gate, store, strides_of, tile_of
 
 
 def gated_residual_bwd(
@@ -25,6 +25,7 @@ def gated_residual_bwd(
     y: Tensor,  # [N, D]
     gate: Tensor,  # 1 or D elements
 ) -> tuple[Tensor, Tensor]:  # dy [N, D], dgate like gate
+    check("gated_residual_bwd", "dz", dz, y, gate)
     rows, columns = y.shape
     dy = y.new_empty(y.shape)
     block = block_of_columns(columns)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._library import residual_dtype
+from ..._triton.checks import Checks
 from ..._triton.language import tanh
 from ..._triton.launch import launch
 from .config import block_of_columns, forward
@@ -20,6 +21,7 @@ def gated_residual_fwd(
     y: Tensor,  # [N, D]
     gate: Tensor,  # 1 or D elements
 ) -> Tensor:  # z [N, D]
+    check("gated_residual_fwd", "x", x, y, gate)
     rows, columns = x.shape
     z = x.new_empty(x.shape, dtype=residual_dtype(x, y, gate))
     block = block_of_columns(columns)
@@ -35,6 +37,15 @@ def gated_residual_fwd(
         UNIT=unit,
     )
     return z
+
+
+def check(operation: str, first_name: str, first: Tensor, y: Tensor, gate: Tensor) -> Checks:
+    """The branch and its gate; `first` is what has the shape of the residual."""
+    checks = Checks(operation, first_name, first, 2)
+    checks.rows(first_name, first, first.shape)
+    checks.rows("y", y, first.shape)
+    checks.parameter("gate", gate, first.shape[1], one_for_all=True)
+    return checks
 
 
 def strides_of(*tensors: Tensor) -> tuple[tuple[int, ...], int]:

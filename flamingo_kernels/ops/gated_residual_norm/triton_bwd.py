@@ -24,7 +24,7 @@ from ..._triton.launch import launch
 from ..._triton.reduction import add_many_in_order
 from ..gated_residual.config import rows_of_a_part
 from ..gated_residual.triton_bwd import gate_partials, store_gate_partial, store_partial
-from ..gated_residual.triton_fwd import load, load_gate, load_vector, store, strides_of, tile_of
+from ..gated_residual.triton_fwd import check, load, load_gate, load_vector, store, strides_of, tile_of
 from .config import BLOCK, backward, backward_means, block_of_columns, parts_of
 from .triton_fwd import mean_of
 
@@ -40,7 +40,13 @@ def gated_residual_norm_bwd(
     rstd: Tensor,  # [N]
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # dx, dy [N, D], dgate like gate, dweight, dbias [D]
+    checks = check("gated_residual_norm_bwd", "z", z, y, gate)
     rows, columns = z.shape
+    for name, tensor in (("dz", dz), ("dn", dn)):
+        checks.rows_like_first(name, tensor, z.shape)
+    checks.parameter("weight", weight, columns)
+    for name, tensor in (("mean", mean), ("rstd", rstd)):
+        checks.whole(name, tensor, (rows,), torch.float32)
     per_channel = gate.numel() > 1
     block = block_of_columns(columns, per_channel)
     blocks = triton.cdiv(columns, block)

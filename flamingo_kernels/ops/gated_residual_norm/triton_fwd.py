@@ -14,7 +14,7 @@ from torch import Tensor
 from ..._library import residual_dtype
 from ..._triton.config import device_of, power_of_two
 from ..._triton.launch import launch
-from ..gated_residual.triton_fwd import gated_sum, load_vector, store, strides_of
+from ..gated_residual.triton_fwd import check, gated_sum, load_vector, store, strides_of
 from .config import forward
 
 
@@ -27,7 +27,11 @@ def gated_residual_norm_fwd(
     eps: float,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # z [N, D], n [N, D], mean [N], rstd [N]
+    checks = check("gated_residual_norm_fwd", "x", x, y, gate)
     rows, columns = x.shape
+    checks.parameter("weight", weight, columns)
+    if bias is not None:
+        checks.parameter("bias", bias, columns)
     z = x.new_empty(x.shape, dtype=residual_dtype(x, y, gate))
     n = torch.empty_like(z)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))

@@ -3,6 +3,8 @@
     P = softmax(scale q k^T),  delta = rowsum(dout out),  dS = P (dout v^T - delta)
     dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout
 
+Rows in which one key weighs more than all others have delta = rowsum(P dP), by a pass over the keys before.
+
 one shot    A program has a medium of one head. k, v, dk and dv stay with it while it goes through the rows
             that see the medium. They see no other, so it makes their softmax anew, needs neither out nor sums
             that were kept, and writes their dq, once.
@@ -29,17 +31,20 @@ from ..._triton.config import device_of, power_of_two, splits
 from ..._triton.language import (
     dot,
     head_of,
+    is_saturated,
+    kept_weights,
     load_head,
     load_rows,
     load_softmax,
     load_tile,
+    power_below,
     row_dot,
     row_of,
     store_rows,
     store_tile,
     wide,
 )
-from ..._triton.launch import launch, precision
+from ..._triton.launch import base2, launch, precision
 from ..._triton.reduction import add_in_order
 from .config import (
     AVERAGES,
@@ -50,7 +55,17 @@ from .config import (
     block_of_latents,
     is_one_shot,
 )
-from .triton_fwd import SIZES, keys_of, load_latents, media_of, scores_of, spans_of, tile_of, tiles_seen
+from .triton_fwd import (
+    SIZES,
+    check,
+    keys_of,
+    load_latents,
+    media_of,
+    scores_of,
+    spans_of,
+    tile_of,
+    tiles_seen,
+)
 
 
 def masked_cross_attention_bwd(
@@ -68,23 +83,27 @@ def masked_cross_attention_bwd(
     averages: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dq [B, T, H, d], dk and dv [B, M, R, Hkv, d]
+    checks = check("masked_cross_attention_bwd", q, k, v, lo, hi, start, stop)
     batch, length, heads, head_dim = q.shape
     _, media, latents, kv_heads, _ = k.shape
+    one_shot = is_one_shot(immediate, latents, head_dim, q.dtype)
+    checks.rows_like_first("dout", dout, q.shape)
+    checks.whole("out", out, q.shape, q.dtype)
+    checks.whole("softmax", softmax, (2, batch, heads, 0 if one_shot else length), torch.float32)
     dq, dk, dv = (tensor.new_empty(tensor.shape) for tensor in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
 
-    one_shot = is_one_shot(immediate, latents, head_dim, q.dtype)
     block_r = block_of_latents(one_shot, latents, head_dim, q.dtype)
     static = Static(latents, head_dim, q.dtype, length <= FEW_ROWS, device_of(q.device))
-    lo, hi, start, stop = (tensor.contiguous() for tensor in (lo, hi, start, stop))
     inputs = (q, k, v, dout, q.stride()[:3], k.stride()[:4], v.stride()[:4], dout.stride()[:3], lo, hi)
-    sizes = (length, media, heads, heads // kv_heads, scale * math.log2(math.e))
+    sizes = (length, media, heads, heads // kv_heads, base2(scale))
     constants = {
         "R": latents,
         "D": head_dim,
         "BLOCK_R": block_r,
         "COLUMNS": power_of_two(head_dim),
+        "SIGN": math.copysign(1, scale),
         "PRECISION": precision(q),
     }
 
@@ -153,6 +172,7 @@ def _one_shot_kernel(
     BLOCK_R: tl.constexpr,
     COLUMNS: tl.constexpr,
     AVERAGES: tl.constexpr,
+    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -165,20 +185,20 @@ def _one_shot_kernel(
 
     dkeys = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
     dvalues = first_dvalues(share, batch, kv_head, part, kv_heads, BLOCK_R, D, COLUMNS, AVERAGES)
-    begin, after = part_of(start, stop, batch * M + medium, part, parts, BLOCK_T)
+    begin, after = part_of(start, stop, batch * M + medium, part, parts, T, BLOCK_T)
     for index in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         head = wide(index)
         q_head = head_of(q, q_strides, batch, head)
         dout_head = head_of(dout, dout_strides, batch, head)
         for at in range(begin, after, BLOCK_T):
             rows = at + tl.arange(0, BLOCK_T)
-            first, end = spans_of(lo, hi, batch, rows, T)
+            first, end = spans_of(lo, hi, batch, rows, T, M)
             here = (first <= medium) & (medium < end) & (rows < after)
             queries = load_tile(q_head, rows, q_strides[1], here, D, COLUMNS)
             douts = load_tile(dout_head, rows, dout_strides[1], here, D, COLUMNS)
 
-            scores = scores_of(queries, keys, inside, base2_scale, PRECISION)  # [BLOCK_T, BLOCK_R]
-            weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
+            scores = scores_of(queries, keys, inside, SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
+            weights = power_below(scores, tl.max(scores, 1)[:, None], base2_scale)
             weights = weights / tl.sum(weights, 1)[:, None]
             dweights = dot(douts, tl.trans(values), PRECISION)
             difference = dweights - tl.sum(weights * dweights, 1)[:, None]
@@ -193,7 +213,7 @@ def _one_shot_kernel(
     store_keys(dk, dkeys * scale, batch, medium, latents, kv_head, part, B, M, R, kv_heads, D, COLUMNS)
     store_keys(dv, dvalues, batch, medium, latents, kv_head, part, B, M, R, kv_heads, D, COLUMNS)
     clear_blind_rows(
-        dq, lo, hi, batch, medium * parts + part, M * parts, kv_head, T, H, GROUP, D, COLUMNS, BLOCK_T
+        dq, lo, hi, batch, medium * parts + part, M * parts, kv_head, T, M, H, GROUP, D, COLUMNS, BLOCK_T
     )
 
 
@@ -224,28 +244,45 @@ def _rows_kernel(
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     batch, rows, head = tile_of(T, H, BLOCK_T)
-    first, end = spans_of(lo, hi, batch, rows, T)
+    first, end = spans_of(lo, hi, batch, rows, T, M)
     sees = first < end
     k = media_of(k, k_strides, batch, head // GROUP)
     v = media_of(v, v_strides, batch, head // GROUP)
     queries = load_head(q, q_strides, batch, rows, head, sees, D, COLUMNS)
     douts = load_head(dout, dout_strides, batch, rows, head, sees, D, COLUMNS)
     deltas = row_dot(douts, load_rows(out, batch, rows, head, sees, T, H, D, COLUMNS))
+    highest, total = load_softmax(softmax_max, softmax_sum, batch, rows, head, sees, T, H, SIGN)
+    begin, after = tiles_seen(first, end, R, BLOCK_R)
+
+    saturated = is_saturated(sees, total)
+    highest, total = highest[:, None], total[:, None]
+    if (
+        tl.max(saturated.to(tl.int32)) > 0
+    ):  # there dP cancels against delta: from the rounded out it would not
+        sums = tl.zeros([BLOCK_T], tl.float32)
+        for tile in range(begin, after):
+            medium, latents = keys_of(tile, R, BLOCK_R)
+            keys = load_latents(k, k_strides, medium, latents, R, D, COLUMNS)
+            values = load_latents(v, v_strides, medium, latents, R, D, COLUMNS)
+            scores = scores_of(queries, keys, latents < R, SIGN, PRECISION)
+            weights = kept_weights(scores, highest, base2_scale) / total
+            added = tl.sum(weights * dot(douts, tl.trans(values), PRECISION), 1)
+            sums = tl.where((first <= medium) & (medium < end), sums + added, sums)
+        deltas = tl.where(saturated, sums, deltas)
     tl.store(delta + row_of(batch, rows, head, T, H), deltas, mask=rows < T)
-    highest, total = load_softmax(softmax_max, softmax_sum, batch, rows, head, sees, T, H)
 
     dqueries = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
-    begin, after = tiles_seen(first, end, R, BLOCK_R)
     for tile in range(begin, after):
         medium, latents = keys_of(tile, R, BLOCK_R)
         keys = load_latents(k, k_strides, medium, latents, R, D, COLUMNS)
         values = load_latents(v, v_strides, medium, latents, R, D, COLUMNS)
-        scores = scores_of(queries, keys, latents < R, base2_scale, PRECISION)  # [BLOCK_T, BLOCK_R]
-        weights = tl.exp2(scores - highest[:, None]) / total[:, None]
+        scores = scores_of(queries, keys, latents < R, SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
+        weights = kept_weights(scores, highest, base2_scale) / total
         dscores = weights * (dot(douts, tl.trans(values), PRECISION) - deltas[:, None])
         here = (first <= medium) & (medium < end)
         added = dqueries + dot(dscores.to(keys.dtype), keys, PRECISION)
@@ -287,6 +324,7 @@ def _keys_kernel(
     BLOCK_R: tl.constexpr,
     COLUMNS: tl.constexpr,
     AVERAGES: tl.constexpr,
+    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -299,22 +337,23 @@ def _keys_kernel(
 
     dkeys = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
     dvalues = first_dvalues(share, batch, kv_head, part, kv_heads, BLOCK_R, D, COLUMNS, AVERAGES)
-    begin, after = part_of(start, stop, batch * M + medium, part, parts, BLOCK_T)
+    begin, after = part_of(start, stop, batch * M + medium, part, parts, T, BLOCK_T)
     for index in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         head = wide(index)
         q_head = head_of(q, q_strides, batch, head)
         dout_head = head_of(dout, dout_strides, batch, head)
         for at in range(begin, after, BLOCK_T):
             rows = at + tl.arange(0, BLOCK_T)
-            first, end = spans_of(lo, hi, batch, rows, T)
+            first, end = spans_of(lo, hi, batch, rows, T, M)
             here = (first <= medium) & (medium < end) & (rows < after)
             queries = load_tile(q_head, rows, q_strides[1], here, D, COLUMNS)
             douts = load_tile(dout_head, rows, dout_strides[1], here, D, COLUMNS)
-            highest, total = load_softmax(softmax_max, softmax_sum, batch, rows, head, here, T, H)
+            highest, total = load_softmax(softmax_max, softmax_sum, batch, rows, head, here, T, H, SIGN)
             deltas = tl.load(delta + row_of(batch, rows, head, T, H), mask=here, other=0.0)
 
-            scores = scores_of(queries, keys, inside, base2_scale, PRECISION)  # [BLOCK_T, BLOCK_R]
-            weights = tl.where(here[:, None], tl.exp2(scores - highest[:, None]) / total[:, None], 0.0)
+            scores = scores_of(queries, keys, inside, SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
+            weights = kept_weights(scores, highest[:, None], base2_scale) / total[:, None]
+            weights = tl.where(here[:, None], weights, 0.0)
             dweights = dot(douts, tl.trans(values), PRECISION)
             dscores = tl.where(here[:, None], weights * (dweights - deltas[:, None]), 0.0)
             dvalues += dot(tl.trans(weights.to(douts.dtype)), douts, PRECISION)
@@ -341,9 +380,9 @@ def tile_of_keys(B, kv_heads, parts):
 
 
 @triton.jit
-def part_of(start, stop, at, part, parts, BLOCK_T: tl.constexpr):
+def part_of(start, stop, at, part, parts, T, BLOCK_T: tl.constexpr):
     """The rows this program goes through: its part of those from the first to the last that see a medium."""
-    begin, after = tl.load(start + at), tl.load(stop + at)
+    begin, after = tl.maximum(tl.load(start + at), 0), tl.minimum(tl.load(stop + at), T)
     each = tl.cdiv(tl.cdiv(after - begin, parts), BLOCK_T) * BLOCK_T
     return begin + part * each, tl.minimum(begin + (part + 1) * each, after)
 
@@ -401,6 +440,7 @@ def clear_blind_rows(
     slices,
     kv_head,
     T,
+    M,
     H,
     GROUP,
     D: tl.constexpr,
@@ -412,7 +452,7 @@ def clear_blind_rows(
     after = tl.minimum((slice + 1) * each, T)
     for at in range(slice * each, after, BLOCK_T):
         rows = at + tl.arange(0, BLOCK_T)
-        first, end = spans_of(lo, hi, batch, rows, T)
+        first, end = spans_of(lo, hi, batch, rows, T, M)
         blind = (first >= end) & (rows < after)
         for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
             zeros = tl.zeros([BLOCK_T, COLUMNS], tl.float32)

@@ -20,9 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._triton.checks import Checks
 from ..._triton.config import device_of, power_of_two
-from ..._triton.language import dot, load_head, load_tile, store_rows, store_softmax, wide
-from ..._triton.launch import launch, precision
+from ..._triton.language import (
+    LOWEST,
+    dot,
+    load_head,
+    load_tile,
+    power_below,
+    store_rows,
+    store_softmax,
+    wide,
+)
+from ..._triton.launch import base2, launch, precision
 from .config import FEW_ROWS, Static, block_of_latents, forward, is_one_shot
 
 
@@ -38,6 +48,7 @@ def masked_cross_attention_fwd(
     averages: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # out [B, T, H, d], softmax [2, B, H, T]
+    check("masked_cross_attention_fwd", q, k, v, lo, hi, start, stop)
     batch, length, heads, head_dim = q.shape
     _, media, latents, kv_heads, _ = k.shape
     one_shot = is_one_shot(immediate, latents, head_dim, q.dtype)
@@ -47,17 +58,36 @@ def masked_cross_attention_fwd(
         _one_shot_kernel if one_shot else _spans_kernel,
         lambda config: batch * triton.cdiv(length, config.block_t) * heads,
         forward(Static(latents, head_dim, q.dtype, length <= FEW_ROWS, device_of(q.device))),
-        *(q, k, v, out, *softmax, lo.contiguous(), hi.contiguous()),
+        *(q, k, v, out, *softmax, lo, hi),
         *(q.stride()[:3], k.stride()[:4], v.stride()[:4]),
-        *(length, media, heads, heads // kv_heads, scale * math.log2(math.e)),
+        *(length, media, heads, heads // kv_heads, base2(scale)),
         R=latents,
         D=head_dim,
         BLOCK_R=block_of_latents(one_shot, latents, head_dim, q.dtype),
         COLUMNS=power_of_two(head_dim),
         AVERAGES=averages,
+        SIGN=math.copysign(1, scale),
         PRECISION=precision(q),
     )
     return out, softmax
+
+
+def check(
+    operation: str, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, start: Tensor, stop: Tensor
+) -> Checks:
+    checks = Checks(operation, "q", q, 4)
+    checks.dimensions("k", k, 5)
+    batch, length, heads, head_dim = q.shape
+    _, media, latents, kv_heads, _ = k.shape
+    checks.rows("q", q, (batch, length, heads, head_dim))
+    checks.rows_like_first("k", k, (batch, media, latents, kv_heads, head_dim))
+    checks.rows_like_first("v", v, (batch, media, latents, kv_heads, head_dim))
+    checks.head_groups(heads, kv_heads)
+    for name, span in (("lo", lo), ("hi", hi)):
+        checks.whole(name, span, (batch, length), torch.int32)
+    for name, span in (("start", start), ("stop", stop)):
+        checks.whole(name, span, (batch, media), torch.int32)
+    return checks
 
 
 SIZES = ["T", "M", "H", "GROUP"]
@@ -81,17 +111,18 @@ def _one_shot_kernel(
     M,
     H,
     GROUP,
-    scale,
+    base2_scale,
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     COLUMNS: tl.constexpr,
     AVERAGES: tl.constexpr,
+    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     batch, rows, head = tile_of(T, H, BLOCK_T)
-    first, end = spans_of(lo, hi, batch, rows, T)  # [BLOCK_T] each
+    first, end = spans_of(lo, hi, batch, rows, T, M)  # [BLOCK_T] each
     sees = first < end
     k = media_of(k, k_strides, batch, head // GROUP)
     v = media_of(v, v_strides, batch, head // GROUP)
@@ -104,8 +135,8 @@ def _one_shot_kernel(
     while medium < NOWHERE:
         keys = load_latents(k, k_strides, medium, latents, R, D, COLUMNS)
         values = load_latents(v, v_strides, medium, latents, R, D, COLUMNS)
-        scores = scores_of(queries, keys, latents < R, scale, PRECISION)  # [BLOCK_T, BLOCK_R]
-        weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
+        scores = scores_of(queries, keys, latents < R, SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
+        weights = power_below(scores, tl.max(scores, 1)[:, None], base2_scale)
         here = sees & (first == medium)
         total = tl.where(here, tl.sum(weights, 1), total)
         product = tl.where(here[:, None], dot(weights.to(values.dtype), values, PRECISION), product)
@@ -134,17 +165,18 @@ def _spans_kernel(
     M,
     H,
     GROUP,
-    scale,
+    base2_scale,
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     COLUMNS: tl.constexpr,
     AVERAGES: tl.constexpr,
+    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     batch, rows, head = tile_of(T, H, BLOCK_T)
-    first, end = spans_of(lo, hi, batch, rows, T)  # [BLOCK_T] each
+    first, end = spans_of(lo, hi, batch, rows, T, M)  # [BLOCK_T] each
     sees = first < end
     k = media_of(k, k_strides, batch, head // GROUP)
     v = media_of(v, v_strides, batch, head // GROUP)
@@ -152,17 +184,17 @@ def _spans_kernel(
 
     product = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
-    highest = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    highest = tl.full([BLOCK_T], LOWEST, tl.float32)
     begin, after = tiles_seen(first, end, R, BLOCK_R)
     for tile in range(begin, after):
         medium, latents = keys_of(tile, R, BLOCK_R)
         keys = load_latents(k, k_strides, medium, latents, R, D, COLUMNS)
         values = load_latents(v, v_strides, medium, latents, R, D, COLUMNS)
-        scores = scores_of(queries, keys, latents < R, scale, PRECISION)  # [BLOCK_T, BLOCK_R]
+        scores = scores_of(queries, keys, latents < R, SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
         here = (first <= medium) & (medium < end)
         higher = tl.where(here, tl.maximum(highest, tl.max(scores, 1)), highest)
-        shrink = tl.exp2(highest - higher)
-        weights = tl.exp2(scores - higher[:, None])
+        shrink = power_below(highest, higher, base2_scale)
+        weights = power_below(scores, higher[:, None], base2_scale)
         added = product * shrink[:, None] + dot(weights.to(values.dtype), values, PRECISION)
         total = tl.where(here, total * shrink + tl.sum(weights, 1), total)
         product = tl.where(here[:, None], added, product)
@@ -170,7 +202,7 @@ def _spans_kernel(
 
     highest = tl.where(sees, highest, 0.0)
     total = tl.where(sees, total, 1.0)
-    store_softmax(softmax_max, softmax_sum, batch, rows, head, highest, total, T, H)
+    store_softmax(softmax_max, softmax_sum, batch, rows, head, highest, total, T, H, SIGN)
     product = product / total[:, None]
     if AVERAGES:
         product = average_blind_rows(product, end, v, v_strides, M, R, D, BLOCK_R, COLUMNS)
@@ -189,10 +221,11 @@ def tile_of(T, H, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def spans_of(lo, hi, batch, rows, T):
+def spans_of(lo, hi, batch, rows, T, M):
     """The first medium that each row sees, and the one after its last; rows beyond the text see none."""
     at = batch * T + rows
-    return tl.load(lo + at, mask=rows < T, other=0), tl.load(hi + at, mask=rows < T, other=0)
+    first = tl.load(lo + at, mask=rows < T, other=0)
+    return tl.maximum(first, 0), tl.minimum(tl.load(hi + at, mask=rows < T, other=0), M)
 
 
 @triton.jit
@@ -223,9 +256,9 @@ def load_latents(media, strides, medium, latents, R: tl.constexpr, D: tl.constex
 
 
 @triton.jit
-def scores_of(queries, keys, inside, scale, PRECISION: tl.constexpr):  # [BLOCK_T, BLOCK_R]
-    scores = dot(queries, tl.trans(keys), PRECISION) * scale
-    return tl.where(inside[None, :], scores, float("-inf"))
+def scores_of(queries, keys, inside, SIGN: tl.constexpr, PRECISION: tl.constexpr):  # [BLOCK_T, BLOCK_R]
+    """Scores, not scaled yet, turned so that the highest weighs the most; -inf where there is no key."""
+    return tl.where(inside[None, :], dot(queries, tl.trans(keys), PRECISION) * SIGN, float("-inf"))
 
 
 @triton.jit

@@ -3,6 +3,8 @@
     P = softmax(scale q k^T),  delta = rowsum(dout out),  dS = P (dout v^T - delta)
     dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout
 
+Rows in which one key weighs more than all others have delta = rowsum(P dP), by a pass over the keys before.
+
 One kernel keeps queries and goes through the keys, media then latents, for dq. Where it keeps all queries of
 a head, and no other head shares the keys, it writes dk and dv of every key on the way. Elsewhere a second
 kernel keeps keys and goes through the queries. Where there are too few programs to fill the device the keys
@@ -22,12 +24,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton.config import device_of, power_of_two
-from ..._triton.language import dot, load_head, load_rows, load_softmax, row_dot, row_of, store_rows
-from ..._triton.launch import launch, precision
+from ..._triton.language import (
+    dot,
+    is_saturated,
+    kept_weights,
+    load_head,
+    load_rows,
+    load_softmax,
+    row_dot,
+    row_of,
+    store_rows,
+)
+from ..._triton.launch import base2, launch, precision
 from ..._triton.reduction import add_in_order
 from .config import Tiles, backward_keys, backward_queries, is_whole, parts_of
 from .triton_fwd import (
     SIZES,
+    check,
     keys_of,
     length_of,
     load_keys,
@@ -49,8 +62,12 @@ def perceiver_attention_bwd(
     media_lengths: Tensor | None,  # [N]
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # dq, dk_media, dv_media, dk_latents, dv_latents
+    checks = check("perceiver_attention_bwd", q, k_media, v_media, k_latents, v_latents, media_lengths)
     clips, queries, heads, head_dim = q.shape
     features, latents, kv_heads = k_media.shape[1], k_latents.shape[1], k_media.shape[2]
+    checks.rows_like_first("dout", dout, q.shape)
+    checks.whole("out", out, q.shape, q.dtype)
+    checks.whole("softmax", softmax, (2, clips, heads, queries), torch.float32)
     inputs = (q, k_media, v_media, k_latents, v_latents)
     fresh = q.new_empty if q.numel() else q.new_zeros
     dq, dk_media, dv_media, dk_latents, dv_latents = (fresh(tensor.shape) for tensor in inputs)
@@ -60,8 +77,13 @@ def perceiver_attention_bwd(
     group, device = heads // kv_heads, device_of(q.device)
     whole = is_whole(queries, head_dim, q.dtype, group)
     delta = softmax.new_empty(softmax.shape[1:])
-    scales = (scale, scale * math.log2(math.e))
-    constants = {"D": head_dim, "COLUMNS": power_of_two(head_dim), "PRECISION": precision(q)}
+    scales = (scale, base2(scale))
+    constants = {
+        "D": head_dim,
+        "COLUMNS": power_of_two(head_dim),
+        "SIGN": math.copysign(1, scale),
+        "PRECISION": precision(q),
+    }
 
     def programs(tiles: Tiles) -> int:
         return clips * triton.cdiv(queries, tiles.block_queries) * heads
@@ -128,6 +150,7 @@ def _queries_kernel(
     base2_scale,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
@@ -138,23 +161,35 @@ def _queries_kernel(
     queries = load_head(q, q_strides, clip, rows, head, inside, D, COLUMNS)
     douts = load_head(dout, dout_strides, clip, rows, head, inside, D, COLUMNS)
     deltas = row_dot(douts, load_rows(out, clip, rows, head, inside, R, H, D, COLUMNS))
-    highest, total = load_softmax(softmax_max, softmax_sum, clip, rows, head, inside, R, H)
+    highest, total = load_softmax(softmax_max, softmax_sum, clip, rows, head, inside, R, H, SIGN)
+    highest, share = highest[:, None], 1 / total[:, None]
+    length = length_of(media_lengths, clip, S)
+
+    saturated = is_saturated(inside, total)
+    if (
+        tl.max(saturated.to(tl.int32)) > 0
+    ):  # there dP cancels against delta: from the rounded out it would not
+        sums = tl.zeros([BLOCK_QUERIES], tl.float32)
+        for block in range(0, tl.cdiv(length, BLOCK_KEYS) + tl.cdiv(L, BLOCK_KEYS)):
+            media, at, real = keys_of(block, length, L, BLOCK_KEYS)
+            keys = load_keys(k, k_strides, media, clip, at, head // GROUP, real, D, COLUMNS)
+            values = load_keys(v, v_strides, media, clip, at, head // GROUP, real, D, COLUMNS)
+            scores = dot(queries, tl.trans(keys), PRECISION) * SIGN
+            seen = inside[:, None] & real[None, :]
+            weights = kept_weights(tl.where(seen, scores, float("-inf")), highest, base2_scale) * share
+            sums += tl.sum(weights * dot(douts, tl.trans(values), PRECISION), 1)
+        deltas = tl.where(saturated, sums, deltas)
 
     dqueries = tl.zeros([BLOCK_QUERIES, COLUMNS], tl.float32)
-    length = length_of(media_lengths, clip, S)
     begin, end = part_of_keys(part, parts, length, L, BLOCK_KEYS)
     for block in range(begin, end):
         media, at, real = keys_of(block, length, L, BLOCK_KEYS)
         keys = load_keys(k, k_strides, media, clip, at, head // GROUP, real, D, COLUMNS)
         values = load_keys(v, v_strides, media, clip, at, head // GROUP, real, D, COLUMNS)
-        weights, dscores = differentiate(
-            dot(queries, tl.trans(keys), PRECISION) * base2_scale,
-            dot(douts, tl.trans(values), PRECISION),
-            inside[:, None] & real[None, :],
-            highest[:, None],
-            1 / total[:, None],
-            deltas[:, None],
-        )
+        scores = dot(queries, tl.trans(keys), PRECISION) * SIGN
+        seen = inside[:, None] & real[None, :]
+        weights = kept_weights(tl.where(seen, scores, float("-inf")), highest, base2_scale) * share
+        dscores = weights * (dot(douts, tl.trans(values), PRECISION) - deltas[:, None])
         weights, dscores = weights.to(values.dtype), dscores.to(keys.dtype)
         if WHOLE:  # turned around, so that the first factor is what is kept: it takes the fewest registers
             dkeys = tl.trans(dot(tl.trans(queries), dscores, PRECISION)) * scale
@@ -198,6 +233,7 @@ def _keys_kernel(
     base2_scale,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -218,16 +254,13 @@ def _keys_kernel(
         inside = rows < R
         queries = load_head(q, q_strides, clip, rows, head, inside, D, COLUMNS)
         douts = load_head(dout, dout_strides, clip, rows, head, inside, D, COLUMNS)
-        highest, total = load_softmax(softmax_max, softmax_sum, clip, rows, head, inside, R, H)
+        highest, total = load_softmax(softmax_max, softmax_sum, clip, rows, head, inside, R, H, SIGN)
         deltas = tl.load(delta + row_of(clip, rows, head, R, H), mask=inside, other=0.0)
-        weights, dscores = differentiate(
-            dot(keys, tl.trans(queries), PRECISION) * base2_scale,
-            dot(values, tl.trans(douts), PRECISION),
-            real[:, None] & inside[None, :],
-            highest[None, :],
-            1 / total[None, :],
-            deltas[None, :],
-        )
+        scores = dot(keys, tl.trans(queries), PRECISION) * SIGN
+        seen = real[:, None] & inside[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+        weights = kept_weights(scores, highest[None, :], base2_scale) / total[None, :]
+        dscores = weights * (dot(values, tl.trans(douts), PRECISION) - deltas[None, :])
         dkeys += dot(dscores.to(queries.dtype), queries, PRECISION)
         dvalues += dot(weights.to(douts.dtype), douts, PRECISION)
 
@@ -235,14 +268,6 @@ def _keys_kernel(
     dvalues = tl.where(real[:, None], dvalues, 0.0)
     store_rows(dk, clip, at, kv_head, dkeys, at < S, S, kv_heads, D, COLUMNS)
     store_rows(dv, clip, at, kv_head, dvalues, at < S, S, kv_heads, D, COLUMNS)
-
-
-@triton.jit
-def differentiate(scores, dweights, seen, highest, share, deltas):
-    """P and dS of a tile that may stand on either side; both are 0 where a key or a query is none."""
-    # masked before the subtraction, as in the forward pass: fused with the product it would round otherwise
-    weights = tl.exp2(tl.where(seen, scores, float("-inf")) - highest) * share
-    return weights, weights * (dweights - deltas)
 
 
 @triton.jit

@@ -19,19 +19,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._triton.checks import Checks
 from ..._triton.config import device_of, power_of_two
 from ..._triton.language import (
+    LOWEST,
     dot,
     head_of,
     load_head,
     load_rows,
     load_softmax,
     load_tile,
+    power_below,
     store_rows,
     store_softmax,
     wide,
 )
-from ..._triton.launch import launch, precision
+from ..._triton.launch import base2, launch, precision
 from .config import COMBINE, Queries, forward, parts_of
 
 
@@ -44,11 +47,12 @@ def perceiver_attention_fwd(
     media_lengths: Tensor | None,  # [N]
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # out [N, R, H, d], softmax [2, N, H, R]
+    check("perceiver_attention_fwd", q, k_media, v_media, k_latents, v_latents, media_lengths)
     clips, queries, heads, head_dim = q.shape
     features, latents, kv_heads = k_media.shape[1], k_latents.shape[1], k_media.shape[2]
     out = q.new_empty(q.shape)
     softmax = q.new_empty(2, clips, heads, queries, dtype=torch.float32)
-    columns = {"D": head_dim, "COLUMNS": power_of_two(head_dim)}
+    constants = {"D": head_dim, "COLUMNS": power_of_two(head_dim), "SIGN": math.copysign(1, scale)}
 
     def programs(tiles: Queries) -> int:
         return clips * triton.cdiv(queries, tiles.block_queries) * heads
@@ -66,14 +70,39 @@ def perceiver_attention_fwd(
         choice,
         *(q, (k_media, k_latents), (v_media, v_latents), media_lengths, outs, *softmaxes),
         *(*strides_of(q), strides_of(k_media, k_latents), strides_of(v_media, v_latents)),
-        *(clips, queries, features, latents, heads, heads // kv_heads, parts, scale * math.log2(math.e)),
-        **columns,
+        *(clips, queries, features, latents, heads, heads // kv_heads, parts, base2(scale)),
+        **constants,
         PRECISION=precision(q),
     )
     if parts > 1:
-        sizes = (clips, queries, heads, parts)
-        launch(_combine_kernel, programs, COMBINE, outs, *softmaxes, out, *softmax, *sizes, **columns)
+        sizes = (clips, queries, heads, parts, base2(scale))
+        launch(_combine_kernel, programs, COMBINE, outs, *softmaxes, out, *softmax, *sizes, **constants)
     return out, softmax
+
+
+def check(
+    operation: str,
+    q: Tensor,
+    k_media: Tensor,
+    v_media: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    media_lengths: Tensor | None,
+) -> Checks:
+    checks = Checks(operation, "q", q, 4)
+    checks.dimensions("k_media", k_media, 4)
+    checks.dimensions("k_latents", k_latents, 4)
+    clips, queries, heads, head_dim = q.shape
+    features, latents, kv_heads = k_media.shape[1], k_latents.shape[1], k_media.shape[2]
+    checks.rows("q", q, (clips, queries, heads, head_dim))
+    checks.rows_like_first("k_media", k_media, (clips, features, kv_heads, head_dim))
+    checks.rows_like_first("v_media", v_media, (clips, features, kv_heads, head_dim))
+    checks.rows_like_first("k_latents", k_latents, (clips, latents, kv_heads, head_dim))
+    checks.rows_like_first("v_latents", v_latents, (clips, latents, kv_heads, head_dim))
+    checks.head_groups(heads, kv_heads)
+    if media_lengths is not None:
+        checks.whole("media_lengths", media_lengths, (clips,), torch.int32)
+    return checks
 
 
 def strides_of(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
@@ -103,9 +132,10 @@ def _attention_kernel(
     H,
     GROUP,
     parts,
-    scale,
+    base2_scale,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -115,25 +145,25 @@ def _attention_kernel(
 
     product = tl.zeros([BLOCK_QUERIES, COLUMNS], tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
-    highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
+    highest = tl.full([BLOCK_QUERIES], LOWEST, tl.float32)
     length = length_of(media_lengths, clip, S)
     begin, end = part_of_keys(part, parts, length, L, BLOCK_KEYS)
     for block in range(begin, end):
         media, at, real = keys_of(block, length, L, BLOCK_KEYS)
         keys = load_keys(k, k_strides, media, clip, at, head // GROUP, real, D, COLUMNS)
         values = load_keys(v, v_strides, media, clip, at, head // GROUP, real, D, COLUMNS)
-        scores = dot(queries, tl.trans(keys), PRECISION) * scale
+        scores = dot(queries, tl.trans(keys), PRECISION) * SIGN
         scores = tl.where(real[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
-        shrink = power_below(highest, higher)
-        weights = power_below(scores, higher[:, None])
+        shrink = power_below(highest, higher, base2_scale)
+        weights = power_below(scores, higher[:, None], base2_scale)
         total = total * shrink + tl.sum(weights, 1)
         product = product * shrink[:, None] + dot(weights.to(values.dtype), values, PRECISION)
         highest = higher
 
     clip += part * N
     store_rows(out, clip, rows, head, product / total[:, None], rows < R, R, H, D, COLUMNS)
-    store_softmax(softmax_max, softmax_sum, clip, rows, head, highest, total, R, H)
+    store_softmax(softmax_max, softmax_sum, clip, rows, head, highest, total, R, H, SIGN)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -148,28 +178,31 @@ def _combine_kernel(
     R,
     H,
     parts,
+    base2_scale,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SIGN: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
 ):
     clip, _, rows, head = tile_of(R, H, 1, BLOCK_QUERIES)
 
     product = tl.zeros([BLOCK_QUERIES, COLUMNS], tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
-    highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
+    highest = tl.full([BLOCK_QUERIES], LOWEST, tl.float32)
     for part in range(parts):
-        part_highest, part_total = load_softmax(maxima, sums, part * N + clip, rows, head, rows < R, R, H)
+        at = part * N + clip
+        part_highest, part_total = load_softmax(maxima, sums, at, rows, head, rows < R, R, H, SIGN)
         has_keys = (rows < R) & (part_total != 0)  # without any a part has no average
-        part_out = load_rows(outs, part * N + clip, rows, head, has_keys, R, H, D, COLUMNS)
+        part_out = load_rows(outs, at, rows, head, has_keys, R, H, D, COLUMNS)
         higher = tl.maximum(highest, part_highest)
-        shrink = power_below(highest, higher)
-        weight = part_total * power_below(part_highest, higher)
+        shrink = power_below(highest, higher, base2_scale)
+        weight = part_total * power_below(part_highest, higher, base2_scale)
         total = total * shrink + weight
         product = product * shrink[:, None] + part_out * weight[:, None]
         highest = higher
 
     store_rows(out, clip, rows, head, product / total[:, None], rows < R, R, H, D, COLUMNS)
-    store_softmax(softmax_max, softmax_sum, clip, rows, head, highest, total, R, H)
+    store_softmax(softmax_max, softmax_sum, clip, rows, head, highest, total, R, H, SIGN)
 
 
 @triton.jit
@@ -191,7 +224,7 @@ def length_of(media_lengths, clip, S):
     if media_lengths is None:
         return S
     else:
-        return tl.load(media_lengths + clip)
+        return tl.minimum(tl.maximum(tl.load(media_lengths + clip), 0), S)
 
 
 @triton.jit
@@ -218,9 +251,3 @@ def load_keys(segments, strides, media, clip, keys, head, real, D: tl.constexpr,
         media, head_of(segments[0], strides[0], clip, head), head_of(segments[1], strides[1], clip, head)
     )
     return load_tile(base, keys, tl.where(media, strides[0][1], strides[1][1]), real, D, COLUMNS)
-
-
-@triton.jit
-def power_below(exponent, highest):
-    """`2 ** (exponent - highest)`; 0 where both are -inf, as in a row that has seen nothing yet."""
-    return tl.exp2(exponent - tl.where(highest == float("-inf"), 0.0, highest))
