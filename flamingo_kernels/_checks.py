@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._transforms import transform
+
 
 def expect_shape(operator: str, name: str, tensor: Tensor, expected: tuple[int | str, ...], why: str) -> None:
     """Raise ValueError unless `tensor` has the expected shape; a str in it names a free dimension."""
@@ -87,15 +89,16 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def is_recording(tensor: Tensor) -> bool:
-    """Whether what runs now will be replayed with other values, for which anything kept would be stale."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Whether what runs now stands for other values too, for which anything kept or read would be wrong."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transform():
         return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def is_eager(tensor: Tensor) -> bool:
-    """Whether the tensor has numbers, and what runs now runs once: no compiler looks on, nothing is fake."""
-    return type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    """Whether the tensor has numbers, and what runs now runs as it is: nothing is fake, traced or mapped."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and not torch.compiler.is_compiling() and not transform()
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module] | str) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda, _env, _extension, _triton
+from ._transforms import transform
 
 Reasons = Callable[..., list[str]]
 
@@ -172,6 +173,8 @@ def _kernel_reasons(why_not: str, misplaced: Callable[[Tensor], str], *tensors: 
     """What every kernel asks: that it can run here, tensors where it computes, a dtype it knows."""
     if why_not:
         return [why_not]
+    if what := transform():
+        return [f"{what} does not see into a kernel"]
     for tensor in tensors:
         if tensor is None:
             continue

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _dispatch, _library
 from .._checks import needs_grad, unit_stride
+from .._once_differentiable import once_differentiable
 from .._parts import PROJECTIONS, in_part
 from ..mask import MediaMask
 from ..ops.masked_cross_attention.api import validate
@@ -23,6 +23,7 @@ from . import norm as norms
 from .gated_linear import Linear, cast_like
 from .norm import Norm, Statistics
 
+_NAME = "gated_cross_attention"
 _FWD = _library.backends_of("masked_cross_attention_fwd")
 _BWD = _library.backends_of("masked_cross_attention_bwd")
 
@@ -187,15 +188,13 @@ class _GatedCrossAttention(torch.autograd.Function):
     def forward(ctx, how, *tensors):
         z, *kept = _forward(how, _Tensors(*tensors))
         ctx.save_for_backward(*tensors, *kept)
-        ctx.how = how
+        ctx.how, ctx.backend = how, how.backend
         return z
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dz):
+    @once_differentiable(_NAME)
+    def backward(ctx, saved, dz):
         how, wanted = ctx.how, _Tensors(*ctx.needs_input_grad[1:])
         size = len(_Tensors._fields)
-        saved = ctx.saved_tensors
         t = _Tensors(*saved[:size])
         u, out, softmax, mean, rstd, *of_q = saved[size:]
         q_norm = t.q_norm(how)

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from .._checks import expect_same_device, expect_shape, needs_grad, unit_stride
+from .._once_differentiable import once_differentiable
 from .._parts import FEED_FORWARD, in_part
 from . import gated_linear, normed_linear, reference
 from .activation import ACTIVATIONS
@@ -159,16 +159,14 @@ class _GatedFeedForward(torch.autograd.Function):
         t = _Tensors(*tensors)
         us, statistics = normed_linear.forward(t.x, t.norm(how), t.hidden)
         ctx.save_for_backward(*tensors, *statistics, *us)
-        ctx.how = how
+        ctx.how, ctx.backend = how, how.backend
         with scratch(*us[0].shape, like=us[0]) as h:
             return gated_linear.forward(t.x, _activate(how, us, into=h), t.output, t.gate, how.backend)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dz):
+    @once_differentiable(_NAME)
+    def backward(ctx, saved, dz):
         how, wanted = ctx.how, _Tensors(*ctx.needs_input_grad[1:])
         size = len(_Tensors._fields)
-        saved = ctx.saved_tensors
         t = _Tensors(*saved[:size])
         mean, rstd, *us = saved[size:]
         dz = unit_stride(dz)

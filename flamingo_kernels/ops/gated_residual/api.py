@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import _dispatch, _library
 from ..._checks import expect_floating_point, expect_same_device, expect_shape, needs_grad, unit_stride
+from ..._once_differentiable import once_differentiable
 from . import reference
 
 _NAME = "gated_residual"
@@ -85,9 +85,8 @@ class _GatedResidual(torch.autograd.Function):
         ctx.backend, ctx.dtype = backend, x.dtype
         return _FWD[backend](x, y, gate)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dz):
-        y, gate = ctx.saved_tensors
+    @once_differentiable(_NAME)
+    def backward(ctx, saved, dz):
+        y, gate = saved
         dy, dgate = _BWD[ctx.backend](unit_stride(dz), y, gate)
         return None, dz.to(ctx.dtype), dy, dgate.to(gate.dtype)

@@ -6,11 +6,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import _dispatch, _library
 from ..._checks import expect_floating_point, expect_same_device, expect_shape, needs_grad, unit_stride
 from ..gated_residual.api import expect_branch
+from ..._once_differentiable import once_differentiable
 from . import reference
 
 _NAME = "gated_residual_norm"
@@ -114,10 +114,8 @@ class _GatedResidualNorm(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         return z, n
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dz, dn):
-        saved = ctx.saved_tensors  # once: non-reentrant checkpointing recomputes them at the first access
+    @once_differentiable(_NAME)
+    def backward(ctx, saved, dz, dn):
         _, gate, weight, *_ = saved
         dz, dn = unit_stride(dz), unit_stride(dn)
         dx, dy, dgate, dweight, dbias = _BWD[ctx.backend](dz, dn, *saved, ctx.rms)

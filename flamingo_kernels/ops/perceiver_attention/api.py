@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import _dispatch, _library
 from ..._checks import (
@@ -17,6 +16,7 @@ from ..._checks import (
     needs_grad,
     unit_stride,
 )
+from ..._once_differentiable import once_differentiable
 from . import reference
 
 _NAME = "perceiver_attention"
@@ -145,8 +145,7 @@ class _PerceiverAttention(torch.autograd.Function):
         ctx.backend, ctx.scale = backend, scale
         return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        gradients = _BWD[ctx.backend](unit_stride(dout), *ctx.saved_tensors, ctx.scale)
+    @once_differentiable(_NAME)
+    def backward(ctx, saved, dout):
+        gradients = _BWD[ctx.backend](unit_stride(dout), *saved, ctx.scale)
         return None, *gradients, None, None
