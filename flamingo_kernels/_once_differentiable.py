@@ -1,4 +1,4 @@
-"""Backward passes by kernels, which have no derivative: whoever asks for one gets an error, never a wrong number."""
+"""Backward passes by kernels, which have no derivative: who asks for one gets an error, not a wrong number."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def once_differentiable(operator: str) -> Callable[[Backward], Any]:
     """Makes `backward(ctx, saved, *douts)` the backward pass of an operator whose `ctx.backend` has a kernel.
 
     torch's decorator of this name ties its error to the gradients it is given, so `torch.autograd.grad` with
-    respect to anything else goes past it. Here it stands between the result and all that the result depends on.
+    respect to anything else goes past it. Here it stands between the result and all that this depends on.
     """
 
     def decorate(backward: Backward) -> Any:
@@ -33,7 +33,7 @@ def once_differentiable(operator: str) -> Callable[[Backward], Any]:
                 return gradients
             return _Once.apply(operator, ctx.backend, len(gradients), *gradients, *douts, *saved)
 
-        return staticmethod(once)
+        return once
 
     return decorate
 

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from ... import _dispatch, _library
-from ..._checks import expect_floating_point, expect_same_device, expect_shape, needs_grad, unit_stride
+from ..._checks import (
+    as_rows,
+    expect_floating_point,
+    expect_same_device,
+    expect_shape,
+    expect_tensors,
+    needs_grad,
+    unit_stride,
+)
 from ..._once_differentiable import once_differentiable
 from . import reference
 
@@ -52,7 +60,7 @@ def gated_residual(
     backend = _dispatch.resolve(_NAME, backend, x, y, gate)
     if backend == "reference":
         return reference.gated_residual(x, y, gate.flatten() if gate.ndim > 1 else gate).contiguous()
-    rows = [unit_stride(tensor.reshape(-1, tensor.shape[-1])) for tensor in (x, y)]
+    rows = as_rows(x), as_rows(y)
     if needs_grad(x, y, gate):
         return _GatedResidual.apply(backend, *rows, gate).view(x.shape)
     return _FWD[backend](*rows, gate).view(x.shape)
@@ -64,6 +72,7 @@ def _validate(x: Tensor, y: Tensor, gate: Tensor) -> None:
 
 def expect_branch(operator: str, x: Tensor, y: Tensor, gate: Tensor) -> None:
     """The checks shared with gated_residual_norm."""
+    expect_tensors(operator, x=x, y=y, gate=gate)
     if x.ndim == 0:
         raise ValueError(f"{operator}: expected x with shape (..., D), got ().")
     expect_shape(operator, "y", y, tuple(x.shape), "to match x")
@@ -85,6 +94,7 @@ class _GatedResidual(torch.autograd.Function):
         ctx.backend, ctx.dtype = backend, x.dtype
         return _FWD[backend](x, y, gate)
 
+    @staticmethod
     @once_differentiable(_NAME)
     def backward(ctx, saved, dz):
         y, gate = saved

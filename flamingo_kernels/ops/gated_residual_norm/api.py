@@ -8,9 +8,18 @@ import torch
 from torch import Tensor
 
 from ... import _dispatch, _library
-from ..._checks import expect_floating_point, expect_same_device, expect_shape, needs_grad, unit_stride
-from ..gated_residual.api import expect_branch
+from ..._checks import (
+    as_rows,
+    expect_floating_point,
+    expect_number,
+    expect_same_device,
+    expect_shape,
+    expect_tensors,
+    needs_grad,
+    unit_stride,
+)
 from ..._once_differentiable import once_differentiable
+from ..gated_residual.api import expect_branch
 from . import reference
 
 _NAME = "gated_residual_norm"
@@ -68,13 +77,13 @@ def gated_residual_norm(
         True
     """
     _validate(x, y, gate, weight, bias, norm)
+    eps = expect_number(_NAME, "eps", eps, least=0)
     backend = _dispatch.resolve(_NAME, backend, x, y, gate, weight, bias)
     if backend == "reference":
         gate = gate.flatten() if gate.ndim > 1 else gate
         z, n = reference.gated_residual_norm(x, y, gate, weight, bias, eps, norm)
         return z.contiguous(), n.contiguous()
-    rows = [unit_stride(tensor.reshape(-1, tensor.shape[-1])) for tensor in (x, y)]
-    inputs = (*rows, gate, weight, bias, float(eps), norm == "rms")
+    inputs = (as_rows(x), as_rows(y), gate, weight, bias, eps, norm == "rms")
     if needs_grad(x, y, gate, weight, bias):
         z, n = _GatedResidualNorm.apply(backend, *inputs)
     else:
@@ -86,6 +95,7 @@ def _validate(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor |
     expect_branch(_NAME, x, y, gate)
     if norm not in ("layer", "rms"):
         raise ValueError(f"{_NAME}: norm={norm!r} is not one of 'layer', 'rms'.")
+    expect_tensors(_NAME, weight=weight, **({} if bias is None else {"bias": bias}))
     expect_shape(_NAME, "weight", weight, (x.shape[-1],), "to match x[..., D]")
     if bias is not None:
         if norm == "rms":
@@ -114,6 +124,7 @@ class _GatedResidualNorm(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         return z, n
 
+    @staticmethod
     @once_differentiable(_NAME)
     def backward(ctx, saved, dz, dn):
         _, gate, weight, *_ = saved

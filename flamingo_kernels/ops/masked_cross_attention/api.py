@@ -13,8 +13,11 @@ from ..._checks import (
     expect_same_device,
     expect_same_dtype,
     expect_shape,
+    expect_tensors,
     needs_grad,
+    scale_of,
     unit_stride,
+    without_autocast,
 )
 from ..._once_differentiable import once_differentiable
 from ...mask import MediaMask
@@ -80,12 +83,13 @@ def masked_cross_attention(
         >>> out.shape, out[:, 0].any().item()
         (torch.Size([1, 4, 8, 64]), False)
     """
+    expect_tensors(_NAME, q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
-    validate(q, k, v, mask)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    _validate(q, k, v, mask)
+    scale = scale_of(_NAME, scale, q.shape[-1])
     backend = _dispatch.resolve(_NAME, backend, q, k, v)
     if backend == "reference":
-        with torch.autocast(q.device.type, enabled=False):  # it accumulates in float32 itself
+        with without_autocast(q):  # it accumulates in float32 itself
             return reference.masked_cross_attention(q, k, v, mask, scale).contiguous()
     spans = (mask.lo, mask.hi, mask.start, mask.stop)
     averages = mask.policy == "open_flamingo"
@@ -95,25 +99,33 @@ def masked_cross_attention(
     return _FWD[backend](*inputs)[0]
 
 
-def validate(q: Tensor, k: Tensor, v: Tensor, mask: MediaMask) -> None:
-    if not isinstance(mask, MediaMask):
-        raise TypeError(
-            f"{_NAME}: expected a MediaMask, got {type(mask).__name__}; build one with "
-            "MediaMask.last_preceding(media_locations, num_media)."
-        )
+def _validate(q: Tensor, k: Tensor, v: Tensor, mask: MediaMask) -> None:
     expect_shape(_NAME, "q", q, ("B", "T", "H", "d"), "")
     batch, length, heads, head_dim = q.shape
-    expect_shape(_NAME, "k", k, (batch, "M", "R", "Hkv", head_dim), "to match q")
-    expect_shape(_NAME, "v", v, tuple(k.shape), "to match k")
-    expect_latents(_NAME, "k", k, 2)
+    expect_media(_NAME, k, v, mask, (batch, length, head_dim), of="q")
     expect_head_groups(_NAME, heads, k.shape[3])
-    expect_shape(_NAME, "a mask", mask.lo, (batch, length), "to match q[:, :T]")
-    expect_shape(_NAME, "a mask over media", mask.start, (batch, k.shape[1]), "to match k[:, :M]")
     expect_same_dtype(_NAME, q=q, k=k, v=v)
     expect_same_device(_NAME, q=q, k=k, v=v, mask=mask.lo)
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
+def expect_media(
+    operator: str, k: Tensor, v: Tensor, mask: MediaMask, sizes: tuple[int, int, int | str], of: str
+) -> None:
+    """The checks of keys, values and mask that other operators share: B, T and d are those `of` a tensor."""
+    batch, length, head_dim = sizes
+    if not isinstance(mask, MediaMask):
+        raise TypeError(
+            f"{operator}: expected a MediaMask, got {type(mask).__name__}; build one with "
+            "MediaMask.last_preceding(media_locations, num_media)."
+        )
+    expect_shape(operator, "k", k, (batch, "M", "R", "Hkv", head_dim), f"to match {of}")
+    expect_shape(operator, "v", v, tuple(k.shape), "to match k")
+    expect_latents(operator, "k", k, 2)
+    expect_shape(operator, "a mask", mask.lo, (batch, length), f"to match {of}[:, :T]")
+    expect_shape(operator, "a mask over media", mask.start, (batch, k.shape[1]), "to match k[:, :M]")
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> dict[str, int]:
     return {"R": k.shape[2], "head_dim": k.shape[4]}
 
 
@@ -135,6 +147,7 @@ class _MaskedCrossAttention(torch.autograd.Function):
         ctx.backend, ctx.options = backend, options
         return out
 
+    @staticmethod
     @once_differentiable(_NAME)
     def backward(ctx, saved, dout):
         gradients = _BWD[ctx.backend](unit_stride(dout), *saved, *ctx.options)

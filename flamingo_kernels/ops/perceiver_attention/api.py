@@ -7,14 +7,18 @@ from torch import Tensor
 
 from ... import _dispatch, _library
 from ..._checks import (
+    INTEGERS,
     autocast,
     expect_head_groups,
     expect_latents,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
+    expect_tensors,
     needs_grad,
+    scale_of,
     unit_stride,
+    without_autocast,
 )
 from ..._once_differentiable import once_differentiable
 from . import reference
@@ -53,7 +57,7 @@ def perceiver_attention(
         k_latents: keys of the latents `[N, L, Hkv, d]` (L = R in a resampler).
         v_latents: values, like k_latents.
         media_lengths: integer `[N]`, how many of the S media keys of each clip are real, between 0 and
-            S (larger counts as S). Default: all.
+            S (larger counts as S, smaller as 0). Default: all.
         scale: factor on the scores. Default: `d ** -0.5`.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
@@ -77,17 +81,19 @@ def perceiver_attention(
         >>> perceiver_attention(q, media, media, latents, latents).shape
         torch.Size([2, 64, 8, 64])
     """
-    tensors = autocast(q, k_media, v_media, k_latents, v_latents)
+    given = {"q": q, "k_media": k_media, "v_media": v_media, "k_latents": k_latents, "v_latents": v_latents}
+    expect_tensors(_NAME, **given)
+    tensors = autocast(*given.values())
     _validate(*tensors, media_lengths=media_lengths)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = scale_of(_NAME, scale, q.shape[-1])
+    if media_lengths is not None:
+        media_lengths = media_lengths.long().clamp(0, k_media.shape[1]).int()
     backend = _dispatch.resolve(_NAME, backend, *tensors)
     if backend == "reference":
-        with torch.autocast(q.device.type, enabled=False):  # it accumulates in float32 itself
+        with without_autocast(q):  # it accumulates in float32 itself
             return reference.perceiver_attention(
                 *tensors, media_lengths=media_lengths, scale=scale
             ).contiguous()
-    if media_lengths is not None:
-        media_lengths = media_lengths.clamp(0, k_media.shape[1]).int()
     inputs = (*map(unit_stride, tensors), media_lengths, scale)
     return _PerceiverAttention.apply(backend, *inputs) if needs_grad(*tensors) else _FWD[backend](*inputs)[0]
 
@@ -111,6 +117,11 @@ def _validate(
     expect_head_groups(_NAME, heads, kv_heads)
     expect_latents(_NAME, "k_latents", k_latents, 1)
     expect_same_dtype(_NAME, q=q, k_media=k_media, v_media=v_media, k_latents=k_latents, v_latents=v_latents)
+    if media_lengths is not None:
+        expect_tensors(_NAME, media_lengths=media_lengths)
+        expect_shape(_NAME, "media_lengths", media_lengths, (clips,), "to match q[:N]")
+        if media_lengths.dtype not in INTEGERS:
+            raise TypeError(f"{_NAME}: expected integer media_lengths, got {media_lengths.dtype}.")
     expect_same_device(
         _NAME,
         q=q,
@@ -120,10 +131,6 @@ def _validate(
         v_latents=v_latents,
         media_lengths=media_lengths,
     )
-    if media_lengths is not None:
-        expect_shape(_NAME, "media_lengths", media_lengths, (clips,), "to match q[:N]")
-        if media_lengths.dtype.is_floating_point or media_lengths.dtype == torch.bool:
-            raise TypeError(f"{_NAME}: expected integer media_lengths, got {media_lengths.dtype}.")
 
 
 _dispatch.register(
@@ -145,6 +152,7 @@ class _PerceiverAttention(torch.autograd.Function):
         ctx.backend, ctx.scale = backend, scale
         return out
 
+    @staticmethod
     @once_differentiable(_NAME)
     def backward(ctx, saved, dout):
         gradients = _BWD[ctx.backend](unit_stride(dout), *saved, ctx.scale)
