@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
 from typing import Any
@@ -14,6 +14,8 @@ from ._transforms import transform
 
 _FLOATING_POINT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
+_LARGEST = sys.float_info.max
+_NUMBERS: Any = (Real, torch.SymFloat, torch.SymInt)
 INTEGERS = (*_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -35,9 +37,9 @@ def expect_tensors(operator: str, **tensors: Any) -> None:
 
 def expect_number(operator: str, name: str, value: Any, least: float | None = None) -> float:
     """The value as a float; raise TypeError or ValueError unless it is finite and not below the least."""
-    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{operator}: expected {name} to be a number, got {type(value).__name__}.")
-    if not math.isfinite(value) or (least is not None and value < least):
+    if not (-_LARGEST if least is None else least) <= value <= _LARGEST:  # NaN is neither
         bound = "" if least is None else f" of at least {least}"
         raise ValueError(f"{operator}: expected {name} to be a finite number{bound}, got {value}.")
     return float(value)
@@ -45,8 +47,8 @@ def expect_number(operator: str, name: str, value: Any, least: float | None = No
 
 def expect_count(operator: str, name: str, value: Any, least: int = 0) -> int:
     """The value as an int; raise TypeError or ValueError unless it is one and not below the least."""
-    if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]
+    if isinstance(value, torch.SymInt) or torch.jit.is_tracing():
+        return value  # of the next call it is another
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(
             f"{operator}: expected {name} to be an integer, got {type(value).__name__} {value!r}."

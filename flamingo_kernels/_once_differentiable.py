@@ -1,4 +1,4 @@
-"""Backward passes by kernels, which have no derivative: who asks for one gets an error, not a wrong number."""
+"""Backward passes by kernels, which have no derivative: who asks for one gets an error, no wrong number."""
 
 from __future__ import annotations
 

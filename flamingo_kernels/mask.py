@@ -76,6 +76,11 @@ class MediaMask:
     def num_media(self) -> int:
         return self.start.shape[1]
 
+    @property
+    def spans(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """lo, hi, start and stop as the kernels read them: contiguous."""
+        return self.lo.contiguous(), self.hi.contiguous(), self.start.contiguous(), self.stop.contiguous()
+
     @classmethod
     def last_preceding(cls, media_locations: Tensor, num_media: int, *, policy: Policy = "zero") -> MediaMask:
         """Each row sees the last medium at or before it.
@@ -138,7 +143,7 @@ class MediaMask:
         _expect_policy(policy)
         num_media = expect_count("MediaMask", "num_media", num_media)
 
-        text_time = text_time.long().contiguous()  # wide enough for any number of media
+        text_time = text_time.long()  # wide enough for any number of media
         hi = text_time.clamp(0, num_media)
         lo = hi - 1 if immediate else torch.zeros_like(hi)
         seen = (text_time >= 1) & (text_time <= num_media) if immediate else hi > 0

@@ -104,12 +104,11 @@ def gated_cross_attention(
     scale = scale_of(_NAME, scale, k.shape[-1])
     parameters = (gate, norm.weight, norm.bias, *(q_norm or (None, None))[:2], *to_q, *to_out)
     backend = _dispatch.resolve("masked_cross_attention", backend, x, k, v, *parameters)
-    if backend == "reference":
+    if backend == "reference" or 0 in to_q.weight.shape:  # where there is no feature, nothing is to be fused
         return reference.gated_cross_attention(x, k, v, mask, norm, to_q, to_out, gate, q_norm, scale)
     of_q = (q_norm.eps, q_norm.rms) if q_norm else None
     how = _How(backend, scale, mask.immediate, mask.policy == "open_flamingo", norm.eps, norm.rms, of_q)
-    spans = (mask.lo, mask.hi, mask.start, mask.stop)
-    tensors = _Tensors(x, unit_stride(k), unit_stride(v), *spans, *parameters)
+    tensors = _Tensors(x, unit_stride(k), unit_stride(v), *mask.spans, *parameters)
     with torch.autocast(x.device.type, enabled=False):
         if needs_grad(*tensors):
             return _GatedCrossAttention.apply(how, *tensors)

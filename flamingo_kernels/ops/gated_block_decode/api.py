@@ -119,7 +119,8 @@ def gated_block_decode(
     heads = weights.to_q.shape[0] // k.shape[-1]
     options = (heads, scale, eps, ACTIVATIONS.index(activation))
     run = torch.ops.flamingo_kernels.gated_block_decode.cuda
-    return run(x, k, v, mask.lo, mask.hi, *weights, *options)
+    lo, hi, *_ = mask.spans
+    return run(x, k, v, lo, hi, *weights, *options)
 
 
 def _validate(

@@ -91,9 +91,8 @@ def masked_cross_attention(
     if backend == "reference":
         with without_autocast(q):  # it accumulates in float32 itself
             return reference.masked_cross_attention(q, k, v, mask, scale).contiguous()
-    spans = (mask.lo, mask.hi, mask.start, mask.stop)
     averages = mask.policy == "open_flamingo"
-    inputs = (unit_stride(q), unit_stride(k), unit_stride(v), *spans, mask.immediate, averages, scale)
+    inputs = (unit_stride(q), unit_stride(k), unit_stride(v), *mask.spans, mask.immediate, averages, scale)
     if needs_grad(q, k, v):
         return _MaskedCrossAttention.apply(backend, *inputs)
     return _FWD[backend](*inputs)[0]
