@@ -39,10 +39,11 @@ def expect_number(operator: str, name: str, value: Any, least: float | None = No
     """The value as a float; raise TypeError or ValueError unless it is finite and not below the least."""
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{operator}: expected {name} to be a number, got {type(value).__name__}.")
-    if not (-_LARGEST if least is None else least) <= value <= _LARGEST:  # NaN is neither
+    number = float(value)
+    if not (-_LARGEST if least is None else least) <= number <= _LARGEST:  # NaN is neither
         bound = "" if least is None else f" of at least {least}"
         raise ValueError(f"{operator}: expected {name} to be a finite number{bound}, got {value}.")
-    return float(value)
+    return number
 
 
 def expect_count(operator: str, name: str, value: Any, least: int = 0) -> int:

@@ -9,23 +9,30 @@ from typing import Any
 import torch
 
 from ._dispatch import UnsupportedError
-from ._transforms import has_tangent
+from ._transforms import has_tangent, is_batched
 
 Backward = Callable[..., tuple[Any, ...]]
 
 
-def once_differentiable(operator: str) -> Callable[[Backward], Any]:
+def once_differentiable(operator: str, batched: bool = True) -> Callable[[Backward], Any]:
     """Makes `backward(ctx, saved, *douts)` the backward pass of an operator whose `ctx.backend` has a kernel.
 
     torch's decorator of this name ties its error to the gradients it is given, so `torch.autograd.grad` with
     respect to anything else goes past it. Here it stands between the result and all that this depends on.
+
+    Args:
+        operator: its name.
+        batched: whether `is_grads_batched=True` may call it; not if it writes into memory at hand.
     """
 
     def decorate(backward: Backward) -> Any:
         @functools.wraps(backward)
         def once(ctx: Any, *douts: Any) -> Any:
-            if any(map(has_tangent, douts)):
-                raise _refusal(operator, ctx.backend)
+            if not torch.compiler.is_compiling():
+                if any(map(has_tangent, douts)):
+                    raise _refusal(operator, ctx.backend, "cannot be differentiated again")
+                if not batched and any(map(is_batched, douts)):
+                    raise _refusal(operator, ctx.backend, "cannot be computed for a batch of them")
             saved = ctx.saved_tensors  # once: non-reentrant checkpointing recomputes them at the first access
             with torch.no_grad():
                 gradients = backward(ctx, saved, *douts)
@@ -48,12 +55,12 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise _refusal(ctx.operator, ctx.backend)
+        raise _refusal(ctx.operator, ctx.backend, "cannot be differentiated again")
 
 
-def _refusal(operator: str, backend: str) -> UnsupportedError:
+def _refusal(operator: str, backend: str, what: str) -> UnsupportedError:
     reason = (
-        f'the gradients of backend="{backend}" cannot be differentiated again; call it with '
-        'backend="reference", or a model under use_backend("reference")'
+        f'the gradients of backend="{backend}" {what}; call it with backend="reference", or a model under '
+        'use_backend("reference")'
     )
     return UnsupportedError(f"{operator}: {reason}.", {backend: [reason]})

@@ -15,6 +15,11 @@ def transform() -> str:
     return "forward-mode differentiation" if forward_ad._current_level >= 0 else ""
 
 
+def is_batched(tensor: Tensor | None) -> bool:
+    """Whether `is_grads_batched=True` made this gradient, which `transform` does not notice."""
+    return tensor is not None and torch._C._dispatch_keys(tensor).has("Batched")
+
+
 def has_tangent(tensor: Tensor | None) -> bool:
     """Whether forward-mode differentiation follows this tensor."""
     in_forward_mode = tensor is not None and forward_ad._current_level >= 0

@@ -84,8 +84,9 @@ def gated_cross_attention(
     Raises:
         ValueError, TypeError, UnsupportedError: as `masked_cross_attention` and `gated_residual`.
 
-    Limits: those of `masked_cross_attention`. Differentiable once in every tensor. As deterministic as the
-    matrix products of torch. Autocast does not reach into it.
+    Limits: those of `masked_cross_attention`. Differentiable once in every tensor; for second derivatives:
+    backend="reference", as there. As deterministic as the matrix products of torch. Autocast does not reach
+    into it.
 
     Source: Flamingo (arXiv 2204.14198), sections 2.2 and 2.3.
 
@@ -238,7 +239,7 @@ class _GatedCrossAttention(torch.autograd.Function):
         return z
 
     @staticmethod
-    @once_differentiable(_NAME)
+    @once_differentiable(_NAME, batched=False)
     def backward(ctx, saved, dz):
         how, wanted = ctx.how, _Tensors(*ctx.needs_input_grad[1:])
         size = len(_Tensors._fields)

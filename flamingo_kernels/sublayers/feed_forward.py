@@ -71,10 +71,12 @@ def gated_feed_forward(
 
     Raises:
         ValueError: shapes or devices that do not fit, or an unknown activation.
+        TypeError: parts that are no Norm, Linear or dense floating-point tensor.
         UnsupportedError: the requested backend cannot run these inputs.
 
-    Limits: differentiable once in every tensor. As deterministic as the matrix products of torch. Autocast
-    does not reach into it. On a CPU a thread keeps memory for one hidden layer from call to call.
+    Limits: differentiable once in every tensor; for second derivatives: backend="reference", which "auto"
+    takes under torch.func's transforms and in forward mode. As deterministic as the matrix products of torch.
+    Autocast does not reach into it. On a CPU a thread keeps memory for one hidden layer from call to call.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2 and figure 4; SwiGLU: arXiv 2002.05202.
 
@@ -185,7 +187,7 @@ class _GatedFeedForward(torch.autograd.Function):
             return gated_linear.forward(t.x, _activate(how, us, into=h), t.output, t.gate, how.backend)
 
     @staticmethod
-    @once_differentiable(_NAME)
+    @once_differentiable(_NAME, batched=False)
     def backward(ctx, saved, dz):
         how, wanted = ctx.how, _Tensors(*ctx.needs_input_grad[1:])
         size = len(_Tensors._fields)

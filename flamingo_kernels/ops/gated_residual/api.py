@@ -43,10 +43,12 @@ def gated_residual(
 
     Raises:
         ValueError: shapes or devices that do not fit, or a gate of another size.
+        TypeError: what is no dense floating-point tensor.
         UnsupportedError: the requested backend cannot run these inputs.
 
     Limits: any strides (a non-contiguous last dimension is copied). Computes in float32 and rounds
-    once. Differentiable once in x, y and gate; the gradient of x is that of the output, uncopied.
+    once. Differentiable once in x, y and gate; the gradient of x is that of the output, uncopied. For second
+    derivatives: backend="reference", which "auto" takes under torch.func's transforms and in forward mode.
     Bitwise deterministic, for any number of threads.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2 and figure 4.

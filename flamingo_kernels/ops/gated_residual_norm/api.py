@@ -61,12 +61,14 @@ def gated_residual_norm(
         of z as rounded to that dtype.
 
     Raises:
-        ValueError: shapes or devices that do not fit, an unknown norm, a bias with norm="rms".
+        ValueError: shapes or devices that do not fit, an unknown norm, a bias with norm="rms", eps < 0.
+        TypeError: what is no dense floating-point tensor, an eps that is no number.
         UnsupportedError: the requested backend cannot run these inputs.
 
     Limits: triton takes D up to 32768; any strides (a non-contiguous last dimension is copied). Computes in
-    float32. Differentiable once in x, y, gate, weight and bias. Bitwise deterministic, for any number of
-    threads.
+    float32. Differentiable once in x, y, gate, weight and bias; for second derivatives: backend="reference",
+    which "auto" takes under torch.func's transforms and in forward mode. Bitwise deterministic, for any
+    number of threads.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2; RMSNorm: arXiv 1910.07467.
 

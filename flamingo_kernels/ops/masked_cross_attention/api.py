@@ -64,14 +64,15 @@ def masked_cross_attention(
         `[B, T, H, d]` in the dtype of q, contiguous.
 
     Raises:
-        ValueError: a shape, device or mask that does not fit.
-        TypeError: k or v in another dtype than q.
+        ValueError: a shape, device, mask or scale that does not fit.
+        TypeError: k or v in another dtype than q, or what is no dense floating-point tensor.
         UnsupportedError: the requested backend cannot run these inputs.
 
     Limits: cpu and triton take R and d up to 256, cuda d up to 128; any strides (a non-contiguous last
     dimension is copied). Accumulates in float32 (triton multiplies float32 in tf32 where torch's own switch
-    asks for it). Differentiable once in q, k and v. Bitwise deterministic, for any number of threads. Memory
-    beside inputs and outputs does not grow with T * M.
+    asks for it). Differentiable once in q, k and v; for second derivatives: backend="reference", which "auto"
+    takes under torch.func's transforms and in forward mode. Bitwise deterministic, for any number of threads.
+    Memory beside inputs and outputs does not grow with T * M.
 
     Source: Flamingo (arXiv 2204.14198), sections 2.2 and 2.3.
 

@@ -65,13 +65,14 @@ def perceiver_attention(
         `[N, R, H, d]` in the dtype of q, contiguous.
 
     Raises:
-        ValueError: a shape or device that does not fit, or no latents (L = 0).
-        TypeError: dtypes that differ.
+        ValueError: a shape, device or scale that does not fit, or no latents (L = 0).
+        TypeError: dtypes that differ, or what is no dense floating-point tensor.
         UnsupportedError: the requested backend cannot run these inputs.
 
     Limits: cpu and triton take d up to 256, cuda up to 128; any strides (a non-contiguous last dimension is
     copied). Accumulates in float32 (triton multiplies float32 in tf32 where torch's own switch asks for it).
-    Differentiable once in all five tensors. Bitwise deterministic, for any number of threads.
+    Differentiable once in all five tensors; for second derivatives: backend="reference", which "auto" takes
+    under torch.func's transforms and in forward mode. Bitwise deterministic, for any number of threads.
 
     Source: Flamingo (arXiv 2204.14198), section 2.1 and appendix A.1.1.
 
