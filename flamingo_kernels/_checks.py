@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from ._transforms import transform
 
 _FLOATING_POINT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
 _LARGEST = sys.float_info.max
 _NUMBERS: Any = (Real, torch.SymFloat, torch.SymInt)
-INTEGERS = (*_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
 
 
 def expect_tensors(operator: str, **tensors: Any) -> None:
@@ -150,9 +152,8 @@ def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor with a contiguous last dimension, copied only if it has none."""
     if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
-    return tensor.clone(
-        memory_format=torch.contiguous_format
-    )  # .contiguous() keeps the strides of empty ones
+    # .contiguous() would keep the strides of what is empty.
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def as_rows(tensor: Tensor) -> Tensor:  # [N, D]

@@ -105,7 +105,7 @@ def gated_cross_attention(
     scale = scale_of(_NAME, scale, k.shape[-1])
     parameters = (gate, norm.weight, norm.bias, *(q_norm or (None, None))[:2], *to_q, *to_out)
     backend = _dispatch.resolve("masked_cross_attention", backend, x, k, v, *parameters)
-    if backend == "reference" or 0 in to_q.weight.shape:  # where there is no feature, nothing is to be fused
+    if backend == "reference" or 0 in to_q.weight.shape:  # without a feature there is nothing to fuse
         return reference.gated_cross_attention(x, k, v, mask, norm, to_q, to_out, gate, q_norm, scale)
     of_q = (q_norm.eps, q_norm.rms) if q_norm else None
     how = _How(backend, scale, mask.immediate, mask.policy == "open_flamingo", norm.eps, norm.rms, of_q)
@@ -136,7 +136,7 @@ def _validate(
     inner, head_dim = to_q.weight.shape[0], k.shape[-1]
     if head_dim == 0 or inner % head_dim:
         raise ValueError(
-            f"{_NAME}: expected to_q to a multiple of head_dim={head_dim} features, got {inner}."
+            f"{_NAME}: expected to_q to give a multiple of head_dim={head_dim} features, got {inner}."
         )
     expect_head_groups(_NAME, inner // head_dim, k.shape[3])
     expect_linear(_NAME, "to_out", to_out, (width, inner), "to match to_q.weight")

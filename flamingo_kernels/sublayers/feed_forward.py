@@ -90,9 +90,7 @@ def gated_feed_forward(
     _validate(x, norm, hidden, output, factor, gate, activation)
     parameters = (gate, norm.weight, norm.bias, *hidden, *output, *(factor or (None, None)))
     backend = _dispatch.resolve("gated_residual", backend, x, *parameters)
-    if (
-        backend == "reference" or 0 in hidden.weight.shape
-    ):  # where there is no feature, nothing is to be fused
+    if backend == "reference" or 0 in hidden.weight.shape:  # without a feature there is nothing to fuse
         return reference.gated_feed_forward(x, norm, hidden, output, gate, activation, factor)
     how = _How(backend, activation, norm.eps, norm.rms)
     tensors = _Tensors(as_rows(x), *parameters)
