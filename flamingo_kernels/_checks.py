@@ -67,13 +67,19 @@ def expect_latents(operator: str, name: str, keys: Tensor, dim: int) -> None:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast the tensors in its dtype, as its matrix products take them; else as they are."""
     dtype = autocast_dtype(tensors[0].device)
-    return tensors if dtype is None else tuple(t.to(dtype) if t.dtype in _AUTOCAST_CASTS else t for t in tensors)
+    return (
+        tensors if dtype is None else tuple(t.to(dtype) if t.dtype in _AUTOCAST_CASTS else t for t in tensors)
+    )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """In which torch.autocast multiplies on this device now; None where it does not reach."""
     available = torch.amp.is_autocast_available(device.type)
-    return torch.get_autocast_dtype(device.type) if available and torch.is_autocast_enabled(device.type) else None
+    return (
+        torch.get_autocast_dtype(device.type)
+        if available and torch.is_autocast_enabled(device.type)
+        else None
+    )
 
 
 _AUTOCAST_CASTS = (torch.float32, torch.bfloat16, torch.float16)

@@ -73,5 +73,5 @@ def _may_keep(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def _mode(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """What is made in inference mode cannot be saved for a backward pass; what on a stream, read by others."""
+    """Where a result serves: not for training what inference mode made, nor on other streams."""
     return torch.is_inference_mode_enabled(), *map(stream_of, tensors)

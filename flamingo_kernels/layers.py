@@ -78,13 +78,13 @@ class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):
 
     Args: those of `flamingo.modules.MaskedCrossAttention`, also those of `forward`.
 
-    The `MediaMask` is built by the first layer of a forward pass that meets a `media_locations` tensor and kept
-    for the next ones: pass all layers the same tensor. One made under `torch.inference_mode` counts no changes,
-    so every layer reads it anew.
+    The `MediaMask` is built by the first layer of a forward pass that meets a `media_locations` tensor and
+    kept for the next ones: pass all layers the same tensor. One made under `torch.inference_mode` counts no
+    changes, so every layer reads it anew.
 
-    Without gradients, keys and values are kept for a text that follows (`use_cached_media=True`), until a call
-    that begins another or the end of the media. In between a change of media or weights that torch does not
-    count, as through `.data` or NumPy, is noticed on a CPU if it is one of more than single numbers, and on a
+    Without gradients, keys and values are kept for text that follows (`use_cached_media=True`), until a call
+    without it, other media, or the end of these. They are made anew if media or weights were changed; what
+    torch does not count, as through `.data` or NumPy, is seen on a CPU in a sample of the numbers, and on a
     GPU not at all. A `MediaCache` keeps them for longer.
 
     Raises: what `masked_cross_attention` raises. Determinism: as there.
@@ -270,7 +270,7 @@ def add_attended(
 
 
 class _Inputs(NamedTuple):
-    """What the attention of a block is made of beside the text: its parts, where they are plain, and the media."""
+    """What an attention of plain parts is made of beside the text."""
 
     parts: _plain.CrossAttention
     k: Tensor  # [B, M, R, H, d], or with a divisor of B

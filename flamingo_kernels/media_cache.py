@@ -115,8 +115,8 @@ class MediaCache:
     Attributes:
         shape: that of the media.
 
-    Limits: holds 2 * B * M * R * H * d numbers a layer, in the dtype that the layers' projections gave when it
-    was made; under autocast it is cast in every call. Parameters changed later are not seen.
+    Limits: holds 2 * B * M * R * H * d numbers a layer, in the dtype that its projection gave; under autocast
+    every call casts them. Parameters changed later are not seen.
 
     Source: Flamingo (arXiv 2204.14198), section 2.3.
 
@@ -169,7 +169,7 @@ class MediaCache:
         return self._layers[layer]
 
     def of(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer for a text x, which is to be in their dtype unless autocast sees to that."""
+        """Keys and values of a layer for a text x: in its dtype, unless autocast will cast them."""
         k, v = self[layer]
         if autocast_dtype(x.device) is None:
             _expect_dtype("keys and values", k, x.dtype, "x")
@@ -179,8 +179,8 @@ class MediaCache:
 def _expect_dtype(what: str, keys: Tensor, dtype: torch.dtype, like: str) -> None:
     if keys.dtype != dtype:
         raise TypeError(
-            f"MediaCache: expected {what} in {dtype} like {like}, got {keys.dtype}; make the cache as the model "
-            "is called, both under torch.autocast or both without it, and in one dtype."
+            f"MediaCache: expected {what} in {dtype} like {like}, got {keys.dtype}; make the cache as the "
+            "model is called, both under torch.autocast or both without it, and in one dtype."
         )
 
 

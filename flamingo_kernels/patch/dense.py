@@ -55,7 +55,7 @@ def in_order(x: Tensor, order: Tensor | None) -> Tensor:
 
 @in_part(ATTENTION)
 def key_spans(mask: Tensor, text: Tensor, rows: Tensor | None = None, *, layer: object) -> KeySpans | None:
-    """The spans of a mask over keys, read once for all layers of a forward pass; None if only a dense attention can take it.
+    """The spans of a mask over keys, read once in a forward pass; None if only a dense attention can take it.
 
     Keys that no row sees, as those of padding tiles between two images, move behind the others. None means
     gaps that this does not close, other values than 0 and the lowest, rows that see nothing though they may,
@@ -140,7 +140,9 @@ def media_first(
     )
     if is_recording(mask) or not fits:
         return None
-    return cast("tuple[Tensor | None, Tensor] | None", once(_read_padding, (mask,), latents.shape[1], layer=layer))
+    return cast(
+        "tuple[Tensor | None, Tensor] | None", once(_read_padding, (mask,), latents.shape[1], layer=layer)
+    )
 
 
 def _read_padding(mask: Tensor, latents: int) -> tuple[Tensor | None, Tensor] | None:

@@ -104,9 +104,7 @@ class EvollaSequenceAlignerCrossAttention(Fused):
         z = self._add_attended(query_states, cast(Tensor, protein_kv_states).to(query_states), spans)
         return self._add_feed_forward(z)
 
-    def _spans(
-        self, x: Tensor, media: Tensor, rows: Tensor | None, batch: Tensor | None
-    ) -> MediaMask | None:
+    def _spans(self, x: Tensor, media: Tensor, rows: Tensor | None, batch: Tensor | None) -> MediaMask | None:
         if is_recording(x) or rows is None or batch is None or rows.shape != x.shape[:2]:
             return None
         return cast("MediaMask | None", once(_read_spans, (rows, batch), media.shape[1], layer=self))

@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _dispatch, _library
-from .._checks import needs_grad, unit_stride
+from .._checks import autocast, expect_same_device, expect_shape, needs_grad, unit_stride
 from .._parts import PROJECTIONS, in_part
 from ..mask import MediaMask
 from ..ops.masked_cross_attention.api import validate
 from . import gated_linear, normed_linear, reference
 from . import norm as norms
-from .gated_linear import Linear, cast_like
+from .gated_linear import Linear, cast_like, without_autocast
 from .norm import Norm, Statistics
 
+_NAME = "gated_cross_attention"
 _FWD = _library.backends_of("masked_cross_attention_fwd")
 _BWD = _library.backends_of("masked_cross_attention_bwd")
 
@@ -58,8 +59,8 @@ def gated_cross_attention(
         k: keys of the media `[B, M, R, Hkv, d]`, same dtype.
         v: values, like k.
         mask: which media each row sees.
-        norm: of x, before the queries.
-        to_q: `[H * d, D]`; H is a multiple of Hkv.
+        norm: of x, before the queries; in any floating-point dtype, as the gate and q_norm.
+        to_q: `[H * d, D]`, in the dtype of x, as all projections; H is a multiple of Hkv.
         to_out: `[D, H * d]`.
         gate: alpha before tanh, 1 element or D; None for a plain residual.
         q_norm: of each head's queries, its parameters `[d]`. Default: none. The keys come normed already.
@@ -74,7 +75,8 @@ def gated_cross_attention(
         ValueError, TypeError, UnsupportedError: as `masked_cross_attention` and `gated_residual`.
 
     Limits: those of `masked_cross_attention`. Differentiable once in every tensor. As deterministic as the
-    matrix products of torch. Autocast does not reach into it.
+    matrix products of torch. Under torch.autocast it multiplies in its dtype, keys and values too, and norms
+    in that of x and the norm.
 
     Source: Flamingo (arXiv 2204.14198), sections 2.2 and 2.3.
 
@@ -89,13 +91,11 @@ def gated_cross_attention(
         >>> torch.equal(z[:, 0], x[:, 0]), z.shape
         (True, torch.Size([1, 3, 32]))
     """
-    head_dim = k.shape[-1]
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    heads = to_q.weight.shape[0] // head_dim
-    in_place_of_q = x.detach()[:, :, :1, None].to(k.dtype).expand(-1, -1, heads, head_dim)
-    validate(in_place_of_q, k, v, mask)
+    (k, v), to_q, to_out = autocast(k, v), to_q.autocast(), to_out.autocast()
+    _validate(x, k, v, mask, norm, to_q, to_out, gate, q_norm)
+    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     backend = _dispatch.resolve("masked_cross_attention", backend, x, k, v)
-    if backend == "reference":
+    if "reference" in (backend, _dispatch.resolve("gated_residual", backend, x, x, gate)):
         return reference.gated_cross_attention(x, k, v, mask, norm, to_q, to_out, gate, q_norm, scale)
     of_q = (q_norm.eps, q_norm.rms) if q_norm else None
     how = _How(backend, scale, mask.immediate, mask.policy == "open_flamingo", norm.eps, norm.rms, of_q)
@@ -106,6 +106,31 @@ def gated_cross_attention(
         if needs_grad(*tensors):
             return _GatedCrossAttention.apply(how, *tensors)
         return _forward(how, tensors)[0]
+
+
+def _validate(
+    x: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: MediaMask,
+    norm: Norm,
+    to_q: Linear,
+    to_out: Linear,
+    gate: Tensor | None,
+    q_norm: Norm | None,
+) -> None:
+    expect_shape(_NAME, "x", x, ("B", "T", "D"), "")
+    expect_shape(_NAME, "k", k, ("B", "M", "R", "Hkv", "d"), "")
+    (*rows, width), head_dim, (inner, _) = x.shape, k.shape[-1], to_q.weight.shape
+    heads = inner // head_dim if head_dim else 0
+    expect_shape(_NAME, "to_q.weight", to_q.weight, (heads * head_dim, width), "to match x and k")
+    expect_shape(_NAME, "to_out.weight", to_out.weight, (width, inner), "to match to_q.weight")
+    linears: dict[str, Linear | None] = {"to_q": to_q, "to_out": to_out}
+    gated_linear.expect_parameters(_NAME, x, gate, norm, linears, k=k, v=v)
+    if q_norm is not None:
+        gated_linear.expect_norm(_NAME, "q_norm", q_norm, head_dim)
+    expect_same_device(_NAME, x=x, to_q=to_q.weight, to_out=to_out.weight, gate=gate)
+    validate(k.new_empty(()).expand(*rows, heads, head_dim), k, v, mask)  # in place of q
 
 
 @dataclass(frozen=True)
@@ -192,6 +217,7 @@ class _GatedCrossAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, dz):
         how, wanted = ctx.how, _Tensors(*ctx.needs_input_grad[1:])
         size = len(_Tensors._fields)

@@ -18,7 +18,7 @@ from .._checks import expect_same_device, expect_shape, needs_grad, unit_stride
 from .._parts import FEED_FORWARD, in_part
 from . import gated_linear, normed_linear, reference
 from .activation import ACTIVATIONS
-from .gated_linear import Linear, cast_like
+from .gated_linear import Linear, cast_like, without_autocast
 from .norm import Norm, Statistics
 from .scratch import scratch
 
@@ -51,8 +51,8 @@ def gated_feed_forward(
 
     Args:
         x: `[..., D]`, float32, bfloat16 or float16.
-        norm: of x, before the hidden layer.
-        hidden: `[F, D]`.
+        norm: of x, before the hidden layer; in any floating-point dtype, as the gate.
+        hidden: `[F, D]`, in the dtype of x, as all projections.
         output: `[D, F]`.
         gate: alpha before tanh, 1 element or D; None for a plain residual, `x + output(h)`.
         activation: "gelu" (erf), "gelu_tanh", "relu", "squared_relu" or "silu".
@@ -64,10 +64,12 @@ def gated_feed_forward(
 
     Raises:
         ValueError: shapes or devices that do not fit, or an unknown activation.
+        TypeError: projections in another dtype than x, without autocast.
         UnsupportedError: the requested backend cannot run these inputs.
 
-    Limits: differentiable once in every tensor. As deterministic as the matrix products of torch. Autocast
-    does not reach into it. On a CPU a thread keeps memory for one hidden layer from call to call.
+    Limits: differentiable once in every tensor. As deterministic as the matrix products of torch. Under
+    torch.autocast it multiplies in its dtype, and norms in that of x and the norm. On a CPU a thread keeps
+    memory for one hidden layer from call to call.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2 and figure 4; SwiGLU: arXiv 2002.05202.
 
@@ -78,7 +80,8 @@ def gated_feed_forward(
         >>> torch.equal(gated_feed_forward(x, norm=norm, **layers, gate=torch.zeros(1)), x)
         True
     """
-    _validate(x, hidden, output, factor, gate, activation)
+    hidden, output, factor = hidden.autocast(), output.autocast(), factor and factor.autocast()
+    _validate(x, norm, hidden, output, factor, gate, activation)
     rows = unit_stride(x.flatten(0, -2))
     backend = _dispatch.resolve("gated_residual", backend, rows, rows, gate)
     if backend == "reference":
@@ -91,7 +94,13 @@ def gated_feed_forward(
 
 
 def _validate(
-    x: Tensor, hidden: Linear, output: Linear, factor: Linear | None, gate: Tensor | None, activation: str
+    x: Tensor,
+    norm: Norm,
+    hidden: Linear,
+    output: Linear,
+    factor: Linear | None,
+    gate: Tensor | None,
+    activation: str,
 ) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(
@@ -102,8 +111,9 @@ def _validate(
     expect_shape(_NAME, "output.weight", output.weight, (width, inner), "to match hidden.weight")
     if factor is not None:
         expect_shape(_NAME, "factor.weight", factor.weight, (inner, width), "to match hidden.weight")
-    if gate is not None and gate.numel() not in (1, width):
-        raise ValueError(f"{_NAME}: expected a gate of 1 or D={width} elements, got {tuple(gate.shape)}.")
+    gated_linear.expect_parameters(
+        _NAME, x, gate, norm, {"hidden": hidden, "output": output, "factor": factor}
+    )
     expect_same_device(_NAME, x=x, hidden=hidden.weight, output=output.weight, gate=gate)
 
 
@@ -165,6 +175,7 @@ class _GatedFeedForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, dz):
         how, wanted = ctx.how, _Tensors(*ctx.needs_input_grad[1:])
         size = len(_Tensors._fields)

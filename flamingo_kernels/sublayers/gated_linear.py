@@ -11,14 +11,24 @@ is 0, too. The sum and the factor are what a gated residual does backward, so it
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _library
-from .._checks import is_eager
+from .._checks import (
+    autocast,
+    autocast_dtype,
+    expect_floating_point,
+    expect_same_dtype,
+    expect_shape,
+    is_eager,
+)
 from .._parts import GATE, in_part
+from .norm import Norm
 from .scratch import scratch
 
 _ADD = _library.backends_of("gated_residual_fwd")
@@ -36,10 +46,57 @@ class Linear(NamedTuple):
     weight: Tensor
     bias: Tensor | None = None
 
+    def autocast(self) -> Linear:
+        """With the parameters that torch.autocast would multiply with."""
+        return Linear(*autocast(*(each for each in self if each is not None)))
+
     def __call__(self, a: Tensor, into: Tensor | None = None) -> Tensor:  # [N, out]
         if self.bias is None:
             return torch.mm(a, self.weight.t(), out=into)
         return torch.addmm(self.bias, a, self.weight.t(), out=into)
+
+
+def expect_parameters(
+    operator: str,
+    x: Tensor,  # [..., D]
+    gate: Tensor | None,
+    norm: Norm,
+    linears: dict[str, Linear | None],
+    **media: Tensor,
+) -> None:
+    """Raise TypeError unless all that is multiplied has one dtype, and ValueError unless the vectors fit.
+
+    That dtype is the one of x, which autocast alone may cast.
+    """
+    width = x.shape[-1]
+    expect_norm(operator, "norm", norm, width)
+    if gate is not None:
+        if gate.numel() not in (1, width):
+            raise ValueError(
+                f"{operator}: expected a gate of 1 or D={width} elements, got {tuple(gate.shape)}."
+            )
+        expect_floating_point(operator, gate=gate)
+    multiplied = {} if autocast_dtype(x.device) else {"x": x}
+    for name, linear in linears.items():
+        if linear is None:
+            continue
+        multiplied[f"{name}.weight"] = linear.weight
+        if linear.bias is not None:
+            expect_shape(
+                operator, f"{name}.bias", linear.bias, (len(linear.weight),), f"to match {name}.weight"
+            )
+            multiplied[f"{name}.bias"] = linear.bias
+    expect_floating_point(operator, x=x)
+    expect_same_dtype(operator, **multiplied, **media)
+
+
+def expect_norm(operator: str, name: str, norm: Norm, width: int) -> None:
+    """Raise unless the parameters of a norm are floating-point vectors of this width."""
+    for parameter in ("weight", "bias"):
+        tensor = getattr(norm, parameter)
+        if tensor is not None:
+            expect_shape(operator, f"{name}.{parameter}", tensor, (width,), "to match what it norms")
+            expect_floating_point(operator, **{f"{name}.{parameter}": tensor})
 
 
 class Gradients(NamedTuple):
@@ -140,6 +197,17 @@ def _gated(weight: Tensor, gate: Tensor) -> Tensor:
 def _slope(gate: Tensor) -> Tensor:
     """`tanh'(gate)`, without the cancellation where tanh is near 1."""
     return gate.float().cosh().square().reciprocal()
+
+
+def without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """A backward pass that multiplies in the dtypes of its forward pass, wherever it is called."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, dz: Tensor) -> Any:
+        with torch.autocast(dz.device.type, enabled=False):
+            return backward(ctx, dz)
+
+    return run
 
 
 def cast_like(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:

@@ -87,7 +87,10 @@ class TestKeySpans:
     @pytest.mark.parametrize(("batch", "length"), [(2, 1), (1, 2)])
     def test_a_mask_that_is_broadcast(self, batch, length):
         assert dense.key_spans(added(keys("##..")), torch.empty(batch, length, 0), layer=self) is None
-        assert dense.key_spans(added(keys("##..")), torch.empty(1, 1, 0), torch.ones(batch, length), layer=self) is None
+        assert (
+            dense.key_spans(added(keys("##..")), torch.empty(1, 1, 0), torch.ones(batch, length), layer=self)
+            is None
+        )
 
     def test_keys_of_another_number(self):
         spans = spans_for(added(keys("##..")))

@@ -436,7 +436,9 @@ class TestMllama:
         mllama = importlib.import_module("flamingo_kernels.patch.mllama")
         read = []
         monkeypatch.setattr(
-            mllama, "key_spans", lambda mask, x, **asker: read.append(x.shape[1]) or dense.key_spans(mask, x, **asker)
+            mllama,
+            "key_spans",
+            lambda mask, x, **asker: read.append(x.shape[1]) or dense.key_spans(mask, x, **asker),
         )
         if not few:
             monkeypatch.setattr(mllama, "_FEW", 0)
