@@ -16,7 +16,7 @@ from torch import nn
 
 from flamingo_kernels import layers, patch, tiny, unpatch
 from flamingo_kernels.patch import dense
-from tests.parity import assert_parity
+from tests.parity import assert_parity, measure
 
 transformers = pytest.importorskip("transformers")
 
@@ -149,6 +149,48 @@ class TestEveryModel:
         inputs = {**original.inputs, media: original.inputs[media].flip(0)}
         other = tiny.TinyModel(name, original.model, inputs).generate(6, **options)
         assert not torch.allclose(other.scores[0], expected.scores[0], atol=1e-2)
+
+    @models
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_autocast(self, name, dtype, attention):
+        """Which gives a layer keys in float32, from a norm, beside values in a half, and text in either."""
+        original = build(name)
+        fused = patched(original).model
+        with torch.autocast("cpu", dtype):
+            with torch.no_grad():
+                assert fused(**original.inputs).logits.dtype == original.logits().dtype
+            assert len(attention) == ATTENTION[name]
+            assert_same(original, fused)
+
+    @models
+    @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+    def test_autocast_of_each_token(self, name, weights):
+        """The logits of a prompt and of the tokens after it, which are given."""
+        original = build(name)
+        original.model.to(weights)
+        inputs = _cast(original.inputs, weights)
+        given = torch.randint(1, 60, (SIZES.batch, 3), generator=torch.Generator().manual_seed(5))
+        length = original.tokens.shape[1] if name != "evolla-tiny" else inputs["input_ids"].shape[1]
+
+        def logits(model, inputs):
+            out = model.generate(
+                **inputs,
+                max_new_tokens=3,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+                prefix_allowed_tokens_fn=lambda row, ids: [int(given[row, len(ids) - length])],
+            )
+            return torch.stack(out.logits)
+
+        double = copy.deepcopy(original.model).double().eval()
+        double.set_attn_implementation("sdpa")
+        exact = logits(double, _cast(inputs, torch.float64))
+        with torch.autocast("cpu", torch.bfloat16):
+            eager = logits(original.model, inputs)
+            kernel = logits(patched(original).model, inputs)
+        found = measure(name, kernel, eager, exact)
+        assert found.passed, found
 
     @models
     def test_saved_and_loaded(self, name, tmp_path):
