@@ -17,6 +17,7 @@ from torch import nn
 from flamingo_kernels import layers, patch, tiny, unpatch
 from flamingo_kernels.patch import dense
 from tests.parity import assert_parity, measure
+from tests.patch.test_models import count_calls
 
 transformers = pytest.importorskip("transformers")
 
@@ -431,28 +432,19 @@ class TestIdefics:
         assert attention == ["perceiver_attention"] * 2
 
     @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
-    def test_media_are_projected_once_for_a_text(self, options):
+    def test_media_are_projected_once_for_a_text(self, options, monkeypatch):
         fused, calls = patched(build("idefics-tiny")), []
-        for block in fused.model.model.gated_cross_attn_layers:
-            project = block.cross_attn.k_proj
+        projections = [block.cross_attn.k_proj for block in fused.model.model.gated_cross_attn_layers]
+        for project in projections:
             project.weight.register_hook(lambda _: None)  # a hook on a tensor changes nothing
-            project.forward = lambda x, project=project: (
-                calls.append(1) or nn.functional.linear(x, project.weight)
-            )
+            project.forward = lambda x, project=project: calls.append(1) or type(project).forward(project, x)
         fused.generate(5, **options)
         assert len(calls) == 2 * 5  # a forward set on an instance: nothing is kept
+        for project in projections:
+            del project.forward
         calls.clear()
-        for block in fused.model.model.gated_cross_attn_layers:
-            del block.cross_attn.k_proj.forward
-        handle = nn.modules.module.register_module_forward_hook(
-            lambda module, *_: (
-                calls.append(1)
-                if any(module is b.cross_attn.k_proj for b in fused.model.model.gated_cross_attn_layers)
-                else None
-            )
-        )
+        count_calls(monkeypatch, projections, calls)
         fused.generate(5, **options)
-        handle.remove()
         assert len(calls) == 2
 
 

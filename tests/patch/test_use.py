@@ -1,4 +1,4 @@
-"""Patched models in use: trained by transformers, copied, shared by threads, forked, changed between two texts."""
+"""Patched models in use: trained, copied, forked, shared by threads, and changed between two texts."""
 
 from __future__ import annotations
 

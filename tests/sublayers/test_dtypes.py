@@ -1,16 +1,21 @@
-"""In which dtypes the sublayers compute: those of their tensors, or of autocast; what does not fit is named."""
+"""In which dtypes the sublayers compute, their own or that of autocast, and which they refuse by name."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 
+from flamingo.modules import dense_masked_attention, text_time
 from flamingo_kernels import MediaMask
 from flamingo_kernels.sublayers import Linear, Norm, gated_cross_attention, gated_feed_forward
 from tests.parity import measure
 
 D, H, HEAD, INNER = 24, 3, 8, 40
-MASK = MediaMask.last_preceding(torch.tensor([[0, 1, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0, 1]]), num_media=2)
+LOCATIONS = torch.tensor([[0, 1, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0, 1]])
+MASK = MediaMask.last_preceding(LOCATIONS, num_media=2)
 
 
 def randn(*shape, seed=0):
@@ -38,7 +43,7 @@ SUBLAYERS = pytest.mark.parametrize("make", [attention, feed_forward])
 
 
 def cast(tensors, change):
-    """Every tensor as `change(name, tensor)` makes it; those of a Linear or a Norm are called `name.field`."""
+    """Every tensor as `change(name, tensor)` makes it; the name of a weight is `to_q.weight`."""
 
     def of(name, value):
         if not isinstance(value, (Linear, Norm)):
@@ -130,35 +135,76 @@ MIXTURES = {
 @pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward after"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(make, mixture, inside, dtype, kernels):
-    """By the error budget, against the sublayer operation by operation under the same autocast."""
-    sublayer, tensors = make()
-    tensors = cast(tensors, lambda name, tensor: tensor.to(mixture(name)))
-    if tensors["x"].dtype == torch.float32 and tensors["norm"].weight.dtype == torch.bfloat16:
-        # A LayerNorm of torch takes no such weights: the exact ones stand in for it.
-        eager_tensors = cast(tensors, lambda name, tensor: tensor.float() if "norm" in name else tensor)
-    else:
-        eager_tensors = tensors
-    results = []
-    for backend, given, autocast in (
-        (kernels, tensors, True),
-        ("reference", eager_tensors, True),
-        ("reference", cast(tensors, lambda name, tensor: tensor.double()), False),
-    ):
-        given = cast(given, lambda name, tensor: tensor.detach().requires_grad_())
-        with torch.autocast("cpu", dtype, enabled=autocast):
-            z = call(sublayer, given, backend=backend)
-            dz = randn(*z.shape, seed=7).to(z.dtype)
-            if inside:
-                grads = torch.autograd.grad(z, [*leaves(given).values()], dz)
-        if not inside:
-            grads = torch.autograd.grad(z, [*leaves(given).values()], dz)
-        results.append({"z": z.detach(), **dict(zip(leaves(given), grads, strict=True))})
-    kernel, eager, exact = results
-    assert kernel["z"].dtype == eager["z"].dtype
-    single = [name for name in exact if exact[name].numel() == 1]
+    """By the error budget, against what one writes without the sublayer under the same autocast."""
+    draws = []
+    for seed in range(4):
+        sublayer, tensors = make()
+        tensors = cast(tensors, lambda name, x, seed=seed: x if x.ndim == 1 else redrawn(x, seed))
+        tensors = cast(tensors, lambda name, x: x.to(mixture(name)))
+        kernel = gradients(partial(call, sublayer, backend=kernels), tensors, dtype, inside)
+        eager = gradients(EAGER[make], tensors, dtype, inside)
+        exact = gradients(EAGER[make], cast(tensors, lambda name, x: x.double()), None, inside)
+        draws.append((kernel, eager, exact))
+    kernel, eager, exact = (
+        {name: torch.stack([draw[name] for draw in each]) for name in each[0]}
+        for each in zip(*draws, strict=True)
+    )
     for name in exact:
-        if name in single:
-            continue  # a single number has one error, which may be none by luck
-        found = measure(name, kernel[name].to(eager[name].dtype), eager[name], exact[name])
+        assert kernel[name].dtype == eager[name].dtype
+        # A gradient of what autocast has rounded is rounded as much, whatever dtype it is handed back in.
+        pair = (each[name].to(dtype) if name in MULTIPLIED[make] else each[name] for each in (kernel, eager))
+        found = measure(name, *pair, exact[name])
         assert found.passed, found
-    assert all(kernel[name].dtype == tensor.dtype for name, tensor in leaves(tensors).items())
+
+
+def redrawn(tensor, seed):
+    """Other numbers of the same size."""
+    return randn(*tensor.shape, seed=100 + seed) * tensor.std()
+
+
+def gradients(run, tensors, dtype, inside):
+    """What `run` makes of the tensors under autocast, if there is a dtype for it, and all gradients."""
+    tensors = cast(tensors, lambda name, tensor: tensor.detach().requires_grad_())
+    named = leaves(tensors)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        z = run(tensors)
+        dz = randn(*z.shape, seed=7).to(z.dtype)
+        with torch.autocast("cpu", dtype, enabled=inside and dtype is not None):
+            grads = torch.autograd.grad(z, list(named.values()), dz)
+    return {"z": z.detach(), **dict(zip(named, grads, strict=True))}
+
+
+def normed(x, norm):
+    """With parameters as wide as x, as no LayerNorm of a CPU takes narrower ones."""
+    weight, bias = (each.to(torch.promote_types(x.dtype, each.dtype)) for each in (norm.weight, norm.bias))
+    return F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
+
+
+def eager_attention(t):
+    q = F.linear(normed(t["x"], t["norm"]), *t["to_q"]).unflatten(-1, (H, HEAD))
+    times = text_time(LOCATIONS)
+    out = dense_masked_attention(normed(q, t["q_norm"]), t["k"], t["v"], times)
+    return t["x"] + t["gate"].tanh() * F.linear(out.flatten(2), *t["to_out"])
+
+
+def eager_feed_forward(t):
+    n = normed(t["x"], t["norm"])
+    h = F.gelu(F.linear(n, *t["hidden"])) * F.linear(n, *t["factor"])
+    return t["x"] + t["gate"].tanh() * F.linear(h, *t["output"])
+
+
+EAGER = {attention: eager_attention, feed_forward: eager_feed_forward}
+
+
+@SUBLAYERS
+def test_a_backward_pass_under_autocast_that_was_none_forward(make, kernels):
+    """It multiplies in the dtypes of the forward pass; in others its kernels would misread memory."""
+    sublayer, tensors = make()
+    tensors = cast(tensors, lambda name, tensor: tensor.requires_grad_())
+    wanted = list(leaves(tensors).values())
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            z = call(sublayer, tensors, backend=kernels)
+        grads = torch.autograd.grad(z, wanted, torch.ones_like(z), retain_graph=True)
+    expected = torch.autograd.grad(z, wanted, torch.ones_like(z))
+    assert all(map(torch.equal, grads, expected))
