@@ -131,11 +131,20 @@ def expect_latents(operator: str, name: str, keys: Tensor, dim: int) -> None:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast the tensors in its dtype, as its matrix products take them; else as they are."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.dtype in _AUTOCAST_CASTS else t for t in tensors)
+    dtype = autocast_dtype(tensors[0].device)
+    return (
+        tensors if dtype is None else tuple(t.to(dtype) if t.dtype in _AUTOCAST_CASTS else t for t in tensors)
+    )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """In which torch.autocast multiplies on this device now; None where it does not reach."""
+    available = torch.amp.is_autocast_available(device.type)
+    return (
+        torch.get_autocast_dtype(device.type)
+        if available and torch.is_autocast_enabled(device.type)
+        else None
+    )
 
 
 _AUTOCAST_CASTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -171,6 +180,16 @@ def is_recording(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transform():
         return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether it stands for other numbers than its own: those of a batch, or a derivative, of torch.func."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def stream_of(tensor: Tensor) -> int | None:
+    """Where work on this tensor is queued now; None on a device without such queues."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
 
 
 def is_eager(tensor: Tensor) -> bool:

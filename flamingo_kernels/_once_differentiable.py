@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ._checks import without_autocast
 from ._dispatch import UnsupportedError
 from ._transforms import has_tangent, is_batched
 
@@ -34,7 +35,7 @@ def once_differentiable(operator: str, batched: bool = True) -> Callable[[Backwa
                 if not batched and any(map(is_batched, douts)):
                     raise _refusal(operator, ctx.backend, "cannot be computed for a batch of them")
             saved = ctx.saved_tensors  # once: non-reentrant checkpointing recomputes them at the first access
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast(douts[0]):  # in the dtypes of the forward pass
                 gradients = backward(ctx, saved, *douts)
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return gradients

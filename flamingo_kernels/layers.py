@@ -8,7 +8,7 @@ exists already; the functions below them serve its adapters for other libraries 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +78,14 @@ class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):
 
     Args: those of `flamingo.modules.MaskedCrossAttention`, also those of `forward`.
 
-    The `MediaMask` is built by the first layer that meets a `media_locations` tensor and kept for the next
-    ones, until that tensor is changed in place or another comes: pass all layers the same tensor. A change
-    that torch does not count, as one through NumPy, is not seen. A tensor made under `torch.inference_mode`
-    counts none, so every layer reads it anew.
+    The `MediaMask` is built by the first layer of a forward pass that meets a `media_locations` tensor and
+    kept for the next ones: pass all layers the same tensor. One made under `torch.inference_mode` counts no
+    changes, so every layer reads it anew.
+
+    Without gradients, keys and values are kept for text that follows (`use_cached_media=True`), until a call
+    without it, other media, or the end of these. They are made anew if media or weights were changed; what
+    torch does not count, as through `.data` or NumPy, is seen on a CPU in a sample of the numbers, and on a
+    GPU not at all. A `MediaCache` keeps them for longer.
 
     Raises: what `masked_cross_attention` raises. Determinism: as there.
 
@@ -218,7 +222,7 @@ def attend_to_media(
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, D]
     """What a masked cross-attention module computes, operator by operator."""
-    k, v = media_of(attn, media)
+    k, v = media_of(attn, x, media, follows=use_cached_media)
     q = attn.to_q(attn.norm(x)).unflatten(-1, (attn.heads, -1))  # [B, T, H, d]
     return attn.to_out(attn.attend(q, k, v, media_locations, use_cached_media).flatten(-2))
 
@@ -244,27 +248,13 @@ def gated_block(
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, D]
     """What a gated cross-attention block computes, by sublayers where they are plain."""
-    decoded = _decoded(block, x, media, media_locations, use_cached_media) if may_decode(x) else None
+    given = (x, media, media_locations, use_cached_media)
+    inputs = _inputs_of(block.attn, *given)
+    decoded = None if inputs is None or not may_decode(x) else _decoded(block, x, inputs)
     if decoded is not None:
         return decoded
-    z = add_attended(block, x, media, media_locations, use_cached_media)
+    z = _add_attended(block, inputs, *given)
     return add_feed_forward(z, block.ff, gate_of(block, "ff_gate"))
-
-
-def _decoded(
-    block: Any,
-    x: Tensor,  # [B, 1, D]
-    media: Tensor | MediaCache,  # [B, M, R, D_visual]
-    media_locations: Tensor | None,  # [B, T]
-    use_cached_media: bool,
-) -> Tensor | None:  # [B, 1, D]
-    """The same for one token by one operator, or None where that does not compute it."""
-    attn, ff = _attention_of(block.attn, x), _feed_forward_of(block.ff, x)
-    if attn is None or ff is None or len(x) != media.shape[0]:
-        return None
-    k, v = media_of(block.attn, media)
-    mask = mask_of(block.attn, x, k, media_locations, use_cached_media)
-    return decode(x, k, v, mask, attn, ff, (block.attn_gate, block.ff_gate), block.attn.scale)
 
 
 def add_attended(
@@ -275,21 +265,57 @@ def add_attended(
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, D]
     """`x + tanh(attn_gate) * attn(x, media)`, as one sublayer where attn is plain."""
-    attn, gate = block.attn, gate_of(block, "attn_gate")
-    parts = _attention_of(attn, x)
-    if parts is None:
-        attended = attn(x, media, media_locations, *([True] if use_cached_media else []))
-        return add_gated(x, attended, gate)
-    k, v = media_of(attn, media)
-    mask = mask_of(attn, x, k, media_locations, use_cached_media)
-    z = gated_cross_attention(_fold(x, k), k, v, mask, gate=gate, scale=attn.scale, **parts._asdict())
-    return z.view(x.shape)
+    given = (x, media, media_locations, use_cached_media)
+    return _add_attended(block, _inputs_of(block.attn, *given), *given)
 
 
-def _attention_of(attn: Any, x: Tensor) -> _plain.CrossAttention | None:
-    """What is around the core of a masked cross-attention module, where that is plain."""
+class _Inputs(NamedTuple):
+    """What an attention of plain parts is made of beside the text."""
+
+    parts: _plain.CrossAttention
+    k: Tensor  # [B, M, R, H, d], or with a divisor of B
+    v: Tensor
+    mask: MediaMask
+
+
+def _inputs_of(
+    attn: Any,
+    x: Tensor,  # [B, T, D]
+    media: Tensor | MediaCache,  # [B, M, R, D_visual]
+    media_locations: Tensor | None,  # [B, T]
+    use_cached_media: bool,
+) -> _Inputs | None:
     plain = _is_fused(attn) and "attend" not in vars(attn)
-    return _plain.cross_attention_of(x, attn.norm, attn.to_q, attn.to_out) if plain else None
+    parts = _plain.cross_attention_of(x, attn.norm, attn.to_q, attn.to_out) if plain else None
+    if parts is None:
+        return None
+    k, v = media_of(attn, x, media, follows=use_cached_media)
+    return _Inputs(parts, k, v, mask_of(attn, x, k, media_locations, use_cached_media))
+
+
+def _decoded(block: Any, x: Tensor, inputs: _Inputs) -> Tensor | None:  # [B, 1, D]
+    """The block's result for one token by one operator, or None where that does not compute it."""
+    ff, (attn, k, v, mask) = _feed_forward_of(block.ff, x), inputs
+    if ff is None or len(x) != len(k):
+        return None
+    return decode(x, k, v, mask, attn, ff, (block.attn_gate, block.ff_gate), block.attn.scale)
+
+
+def _add_attended(
+    block: Any,
+    inputs: _Inputs | None,
+    x: Tensor,  # [B, T, D]
+    media: Tensor | MediaCache,
+    media_locations: Tensor | None,
+    use_cached_media: bool,
+) -> Tensor:  # [B, T, D]
+    gate = gate_of(block, "attn_gate")
+    if inputs is None:
+        attended = block.attn(x, media, media_locations, *([True] if use_cached_media else []))
+        return add_gated(x, attended, gate)
+    parts, k, v, mask = inputs
+    z = gated_cross_attention(_fold(x, k), k, v, mask, gate=gate, scale=block.attn.scale, **parts._asdict())
+    return z.view(x.shape)
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -318,7 +344,7 @@ def mask_of(
         )
     cached = length if use_cached_media else None
     key = MaskKey(num_media, attn.only_attend_immediate_media, attn.policy, cached, texts)
-    return kept_mask(media_locations, key)
+    return kept_mask(media_locations, key, attn)
 
 
 def _texts(x: Tensor, k: Tensor) -> int:

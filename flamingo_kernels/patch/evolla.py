@@ -40,7 +40,7 @@ class EvollaSequenceCompressorAttention(Fused):
         latents: Tensor,  # [N, R, D]
         mask: Tensor,  # [N, S + R], 1 where a key is seen
     ) -> Tensor:  # [N, R, D]
-        first = media_first(mask, x, latents)
+        first = media_first(mask, x, latents, layer=self)
         if first is None:
             return cast(Tensor, super().forward(x, latents, mask))
         order, lengths = first
@@ -93,7 +93,7 @@ class EvollaSequenceAlignerCrossAttention(Fused):
         others = (structure_kv_states, msa_kv_states, protein_kv_attn_mask)
         spans = None
         if all(other is None for other in others) and protein_kv_states is not None:
-            spans = _spans(query_states, protein_kv_states, query_attn_mask, protein_batch_mask)
+            spans = self._spans(query_states, protein_kv_states, query_attn_mask, protein_batch_mask)
         if spans is None:
             states = (query_states, protein_kv_states, structure_kv_states, msa_kv_states, query_attn_mask)
             masks = (protein_kv_attn_mask, structure_kv_attn_mask, msa_kv_attn_mask)
@@ -103,6 +103,11 @@ class EvollaSequenceAlignerCrossAttention(Fused):
             return query_states  # no sequence of the batch has a protein
         z = self._add_attended(query_states, cast(Tensor, protein_kv_states).to(query_states), spans)
         return self._add_feed_forward(z)
+
+    def _spans(self, x: Tensor, media: Tensor, rows: Tensor | None, batch: Tensor | None) -> MediaMask | None:
+        if is_recording(x) or rows is None or batch is None or rows.shape != x.shape[:2]:
+            return None
+        return cast("MediaMask | None", once(_read_spans, (rows, batch), media.shape[1], layer=self))
 
     def _add_attended(self, x: Tensor, media: Tensor, spans: MediaMask) -> Tensor:
         heads, gate = (self.num_attention_heads, -1), gate_of(self, "gate_attention")
@@ -122,12 +127,6 @@ class EvollaSequenceAlignerCrossAttention(Fused):
         if parts is None:
             return add_gated(x, ff(x), gate)
         return gated_feed_forward(x, gate=gate, **parts._asdict())
-
-
-def _spans(x: Tensor, media: Tensor, rows: Tensor | None, batch: Tensor | None) -> MediaMask | None:
-    if is_recording(x) or rows is None or batch is None or rows.shape != x.shape[:2]:
-        return None
-    return cast("MediaMask | None", once(_read_spans, (rows, batch), media.shape[1]))
 
 
 def _read_spans(rows: Tensor, batch: Tensor, keys: int) -> MediaMask | None:

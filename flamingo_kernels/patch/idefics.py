@@ -68,12 +68,14 @@ class IdeficsGatedCrossAttentionLayer(Fused):
         self, x: Tensor, media: Tensor, mask: Tensor | None, sees: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
         attn, norm, gate = self.cross_attn, self.input_layernorm, gate_of(self, "alpha_cross_attn")
-        spans = key_spans(mask, x, sees) if mask is not None and _replaceable(attn) else None
+        spans = key_spans(mask, x, sees, layer=self) if mask is not None and _replaceable(attn) else None
         if spans is None:
             y, _ = attn(hidden_states=norm(x), key_value_states=media, attention_mask=mask, **kwargs)
             y = F.dropout(y, self.config, self.training).masked_fill((sees == 0)[..., None], 0)
             return add_gated(x, y, gate)
-        k, v = map(spans.media, kept_kv(self, media, _kv_modules(attn), lambda: _project(attn, media)))
+        step = x.shape[1] == 1
+        kv = kept_kv(self, media, _kv_modules(attn), lambda: _project(attn, media), step=step)
+        k, v = map(spans.media, kv)
         q_norm = attn.q_layer_norm if attn.qk_layer_norms else None
         parts = _plain.cross_attention_of(x, norm, attn.q_proj, attn.o_proj, q_norm)
         if parts is None or self._drops():

@@ -37,7 +37,9 @@ class Idefics2PerceiverAttention(Fused):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # [N, R, D], and no weights
-        first = None if attention_mask is None else media_first(attention_mask, context, latents)
+        first = None
+        if attention_mask is not None:
+            first = media_first(attention_mask, context, latents, layer=self)
         masked = attention_mask is not None and first is None
         if masked or past_key_values is not None or self._must_stay(kwargs):
             rest = (attention_mask, position_ids, past_key_values)

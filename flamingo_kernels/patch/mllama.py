@@ -53,15 +53,14 @@ class MllamaTextCrossAttention(Fused):
         cache_position: Tensor | None = None,  # transformers 4 only
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # [B, T, D], and no weights
-        spans = self.spans(hidden_states, cross_attention_states, past_key_values, attention_mask, kwargs)
+        media = (cross_attention_states, past_key_values, attention_mask)
+        spans = self.spans(hidden_states, *media, kwargs, layer=self)
         sees_all = attention_mask is None and "causal" in self.fixes
         has_media = cross_attention_states is not None or past_key_values is not None
         if spans is None and not (sees_all and has_media and not self._must_stay(kwargs)):
             if cache_position is not None:
                 kwargs["cache_position"] = cache_position
-            return super().forward(
-                hidden_states, cross_attention_states, past_key_values, attention_mask, use_cache, **kwargs
-            )
+            return super().forward(hidden_states, *media, use_cache, **kwargs)
         q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)))  # [B, T, H, d]
         k, v = self.kv(len(q), cross_attention_states, past_key_values, cache_position)
         if spans is None:
@@ -78,12 +77,13 @@ class MllamaTextCrossAttention(Fused):
         cache: Any,
         mask: Tensor | None,  # [B, 1, T, S], added to the scores
         kwargs: dict[str, Any],
+        layer: object,
     ) -> KeySpans | None:
-        """Which keys the text sees, or None if a kernel cannot tell."""
+        """Which keys the text sees, for the layer that asks, or None if a kernel cannot tell."""
         no_media = states is None and cache is None
         if mask is None or no_media or _is_short_step(x, states, mask) or self._must_stay(kwargs):
             return None
-        return key_spans(mask, x)
+        return key_spans(mask, x, layer=layer)
 
     def _must_stay(self, kwargs: dict[str, Any]) -> bool:
         weights = kwargs.get("output_attentions") or self.config.output_attentions
@@ -154,8 +154,9 @@ class MllamaCrossAttentionDecoderLayer(Fused):
         attn, gate = self.cross_attn, gate_of(self, "cross_attn_attn_gate")
         spans = parts = None
         if isinstance(attn, MllamaTextCrossAttention) and is_unhooked(attn):
-            spans = attn.spans(x, states, cache, mask, kwargs)
             parts = _plain.cross_attention_of(x, self.input_layernorm, attn.q_proj, attn.o_proj, attn.q_norm)
+        if parts is not None:
+            spans = attn.spans(x, states, cache, mask, kwargs, layer=self)
         if spans is None or parts is None:
             media = {"cross_attention_states": states, "past_key_values": cache, "attention_mask": mask}
             attended, _ = attn(hidden_states=self.input_layernorm(x), **media, **kwargs)

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from .. import _dispatch, _library
 from .._checks import (
+    autocast,
     expect_floating_point,
     expect_head_groups,
     expect_same_device,
-    expect_same_dtype,
     expect_shape,
     expect_tensors,
     needs_grad,
     scale_of,
     unit_stride,
+    without_autocast,
 )
 from .._once_differentiable import once_differentiable
 from .._parts import PROJECTIONS, in_part
@@ -30,7 +31,7 @@ from ..mask import MediaMask
 from ..ops.masked_cross_attention.api import expect_media
 from . import gated_linear, normed_linear, reference
 from . import norm as norms
-from .gated_linear import Linear, cast_like, expect_gate, expect_linear
+from .gated_linear import Linear, cast_like, expect_gate, expect_linear, expect_one_dtype
 from .norm import Norm, Statistics, expect_norm
 
 _NAME = "gated_cross_attention"
@@ -69,8 +70,8 @@ def gated_cross_attention(
         k: keys of the media `[B, M, R, Hkv, d]`, same dtype.
         v: values, like k.
         mask: which media each row sees.
-        norm: of x, before the queries.
-        to_q: `[H * d, D]`; H is a multiple of Hkv.
+        norm: of x, before the queries; in any floating-point dtype, as the gate and q_norm.
+        to_q: `[H * d, D]`, in the dtype of x, as all projections; H is a multiple of Hkv.
         to_out: `[D, H * d]`.
         gate: alpha before tanh, 1 element or D; None for a plain residual.
         q_norm: of each head's queries, its parameters `[d]`. Default: none. The keys come normed already.
@@ -85,8 +86,8 @@ def gated_cross_attention(
         ValueError, TypeError, UnsupportedError: as `masked_cross_attention` and `gated_residual`.
 
     Limits: those of `masked_cross_attention`. Differentiable once in every tensor; for second derivatives:
-    backend="reference", as there. As deterministic as the matrix products of torch. Autocast does not reach
-    into it.
+    backend="reference", as there. As deterministic as the matrix products of torch. Under torch.autocast it
+    multiplies in its dtype, keys and values too, and norms in that of x and the norm.
 
     Source: Flamingo (arXiv 2204.14198), sections 2.2 and 2.3.
 
@@ -102,6 +103,8 @@ def gated_cross_attention(
         (True, torch.Size([1, 3, 32]))
     """
     _validate(x, k, v, mask, norm, to_q, to_out, gate, q_norm)
+    (k, v), to_q, to_out = autocast(k, v), to_q.autocast(), to_out.autocast()
+    expect_one_dtype(_NAME, x, {"to_q": to_q, "to_out": to_out}, k=k, v=v)
     scale = scale_of(_NAME, scale, k.shape[-1])
     parameters = (gate, norm.weight, norm.bias, *(q_norm or (None, None))[:2], *to_q, *to_out)
     backend = _dispatch.resolve("masked_cross_attention", backend, x, k, v, *parameters)
@@ -110,7 +113,7 @@ def gated_cross_attention(
     of_q = (q_norm.eps, q_norm.rms) if q_norm else None
     how = _How(backend, scale, mask.immediate, mask.policy == "open_flamingo", norm.eps, norm.rms, of_q)
     tensors = _Tensors(x, unit_stride(k), unit_stride(v), *mask.spans, *parameters)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if needs_grad(*tensors):
             return _GatedCrossAttention.apply(how, *tensors)
         return _forward(how, tensors)[0]
@@ -143,17 +146,17 @@ def _validate(
     expect_gate(_NAME, gate, width)
     if q_norm is not None:
         expect_norm(_NAME, "q_norm", q_norm, head_dim)
-    expect_same_dtype(_NAME, k=k, v=v)
     tensors = {
         "x": x,
         "k": k,
+        "v": v,
         "norm": norm.weight,
         "to_q": to_q.weight,
         "to_out": to_out.weight,
         "gate": gate,
     }
     expect_floating_point(_NAME, **tensors)
-    expect_same_device(_NAME, **tensors, v=v, mask=mask.lo)
+    expect_same_device(_NAME, **tensors, mask=mask.lo)
 
 
 @dataclass(frozen=True)

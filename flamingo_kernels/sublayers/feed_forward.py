@@ -20,12 +20,13 @@ from .._checks import (
     expect_tensors,
     needs_grad,
     unit_stride,
+    without_autocast,
 )
 from .._once_differentiable import once_differentiable
 from .._parts import FEED_FORWARD, in_part
 from . import gated_linear, normed_linear, reference
 from .activation import ACTIVATIONS
-from .gated_linear import Linear, cast_like, expect_gate, expect_linear
+from .gated_linear import Linear, cast_like, expect_gate, expect_linear, expect_one_dtype
 from .norm import Norm, Statistics, expect_norm
 from .scratch import scratch
 
@@ -58,8 +59,8 @@ def gated_feed_forward(
 
     Args:
         x: `[..., D]`, float32, bfloat16 or float16.
-        norm: of x, before the hidden layer.
-        hidden: `[F, D]`.
+        norm: of x, before the hidden layer; in any floating-point dtype, as the gate.
+        hidden: `[F, D]`, in the dtype of x, as all projections.
         output: `[D, F]`.
         gate: alpha before tanh, 1 element or D; None for a plain residual, `x + output(h)`.
         activation: "gelu" (erf), "gelu_tanh", "relu", "squared_relu" or "silu".
@@ -71,12 +72,14 @@ def gated_feed_forward(
 
     Raises:
         ValueError: shapes or devices that do not fit, or an unknown activation.
-        TypeError: parts that are no Norm, Linear or dense floating-point tensor.
+        TypeError: parts that are no Norm, Linear or dense floating-point tensor; projections in another dtype
+            than x, without autocast.
         UnsupportedError: the requested backend cannot run these inputs.
 
     Limits: differentiable once in every tensor; for second derivatives: backend="reference", which "auto"
     takes under torch.func's transforms and in forward mode. As deterministic as the matrix products of torch.
-    Autocast does not reach into it. On a CPU a thread keeps memory for one hidden layer from call to call.
+    Under torch.autocast it multiplies in its dtype, and norms in that of x and the norm. On a CPU a thread
+    keeps memory for one hidden layer from call to call.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2 and figure 4; SwiGLU: arXiv 2002.05202.
 
@@ -88,13 +91,15 @@ def gated_feed_forward(
         True
     """
     _validate(x, norm, hidden, output, factor, gate, activation)
+    hidden, output, factor = hidden.autocast(), output.autocast(), factor and factor.autocast()
+    expect_one_dtype(_NAME, x, {"hidden": hidden, "output": output, "factor": factor})
     parameters = (gate, norm.weight, norm.bias, *hidden, *output, *(factor or (None, None)))
     backend = _dispatch.resolve("gated_residual", backend, x, *parameters)
     if backend == "reference" or 0 in hidden.weight.shape:  # without a feature there is nothing to fuse
         return reference.gated_feed_forward(x, norm, hidden, output, gate, activation, factor)
     how = _How(backend, activation, norm.eps, norm.rms)
     tensors = _Tensors(as_rows(x), *parameters)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         run = _GatedFeedForward.apply if needs_grad(*tensors) else _infer
         return run(how, *tensors).view(x.shape)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from .._checks import expect_shape, expect_tensors, is_eager
+from .._checks import autocast, autocast_dtype, expect_same_dtype, expect_shape, expect_tensors, is_eager
 from .._parts import GATE, in_part
 from .scratch import scratch
 
@@ -35,6 +35,10 @@ class Linear(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None = None
+
+    def autocast(self) -> Linear:
+        """With the parameters that torch.autocast would multiply with."""
+        return Linear(*autocast(*(each for each in self if each is not None)))
 
     def __call__(self, a: Tensor, into: Tensor | None = None) -> Tensor:  # [N, out]
         if self.bias is None:
@@ -61,6 +65,17 @@ def expect_gate(operator: str, gate: Any, width: int) -> None:
     expect_tensors(operator, gate=gate)
     if gate.numel() not in (1, width):
         raise ValueError(f"{operator}: expected a gate of 1 or D={width} elements, got {tuple(gate.shape)}.")
+
+
+def expect_one_dtype(operator: str, x: Tensor, linears: dict[str, Linear | None], **media: Tensor) -> None:
+    """Raise TypeError unless all that is multiplied has the dtype of x, which autocast alone may cast."""
+    multiplied = {} if autocast_dtype(x.device) else {"x": x}
+    for name, linear in linears.items():
+        if linear is not None:
+            multiplied[f"{name}.weight"] = linear.weight
+            if linear.bias is not None:
+                multiplied[f"{name}.bias"] = linear.bias
+    expect_same_dtype(operator, **multiplied, **media)
 
 
 class Gradients(NamedTuple):
