@@ -5,7 +5,8 @@ kernels, `cuda`, for which the CUDA extension has them, and `triton`. Which one 
 call, so that a traced graph holds no choice.
 
 `softmax` is of every row the score of its heaviest key, not scaled, and the sum of its weights relative to
-that key's, `[2, B, H, T]`: their logarithm in one float would round all weights of a row alike. It is empty where the backward pass makes the softmax anew.
+that key's, `[2, B, H, T]`: their logarithm in one float would round all weights of a row alike. It is empty
+where the backward pass makes the softmax anew.
 """
 
 from __future__ import annotations
