@@ -116,6 +116,21 @@ def error_of(operation: str, backend: str, arguments: dict[str, Any]) -> str:
     return "none"
 
 
+@pytest.fixture(params=["triton", "cuda"])  # those in C++ have test_bindings.py
+def kernels(request) -> str:
+    available = available_backends("masked_cross_attention")[request.param]
+    if available is not True:
+        pytest.skip(f"{request.param}: {available}")
+    return request.param
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_tensor_is_checked(operation, kernels):
+    arguments = OPERATIONS[operation]()
+    call(operation, kernels, arguments)
+    assert_refused(operation, kernels, arguments)
+
+
 @pytest.fixture
 def cuda() -> str:
     if _cuda.why_not():
