@@ -110,7 +110,12 @@ def test_rounding_is_none_where_nothing_is_rounded():
     ones = torch.ones(3, 3)
 
     def whole():
-        return ones[:, :1] @ ones[:1], ones[0, 0].sum(), (ones * 3).to(torch.bfloat16), torch.cat([ones, ones])
+        return (
+            ones[:, :1] @ ones[:1],
+            ones[0, 0].sum(),
+            (ones * 3).to(torch.bfloat16),
+            torch.cat([ones, ones]),
+        )
 
     assert rounding_errors(whole, [each.double() for each in whole()]) == [0.0] * 4
 
