@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def expect_shape(operator: str, name: str, tensor: Tensor, expected: tuple[int | str, ...], why: str) -> None:
@@ -102,16 +103,36 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module] | str) -> bool:
     """Whether calling the module runs the forward of one of these classes, or one so named, and no more."""
     cls = type(module)
     name = f"{cls.__module__}.{cls.__name__}"
-    known = any(name == kind if isinstance(kind, str) else cls.forward is kind.forward for kind in kinds)
+    known = any(name == kind if isinstance(kind, str) else _runs(cls, kind) for kind in kinds)
     return known and is_unhooked(module)
 
 
+def _runs(cls: type[nn.Module], kind: type[nn.Module]) -> bool:
+    """Whether a class has the forward of another, and nobody gave that one another."""
+    return cls.forward is kind.forward and kind.forward.__module__ == kind.__module__
+
+
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling the module runs the forward of its class, and nothing else."""
-    hooks = (
+    """Whether calling the module runs the forward of its class on its parameters, and nothing else."""
+    changed = "forward" in vars(module) or "parametrizations" in module._modules
+    return not changed and not _has_hooks(module) and not _has_any_global_hook()
+
+
+def has_hooks_below(module: nn.Module) -> bool:
+    """Whether hooks see the calls that a module makes of those within it: theirs, or hooks of all modules."""
+    return _has_any_global_hook() or any(_has_hooks_within(child) for child in module._modules.values())
+
+
+def _has_hooks_within(module: nn.Module | None) -> bool:
+    if module is None:
+        return False
+    return _has_hooks(module) or any(_has_hooks_within(child) for child in module._modules.values())
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-    return "forward" not in vars(module) and not hooks
