@@ -109,30 +109,33 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module] | str) -> bool:
 
 def _runs(cls: type[nn.Module], kind: type[nn.Module]) -> bool:
     """Whether a class has the forward of another, and nobody gave that one another."""
-    return cls.forward is kind.forward and kind.forward.__module__ == kind.__module__
+    home = getattr(kind.forward, "__globals__", {}).get("__name__")
+    return cls.forward is kind.forward and any(base.__module__ == home for base in kind.__mro__)
 
 
 def is_unhooked(module: nn.Module) -> bool:
     """Whether calling the module runs the forward of its class on its parameters, and nothing else."""
-    changed = "forward" in vars(module) or "parametrizations" in module._modules
-    return not changed and not _has_hooks(module) and not _has_any_global_hook()
+    return not (_has_hooks(module) or _has_any_global_hook())
 
 
 def has_hooks_below(module: nn.Module) -> bool:
-    """Whether hooks see the calls that a module makes of those within it: theirs, or hooks of all modules."""
-    return _has_any_global_hook() or any(_has_hooks_within(child) for child in module._modules.values())
+    """Whether anybody sees the calls that a module makes of those within it: their hooks, or those of all."""
+    return _has_any_global_hook() or any(map(_has_hooks_within, module._modules.values()))
 
 
 def _has_hooks_within(module: nn.Module | None) -> bool:
     if module is None:
         return False
-    return _has_hooks(module) or any(_has_hooks_within(child) for child in module._modules.values())
+    return _has_hooks(module) or any(map(_has_hooks_within, module._modules.values()))
 
 
 def _has_hooks(module: nn.Module) -> bool:
+    """Whether it has hooks, or what is called as they are: a forward of its own, weights that are made."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or "parametrizations" in module._modules
     )

@@ -23,8 +23,8 @@ from ._parts import ATTENTION, in_part
 from .fold import Affine, Gate, Scale, put_originals
 from .mask import MediaMask
 from .media_cache import MediaCache, Source, keys_and_values, media_of
-from .patch.anatomy import Alpha, Kind, Linear, Norm, Number, Part, Weight
 from .ops import gated_residual, masked_cross_attention, perceiver_attention
+from .patch.anatomy import Alpha, Kind, Linear, Norm, Number, Part, Weight
 from .sublayers import gated_cross_attention, gated_feed_forward
 
 

@@ -1,12 +1,12 @@
 """What a module of a known class is made of: a fingerprint of the instance, compared before it is swapped.
 
-A fused class names every child and parameter of the class it stands for, with sizes in letters that must agree,
-and what it is: ::
+A fused class names every child and parameter of the class it stands for, with sizes in letters that must
+agree: ::
 
     {"heads": Number("H"), "norm": Norm("D"), "to_q": Linear("D", "H*d"), "to_out": Linear("H*d", "D")}
 
-A child of another library's class, as an adapter or a quantised layer, is called as the module it is, and so it
-may be anything of these sizes. One of another class of torch.nn is another architecture.
+A child of another library's class, as an adapter or a quantised layer, is called as the module it is, and so
+it may be anything of these sizes. One of another class of torch.nn is another architecture.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Sizes(dict[str, int]):
         return self[new] * known == size
 
     def expected(self, term: str) -> str:
-        known = ", ".join(f"{letter}={self[letter]}" for letter in re.findall(r"[A-Za-z]", term) if letter in self)
+        known = ", ".join(
+            f"{letter}={self[letter]}" for letter in re.findall(r"[A-Za-z]", term) if letter in self
+        )
         return f"{term} with {known}" if known else term
 
 

@@ -36,10 +36,10 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
     causal        Mllama under "sdpa": without a mask, row t sees no vision token after t
     ============= ============================================================================================
 
-    Names are not enough: a module is swapped if the source of its forward, with all that this calls, is that of a
-    known version, and if it is made of the parts that this version has. Other releases, forks, functions that
-    were replaced and modules with more in them are left alone, and the report says why. Where parts have hooks,
-    or all modules do, their calls are those of the original's forward.
+    Names are not enough: a module is swapped if the source of its forward, with all that this calls, is that
+    of a known version, and if it is made of the parts that this version has. Other releases, forks, functions
+    that were replaced and modules with more in them are left alone, and the report says why. Parts with hooks
+    are called by the original's forward; so are all parts while there are hooks on all modules.
 
     A model patched again stays as it is. Patch before `torch.jit.script` and before FSDP2's `fully_shard`,
     whose wrapped classes cannot be taken back; modules inside FSDP1 and `torch.compile` wrappers are found.
@@ -55,8 +55,8 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
 
     Raises:
         TypeError: `model` is no module, or `fixes` is a string.
-        ValueError: a fix that is unknown, of other models than this one, or of modules that were patched without
-            it. The model is then unchanged.
+        ValueError: a fix that is unknown, of other models than this one, or of modules that were patched
+            without it. The model is then unchanged.
         UnsupportedError: nothing in the model is known. It is then unchanged.
 
     Source: Flamingo (arXiv 2204.14198), section 2.
@@ -138,7 +138,7 @@ def _why_not_by_itself(module: nn.Module) -> str:
     return ""
 
 
-def _why_not(module: nn.Module, known: Match, unknown: Callable[[type[nn.Module], str], str]) -> str:
+def _why_not(module: nn.Module, known: Match, unknown: Callable[..., str]) -> str:
     """Why a module of a known class is left alone."""
     cls = type(module)
     if has_other_forward(module):
@@ -170,20 +170,20 @@ def _known_fixes(fixes: Iterable[str]) -> frozenset[str]:
 
 
 def _expect_fixes(model: nn.Module, wanted: frozenset[str], found: Iterable[nn.Module]) -> None:
-    """Raise ValueError if a fix has nothing to fix, or comes too late for modules that were swapped before."""
+    """Raise ValueError if a fix has nothing to fix, or comes too late for modules swapped before."""
     swapped = {path: module for path, module in model.named_modules() if is_swapped(module)}
     for fix in sorted(wanted):
         for path, module in swapped.items():
             if fix in _fixes_of(module) and fix not in getattr(module, "fixes", ()):
                 raise ValueError(
-                    f"patch: fix {fix!r} comes too late for {path or type(module).__name__}, which was patched "
-                    f"without it; unpatch(model), then patch it with all fixes."
+                    f"patch: fix {fix!r} comes too late for {path or type(module).__name__}, which was "
+                    "patched without it; unpatch(model), then patch it with all fixes."
                 )
         if not any(fix in _fixes_of(module) for module in [*found, *swapped.values()]):
             homes = " and ".join(family.name for family in families() if fix in family.fixes)
             raise ValueError(
-                f"patch: expected fixes of the modules found in {type(model).__name__}, got {fix!r}, which is "
-                f"of {homes}."
+                f"patch: expected fixes of the modules found in {type(model).__name__}, got {fix!r}, which "
+                f"is of {homes}."
             )
 
 

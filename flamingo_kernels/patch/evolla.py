@@ -114,8 +114,8 @@ class EvollaSequenceAlignerCrossAttention(Fused):
     ) -> Tensor:  # [B, T, D]
         others = (structure_kv_states, msa_kv_states, protein_kv_attn_mask)
         spans = None
-        alone = all(other is None for other in others) and protein_kv_states is not None
-        if alone and not self.is_watched():
+        alone = all(other is None for other in others) and not self.is_watched()
+        if alone and protein_kv_states is not None:
             spans = _spans(query_states, protein_kv_states, query_attn_mask, protein_batch_mask)
         if spans is None:
             states = (query_states, protein_kv_states, structure_kv_states, msa_kv_states, query_attn_mask)

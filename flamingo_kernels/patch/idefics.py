@@ -68,13 +68,11 @@ class IdeficsGatedCrossAttentionLayer(Fused):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:  # [B, T, D]
-        wrong = image_hidden_states is None or cross_attention_gate is None or past_key_values is not None
-        if wrong or self.is_watched():
-            given = (attention_mask, image_hidden_states, image_attention_mask, cross_attention_gate)
+        media, sees = image_hidden_states, cross_attention_gate
+        if media is None or sees is None or past_key_values is not None or self.is_watched():
+            given = (attention_mask, media, image_attention_mask, sees)
             return cast(Tensor, super().forward(hidden_states, *given, past_key_values, **kwargs))
-        z = self._add_attended(
-            hidden_states, image_hidden_states, image_attention_mask, cross_attention_gate, kwargs
-        )
+        z = self._add_attended(hidden_states, media, image_attention_mask, sees, kwargs)
         return self._add_feed_forward(z)
 
     def _add_attended(

@@ -1,7 +1,7 @@
 """The code that is known: of the classes that are swapped, and of those within them that are not called.
 
-Hashes only, see `source.code_hash`, by the name of the class. `python -m flamingo_kernels.patch.known` shows
-those of the installed versions of the libraries.
+Hashes only, see `source.code_hash`, by the name of the class. `python -m flamingo_kernels.patch` shows those
+of the installed versions of the libraries.
 """
 
 from __future__ import annotations
@@ -159,8 +159,3 @@ def installed() -> Iterator[tuple[str, str]]:
             continue
         except (AttributeError, Unreadable) as error:
             yield name, str(error)
-
-
-if __name__ == "__main__":
-    for name, code in installed():
-        print(f"{code}  {name}  {KNOWN[name].get(code, 'unknown')}")

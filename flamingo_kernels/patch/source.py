@@ -1,8 +1,8 @@
 """What a class computes, as a hash of the source that its forward runs.
 
-Forks and other releases keep the names and the arguments of a class and change its mathematics. So the code is
-compared: that of the forward, of the methods and functions of its module that it calls, and their constants.
-Words do not count: docstrings, comments, annotations and layout. What comes from other modules counts by name.
+Forks and other releases keep the names and arguments of a class and change its mathematics. So its code is
+compared: that of the forward, and of the methods, functions and constants of its module that it reaches.
+Words do not count: docstrings, comments, annotations, layout. What is of other modules counts by its name.
 
 Source is believed only if compiling it gives the code that runs: a file may have been edited since, and code
 may have been made of other text under the file's name.
@@ -18,7 +18,7 @@ import inspect
 import linecache
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -56,7 +56,7 @@ def code_hash(cls: type[nn.Module], home: str = "") -> str:
 
 
 def unwrapped(function: Any) -> Any:
-    """A forward without what transformers puts around that of each of its layers, and of classes made of one."""
+    """A forward without what transformers puts around that of every layer, and of every class made of one."""
     while isinstance(function, FunctionType) and _name(function) == _CHECKPOINTING:
         function = inspect.getclosurevars(function).nonlocals["forward"]
     return function
@@ -124,7 +124,11 @@ class _Walk:
     def _members(self, tree: ast.AST) -> Iterator[tuple[str, Any]]:
         """What the class itself has under the names that a method asks `self` for."""
         for node in _nodes(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "self"
+            ):
                 value = inspect.getattr_static(self.cls, node.attr, None)
                 if value is not None and value is not inspect.getattr_static(nn.Module, node.attr, None):
                     yield node.attr, value
@@ -211,7 +215,7 @@ def _is_same_constant(a: Any, b: Any) -> bool:
 
 
 def _fields(node: ast.AST) -> Iterator[tuple[str, Any]]:
-    """The fields of a tree that say what it does: no annotation, docstring, or what this Python adds empty."""
+    """The fields of a tree that say what it does: no annotations and docstrings, and none that is empty."""
     for name in node._fields:
         value = getattr(node, name, None)
         if isinstance(value, list):
@@ -243,7 +247,7 @@ def _normal(node: Any) -> str:
     if isinstance(node, ast.JoinedStr):
         return f"(JoinedStr {' '.join(_pieces(node))})"
     if isinstance(node, ast.AnnAssign):
-        return _normal(ast.Assign([node.target], node.value))
+        return _normal(ast.Assign([node.target], cast(ast.expr, node.value)))
     if isinstance(node, ast.AST):
         fields = (f"{name}={_normal(value)}" for name, value in _fields(node))
         return f"({type(node).__name__} {' '.join(fields)})"

@@ -10,8 +10,15 @@ from torch import nn
 
 from flamingo_kernels import layers, patch, tiny
 from flamingo_kernels.patch.anatomy import Sizes
-from tests.flamingo.weights import randomise
-from tests.patch.families import FAMILIES, HEADS, TEXT, cross_attention, media_width, perceiver_attention, resampler
+from tests.patch.families import (
+    FAMILIES,
+    HEADS,
+    TEXT,
+    cross_attention,
+    media_width,
+    perceiver_attention,
+    resampler,
+)
 
 LOCATIONS = torch.tensor([[0, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 1]]).bool()
 
@@ -41,22 +48,40 @@ def swap(name, change):
 
 # What is done to an attention of three heads of eight numbers, and why it is then left alone.
 OTHERS = {
-    "a parameter": (lambda attn: attn.register_parameter("bias", nn.Parameter(torch.ones(1))), "bias is not one"),
+    "a parameter": (
+        lambda attn: attn.register_parameter("bias", nn.Parameter(torch.ones(1))),
+        "bias is not one",
+    ),
     "a buffer": (lambda attn: attn.register_buffer("seen", torch.ones(1)), "seen is not one of its parts"),
     "a tensor": (lambda attn: setattr(attn, "shift", torch.ones(1)), "shift is not one of its parts"),
     "a child": (lambda attn: setattr(attn, "dropout", nn.Dropout(0.5)), "dropout is not one of its parts"),
-    "a function": (lambda attn: setattr(attn, "attend", lambda *args: args[0]), "attend is not one of its parts"),
-    "a learnt scale": (lambda a: setattr(a, "scale", nn.Parameter(torch.ones(1))), "scale is not one of its parts"),
-    "other heads": (lambda attn: setattr(attn, "heads", 5), "to_q has out_features=24, expected H*d with H=5"),
+    "a function": (
+        lambda attn: setattr(attn, "attend", lambda *args: args[0]),
+        "attend is not one of its parts",
+    ),
+    "a learnt scale": (
+        lambda a: setattr(a, "scale", nn.Parameter(torch.ones(1))),
+        "scale is not one of its parts",
+    ),
+    "other heads": (
+        lambda attn: setattr(attn, "heads", 5),
+        "to_q has out_features=24, expected H*d with H=5",
+    ),
     "no number": (lambda attn: setattr(attn, "heads", "3"), "heads is '3', expected H"),
     "fewer keys": (
         swap("to_kv", lambda linear: nn.Linear(linear.in_features, 24, bias=False)),
         "to_kv has out_features=24, expected 2*H*d with H=3, d=8",
     ),
-    "another width": (swap("to_out", lambda _: nn.Linear(24, TEXT + 1)), "to_out has out_features=21, expected D"),
+    "another width": (
+        swap("to_out", lambda _: nn.Linear(24, TEXT + 1)),
+        "to_out has out_features=21, expected D",
+    ),
     "no projection": (swap("to_out", lambda _: nn.Identity()), "to_out is a Identity, expected a Linear"),
     "a chain": (swap("to_out", nn.Sequential), "to_out is a Sequential, expected a Linear"),
-    "another norm": (swap("norm", lambda _: nn.BatchNorm1d(6)), "norm is a BatchNorm1d, expected a LayerNorm"),
+    "another norm": (
+        swap("norm", lambda _: nn.BatchNorm1d(6)),
+        "norm is a BatchNorm1d, expected a LayerNorm",
+    ),
     "a wide norm": (swap("norm", lambda _: nn.LayerNorm((6, TEXT))), "norm is over (6, 20), expected D"),
     "no norm": (lambda attn: setattr(attn, "norm", None), "norm is missing"),
 }

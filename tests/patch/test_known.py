@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -38,7 +39,7 @@ def test_what_is_installed_is_known():
 
 
 def test_the_command_shows_it():
-    command = [sys.executable, "-m", "flamingo_kernels.patch.known"]
+    command = [sys.executable, "-m", "flamingo_kernels.patch"]
     done = subprocess.run(command, env=os.environ, text=True, capture_output=True)
     assert "1513437f1a1ae75b  flamingo.modules.MaskedCrossAttention  this one" in done.stdout, done.stderr
 
@@ -58,7 +59,9 @@ def assert_left_alone(module, *tensors, **options):
     return report.skipped[""]
 
 
-UNKNOWN = r'its forward is not one that is known: hash [0-9a-f]{16}, see "Adding a version" in CONTRIBUTING.md'
+UNKNOWN = (
+    r'its forward is not one that is known: hash [0-9a-f]{16}, see "Adding a version" in CONTRIBUTING.md'
+)
 
 
 class TestOtherVersions:
@@ -74,7 +77,9 @@ class TestOtherVersions:
         )
         x, media = inputs(16)
         attn = old.MaskedCrossAttention(**SIZES)
-        assert assert_left_alone(attn, x, media, media_locations=PLACES).startswith("MaskedCrossAttention: its")
+        assert assert_left_alone(attn, x, media, media_locations=PLACES).startswith(
+            "MaskedCrossAttention: its"
+        )
         report = patch(block := randomise(old.GatedCrossAttentionBlock(**SIZES)))
         assert list(report.replaced) == [""]  # its own code is known
         assert list(report.skipped) == ["attn"]
@@ -86,8 +91,11 @@ class TestOtherVersions:
             third_party.open_flamingo("helpers"),
             tmp_path,
             monkeypatch,
-            ("self.norm = nn.LayerNorm(dim)\n\n    def forward(self, x):", "self.norm = nn.LayerNorm(dim)\n"
-             "        self.last = nn.Linear(dim, dim)\n\n    def forward(self, x):"),
+            (
+                "self.norm = nn.LayerNorm(dim)\n\n    def forward(self, x):",
+                "self.norm = nn.LayerNorm(dim)\n"
+                "        self.last = nn.Linear(dim, dim)\n\n    def forward(self, x):",
+            ),
             ("return self.norm(latents)", "return self.last(self.norm(latents))"),
         )
         resampler = newer.PerceiverResampler(**SIZES, depth=1, num_latents=3)
@@ -107,13 +115,15 @@ class TestOtherVersions:
 
     def test_code_without_a_file(self, monkeypatch):
         helpers = third_party.open_flamingo("helpers")
-        source = edited(open(helpers.__file__).read(), ("sim = einsum", "sim = 2 * einsum"))
+        source = edited(Path(helpers.__file__).read_text(), ("sim = einsum", "sim = 2 * einsum"))
         module = ModuleType(helpers.__name__)
         for name in ("<string>", helpers.__file__):
             exec(compile(source, name, "exec", dont_inherit=True), vars(module))
             attn = module.MaskedCrossAttention(**SIZES, dim_visual=8)
             reason = assert_left_alone(attn, *inputs(), PLACES)
-            assert reason.endswith(f"cannot be read from {name}" if name == "<string>" else "is not what runs")
+            assert reason.endswith(
+                f"cannot be read from {name}" if name == "<string>" else "is not what runs"
+            )
 
     @pytest.mark.parametrize(
         "edit",
@@ -125,7 +135,10 @@ class TestOtherVersions:
             ("return val is not None", "return True"),
             ("use_cached_media=False):", "use_cached_media=True):"),
             ("sim.amax", "sim.amin"),
-            ("from torch import einsum, nn", "from torch import nn\nfrom opt_einsum import contract as einsum"),
+            (
+                "from torch import einsum, nn",
+                "from torch import nn\nfrom opt_einsum import contract as einsum",
+            ),
         ],
         ids=lambda edit: edit[0],
     )
@@ -160,7 +173,9 @@ class TestReplacedFunctions:
     def test_of_the_library(self, name, monkeypatch):
         helpers = third_party.open_flamingo("helpers")
         original = getattr(helpers, name)
-        monkeypatch.setattr(helpers, name, functools.wraps(original)(lambda *args, **kw: original(*args, **kw)))
+        monkeypatch.setattr(
+            helpers, name, functools.wraps(original)(lambda *args, **kw: original(*args, **kw))
+        )
         attn = helpers.MaskedCrossAttention(**SIZES, dim_visual=8)
         assert "not one that is known" in assert_left_alone(attn, *inputs(), PLACES)
 
@@ -191,7 +206,9 @@ class TestReplacedFunctions:
                 return k, v / 2
 
         attn = Halved(**SIZES)
-        assert "not one that is known" in assert_left_alone(attn, torch.randn(1, 2, 5, 16), torch.randn(1, 2, 3, 16))
+        assert "not one that is known" in assert_left_alone(
+            attn, torch.randn(1, 2, 5, 16), torch.randn(1, 2, 3, 16)
+        )
 
 
 class TestParts:
@@ -200,7 +217,10 @@ class TestParts:
     @pytest.mark.parametrize(
         ("edit", "path"),
         [
-            (("return self.weight * hidden_states", "return (1 + self.weight) * hidden_states"), "input_layernorm"),
+            (
+                ("return self.weight * hidden_states", "return (1 + self.weight) * hidden_states"),
+                "input_layernorm",
+            ),
             (("self.act_fn(self.gate_proj(x)) * self.up", "self.act_fn(self.gate_proj(x)) + self.up"), "mlp"),
             (("self.down_proj(self.act_fn(", "2 * self.down_proj(self.act_fn("), "mlp"),
         ],
@@ -209,13 +229,15 @@ class TestParts:
     def test_of_idefics(self, edit, path, tmp_path, monkeypatch):
         pytest.importorskip("transformers")
         home = importlib.import_module("transformers.models.idefics.modeling_idefics")
-        source = open(home.__file__).read()
+        source = Path(home.__file__).read_text()
         (tmp_path / "variant.py").write_text(edited(source, edit))
         cls = {"mlp": "IdeficsMLP", "input_layernorm": "IdeficsRMSNorm"}[path]
         other = load_within(home, tmp_path / "variant.py", monkeypatch)
         monkeypatch.setattr(home, cls, getattr(other, cls))
         layer = home.IdeficsGatedCrossAttentionLayer(config(), layer_idx=0)
-        reason = f"IdeficsGatedCrossAttentionLayer: {path} is a {cls}, and its forward is not one that is known"
+        reason = (
+            f"IdeficsGatedCrossAttentionLayer: {path} is a {cls}, and its forward is not one that is known"
+        )
         assert patch(layer).skipped[""].startswith(reason)
 
 

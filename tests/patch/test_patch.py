@@ -213,14 +213,18 @@ class TestFixes:
         block = nn.ModuleList([cross_attention("flamingo"), cross_attention("open_flamingo")])
         for module in block[1].modules():
             module.surprise = torch.ones(1)
-        with pytest.raises(ValueError, match="'uniform_rows', which is of open_flamingo and flamingo_pytorch"):
+        with pytest.raises(
+            ValueError, match="'uniform_rows', which is of open_flamingo and flamingo_pytorch"
+        ):
             patch(block, fixes=["uniform_rows"])
         assert type(block[0]) is modules.GatedCrossAttentionBlock
 
     def test_a_fix_that_comes_too_late_is_refused(self):
         model = nn.ModuleList([cross_attention("open_flamingo"), cross_attention("open_flamingo")])
         patch(model[1].attn)
-        with pytest.raises(ValueError, match=r"fix 'uniform_rows' comes too late for 1\.attn, .* unpatch\(model\)"):
+        with pytest.raises(
+            ValueError, match=r"fix 'uniform_rows' comes too late for 1\.attn, .* unpatch\(model\)"
+        ):
             patch(model, fixes=["uniform_rows"])
         assert type(model[0]).__module__ == "open_flamingo.src.helpers"
         unpatch(model)
@@ -232,7 +236,9 @@ class TestFixes:
     @pytest.mark.parametrize("fixes", ["uniform_rows", ""])
     def test_a_string_is_not_a_list(self, fixes):
         block = cross_attention("open_flamingo")
-        with pytest.raises(TypeError, match=rf"fixes as a list of names, got '{fixes}'; pass fixes=\['{fixes}'\]"):
+        with pytest.raises(
+            TypeError, match=rf"fixes as a list of names, got '{fixes}'; pass fixes=\['{fixes}'\]"
+        ):
             patch(block, fixes=fixes)
         assert type(block).__module__ == "open_flamingo.src.helpers"
 

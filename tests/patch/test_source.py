@@ -112,9 +112,9 @@ def test_is_not_changed_by_being_run(layer):
         ("        later: float\n", ""),
         ("total: float = 0.25", "total = 0.25"),
         ("x: torch.Tensor, scale: float = 1.5", "x, scale=1.5"),
-        ('-x\n', '(-x)\n\n'),
+        ("-x\n", "(-x)\n\n"),
         ("def not_called(self, x):\n        return x", "def not_called(self):\n        return 2"),
-        ("{1, 2, \"three\"}", "{ 1, 2, 'three' }"),
+        ('{1, 2, "three"}', "{ 1, 2, 'three' }"),
         ("class Layer(Base):\n", "class Layer(Base):\n    unused = 1\n\n"),
         ('a" "b"', 'ab"'),
     ],
@@ -149,7 +149,10 @@ def test_words_do_not_count(layer, edit):
         ("from torch.nn import functional as F", "import torch as F"),
         ("import math\n", "import cmath as math\n"),
         ("class Layer(Base):\n", "class Layer(Base):\n    def __call__(self, x):\n        return x\n\n"),
-        ("class Layer(Base):\n", "class Layer(Base):\n    def __getattr__(self, name):\n        return 1\n\n"),
+        (
+            "class Layer(Base):\n",
+            "class Layer(Base):\n    def __getattr__(self, name):\n        return 1\n\n",
+        ),
     ],
     ids=lambda edit: " ".join(f"{edit[0]} to {edit[1]}".split())[:50],
 )

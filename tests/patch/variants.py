@@ -1,4 +1,4 @@
-"""Libraries with a few words changed, as their forks and other releases are, under the names of the originals."""
+"""Libraries with a few words changed, as in forks and other releases, under the names of the originals."""
 
 from __future__ import annotations
 
