@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ._transforms import transform
 
@@ -202,16 +203,39 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module] | str) -> bool:
     """Whether calling the module runs the forward of one of these classes, or one so named, and no more."""
     cls = type(module)
     name = f"{cls.__module__}.{cls.__name__}"
-    known = any(name == kind if isinstance(kind, str) else cls.forward is kind.forward for kind in kinds)
+    known = any(name == kind if isinstance(kind, str) else _runs(cls, kind) for kind in kinds)
     return known and is_unhooked(module)
 
 
+def _runs(cls: type[nn.Module], kind: type[nn.Module]) -> bool:
+    """Whether a class has the forward of another, and nobody gave that one another."""
+    home = getattr(kind.forward, "__globals__", {}).get("__name__")
+    return cls.forward is kind.forward and any(base.__module__ == home for base in kind.__mro__)
+
+
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling the module runs the forward of its class, and nothing else."""
-    hooks = (
+    """Whether calling the module runs the forward of its class on its parameters, and nothing else."""
+    return not (_has_hooks(module) or _has_any_global_hook())
+
+
+def has_hooks_below(module: nn.Module) -> bool:
+    """Whether anybody sees the calls that a module makes of those within it: their hooks, or those of all."""
+    return _has_any_global_hook() or any(map(_has_hooks_within, module._modules.values()))
+
+
+def _has_hooks_within(module: nn.Module | None) -> bool:
+    if module is None:
+        return False
+    return _has_hooks(module) or any(map(_has_hooks_within, module._modules.values()))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether it has hooks, or what is called as they are: a forward of its own, weights that are made."""
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or "parametrizations" in module._modules
     )
-    return "forward" not in vars(module) and not hooks

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flamingo import modules
 
 from . import _dispatch, _plain
-from ._checks import is_plain
+from ._checks import has_hooks_below, is_plain
 from ._decode import decode, may_decode
 from ._kept_mask import MaskKey, kept_mask
 from ._parts import ATTENTION, in_part
@@ -24,6 +24,7 @@ from .fold import Affine, Gate, Scale, put_originals
 from .mask import MediaMask
 from .media_cache import MediaCache, Source, keys_and_values, media_of
 from .ops import gated_residual, masked_cross_attention, perceiver_attention
+from .patch.anatomy import Alpha, Kind, Linear, Norm, Number, Part, Weight
 from .sublayers import gated_cross_attention, gated_feed_forward
 
 
@@ -34,11 +35,20 @@ class Fused(nn.Module):
         fixes: the known bugs of the module it stands for that it does not repeat, see `patch`.
         folds: what `fold` may multiply into its weights.
         folded: by path what it had before `fold`; empty before.
+        anatomy: what a module that it stands for is made of.
     """
 
     fixes: frozenset[str] = frozenset()
     folds: tuple[Affine | Gate | Scale, ...] = ()
     folded: Mapping[str, Any] = {}
+    anatomy: Mapping[str, Kind] = {}
+
+    def is_watched(self) -> bool:
+        """Whether hooks see how it calls its parts. Then they are called by the forward it stands for.
+
+        That repeats known bugs: where these are fixed the parts are called from here.
+        """
+        return not self.fixes and has_hooks_below(self)
 
     def train(self, mode: bool = True) -> Any:
         if mode and self.folded:
@@ -61,6 +71,27 @@ class Fused(nn.Module):
         return ", ".join(filter(None, [super().extra_repr(), f"backend={_dispatch.default_backend}"]))
 
 
+ATTENTION_ANATOMY: Mapping[str, Kind] = {
+    "heads": Number("H"),
+    "norm": Norm("D"),
+    "to_q": Linear("D", "H*d"),
+    "to_kv": Linear("V", "2*H*d"),
+    "to_out": Linear("H*d", "D"),
+}
+BLOCK_ANATOMY: Mapping[str, Kind] = {
+    "attn": Part(),
+    "attn_gate": Alpha("D"),
+    "ff": Part(),
+    "ff_gate": Alpha("D"),
+}
+PERCEIVER_ANATOMY: Mapping[str, Kind] = {
+    "heads": Number("H"),
+    "norm_media": Norm("D"),
+    "norm_latents": Norm("D"),
+    "to_q": Linear("D", "H*d"),
+    "to_kv": Linear("D", "2*H*d"),
+    "to_out": Linear("H*d", "D"),
+}
 ATTENTION_FOLDS = (Affine("norm", ("to_q",)), Scale("scale", ("to_q",)))
 BLOCK_FOLDS = (Gate("attn_gate", "attn.to_out"), Affine("ff.0", ("ff.1",)), Gate("ff_gate", "ff.3"))
 
@@ -99,6 +130,7 @@ class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):
     """
 
     folds = (*ATTENTION_FOLDS, Affine("norm_media", ("to_kv",)))
+    anatomy = {**ATTENTION_ANATOMY, "norm_media": Norm("V", identity=True)}
 
     def forward(
         self,
@@ -107,6 +139,8 @@ class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):
         media_locations: Tensor | None = None,
         use_cached_media: bool = False,
     ) -> Tensor:
+        if self.is_watched() and not isinstance(media, MediaCache):
+            return super().forward(x, media, media_locations, use_cached_media)
         if not isinstance(media, MediaCache):
             modules.check_cross_attention_inputs(x, media, media_locations)
         return attend_to_media(self, x, media, media_locations, use_cached_media)
@@ -147,6 +181,7 @@ class GatedCrossAttentionBlock(Fused, modules.GatedCrossAttentionBlock):
     """
 
     folds = BLOCK_FOLDS
+    anatomy = BLOCK_ANATOMY
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -159,6 +194,8 @@ class GatedCrossAttentionBlock(Fused, modules.GatedCrossAttentionBlock):
         media_locations: Tensor | None = None,
         use_cached_media: bool = False,
     ) -> Tensor:
+        if self.is_watched():
+            return super().forward(x, cast(Tensor, media), media_locations, use_cached_media)
         return gated_block(self, x, media, media_locations, use_cached_media)
 
 
@@ -176,6 +213,8 @@ class PerceiverAttention(Fused, modules.PerceiverAttention):
         >>> attn(torch.randn(2, 1, 9, 16), torch.randn(2, 1, 4, 16)).shape
         torch.Size([2, 1, 4, 16])
     """
+
+    anatomy = PERCEIVER_ANATOMY
 
     def attend(
         self,
@@ -204,6 +243,15 @@ class PerceiverResampler(Fused, modules.PerceiverResampler):
         torch.Size([2, 3, 5, 16])
     """
 
+    anatomy = {
+        "project_input": Part(),
+        "latents": Weight("R D"),
+        "frame_embs": Weight("K D", optional=True),
+        "media_time_embs": Weight("M 1 D", optional=True),
+        "layers": Part(nn.ModuleList),
+        "norm": Norm("D"),
+    }
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for layer in self.layers:
@@ -211,6 +259,8 @@ class PerceiverResampler(Fused, modules.PerceiverResampler):
             attn.__class__ = PerceiverAttention
 
     def resample(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        if self.is_watched():
+            return super().resample(x, lengths)
         return resample(self.latents, self.layers, x, lengths)
 
 
