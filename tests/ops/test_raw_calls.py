@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flamingo_kernels import MediaMask, _cuda, _library
+from flamingo_kernels import MediaMask, _cuda, _library, available_backends
 from flamingo_kernels.testing import GatedBlockDecodeCase, lay_out
 
 T, M, S = 7, 3, 6
