@@ -2,8 +2,71 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ._transforms import transform
+
+_FLOATING_POINT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGEST = sys.float_info.max
+_NUMBERS: Any = (Real, torch.SymFloat, torch.SymInt)
+INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
+
+
+def expect_tensors(operator: str, **tensors: Any) -> None:
+    """Raise TypeError unless each is a tensor whose elements all lie in memory."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{operator}: expected {name} to be a torch.Tensor, got {type(tensor).__name__}.")
+        if tensor.is_nested:
+            raise TypeError(
+                f"{operator}: expected a dense {name}, got a nested tensor; pad it with "
+                "torch.nested.to_padded_tensor."
+            )
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"{operator}: expected a dense {name}, got {tensor.layout}; make it dense with .to_dense()."
+            )
+
+
+def expect_number(operator: str, name: str, value: Any, least: float | None = None) -> float:
+    """The value as a float; raise TypeError or ValueError unless it is finite and not below the least."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{operator}: expected {name} to be a number, got {type(value).__name__}.")
+    number = float(value)
+    if not (-_LARGEST if least is None else least) <= number <= _LARGEST:  # NaN is neither
+        bound = "" if least is None else f" of at least {least}"
+        raise ValueError(f"{operator}: expected {name} to be a finite number{bound}, got {value}.")
+    return number
+
+
+def expect_count(operator: str, name: str, value: Any, least: int = 0) -> int:
+    """The value as an int; raise TypeError or ValueError unless it is one and not below the least."""
+    if isinstance(value, torch.SymInt) or torch.jit.is_tracing():
+        return value  # of the next call it is another
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(
+            f"{operator}: expected {name} to be an integer, got {type(value).__name__} {value!r}."
+        )
+    if value < least:
+        raise ValueError(f"{operator}: expected {name} >= {least}, got {value}.")
+    return int(value)
+
+
+def scale_of(operator: str, scale: Any, head_dim: int) -> float:
+    """The factor on the scores, by default `head_dim ** -0.5`."""
+    if head_dim == 0:
+        raise ValueError(f"{operator}: expected a head_dim of at least 1, got 0.")
+    return head_dim**-0.5 if scale is None else expect_number(operator, "scale", scale)
 
 
 def expect_shape(operator: str, name: str, tensor: Tensor, expected: tuple[int | str, ...], why: str) -> None:
@@ -31,10 +94,13 @@ def expect_same_device(operator: str, **tensors: Tensor | None) -> None:
 
 
 def expect_floating_point(operator: str, **tensors: Tensor | None) -> None:
-    """Raise TypeError unless every tensor is a floating-point one."""
+    """Raise TypeError unless every tensor has a dtype that the reference computes in."""
     for name, tensor in tensors.items():
-        if tensor is not None and not tensor.dtype.is_floating_point:
-            raise TypeError(f"{operator}: expected a floating-point {name}, got {tensor.dtype}.")
+        if tensor is not None and tensor.dtype not in _FLOATING_POINT:
+            raise TypeError(
+                f"{operator}: expected a floating-point {name}, got {tensor.dtype}; cast it to float32, "
+                "bfloat16, float16 or float64."
+            )
 
 
 def expect_same_dtype(operator: str, **tensors: Tensor) -> None:
@@ -66,19 +132,43 @@ def expect_latents(operator: str, name: str, keys: Tensor, dim: int) -> None:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast the tensors in its dtype, as its matrix products take them; else as they are."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.dtype in _AUTOCAST_CASTS else t for t in tensors)
+    dtype = autocast_dtype(tensors[0].device)
+    return (
+        tensors if dtype is None else tuple(t.to(dtype) if t.dtype in _AUTOCAST_CASTS else t for t in tensors)
+    )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """In which torch.autocast multiplies on this device now; None where it does not reach."""
+    available = torch.amp.is_autocast_available(device.type)
+    return (
+        torch.get_autocast_dtype(device.type)
+        if available and torch.is_autocast_enabled(device.type)
+        else None
+    )
 
 
 _AUTOCAST_CASTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A block in which torch.autocast changes no dtype on the device of a tensor."""
+    device = tensor.device.type
+    reached = torch.amp.is_autocast_available(device)  # not so tensors on "meta"
+    return torch.autocast(device, enabled=False) if reached else nullcontext()
+
+
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor with a contiguous last dimension, copied only if it has none."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    # .contiguous() would keep the strides of what is empty.
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def as_rows(tensor: Tensor) -> Tensor:  # [N, D]
+    """A tensor `[..., D]` as rows with a contiguous last dimension, copied only if it cannot be viewed so."""
+    return unit_stride(tensor.flatten(0, -2) if tensor.ndim > 1 else tensor[None])
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -87,31 +177,65 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def is_recording(tensor: Tensor) -> bool:
-    """Whether what runs now will be replayed with other values, for which anything kept would be stale."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Whether what runs now stands for other values too, for which anything kept or read would be wrong."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transform():
         return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether it stands for other numbers than its own: those of a batch, or a derivative, of torch.func."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def stream_of(tensor: Tensor) -> int | None:
+    """Where work on this tensor is queued now; None on a device without such queues."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
+
+
 def is_eager(tensor: Tensor) -> bool:
-    """Whether the tensor has numbers, and what runs now runs once: no compiler looks on, nothing is fake."""
-    return type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    """Whether the tensor has numbers, and what runs now runs as it is: nothing is fake, traced or mapped."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and not torch.compiler.is_compiling() and not transform()
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module] | str) -> bool:
     """Whether calling the module runs the forward of one of these classes, or one so named, and no more."""
     cls = type(module)
     name = f"{cls.__module__}.{cls.__name__}"
-    known = any(name == kind if isinstance(kind, str) else cls.forward is kind.forward for kind in kinds)
+    known = any(name == kind if isinstance(kind, str) else _runs(cls, kind) for kind in kinds)
     return known and is_unhooked(module)
 
 
+def _runs(cls: type[nn.Module], kind: type[nn.Module]) -> bool:
+    """Whether a class has the forward of another, and nobody gave that one another."""
+    home = getattr(kind.forward, "__globals__", {}).get("__name__")
+    return cls.forward is kind.forward and any(base.__module__ == home for base in kind.__mro__)
+
+
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling the module runs the forward of its class, and nothing else."""
-    hooks = (
+    """Whether calling the module runs the forward of its class on its parameters, and nothing else."""
+    return not (_has_hooks(module) or _has_any_global_hook())
+
+
+def has_hooks_below(module: nn.Module) -> bool:
+    """Whether anybody sees the calls that a module makes of those within it: their hooks, or those of all."""
+    return _has_any_global_hook() or any(map(_has_hooks_within, module._modules.values()))
+
+
+def _has_hooks_within(module: nn.Module | None) -> bool:
+    if module is None:
+        return False
+    return _has_hooks(module) or any(map(_has_hooks_within, module._modules.values()))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether it has hooks, or what is called as they are: a forward of its own, weights that are made."""
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or "parametrizations" in module._modules
     )
-    return "forward" not in vars(module) and not hooks

@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import _cuda, _env, _extension, _triton
+from ._transforms import transform
 
 Reasons = Callable[..., list[str]]
 
@@ -172,14 +175,24 @@ def _kernel_reasons(why_not: str, misplaced: Callable[[Tensor], str], *tensors: 
     """What every kernel asks: that it can run here, tensors where it computes, a dtype it knows."""
     if why_not:
         return [why_not]
+    if what := transform():
+        return [f"{what} does not see into a kernel"]
     for tensor in tensors:
         if tensor is None:
             continue
+        if type(tensor) not in _PLAIN and _decides_itself(tensor):
+            return [f"a tensor is a {type(tensor).__name__}, which computes in its own way"]
         if why := misplaced(tensor):
             return [why]
         if tensor.dtype not in KERNEL_DTYPES:
             return [f"dtype {tensor.dtype} is not one of float32, bfloat16, float16"]
     return []
+
+
+def _decides_itself(tensor: Tensor) -> bool:
+    """Whether a subclass of Tensor, as those of shards, puts something else in the place of an operation."""
+    ordinary = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return not ordinary and not isinstance(tensor, (FakeTensor, FunctionalTensor))
 
 
 def _triton_reasons(*tensors: Tensor | None) -> list[str]:
@@ -199,6 +212,7 @@ def _reference_reasons(*tensors: Tensor | None) -> list[str]:
     return []
 
 
+_PLAIN = (Tensor, nn.Parameter)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GENERAL: dict[str, Reasons] = {
     "cuda": _cuda_reasons,

@@ -1,4 +1,4 @@
-"""The mask of the last batch, kept for the layers that ask for the same."""
+"""The mask of a batch, built for the first layer of a forward pass and kept for the others."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class MaskKey(NamedTuple):
         return mask if texts == 1 else mask.fold(texts)
 
 
-def kept_mask(locations: Tensor, key: MaskKey) -> MediaMask:
-    """The mask of these locations: the kept one if nothing has changed since."""
-    return cast(MediaMask, once(_build, (locations,), key))
+def kept_mask(locations: Tensor, key: MaskKey, layer: object) -> MediaMask:
+    """The mask of these locations: the one that a layer before this one built in the same forward pass."""
+    return cast(MediaMask, once(_build, (locations,), key, layer=layer))
 
 
 def _build(locations: Tensor, key: MaskKey) -> MediaMask:

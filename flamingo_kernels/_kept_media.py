@@ -1,20 +1,32 @@
-"""K and V of media, kept while a text about them is generated."""
+"""K and V of media, kept from the beginning of a text to the tokens that are generated after it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar, cast
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ._checks import is_recording, is_unhooked
+from ._checks import autocast_dtype, is_eager, is_plain, is_recording, is_transformed, stream_of
+from ._plain import is_norm, is_ordinary
 
 T = TypeVar("T")
 
-# media -> layer -> (state, K and V)
-_projected: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_SAMPLE = 128  # numbers of a tensor that are compared
+
+
+class _Kept(NamedTuple):
+    state: tuple[Any, ...]
+    samples: list[Tensor]
+    result: Any
+
+
+# Of each thread: holder -> source -> what is kept. Whoever goes first takes it along.
+_threads = threading.local()
 
 
 def kept_kv(
@@ -22,45 +34,89 @@ def kept_kv(
     media: Tensor,
     modules: tuple[nn.Module, ...],
     project: Callable[[], T],
+    *,
+    step: bool,
 ) -> T:
-    """`project()`, the K and V of media; without gradients once for all decode steps, while the media live.
-
-    Media are the same if they are views of one tensor that nobody has changed. A change that torch does not
-    count, as one through `.data`, is not seen.
+    """`project()`, the K and V of media, made anew for every text and kept for what is generated after it.
 
     Args:
-        layer: whose K and V they are; they are kept while it lives.
+        layer: whose K and V they are; it keeps its newest, as `newest` does.
         media: any shape; what `project` reads.
         modules: that `project` calls; nothing is kept unless each depends on its own parameters alone.
+        step: whether the text goes on from an earlier call, so that K and V of that may serve.
     """
-    if (
-        torch.is_grad_enabled()
-        or is_recording(media)
-        or media.is_inference()
-        or not all(map(_is_leaf, modules))
-    ):
+    if torch.is_grad_enabled() or is_recording(media) or not all(map(_is_leaf, modules)):
         return project()
-    base = media if media._base is None else media._base
     weights = [weight for module in modules for weight in _weights(module)]
-    state = (
-        *(media._version, media.shape, media.stride(), media.storage_offset(), media.dtype),
-        *((weight.data_ptr(), weight._version) for weight in weights),
-        *(torch.is_autocast_enabled(media.device.type), torch.get_autocast_dtype(media.device.type)),
+    base = media if media._base is None else media._base
+    return newest(layer, base, (media, *weights), project, reuse=step)
+
+
+def newest(
+    holder: object, source: object, tensors: tuple[Tensor, ...], make: Callable[[], T], *, reuse: bool
+) -> T:
+    """`make()`, or without gradients, and with `reuse`, what it gave last for this holder.
+
+    That must have been for the same source and the same tensors, by their memory and their count of changes.
+    A change that torch does not count, as through `.data` or NumPy, shows on a CPU in a sample of the
+    numbers; on a GPU one would have to wait for them. Each thread and stream sees only what it made itself.
+
+    Args:
+        holder: it keeps one result, in each thread, while it and the source live.
+        source: what the result is made of.
+        tensors: all that `make` reads.
+        make: gives the result, in which the holder and the source may not appear.
+        reuse: whether the last result may serve.
+    """
+    if torch.is_grad_enabled() or not all(map(_is_known, tensors)):
+        return make()
+    kept = vars(_threads).setdefault("kept", WeakIdKeyDictionary())
+    state, samples = _state(tensors), [_sample(tensor) for tensor in tensors if tensor.device.type == "cpu"]
+    last: _Kept | None = kept.get(holder, {}).get(source) if reuse else None
+    if last is not None and last.state == state and all(map(torch.equal, last.samples, samples)):
+        return cast(T, last.result)
+    kept.pop(holder, None)  # before there are new ones: two would need twice the memory
+    result = make()
+    kept[holder] = of_source = WeakIdKeyDictionary()
+    of_source[source] = _Kept(state, samples, result)
+    return result
+
+
+def _is_known(tensor: Tensor) -> bool:
+    """Whether it has memory of its own, of which torch counts the changes."""
+    plain = not is_recording(tensor) and is_eager(tensor) and not is_transformed(tensor)
+    return plain and not tensor.is_inference()
+
+
+def _state(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """What changes with the tensors, or with how they would be multiplied now.
+
+    The memory is held weakly, so that no other can come to have its address.
+    """
+    return tuple(
+        (
+            *(StorageWeakRef(each.untyped_storage()), each.storage_offset(), each.shape, each.stride()),
+            *(each.dtype, each._version, stream_of(each), autocast_dtype(each.device)),
+        )
+        for each in tensors
     )
-    layers = _projected.setdefault(base, WeakIdKeyDictionary())
-    found = layers.get(layer)
-    if found is None or found[0] != state:
-        layers[layer] = found = (state, project())
-    return cast(T, found[1])
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """A copy of some numbers, from all over its memory."""
+    if tensor.numel() == 0:
+        return tensor
+    span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((min(span, _SAMPLE),), (max(span // _SAMPLE, 1),)).clone()
 
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether nothing but the module's own parameters, plain tensors, decides what it computes."""
-    adapted = bool(module._modules)
-    plain = all(type(weight) in (nn.Parameter, Tensor) for weight in _weights(module))
+    known = is_plain(module, nn.Linear) or is_norm(module)
+    plain = all(map(is_ordinary, _weights(module)))
     # FSDP2 gathers new weights into the same tensors without counting a change.
     sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return is_unhooked(module) and plain and not adapted and not sharded
+    return known and plain and not module._modules and not sharded
 
 
 def _weights(leaf: nn.Module) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from . import _dispatch
-from ._checks import autocast, is_eager, is_plain
+from ._checks import autocast_dtype, is_eager, is_plain
 from .sublayers import Linear, Norm
 
 _STEP = 2**18  # bytes: of 16 sequences in float32 at a width of 4096
@@ -57,12 +57,11 @@ def is_norm(module: Any) -> bool:
 
 
 def linear_of(module: Any, x: Tensor) -> Linear | None:
-    """A plain linear layer, its parameters in the dtype of x or of autocast."""
+    """A plain linear layer, in the dtype of x, or under autocast in any that it casts."""
     if not is_plain(module, nn.Linear) or not is_ordinary(module.weight):
         return None
-    parameters = autocast(module.weight, *([] if module.bias is None else [module.bias]))
-    fits = module.weight.dtype == x.dtype or parameters[0] is not module.weight
-    return Linear(*parameters) if fits else None
+    dtypes = (x.dtype,) if autocast_dtype(x.device) is None else _dispatch.KERNEL_DTYPES
+    return Linear(module.weight, module.bias) if module.weight.dtype in dtypes else None
 
 
 def activation_of(module: Any) -> str | None:

@@ -8,7 +8,7 @@ exists already; the functions below them serve its adapters for other libraries 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flamingo import modules
 
 from . import _dispatch, _plain
-from ._checks import is_plain
+from ._checks import has_hooks_below, is_plain
 from ._decode import decode, may_decode
 from ._kept_mask import MaskKey, kept_mask
 from ._parts import ATTENTION, in_part
@@ -24,6 +24,7 @@ from .fold import Affine, Gate, Scale, put_originals
 from .mask import MediaMask
 from .media_cache import MediaCache, Source, keys_and_values, media_of
 from .ops import gated_residual, masked_cross_attention, perceiver_attention
+from .patch.anatomy import Alpha, Kind, Linear, Norm, Number, Part, Weight
 from .sublayers import gated_cross_attention, gated_feed_forward
 
 
@@ -34,11 +35,20 @@ class Fused(nn.Module):
         fixes: the known bugs of the module it stands for that it does not repeat, see `patch`.
         folds: what `fold` may multiply into its weights.
         folded: by path what it had before `fold`; empty before.
+        anatomy: what a module that it stands for is made of.
     """
 
     fixes: frozenset[str] = frozenset()
     folds: tuple[Affine | Gate | Scale, ...] = ()
     folded: Mapping[str, Any] = {}
+    anatomy: Mapping[str, Kind] = {}
+
+    def is_watched(self) -> bool:
+        """Whether hooks see how it calls its parts. Then they are called by the forward it stands for.
+
+        That repeats known bugs: where these are fixed the parts are called from here.
+        """
+        return not self.fixes and has_hooks_below(self)
 
     def train(self, mode: bool = True) -> Any:
         if mode and self.folded:
@@ -61,6 +71,27 @@ class Fused(nn.Module):
         return ", ".join(filter(None, [super().extra_repr(), f"backend={_dispatch.default_backend}"]))
 
 
+ATTENTION_ANATOMY: Mapping[str, Kind] = {
+    "heads": Number("H"),
+    "norm": Norm("D"),
+    "to_q": Linear("D", "H*d"),
+    "to_kv": Linear("V", "2*H*d"),
+    "to_out": Linear("H*d", "D"),
+}
+BLOCK_ANATOMY: Mapping[str, Kind] = {
+    "attn": Part(),
+    "attn_gate": Alpha("D"),
+    "ff": Part(),
+    "ff_gate": Alpha("D"),
+}
+PERCEIVER_ANATOMY: Mapping[str, Kind] = {
+    "heads": Number("H"),
+    "norm_media": Norm("D"),
+    "norm_latents": Norm("D"),
+    "to_q": Linear("D", "H*d"),
+    "to_kv": Linear("D", "2*H*d"),
+    "to_out": Linear("H*d", "D"),
+}
 ATTENTION_FOLDS = (Affine("norm", ("to_q",)), Scale("scale", ("to_q",)))
 BLOCK_FOLDS = (Gate("attn_gate", "attn.to_out"), Affine("ff.0", ("ff.1",)), Gate("ff_gate", "ff.3"))
 
@@ -78,10 +109,14 @@ class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):
 
     Args: those of `flamingo.modules.MaskedCrossAttention`, also those of `forward`.
 
-    The `MediaMask` is built by the first layer that meets a `media_locations` tensor and kept for the next
-    ones, until that tensor is changed in place or another comes: pass all layers the same tensor. A change
-    that torch does not count, as one through NumPy, is not seen. A tensor made under `torch.inference_mode`
-    counts none, so every layer reads it anew.
+    The `MediaMask` is built by the first layer of a forward pass that meets a `media_locations` tensor and
+    kept for the next ones: pass all layers the same tensor. One made under `torch.inference_mode` counts no
+    changes, so every layer reads it anew.
+
+    Without gradients, keys and values are kept for text that follows (`use_cached_media=True`), until a call
+    without it, other media, or the end of these. They are made anew if media or weights were changed; what
+    torch does not count, as through `.data` or NumPy, is seen on a CPU in a sample of the numbers, and on a
+    GPU not at all. A `MediaCache` keeps them for longer.
 
     Raises: what `masked_cross_attention` raises. Determinism: as there.
 
@@ -95,6 +130,7 @@ class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):
     """
 
     folds = (*ATTENTION_FOLDS, Affine("norm_media", ("to_kv",)))
+    anatomy = {**ATTENTION_ANATOMY, "norm_media": Norm("V", identity=True)}
 
     def forward(
         self,
@@ -103,6 +139,8 @@ class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):
         media_locations: Tensor | None = None,
         use_cached_media: bool = False,
     ) -> Tensor:
+        if self.is_watched() and not isinstance(media, MediaCache):
+            return super().forward(x, media, media_locations, use_cached_media)
         if not isinstance(media, MediaCache):
             modules.check_cross_attention_inputs(x, media, media_locations)
         return attend_to_media(self, x, media, media_locations, use_cached_media)
@@ -143,6 +181,7 @@ class GatedCrossAttentionBlock(Fused, modules.GatedCrossAttentionBlock):
     """
 
     folds = BLOCK_FOLDS
+    anatomy = BLOCK_ANATOMY
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -155,6 +194,8 @@ class GatedCrossAttentionBlock(Fused, modules.GatedCrossAttentionBlock):
         media_locations: Tensor | None = None,
         use_cached_media: bool = False,
     ) -> Tensor:
+        if self.is_watched():
+            return super().forward(x, cast(Tensor, media), media_locations, use_cached_media)
         return gated_block(self, x, media, media_locations, use_cached_media)
 
 
@@ -172,6 +213,8 @@ class PerceiverAttention(Fused, modules.PerceiverAttention):
         >>> attn(torch.randn(2, 1, 9, 16), torch.randn(2, 1, 4, 16)).shape
         torch.Size([2, 1, 4, 16])
     """
+
+    anatomy = PERCEIVER_ANATOMY
 
     def attend(
         self,
@@ -200,6 +243,15 @@ class PerceiverResampler(Fused, modules.PerceiverResampler):
         torch.Size([2, 3, 5, 16])
     """
 
+    anatomy = {
+        "project_input": Part(),
+        "latents": Weight("R D"),
+        "frame_embs": Weight("K D", optional=True),
+        "media_time_embs": Weight("M 1 D", optional=True),
+        "layers": Part(nn.ModuleList),
+        "norm": Norm("D"),
+    }
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for layer in self.layers:
@@ -207,6 +259,8 @@ class PerceiverResampler(Fused, modules.PerceiverResampler):
             attn.__class__ = PerceiverAttention
 
     def resample(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        if self.is_watched():
+            return super().resample(x, lengths)
         return resample(self.latents, self.layers, x, lengths)
 
 
@@ -218,7 +272,7 @@ def attend_to_media(
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, D]
     """What a masked cross-attention module computes, operator by operator."""
-    k, v = media_of(attn, media)
+    k, v = media_of(attn, x, media, follows=use_cached_media)
     q = attn.to_q(attn.norm(x)).unflatten(-1, (attn.heads, -1))  # [B, T, H, d]
     return attn.to_out(attn.attend(q, k, v, media_locations, use_cached_media).flatten(-2))
 
@@ -244,27 +298,13 @@ def gated_block(
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, D]
     """What a gated cross-attention block computes, by sublayers where they are plain."""
-    decoded = _decoded(block, x, media, media_locations, use_cached_media) if may_decode(x) else None
+    given = (x, media, media_locations, use_cached_media)
+    inputs = _inputs_of(block.attn, *given)
+    decoded = None if inputs is None or not may_decode(x) else _decoded(block, x, inputs)
     if decoded is not None:
         return decoded
-    z = add_attended(block, x, media, media_locations, use_cached_media)
+    z = _add_attended(block, inputs, *given)
     return add_feed_forward(z, block.ff, gate_of(block, "ff_gate"))
-
-
-def _decoded(
-    block: Any,
-    x: Tensor,  # [B, 1, D]
-    media: Tensor | MediaCache,  # [B, M, R, D_visual]
-    media_locations: Tensor | None,  # [B, T]
-    use_cached_media: bool,
-) -> Tensor | None:  # [B, 1, D]
-    """The same for one token by one operator, or None where that does not compute it."""
-    attn, ff = _attention_of(block.attn, x), _feed_forward_of(block.ff, x)
-    if attn is None or ff is None or len(x) != media.shape[0]:
-        return None
-    k, v = media_of(block.attn, media)
-    mask = mask_of(block.attn, x, k, media_locations, use_cached_media)
-    return decode(x, k, v, mask, attn, ff, (block.attn_gate, block.ff_gate), block.attn.scale)
 
 
 def add_attended(
@@ -275,21 +315,57 @@ def add_attended(
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, D]
     """`x + tanh(attn_gate) * attn(x, media)`, as one sublayer where attn is plain."""
-    attn, gate = block.attn, gate_of(block, "attn_gate")
-    parts = _attention_of(attn, x)
-    if parts is None:
-        attended = attn(x, media, media_locations, *([True] if use_cached_media else []))
-        return add_gated(x, attended, gate)
-    k, v = media_of(attn, media)
-    mask = mask_of(attn, x, k, media_locations, use_cached_media)
-    z = gated_cross_attention(_fold(x, k), k, v, mask, gate=gate, scale=attn.scale, **parts._asdict())
-    return z.view(x.shape)
+    given = (x, media, media_locations, use_cached_media)
+    return _add_attended(block, _inputs_of(block.attn, *given), *given)
 
 
-def _attention_of(attn: Any, x: Tensor) -> _plain.CrossAttention | None:
-    """What is around the core of a masked cross-attention module, where that is plain."""
+class _Inputs(NamedTuple):
+    """What an attention of plain parts is made of beside the text."""
+
+    parts: _plain.CrossAttention
+    k: Tensor  # [B, M, R, H, d], or with a divisor of B
+    v: Tensor
+    mask: MediaMask
+
+
+def _inputs_of(
+    attn: Any,
+    x: Tensor,  # [B, T, D]
+    media: Tensor | MediaCache,  # [B, M, R, D_visual]
+    media_locations: Tensor | None,  # [B, T]
+    use_cached_media: bool,
+) -> _Inputs | None:
     plain = _is_fused(attn) and "attend" not in vars(attn)
-    return _plain.cross_attention_of(x, attn.norm, attn.to_q, attn.to_out) if plain else None
+    parts = _plain.cross_attention_of(x, attn.norm, attn.to_q, attn.to_out) if plain else None
+    if parts is None:
+        return None
+    k, v = media_of(attn, x, media, follows=use_cached_media)
+    return _Inputs(parts, k, v, mask_of(attn, x, k, media_locations, use_cached_media))
+
+
+def _decoded(block: Any, x: Tensor, inputs: _Inputs) -> Tensor | None:  # [B, 1, D]
+    """The block's result for one token by one operator, or None where that does not compute it."""
+    ff, (attn, k, v, mask) = _feed_forward_of(block.ff, x), inputs
+    if ff is None or len(x) != len(k):
+        return None
+    return decode(x, k, v, mask, attn, ff, (block.attn_gate, block.ff_gate), block.attn.scale)
+
+
+def _add_attended(
+    block: Any,
+    inputs: _Inputs | None,
+    x: Tensor,  # [B, T, D]
+    media: Tensor | MediaCache,
+    media_locations: Tensor | None,
+    use_cached_media: bool,
+) -> Tensor:  # [B, T, D]
+    gate = gate_of(block, "attn_gate")
+    if inputs is None:
+        attended = block.attn(x, media, media_locations, *([True] if use_cached_media else []))
+        return add_gated(x, attended, gate)
+    parts, k, v, mask = inputs
+    z = gated_cross_attention(_fold(x, k), k, v, mask, gate=gate, scale=block.attn.scale, **parts._asdict())
+    return z.view(x.shape)
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -318,7 +394,7 @@ def mask_of(
         )
     cached = length if use_cached_media else None
     key = MaskKey(num_media, attn.only_attend_immediate_media, attn.policy, cached, texts)
-    return kept_mask(media_locations, key)
+    return kept_mask(media_locations, key, attn)
 
 
 def _texts(x: Tensor, k: Tensor) -> int:

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._checks import INTEGERS, expect_count, expect_same_device, expect_shape, expect_tensors
+
 Policy = Literal["zero", "open_flamingo"]
 
 
@@ -57,9 +59,27 @@ class MediaMask:
     immediate: bool
     policy: Policy
 
+    def __post_init__(self) -> None:
+        spans = {"lo": self.lo, "hi": self.hi, "start": self.start, "stop": self.stop}
+        expect_tensors("MediaMask", **spans)
+        for name, span in spans.items():
+            if span.dtype != torch.int32:
+                raise TypeError(f"MediaMask: expected {name} in torch.int32, got {span.dtype}.")
+        expect_shape("MediaMask", "lo", self.lo, ("B", "T"), "")
+        expect_shape("MediaMask", "hi", self.hi, tuple(self.lo.shape), "to match lo")
+        expect_shape("MediaMask", "start", self.start, (len(self.lo), "M"), "to match lo")
+        expect_shape("MediaMask", "stop", self.stop, tuple(self.start.shape), "to match start")
+        expect_same_device("MediaMask", **spans)
+        _expect_policy(self.policy)
+
     @property
     def num_media(self) -> int:
         return self.start.shape[1]
+
+    @property
+    def spans(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """lo, hi, start and stop as the kernels read them: contiguous."""
+        return self.lo.contiguous(), self.hi.contiguous(), self.start.contiguous(), self.stop.contiguous()
 
     @classmethod
     def last_preceding(cls, media_locations: Tensor, num_media: int, *, policy: Policy = "zero") -> MediaMask:
@@ -98,6 +118,7 @@ class MediaMask:
             immediate: see the last medium only (True) or all of the prompt's (False).
             policy: "zero" or "open_flamingo", see the class.
         """
+        length = expect_count("MediaMask", "length", length)
         text_time = _count_media(media_locations).sum(1, keepdim=True).expand(-1, length)
         return cls.from_text_time(text_time, num_media, immediate=immediate, policy=policy)
 
@@ -113,16 +134,16 @@ class MediaMask:
             immediate: see medium `text_time` only (True) or all media up to it (False).
             policy: "zero" or "open_flamingo", see the class.
         """
-        if text_time.ndim != 2 or text_time.dtype.is_floating_point or text_time.dtype == torch.bool:
+        expect_tensors("MediaMask", text_time=text_time)
+        if text_time.ndim != 2 or text_time.dtype not in INTEGERS:
             raise ValueError(
                 "MediaMask: expected integer text_time with shape (B, T), "
                 f"got {text_time.dtype} with shape {tuple(text_time.shape)}."
             )
-        if policy not in ("zero", "open_flamingo"):
-            raise ValueError(f"MediaMask: policy={policy!r} is not one of 'zero', 'open_flamingo'.")
-        if num_media < 0:
-            raise ValueError(f"MediaMask: expected num_media >= 0, got {num_media}.")
+        _expect_policy(policy)
+        num_media = expect_count("MediaMask", "num_media", num_media)
 
+        text_time = text_time.long()  # wide enough for any number of media
         hi = text_time.clamp(0, num_media)
         lo = hi - 1 if immediate else torch.zeros_like(hi)
         seen = (text_time >= 1) & (text_time <= num_media) if immediate else hi > 0
@@ -132,7 +153,7 @@ class MediaMask:
             averages = text_time > num_media if immediate else text_time <= 0
             hi = torch.where(averages, -1, hi)
         lo, hi = (span.int().contiguous() for span in (lo, hi))
-        return cls(lo, hi, start, stop, immediate or num_media <= 1, policy)
+        return cls(lo, hi, start, stop, bool(immediate or num_media <= 1), policy)
 
     @classmethod
     def from_dense(
@@ -171,7 +192,13 @@ class MediaMask:
             >>> mask.num_media, mask.lo.item(), mask.hi.item()
             (4, 1, 3)
         """
+        max_latents = expect_count("MediaMask", "max_latents", max_latents, least=1)
         lo, hi, gap = _runs(visible)
+        if averages is not None:
+            expect_tensors("MediaMask", averages=averages)
+            expect_shape("MediaMask", "averages", averages, tuple(visible.shape[:2]), "to match visible")
+            if averages.dtype != torch.bool:
+                raise TypeError(f"MediaMask: expected bool averages, got {averages.dtype}.")
         if gap is not None:
             raise ValueError(
                 f"MediaMask: expected rows that see one run of keys each, got a gap in row {gap}; a dense "
@@ -199,6 +226,7 @@ class MediaMask:
 
     def dense(self, num_latents: int) -> Tensor:
         """The same mask as bool `[B, 1, T, M * R]`, True where a row sees a key, for dense attention."""
+        num_latents = expect_count("MediaMask", "num_latents", num_latents)
         media = torch.arange(self.num_media, device=self.lo.device)
         visible = (self.lo[..., None] <= media) & (media < self.hi[..., None])  # [B, T, M]
         return visible.repeat_interleave(num_latents, dim=-1)[:, None]
@@ -215,6 +243,8 @@ class MediaMask:
             [[1, 1, 0, 1]]
         """
         batch, length = self.lo.shape
+        if batch % expect_count("MediaMask", "texts", texts, least=1):
+            raise ValueError(f"MediaMask: expected texts to be a divisor of B={batch}, got {texts}.")
         lo, hi = (each.view(batch // texts, texts * length) for each in (self.lo, self.hi))
         offsets = (torch.arange(texts, device=lo.device, dtype=lo.dtype) * length)[:, None]
         start, stop = (each.unflatten(0, (-1, texts)) + offsets for each in (self.start, self.stop))
@@ -226,8 +256,14 @@ class MediaMask:
         return MediaMask(lo, hi, start, stop, self.immediate, self.policy)
 
 
+def _expect_policy(policy: str) -> None:
+    if policy not in ("zero", "open_flamingo"):
+        raise ValueError(f"MediaMask: policy={policy!r} is not one of 'zero', 'open_flamingo'.")
+
+
 def _count_media(media_locations: Tensor) -> Tensor:
-    if media_locations.ndim != 2 or media_locations.dtype.is_floating_point:
+    expect_tensors("MediaMask", media_locations=media_locations)
+    if media_locations.ndim != 2 or media_locations.dtype not in (torch.bool, *INTEGERS):
         raise ValueError(
             "MediaMask: expected bool or integer media_locations with shape (B, T), "
             f"got {media_locations.dtype} with shape {tuple(media_locations.shape)}."
@@ -237,11 +273,14 @@ def _count_media(media_locations: Tensor) -> Tensor:
 
 def _runs(visible: Tensor) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
     """On the host: the run of keys that each row sees, (0, 0) for none, and a row that sees several."""
+    expect_tensors("MediaMask", visible=visible)
     if visible.ndim != 3 or visible.dtype != torch.bool:
         raise ValueError(
             "MediaMask: expected bool visible with shape (B, T, S), "
             f"got {visible.dtype} with shape {tuple(visible.shape)}."
         )
+    if visible.is_meta:
+        raise ValueError("MediaMask: expected visible with values to read, got a tensor on meta.")
     if visible.numel() == 0:
         empty = torch.zeros(visible.shape[:2], dtype=torch.int64)
         return empty, empty, None

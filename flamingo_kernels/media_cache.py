@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import is_plain, needs_grad
+from ._checks import autocast_dtype, is_plain, needs_grad
 from ._kept_media import kept_kv
 from ._parts import PROJECTIONS, in_part
 from ._plain import is_ordinary
@@ -47,10 +47,10 @@ class Source(NamedTuple):
         """
         if self.norm is None or not self.norm.elementwise_affine:
             return self.linear.weight, self.linear.bias
-        weight = self.linear.weight * self.norm.weight
-        bias = self.linear.bias
+        dtype, bias = self.linear.weight.dtype, self.linear.bias
+        weight = (self.linear.weight * self.norm.weight).to(dtype)
         if self.norm.bias is not None:
-            moved = self.linear.weight @ self.norm.bias
+            moved = self.linear.weight @ self.norm.bias.to(dtype)
             bias = moved if bias is None else bias + moved
         return weight, bias
 
@@ -110,11 +110,13 @@ class MediaCache:
 
     Raises:
         ValueError: the model has no fused cross-attention module.
+        TypeError: when it is used, or added to, in another dtype than it was made in, and without autocast.
 
     Attributes:
         shape: that of the media.
 
-    Limits: holds 2 * B * M * R * H * d numbers a layer. Parameters changed later are not seen.
+    Limits: holds 2 * B * M * R * H * d numbers a layer, in the dtype that its projection gave; under autocast
+    every call casts them. Parameters changed later are not seen.
 
     Source: Flamingo (arXiv 2204.14198), section 2.3.
 
@@ -149,6 +151,8 @@ class MediaCache:
     def append(self, media: Tensor) -> None:
         """Add media `[B, M', R, D_visual]` that come later, as those of another turn."""
         new = self._compute(media)
+        for layer, (k, _) in self._layers.items():
+            _expect_dtype("media whose keys are", new[layer][0], k.dtype, "those before")
         batch, more, *rest = media.shape
         self.shape = torch.Size((batch, self.shape[1] + more, *rest))
         for layer, kept in self._layers.items():
@@ -164,12 +168,27 @@ class MediaCache:
             )
         return self._layers[layer]
 
+    def of(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer for a text x: in its dtype, unless autocast will cast them."""
+        k, v = self[layer]
+        if autocast_dtype(x.device) is None:
+            _expect_dtype("keys and values", k, x.dtype, "x")
+        return k, v
+
+
+def _expect_dtype(what: str, keys: Tensor, dtype: torch.dtype, like: str) -> None:
+    if keys.dtype != dtype:
+        raise TypeError(
+            f"MediaCache: expected {what} in {dtype} like {like}, got {keys.dtype}; make the cache as the "
+            "model is called, both under torch.autocast or both without it, and in one dtype."
+        )
+
 
 @in_part(PROJECTIONS)
-def media_of(layer: Any, media: Tensor | MediaCache) -> tuple[Tensor, Tensor]:
-    """A layer's keys and values: of a cache, or without gradients those kept of the same media, or new."""
+def media_of(layer: Any, x: Tensor, media: Tensor | MediaCache, *, follows: bool) -> tuple[Tensor, Tensor]:
+    """A layer's keys and values for a text x: of a cache, or new, or those kept of media that x follows."""
     if isinstance(media, MediaCache):
-        return media[layer]
+        return media.of(layer, x)
     source: Source = layer.media_source()
     modules = (source.linear,) if source.norm is None else (source.linear, source.norm)
-    return kept_kv(layer, media, modules, lambda: source(media))
+    return kept_kv(layer, media, modules, lambda: source(media), step=follows)

@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,6 +132,88 @@ def test_copies_are_the_same_mask(again):
 def test_bad_input(build, message):
     with pytest.raises(ValueError, match=f"^MediaMask: .*{message}"):
         build()
+
+
+LOCATIONS = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: MediaMask.from_text_time([[1]], 1), TypeError, r"text_time to be a torch\.Tensor, got list"),
+        (
+            lambda: MediaMask.last_preceding(LOCATIONS.numpy(), 1),
+            TypeError,
+            r"media_locations to be a torch\.Tensor, got ndarray",
+        ),
+        (lambda: MediaMask.all_preceding(LOCATIONS.to_sparse(), 1), TypeError, r"got torch\.sparse_coo"),
+        (lambda: MediaMask.last_preceding(LOCATIONS.to(torch.complex64), 1), ValueError, r"torch\.complex64"),
+        (
+            lambda: MediaMask.last_preceding(LOCATIONS, 1.5),
+            TypeError,
+            "num_media to be an integer, got float 1.5",
+        ),
+        (lambda: MediaMask.last_preceding(LOCATIONS, True), TypeError, "an integer, got bool True"),
+        (lambda: MediaMask.last_preceding(LOCATIONS, "2"), TypeError, "an integer, got str '2'"),
+        (lambda: MediaMask.cached(LOCATIONS, 1, -1), ValueError, "length >= 0, got -1"),
+        (lambda: MediaMask.cached(LOCATIONS, 1, 1.0), TypeError, "length to be an integer, got float"),
+        (lambda: MediaMask.from_dense([[[True]]]), TypeError, r"visible to be a torch\.Tensor, got list"),
+        (
+            lambda: MediaMask.from_dense(LOCATIONS[None] > 0, max_latents=0),
+            ValueError,
+            "max_latents >= 1, got 0",
+        ),
+        (
+            lambda: MediaMask.from_dense(LOCATIONS[None] > 0, averages=torch.ones(3, 2).bool()),
+            ValueError,
+            r"averages with shape \(1, 2\) to match visible, got \(3, 2\)",
+        ),
+        (
+            lambda: MediaMask.from_dense(LOCATIONS[None] > 1, averages=torch.ones(1, 2)),
+            TypeError,
+            r"bool averages, got torch\.float32",
+        ),
+        (lambda: MediaMask.from_dense((LOCATIONS > 0).to("meta")[None]), ValueError, "got a tensor on meta"),
+        (lambda: MediaMask.last_preceding(LOCATIONS, 2).fold(3), ValueError, "a divisor of B=2, got 3"),
+        (lambda: MediaMask.last_preceding(LOCATIONS, 2).fold(0), ValueError, "texts >= 1, got 0"),
+        (lambda: MediaMask.last_preceding(LOCATIONS, 2).dense(-1), ValueError, "num_latents >= 0, got -1"),
+        (lambda: by_hand(lo=LOCATIONS), TypeError, r"lo in torch\.int32, got torch\.int64"),
+        (
+            lambda: by_hand(hi=LOCATIONS[:1].int()),
+            ValueError,
+            r"hi with shape \(2, 4\) to match lo, got \(1, 4\)",
+        ),
+        (lambda: by_hand(stop=LOCATIONS.int()), ValueError, r"stop with shape \(2, 2\) to match start"),
+        (lambda: by_hand(start=None), TypeError, r"start to be a torch\.Tensor, got NoneType"),
+        (lambda: by_hand(policy="none"), ValueError, "policy='none' is not one of"),
+    ],
+)
+def test_what_cannot_be_meant(build, error, message):
+    with pytest.raises(error, match=f"^MediaMask: .*{message}"):
+        build()
+
+
+def by_hand(**changed):
+    mask = MediaMask.last_preceding(LOCATIONS, 2)
+    names = ("lo", "hi", "start", "stop", "immediate", "policy")
+    return MediaMask(**{**{name: getattr(mask, name) for name in names}, **changed})
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.int32, torch.uint32])
+@pytest.mark.parametrize("num_media", [300, np.int64(300)])
+def test_narrow_counts_of_many_media(dtype, num_media):
+    times = torch.tensor([[0, 1, 100, 127]])
+    mask = MediaMask.from_text_time(times.to(dtype), num_media)
+    assert mask.num_media == 300
+    assert mask.hi.tolist() == times.tolist()
+    assert mask.lo.dtype == torch.int32
+    located = MediaMask.all_preceding(LOCATIONS.to(dtype), num_media)
+    assert located.hi.tolist() == LOCATIONS.cumsum(1).tolist()
+
+
+def test_any_number_stands_for_the_flag():
+    mask = MediaMask.from_text_time(LOCATIONS, 2, immediate=1)
+    assert mask.immediate is True
 
 
 def runs(*spans, keys):

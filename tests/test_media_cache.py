@@ -120,6 +120,58 @@ def test_wrong_use():
         fused[0](torch.zeros(3, 6, 20), MediaCache(fused, media), LOCATIONS[:1].expand(3, -1))
 
 
+class TestDtype:
+    """A cache is in the dtype that the projections gave when it was made."""
+
+    def made(self, *, autocast):
+        fused = blocks()
+        patch(fused)
+        x, media = inputs()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return fused, x, media, MediaCache(fused, media)
+
+    @pytest.mark.parametrize("length", [1, 6])
+    @pytest.mark.parametrize("whole", [True, False], ids=["block", "attention"])
+    @torch.no_grad()
+    def test_made_under_autocast_and_used_without(self, length, whole):
+        fused, x, _, cache = self.made(autocast=True)
+        layer = fused[0] if whole else fused[0].attn
+        message = r"keys and values in torch.float32 like x, got torch.bfloat16; make .* torch.autocast"
+        with pytest.raises(TypeError, match=message):
+            layer(x[:, :length], cache, LOCATIONS, length == 1)
+
+    @pytest.mark.parametrize("made", [True, False])
+    @pytest.mark.parametrize("length", [1, 6])
+    @torch.no_grad()
+    def test_used_under_autocast(self, made, length):
+        fused, x, media, cache = self.made(autocast=made)
+        x, follows = x[:, :length], length == 1
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                expected = fused[0](x, media, LOCATIONS, follows)
+                got = fused[0](x, cache, LOCATIONS, follows)
+            assert (got - expected).norm() <= torch.finfo(torch.bfloat16).eps * expected.norm()
+
+    def test_added_to_in_another_dtype(self):
+        _, _, media, cache = self.made(autocast=True)
+        with pytest.raises(TypeError, match=r"media whose keys are in torch.bfloat16 like those before"):
+            cache.append(media)
+        assert cache.shape == media.shape
+
+    @pytest.mark.parametrize("recorded", [False, True])
+    def test_a_norm_of_media_in_float32_beside_a_projection_in_bfloat16(self, recorded):
+        block = blocks(norm_media=True)[0].bfloat16()
+        block.attn.norm_media.float()
+        reference = copy.deepcopy(block)
+        patch(block)
+        _, media = inputs()
+        source = block.attn.media_source()
+        with torch.set_grad_enabled(recorded):
+            ((k, v),) = layers.keys_and_values([source], media.bfloat16())
+            expected = reference.attn.to_kv(reference.attn.norm_media(media.bfloat16()))
+        torch.testing.assert_close(torch.cat([k, v], dim=-2).flatten(-2), expected, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("rule", ["last_preceding", "all_preceding"])
 def test_a_folded_mask_is_that_of_each_text(rule):
     locations = torch.rand(6, 9, generator=torch.Generator().manual_seed(3)) < 0.3

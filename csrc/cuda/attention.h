@@ -3,6 +3,8 @@
 //   P = softmax(scale q k^T),  out = P v,  delta = rowsum(dout out),  dS = P (dout v^T - delta)
 //   dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout
 //
+// Rows in which one key weighs more than all others have delta = rowsum(P dP), by a pass over the keys before.
+//
 // A problem (MaskedCrossAttention, PerceiverAttention) says by overloads of these functions what there is:
 //
 //   span_of(p, batch, row)                   the media that a row sees

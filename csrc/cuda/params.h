@@ -67,10 +67,10 @@ struct Attention {
   float scale;
   float sign, base2_scale;  // of the scale; and the scale without it, in base 2 and not 0
   Rows q, out;
-  float *softmax_max, *softmax_sum;  // [B, H, T]; null where the backward pass needs them not
+  float *softmax_max, *softmax_sum;  // [B, H, T], of scores not scaled; null where the backward pass needs them not
   // backward only
   Rows dout, dq;
-  float* delta;   // [B, H, T]: rowsum(dout * out)
+  float* delta;   // [B, H, T]: rowsum(dout * out), or rowsum(P * dP) where one key has most of the weight
   // where the work of one result is divided, each part writes its own, in float32
   int64_t parts;  // 1: no division
   float* partial_rows;                // [parts, B, T, H, d] of out or dq

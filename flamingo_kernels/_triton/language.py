@@ -7,12 +7,14 @@ power of two that holds D; what lies beyond D, and rows that are masked out, rea
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from .. import _env
 
 INTERPRET = tl.constexpr(_env.INTERPRET)
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # a maximum starts with it: from -inf, -inf is NaN
 
 
 @triton.jit
@@ -76,19 +78,19 @@ def store_softmax(softmax_max, softmax_sum, batch, rows, head, highest, total, l
 
 @triton.jit
 def power_below(scores, highest, base2_scale):
-    """The weights `2 ** (base2_scale * (scores - highest))`; 0 where both are -inf, as of a row that has seen
-    nothing. Scores are scaled after the subtraction: the highest weighs exactly 1, however large it is.
+    """The weights `2 ** (base2_scale * (scores - highest))`. Scores are scaled after the subtraction, so that
+    the highest weighs exactly 1, however large it is.
     """
-    return tl.exp2((scores - tl.where(highest == float("-inf"), 0.0, highest)) * base2_scale)
+    return tl.exp2((scores - highest) * base2_scale)
 
 
 @triton.jit
-def kept_weights(scores, highest, share, base2_scale):
-    """The weights of a row whose softmax was kept. A score above the highest of the forward pass, as it was
-    summed in another order, counts as the highest.
+def kept_weights(scores, highest, base2_scale):
+    """The weights of a row whose highest score was kept. A score above it, as the forward pass has summed in
+    another order, counts as the highest.
     """
     below = tl.minimum(scores - highest, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.exp2(below * base2_scale) * share
+    return tl.exp2(below * base2_scale)
 
 
 @triton.jit

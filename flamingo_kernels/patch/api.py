@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 from torch import nn
 
 from .._dispatch import UnsupportedError
+from .anatomy import misfit
 from .family import Match, families, match, supported
+from .known import KNOWN, name_of, why_unknown
 from .report import PatchReport
-from .swap import fused_class, has_other_forward, restore, swap
+from .source import unwrapped
+from .swap import fused_class, has_other_forward, is_swapped, restore, swap
 
 
 def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
@@ -33,6 +36,11 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
     causal        Mllama under "sdpa": without a mask, row t sees no vision token after t
     ============= ============================================================================================
 
+    Names are not enough: a module is swapped if the source of its forward, with all that this calls, is that
+    of a known version, and if it is made of the parts that this version has. Other releases, forks, functions
+    that were replaced and modules with more in them are left alone, and the report says why. Parts with hooks
+    are called by the original's forward; so are all parts while there are hooks on all modules.
+
     A model patched again stays as it is. Patch before `torch.jit.script` and before FSDP2's `fully_shard`,
     whose wrapped classes cannot be taken back; modules inside FSDP1 and `torch.compile` wrappers are found.
 
@@ -40,14 +48,15 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
         model: a model, or a single module, of `flamingo`, open-flamingo, flamingo-pytorch or transformers
             (Idefics, Mllama, Idefics2's and Evolla's resamplers, Evolla's aligner); versions: see the README.
             Subclasses of their classes are swapped too, unless they override what would be replaced.
-        fixes: names from the table above. Default: none.
+        fixes: a list of names from the table above, of bugs that the model has. Default: none.
 
     Returns:
         What was swapped and what was not, and why. `print` shows it as a table.
 
     Raises:
-        TypeError: `model` is no module.
-        ValueError: an unknown fix.
+        TypeError: `model` is no module, or `fixes` is a string.
+        ValueError: a fix that is unknown, of other models than this one, or of modules that were patched
+            without it. The model is then unchanged.
         UnsupportedError: nothing in the model is known. It is then unchanged.
 
     Source: Flamingo (arXiv 2204.14198), section 2.
@@ -69,11 +78,12 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
     found: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     namesakes: dict[str, str] = {}
+    unknown = cache(why_unknown)  # a model has many modules of a class
     for path, module in model.named_modules():
         if reason := _why_not_by_itself(module):
             skipped[path] = reason
         elif known := match(type(module)):
-            if reason := _why_not(module, known):
+            if reason := _why_not(module, known, unknown):
                 skipped[path] = reason
             else:
                 found[path] = module
@@ -82,6 +92,7 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
     if not found and not skipped:
         raise _unknown(model, namesakes)
 
+    _expect_fixes(model, wanted, found.values())
     replaced = {path: (type(module), fused_class(type(module))) for path, module in found.items()}
     for module in found.values():
         swap(module, wanted & _fixes_of(module))
@@ -127,36 +138,53 @@ def _why_not_by_itself(module: nn.Module) -> str:
     return ""
 
 
-def _why_not(module: nn.Module, known: Match) -> str:
+def _why_not(module: nn.Module, known: Match, unknown: Callable[..., str]) -> str:
     """Why a module of a known class is left alone."""
     cls = type(module)
     if has_other_forward(module):
         return f"{cls.__name__} has a forward set on the instance"
     replaced = ["forward", *(name for name in vars(known.fused) if not name.startswith("__"))]
     for name in replaced:
-        if getattr(cls, name, None) is not getattr(known.known, name, None):
+        if unwrapped(getattr(cls, name, None)) is not unwrapped(getattr(known.known, name, None)):
             return f"{cls.__name__} overrides {name} of {known.known.__name__}"
     if (changed_by := known.known.forward.__module__) != known.known.__module__:
         return f"{known.known.__name__} was given another forward by {changed_by}"
-    if not _accepts(known.fused, known.known):
-        takes = list(inspect.signature(known.known.forward).parameters)
-        return f"{cls.__name__} is of another version: its forward takes {', '.join(takes[1:])}"
+    if reason := unknown(cls, name_of(known.known)):
+        return f"{cls.__name__}: {reason}"
+    if reason := misfit(module, known.fused.anatomy):
+        return f"{cls.__name__}: {reason}"
+    for path, part in module.named_modules():
+        name = name_of(type(part))
+        if name in KNOWN and not match(type(part)) and (reason := unknown(type(part), name)):
+            return f"{cls.__name__}: {path} is a {type(part).__name__}, and {reason}"
     return ""
 
 
-def _accepts(fused: type[nn.Module], original: type[nn.Module]) -> bool:
-    """Whether every argument that the original takes means the same to what replaces it."""
-    takes, offers = (inspect.signature(cls.forward).parameters for cls in (original, fused))
-    positional = [name for name, p in offers.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    in_order = all(mine == its for mine, its in zip(positional, takes, strict=False))
-    return in_order and takes.keys() <= offers.keys()
-
-
 def _known_fixes(fixes: Iterable[str]) -> frozenset[str]:
+    if isinstance(fixes, str):
+        raise TypeError(f"patch: expected fixes as a list of names, got {fixes!r}; pass fixes=[{fixes!r}].")
     wanted, known = frozenset(fixes), {fix for family in families() for fix in family.fixes}
-    if unknown := sorted(wanted - known):
+    if unknown := sorted(map(str, wanted - known)):
         raise ValueError(f"patch: fix {unknown[0]!r} is not one of {', '.join(sorted(known))}.")
     return wanted
+
+
+def _expect_fixes(model: nn.Module, wanted: frozenset[str], found: Iterable[nn.Module]) -> None:
+    """Raise ValueError if a fix has nothing to fix, or comes too late for modules swapped before."""
+    swapped = {path: module for path, module in model.named_modules() if is_swapped(module)}
+    for fix in sorted(wanted):
+        for path, module in swapped.items():
+            if fix in _fixes_of(module) and fix not in getattr(module, "fixes", ()):
+                raise ValueError(
+                    f"patch: fix {fix!r} comes too late for {path or type(module).__name__}, which was "
+                    "patched without it; unpatch(model), then patch it with all fixes."
+                )
+        if not any(fix in _fixes_of(module) for module in [*found, *swapped.values()]):
+            homes = " and ".join(family.name for family in families() if fix in family.fixes)
+            raise ValueError(
+                f"patch: expected fixes of the modules found in {type(model).__name__}, got {fix!r}, which "
+                f"is of {homes}."
+            )
 
 
 def _fixes_of(module: nn.Module) -> frozenset[str]:

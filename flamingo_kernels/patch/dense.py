@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import is_recording
-from .._kept_media import kept_kv
+from .._kept_media import newest
 from .._once import once, once_for_equal
 from .._parts import ATTENTION, in_part
 from ..mask import MediaMask
@@ -41,7 +41,8 @@ class KeySpans:
         if kv.shape[1] != self.keys:
             raise ValueError(f"expected a mask over {kv.shape[1]} keys, got one over {self.keys}.")
         if self.order is not None and self.mask.lo.shape[1] == 1:
-            kv = kept_kv(self, kv, (), lambda: in_order(kv, self.order))
+            base = kv if kv._base is None else kv._base
+            kv = newest(base, self, (kv,), lambda: in_order(kv, self.order), reuse=True)
         else:
             kv = in_order(kv, self.order)
         return kv.unflatten(1, (self.mask.num_media, -1))
@@ -53,8 +54,8 @@ def in_order(x: Tensor, order: Tensor | None) -> Tensor:
 
 
 @in_part(ATTENTION)
-def key_spans(mask: Tensor, text: Tensor, rows: Tensor | None = None) -> KeySpans | None:
-    """The spans of a mask over keys, read once for all layers; None if only a dense attention can take it.
+def key_spans(mask: Tensor, text: Tensor, rows: Tensor | None = None, *, layer: object) -> KeySpans | None:
+    """The spans of a mask over keys, read once in a forward pass; None if only a dense attention can take it.
 
     Keys that no row sees, as those of padding tiles between two images, move behind the others. None means
     gaps that this does not close, other values than 0 and the lowest, rows that see nothing though they may,
@@ -65,6 +66,7 @@ def key_spans(mask: Tensor, text: Tensor, rows: Tensor | None = None) -> KeySpan
         mask: `[B, 1, T, S]`, bool, or added to the scores.
         text: `[B, T, D]`, what it is for.
         rows: `[B, T]`, zero where a row must see nothing. Default: none must.
+        layer: that asks.
     """
     batch, length, _ = text.shape
     if is_recording(mask) or mask.shape[:-1] != (batch, 1, length) or mask.numel() == 0:
@@ -72,7 +74,7 @@ def key_spans(mask: Tensor, text: Tensor, rows: Tensor | None = None) -> KeySpan
     if rows is not None and rows.shape != (batch, length):
         return None
     tensors = (mask,) if rows is None else (mask, rows)
-    return cast("KeySpans | None", once(_read_step if length == 1 else _read_spans, tensors))
+    return cast("KeySpans | None", once(_read_step if length == 1 else _read_spans, tensors, layer=layer))
 
 
 def _read_step(*tensors: Tensor) -> KeySpans | None:
@@ -118,7 +120,9 @@ def _first(chosen: Tensor) -> Tensor:
     return chosen.int().argsort(dim=-1, descending=True, stable=True)
 
 
-def media_first(mask: Tensor, media: Tensor, latents: Tensor) -> tuple[Tensor | None, Tensor] | None:
+def media_first(
+    mask: Tensor, media: Tensor, latents: Tensor, *, layer: object
+) -> tuple[Tensor | None, Tensor] | None:
     """Of keys `[media ; latents]`: an order `[N, S]` with the visible media first, and how many, `[N]`.
 
     No order where they come first as they are. None if the rows of a clip see different keys, if one does not
@@ -128,6 +132,7 @@ def media_first(mask: Tensor, media: Tensor, latents: Tensor) -> tuple[Tensor | 
         mask: `[N, 1, R, S + L]`, bool, or added to the scores; or `[N, S + L]`, 1 where a key is seen.
         media: `[N, S, D]`.
         latents: `[N, L, D]`.
+        layer: that asks.
     """
     clips, keys = len(media), media.shape[1] + latents.shape[1]
     fits = mask.shape == (clips, keys) or (
@@ -135,7 +140,9 @@ def media_first(mask: Tensor, media: Tensor, latents: Tensor) -> tuple[Tensor | 
     )
     if is_recording(mask) or not fits:
         return None
-    return cast("tuple[Tensor | None, Tensor] | None", once(_read_padding, (mask,), latents.shape[1]))
+    return cast(
+        "tuple[Tensor | None, Tensor] | None", once(_read_padding, (mask,), latents.shape[1], layer=layer)
+    )
 
 
 def _read_padding(mask: Tensor, latents: int) -> tuple[Tensor | None, Tensor] | None:

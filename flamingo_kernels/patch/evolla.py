@@ -14,10 +14,11 @@ from .. import _plain
 from .._checks import is_plain, is_recording
 from .._once import once
 from ..fold import Affine, Gate, Scale
-from ..layers import Fused, add_gated, gate_of
+from ..layers import PERCEIVER_ANATOMY, Fused, add_gated, gate_of
 from ..mask import MediaMask
 from ..ops import masked_cross_attention, perceiver_attention
 from ..sublayers import gated_cross_attention, gated_feed_forward
+from .anatomy import Alpha, Linear, Norm, Number, Part
 from .dense import in_order, media_first, spans_of
 from .family import TRANSFORMERS, Family
 
@@ -26,6 +27,8 @@ _FEED_FORWARD = f"{_HOME}.EvollaFeedForward"
 
 
 class EvollaSequenceCompressorAttention(Fused):
+    anatomy = PERCEIVER_ANATOMY
+
     heads: int
     scale: float
     norm_media: nn.Module
@@ -40,8 +43,8 @@ class EvollaSequenceCompressorAttention(Fused):
         latents: Tensor,  # [N, R, D]
         mask: Tensor,  # [N, S + R], 1 where a key is seen
     ) -> Tensor:  # [N, R, D]
-        first = media_first(mask, x, latents)
-        if first is None:
+        first = media_first(mask, x, latents, layer=self)
+        if first is None or self.is_watched():
             return cast(Tensor, super().forward(x, latents, mask))
         order, lengths = first
         x = in_order(self.norm_media(x), order)
@@ -63,6 +66,25 @@ class EvollaSequenceAlignerCrossAttention(Fused):
         Affine("ff.norm", ("ff.fc1",)),
         Gate("gate_ffw", "ff.fc2"),
     )
+
+    anatomy = {
+        "num_attention_heads": Number("H"),
+        "attention_head_size": Number("d"),
+        "all_head_size": Number("H*d"),
+        "attention_norm": Norm("D"),
+        "query": Linear("D", "H*d"),
+        "key_protein": Linear("P", "H*d"),
+        "value_protein": Linear("P", "H*d"),
+        "key_structure": Linear("S", "H*d", optional=True),
+        "value_structure": Linear("S", "H*d", optional=True),
+        "key_msa": Linear("A", "H*d", optional=True),
+        "value_msa": Linear("A", "H*d", optional=True),
+        "dropout": Part(),  # not called
+        "out_proj": Linear("H*d", "D"),
+        "ff": Part(),
+        "gate_attention": Alpha("D"),
+        "gate_ffw": Alpha("D"),
+    }
 
     num_attention_heads: int
     scale: float
@@ -92,8 +114,9 @@ class EvollaSequenceAlignerCrossAttention(Fused):
     ) -> Tensor:  # [B, T, D]
         others = (structure_kv_states, msa_kv_states, protein_kv_attn_mask)
         spans = None
-        if all(other is None for other in others) and protein_kv_states is not None:
-            spans = _spans(query_states, protein_kv_states, query_attn_mask, protein_batch_mask)
+        alone = all(other is None for other in others) and not self.is_watched()
+        if alone and protein_kv_states is not None:
+            spans = self._spans(query_states, protein_kv_states, query_attn_mask, protein_batch_mask)
         if spans is None:
             states = (query_states, protein_kv_states, structure_kv_states, msa_kv_states, query_attn_mask)
             masks = (protein_kv_attn_mask, structure_kv_attn_mask, msa_kv_attn_mask)
@@ -103,6 +126,11 @@ class EvollaSequenceAlignerCrossAttention(Fused):
             return query_states  # no sequence of the batch has a protein
         z = self._add_attended(query_states, cast(Tensor, protein_kv_states).to(query_states), spans)
         return self._add_feed_forward(z)
+
+    def _spans(self, x: Tensor, media: Tensor, rows: Tensor | None, batch: Tensor | None) -> MediaMask | None:
+        if is_recording(x) or rows is None or batch is None or rows.shape != x.shape[:2]:
+            return None
+        return cast("MediaMask | None", once(_read_spans, (rows, batch), media.shape[1], layer=self))
 
     def _add_attended(self, x: Tensor, media: Tensor, spans: MediaMask) -> Tensor:
         heads, gate = (self.num_attention_heads, -1), gate_of(self, "gate_attention")
@@ -122,12 +150,6 @@ class EvollaSequenceAlignerCrossAttention(Fused):
         if parts is None:
             return add_gated(x, ff(x), gate)
         return gated_feed_forward(x, gate=gate, **parts._asdict())
-
-
-def _spans(x: Tensor, media: Tensor, rows: Tensor | None, batch: Tensor | None) -> MediaMask | None:
-    if is_recording(x) or rows is None or batch is None or rows.shape != x.shape[:2]:
-        return None
-    return cast("MediaMask | None", once(_read_spans, (rows, batch), media.shape[1]))
 
 
 def _read_spans(rows: Tensor, batch: Tensor, keys: int) -> MediaMask | None:

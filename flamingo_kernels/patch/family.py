@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -35,7 +35,7 @@ class Match(NamedTuple):
     """A class of a family, found among the bases of some module's class, and what replaces it."""
 
     known: type[nn.Module]
-    fused: type[nn.Module]
+    fused: type[Any]
     family: Family
 
 

@@ -5,15 +5,19 @@ Its media have the width of the text, its blocks know no cached media, and its m
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
-from ..layers import BLOCK_FOLDS, Fused, gated_block, resample
+from ..layers import BLOCK_ANATOMY, BLOCK_FOLDS, Fused, gated_block, resample
+from .anatomy import Norm, Part, Weight
 from .family import Family
 from .open_flamingo import FIXES, MaskedCrossAttention, PerceiverAttention
 
 
 class GatedCrossAttentionBlock(Fused):
     folds = BLOCK_FOLDS
+    anatomy = BLOCK_ANATOMY
 
     attn: nn.Module
     attn_gate: nn.Parameter
@@ -21,10 +25,19 @@ class GatedCrossAttentionBlock(Fused):
     ff_gate: nn.Parameter
 
     def forward(self, x: Tensor, media: Tensor, media_locations: Tensor | None = None) -> Tensor:
+        if self.is_watched():
+            return cast(Tensor, super().forward(x, media, media_locations))
         return gated_block(self, x, media, media_locations, use_cached_media=False)
 
 
 class PerceiverResampler(Fused):
+    anatomy = {
+        "latents": Weight("R D"),
+        "media_pos_emb": Weight("M 1 D"),
+        "layers": Part(nn.ModuleList),
+        "norm": Norm("D"),
+    }
+
     latents: nn.Parameter
     layers: nn.ModuleList
     norm: nn.LayerNorm
@@ -34,6 +47,8 @@ class PerceiverResampler(Fused):
         self,
         x: Tensor,  # [B, M, S, D] or [B, S, D]
     ) -> Tensor:  # [B, M, R, D]
+        if self.is_watched():
+            return cast(Tensor, super().forward(x))
         x = x if x.ndim == 4 else x[:, None]
         x = x + self.media_pos_emb[: x.shape[1]]
         return self.norm(resample(self.latents, self.layers, x, None))

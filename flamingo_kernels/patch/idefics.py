@@ -20,6 +20,7 @@ from ..layers import Fused, add_gated, gate_of
 from ..mask import Policy
 from ..ops import masked_cross_attention, perceiver_attention
 from ..sublayers import gated_cross_attention, gated_feed_forward
+from .anatomy import Alpha, Linear, Norm, Number, Part
 from .dense import key_spans
 from .family import TRANSFORMERS, Family
 
@@ -37,6 +38,17 @@ class IdeficsGatedCrossAttentionLayer(Fused):
         Affine("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         Gate("alpha_dense", "mlp.down_proj"),
     )
+
+    anatomy = {
+        "input_layernorm": Norm("D"),
+        "post_attention_layernorm": Norm("D"),
+        "cross_attn": Part(),
+        "mlp": Part(),
+        "alpha_cross_attn": Alpha("D"),
+        "alpha_dense": Alpha("D"),
+        "act_cross_attn": Part(nn.Tanh),
+        "act_dense": Part(nn.Tanh),
+    }
 
     config: float  # the model's dropout, by this name
     cross_attn: Any
@@ -56,24 +68,25 @@ class IdeficsGatedCrossAttentionLayer(Fused):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:  # [B, T, D]
-        if image_hidden_states is None or cross_attention_gate is None or past_key_values is not None:
-            given = (attention_mask, image_hidden_states, image_attention_mask, cross_attention_gate)
-            return cast(Tensor, super().forward(hidden_states, *given, past_key_values))  # says what is wrong
-        z = self._add_attended(
-            hidden_states, image_hidden_states, image_attention_mask, cross_attention_gate, kwargs
-        )
+        media, sees = image_hidden_states, cross_attention_gate
+        if media is None or sees is None or past_key_values is not None or self.is_watched():
+            given = (attention_mask, media, image_attention_mask, sees)
+            return cast(Tensor, super().forward(hidden_states, *given, past_key_values, **kwargs))
+        z = self._add_attended(hidden_states, media, image_attention_mask, sees, kwargs)
         return self._add_feed_forward(z)
 
     def _add_attended(
         self, x: Tensor, media: Tensor, mask: Tensor | None, sees: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
         attn, norm, gate = self.cross_attn, self.input_layernorm, gate_of(self, "alpha_cross_attn")
-        spans = key_spans(mask, x, sees) if mask is not None and _replaceable(attn) else None
+        spans = key_spans(mask, x, sees, layer=self) if mask is not None and _replaceable(attn) else None
         if spans is None:
             y, _ = attn(hidden_states=norm(x), key_value_states=media, attention_mask=mask, **kwargs)
             y = F.dropout(y, self.config, self.training).masked_fill((sees == 0)[..., None], 0)
             return add_gated(x, y, gate)
-        k, v = map(spans.media, kept_kv(self, media, _kv_modules(attn), lambda: _project(attn, media)))
+        step = x.shape[1] == 1
+        kv = kept_kv(self, media, _kv_modules(attn), lambda: _project(attn, media), step=step)
+        k, v = map(spans.media, kv)
         q_norm = attn.q_layer_norm if attn.qk_layer_norms else None
         parts = _plain.cross_attention_of(x, norm, attn.q_proj, attn.o_proj, q_norm)
         if parts is None or self._drops():
@@ -117,6 +130,19 @@ def _kv_modules(attn: Any) -> tuple[nn.Module, ...]:
 
 
 class IdeficsPerceiverAttention(Fused):
+    anatomy = {
+        "n_heads": Number("H"),
+        "head_dim": Number("d"),
+        "context_layer_norm": Norm("D"),
+        "latents_layer_norm": Norm("D"),
+        "q_layer_norm": Norm("d", optional=True),
+        "k_layer_norm": Norm("d", optional=True),
+        "q_proj": Linear("D", "H*d"),
+        "k_proj": Linear("D", "H*d"),
+        "v_proj": Linear("D", "H*d"),
+        "output_proj": Linear("H*d", "D"),
+    }
+
     n_heads: int
     qk_layer_norms: bool
     qk_scale: float
@@ -134,6 +160,8 @@ class IdeficsPerceiverAttention(Fused):
         context: Tensor,  # [N, S, D]
         latents: Tensor,  # [N, R, D]
     ) -> Tensor:  # [N, R, D]
+        if self.is_watched():
+            return cast(Tensor, super().forward(context, latents))
         context, latents = self.context_layer_norm(context), self.latents_layer_norm(latents)
         heads = (self.n_heads, -1)
         q = self.q_proj(latents).unflatten(-1, heads)  # [N, R, H, d]

@@ -13,11 +13,23 @@ from torch import Tensor, nn
 
 from ..layers import Fused
 from ..ops import perceiver_attention
+from .anatomy import Linear, Number
 from .dense import in_order, media_first
 from .family import TRANSFORMERS, Family
 
 
 class Idefics2PerceiverAttention(Fused):
+    anatomy = {
+        "num_key_value_heads": Number("G"),
+        "num_key_value_groups": Number("n"),
+        "num_heads": Number("G*n"),
+        "head_dim": Number("d"),
+        "q_proj": Linear("D", "G*n*d"),
+        "k_proj": Linear("D", "G*d"),
+        "v_proj": Linear("D", "G*d"),
+        "o_proj": Linear("G*n*d", "D"),
+    }
+
     config: Any
     num_heads: int
     num_key_value_heads: int
@@ -37,7 +49,9 @@ class Idefics2PerceiverAttention(Fused):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # [N, R, D], and no weights
-        first = None if attention_mask is None else media_first(attention_mask, context, latents)
+        first = None
+        if attention_mask is not None:
+            first = media_first(attention_mask, context, latents, layer=self)
         masked = attention_mask is not None and first is None
         if masked or past_key_values is not None or self._must_stay(kwargs):
             rest = (attention_mask, position_ids, past_key_values)
@@ -57,7 +71,7 @@ class Idefics2PerceiverAttention(Fused):
     def _must_stay(self, kwargs: dict[str, Any]) -> bool:
         weights = kwargs.get("output_attentions") or getattr(self, "past_key_values", None) is not None
         other = self.config._attn_implementation not in ("eager", "sdpa")
-        return bool(weights or other or (self.attention_dropout and self.training))
+        return bool(weights or other or self.is_watched() or (self.attention_dropout and self.training))
 
 
 FAMILY = Family(

@@ -20,6 +20,7 @@ from ..fold import Affine, Gate, Scale
 from ..layers import Fused, add_gated, gate_of
 from ..ops import masked_cross_attention
 from ..sublayers import gated_cross_attention, gated_feed_forward
+from .anatomy import Alpha, Linear, Norm, Number, Part
 from .dense import KeySpans, key_spans
 from .family import TRANSFORMERS, Family
 
@@ -29,6 +30,19 @@ _FEW = 2**20  # numbers in the keys of a layer: to read them takes no longer tha
 
 
 class MllamaTextCrossAttention(Fused):
+    anatomy = {
+        "num_key_value_heads": Number("G"),
+        "num_key_value_groups": Number("n"),
+        "num_heads": Number("G*n"),
+        "head_dim": Number("d"),
+        "q_proj": Linear("D", "G*n*d"),
+        "k_proj": Linear("V", "G*d"),
+        "v_proj": Linear("V", "G*d"),
+        "o_proj": Linear("G*n*d", "D"),
+        "q_norm": Norm("d"),
+        "k_norm": Norm("d"),
+    }
+
     config: Any
     num_heads: int
     num_key_value_heads: int
@@ -53,15 +67,14 @@ class MllamaTextCrossAttention(Fused):
         cache_position: Tensor | None = None,  # transformers 4 only
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # [B, T, D], and no weights
-        spans = self.spans(hidden_states, cross_attention_states, past_key_values, attention_mask, kwargs)
+        media = (cross_attention_states, past_key_values, attention_mask)
+        spans = self.spans(hidden_states, *media, kwargs, layer=self)
         sees_all = attention_mask is None and "causal" in self.fixes
         has_media = cross_attention_states is not None or past_key_values is not None
         if spans is None and not (sees_all and has_media and not self._must_stay(kwargs)):
             if cache_position is not None:
                 kwargs["cache_position"] = cache_position
-            return super().forward(
-                hidden_states, cross_attention_states, past_key_values, attention_mask, use_cache, **kwargs
-            )
+            return super().forward(hidden_states, *media, use_cache, **kwargs)
         q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)))  # [B, T, H, d]
         k, v = self.kv(len(q), cross_attention_states, past_key_values, cache_position)
         if spans is None:
@@ -78,17 +91,18 @@ class MllamaTextCrossAttention(Fused):
         cache: Any,
         mask: Tensor | None,  # [B, 1, T, S], added to the scores
         kwargs: dict[str, Any],
+        layer: object,
     ) -> KeySpans | None:
-        """Which keys the text sees, or None if a kernel cannot tell."""
+        """Which keys the text sees, for the layer that asks, or None if a kernel cannot tell."""
         no_media = states is None and cache is None
         if mask is None or no_media or _is_short_step(x, states, mask) or self._must_stay(kwargs):
             return None
-        return key_spans(mask, x)
+        return key_spans(mask, x, layer=layer)
 
     def _must_stay(self, kwargs: dict[str, Any]) -> bool:
         weights = kwargs.get("output_attentions") or self.config.output_attentions
         other = self.config._attn_implementation not in ("eager", "sdpa")
-        return bool(weights or other or (self.dropout and self.training))
+        return bool(weights or other or self.is_watched() or (self.dropout and self.training))
 
     def kv(
         self, batch: int, states: Tensor | None, cache: Any, position: Tensor | None
@@ -115,6 +129,15 @@ class MllamaCrossAttentionDecoderLayer(Fused):
         Gate("cross_attn_mlp_gate", "mlp.down_proj"),
     )
 
+    anatomy = {
+        "input_layernorm": Norm("D"),
+        "post_attention_layernorm": Norm("D"),
+        "cross_attn": Part(),
+        "mlp": Part(),
+        "cross_attn_attn_gate": Alpha("D"),
+        "cross_attn_mlp_gate": Alpha("D"),
+    }
+
     cross_attn: Any
     mlp: Any
     input_layernorm: nn.Module
@@ -140,7 +163,8 @@ class MllamaCrossAttentionDecoderLayer(Fused):
         if cache_position is not None:
             kwargs["cache_position"] = cache_position
         x, rows = hidden_states, full_text_row_masked_out_mask
-        if not self.fixes and _is_short_step(x, cross_attention_states, cross_attention_mask):
+        short = not self.fixes and _is_short_step(x, cross_attention_states, cross_attention_mask)
+        if short or self.is_watched():
             given = (cross_attention_states, cross_attention_mask, attention_mask, rows, position_ids)
             return cast(Tensor, super().forward(x, *given, past_key_values, use_cache, **kwargs))
         z = self._add_attended(x, cross_attention_states, past_key_values, cross_attention_mask, kwargs)
@@ -154,8 +178,9 @@ class MllamaCrossAttentionDecoderLayer(Fused):
         attn, gate = self.cross_attn, gate_of(self, "cross_attn_attn_gate")
         spans = parts = None
         if isinstance(attn, MllamaTextCrossAttention) and is_unhooked(attn):
-            spans = attn.spans(x, states, cache, mask, kwargs)
             parts = _plain.cross_attention_of(x, self.input_layernorm, attn.q_proj, attn.o_proj, attn.q_norm)
+        if parts is not None:
+            spans = attn.spans(x, states, cache, mask, kwargs, layer=self)
         if spans is None or parts is None:
             media = {"cross_attention_states": states, "past_key_values": cache, "attention_mask": mask}
             attended, _ = attn(hidden_states=self.input_layernorm(x), **media, **kwargs)

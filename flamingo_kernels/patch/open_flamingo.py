@@ -7,17 +7,32 @@ also broadcasts a batch of one. `media_locations=None` lets every row see every 
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
-from ..layers import ATTENTION_FOLDS, BLOCK_FOLDS, Fused, attend, attend_to_media, gated_block, resample
+from ..layers import (
+    ATTENTION_ANATOMY,
+    ATTENTION_FOLDS,
+    BLOCK_ANATOMY,
+    BLOCK_FOLDS,
+    PERCEIVER_ANATOMY,
+    Fused,
+    attend,
+    attend_to_media,
+    gated_block,
+    resample,
+)
 from ..mask import Policy
 from ..media_cache import MediaCache, Source
 from ..ops import perceiver_attention
+from .anatomy import Norm, Part, Weight
 from .family import Family
 
 
 class MaskedCrossAttention(Fused):
     folds = ATTENTION_FOLDS
+    anatomy = ATTENTION_ANATOMY
 
     heads: int
     scale: float
@@ -38,6 +53,9 @@ class MaskedCrossAttention(Fused):
         media_locations: Tensor | None = None,  # [B, T]
         use_cached_media: bool = False,
     ) -> Tensor:  # [B, T, D]
+        if self.is_watched() and media_locations is not None and not isinstance(media, MediaCache):
+            cached = (True,) if use_cached_media else ()
+            return cast(Tensor, super().forward(x, media, media_locations, *cached))
         return attend_to_media(self, x, media, media_locations, use_cached_media)
 
     def attend(
@@ -51,6 +69,7 @@ class MaskedCrossAttention(Fused):
 
 class GatedCrossAttentionBlock(Fused):
     folds = BLOCK_FOLDS
+    anatomy = BLOCK_ANATOMY
 
     attn: nn.Module
     attn_gate: nn.Parameter
@@ -64,10 +83,14 @@ class GatedCrossAttentionBlock(Fused):
         media_locations: Tensor | None = None,
         use_cached_media: bool = False,
     ) -> Tensor:
+        if self.is_watched():
+            return cast(Tensor, super().forward(x, media, media_locations, use_cached_media))
         return gated_block(self, x, media, media_locations, use_cached_media)
 
 
 class PerceiverAttention(Fused):
+    anatomy = PERCEIVER_ANATOMY
+
     heads: int
     scale: float
     norm_media: nn.LayerNorm
@@ -81,6 +104,8 @@ class PerceiverAttention(Fused):
         x: Tensor,  # [B, M, S, D]
         latents: Tensor,  # [B, M, R, D]
     ) -> Tensor:  # [B, M, R, D]
+        if self.is_watched():
+            return cast(Tensor, super().forward(x, latents))
         shape = latents.shape[:2]
         x, latents = self.norm_media(x).flatten(0, 1), self.norm_latents(latents).flatten(0, 1)  # [N, ., D]
         heads = (self.heads, -1)
@@ -92,6 +117,14 @@ class PerceiverAttention(Fused):
 
 
 class PerceiverResampler(Fused):
+    anatomy = {
+        "latents": Weight("R D"),
+        "frame_embs": Weight("F D", optional=True),
+        "media_time_embs": Weight("M 1 D", optional=True),
+        "layers": Part(nn.ModuleList),
+        "norm": Norm("D"),
+    }
+
     latents: nn.Parameter
     layers: nn.ModuleList
     norm: nn.LayerNorm
@@ -102,6 +135,8 @@ class PerceiverResampler(Fused):
         self,
         x: Tensor,  # [B, M, F, v, D]
     ) -> Tensor:  # [B, M, R, D]
+        if self.is_watched():
+            return cast(Tensor, super().forward(x))
         if self.frame_embs is not None:
             x = x + self.frame_embs[: x.shape[2], None]
         x = x.flatten(2, 3)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 from torch.autograd import DeviceType
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from .._parts import ATTENTION, BLOCKS, FEED_FORWARD, GATE, INSIDE, NORM, PROJECTIONS
 
@@ -71,28 +70,19 @@ def each_part(
 ) -> Iterator[None]:
     """Within the block every call of a labelled module runs in `scope(label)`.
 
-    The hooks are global ones: a fused layer takes another path around a module that has hooks of its own.
+    By no hooks: a fused layer takes another path around modules that have some.
     """
-    opened: list[AbstractContextManager[object]] = []
+    call = nn.Module.__call__
 
-    def enter(module: nn.Module, arguments: Any) -> None:
-        if module in labels:
-            opened.append(scope(labels[module]))
-            opened[-1].__enter__()
+    def call_in_scope(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with scope(labels[module]) if module in labels else nullcontext():
+            return call(module, *args, **kwargs)
 
-    def leave(module: nn.Module, arguments: Any, output: Any) -> None:
-        if module in labels:
-            opened.pop().__exit__(None, None, None)
-
-    handles = (
-        register_module_forward_pre_hook(enter),
-        register_module_forward_hook(leave, always_call=True),
-    )
+    nn.Module.__call__ = call_in_scope  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        nn.Module.__call__ = call  # type: ignore[method-assign]
 
 
 def host_time(event: Any) -> float:

@@ -11,18 +11,30 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _dispatch, _library
-from .._checks import needs_grad, unit_stride
+from .._checks import (
+    autocast,
+    expect_floating_point,
+    expect_head_groups,
+    expect_same_device,
+    expect_shape,
+    expect_tensors,
+    needs_grad,
+    scale_of,
+    unit_stride,
+    without_autocast,
+)
+from .._once_differentiable import once_differentiable
 from .._parts import PROJECTIONS, in_part
 from ..mask import MediaMask
-from ..ops.masked_cross_attention.api import validate
+from ..ops.masked_cross_attention.api import expect_media
 from . import gated_linear, normed_linear, reference
 from . import norm as norms
-from .gated_linear import Linear, cast_like
-from .norm import Norm, Statistics
+from .gated_linear import Linear, cast_like, expect_gate, expect_linear, expect_one_dtype
+from .norm import Norm, Statistics, expect_norm
 
+_NAME = "gated_cross_attention"
 _FWD = _library.backends_of("masked_cross_attention_fwd")
 _BWD = _library.backends_of("masked_cross_attention_bwd")
 
@@ -58,8 +70,8 @@ def gated_cross_attention(
         k: keys of the media `[B, M, R, Hkv, d]`, same dtype.
         v: values, like k.
         mask: which media each row sees.
-        norm: of x, before the queries.
-        to_q: `[H * d, D]`; H is a multiple of Hkv.
+        norm: of x, before the queries; in any floating-point dtype, as the gate and q_norm.
+        to_q: `[H * d, D]`, in the dtype of x, as all projections; H is a multiple of Hkv.
         to_out: `[D, H * d]`.
         gate: alpha before tanh, 1 element or D; None for a plain residual.
         q_norm: of each head's queries, its parameters `[d]`. Default: none. The keys come normed already.
@@ -73,8 +85,9 @@ def gated_cross_attention(
     Raises:
         ValueError, TypeError, UnsupportedError: as `masked_cross_attention` and `gated_residual`.
 
-    Limits: those of `masked_cross_attention`. Differentiable once in every tensor. As deterministic as the
-    matrix products of torch. Autocast does not reach into it.
+    Limits: those of `masked_cross_attention`. Differentiable once in every tensor; for second derivatives:
+    backend="reference", as there. As deterministic as the matrix products of torch. Under torch.autocast it
+    multiplies in its dtype, keys and values too, and norms in that of x and the norm.
 
     Source: Flamingo (arXiv 2204.14198), sections 2.2 and 2.3.
 
@@ -89,23 +102,61 @@ def gated_cross_attention(
         >>> torch.equal(z[:, 0], x[:, 0]), z.shape
         (True, torch.Size([1, 3, 32]))
     """
-    head_dim = k.shape[-1]
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    heads = to_q.weight.shape[0] // head_dim
-    in_place_of_q = x.detach()[:, :, :1, None].to(k.dtype).expand(-1, -1, heads, head_dim)
-    validate(in_place_of_q, k, v, mask)
-    backend = _dispatch.resolve("masked_cross_attention", backend, x, k, v)
-    if backend == "reference":
+    _validate(x, k, v, mask, norm, to_q, to_out, gate, q_norm)
+    (k, v), to_q, to_out = autocast(k, v), to_q.autocast(), to_out.autocast()
+    expect_one_dtype(_NAME, x, {"to_q": to_q, "to_out": to_out}, k=k, v=v)
+    scale = scale_of(_NAME, scale, k.shape[-1])
+    parameters = (gate, norm.weight, norm.bias, *(q_norm or (None, None))[:2], *to_q, *to_out)
+    backend = _dispatch.resolve("masked_cross_attention", backend, x, k, v, *parameters)
+    if backend == "reference" or 0 in to_q.weight.shape:  # without a feature there is nothing to fuse
         return reference.gated_cross_attention(x, k, v, mask, norm, to_q, to_out, gate, q_norm, scale)
     of_q = (q_norm.eps, q_norm.rms) if q_norm else None
     how = _How(backend, scale, mask.immediate, mask.policy == "open_flamingo", norm.eps, norm.rms, of_q)
-    spans = (mask.lo, mask.hi, mask.start, mask.stop)
-    parameters = (gate, norm.weight, norm.bias, *(q_norm or (None, None))[:2], *to_q, *to_out)
-    tensors = _Tensors(x, unit_stride(k), unit_stride(v), *spans, *parameters)
-    with torch.autocast(x.device.type, enabled=False):
+    tensors = _Tensors(x, unit_stride(k), unit_stride(v), *mask.spans, *parameters)
+    with without_autocast(x):
         if needs_grad(*tensors):
             return _GatedCrossAttention.apply(how, *tensors)
         return _forward(how, tensors)[0]
+
+
+def _validate(
+    x: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: MediaMask,
+    norm: Norm,
+    to_q: Linear,
+    to_out: Linear,
+    gate: Tensor | None,
+    q_norm: Norm | None,
+) -> None:
+    expect_tensors(_NAME, x=x, k=k, v=v)
+    expect_shape(_NAME, "x", x, ("B", "T", "D"), "")
+    batch, length, width = x.shape
+    expect_media(_NAME, k, v, mask, (batch, length, "d"), of="x")
+    expect_norm(_NAME, "norm", norm, width)
+    expect_linear(_NAME, "to_q", to_q, ("H * d", width), "to match x")
+    inner, head_dim = to_q.weight.shape[0], k.shape[-1]
+    if head_dim == 0 or inner % head_dim:
+        raise ValueError(
+            f"{_NAME}: expected to_q to give a multiple of head_dim={head_dim} features, got {inner}."
+        )
+    expect_head_groups(_NAME, inner // head_dim, k.shape[3])
+    expect_linear(_NAME, "to_out", to_out, (width, inner), "to match to_q.weight")
+    expect_gate(_NAME, gate, width)
+    if q_norm is not None:
+        expect_norm(_NAME, "q_norm", q_norm, head_dim)
+    tensors = {
+        "x": x,
+        "k": k,
+        "v": v,
+        "norm": norm.weight,
+        "to_q": to_q.weight,
+        "to_out": to_out.weight,
+        "gate": gate,
+    }
+    expect_floating_point(_NAME, **tensors)
+    expect_same_device(_NAME, **tensors, mask=mask.lo)
 
 
 @dataclass(frozen=True)
@@ -187,15 +238,14 @@ class _GatedCrossAttention(torch.autograd.Function):
     def forward(ctx, how, *tensors):
         z, *kept = _forward(how, _Tensors(*tensors))
         ctx.save_for_backward(*tensors, *kept)
-        ctx.how = how
+        ctx.how, ctx.backend = how, how.backend
         return z
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dz):
+    @once_differentiable(_NAME, batched=False)
+    def backward(ctx, saved, dz):
         how, wanted = ctx.how, _Tensors(*ctx.needs_input_grad[1:])
         size = len(_Tensors._fields)
-        saved = ctx.saved_tensors
         t = _Tensors(*saved[:size])
         u, out, softmax, mean, rstd, *of_q = saved[size:]
         q_norm = t.q_norm(how)

@@ -11,15 +11,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
-from .._checks import expect_same_device, expect_shape, needs_grad, unit_stride
+from .._checks import (
+    as_rows,
+    expect_floating_point,
+    expect_same_device,
+    expect_tensors,
+    needs_grad,
+    unit_stride,
+    without_autocast,
+)
+from .._once_differentiable import once_differentiable
 from .._parts import FEED_FORWARD, in_part
 from . import gated_linear, normed_linear, reference
 from .activation import ACTIVATIONS
-from .gated_linear import Linear, cast_like
-from .norm import Norm, Statistics
+from .gated_linear import Linear, cast_like, expect_gate, expect_linear, expect_one_dtype
+from .norm import Norm, Statistics, expect_norm
 from .scratch import scratch
 
 _NAME = "gated_feed_forward"
@@ -51,8 +59,8 @@ def gated_feed_forward(
 
     Args:
         x: `[..., D]`, float32, bfloat16 or float16.
-        norm: of x, before the hidden layer.
-        hidden: `[F, D]`.
+        norm: of x, before the hidden layer; in any floating-point dtype, as the gate.
+        hidden: `[F, D]`, in the dtype of x, as all projections.
         output: `[D, F]`.
         gate: alpha before tanh, 1 element or D; None for a plain residual, `x + output(h)`.
         activation: "gelu" (erf), "gelu_tanh", "relu", "squared_relu" or "silu".
@@ -64,10 +72,14 @@ def gated_feed_forward(
 
     Raises:
         ValueError: shapes or devices that do not fit, or an unknown activation.
+        TypeError: parts that are no Norm, Linear or dense floating-point tensor; projections in another dtype
+            than x, without autocast.
         UnsupportedError: the requested backend cannot run these inputs.
 
-    Limits: differentiable once in every tensor. As deterministic as the matrix products of torch. Autocast
-    does not reach into it. On a CPU a thread keeps memory for one hidden layer from call to call.
+    Limits: differentiable once in every tensor; for second derivatives: backend="reference", which "auto"
+    takes under torch.func's transforms and in forward mode. As deterministic as the matrix products of torch.
+    Under torch.autocast it multiplies in its dtype, and norms in that of x and the norm. On a CPU a thread
+    keeps memory for one hidden layer from call to call.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2 and figure 4; SwiGLU: arXiv 2002.05202.
 
@@ -78,33 +90,47 @@ def gated_feed_forward(
         >>> torch.equal(gated_feed_forward(x, norm=norm, **layers, gate=torch.zeros(1)), x)
         True
     """
-    _validate(x, hidden, output, factor, gate, activation)
-    rows = unit_stride(x.flatten(0, -2))
-    backend = _dispatch.resolve("gated_residual", backend, rows, rows, gate)
-    if backend == "reference":
+    _validate(x, norm, hidden, output, factor, gate, activation)
+    hidden, output, factor = hidden.autocast(), output.autocast(), factor and factor.autocast()
+    expect_one_dtype(_NAME, x, {"hidden": hidden, "output": output, "factor": factor})
+    parameters = (gate, norm.weight, norm.bias, *hidden, *output, *(factor or (None, None)))
+    backend = _dispatch.resolve("gated_residual", backend, x, *parameters)
+    if backend == "reference" or 0 in hidden.weight.shape:  # without a feature there is nothing to fuse
         return reference.gated_feed_forward(x, norm, hidden, output, gate, activation, factor)
     how = _How(backend, activation, norm.eps, norm.rms)
-    tensors = _Tensors(rows, gate, norm.weight, norm.bias, *hidden, *output, *(factor or (None, None)))
-    with torch.autocast(x.device.type, enabled=False):
+    tensors = _Tensors(as_rows(x), *parameters)
+    with without_autocast(x):
         run = _GatedFeedForward.apply if needs_grad(*tensors) else _infer
         return run(how, *tensors).view(x.shape)
 
 
 def _validate(
-    x: Tensor, hidden: Linear, output: Linear, factor: Linear | None, gate: Tensor | None, activation: str
+    x: Tensor,
+    norm: Norm,
+    hidden: Linear,
+    output: Linear,
+    factor: Linear | None,
+    gate: Tensor | None,
+    activation: str,
 ) -> None:
-    if activation not in ACTIVATIONS:
+    if activation not in tuple(ACTIVATIONS):
         raise ValueError(
             f"{_NAME}: expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}."
         )
-    width, inner = x.shape[-1], hidden.weight.shape[0]
-    expect_shape(_NAME, "hidden.weight", hidden.weight, ("F", width), "to match x")
-    expect_shape(_NAME, "output.weight", output.weight, (width, inner), "to match hidden.weight")
+    expect_tensors(_NAME, x=x)
+    if x.ndim == 0:
+        raise ValueError(f"{_NAME}: expected x with shape (..., D), got ().")
+    width = x.shape[-1]
+    expect_norm(_NAME, "norm", norm, width)
+    expect_linear(_NAME, "hidden", hidden, ("F", width), "to match x")
+    inner = hidden.weight.shape[0]
+    expect_linear(_NAME, "output", output, (width, inner), "to match hidden.weight")
     if factor is not None:
-        expect_shape(_NAME, "factor.weight", factor.weight, (inner, width), "to match hidden.weight")
-    if gate is not None and gate.numel() not in (1, width):
-        raise ValueError(f"{_NAME}: expected a gate of 1 or D={width} elements, got {tuple(gate.shape)}.")
-    expect_same_device(_NAME, x=x, hidden=hidden.weight, output=output.weight, gate=gate)
+        expect_linear(_NAME, "factor", factor, (inner, width), "to match hidden.weight")
+    expect_gate(_NAME, gate, width)
+    tensors = {"x": x, "norm": norm.weight, "hidden": hidden.weight, "output": output.weight, "gate": gate}
+    expect_floating_point(_NAME, **tensors)
+    expect_same_device(_NAME, **tensors)
 
 
 @dataclass(frozen=True)
@@ -159,16 +185,15 @@ class _GatedFeedForward(torch.autograd.Function):
         t = _Tensors(*tensors)
         us, statistics = normed_linear.forward(t.x, t.norm(how), t.hidden)
         ctx.save_for_backward(*tensors, *statistics, *us)
-        ctx.how = how
+        ctx.how, ctx.backend = how, how.backend
         with scratch(*us[0].shape, like=us[0]) as h:
             return gated_linear.forward(t.x, _activate(how, us, into=h), t.output, t.gate, how.backend)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dz):
+    @once_differentiable(_NAME, batched=False)
+    def backward(ctx, saved, dz):
         how, wanted = ctx.how, _Tensors(*ctx.needs_input_grad[1:])
         size = len(_Tensors._fields)
-        saved = ctx.saved_tensors
         t = _Tensors(*saved[:size])
         mean, rstd, *us = saved[size:]
         dz = unit_stride(dz)

@@ -11,13 +11,13 @@ is 0, too. The sum and the factor are what a gated residual does backward, so it
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _library
-from .._checks import is_eager
+from .._checks import autocast, autocast_dtype, expect_same_dtype, expect_shape, expect_tensors, is_eager
 from .._parts import GATE, in_part
 from .scratch import scratch
 
@@ -36,10 +36,46 @@ class Linear(NamedTuple):
     weight: Tensor
     bias: Tensor | None = None
 
+    def autocast(self) -> Linear:
+        """With the parameters that torch.autocast would multiply with."""
+        return Linear(*autocast(*(each for each in self if each is not None)))
+
     def __call__(self, a: Tensor, into: Tensor | None = None) -> Tensor:  # [N, out]
         if self.bias is None:
             return torch.mm(a, self.weight.t(), out=into)
         return torch.addmm(self.bias, a, self.weight.t(), out=into)
+
+
+def expect_linear(operator: str, name: str, linear: Any, shape: tuple[int | str, int], why: str) -> None:
+    """Raise TypeError or ValueError unless it is a Linear whose weight has this shape."""
+    if not isinstance(linear, Linear):
+        raise TypeError(f"{operator}: expected {name} to be a Linear, got {type(linear).__name__}.")
+    weight, bias = linear
+    expect_tensors(operator, **{f"{name}.weight": weight})
+    expect_shape(operator, f"{name}.weight", weight, shape, why)
+    if bias is not None:
+        expect_tensors(operator, **{f"{name}.bias": bias})
+        expect_shape(operator, f"{name}.bias", bias, tuple(weight.shape[:1]), f"to match {name}.weight")
+
+
+def expect_gate(operator: str, gate: Any, width: int) -> None:
+    """Raise TypeError or ValueError unless it is a gate of 1 or D elements, or None."""
+    if gate is None:
+        return
+    expect_tensors(operator, gate=gate)
+    if gate.numel() not in (1, width):
+        raise ValueError(f"{operator}: expected a gate of 1 or D={width} elements, got {tuple(gate.shape)}.")
+
+
+def expect_one_dtype(operator: str, x: Tensor, linears: dict[str, Linear | None], **media: Tensor) -> None:
+    """Raise TypeError unless all that is multiplied has the dtype of x, which autocast alone may cast."""
+    multiplied = {} if autocast_dtype(x.device) else {"x": x}
+    for name, linear in linears.items():
+        if linear is not None:
+            multiplied[f"{name}.weight"] = linear.weight
+            if linear.bias is not None:
+                multiplied[f"{name}.bias"] = linear.bias
+    expect_same_dtype(operator, **multiplied, **media)
 
 
 class Gradients(NamedTuple):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import expect_number, expect_shape, expect_tensors
 from .._parts import NORM, in_part
 from .scratch import scratch
 
@@ -36,6 +37,20 @@ class Norm(NamedTuple):
         return F.layer_norm(x, shape, self.weight, self.bias, self.eps)
 
 
+def expect_norm(operator: str, name: str, norm: Any, width: int) -> None:
+    """Raise TypeError or ValueError unless it is a Norm over this width."""
+    if not isinstance(norm, Norm):
+        raise TypeError(f"{operator}: expected {name} to be a Norm, got {type(norm).__name__}.")
+    expect_tensors(operator, **{f"{name}.weight": norm.weight})
+    expect_shape(operator, f"{name}.weight", norm.weight, (width,), "to match what it norms")
+    if norm.bias is not None:
+        if norm.rms:
+            raise ValueError(f"{operator}: expected no {name}.bias with rms=True.")
+        expect_tensors(operator, **{f"{name}.bias": norm.bias})
+        expect_shape(operator, f"{name}.bias", norm.bias, (width,), "to match what it norms")
+    expect_number(operator, f"{name}.eps", norm.eps, least=0)
+
+
 class Statistics(NamedTuple):
     """The mean of each row, of an RMSNorm None, and one over its standard deviation or root mean square."""
 
@@ -48,8 +63,9 @@ def forward(x: Tensor, norm: Norm, into: Tensor | None = None) -> tuple[Tensor, 
     """The normed rows `[N, D]`, into a tensor or a new one, and what they were normed with."""
     if norm.rms:
         return _rms_forward(x, norm, into)
-    arguments = (x.to(norm.weight.dtype), x.shape[-1:], norm.weight, norm.bias, norm.eps)
-    if into is None or into.dtype != norm.weight.dtype:
+    x, norm = _in_one_dtype(x, norm)
+    arguments = (x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    if into is None or into.dtype != x.dtype:
         n, mean, rstd = torch.native_layer_norm(*arguments)
     else:
         # It copies once: still faster than fresh pages for the product that reads them next.
@@ -72,9 +88,10 @@ def backward(
     if norm.rms:
         return _rms_backward(dn, x, norm, statistics, of_parameters)
     of_bias = of_parameters and norm.bias is not None
+    x, norm = _in_one_dtype(x, norm)
     return torch.ops.aten.native_layer_norm_backward(
-        dn.to(norm.weight.dtype),
-        x.to(norm.weight.dtype),
+        dn.to(x.dtype),
+        x,
         x.shape[-1:],
         statistics.mean,
         statistics.rstd,
@@ -82,6 +99,13 @@ def backward(
         norm.bias,
         [True, of_parameters, of_bias],
     )
+
+
+def _in_one_dtype(x: Tensor, norm: Norm) -> tuple[Tensor, Norm]:
+    """x and the parameters, neither of them rounded."""
+    dtype = torch.promote_types(x.dtype, norm.weight.dtype)
+    bias = None if norm.bias is None else norm.bias.to(dtype)
+    return x.to(dtype), norm._replace(weight=norm.weight.to(dtype), bias=bias)
 
 
 def _rms_forward(x: Tensor, norm: Norm, into: Tensor | None) -> tuple[Tensor, Statistics]:

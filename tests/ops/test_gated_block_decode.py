@@ -99,7 +99,7 @@ def test_a_matrix_that_would_be_copied_in_every_step_is_named(name, cuda):
     ("name", "shape", "message"),
     [
         ("to_out", (64, 63), r"to_out with shape \(64, 64\)"),
-        ("up", (96, 63), r"up with shape \(96, 64\)"),
+        ("up", (96, 63), r"up with shape \(F, 64\)"),
         ("down", (64, 95), r"down with shape \(64, 96\)"),
         ("ff_norm", (63,), r"ff_norm with shape \(64,\)"),
         ("gate", (5,), r"gate of 1 or D=64 elements, got \(5,\)"),

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from flamingo_kernels import MediaMask, _cuda, _library
+from flamingo_kernels import MediaMask, _cuda, _library, available_backends
 from flamingo_kernels.testing import GatedBlockDecodeCase, lay_out
 
 T, M, S = 7, 3, 6
-FOREST = 2**31 - 1  # far away from every tensor
+FAR = 2**31 - 1  # away from every tensor
 
 
 def masked(backward: bool) -> dict[str, Any]:
@@ -69,7 +69,7 @@ OPERATIONS: dict[str, Callable[[], dict[str, Any]]] = {
     }.items()
     for way in ("fwd", "bwd")
 }
-ANY_LAYOUT = ("gate", "weight", "bias")
+ANY_LAYOUT = ("gate", "ff_gate", "weight", "bias")
 PARTS_OF_A_MASK = ("lo", "hi", "start", "stop", "media_lengths")
 
 
@@ -114,6 +114,21 @@ def error_of(operation: str, backend: str, arguments: dict[str, Any]) -> str:
     except (RuntimeError, TypeError, ValueError) as error:
         return str(error)
     return "none"
+
+
+@pytest.fixture(params=["triton", "cuda"])  # those in C++ have test_bindings.py
+def kernels(request) -> str:
+    available = available_backends("masked_cross_attention")[request.param]
+    if available is not True:
+        pytest.skip(f"{request.param}: {available}")
+    return request.param
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_tensor_is_checked(operation, kernels):
+    arguments = OPERATIONS[operation]()
+    call(operation, kernels, arguments)
+    assert_refused(operation, kernels, arguments)
 
 
 @pytest.fixture
@@ -190,11 +205,11 @@ def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("immediate", [True, False])
 def test_spans_beyond_the_media_are_cut(immediate, kernels):
-    first = torch.tensor([[-FOREST, -4, -1, 0, 2, 3, FOREST - 1]]).repeat(2, 1)
-    hi = first + 1 if immediate else torch.tensor([[FOREST, 1, 2, 99, FOREST, 4, FOREST]]).repeat(2, 1)
+    first = torch.tensor([[-FAR, -4, -1, 0, 2, 3, FAR - 1]]).repeat(2, 1)
+    hi = first + 1 if immediate else torch.tensor([[FAR, 1, 2, 99, FAR, 4, FAR]]).repeat(2, 1)
     wild = {"lo": first.int(), "hi": hi.int()}
     clamped = {"lo": first.clamp(0, M).int(), "hi": hi.clamp(0, M).int()}
-    rows = {"start": torch.full((2, M), -FOREST), "stop": torch.full((2, M), FOREST)}
+    rows = {"start": torch.full((2, M), -FAR), "stop": torch.full((2, M), FAR)}
     whole = {"start": torch.zeros(2, M), "stop": torch.full((2, M), T)}
     wild, clamped = (
         {name: span.int() for name, span in spans.items()} for spans in (wild | rows, clamped | whole)
@@ -209,7 +224,7 @@ def test_spans_beyond_the_media_are_cut(immediate, kernels):
 
 
 def test_lengths_beyond_the_features_are_cut(kernels):
-    wild, clamped = ({"media_lengths": torch.tensor(n).int()} for n in ([-FOREST, FOREST], [0, S]))
+    wild, clamped = ({"media_lengths": torch.tensor(n).int()} for n in ([-FAR, FAR], [0, S]))
     assert_as_clamped("perceiver_attention_fwd", kernels, perceiver(backward=False) | wild, clamped)
     arguments = perceiver(backward=True)
     forward = {name: arguments[name] for name in perceiver(backward=False)}
@@ -218,7 +233,7 @@ def test_lengths_beyond_the_features_are_cut(kernels):
 
 
 def test_spans_of_a_decoding_step_beyond_its_media_are_cut(cuda):
-    wild = {"lo": torch.tensor([[-FOREST], [1]]).int(), "hi": torch.tensor([[2], [FOREST]]).int()}
+    wild = {"lo": torch.tensor([[-FAR], [1]]).int(), "hi": torch.tensor([[2], [FAR]]).int()}
     arguments, clamped = (
         decode(),
         {"lo": torch.tensor([[0], [1]]).int(), "hi": torch.tensor([[2], [3]]).int()},

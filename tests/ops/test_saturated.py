@@ -1,4 +1,4 @@
-"""Softmaxes with all weight on one key: its score may be anything, and no gradient goes through it."""
+"""Softmaxes with most of their weight on one key, through every kernel of both attentions."""
 
 from __future__ import annotations
 
@@ -62,27 +62,6 @@ LARGE_SCALES = [
 @pytest.mark.parametrize("case", LARGE_SCALES, ids=name)
 def test_saturated_rows_are_within_the_budget(case, dtype, kernels):
     assert_within_budget(replace(case, dtype=dtype), kernels)
-
-
-def with_scores_of(size: float, case: Case) -> dict[str, torch.Tensor]:
-    """The tensors of a case, with queries and keys that are this large."""
-    tensors = case.tensors()
-    large = {key: tensor * size for key, tensor in tensors.items() if key[0] in "qk"}
-    return tensors | {key: tensor.clamp(-6e4, 6e4) for key, tensor in large.items()}
-
-
-@pytest.mark.parametrize("scale", [0.125, -0.125, 0.0])
-@pytest.mark.parametrize("case", [Masked(immediate=False), Masked(), Perceiver(queries=24)], ids=name)
-def test_scores_beyond_what_float32_counts_by_ones(case, scale, dtype, kernels):
-    """Scores of 1e10 and more: what their scaled values are rounded by would be a factor of e ** 100."""
-    case = replace(case, dtype=dtype, scale=scale, head_dim=64)
-    tensors = with_scores_of(2.0**15, case)
-    douts = case.douts(case.eager(**tensors))
-    found = evaluate(case, lambda **t: case.kernel(kernels, **t), tensors, douts)
-    expected = evaluate(case, lambda **t: case.kernel("reference", **t), tensors, douts)
-    assert all(tensor.isfinite().all() for tensor in found.values())
-    tolerance = 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(found["out"], expected["out"], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("scale", [2.0, -2.0, 0.0])

@@ -20,8 +20,11 @@ def keys(*rows: str) -> torch.Tensor:
     return torch.tensor([[[key == "#" for key in row] for row in rows]])
 
 
-def spans_for(mask: torch.Tensor, rows: torch.Tensor | None = None) -> dense.KeySpans | None:
-    return dense.key_spans(mask, torch.empty(mask.shape[0], mask.shape[-2], 0), rows)
+def spans_for(
+    mask: torch.Tensor, rows: torch.Tensor | None = None, layer: object = None
+) -> dense.KeySpans | None:
+    text = torch.empty(mask.shape[0], mask.shape[-2], 0)
+    return dense.key_spans(mask, text, rows, layer=layer)
 
 
 def seen(spans: dense.KeySpans, count: int) -> torch.Tensor:
@@ -83,8 +86,11 @@ class TestKeySpans:
 
     @pytest.mark.parametrize(("batch", "length"), [(2, 1), (1, 2)])
     def test_a_mask_that_is_broadcast(self, batch, length):
-        assert dense.key_spans(added(keys("##..")), torch.empty(batch, length, 0)) is None
-        assert dense.key_spans(added(keys("##..")), torch.empty(1, 1, 0), torch.ones(batch, length)) is None
+        assert dense.key_spans(added(keys("##..")), torch.empty(batch, length, 0), layer=self) is None
+        assert (
+            dense.key_spans(added(keys("##..")), torch.empty(1, 1, 0), torch.ones(batch, length), layer=self)
+            is None
+        )
 
     def test_keys_of_another_number(self):
         spans = spans_for(added(keys("##..")))
@@ -97,7 +103,7 @@ class TestKeySpans:
         monkeypatch.setattr(dense, "_read_spans", lambda *args: reads.append(1) or read(*args))
         mask, rows = added(keys("##..", "..##")), torch.ones(1, 2)
         first = spans_for(mask, rows)
-        assert spans_for(mask, rows) is first
+        assert spans_for(mask, rows, "another layer") is first
         assert spans_for(mask) is not first
         mask[0, 0, 0, 2:] = 0
         assert torch.equal(seen(spans_for(mask), 4), keys("####", "..##"))
@@ -162,14 +168,14 @@ class TestKeySpans:
 
 def first_of(mask: torch.Tensor):
     clips, keys = len(mask), mask.shape[-1]
-    return dense.media_first(mask, torch.empty(clips, keys - 2, 0), torch.empty(clips, 2, 0))
+    return dense.media_first(mask, torch.empty(clips, keys - 2, 0), torch.empty(clips, 2, 0), layer=None)
 
 
 class TestMediaFirst:
     def test_a_mask_over_other_keys_or_clips(self):
         mask, latents = torch.ones(2, 6), torch.empty(2, 2, 0)
-        assert dense.media_first(mask, torch.empty(2, 3, 0), latents) is None
-        assert dense.media_first(mask[:1], torch.empty(2, 4, 0), latents) is None
+        assert dense.media_first(mask, torch.empty(2, 3, 0), latents, layer=self) is None
+        assert dense.media_first(mask[:1], torch.empty(2, 4, 0), latents, layer=self) is None
 
     @pytest.mark.parametrize("as_given", ["added", "padding"])
     def test_moves_what_is_seen_to_the_front(self, as_given):

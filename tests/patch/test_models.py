@@ -90,6 +90,18 @@ def open_flamingo():
     return randomise(OpenFlamingo(), std=0.2)
 
 
+def count_calls(monkeypatch, modules, calls):
+    """Note the calls of linear layers, without a hook, which would be honoured."""
+    forward = nn.Linear.forward
+
+    def noted(module, x):
+        if any(module is each for each in modules):
+            calls.append(1)
+        return forward(module, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", noted)
+
+
 def vision(randn):
     return randn(2, 2, 1, 6, VISUAL)
 
@@ -134,13 +146,11 @@ class TestOpenFlamingo:
         assert not torch.allclose(expected[-1], blind[-1])
         assert torch.equal(model.generate(vision_x, TOKENS, steps=4), expected)
 
-    def test_media_are_projected_once_for_a_text(self):
+    def test_media_are_projected_once_for_a_text(self, monkeypatch):
         model, calls = open_flamingo(), []
         vision_x = torch.randn(2, 2, 1, 6, VISUAL)
         projections = [block.attn.to_kv for block in model.lang_encoder.gated_cross_attn_layers if block]
-        hook = nn.modules.module.register_module_forward_hook(
-            lambda module, *_: calls.append(1) if any(module is each for each in projections) else None
-        )
+        count_calls(monkeypatch, projections, calls)
         model.generate(vision_x, TOKENS, steps=4)
         assert len(calls) == 2 * 4
         calls.clear()
@@ -149,7 +159,6 @@ class TestOpenFlamingo:
             assert len(calls) == 2
             model.generate(vision_x, TOKENS, steps=4)
         assert len(calls) == 4
-        hook.remove()
 
     def test_a_deep_copy_keeps_its_aliases(self):
         model = open_flamingo()

@@ -194,14 +194,18 @@ class TestCrossAttention:
         )
 
     @families
-    @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_autocast(self, family, x_dtype):
-        original = cross_attention(family)
+    @pytest.mark.parametrize(
+        ("weights", "x_dtype"),  # no LayerNorm of a CPU takes weights in bfloat16 for text in float32
+        [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+        ids=str,
+    )
+    def test_autocast(self, family, weights, x_dtype):
+        original = cross_attention(family).to(weights)
 
         def call(module, x, media):
             out = module(x, media, LOCATIONS)
             if torch.is_autocast_enabled("cpu"):
-                assert out.dtype == torch.float32  # the gates promote
+                assert out.dtype == torch.promote_types(weights, x_dtype)  # the gates promote
             return out
 
         with torch.autocast("cpu", torch.bfloat16):

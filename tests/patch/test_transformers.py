@@ -16,7 +16,8 @@ from torch import nn
 
 from flamingo_kernels import layers, patch, tiny, unpatch
 from flamingo_kernels.patch import dense
-from tests.parity import assert_parity
+from tests.parity import assert_parity, measure
+from tests.patch.test_models import count_calls
 
 transformers = pytest.importorskip("transformers")
 
@@ -149,6 +150,48 @@ class TestEveryModel:
         inputs = {**original.inputs, media: original.inputs[media].flip(0)}
         other = tiny.TinyModel(name, original.model, inputs).generate(6, **options)
         assert not torch.allclose(other.scores[0], expected.scores[0], atol=1e-2)
+
+    @models
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_autocast(self, name, dtype, attention):
+        """Which gives a layer keys in float32, from a norm, beside values in a half, and text in either."""
+        original = build(name)
+        fused = patched(original).model
+        with torch.autocast("cpu", dtype):
+            with torch.no_grad():
+                assert fused(**original.inputs).logits.dtype == original.logits().dtype
+            assert len(attention) == ATTENTION[name]
+            assert_same(original, fused)
+
+    @models
+    @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+    def test_autocast_of_each_token(self, name, weights):
+        """The logits of a prompt and of the tokens after it, which are given."""
+        original = build(name)
+        original.model.to(weights)
+        inputs = _cast(original.inputs, weights)
+        given = torch.randint(1, 60, (SIZES.batch, 3), generator=torch.Generator().manual_seed(5))
+        length = original.tokens.shape[1] if name != "evolla-tiny" else inputs["input_ids"].shape[1]
+
+        def logits(model, inputs):
+            out = model.generate(
+                **inputs,
+                max_new_tokens=3,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+                prefix_allowed_tokens_fn=lambda row, ids: [int(given[row, len(ids) - length])],
+            )
+            return torch.stack(out.logits)
+
+        double = copy.deepcopy(original.model).double().eval()
+        double.set_attn_implementation("sdpa")
+        exact = logits(double, _cast(inputs, torch.float64))
+        with torch.autocast("cpu", torch.bfloat16):
+            eager = logits(original.model, inputs)
+            kernel = logits(patched(original).model, inputs)
+        found = measure(name, kernel, eager, exact)
+        assert found.passed, found
 
     @models
     def test_saved_and_loaded(self, name, tmp_path):
@@ -389,28 +432,19 @@ class TestIdefics:
         assert attention == ["perceiver_attention"] * 2
 
     @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
-    def test_media_are_projected_once_for_a_text(self, options):
+    def test_media_are_projected_once_for_a_text(self, options, monkeypatch):
         fused, calls = patched(build("idefics-tiny")), []
-        for block in fused.model.model.gated_cross_attn_layers:
-            project = block.cross_attn.k_proj
+        projections = [block.cross_attn.k_proj for block in fused.model.model.gated_cross_attn_layers]
+        for project in projections:
             project.weight.register_hook(lambda _: None)  # a hook on a tensor changes nothing
-            project.forward = lambda x, project=project: (
-                calls.append(1) or nn.functional.linear(x, project.weight)
-            )
+            project.forward = lambda x, project=project: calls.append(1) or type(project).forward(project, x)
         fused.generate(5, **options)
         assert len(calls) == 2 * 5  # a forward set on an instance: nothing is kept
+        for project in projections:
+            del project.forward
         calls.clear()
-        for block in fused.model.model.gated_cross_attn_layers:
-            del block.cross_attn.k_proj.forward
-        handle = nn.modules.module.register_module_forward_hook(
-            lambda module, *_: (
-                calls.append(1)
-                if any(module is b.cross_attn.k_proj for b in fused.model.model.gated_cross_attn_layers)
-                else None
-            )
-        )
+        count_calls(monkeypatch, projections, calls)
         fused.generate(5, **options)
-        handle.remove()
         assert len(calls) == 2
 
 
@@ -436,7 +470,9 @@ class TestMllama:
         mllama = importlib.import_module("flamingo_kernels.patch.mllama")
         read = []
         monkeypatch.setattr(
-            mllama, "key_spans", lambda mask, x: read.append(x.shape[1]) or dense.key_spans(mask, x)
+            mllama,
+            "key_spans",
+            lambda mask, x, **asker: read.append(x.shape[1]) or dense.key_spans(mask, x, **asker),
         )
         if not few:
             monkeypatch.setattr(mllama, "_FEW", 0)

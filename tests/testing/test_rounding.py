@@ -108,7 +108,15 @@ def test_a_sum_that_is_kept_in_half_is_over_the_budget(case, dtype, half):
 
 def test_rounding_is_none_where_nothing_is_rounded():
     ones = torch.ones(3, 3)
-    whole = lambda: (ones[:, :1] @ ones[:1], ones[0, 0].sum(), (ones * 3).to(torch.bfloat16), torch.cat([ones, ones]))  # noqa: E731
+
+    def whole():
+        return (
+            ones[:, :1] @ ones[:1],
+            ones[0, 0].sum(),
+            (ones * 3).to(torch.bfloat16),
+            torch.cat([ones, ones]),
+        )
+
     assert rounding_errors(whole, [each.double() for each in whole()]) == [0.0] * 4
 
 

@@ -9,19 +9,24 @@ from torch import Tensor
 
 from ... import _dispatch
 from ..._checks import (
+    expect_floating_point,
     expect_head_groups,
-    expect_latents,
+    expect_number,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
+    expect_tensors,
     needs_grad,
+    scale_of,
     unit_stride,
 )
 from ...mask import MediaMask
+from ..masked_cross_attention.api import expect_media
 from . import reference
 
 _NAME = "gated_block_decode"
 _MATRICES = ("to_q", "to_out", "up", "down")
+_OPTIONAL = ("norm_bias", "ff_norm_bias")
 ACTIVATIONS = (None, "gelu", "squared_relu", "relu")  # as `Activation` in csrc/cuda/params.h counts them
 
 
@@ -102,8 +107,8 @@ def gated_block_decode(
         >>> gated_block_decode(x, k, v, mask, weights).shape
         torch.Size([2, 16])
     """
-    _validate(x, k, v, mask, weights, activation)
-    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _validate(x, k, v, mask, weights, activation, scale)
+    eps = expect_number(_NAME, "eps", eps, least=0)
     backend = _dispatch.resolve(_NAME, backend, x, k, v, *weights)
     if backend == "reference":
         return reference.gated_block_decode(x, k, v, mask, weights, scale, eps, activation)
@@ -112,27 +117,43 @@ def gated_block_decode(
     x, k, v = x.contiguous(), unit_stride(k), unit_stride(v)
     weights = GatedBlockWeights(*(None if t is None else t.contiguous() for t in weights))  # type: ignore[arg-type]
     heads = weights.to_q.shape[0] // k.shape[-1]
-    options = (heads, scale, float(eps), ACTIVATIONS.index(activation))
+    options = (heads, scale, eps, ACTIVATIONS.index(activation))
     run = torch.ops.flamingo_kernels.gated_block_decode.cuda
-    return run(x, k, v, mask.lo, mask.hi, *weights, *options)
+    lo, hi, *_ = mask.spans
+    return run(x, k, v, lo, hi, *weights, *options)
 
 
 def _validate(
-    x: Tensor, k: Tensor, v: Tensor, mask: MediaMask, weights: GatedBlockWeights, activation: str
-) -> None:
+    x: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: MediaMask,
+    weights: GatedBlockWeights,
+    activation: str,
+    scale: float | None,
+) -> float:
+    """The scale, of a call that can be meant."""
     if activation not in ACTIVATIONS[1:]:
         legal = ", ".join(map(str, ACTIVATIONS[1:]))
         raise ValueError(f"{_NAME}: activation={activation!r} is not one of {legal}.")
+    if not isinstance(weights, GatedBlockWeights):
+        raise TypeError(f"{_NAME}: expected weights to be GatedBlockWeights, got {type(weights).__name__}.")
+    given = {
+        name: weight
+        for name, weight in weights._asdict().items()
+        if name not in _OPTIONAL or weight is not None
+    }
+    expect_tensors(_NAME, x=x, k=k, v=v, **given)
     expect_shape(_NAME, "x", x, ("B", "D"), "")
     batch, dim = x.shape
-    expect_shape(_NAME, "k", k, (batch, "M", "R", "Hkv", "d"), "to match x")
-    expect_shape(_NAME, "v", v, tuple(k.shape), "to match k")
-    expect_latents(_NAME, "k", k, 2)
+    expect_media(_NAME, k, v, mask, (batch, 1, "d"), of="x")
+    scale = scale_of(_NAME, scale, k.shape[-1])
+    expect_shape(_NAME, "to_q", weights.to_q, ("H * d", dim), "to match x")
+    expect_shape(_NAME, "up", weights.up, ("F", dim), "to match x")
     inner, hidden = weights.to_q.shape[0], weights.up.shape[0]
     expect_head_groups(_NAME, inner // k.shape[-1], k.shape[3])
     expect_shape(_NAME, "to_q", weights.to_q, (inner // k.shape[-1] * k.shape[-1], dim), "to match x and k")
     expect_shape(_NAME, "to_out", weights.to_out, (dim, inner), "to match to_q")
-    expect_shape(_NAME, "up", weights.up, (hidden, dim), "to match x")
     expect_shape(_NAME, "down", weights.down, (dim, hidden), "to match up")
     for name in ("norm", "norm_bias", "ff_norm", "ff_norm_bias"):
         if (vector := getattr(weights, name)) is not None:
@@ -141,10 +162,10 @@ def _validate(
         if getattr(weights, name).numel() not in (1, dim):
             shape = tuple(getattr(weights, name).shape)
             raise ValueError(f"{_NAME}: expected {name} of 1 or D={dim} elements, got {shape}.")
-    expect_shape(_NAME, "a mask", mask.lo, (batch, 1), "for one row a sequence")
-    expect_shape(_NAME, "a mask over media", mask.start, (batch, k.shape[1]), "to match k[:, :M]")
     expect_same_dtype(_NAME, x=x, k=k, v=v, **{name: getattr(weights, name) for name in _MATRICES})
-    expect_same_device(_NAME, x=x, k=k, v=v, mask=mask.lo, **weights._asdict())
+    expect_floating_point(_NAME, **given)
+    expect_same_device(_NAME, x=x, k=k, v=v, mask=mask.lo, **given)
+    return scale
 
 
 def _why_not(x: Tensor, k: Tensor, v: Tensor, weights: GatedBlockWeights) -> str:

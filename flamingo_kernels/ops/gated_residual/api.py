@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import _dispatch, _library
-from ..._checks import expect_floating_point, expect_same_device, expect_shape, needs_grad, unit_stride
+from ..._checks import (
+    as_rows,
+    expect_floating_point,
+    expect_same_device,
+    expect_shape,
+    expect_tensors,
+    needs_grad,
+    unit_stride,
+)
+from ..._once_differentiable import once_differentiable
 from . import reference
 
 _NAME = "gated_residual"
@@ -35,10 +43,12 @@ def gated_residual(
 
     Raises:
         ValueError: shapes or devices that do not fit, or a gate of another size.
+        TypeError: what is no dense floating-point tensor.
         UnsupportedError: the requested backend cannot run these inputs.
 
     Limits: any strides (a non-contiguous last dimension is copied). Computes in float32 and rounds
-    once. Differentiable once in x, y and gate; the gradient of x is that of the output, uncopied.
+    once. Differentiable once in x, y and gate; the gradient of x is that of the output, uncopied. For second
+    derivatives: backend="reference", which "auto" takes under torch.func's transforms and in forward mode.
     Bitwise deterministic, for any number of threads.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2 and figure 4.
@@ -50,9 +60,9 @@ def gated_residual(
     """
     _validate(x, y, gate)
     backend = _dispatch.resolve(_NAME, backend, x, y, gate)
-    if backend == "reference":
+    if backend == "reference" or x.shape[-1] == 0:  # where there is no channel, kernels have nothing to do
         return reference.gated_residual(x, y, gate.flatten() if gate.ndim > 1 else gate).contiguous()
-    rows = [unit_stride(tensor.reshape(-1, tensor.shape[-1])) for tensor in (x, y)]
+    rows = as_rows(x), as_rows(y)
     if needs_grad(x, y, gate):
         return _GatedResidual.apply(backend, *rows, gate).view(x.shape)
     return _FWD[backend](*rows, gate).view(x.shape)
@@ -64,6 +74,7 @@ def _validate(x: Tensor, y: Tensor, gate: Tensor) -> None:
 
 def expect_branch(operator: str, x: Tensor, y: Tensor, gate: Tensor) -> None:
     """The checks shared with gated_residual_norm."""
+    expect_tensors(operator, x=x, y=y, gate=gate)
     if x.ndim == 0:
         raise ValueError(f"{operator}: expected x with shape (..., D), got ().")
     expect_shape(operator, "y", y, tuple(x.shape), "to match x")
@@ -86,8 +97,8 @@ class _GatedResidual(torch.autograd.Function):
         return _FWD[backend](x, y, gate)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dz):
-        y, gate = ctx.saved_tensors
+    @once_differentiable(_NAME)
+    def backward(ctx, saved, dz):
+        y, gate = saved
         dy, dgate = _BWD[ctx.backend](unit_stride(dz), y, gate)
         return None, dz.to(ctx.dtype), dy, dgate.to(gate.dtype)

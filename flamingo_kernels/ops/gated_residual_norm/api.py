@@ -6,10 +6,19 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import _dispatch, _library
-from ..._checks import expect_floating_point, expect_same_device, expect_shape, needs_grad, unit_stride
+from ..._checks import (
+    as_rows,
+    expect_floating_point,
+    expect_number,
+    expect_same_device,
+    expect_shape,
+    expect_tensors,
+    needs_grad,
+    unit_stride,
+)
+from ..._once_differentiable import once_differentiable
 from ..gated_residual.api import expect_branch
 from . import reference
 
@@ -52,12 +61,14 @@ def gated_residual_norm(
         of z as rounded to that dtype.
 
     Raises:
-        ValueError: shapes or devices that do not fit, an unknown norm, a bias with norm="rms".
+        ValueError: shapes or devices that do not fit, an unknown norm, a bias with norm="rms", eps < 0.
+        TypeError: what is no dense floating-point tensor, an eps that is no number.
         UnsupportedError: the requested backend cannot run these inputs.
 
     Limits: triton takes D up to 32768; any strides (a non-contiguous last dimension is copied). Computes in
-    float32. Differentiable once in x, y, gate, weight and bias. Bitwise deterministic, for any number of
-    threads.
+    float32. Differentiable once in x, y, gate, weight and bias; for second derivatives: backend="reference",
+    which "auto" takes under torch.func's transforms and in forward mode. Bitwise deterministic, for any
+    number of threads.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2; RMSNorm: arXiv 1910.07467.
 
@@ -68,13 +79,13 @@ def gated_residual_norm(
         True
     """
     _validate(x, y, gate, weight, bias, norm)
+    eps = expect_number(_NAME, "eps", eps, least=0)
     backend = _dispatch.resolve(_NAME, backend, x, y, gate, weight, bias)
-    if backend == "reference":
+    if backend == "reference" or x.shape[-1] == 0:  # where there is no channel, kernels have nothing to do
         gate = gate.flatten() if gate.ndim > 1 else gate
         z, n = reference.gated_residual_norm(x, y, gate, weight, bias, eps, norm)
         return z.contiguous(), n.contiguous()
-    rows = [unit_stride(tensor.reshape(-1, tensor.shape[-1])) for tensor in (x, y)]
-    inputs = (*rows, gate, weight, bias, float(eps), norm == "rms")
+    inputs = (as_rows(x), as_rows(y), gate, weight, bias, eps, norm == "rms")
     if needs_grad(x, y, gate, weight, bias):
         z, n = _GatedResidualNorm.apply(backend, *inputs)
     else:
@@ -86,6 +97,7 @@ def _validate(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor |
     expect_branch(_NAME, x, y, gate)
     if norm not in ("layer", "rms"):
         raise ValueError(f"{_NAME}: norm={norm!r} is not one of 'layer', 'rms'.")
+    expect_tensors(_NAME, weight=weight, **({} if bias is None else {"bias": bias}))
     expect_shape(_NAME, "weight", weight, (x.shape[-1],), "to match x[..., D]")
     if bias is not None:
         if norm == "rms":
@@ -115,9 +127,8 @@ class _GatedResidualNorm(torch.autograd.Function):
         return z, n
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dz, dn):
-        saved = ctx.saved_tensors  # once: non-reentrant checkpointing recomputes them at the first access
+    @once_differentiable(_NAME)
+    def backward(ctx, saved, dz, dn):
         _, gate, weight, *_ = saved
         dz, dn = unit_stride(dz), unit_stride(dn)
         dx, dy, dgate, dweight, dbias = _BWD[ctx.backend](dz, dn, *saved, ctx.rms)

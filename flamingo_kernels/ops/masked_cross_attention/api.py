@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import _dispatch, _library
 from ..._checks import (
@@ -14,9 +13,13 @@ from ..._checks import (
     expect_same_device,
     expect_same_dtype,
     expect_shape,
+    expect_tensors,
     needs_grad,
+    scale_of,
     unit_stride,
+    without_autocast,
 )
+from ..._once_differentiable import once_differentiable
 from ...mask import MediaMask
 from . import reference
 
@@ -61,14 +64,15 @@ def masked_cross_attention(
         `[B, T, H, d]` in the dtype of q, contiguous.
 
     Raises:
-        ValueError: a shape, device or mask that does not fit.
-        TypeError: k or v in another dtype than q.
+        ValueError: a shape, device, mask or scale that does not fit.
+        TypeError: k or v in another dtype than q, or what is no dense floating-point tensor.
         UnsupportedError: the requested backend cannot run these inputs.
 
     Limits: cpu and triton take R and d up to 256, cuda d up to 128; any strides (a non-contiguous last
     dimension is copied). Accumulates in float32 (triton multiplies float32 in tf32 where torch's own switch
-    asks for it). Differentiable once in q, k and v. Bitwise deterministic, for any number of threads. Memory
-    beside inputs and outputs does not grow with T * M.
+    asks for it). Differentiable once in q, k and v; for second derivatives: backend="reference", which "auto"
+    takes under torch.func's transforms and in forward mode. Bitwise deterministic, for any number of threads.
+    Memory beside inputs and outputs does not grow with T * M.
 
     Source: Flamingo (arXiv 2204.14198), sections 2.2 and 2.3.
 
@@ -80,40 +84,48 @@ def masked_cross_attention(
         >>> out.shape, out[:, 0].any().item()
         (torch.Size([1, 4, 8, 64]), False)
     """
+    expect_tensors(_NAME, q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
-    validate(q, k, v, mask)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    _validate(q, k, v, mask)
+    scale = scale_of(_NAME, scale, q.shape[-1])
     backend = _dispatch.resolve(_NAME, backend, q, k, v)
     if backend == "reference":
-        with torch.autocast(q.device.type, enabled=False):  # it accumulates in float32 itself
+        with without_autocast(q):  # it accumulates in float32 itself
             return reference.masked_cross_attention(q, k, v, mask, scale).contiguous()
-    spans = (mask.lo, mask.hi, mask.start, mask.stop)
     averages = mask.policy == "open_flamingo"
-    inputs = (unit_stride(q), unit_stride(k), unit_stride(v), *spans, mask.immediate, averages, scale)
+    inputs = (unit_stride(q), unit_stride(k), unit_stride(v), *mask.spans, mask.immediate, averages, scale)
     if needs_grad(q, k, v):
         return _MaskedCrossAttention.apply(backend, *inputs)
     return _FWD[backend](*inputs)[0]
 
 
-def validate(q: Tensor, k: Tensor, v: Tensor, mask: MediaMask) -> None:
-    if not isinstance(mask, MediaMask):
-        raise TypeError(
-            f"{_NAME}: expected a MediaMask, got {type(mask).__name__}; build one with "
-            "MediaMask.last_preceding(media_locations, num_media)."
-        )
+def _validate(q: Tensor, k: Tensor, v: Tensor, mask: MediaMask) -> None:
     expect_shape(_NAME, "q", q, ("B", "T", "H", "d"), "")
     batch, length, heads, head_dim = q.shape
-    expect_shape(_NAME, "k", k, (batch, "M", "R", "Hkv", head_dim), "to match q")
-    expect_shape(_NAME, "v", v, tuple(k.shape), "to match k")
-    expect_latents(_NAME, "k", k, 2)
+    expect_media(_NAME, k, v, mask, (batch, length, head_dim), of="q")
     expect_head_groups(_NAME, heads, k.shape[3])
-    expect_shape(_NAME, "a mask", mask.lo, (batch, length), "to match q[:, :T]")
-    expect_shape(_NAME, "a mask over media", mask.start, (batch, k.shape[1]), "to match k[:, :M]")
     expect_same_dtype(_NAME, q=q, k=k, v=v)
     expect_same_device(_NAME, q=q, k=k, v=v, mask=mask.lo)
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
+def expect_media(
+    operator: str, k: Tensor, v: Tensor, mask: MediaMask, sizes: tuple[int, int, int | str], of: str
+) -> None:
+    """The checks of keys, values and mask that other operators share: B, T and d are those `of` a tensor."""
+    batch, length, head_dim = sizes
+    if not isinstance(mask, MediaMask):
+        raise TypeError(
+            f"{operator}: expected a MediaMask, got {type(mask).__name__}; build one with "
+            "MediaMask.last_preceding(media_locations, num_media)."
+        )
+    expect_shape(operator, "k", k, (batch, "M", "R", "Hkv", head_dim), f"to match {of}")
+    expect_shape(operator, "v", v, tuple(k.shape), "to match k")
+    expect_latents(operator, "k", k, 2)
+    expect_shape(operator, "a mask", mask.lo, (batch, length), f"to match {of}[:, :T]")
+    expect_shape(operator, "a mask over media", mask.start, (batch, k.shape[1]), "to match k[:, :M]")
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> dict[str, int]:
     return {"R": k.shape[2], "head_dim": k.shape[4]}
 
 
@@ -136,7 +148,7 @@ class _MaskedCrossAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        gradients = _BWD[ctx.backend](unit_stride(dout), *ctx.saved_tensors, *ctx.options)
+    @once_differentiable(_NAME)
+    def backward(ctx, saved, dout):
+        gradients = _BWD[ctx.backend](unit_stride(dout), *saved, *ctx.options)
         return None, *gradients, None, None, None, None, None, None, None

@@ -3,6 +3,8 @@
     P = softmax(scale q k^T),  delta = rowsum(dout out),  dS = P (dout v^T - delta)
     dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout
 
+Rows in which one key weighs more than all others have delta = rowsum(P dP), by a pass over the keys before.
+
 one shot    A program has a medium of one head. k, v, dk and dv stay with it while it goes through the rows
             that see the medium. They see no other, so it makes their softmax anew, needs neither out nor sums
             that were kept, and writes their dq, once.
@@ -255,10 +257,10 @@ def _rows_kernel(
     douts = load_head(dout, dout_strides, batch, rows, head, sees, D, COLUMNS)
     deltas = row_dot(douts, load_rows(out, batch, rows, head, sees, T, H, D, COLUMNS))
     highest, total = load_softmax(softmax_max, softmax_sum, batch, rows, head, sees, T, H, SIGN)
-    highest, share = highest[:, None], 1 / total[:, None]
     begin, after = tiles_seen(first, end, R, BLOCK_R)
 
     saturated = is_saturated(sees, total)
+    highest, total = highest[:, None], total[:, None]
     if (
         tl.max(saturated.to(tl.int32)) > 0
     ):  # there dP cancels against delta: from the rounded out it would not
@@ -268,7 +270,7 @@ def _rows_kernel(
             keys = load_latents(k, k_strides, medium, latents, R, D, COLUMNS)
             values = load_latents(v, v_strides, medium, latents, R, D, COLUMNS)
             scores = scores_of(queries, keys, latents < R, SIGN, PRECISION)
-            weights = kept_weights(scores, highest, share, base2_scale)
+            weights = kept_weights(scores, highest, base2_scale) / total
             added = tl.sum(weights * dot(douts, tl.trans(values), PRECISION), 1)
             sums = tl.where((first <= medium) & (medium < end), sums + added, sums)
         deltas = tl.where(saturated, sums, deltas)
@@ -280,7 +282,7 @@ def _rows_kernel(
         keys = load_latents(k, k_strides, medium, latents, R, D, COLUMNS)
         values = load_latents(v, v_strides, medium, latents, R, D, COLUMNS)
         scores = scores_of(queries, keys, latents < R, SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
-        weights = kept_weights(scores, highest, share, base2_scale)
+        weights = kept_weights(scores, highest, base2_scale) / total
         dscores = weights * (dot(douts, tl.trans(values), PRECISION) - deltas[:, None])
         here = (first <= medium) & (medium < end)
         added = dqueries + dot(dscores.to(keys.dtype), keys, PRECISION)
@@ -350,7 +352,7 @@ def _keys_kernel(
             deltas = tl.load(delta + row_of(batch, rows, head, T, H), mask=here, other=0.0)
 
             scores = scores_of(queries, keys, inside, SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
-            weights = kept_weights(scores, highest[:, None], 1 / total[:, None], base2_scale)
+            weights = kept_weights(scores, highest[:, None], base2_scale) / total[:, None]
             weights = tl.where(here[:, None], weights, 0.0)
             dweights = dot(douts, tl.trans(values), PRECISION)
             dscores = tl.where(here[:, None], weights * (dweights - deltas[:, None]), 0.0)

@@ -22,7 +22,16 @@ from torch import Tensor
 
 from ..._triton.checks import Checks
 from ..._triton.config import device_of, power_of_two
-from ..._triton.language import dot, load_head, load_tile, power_below, store_rows, store_softmax, wide
+from ..._triton.language import (
+    LOWEST,
+    dot,
+    load_head,
+    load_tile,
+    power_below,
+    store_rows,
+    store_softmax,
+    wide,
+)
 from ..._triton.launch import base2, launch, precision
 from .config import FEW_ROWS, Static, block_of_latents, forward, is_one_shot
 
@@ -175,7 +184,7 @@ def _spans_kernel(
 
     product = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
-    highest = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    highest = tl.full([BLOCK_T], LOWEST, tl.float32)
     begin, after = tiles_seen(first, end, R, BLOCK_R)
     for tile in range(begin, after):
         medium, latents = keys_of(tile, R, BLOCK_R)

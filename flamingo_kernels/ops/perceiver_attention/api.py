@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import _dispatch, _library
 from ..._checks import (
+    INTEGERS,
     autocast,
     expect_head_groups,
     expect_latents,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
+    expect_tensors,
     needs_grad,
+    scale_of,
     unit_stride,
+    without_autocast,
 )
+from ..._once_differentiable import once_differentiable
 from . import reference
 
 _NAME = "perceiver_attention"
@@ -53,7 +57,7 @@ def perceiver_attention(
         k_latents: keys of the latents `[N, L, Hkv, d]` (L = R in a resampler).
         v_latents: values, like k_latents.
         media_lengths: integer `[N]`, how many of the S media keys of each clip are real, between 0 and
-            S (larger counts as S). Default: all.
+            S (larger counts as S, smaller as 0). Default: all.
         scale: factor on the scores. Default: `d ** -0.5`.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
@@ -61,13 +65,14 @@ def perceiver_attention(
         `[N, R, H, d]` in the dtype of q, contiguous.
 
     Raises:
-        ValueError: a shape or device that does not fit, or no latents (L = 0).
-        TypeError: dtypes that differ.
+        ValueError: a shape, device or scale that does not fit, or no latents (L = 0).
+        TypeError: dtypes that differ, or what is no dense floating-point tensor.
         UnsupportedError: the requested backend cannot run these inputs.
 
     Limits: cpu and triton take d up to 256, cuda up to 128; any strides (a non-contiguous last dimension is
     copied). Accumulates in float32 (triton multiplies float32 in tf32 where torch's own switch asks for it).
-    Differentiable once in all five tensors. Bitwise deterministic, for any number of threads.
+    Differentiable once in all five tensors; for second derivatives: backend="reference", which "auto" takes
+    under torch.func's transforms and in forward mode. Bitwise deterministic, for any number of threads.
 
     Source: Flamingo (arXiv 2204.14198), section 2.1 and appendix A.1.1.
 
@@ -77,17 +82,19 @@ def perceiver_attention(
         >>> perceiver_attention(q, media, media, latents, latents).shape
         torch.Size([2, 64, 8, 64])
     """
-    tensors = autocast(q, k_media, v_media, k_latents, v_latents)
+    given = {"q": q, "k_media": k_media, "v_media": v_media, "k_latents": k_latents, "v_latents": v_latents}
+    expect_tensors(_NAME, **given)
+    tensors = autocast(*given.values())
     _validate(*tensors, media_lengths=media_lengths)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = scale_of(_NAME, scale, q.shape[-1])
+    if media_lengths is not None:
+        media_lengths = media_lengths.long().clamp(0, k_media.shape[1]).int()
     backend = _dispatch.resolve(_NAME, backend, *tensors)
     if backend == "reference":
-        with torch.autocast(q.device.type, enabled=False):  # it accumulates in float32 itself
+        with without_autocast(q):  # it accumulates in float32 itself
             return reference.perceiver_attention(
                 *tensors, media_lengths=media_lengths, scale=scale
             ).contiguous()
-    if media_lengths is not None:
-        media_lengths = media_lengths.clamp(0, k_media.shape[1]).int()
     inputs = (*map(unit_stride, tensors), media_lengths, scale)
     return _PerceiverAttention.apply(backend, *inputs) if needs_grad(*tensors) else _FWD[backend](*inputs)[0]
 
@@ -111,6 +118,11 @@ def _validate(
     expect_head_groups(_NAME, heads, kv_heads)
     expect_latents(_NAME, "k_latents", k_latents, 1)
     expect_same_dtype(_NAME, q=q, k_media=k_media, v_media=v_media, k_latents=k_latents, v_latents=v_latents)
+    if media_lengths is not None:
+        expect_tensors(_NAME, media_lengths=media_lengths)
+        expect_shape(_NAME, "media_lengths", media_lengths, (clips,), "to match q[:N]")
+        if media_lengths.dtype not in INTEGERS:
+            raise TypeError(f"{_NAME}: expected integer media_lengths, got {media_lengths.dtype}.")
     expect_same_device(
         _NAME,
         q=q,
@@ -120,10 +132,6 @@ def _validate(
         v_latents=v_latents,
         media_lengths=media_lengths,
     )
-    if media_lengths is not None:
-        expect_shape(_NAME, "media_lengths", media_lengths, (clips,), "to match q[:N]")
-        if media_lengths.dtype.is_floating_point or media_lengths.dtype == torch.bool:
-            raise TypeError(f"{_NAME}: expected integer media_lengths, got {media_lengths.dtype}.")
 
 
 _dispatch.register(
@@ -146,7 +154,7 @@ class _PerceiverAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        gradients = _BWD[ctx.backend](unit_stride(dout), *ctx.saved_tensors, ctx.scale)
+    @once_differentiable(_NAME)
+    def backward(ctx, saved, dout):
+        gradients = _BWD[ctx.backend](unit_stride(dout), *saved, ctx.scale)
         return None, *gradients, None, None

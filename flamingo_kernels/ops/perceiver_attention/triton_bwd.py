@@ -3,6 +3,8 @@
     P = softmax(scale q k^T),  delta = rowsum(dout out),  dS = P (dout v^T - delta)
     dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout
 
+Rows in which one key weighs more than all others have delta = rowsum(P dP), by a pass over the keys before.
+
 One kernel keeps queries and goes through the keys, media then latents, for dq. Where it keeps all queries of
 a head, and no other head shares the keys, it writes dk and dv of every key on the way. Elsewhere a second
 kernel keeps keys and goes through the queries. Where there are too few programs to fill the device the keys
@@ -174,7 +176,7 @@ def _queries_kernel(
             values = load_keys(v, v_strides, media, clip, at, head // GROUP, real, D, COLUMNS)
             scores = dot(queries, tl.trans(keys), PRECISION) * SIGN
             seen = inside[:, None] & real[None, :]
-            weights = kept_weights(tl.where(seen, scores, float("-inf")), highest, share, base2_scale)
+            weights = kept_weights(tl.where(seen, scores, float("-inf")), highest, base2_scale) * share
             sums += tl.sum(weights * dot(douts, tl.trans(values), PRECISION), 1)
         deltas = tl.where(saturated, sums, deltas)
 
@@ -186,7 +188,7 @@ def _queries_kernel(
         values = load_keys(v, v_strides, media, clip, at, head // GROUP, real, D, COLUMNS)
         scores = dot(queries, tl.trans(keys), PRECISION) * SIGN
         seen = inside[:, None] & real[None, :]
-        weights = kept_weights(tl.where(seen, scores, float("-inf")), highest, share, base2_scale)
+        weights = kept_weights(tl.where(seen, scores, float("-inf")), highest, base2_scale) * share
         dscores = weights * (dot(douts, tl.trans(values), PRECISION) - deltas[:, None])
         weights, dscores = weights.to(values.dtype), dscores.to(keys.dtype)
         if WHOLE:  # turned around, so that the first factor is what is kept: it takes the fewest registers
@@ -257,7 +259,7 @@ def _keys_kernel(
         scores = dot(keys, tl.trans(queries), PRECISION) * SIGN
         seen = real[:, None] & inside[None, :]
         scores = tl.where(seen, scores, float("-inf"))
-        weights = kept_weights(scores, highest[None, :], 1 / total[None, :], base2_scale)
+        weights = kept_weights(scores, highest[None, :], base2_scale) / total[None, :]
         dscores = weights * (dot(values, tl.trans(douts), PRECISION) - deltas[None, :])
         dkeys += dot(dscores.to(queries.dtype), queries, PRECISION)
         dvalues += dot(weights.to(douts.dtype), douts, PRECISION)

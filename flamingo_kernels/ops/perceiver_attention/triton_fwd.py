@@ -22,6 +22,7 @@ from torch import Tensor
 from ..._triton.checks import Checks
 from ..._triton.config import device_of, power_of_two
 from ..._triton.language import (
+    LOWEST,
     dot,
     head_of,
     load_head,
@@ -144,7 +145,7 @@ def _attention_kernel(
 
     product = tl.zeros([BLOCK_QUERIES, COLUMNS], tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
-    highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
+    highest = tl.full([BLOCK_QUERIES], LOWEST, tl.float32)
     length = length_of(media_lengths, clip, S)
     begin, end = part_of_keys(part, parts, length, L, BLOCK_KEYS)
     for block in range(begin, end):
@@ -187,7 +188,7 @@ def _combine_kernel(
 
     product = tl.zeros([BLOCK_QUERIES, COLUMNS], tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
-    highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
+    highest = tl.full([BLOCK_QUERIES], LOWEST, tl.float32)
     for part in range(parts):
         at = part * N + clip
         part_highest, part_total = load_softmax(maxima, sums, at, rows, head, rows < R, R, H, SIGN)

@@ -1,0 +1,161 @@
+"""The code that is known: of the classes that are swapped, and of those within them that are not called.
+
+Hashes only, see `source.code_hash`, by the name of the class. `python -m flamingo_kernels.patch` shows those
+of the installed versions of the libraries.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from .source import Unreadable, code_hash
+
+KNOWN: Mapping[str, Mapping[str, str]] = {
+    "flamingo.modules.MaskedCrossAttention": {
+        "1513437f1a1ae75b": "this one",
+    },
+    "flamingo.modules.GatedCrossAttentionBlock": {
+        "3ff08dd62a3747d3": "this one",
+    },
+    "flamingo.modules.PerceiverAttention": {
+        "cfe7f6b0f00cb7a9": "this one",
+    },
+    "flamingo.modules.PerceiverResampler": {
+        "0f69823ef86b81cb": "this one",
+    },
+    "flamingo.modules.SquaredReLU": {
+        "fe4adc1642696e92": "this one",
+    },
+    "open_flamingo.src.helpers.MaskedCrossAttention": {
+        "251493196b2a65ff": "open-flamingo 2.0.0 to 2.0.1",
+    },
+    "open_flamingo.src.helpers.GatedCrossAttentionBlock": {
+        "c13e63bfbd1095ee": "open-flamingo 2.0.0 to 2.0.1",
+    },
+    "open_flamingo.src.helpers.PerceiverAttention": {
+        "fc7f9122dc2a592f": "open-flamingo 2.0.0 to 2.0.1",
+    },
+    "open_flamingo.src.helpers.PerceiverResampler": {
+        "1e08ed73f12b15c7": "open-flamingo 2.0.0 to 2.0.1",
+    },
+    "flamingo_pytorch.flamingo_pytorch.MaskedCrossAttention": {
+        "3ca1bb121539714f": "flamingo-pytorch 0.1.2",
+    },
+    "flamingo_pytorch.flamingo_pytorch.GatedCrossAttentionBlock": {
+        "c2589dae700cd693": "flamingo-pytorch 0.1.2",
+    },
+    "flamingo_pytorch.flamingo_pytorch.PerceiverAttention": {
+        "540657ba1ada1652": "flamingo-pytorch 0.1.2",
+    },
+    "flamingo_pytorch.flamingo_pytorch.PerceiverResampler": {
+        "3ef74601e0d7986e": "flamingo-pytorch 0.1.2",
+    },
+    "transformers.models.idefics.modeling_idefics.IdeficsGatedCrossAttentionLayer": {
+        "694f25f00d138d3c": "transformers 4.57.6",
+        "0c7d2b68f287492c": "transformers 5.0.0 to 5.22.2",
+        "0130a98c519832e7": "transformers 5.23.0",
+    },
+    "transformers.models.idefics.modeling_idefics.IdeficsAttention": {
+        "ace1ea51e496329e": "transformers 4.57.6",
+        "76598930a80a2d54": "transformers 5.0.0",
+        "aa791a1321fe8090": "transformers 5.1.0 to 5.3.0",
+        "5fae73460d0b11a7": "transformers 5.4.0 to 5.16.1",
+        "7e0cddbbd131b578": "transformers 5.17.0 to 5.23.0",
+    },
+    "transformers.models.idefics.modeling_idefics.IdeficsMLP": {
+        "c7f46661918c0ac9": "transformers 4.57.6 to 5.23.0",
+    },
+    "transformers.models.idefics.modeling_idefics.IdeficsRMSNorm": {
+        "f8cd92445899b658": "transformers 4.57.6 to 5.23.0",
+    },
+    "transformers.models.idefics.perceiver.IdeficsPerceiverAttention": {
+        "12d5585e2de91882": "transformers 4.57.6 to 5.23.0",
+    },
+    "transformers.models.idefics2.modeling_idefics2.Idefics2PerceiverAttention": {
+        "e0a850602734f548": "transformers 4.57.6",
+        "ed750a68b3b75676": "transformers 5.0.0",
+        "a3333e2d963746b0": "transformers 5.1.0",
+        "64052da08b18cded": "transformers 5.2.0 to 5.23.0",
+    },
+    "transformers.models.mllama.modeling_mllama.MllamaTextCrossAttention": {
+        "6900fa28af13a06d": "transformers 4.57.6",
+        "70ebd5cec3709533": "transformers 5.0.0",
+        "67b53f1477d15e55": "transformers 5.1.0",
+        "7e3638c91da21f95": "transformers 5.2.0 to 5.3.0",
+        "5706c0dde7ef0018": "transformers 5.4.0 to 5.17.0",
+        "f8313c393bfce548": "transformers 5.18.0 to 5.23.0",
+    },
+    "transformers.models.mllama.modeling_mllama.MllamaCrossAttentionDecoderLayer": {
+        "ebc6789285126f9a": "transformers 4.57.6",
+        "32766ed3b7a42aed": "transformers 5.0.0 to 5.3.0",
+        "7f934cf19b255ae4": "transformers 5.4.0 to 5.22.2",
+        "1bb90e4fb3f7f064": "transformers 5.23.0",
+    },
+    "transformers.models.mllama.modeling_mllama.MllamaTextRMSNorm": {
+        "f48863d8f97ba423": "transformers 4.57.6 to 5.23.0",
+    },
+    "transformers.models.mllama.modeling_mllama.MllamaTextMLP": {
+        "0c3c6a76784e6be0": "transformers 4.57.6 to 5.23.0",
+    },
+    "transformers.models.evolla.modeling_evolla.EvollaSequenceCompressorAttention": {
+        "1c7e5ad2f7bb375c": "transformers 4.57.6 to 5.23.0",
+    },
+    "transformers.models.evolla.modeling_evolla.EvollaSequenceAlignerCrossAttention": {
+        "b06df8e5b535acd2": "transformers 4.57.6",
+        "d67a2941d884cb7e": "transformers 5.0.0 to 5.23.0",
+    },
+    "transformers.models.evolla.modeling_evolla.EvollaFeedForward": {
+        "7ec54a96c5ec9131": "transformers 4.57.6 to 5.23.0",
+    },
+    "transformers.models.evolla.modeling_evolla.EvollaRMSNorm": {
+        "f48863d8f97ba423": "transformers 4.57.6 to 5.23.0",
+    },
+    "transformers.activations.ReLUSquaredActivation": {
+        "7035acac655aec0c": "transformers 4.57.6 to 5.23.0",
+    },
+    "transformers.activations.SiLUActivation": {
+        "a5a9b55f9411597a": "transformers 4.57.6 to 5.23.0",
+    },
+    "transformers.activations.GELUActivation": {
+        "086ef2d89fd7dfba": "transformers 4.57.6 to 5.23.0",
+    },
+}
+
+
+def name_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def why_unknown(cls: type[nn.Module], name: str) -> str:
+    """Why the code of a class is not one that is known under this name; empty if it is.
+
+    Args:
+        cls: the known class, or one that derives from it.
+        name: that the known class has.
+    """
+    try:
+        code = code_hash(cls, name.rpartition(".")[0])
+    except Unreadable as error:
+        return str(error)
+    if code in KNOWN[name]:
+        return ""
+    return f'its forward is not one that is known: hash {code}, see "Adding a version" in CONTRIBUTING.md'
+
+
+def installed() -> Iterator[tuple[str, str]]:
+    """Every class of the table whose library is installed, and its hash or why there is none."""
+    from ..tiny import open_flamingo_module
+
+    for name in KNOWN:
+        home, _, cls = name.rpartition(".")
+        try:
+            if home.startswith("open_flamingo."):
+                open_flamingo_module(home.rpartition(".")[2])
+            yield name, code_hash(getattr(importlib.import_module(home), cls))
+        except ImportError:
+            continue
+        except (AttributeError, Unreadable) as error:
+            yield name, str(error)
