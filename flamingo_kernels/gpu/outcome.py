@@ -59,7 +59,7 @@ class Outcome:
         ]
         idle = [
             f"{operator}, {backend}: nothing of it ran, though it can run here"
-            for operator, backend in self.existing - self.ran
+            for operator, backend in self._of(self.findings) - self.ran
             if self.able[operator][backend] is True
         ]
         stuck = ["a process that was ended is still there"] if self.stuck else []
@@ -74,8 +74,11 @@ class Outcome:
     @property
     def ran(self) -> set[tuple[str, str]]:
         """Those of which something came to an end."""
-        done = [each for each in self.findings if each.status in ("ok", "failed")]
-        return self.existing & {(each.operator, each.backend.partition("/")[0]) for each in done}
+        return self._of([each for each in self.findings if each.status in ("ok", "failed")])
+
+    def _of(self, findings: list[Finding]) -> set[tuple[str, str]]:
+        """The kernels that these are of."""
+        return self.existing & {(each.operator, each.backend.partition("/")[0]) for each in findings}
 
     @property
     def late(self) -> int:

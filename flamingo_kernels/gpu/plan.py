@@ -158,7 +158,7 @@ def _in_turn(*groups: list[Case]) -> list[Case]:
 
 
 FULL = Plan(
-    cases=[*check.CASES, *sanitizer.SMALL, *_in_turn(MASKED, PERCEIVER, ROWS, DECODE)],
+    cases=list(dict.fromkeys([*check.CASES, *sanitizer.SMALL, *_in_turn(MASKED, PERCEIVER, ROWS, DECODE)])),
     repeated=REPEATED,
     large=LARGE,
     timed=shapes.GPU_CASES,

@@ -217,7 +217,7 @@ def test_with_nvcc_a_kernel_that_does_not_run_is_a_problem(gated, built, monkeyp
 
 def test_every_configuration_is_timed_and_told_apart(gated):
     outcome = gate({"steps": dict.fromkeys(["build", "configs"], Time(99))})
-    rows = [each for each in outcome.configs if each["kernel"] == "_backward_kernel"]
+    rows = [each for each in outcome.configs if each["kernel"] == "_gated_residual_bwd_kernel"]
     choice = config.backward(64, torch.float32)
     assert [each["config"] for each in rows] == [dataclasses.asdict(each) for each in choice.candidates]
     assert [each["default"] for each in rows].count(True) == 1
