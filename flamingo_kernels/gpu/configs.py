@@ -35,9 +35,10 @@ def compile_all(case: Case, device: str) -> None:
 def time_all(case: Case, device: str, clock: Clock | None = None) -> list[Row]:
     """A row for every configuration of every kernel of a call; `default` marks the one that is taken."""
     rows: list[Row] = []
+    keeps_time = clock or clock_of(device)
 
     def choose(kernel: Any, choice: Any, run: Callable[[Any], Any], where: torch.device) -> Any:
-        for config, facts in _facts(choice.candidates, run, clock or clock_of(device)).items():
+        for config, facts in _facts(choice.candidates, run, keeps_time).items():
             named = {"kernel": kernel.__name__, "config": dataclasses.asdict(config)}
             rows.append(named | {"default": config == choice.default} | facts)
         return choice.default
@@ -51,14 +52,14 @@ def time_all(case: Case, device: str, clock: Clock | None = None) -> list[Row]:
 def _facts(configs: tuple[Any, ...], run: Callable[[Any], Any], clock: Clock) -> dict[Any, Row]:
     """Of each configuration what it was compiled to and its time, or why it does not run."""
     found = {config: _launch(run, config) for config in configs}
-    names = {repr(config): partial(run, config) for config, facts in found.items() if "error" not in facts}
-    spreads: dict[str, Spread] = {}
-    if names:
-        spreads = interleave(names, seconds=SECONDS_EACH * len(names), clock=clock)
-    times = {
-        name: {f"{part}_ms": ms for part, ms in each._asdict().items()} for name, each in spreads.items()
-    }
+    calls = {repr(config): partial(run, config) for config, facts in found.items() if "error" not in facts}
+    spreads = interleave(calls, seconds=SECONDS_EACH * len(calls), clock=clock) if calls else {}
+    times = {name: _milliseconds(spread) for name, spread in spreads.items()}
     return {config: facts | times.get(repr(config), {}) for config, facts in found.items()}
+
+
+def _milliseconds(spread: Spread) -> Row:
+    return {f"{name}_ms": each for name, each in spread._asdict().items()}
 
 
 def _launch(run: Callable[[Any], Any], config: Any) -> Row:
