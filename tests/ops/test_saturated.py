@@ -62,7 +62,7 @@ LARGE_SCALES = [
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("case", LARGE_SCALES, ids=name)
 def test_saturated_rows_are_within_the_budget(case, dtype, kernels):
-    """In float32 the rounding of the scores, which depends on the order of their sums, is all of the error."""
+    """In float32 the rounding of the scores, which depends on the order of sums, is all of the error."""
     assert_within_budget(replace(case, dtype=dtype), kernels)
 
 
