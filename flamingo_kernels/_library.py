@@ -4,9 +4,9 @@ Each operator has one `_fwd` and one `_bwd`, in three overloads: `default`, for 
 kernels, `cuda`, for which the CUDA extension has them, and `triton`. Which one runs is decided before the
 call, so that a traced graph holds no choice.
 
-`softmax` is of every row the score of its heaviest key, not scaled, and the sum of its weights relative to
-that key's, `[2, B, H, T]`: their logarithm in one float would round all weights of a row alike. It is empty
-where the backward pass makes the softmax anew.
+`softmax` is what makes every row's weights anew, `[2, B, H, T]`: the maximum of its scores, in the backend's
+own unit, and the sum of the weights relative to it. Their logarithm in one float would round all weights of a
+row alike. It is empty where the backward pass makes the softmax anew.
 """
 
 from __future__ import annotations

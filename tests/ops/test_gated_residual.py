@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -90,3 +91,12 @@ def test_the_gradient_of_x_is_that_of_the_output(backend):
     dout = torch.randn(3, 7)
     (dx,) = torch.autograd.grad(gated_residual(x, y, gate, backend=backend), x, dout)
     assert dx.data_ptr() == dout.data_ptr()
+
+
+@pytest.mark.parametrize("alpha", [3.0, -9.0, 20.0])
+def test_the_slope_of_a_gate_far_out_is_no_difference(alpha, compiled):
+    """1 - tanh(20)^2 is 0 even in float64, and 1 / cosh(20)^2 is 1.7e-17."""
+    y, gate = torch.randn(3, 7) + 1, torch.tensor([alpha], requires_grad=True)
+    (dgate,) = torch.autograd.grad(gated_residual(torch.randn(3, 7), y, gate, backend=compiled).sum(), gate)
+    exact = y.double().sum() / math.cosh(alpha) ** 2
+    torch.testing.assert_close(dgate[0].double(), exact, rtol=1e-6, atol=0)
