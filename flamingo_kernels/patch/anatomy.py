@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 # Functions that wrappers leave on a module, and none that its forward calls.
 _WRAPPERS = {"forward", "_old_forward", "_compiled_call_impl", "_gradient_checkpointing_func"}
@@ -202,5 +201,8 @@ def _shape(weight: Any) -> tuple[int, ...] | None:
     """The shape of a tensor; None of one that may be a flat piece of what it is."""
     if not isinstance(weight, Tensor):
         return None
-    pieces = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return None if pieces and not isinstance(weight, DTensor) else tuple(weight.shape)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.tensor import DTensor
+
+        return tuple(weight.shape) if isinstance(weight, DTensor) else None
+    return tuple(weight.shape)

@@ -95,7 +95,7 @@ def _read_spans(mask: Tensor, rows: Tensor | None = None) -> KeySpans | None:
     if spans is None:
         order = _used_first(seen)
         if seen.shape[1] == 1:
-            order = order[:, : int(seen.sum(-1).max())]
+            order = order[:, : max(int(seen.sum(-1).max()), 1)]  # of no key there is no softmax
         spans = spans_of(seen.take_along_dim(order[:, None], dim=-1))
     return None if spans is None else KeySpans(seen.shape[-1], spans, order)
 

@@ -55,12 +55,14 @@ LARGE_SCALES = [
     Masked(latents=40, length=35, scale=30.0),
     Perceiver(features=40, latents=30, queries=24, scale=30.0),
     Perceiver(features=40, latents=30, queries=70, scale=-30.0, groups=2),
-    Perceiver(features=700, latents=3, queries=5, clips=1, heads=1, scale=30.0),  # in parts
+    Perceiver(features=500, latents=300, queries=24, clips=1, heads=1, scale=30.0),  # in parts
 ]
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("case", LARGE_SCALES, ids=name)
 def test_saturated_rows_are_within_the_budget(case, dtype, kernels):
+    """In float32 the rounding of the scores, which depends on the order of sums, is all of the error."""
     assert_within_budget(replace(case, dtype=dtype), kernels)
 
 

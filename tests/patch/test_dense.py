@@ -60,6 +60,13 @@ class TestKeySpans:
         assert spans.order.shape == (3, 4)
         assert torch.equal(seen(spans, 8), visible)
 
+    @torch.no_grad()
+    def test_of_a_step_that_sees_nothing_of_media_that_cannot_be_cut(self):
+        """257 keys, as of 16 x 16 patches and a class token, have no useful divisor."""
+        spans = spans_for(added(keys("." * 257)), torch.zeros(1, 1))
+        assert spans.media(torch.randn(1, 257, 2, 3)).shape == (1, 1, 1, 2, 3)
+        assert not spans.mask.dense(1).any()
+
     def test_keys_and_values_follow_the_order(self):
         visible = keys("##..##", "######")
         spans = spans_for(added(visible))

@@ -15,6 +15,8 @@ OLDEST = Path(sys.prefix) / "transformers-oldest"  # `make test` installs it
 ROOT = Path(__file__).parents[2]
 TESTS = [
     "tests/patch/test_transformers.py",
+    "tests/patch/test_known.py",
+    "tests/patch/test_hooks.py",
     "tests/flamingo/language/test_pretrained.py",
     "tests/flamingo/test_generation.py",
 ]

@@ -194,14 +194,16 @@ def test_spans_are_kept_apart():
     assert [[each[parts.LANGUAGE] for each in taken[name]] for name in ("one", "two")] == [[1, 1], [1]]
 
 
-def test_scopes_are_closed_and_hooks_removed_when_a_module_fails():
+def test_scopes_are_closed_and_calls_restored_when_a_module_fails():
     open_scopes = []
 
     @contextmanager
     def scope(part):
         open_scopes.append(part)
-        yield
-        open_scopes.pop()
+        try:
+            yield
+        finally:
+            open_scopes.pop()
 
     class Broken(nn.Module):
         def forward(self):
