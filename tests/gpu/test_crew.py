@@ -100,13 +100,10 @@ def test_the_start_of_a_process_is_no_part_of_its_task():
         assert share(crew, double_alone, [3], each=0.5) == {3: 6}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_what_a_task_raises_is_its_failure(workers):
-    with Crew(workers) as crew:
-        assert share(crew, divide, [0, 1]) == {
-            0: Lost("failed", "ZeroDivisionError: division by zero"),
-            1: 1.0,
-        }
+def test_what_a_task_raises_is_its_failure(two):
+    for crew in (Crew(0), two):
+        found = share(crew, divide, [0, 1])
+        assert found == {0: Lost("failed", "ZeroDivisionError: division by zero"), 1: 1.0}
 
 
 def test_a_process_that_cannot_be_ended_is_not_waited_for(monkeypatch):
