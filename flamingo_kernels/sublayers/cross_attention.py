@@ -130,7 +130,7 @@ def _validate(
     if q_norm is not None:
         gated_linear.expect_norm(_NAME, "q_norm", q_norm, head_dim)
     expect_same_device(_NAME, x=x, to_q=to_q.weight, to_out=to_out.weight, gate=gate)
-    validate(k.new_empty(()).expand(*rows, heads, head_dim), k, v, mask)  # in place of q
+    validate(k.new_zeros(()).expand(*rows, heads, head_dim), k, v, mask)  # in place of q
 
 
 @dataclass(frozen=True)
