@@ -103,7 +103,7 @@ def test_integers_are_refused(make, odd, backend):
         ("gate", "a gate of 1 or D=24"),
         ("norm.weight", r"norm.weight with shape \(24,\)"),
         ("q_norm.weight", r"q_norm.weight with shape \(8,\)"),
-        ("to_q.weight", "to_q.weight to give a multiple of head_dim=8 features, got 23"),
+        ("to_q.weight", r"to_q.bias with shape \(23,\) to match to_q.weight"),
         ("to_out.weight", r"to_out.weight with shape \(24, 24\)"),
         ("to_q.bias", r"to_q.bias with shape \(24,\)"),
         ("hidden.bias", r"hidden.bias with shape \(40,\)"),

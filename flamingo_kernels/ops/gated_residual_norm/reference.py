@@ -11,7 +11,7 @@ def gated_residual_norm(
 ) -> tuple[Tensor, Tensor]:
     z = x + torch.tanh(gate) * y
     dtype = torch.promote_types(z.dtype, torch.float32)
-    rows = z.to(dtype)
+    rows = z.to(dtype, copy=True)  # so that its own gradients, which may cancel, are added up first
     centred = rows if norm == "rms" else rows - rows.mean(-1, keepdim=True)
     n = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
     return z, (n if bias is None else n + bias.to(dtype)).to(z.dtype)
