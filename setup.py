@@ -35,8 +35,11 @@ from setuptools.command.build_ext import build_ext
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # before setuptools 70.1, which builds libraries all the same
-    bdist_wheel = Command
+except ImportError:  # before setuptools 70.1 the package wheel has it
+    try:
+        from wheel.bdist_wheel import bdist_wheel
+    except ImportError:  # libraries are built all the same
+        bdist_wheel = Command
 
 BUILDS = ("cpu", "cuda", "cuda-alone", "none")
 EMULATE = os.environ.get("FLAMINGO_KERNELS_EMULATE", "")

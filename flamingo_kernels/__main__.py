@@ -60,7 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
     profile.add_argument("--picture", metavar="FILE", help="draw the time by part (.png, .svg, .pdf)")
 
     gpu = commands.add_parser("gpu", help="prove and time the kernels on a GPU, in under nine minutes")
-    gpu.add_argument("--quick", action="store_true", help="in three minutes: fewer cases and rivals")
+    part = gpu.add_mutually_exclusive_group()
+    part.add_argument("--quick", action="store_true", help="in three minutes: fewer cases and rivals")
+    part.add_argument(
+        "--configs", action="store_true", help="in four minutes: every configuration of the Triton kernels"
+    )
     gpu.add_argument("--device", default="cuda:0", help='a GPU, or "cpu" for a rehearsal (default: cuda:0)')
     gpu.add_argument("--out", metavar="DIR", help="where results go (default: benchmarks/results/<device>)")
     gpu.add_argument("--load", metavar="DIR", help="show earlier results instead of running")

@@ -17,6 +17,8 @@ import torch
 from . import __version__, _cuda, _dispatch, _env, _extension
 from ._triton.config import architecture_of
 
+ROOT = Path(__file__).parents[1]
+
 
 def run(as_json: bool = False) -> int:
     """Print `collect()` for people, or as JSON."""
@@ -122,14 +124,37 @@ def processor_name() -> str:
 
 @cache
 def commit() -> str | None:
-    """The commit this package is run from, "-dirty" where files were changed since; None outside a clone."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    """The commit this package is run from, "-dirty" where files were changed since; None if nothing says so.
+
+    A copy without `.git` has it in a file COMMIT, if `git describe --always --dirty --exclude='*'` was
+    written to one.
+    """
+    if not (ROOT / ".git").exists():
+        return _written(ROOT / "COMMIT")
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _written(file: Path) -> str | None:
+    try:
+        return file.read_text().strip() or None
+    except OSError:
+        return None
+
+
+def sm_clock(device: str) -> int | None:
+    """How fast a GPU's multiprocessors run at this moment, in MHz; None where nvidia-smi does not say."""
+    if torch.device(device).type != "cuda":
+        return None
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", "")
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+        return int(said.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
 

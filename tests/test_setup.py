@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from setuptools import Distribution
+from setuptools import Command, Distribution
 
 from flamingo_kernels import _extension
 
@@ -54,6 +54,17 @@ def test_setup_imports_no_torch():
     done = run_without_torch("--version")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1].count(".") == 2
+
+
+def test_older_setuptools_take_wheels_from_their_own_package(monkeypatch):
+    class Theirs:
+        pass
+
+    monkeypatch.setitem(sys.modules, "setuptools.command.bdist_wheel", None)
+    monkeypatch.setitem(sys.modules, "wheel.bdist_wheel", SimpleNamespace(bdist_wheel=Theirs))
+    assert issubclass(load_setup().Wheel, Theirs)
+    monkeypatch.setitem(sys.modules, "wheel.bdist_wheel", None)
+    assert load_setup().bdist_wheel is Command, "libraries are built without either"
 
 
 def test_a_build_without_torch_names_the_remedy(compiler, tmp_path):

@@ -30,9 +30,10 @@ def launch(
         constants: its compile-time arguments beside the configuration's.
     """
 
-    def run(config: C) -> None:
-        if count := programs(config):
-            start(kernel, count, arguments, {**constants, **config.keywords, **_OPTIONS})
+    def run(config: C) -> Any:
+        count = programs(config)
+        keywords = {**constants, **config.keywords, **_OPTIONS}
+        return start(kernel, count, arguments, keywords) if count else None
 
     with _on(arguments[0].device):
         run(tuning.choose(kernel, choice, run, arguments[0].device) if _env.AUTOTUNE else choice.default)
@@ -42,9 +43,9 @@ def launch(
 _OPTIONS = {"enable_fp_fusion": True}
 
 
-def start(kernel: Any, count: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """The launch itself: every Triton kernel of the library passes here."""
-    kernel[(count,)](*arguments, **keywords)
+def start(kernel: Any, count: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """The launch itself: every Triton kernel of the library passes here. Gives what was compiled for it."""
+    return kernel[(count,)](*arguments, **keywords)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -26,7 +26,7 @@ C = TypeVar("C", bound=Config)
 _FOUND: dict[str, dict[str, Any]] = {}
 
 
-def choose(kernel: Any, choice: Choice[C], run: Callable[[C], None], device: torch.device) -> C:
+def choose(kernel: Any, choice: Choice[C], run: Callable[[C], Any], device: torch.device) -> C:
     """The fastest candidate, measured if it is not known yet."""
     if len(choice.candidates) == 1:
         return choice.default
@@ -42,7 +42,7 @@ def choose(kernel: Any, choice: Choice[C], run: Callable[[C], None], device: tor
     return type(choice.default)(**found)
 
 
-def measure(call: Callable[[], None]) -> float:
+def measure(call: Callable[[], Any]) -> float:
     """The median time of a call in milliseconds, with the device's clock; infinite where it cannot run."""
     try:
         return triton.testing.do_bench(call, warmup=5, rep=30, return_mode="median")

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Key(NamedTuple):
@@ -50,6 +50,7 @@ class Row(_Entry):
     time: str  # of the run, UTC
     device_type: str = "cpu"
     least_bytes: int | None = None  # see `floors`; None for a layer
+    sm_mhz: int | None = None  # clock of a GPU's multiprocessors right after; None where nobody says it
     floor_share: float | None = None  # of the time those bytes take at copy bandwidth; None if not measured
 
 
@@ -90,9 +91,12 @@ class Run(NamedTuple):
             [each for each in self.skipped if each.key not in again] + later.skipped,
         )
 
+    def as_dict(self) -> dict[str, list[dict[str, Any]]]:
+        """What JSON can hold."""
+        return {name: [dataclasses.asdict(each) for each in kept] for name, kept in self._asdict().items()}
+
     def save_json(self, path: str | Path) -> None:
-        lists = {name: [dataclasses.asdict(each) for each in kept] for name, kept in self._asdict().items()}
-        Path(path).write_text(json.dumps(lists, indent=1) + "\n")
+        Path(path).write_text(json.dumps(self.as_dict(), indent=1) + "\n")
 
     def save_csv(self, path: str | Path) -> None:
         """The rows alone, for a spreadsheet."""

@@ -23,8 +23,6 @@ from .timing import Clock, Spread, clock_of, interleave
 
 Call = Callable[[], tuple[Tensor, ...]]
 
-NO_TIME = "no time was left"
-
 
 class Checked(NamedTuple):
     """A contender whose result is right: a warm call, and its error; a floor has none."""
@@ -50,7 +48,6 @@ def run(
     device: str = "cpu",
     clock: Clock | None = None,
     ceilings: Ceilings | None = None,
-    out_of_time: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Check and time every contender of every case.
 
@@ -62,21 +59,15 @@ def run(
         device: where to run.
         clock: what keeps the time; the device's own by default.
         ceilings: what the device reaches, to judge ours by; None to leave that out.
-        out_of_time: asked before each case; once it says so, the others are skipped.
     """
     rows: list[Row] = []
     skipped: list[Skipped] = []
     clock = clock or clock_of(device)
     for case in cases:
-        found: Run | None = None
         try:
-            if not out_of_time():
-                found = _run_case(case, against, seconds, progress, device, clock, ceilings)
-            why = NO_TIME
+            found = _run_case(case, against, seconds, progress, device, clock, ceilings)
         except RuntimeError as error:  # the device is out of memory, or worse
-            why = _first_line(error)
-        if found is None:
-            found = Run([], [Skipped(*_key(case), OURS, why, refused=False)])
+            found = without(case, first_line(error))
         rows, skipped = rows + found.rows, skipped + found.skipped
         _clean_up(against, device)
     return Run(rows, skipped)
@@ -101,6 +92,11 @@ def _run_case(
     calls = {name: each.call for name, each in sound.items()}
     spreads = interleave(calls, seconds=seconds, least_rounds=3, clock=clock)
     return Run(_rows(case, sound, spreads, device, ceilings), skipped)
+
+
+def without(case: Case, why: str) -> Run:
+    """What is left of a case that was not timed."""
+    return Run([], [Skipped(*_key(case), OURS, why, refused=False)])
 
 
 def _key(case: Case) -> Key:
@@ -149,7 +145,7 @@ def prepare(task: tuple[Case, str, str]) -> None:
     makers = contenders(case, device=device)
     with suppress(Exception):  # it will be met again, and reported, when the contender is checked
         if name in makers:
-            _call(makers[name](), case.mode)()
+            call_of(makers[name](), case.mode)()
     torch.compiler.reset()
 
 
@@ -157,7 +153,7 @@ def check(
     case: Case, against: Sequence[str] = (), device: str = "cpu"
 ) -> tuple[dict[str, Checked], dict[str, Refused]]:
     """Hold the contenders of a case against float64: those within the error budget, and the others."""
-    exact = _call(contenders(case, torch.float64, device)["eager"](), case.mode)()
+    exact = call_of(contenders(case, torch.float64, device)["eager"](), case.mode)()
     makers = contenders(case, device=device)
     expected = _expected(makers["eager"](), case.mode, exact)
     sound: dict[str, Checked] = {}
@@ -165,10 +161,10 @@ def check(
     for name in [name for name in makers if not against or name in (OURS, *against)]:
         try:
             rival = makers[name]()
-            call = _call(rival, case.mode)
+            call = call_of(rival, case.mode)
             result = call()
         except Exception as error:  # whatever a contender fails with is why it has no row
-            refused[name] = Refused(_first_line(error), wrong=False)
+            refused[name] = Refused(first_line(error), wrong=False)
             continue
         if not rival.same:
             if case.mode in rival.modes:
@@ -184,7 +180,7 @@ def check(
 
 def _expected(eager: Contender, mode: Mode, exact: tuple[Tensor, ...]) -> Expected:
     """What rounding costs eager; of gradients also that of the forward pass before them."""
-    call = _call(eager, "forward+backward" if mode == "backward" else mode)
+    call = call_of(eager, "forward+backward" if mode == "backward" else mode)
     return expect(lambda: call()[-len(exact) :], exact)
 
 
@@ -198,7 +194,7 @@ def _judge(call: Call, result: tuple[Tensor, ...], expected: Expected) -> Checke
     return Refused(f"relative error {proof.err:.1e} against float64, budget {proof.budget:.1e}", wrong=True)
 
 
-def _call(contender: Contender, mode: Mode) -> Call:
+def call_of(contender: Contender, mode: Mode) -> Call:
     """Gives the contender's outputs ("forward"), its gradients ("backward") or both."""
 
     @torch.no_grad()
@@ -261,10 +257,12 @@ def conditions_on(device: str) -> dict[str, Any]:
         "commit": info.commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device_type": torch.device(device).type,
+        "sm_mhz": info.sm_clock(device),
     }
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 SHORT_MS = 100.0  # a longer call has outgrown every cache
-LONGEST_LEAD = 256  # overwrites of the caches before one sample
+LONGEST_LEAD = 256  # readings through the cache before one sample
 
 Call = Callable[[], object]
 
@@ -48,14 +48,15 @@ def host_clock(call: Call, last: float | None) -> float:
 class DeviceClock:
     """A GPU's time on cold caches, by events.
 
-    Before every sample a buffer larger than the L2 cache is overwritten, so a call finds nothing there. That
-    also keeps the device busy until the host has issued the whole call: what the host takes to do so is not
+    Before every sample a buffer larger than the L2 cache is read, so a call finds nothing there, and nothing
+    that is yet to be written back: overwriting would leave the cache full of that. The reading also keeps the
+    device busy until the host has issued the whole call: what the host takes to do so is not
     counted, as it is not in a CUDA graph or behind a long queue. Where the device was done first, the sample
     is taken anew with a longer lead. Only a call that itself waits for the device cannot be issued ahead:
     after the longest lead its waiting counts.
 
     Args:
-        buffer: is overwritten; larger than the cache.
+        buffer: is read; larger than the cache.
         new_event: makes a CUDA event that keeps time.
     """
 
@@ -66,14 +67,14 @@ class DeviceClock:
     def of(cls, device: torch.device) -> DeviceClock:
         """The clock of a GPU, which must be the current one."""
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-        buffer = torch.empty(max(4 * cache, 2**26), dtype=torch.int8, device=device)
+        buffer = torch.zeros(max(4 * cache, 2**26) // 4, dtype=torch.int32, device=device)
         return cls(buffer, partial(torch.cuda.Event, enable_timing=True))
 
     def __call__(self, call: Call, last: float | None) -> float:
         while True:
             begin, end = self.new_event(), self.new_event()
             for _ in range(self.lead):
-                self.buffer.zero_()
+                self.buffer.amax()
             begin.record()
             call()
             end.record()

@@ -1,12 +1,17 @@
 """`make gpu`: proves the kernels on this machine's GPU and times them, in one command of under nine minutes.
 
 plan       what is proved and timed, and for how long, as data
-proofs     what is proved of one call: accuracy, determinism, graphs, offsets past 2^31
-build      the CUDA kernels, for this GPU
-crew       processes that share the proofs
-sanitizer  compute-sanitizer over small calls
-launch     what a call costs the host
 run        the steps, in order
+crew       processes that share the work; one that hangs is ended
+watchdog   ends the program when its time is over
+build      the CUDA kernels, for this GPU
+proofs     what is proved of one call: accuracy, determinism, graphs, offsets past 2^31
+sanitizer  compute-sanitizer over small calls
+configs    every configuration of the Triton kernels: time, registers, spills, shared memory
+kernels    the time of every kernel within a call
+work       what is measured in one task
+launch     what a call costs the host
+outcome    all that was found, and what of it is not as it must be
 report     the files and the table
 """
 
@@ -20,17 +25,28 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .watchdog import leave, watchdog
+
 if TYPE_CHECKING:
-    from .run import Outcome
+    from .outcome import Outcome
 
 RESULTS = Path("benchmarks/results")
 REHEARSAL = Path("build/rehearsal")  # what a cpu does says nothing of a GPU, and is not kept
+GRACE = 15.0  # seconds for the last step to end and be saved
 
 
 def main(options: argparse.Namespace) -> int:
     """The command `gpu`: 0 if all is right, 1 if something is not, 2 if it cannot do what was asked."""
-    from ..info import why_not_on
-    from .report import load, save, summary
+    try:
+        return _main(options)
+    except ImportError as error:
+        print(f"gpu: FAILED: {error}", file=sys.stderr)
+        return 1
+
+
+def _main(options: argparse.Namespace) -> int:
+    from ..info import device_name, why_not_on
+    from .report import load, summary, why_not_to
 
     if options.load:
         outcome = load(Path(options.load))
@@ -39,25 +55,41 @@ def main(options: argparse.Namespace) -> int:
     if why := why_not_on(options.device):
         print(f"gpu: {why}", file=sys.stderr)
         return 2
-    outcome = _run(options.device, options.quick)
-    folder = Path(options.out) if options.out else _folder(options.device, outcome.environment["device"])
-    save(outcome, folder)
+    folder = Path(options.out) if options.out else _folder(options.device, device_name(options.device))
+    if why := why_not_to(folder):
+        print(f"gpu: {why}", file=sys.stderr)
+        return 2
+    outcome = _run(options, folder)
     print(f"{summary(outcome)}\nwritten to {folder}", flush=True)
+    if outcome.stuck:
+        leave(1)
     return int(bool(outcome.failures))
 
 
-def _run(device: str, quick: bool) -> Outcome:
+def _run(options: argparse.Namespace, folder: Path) -> Outcome:
     import torch
 
     from .build import begin
-    from .plan import FULL, QUICK, REHEARSAL
+    from .plan import CONFIGS, FULL, QUICK, REHEARSAL
+    from .report import draw, save
     from .run import run
 
-    if torch.device(device).type == "cpu":
-        return run(REHEARSAL, device, say=_Say())
-    device = f"cuda:{torch.device(device).index or 0}"
-    torch.cuda.set_device(device)
-    return run(QUICK if quick else FULL, device, workers=_workers(), building=begin(device), say=_Say())
+    device, plan = options.device, REHEARSAL
+    if torch.device(device).type == "cuda":
+        device = f"cuda:{torch.device(device).index or 0}"
+        plan = CONFIGS if options.configs else QUICK if options.quick else FULL
+    building = "" if options.configs else begin(device)
+    with watchdog(plan.seconds + GRACE):
+        outcome = run(
+            plan,
+            device,
+            workers=_workers(),
+            building=building,
+            say=_Say(),
+            save=lambda outcome: save(outcome, folder),
+        )
+        draw(outcome, folder)
+    return outcome
 
 
 def _workers() -> int:

@@ -36,11 +36,15 @@ class Building:
         os.environ["FLAMINGO_KERNELS_CUDA_EXTENSION"] = _env.CUDA_EXTENSION = str(LIBRARY)
         self.log = FOLDER / "log.txt"
         wanted = {"BUILD": "cuda-alone", "CUDA_ARCHS": arch, "EMULATE": ""}
+        named = {f"FLAMINGO_KERNELS_{name}": value for name, value in wanted.items()}
+        told = (
+            f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --resource-usage"  # registers, spills, shared memory
+        )
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(FOLDER)],
                 cwd=ROOT,
-                env=os.environ | {f"FLAMINGO_KERNELS_{name}": value for name, value in wanted.items()},
+                env=os.environ | named | {"NVCC_APPEND_FLAGS": told},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -52,7 +56,6 @@ class Building:
             status = self.process.wait(timeout=max(end - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)  # nvcc and what it runs too
-            self.process.wait()
             return f"no CUDA kernels: {NVCC} was not done in time"
         if status:
             lines = self.log.read_text().strip().splitlines() or [f"exit status {status}"]
@@ -62,6 +65,8 @@ class Building:
 
 def begin(device: str) -> Building | str:
     """Start to build, or say why not: then there are Triton's kernels, and those that are installed."""
+    if torch.device(device).type == "cpu":
+        return ""
     if torch.version.hip:
         return "no CUDA kernels: this torch is for AMD GPUs"
     if not (ROOT / "setup.py").exists():

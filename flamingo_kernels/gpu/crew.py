@@ -1,27 +1,36 @@
-"""Processes that share a list of tasks: kernels compile side by side, and one that dies costs one task."""
+"""Processes that share a list of tasks: kernels compile side by side; one that hangs or dies costs one task.
+
+A call that hangs on a GPU cannot be interrupted from within its process, only with it.
+"""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 import torch
 
+from ..bench.run import first_line
+
+PATIENCE = 5.0  # seconds for a process that was killed to be gone: the driver may hold it
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-class Lost(Exception):
-    """A task without a result: its process did not survive it ("failed"), or it came too late ("late")."""
+@dataclass(frozen=True)
+class Lost:
+    """What there is instead of a result: a task "failed", itself or with its process, or was too "late"."""
 
-    def __init__(self, status: str, why: str) -> None:
-        super().__init__(why)
-        self.status = status
+    status: str
+    why: str
 
 
 class Crew:
@@ -34,18 +43,25 @@ class Crew:
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self.idle: list[_Worker] = []
-        self.busy: dict[Connection, tuple[_Worker, Any]] = {}
+        self.busy: dict[Connection, _Worker] = {}
+        self.stuck = False  # a process that was killed is still there
 
     def __enter__(self) -> Crew:
         return self
 
     def __exit__(self, *_: object) -> None:
         for worker in self.idle:
-            worker.stop()
+            self._stop(worker)
         self.idle = []
 
     def share(
-        self, work: Callable[[Task], Result], tasks: Iterable[Task], *, end: float, most: int | None = None
+        self,
+        work: Callable[[Task], Result],
+        tasks: Iterable[Task],
+        *,
+        end: float,
+        each: float = math.inf,
+        most: int | None = None,
     ) -> Iterator[tuple[Task, Result | Lost]]:
         """Every task with its result, as they come.
 
@@ -53,56 +69,84 @@ class Crew:
             work: does a task; a function that another process can import.
             tasks: what is to be done, the most important first.
             end: when to stop, on the clock of `time.monotonic`.
+            each: seconds after which a task is taken to hang, and ended with its process.
             most: how many tasks at once, where that is less than there are workers.
         """
         waiting = deque(tasks)
         side_by_side = min(self.workers, most or self.workers)
         if side_by_side:
-            yield from self._share(work, waiting, end, side_by_side)
+            yield from self._share(work, waiting, end, each, side_by_side)
         while waiting and not side_by_side and time.monotonic() < end:
             task = waiting.popleft()
-            yield task, work(task)
+            yield task, _attempt(work, task)
         for task in waiting:
             yield task, Lost("late", "no time was left")
 
     def _share(
-        self, work: Callable[[Task], Result], waiting: deque[Task], end: float, side_by_side: int
+        self, work: Callable[[Task], Result], waiting: deque[Task], end: float, each: float, side_by_side: int
     ) -> Iterator[tuple[Task, Result | Lost]]:
         try:
-            while waiting or self.busy:
+            while (waiting or self.busy) and time.monotonic() < end:
                 while waiting and len(self.busy) < side_by_side:
                     self._begin(work, waiting.popleft())
-                ready = wait(list(self.busy), max(0.0, end - time.monotonic()))
-                if not ready:
-                    break
+                longest = min(worker.began for worker in self.busy.values()) + each
+                ready = wait(list(self.busy), max(0.0, min(end, longest) - time.monotonic()))
                 for connection in ready:
-                    yield self._finish(connection)
+                    yield from self._hear(connection)
+                overdue = [at for at, worker in self.busy.items() if worker.began + each < time.monotonic()]
+                for connection in overdue:
+                    yield self._give_up(connection, each)
         finally:
-            for worker, task in self.busy.values():
-                waiting.appendleft(task)
-                worker.stop()
+            for worker in self.busy.values():
+                waiting.appendleft(worker.task)
+                self._stop(worker)
             self.busy = {}
 
     def _begin(self, work: Callable[[Task], Result], task: Task) -> None:
         worker = self.idle.pop() if self.idle else _Worker()
+        worker.task, worker.began = task, time.monotonic() if worker.started else math.inf
         worker.connection.send((work, task))
-        self.busy[worker.connection] = worker, task
+        self.busy[worker.connection] = worker
 
-    def _finish(self, connection: Any) -> tuple[Any, Any]:
-        worker, task = self.busy.pop(connection)
+    def _hear(self, connection: Any) -> Iterator[tuple[Any, Any]]:
+        """A task with its result, or nothing where its process has only just started."""
+        worker = self.busy[connection]
         try:
             result, goes_on = connection.recv()
         except EOFError:
-            worker.process.join()
+            worker.process.join(PATIENCE)
             result, goes_on = Lost("failed", f"its process ended with {worker.process.exitcode}"), False
+        if result is _Started:
+            worker.started, worker.began = True, time.monotonic()
+            return
+        del self.busy[connection]
         if goes_on:
             self.idle.append(worker)
         else:
-            worker.stop()
-        return task, result
+            self._stop(worker)
+        yield worker.task, result
+
+    def _give_up(self, connection: Connection, each: float) -> tuple[Any, Lost]:
+        worker = self.busy.pop(connection)
+        self._stop(worker)
+        return worker.task, Lost("failed", f"it hangs: not done after {each:.0f} s")
+
+    def _stop(self, worker: _Worker) -> None:
+        worker.connection.close()
+        worker.process.kill()
+        worker.process.join(PATIENCE)
+        self.stuck |= worker.process.is_alive()
+
+
+class _Started:
+    """What a process says first: its start is no part of its first task."""
 
 
 class _Worker:
+    task: Any
+    began: float
+    started = False
+
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
@@ -110,23 +154,26 @@ class _Worker:
         self.process.start()
         theirs.close()
 
-    def stop(self) -> None:
-        self.connection.close()
-        self.process.kill()
-        self.process.join()
+
+def _attempt(work: Callable[[Task], Result], task: Task) -> Result | Lost:
+    try:
+        return work(task)
+    except Exception as error:
+        return Lost("failed", first_line(error))
 
 
 def _serve(connection: Connection) -> None:
     """Do tasks until there are no more, or until this process' GPU is lost."""
     torch.set_num_threads(1)  # the crew is parallel enough
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    connection.send((_Started, True))
     goes_on = True
     while goes_on:
         try:
             work, task = connection.recv()
         except EOFError:
             return
-        result = work(task)
+        result = _attempt(work, task)
         goes_on = _sound()
         connection.send((result, goes_on))
 

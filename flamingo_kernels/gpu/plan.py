@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -113,31 +114,42 @@ LARGE: list[Case] = [
 ]
 
 
+class Time(NamedTuple):
+    """Seconds that a step may take, beside what the steps before it leave over, and one of its tasks."""
+
+    step: float
+    task: float = math.inf  # what takes longer hangs
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One way to run all steps.
+    """One way to run the steps.
 
     Attributes:
-        cases: every branch of every operator, for parity; the first few on the reference too.
+        steps: which, in this order, and how long each may take.
+        seconds: how long everything may take.
+        cases: every branch of every operator, for parity.
+        first: how many of them make up the first parity, on the reference too, in the first dtype.
         dtypes: of all cases, the most important first.
         repeated: cases for determinism and graphs.
         large: cases of one sequence, to be the end of tensors past 2^31 elements, in the first dtype.
         timed: shapes, the most important first.
         against: the rivals; all if empty.
         seconds_each: how long to time one shape, all contenders together.
-        seconds: how long each step may take, and "all" how long everything may.
-        sanitizer: whether to run it.
+        backends: whose kernels are looked at.
     """
 
-    cases: list[Case]
+    steps: Mapping[str, Time] = field(hash=False)
+    seconds: float
+    cases: list[Case] = field(default_factory=list)
+    first: int = len(check.CASES)
     dtypes: tuple[torch.dtype, ...] = DTYPES
-    repeated: list[Case]
-    large: list[Case]
-    timed: tuple[shapes.Case, ...]
+    repeated: list[Case] = field(default_factory=list)
+    large: list[Case] = field(default_factory=list)
+    timed: tuple[shapes.Case, ...] = ()
     against: tuple[str, ...] = ()
-    seconds_each: float
-    seconds: Mapping[str, float] = field(hash=False)
-    sanitizer: bool = True
+    seconds_each: float = 0.6
+    backends: tuple[str, ...] = ("cuda", "triton", "cpu")
 
 
 def _in_turn(*groups: list[Case]) -> list[Case]:
@@ -146,41 +158,60 @@ def _in_turn(*groups: list[Case]) -> list[Case]:
 
 
 FULL = Plan(
-    cases=[*check.CASES, *sanitizer.SMALL, *_in_turn(MASKED, PERCEIVER, ROWS, DECODE)],
+    cases=list(dict.fromkeys([*check.CASES, *sanitizer.SMALL, *_in_turn(MASKED, PERCEIVER, ROWS, DECODE)])),
     repeated=REPEATED,
     large=LARGE,
     timed=shapes.GPU_CASES,
-    seconds_each=0.6,
-    seconds={"rivals": 60, "build": 60, "parity": 150, "determinism": 25, "graphs": 25, "large": 20}
-    | {"sanitizer": 60, "floors": 10, "launches": 10, "all": 510},
+    seconds=480,
+    # What the first minutes on a GPU must bring comes first.
+    steps={
+        "rivals": Time(55, 50),
+        "build": Time(30),
+        "parity": Time(30, 25),
+        "floors": Time(15, 12),
+        "bench": Time(165, 45),
+        "configs": Time(35, 25),
+        "kernels": Time(20, 15),
+        "launches": Time(10, 8),
+        "more parity": Time(55, 30),
+        "determinism": Time(15, 14),
+        "graphs": Time(15, 14),
+        "large": Time(15, 14),
+        "sanitizer": Time(20),
+    },
 )
 QUICK = Plan(
     cases=check.CASES,
     repeated=REPEATED[::2],
-    large=[],
     timed=tuple(case for case in shapes.GPU_CASES if case.targets),
     against=("eager", "sdpa", "torch.add", *BACKENDS),
     seconds_each=0.3,
-    seconds={
-        "build": 60,
-        "parity": 35,
-        "determinism": 10,
-        "graphs": 10,
-        "floors": 5,
-        "launches": 5,
-        "all": 170,
+    seconds=168,
+    steps={
+        "build": Time(60),
+        "parity": Time(20, 18),
+        "floors": Time(8, 7),
+        "bench": Time(45, 20),
+        "more parity": Time(15, 14),
+        "determinism": Time(10, 9),
+        "graphs": Time(10, 9),
     },
-    sanitizer=False,
+)
+CONFIGS = Plan(
+    timed=shapes.GPU_CASES,
+    backends=("triton",),
+    seconds=230,
+    steps={"build": Time(10), "configs": Time(220, 60)},
 )
 # On a cpu: every step, of nothing but small calls.
 REHEARSAL = Plan(
     cases=[example() for example in CASES.values()],
     repeated=[example() for example in CASES.values()],
-    large=[],
     timed=tuple(case for case in shapes.QUICK if case.op != "gated_block_decode"),  # Triton has none
     against=("eager", "sdpa", "torch.add"),
     seconds_each=0.0,
-    seconds={"all": 515},
+    seconds=480,
+    steps=dict.fromkeys(FULL.steps, Time(math.inf)),
 )
 
 

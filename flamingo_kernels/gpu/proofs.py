@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, info
+from ..bench.run import first_line
 from ..mask import MediaMask
 from ..testing import Case, Measurement, Outputs, Tensors, evaluate, measure, measure_call, severity
 
@@ -73,8 +74,7 @@ def perform(task: Task) -> Finding:
     except (NotHere, _dispatch.UnsupportedError) as reason:
         return task.finding("skipped", str(reason))
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return task.finding("failed", f"{type(error).__name__}: {lines[0]}")
+        return task.finding("failed", first_line(error))
     return task.finding("ok" if worst is None or worst.passed else "failed", worst=worst)
 
 

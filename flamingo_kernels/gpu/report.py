@@ -6,56 +6,87 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ..bench import report as bench_report
 from ..bench.floors import Ceilings
 from ..bench.rows import Run
-from ..bench.run import NO_TIME
+from .outcome import Outcome
 from .plan import DTYPES
 from .proofs import Finding
-from .run import Outcome
 
 MOST_LINES = 12  # of failures in the table; the files have them all
 _WIDEST = 200  # characters of one failure
 
 
+_IN_ENVIRONMENT = ("problems", "seconds", "notes", "launches", "able", "stuck")
+
+
+def why_not_to(folder: Path) -> str:
+    """Why nothing can be written to a folder, which is made if need be, or an empty string."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "environment.json", "{}")
+    except OSError as error:
+        return f"cannot write to {folder}: {error.strerror}"
+    return ""
+
+
 def save(outcome: Outcome, folder: Path) -> None:
-    """Write parity.json, bench.json, environment.json, summary.md and, where matplotlib is, bench.png."""
+    """Write all but the picture: it takes no time, and what is there is whole if this process ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {name: getattr(outcome, name) for name in ("problems", "seconds", "notes", "launches")}
+    kept = {name: getattr(outcome, name) for name in _IN_ENVIRONMENT}
     measured = None if outcome.ceilings is None else outcome.ceilings._asdict()
-    _write(folder / "environment.json", outcome.environment | kept | {"ceilings": measured})
-    _write(folder / "parity.json", [dataclasses.asdict(each) for each in outcome.findings])
-    outcome.bench.save_json(folder / "bench.json")
+    _write_json(folder / "environment.json", outcome.environment | kept | {"ceilings": measured})
+    _write_json(folder / "parity.json", [dataclasses.asdict(each) for each in outcome.findings])
+    _write_json(folder / "bench.json", outcome.bench.as_dict())
+    _write_json(folder / "configs.json", outcome.configs)
+    _write_json(folder / "kernels.json", outcome.kernels)
+    _write(folder / "build.txt", outcome.build)
     table = bench_report.markdown(outcome.bench)
-    (folder / "summary.md").write_text(f"# {_title(outcome)}\n\n```\n{summary(outcome)}\n```\n\n{table}\n")
+    _write(folder / "summary.md", f"# {_title(outcome)}\n\n```\n{summary(outcome)}\n```\n\n{table}\n")
+
+
+def draw(outcome: Outcome, folder: Path) -> None:
+    """Write bench.png, where matplotlib is and something was timed."""
+    (folder / "bench.png").unlink(missing_ok=True)  # that of an earlier run
     if outcome.bench.rows:
-        try:
+        with suppress(ImportError):
             bench_report.picture(outcome.bench, folder / "bench.png")
-        except ImportError:
-            (folder / "bench.png").unlink(missing_ok=True)  # that of an earlier run
 
 
 def load(folder: Path) -> Outcome:
     """Read what `save` wrote."""
-    environment = json.loads((folder / "environment.json").read_text())
-    measured, problems, seconds = (environment.pop(name) for name in ("ceilings", "problems", "seconds"))
-    notes, launches = environment.pop("notes", []), environment.pop("launches", {})
+    environment = _read_json(folder / "environment.json")
+    measured = environment.pop("ceilings")
+    kept = {name: environment.pop(name) for name in _IN_ENVIRONMENT if name in environment}
     return Outcome(
         environment,
-        [Finding(**each) for each in json.loads((folder / "parity.json").read_text())],
-        problems,
-        seconds,
-        None if measured is None else Ceilings(**measured),
-        Run.load(folder / "bench.json"),
-        notes,
-        launches,
+        [Finding(**each) for each in _read_json(folder / "parity.json")],
+        ceilings=None if measured is None else Ceilings(**measured),
+        bench=Run.load(folder / "bench.json"),
+        configs=_read_json(folder / "configs.json"),
+        kernels=_read_json(folder / "kernels.json"),
+        build=(folder / "build.txt").read_text(),
+        **kept,
     )
 
 
-def _write(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _write_json(path: Path, content: object) -> None:
+    _write(path, json.dumps(content, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    draft = path.with_name(f"{path.name}.part")
+    draft.write_text(text)
+    draft.replace(path)
 
 
 def summary(outcome: Outcome) -> str:
@@ -67,6 +98,7 @@ def summary(outcome: Outcome) -> str:
             *_accuracy(outcome.findings),
         ],
         _proofs(outcome.findings),
+        _kernels(outcome),
         _launches(outcome),
         _bench(outcome),
         _failures(outcome.failures),
@@ -77,7 +109,7 @@ def summary(outcome: Outcome) -> str:
 
 def _title(outcome: Outcome) -> str:
     versions = outcome.environment["versions"]
-    named = [f"{name} {versions[name]}" for name in ("torch", "triton", "commit") if versions[name]]
+    named = [f"{name} {versions[name]}" for name in ("torch", "triton", "commit") if versions.get(name)]
     title = ", ".join([outcome.environment["device"], *named, outcome.environment["time"]])
     rehearsed = outcome.environment["on"] == "cpu"
     return f"A rehearsal, which says nothing about a GPU, on {title}" if rehearsed else title
@@ -137,6 +169,17 @@ def _launches(outcome: Outcome) -> list[str]:
     return ["microseconds of the host for a small forward call: " + ", ".join(each)] if each else []
 
 
+def _kernels(outcome: Outcome) -> list[str]:
+    """One line for each reason why kernels did not run, and for what could therefore not be timed."""
+    reasons: dict[str, list[str]] = {}
+    for operator, backend in sorted(outcome.existing - outcome.ran):
+        able = outcome.able[operator][backend]
+        why = "nothing of it ran" if able is True else str(able)
+        reasons.setdefault(f"{backend}: {why}", []).append(operator)
+    lines = [f"did not run: {why} ({', '.join(operators)})" for why, operators in reasons.items()]
+    return lines + [f"not timed, as it has no kernel here: {shape}" for shape in outcome.dropped]
+
+
 def _bench(outcome: Outcome) -> list[str]:
     reached = [f"this device reaches: {outcome.ceilings}"] if outcome.ceilings else []
     return reached + (
@@ -159,9 +202,11 @@ def _verdict(outcome: Outcome) -> str:
     cases = outcome.bench.cases.items()
     judged = [each for key, rows in cases for each in bench_report.verdicts(key, rows)]
     met = sum(each.met for each in judged)
-    late = sum(each.status == "late" for each in outcome.findings)
-    late += sum(each.reason == NO_TIME for each in outcome.bench.skipped)
-    parts = ["FAILED" if outcome.failures else "all that ran is right"]
+    existing, ran = outcome.existing, outcome.ran
+    missing = outcome.late or outcome.dropped or ran != existing
+    right = "nothing that ran is wrong, but not all ran" if missing else "all ran and is right"
+    parts = ["FAILED" if outcome.failures else right]
+    parts += [f"{len(ran)} of {len(existing)} kernels ran"] if existing else []
     parts += [f"{met} of {len(judged)} targets met"] if judged else []
-    parts += [f"{late} not run for want of time"] if late else []
+    parts += [f"{outcome.late} not run for want of time"] if outcome.late else []
     return "; ".join(parts)

@@ -46,7 +46,7 @@ class Device:
     def __init__(self):
         self.host, self.done = 0.0, 0.0
 
-    def zero_(self):
+    def amax(self):
         self.work(1.0)
 
     def work(self, milliseconds):
@@ -87,7 +87,7 @@ def test_what_the_host_takes_to_issue_a_call_is_not_counted():
     device = Device()
     clock = DeviceClock(device, device.event)
     assert clock(device.call, None) == 5.0
-    assert clock.lead == 4, "1 and 2 ms of overwriting do not cover 3 of issuing"
+    assert clock.lead == 4, "1 and 2 ms of reading do not cover 3 of issuing"
     began = device.done
     assert clock(device.call, 5.0) == 5.0
     assert device.done == began + 4 + 5, "the lead is kept"

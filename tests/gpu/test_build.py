@@ -60,6 +60,11 @@ def test_a_build_that_fails_says_why(folder, nvcc):
     assert "no such instruction" in (folder / "log.txt").read_text()
 
 
+def test_nvcc_is_asked_for_registers_and_spills(folder, nvcc):
+    nvcc('echo "$NVCC_APPEND_FLAGS" >&2; exit 1')
+    assert built().endswith("--resource-usage")
+
+
 def test_a_gpu_that_nvcc_does_not_know(folder, nvcc):
     nvcc("exit 1")
     assert built("90").endswith("FLAMINGO_KERNELS_CUDA_ARCHS=90: nvcc 13.0 knows compute_80.")

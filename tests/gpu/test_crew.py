@@ -12,11 +12,19 @@ from flamingo_kernels.gpu.crew import Crew, Lost
 from flamingo_kernels.gpu.proofs import Task, perform
 from flamingo_kernels.testing import GatedResidualCase
 
-LATE = ("late", "no time was left")
+LATE = Lost("late", "no time was left")
 
 
 def double(task: int) -> tuple[int, int]:
     return 2 * task, os.getpid()
+
+
+def double_alone(task: int) -> int:
+    return 2 * task
+
+
+def divide(task: int) -> float:
+    return 1 / task
 
 
 def die_of_three(task: int) -> int:
@@ -49,7 +57,7 @@ def test_in_this_process():
 def test_what_comes_too_late_is_not_begun():
     with Crew(0) as crew:
         found = share(crew, double, [1, 2], seconds=-1)
-    assert [(task, lost.status, str(lost)) for task, lost in found.items()] == [(1, *LATE), (2, *LATE)]
+    assert found == {1: LATE, 2: LATE}
 
 
 def test_processes_share_the_tasks_and_are_kept(two):
@@ -69,18 +77,46 @@ def test_a_proof_is_made_in_another_process(two):
 
 def test_a_process_that_dies_costs_its_task_alone(two):
     found = share(two, die_of_three, range(1, 6), most=1)
-    lost = found.pop(3)
-    assert found == {1: 2, 2: 4, 4: 8, 5: 10}
-    assert isinstance(lost, Lost)
-    assert (lost.status, str(lost)) == ("failed", "its process ended with 7")
+    assert found == {1: 2, 2: 4, 3: Lost("failed", "its process ended with 7"), 4: 8, 5: 10}
 
 
 def test_a_task_that_takes_too_long_is_ended(two):
     began = time.monotonic()
     found = share(two, sleep, [300.0, 1.0], seconds=0.3, most=1)
     assert time.monotonic() - began < 100
-    assert [(lost.status, str(lost)) for lost in found.values()] == [LATE, LATE]
+    assert set(found.values()) == {LATE}
     assert share(two, sleep, [0.0]) == {0.0: 0.0}, "the crew goes on"
+
+
+def test_a_task_that_hangs_costs_itself_alone(two):
+    found = share(two, sleep, [0.0, 300.0, 0.1], each=1.5, most=1)
+    assert found == {0.0: 0.0, 300.0: Lost("failed", "it hangs: not done after 2 s"), 0.1: 0.1}
+    assert not two.stuck
+
+
+def test_the_start_of_a_process_is_no_part_of_its_task():
+    """It takes seconds to import torch, of which the task has none."""
+    with Crew(1) as crew:
+        assert share(crew, double_alone, [3], each=0.5) == {3: 6}
+
+
+def test_what_a_task_raises_is_its_failure(two):
+    for crew in (Crew(0), two):
+        found = share(crew, divide, [0, 1])
+        assert found == {0: Lost("failed", "ZeroDivisionError: division by zero"), 1: 1.0}
+
+
+def test_a_process_that_cannot_be_ended_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 0.1)
+    crew = Crew(1)
+    worker = module._Worker()
+    monkeypatch.setattr(worker.process, "kill", lambda: None)
+    crew._stop(worker)
+    assert crew.stuck
+    monkeypatch.undo()
+    crew.stuck = False
+    worker.process.kill()
+    worker.process.join()
 
 
 def test_a_process_whose_gpu_is_lost_does_not_go_on(monkeypatch):

@@ -13,9 +13,9 @@ from flamingo_kernels.bench.baselines import OURS
 from flamingo_kernels.bench.floors import Ceilings
 from flamingo_kernels.bench.rows import Row, Run, Skipped
 from flamingo_kernels.bench.shapes import GPU_CASES
+from flamingo_kernels.gpu.outcome import Outcome
 from flamingo_kernels.gpu.plan import FULL, tasks
-from flamingo_kernels.gpu.report import load, save, summary
-from flamingo_kernels.gpu.run import Outcome
+from flamingo_kernels.gpu.report import draw, load, save, summary
 from flamingo_kernels.testing import CASES, GatedResidualCase, Measurement
 
 BACKENDS = dict.fromkeys(CASES, ("reference", "triton"))
@@ -81,7 +81,7 @@ def test_a_failure_is_counted_and_shown():
     assert "FAILED 1 of 2" in shown
     assert (
         "FAILED:\n  parity, gated_residual, reference, float32, shape=(1,2): "
-        "error of dq 6.00e+00, budget 4.00e+00" in shown
+        "error of dq 4.50e+00, budget 3.00e+00" in shown
     )
     assert shown.endswith("\nFAILED")
 
@@ -100,7 +100,7 @@ def test_times_and_verdicts_are_those_of_the_rows():
     assert shown[at].split()[-9:] == ["0.5", "ms", "142%", "6.50x", "-", "-", "0.70x", "-", "-"]
     assert shown[at + 1].strip() == "at least 12x eager: not met (6.50x); at least 1.5x flex: not met (0.70x)"
     assert "this device reaches: copy 3000 GB/s, bfloat16 matrix product 790 TFLOP/s" in shown
-    assert shown[-1] == "all that ran is right; 0 of 2 targets met"
+    assert shown[-1] == "all ran and is right; 0 of 2 targets met"
 
 
 def test_ours_without_a_time_is_a_failure_unless_there_was_no_time():
@@ -141,17 +141,20 @@ def test_what_is_written_can_be_read_again(tmp_path):
     assert summary(other) == summary(one)
     assert summary(one) in (tmp_path / "new" / "summary.md").read_text()
     written = {path.name for path in (tmp_path / "new").iterdir()}
-    assert written >= {"parity.json", "bench.json", "environment.json", "summary.md"}
+    assert written == {
+        *("parity.json", "bench.json", "environment.json", "configs.json", "kernels.json"),
+        *("summary.md", "build.txt"),
+    }
     assert json.loads((tmp_path / "new" / "environment.json").read_text())["problems"] == {"floors": "broken"}
 
 
 def test_the_picture_is_drawn_where_it_can_be(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     one = outcome(rows=[row(GPU_CASES[1], name, median) for name, median in ((OURS, 0.5), ("flex", 6.5))])
-    save(one, tmp_path)
+    draw(one, tmp_path)
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    save(one, tmp_path)
+    draw(one, tmp_path)
     assert not (tmp_path / "bench.png").exists()
 
 
@@ -168,7 +171,16 @@ def test_the_environment_has_what_info_shows():
 
 def test_what_a_call_costs_the_host_is_shown_and_kept(tmp_path):
     launches = {"gated_residual": {"cuda": 5.25, "triton": 21.0}, "gated_block_decode": {}}
-    told = dataclasses.replace(outcome(), launches=launches, notes=["no CUDA kernels: nvcc was not done"])
+    told = dataclasses.replace(
+        outcome(),
+        launches=launches,
+        notes=["no CUDA kernels: nvcc was not done"],
+        able={"gated_residual": {"cuda": "not built", "triton": True}},
+        configs=[{"kernel": "_sum_kernel", "median_ms": 0.5}],
+        kernels=[{"kernel": "_sum_kernel", "microseconds": 500.0}],
+        build="ptxas info    : Used 40 registers",
+        stuck=True,
+    )
     save(told, tmp_path)
     assert load(tmp_path) == told
     lines = summary(told).splitlines()

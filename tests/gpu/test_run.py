@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from flamingo_kernels.bench.baselines import OURS, contenders
 from flamingo_kernels.bench.floors import Ceilings
 from flamingo_kernels.bench.run import prepare
 from flamingo_kernels.gpu import plan as plans
-from flamingo_kernels.gpu import proofs, report
+from flamingo_kernels.gpu import proofs, report, work
 from flamingo_kernels.gpu import run as module
-from flamingo_kernels.gpu.plan import Plan
+from flamingo_kernels.gpu.plan import Plan, Time
 from flamingo_kernels.gpu.run import run
-from flamingo_kernels.ops.gated_residual import triton_fwd
+from flamingo_kernels.ops.gated_residual import config, triton_fwd
 from flamingo_kernels.testing import CASES as EVERY
 from flamingo_kernels.testing import GatedResidualCase
 
@@ -26,18 +27,7 @@ from .test_proofs import SMALL, stubs  # noqa: F401
 pytestmark = pytest.mark.skipif(not _env.INTERPRET, reason="Triton's interpreter is off")
 
 GATED = [GatedResidualCase(shape=(3, 40))]
-STEPS = [
-    "rivals",
-    "build",
-    "parity",
-    "determinism",
-    "graphs",
-    "large",
-    "sanitizer",
-    "floors",
-    "launches",
-    "bench",
-]
+STEPS = list(plans.FULL.steps)
 
 
 def timed(op, *modes):
@@ -54,14 +44,15 @@ PLAN = Plan(
     timed=timed("gated_residual", "forward"),
     against=("eager", "torch.add"),
     seconds_each=0,
-    seconds={"all": 300},
+    steps=dict.fromkeys(STEPS, Time(math.inf)),
+    seconds=300,
 )
 
 
 @pytest.fixture
 def quick_ceilings(monkeypatch):
     monkeypatch.setenv("PATH", "")  # no sanitizer
-    monkeypatch.setattr(module, "ceilings", lambda device, clock: Ceilings(1.0, 2.0))
+    monkeypatch.setattr(work, "ceilings", lambda device, clock: Ceilings(1.0, 2.0))
 
 
 @pytest.fixture
@@ -103,9 +94,9 @@ def test_every_operator_is_proved_and_timed_in_the_interpreter(stubs, quick_ceil
         {
             "cases": SMALL,
             "repeated": [],
+            "steps": {name: PLAN.steps[name] for name in ("build", "parity", "floors", "bench", "large")},
             "large": SMALL,
             "timed": tuple(case for case in shapes.QUICK if case.op in CASES and case.mode == "forward"),
-            "sanitizer": False,
         }
     )
     assert outcome.failures == []
@@ -157,41 +148,90 @@ def test_a_wrong_rival_and_one_that_is_not_there_fail_nothing(quick_ceilings, mo
 
 
 def test_a_step_without_time_leaves_it_to_the_others(gated):
-    outcome = gate({"seconds": {"parity": -1, "all": 300}})
+    outcome = gate(
+        {
+            "steps": PLAN.steps | {"rivals": Time(0), "build": Time(0), "parity": Time(-1)},
+            "backends": ("triton",),
+        }
+    )
     assert set(statuses(outcome, "parity").values()) == {"late"}
     assert set(statuses(outcome, "repeats").values()) == {"ok"}
     assert outcome.bench.rows
     assert outcome.failures == []
-    late = [each for each in outcome.findings if each.status == "late"]
-    assert report.summary(outcome).endswith(f"all that ran is right; {len(late)} not run for want of time")
+    assert outcome.late == len(statuses(outcome, "parity"))
+    assert report.summary(outcome).endswith(
+        "nothing that ran is wrong, but not all ran; 1 of 1 kernels ran; 2 not run for want of time"
+    )
 
 
 def test_all_steps_end_when_the_time_is_over(gated):
-    outcome = gate({"seconds": {"all": -1}})
+    outcome = gate({"seconds": -1, "backends": ("triton",)})
     proved = [each for each in outcome.findings if not each.check.startswith("sanitizer")]
     assert {each.status for each in proved} == {"late"}
     assert [each.reason for each in outcome.bench.skipped] == ["no time was left"]
-    assert outcome.failures == []
+    assert outcome.failures == ["gated_residual, triton: nothing of it ran, though it can run here"]
+    assert "FAILED; 0 of 1 kernels ran" in report.summary(outcome)
 
 
-class Built:
+@pytest.fixture
+def built(tmp_path):
     """A build that is done."""
 
-    def finish(self, end):
-        return "CUDA kernels built for sm_90 in 31 s"
+    class Built:
+        log = tmp_path / "log.txt"
+
+        def finish(self, end):
+            return "CUDA kernels built for sm_90 in 31 s"
+
+    Built.log.write_text("ptxas info    : Used 40 registers")
+    return Built()
 
 
-@pytest.mark.parametrize(
-    ("building", "note"),
-    [(Built(), Built().finish(0)), ("no CUDA kernels built: nvcc is not on the PATH",) * 2],
-    ids=["built", "no nvcc"],
-)
-def test_what_came_of_the_build_is_told_and_fails_nothing(building, note, gated):
+def test_what_came_of_the_build_is_told_and_kept(gated, built, monkeypatch):
+    able = {"cuda": True, "triton": True, "cpu": "a tensor is on cuda:0", "reference": True}
+    monkeypatch.setattr(module.check, "backends_on", lambda *_: able)
     told = []
-    outcome = gate(building=building, say=told.append)
+    outcome = gate(building=built, say=told.append, changes={"steps": dict.fromkeys(["build"], Time(9))})
+    assert told == ["build", built.finish(0)] == ["build", *outcome.notes]
+    assert report.summary(outcome).splitlines()[1] == built.finish(0)
+    assert outcome.build == built.log.read_text()
+    assert outcome.problems == {}
+
+
+def test_without_nvcc_kernels_are_missed_and_nothing_is_wrong(gated, monkeypatch):
+    able = {"cuda": "the CUDA kernels are not built", "triton": True, "reference": True}
+    monkeypatch.setattr(module.check, "backends_on", lambda *_: able)
+    outcome = gate({"steps": dict.fromkeys(["build", "parity"], Time(99))}, building="no nvcc")
     assert outcome.failures == []
-    assert told[told.index("build") + 1] == note
-    assert report.summary(outcome).splitlines()[1] == note
+    shown = report.summary(outcome)
+    assert "did not run: cuda: the CUDA kernels are not built (gated_residual)" in shown
+    assert shown.endswith("nothing that ran is wrong, but not all ran; 1 of 2 kernels ran")
+
+
+def test_with_nvcc_a_kernel_that_does_not_run_is_a_problem(gated, built, monkeypatch):
+    able = {"cuda": "an undefined symbol", "triton": True, "reference": True}
+    monkeypatch.setattr(module.check, "backends_on", lambda *_: able)
+    outcome = gate({"steps": dict.fromkeys(["build", "parity"], Time(99))}, building=built)
+    assert outcome.failures == ["gated_residual, cuda: it does not run here: an undefined symbol"]
+    assert report.summary(outcome).endswith("FAILED; 1 of 2 kernels ran")
+
+
+def test_every_configuration_is_timed_and_told_apart(gated):
+    outcome = gate({"steps": dict.fromkeys(["build", "configs"], Time(99))})
+    rows = [each for each in outcome.configs if each["kernel"] == "_gated_residual_bwd_kernel"]
+    choice = config.backward(64, torch.float32)
+    assert [each["config"] for each in rows] == [dataclasses.asdict(each) for each in choice.candidates]
+    assert [each["default"] for each in rows].count(True) == 1
+    assert {each["median_ms"] for each in outcome.configs} == {2.0}
+    assert {(each["op"], each["dtype"]) for each in outcome.configs} == {("gated_residual", "float32")}
+    assert {each["registers"] for each in outcome.configs} == {None}, "an interpreter has no registers"
+
+
+def test_the_time_of_a_call_is_told_by_kernel(gated):
+    outcome = gate({"steps": dict.fromkeys(["build", "kernels"], Time(99))})
+    able = {backend for backend, yes in outcome.able["gated_residual"].items() if yes is True}
+    assert {each["backend"] for each in outcome.kernels} == able
+    assert all(each["microseconds"] > 0 and each["launches"] >= 1 for each in outcome.kernels)
 
 
 @pytest.mark.parametrize("case", shapes.QUICK, ids=str)
@@ -217,20 +257,22 @@ def test_an_operator_that_only_cuda_has_is_left_out_without_it(stubs, quick_ceil
         "large": [],
         "timed": timed("gated_block_decode", "forward"),
     }
-    outcome = gate(changes | {"sanitizer": False})
+    outcome = gate(changes)
     assert outcome.failures == []
     assert statuses(outcome, "parity") == {"reference": "ok"}
-    assert (outcome.bench.rows, outcome.bench.skipped) == ([], [])
+    assert outcome.bench.rows == []
+    (shape,) = outcome.dropped
+    assert shape.startswith("gated_block_decode B2 M3 D32")
+    assert f"not timed, as it has no kernel here: {shape}" in report.summary(outcome)
 
 
 def test_a_step_that_breaks_stops_no_other(gated, monkeypatch):
     def broken(device, clock):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(module, "ceilings", broken)
+    monkeypatch.setattr(work, "ceilings", broken)
     outcome = gate()
-    assert outcome.problems == {"floors": "RuntimeError: no such kernel"}
-    assert outcome.failures == ["floors: RuntimeError: no such kernel"]
+    assert [line.partition("large: ")[2] for line in outcome.failures] == ["RuntimeError: no such kernel"]
     assert outcome.bench.rows[0].floor_share is None
 
 
@@ -238,9 +280,7 @@ def test_an_operator_without_a_kernel_is_a_failure(gated, monkeypatch):
     able = {"triton": "triton is not installed", "reference": True}
     monkeypatch.setattr(module.check, "backends_on", lambda *_: able)
     outcome = gate({"timed": ()})
-    assert outcome.failures == [
-        "gated_residual: no kernel of ours runs here: triton: triton is not installed"
-    ]
+    assert outcome.failures == ["gated_residual, triton: it does not run here: triton is not installed"]
     assert statuses(outcome, "parity") == {"reference": "ok"}
 
 
@@ -272,11 +312,20 @@ def test_the_cases_take_every_branch():
     assert {each.operator for each in plans.FULL.large} == set(EVERY) - {"gated_block_decode"}
 
 
-def test_each_step_fits_into_the_whole():
-    for plan, limit in ((plans.FULL, 540), (plans.QUICK, 180)):
-        steps = {name: seconds for name, seconds in plan.seconds.items() if name != "all"}
-        assert set(steps) <= set(STEPS)
-        assert sum(steps.values()) < plan.seconds["all"] < limit
+@pytest.mark.parametrize(
+    ("plan", "limit"), [(plans.FULL, 500), (plans.QUICK, 185), (plans.CONFIGS, 250)], ids=str
+)
+def test_each_step_fits_into_the_whole_and_a_hanging_task_into_its_step(plan, limit):
+    assert set(plan.steps) <= set(STEPS)
+    assert sum(each.step for each in plan.steps.values()) <= plan.seconds < limit
+    for name, each in plan.steps.items():
+        if name not in ("build", "sanitizer"):  # which end themselves
+            assert each.task < each.step
+
+
+def test_what_the_first_minutes_must_bring_comes_first():
+    first = ["rivals", "build", "parity", "floors", "bench", "configs", "kernels"]
+    assert list(plans.FULL.steps)[: len(first)] == first
 
 
 def test_the_proofs_of_the_steps_are_all_the_proofs():
