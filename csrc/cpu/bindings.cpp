@@ -257,7 +257,7 @@ Memory<float> tanh_of(const char* operation, const Tensor& gate) {
 GatedResidual residual_params(const Tensor& y, const Tensor& gate, const Memory<float>& tanh_gate) {
   GatedResidual p = {};
   p.rows = y.size(0), p.columns = y.size(1);
-  p.per_channel = gate.numel() > 1;
+  p.per_channel = gate.numel() != 1;  // none for no channels
   p.gate = tanh_gate.data();
   p.y = matrix_of(y);
   return p;

@@ -39,9 +39,15 @@ FK_INLINE Range rows_near(const Params& p, int64_t b, int64_t m, Range range) {
 FK_INLINE bool sees(const Params& p, int64_t b, int64_t t, int64_t m) {
   return p.lo[b * p.length + t] <= m && m < p.hi[b * p.length + t];
 }
-FK_INLINE bool averages(const Params& p, int64_t b, int64_t t) { return p.hi[b * p.length + t] < 0; }
+FK_INLINE bool averages(const Params& p, int64_t b, int64_t t) { return p.averages && p.hi[b * p.length + t] < 0; }
+
+// Whether no medium there is visits a row; where rows see one, also because the mask keeps its medium from it.
 FK_INLINE bool blind(const Params& p, int64_t b, int64_t t) {
-  return p.hi[b * p.length + t] <= p.lo[b * p.length + t];
+  const int64_t lo = p.lo[b * p.length + t], hi = p.hi[b * p.length + t];
+  const int64_t first = lo > 0 ? lo : 0, end = hi < p.media ? hi : p.media;
+  if (end <= first) return true;
+  const Range row = rows_near(p, b, first, {t, t + 1});
+  return p.immediate && row.begin >= row.end;
 }
 FK_INLINE int64_t kv_head(const Params& p, int64_t h) { return h / (p.heads / p.kv_heads); }
 

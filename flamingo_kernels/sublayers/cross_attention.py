@@ -31,7 +31,7 @@ from ..mask import MediaMask
 from ..ops.masked_cross_attention.api import expect_media
 from . import gated_linear, normed_linear, reference
 from . import norm as norms
-from .gated_linear import Linear, cast_like, expect_gate, expect_linear, expect_one_dtype
+from .gated_linear import Linear, cast_like, expect_gate, expect_linear, expect_one_dtype, tensors_of
 from .norm import Norm, Statistics, expect_norm
 
 _NAME = "gated_cross_attention"
@@ -139,24 +139,16 @@ def _validate(
     inner, head_dim = to_q.weight.shape[0], k.shape[-1]
     if head_dim == 0 or inner % head_dim:
         raise ValueError(
-            f"{_NAME}: expected to_q to give a multiple of head_dim={head_dim} features, got {inner}."
+            f"{_NAME}: expected to_q.weight to give a multiple of head_dim={head_dim} features, got {inner}."
         )
     expect_head_groups(_NAME, inner // head_dim, k.shape[3])
     expect_linear(_NAME, "to_out", to_out, (width, inner), "to match to_q.weight")
     expect_gate(_NAME, gate, width)
     if q_norm is not None:
         expect_norm(_NAME, "q_norm", q_norm, head_dim)
-    tensors = {
-        "x": x,
-        "k": k,
-        "v": v,
-        "norm": norm.weight,
-        "to_q": to_q.weight,
-        "to_out": to_out.weight,
-        "gate": gate,
-    }
-    expect_floating_point(_NAME, **tensors)
-    expect_same_device(_NAME, **tensors, mask=mask.lo)
+    parts = tensors_of(norm=norm, to_q=to_q, to_out=to_out, q_norm=q_norm)
+    expect_floating_point(_NAME, x=x, k=k, v=v, **parts, gate=gate)
+    expect_same_device(_NAME, x=x, k=k, v=v, mask=mask.lo, **parts, gate=gate)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from .._once_differentiable import once_differentiable
 from .._parts import FEED_FORWARD, in_part
 from . import gated_linear, normed_linear, reference
 from .activation import ACTIVATIONS
-from .gated_linear import Linear, cast_like, expect_gate, expect_linear, expect_one_dtype
+from .gated_linear import Linear, cast_like, expect_gate, expect_linear, expect_one_dtype, tensors_of
 from .norm import Norm, Statistics, expect_norm
 from .scratch import scratch
 
@@ -128,9 +128,9 @@ def _validate(
     if factor is not None:
         expect_linear(_NAME, "factor", factor, (inner, width), "to match hidden.weight")
     expect_gate(_NAME, gate, width)
-    tensors = {"x": x, "norm": norm.weight, "hidden": hidden.weight, "output": output.weight, "gate": gate}
-    expect_floating_point(_NAME, **tensors)
-    expect_same_device(_NAME, **tensors)
+    parts = tensors_of(norm=norm, hidden=hidden, output=output, factor=factor)
+    expect_floating_point(_NAME, x=x, **parts, gate=gate)
+    expect_same_device(_NAME, x=x, **parts, gate=gate)
 
 
 @dataclass(frozen=True)

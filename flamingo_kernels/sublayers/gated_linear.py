@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import _library
 from .._checks import autocast, autocast_dtype, expect_same_dtype, expect_shape, expect_tensors, is_eager
 from .._parts import GATE, in_part
+from .norm import Norm
 from .scratch import scratch
 
 _ADD = _library.backends_of("gated_residual_fwd")
@@ -70,12 +71,17 @@ def expect_gate(operator: str, gate: Any, width: int) -> None:
 def expect_one_dtype(operator: str, x: Tensor, linears: dict[str, Linear | None], **media: Tensor) -> None:
     """Raise TypeError unless all that is multiplied has the dtype of x, which autocast alone may cast."""
     multiplied = {} if autocast_dtype(x.device) else {"x": x}
-    for name, linear in linears.items():
-        if linear is not None:
-            multiplied[f"{name}.weight"] = linear.weight
-            if linear.bias is not None:
-                multiplied[f"{name}.bias"] = linear.bias
-    expect_same_dtype(operator, **multiplied, **media)
+    expect_same_dtype(operator, **multiplied, **tensors_of(**linears), **media)
+
+
+def tensors_of(**parts: Linear | Norm | None) -> dict[str, Tensor]:
+    """The parameters of these parts by name, as "to_q.weight"."""
+    return {
+        f"{name}.{field}": getattr(part, field)
+        for name, part in parts.items()
+        for field in ("weight", "bias")
+        if getattr(part, field, None) is not None
+    }
 
 
 class Gradients(NamedTuple):

@@ -116,8 +116,8 @@ def error_of(operation: str, backend: str, arguments: dict[str, Any]) -> str:
     return "none"
 
 
-@pytest.fixture(params=["triton", "cuda"])  # those in C++ have test_bindings.py
-def kernels(request) -> str:
+@pytest.fixture(params=["triton", "cuda"])  # test_bindings.py checks those in C++
+def gpu_kernels(request) -> str:
     available = available_backends("masked_cross_attention")[request.param]
     if available is not True:
         pytest.skip(f"{request.param}: {available}")
@@ -125,10 +125,10 @@ def kernels(request) -> str:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_tensor_is_checked(operation, kernels):
+def test_every_tensor_is_checked(operation, gpu_kernels):
     arguments = OPERATIONS[operation]()
-    call(operation, kernels, arguments)
-    assert_refused(operation, kernels, arguments)
+    call(operation, gpu_kernels, arguments)
+    assert_refused(operation, gpu_kernels, arguments)
 
 
 @pytest.fixture
@@ -221,6 +221,28 @@ def test_spans_beyond_the_media_are_cut(immediate, kernels):
     forward = {name: arguments[name] for name in masked(backward=False)}
     arguments["out"], arguments["softmax"] = call("masked_cross_attention_fwd", kernels, forward | clamped)
     assert_as_clamped("masked_cross_attention_bwd", kernels, arguments | wild, clamped)
+
+
+def test_no_row_is_left_unwritten(kernels):
+    """Where a mask contradicts itself: rows see media of which it says that no row does."""
+    arguments = masked(False) | {"immediate": True}
+    medium = torch.arange(2 * T).view(2, T) % M
+    none = torch.zeros(2, M).int()
+    spans = {"lo": medium.int(), "hi": medium.int() + 1, "start": none, "stop": none}
+    outputs = torch.stack([call("masked_cross_attention_fwd", kernels, arguments | spans)[0] for _ in "12"])
+    assert outputs.isfinite().all()
+
+
+@pytest.mark.parametrize("gates", [0, 1])
+@pytest.mark.parametrize("operation", ["gated_residual_bwd", "gated_residual_norm_bwd"])
+def test_without_channels_gradients_are_zero(operation, gates, kernels):
+    rows = {name: torch.zeros(400, 0) for name in ("dz", "dn", "y", "z")}
+    moments = {name: torch.zeros(400) for name in ("mean", "rstd")}
+    changed = rows | moments | {"gate": torch.ones(gates), "weight": torch.zeros(0)}
+    arguments = {name: changed.get(name, option) for name, option in OPERATIONS[operation]().items()}
+    for gradient in as_tuple(call(operation, kernels, arguments)):
+        assert gradient.numel() in (0, gates)
+        assert not gradient.any()
 
 
 def test_lengths_beyond_the_features_are_cut(kernels):

@@ -41,7 +41,7 @@ def backward(columns: int, dtype: torch.dtype) -> Choice[Rows]:
 
 def parts_of(blocks: int, device: Device) -> int:
     """Among how many programs the backward pass divides the rows."""
-    return 2 * device.multiprocessors // blocks
+    return 2 * device.multiprocessors // max(blocks, 1)
 
 
 def rows_of_a_part(rows: int, step: int, parts: int) -> int:

@@ -27,7 +27,7 @@ def block_of_columns(columns: int, per_channel: bool) -> int:
 
 def parts_of(block: int, blocks: int, device: Device) -> int:
     """Among how many programs the backward pass divides the rows: as many as the device holds at once."""
-    return device.multiprocessors * (2 if block <= BLOCK else 1) // blocks
+    return device.multiprocessors * (2 if block <= BLOCK else 1) // max(blocks, 1)
 
 
 @cache

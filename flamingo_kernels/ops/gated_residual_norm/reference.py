@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -12,9 +11,7 @@ def gated_residual_norm(
 ) -> tuple[Tensor, Tensor]:
     z = x + torch.tanh(gate) * y
     dtype = torch.promote_types(z.dtype, torch.float32)
-    rows, weight = z.to(dtype), weight.to(dtype)
-    if norm == "rms":
-        n = F.rms_norm(rows, weight.shape, weight, eps)
-    else:
-        n = F.layer_norm(rows, weight.shape, weight, None if bias is None else bias.to(dtype), eps)
-    return z, n.to(z.dtype)
+    rows = z.to(dtype, copy=True)  # so that its own gradients, which may cancel, are added up first
+    centred = rows if norm == "rms" else rows - rows.mean(-1, keepdim=True)
+    n = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
+    return z, (n if bias is None else n + bias.to(dtype)).to(z.dtype)
