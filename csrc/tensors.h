@@ -117,6 +117,12 @@ class Checks {
       refuse(operation_, ": expected a contiguous ", name, ", got strides ", in_brackets(tensor.strides()), ".");
   }
 
+  // Of no keys there is no softmax.
+  void expect_latents(const char* name, const Tensor& tensor, int64_t dimension) const {
+    if (tensor.size(dimension) == 0)
+      refuse(operation_, ": expected ", name, " with at least one latent, got ", in_brackets(tensor.sizes()), ".");
+  }
+
   void expect_head_groups(int64_t heads, int64_t kv_heads) const {
     if (kv_heads == 0 || heads % kv_heads != 0)
       refuse(
@@ -159,7 +165,7 @@ inline Checks check_masked_cross_attention(
   checks.expect_rows_like_first("q", q, {batch, length, heads, head_dim});
   checks.expect_rows_like_first("k", k, {batch, media, latents, kv_heads, head_dim});
   checks.expect_rows_like_first("v", v, {batch, media, latents, kv_heads, head_dim});
-  checks.expect_head_groups(heads, kv_heads);
+  checks.expect_latents("k", k, 2), checks.expect_head_groups(heads, kv_heads);
   checks.expect_contiguous("lo", lo, ScalarType::Int, {batch, length});
   checks.expect_contiguous("hi", hi, ScalarType::Int, {batch, length});
   checks.expect_contiguous("start", start, ScalarType::Int, {batch, media});
@@ -179,7 +185,7 @@ inline Checks check_perceiver_attention(
   checks.expect_rows_like_first("v_media", v_media, {batch, features, kv_heads, head_dim});
   checks.expect_rows_like_first("k_latents", k_latents, {batch, latents, kv_heads, head_dim});
   checks.expect_rows_like_first("v_latents", v_latents, {batch, latents, kv_heads, head_dim});
-  checks.expect_head_groups(heads, kv_heads);
+  checks.expect_latents("k_latents", k_latents, 1), checks.expect_head_groups(heads, kv_heads);
   if (media_lengths) checks.expect_contiguous("media_lengths", *media_lengths, ScalarType::Int, {batch});
   return checks;
 }

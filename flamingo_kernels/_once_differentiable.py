@@ -30,9 +30,10 @@ def once_differentiable(operator: str, batched: bool = True) -> Callable[[Backwa
         @functools.wraps(backward)
         def once(ctx: Any, *douts: Any) -> Any:
             if not torch.compiler.is_compiling():
-                if any(map(has_tangent, douts)):
+                mapped = any(map(is_batched, douts))  # which keeps no graph
+                if any(map(has_tangent, douts)) or (mapped and torch.is_grad_enabled()):
                     raise _refusal(operator, ctx.backend, "cannot be differentiated again")
-                if not batched and any(map(is_batched, douts)):
+                if mapped and not batched:
                     raise _refusal(operator, ctx.backend, "cannot be computed for a batch of them")
             saved = ctx.saved_tensors  # once: non-reentrant checkpointing recomputes them at the first access
             with torch.no_grad(), without_autocast(douts[0]):  # in the dtypes of the forward pass

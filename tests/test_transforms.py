@@ -189,6 +189,17 @@ def test_batched_gradients(case, compiled):
     torch.testing.assert_close(list(found), expected)
 
 
+@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: case.operator)
+def test_batched_gradients_cannot_be_differentiated_again(case, compiled):
+    """A batch of gradients carries no graph, so a penalty on them would be dropped without a word."""
+    leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors().items()}
+    outputs = case.kernel(compiled, **leaves)
+    douts = [torch.ones(2, *out.shape) for out in outputs]
+    options = {"is_grads_batched": True, "create_graph": True, "materialize_grads": True}
+    with pytest.raises(UnsupportedError, match=f"^{case.operator}: .*cannot be differentiated again"):
+        torch.autograd.grad(outputs, list(leaves.values()), douts, **options)
+
+
 def test_a_choice_by_context_is_explicit(compiled):
     case = GatedResidualCase()
     with use_backend(compiled), pytest.raises(UnsupportedError, match=r"a transform of torch\.func"):

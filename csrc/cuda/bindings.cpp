@@ -396,7 +396,7 @@ void check_gated_block_decode(
   expect_vector("gate", gate, true), expect_vector("ff_gate", ff_gate, true);
   for (const auto& [name, keys] : {std::pair("k", k), std::pair("v", v)})
     checks.expect_rows_like_first(name, keys, {batch, k.size(1), k.size(2), k.size(3), k.size(4)});
-  checks.expect_head_groups(heads, k.size(3));
+  checks.expect_latents("k", k, 2), checks.expect_head_groups(heads, k.size(3));
   for (const auto& [name, span] : {std::pair("lo", lo), std::pair("hi", hi)})
     checks.expect_contiguous(name, span, ScalarType::Int, {batch, 1});
   expect_at_most(operation, "B", batch, kMostSequences), expect_at_most(operation, "head_dim", k.size(4), kMostColumns);

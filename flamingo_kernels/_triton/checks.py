@@ -56,6 +56,11 @@ class Checks:
         if not tensor.is_contiguous():
             self._refuse(ValueError, f"a contiguous {name}", f"strides {tensor.stride()}")
 
+    def latents(self, name: str, tensor: Tensor, dim: int) -> None:
+        """Of no keys there is no softmax."""
+        if tensor.shape[dim] == 0:
+            self._refuse(ValueError, f"{name} with at least one latent", tuple(tensor.shape))
+
     def head_groups(self, heads: int, kv_heads: int) -> None:
         if kv_heads == 0 or heads % kv_heads:
             self._refuse(

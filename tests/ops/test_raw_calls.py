@@ -233,6 +233,26 @@ def test_no_row_is_left_unwritten(kernels):
     assert outputs.isfinite().all()
 
 
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if "attention" in name])
+def test_no_latents_are_refused(operation, kernels):
+    """A kernel would divide by their number."""
+    arguments = OPERATIONS[operation]()
+    for name in ("k", "v", "k_latents", "v_latents"):
+        if name in arguments:
+            arguments[name] = arguments[name][..., :0, :, :]
+    error = error_of(operation, kernels, arguments)
+    assert re.match(rf"{operation}: expected k\w* with at least one latent, got \(2, .*0, 2, 8\)\.", error)
+
+
+@pytest.mark.parametrize("operation", ["gated_residual_fwd", "gated_residual_norm_fwd"])
+def test_without_channels_there_is_nothing_to_add(operation, kernels):
+    arguments = {
+        name: value[..., :0] if isinstance(value, torch.Tensor) else value
+        for name, value in OPERATIONS[operation]().items()
+    }
+    assert as_tuple(call(operation, kernels, arguments))[0].shape == (3, 0)
+
+
 @pytest.mark.parametrize("gates", [0, 1])
 @pytest.mark.parametrize("operation", ["gated_residual_bwd", "gated_residual_norm_bwd"])
 def test_without_channels_gradients_are_zero(operation, gates, kernels):

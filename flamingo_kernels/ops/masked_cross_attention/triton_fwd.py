@@ -82,6 +82,7 @@ def check(
     checks.rows("q", q, (batch, length, heads, head_dim))
     checks.rows_like_first("k", k, (batch, media, latents, kv_heads, head_dim))
     checks.rows_like_first("v", v, (batch, media, latents, kv_heads, head_dim))
+    checks.latents("k", k, 2)
     checks.head_groups(heads, kv_heads)
     for name, span in (("lo", lo), ("hi", hi)):
         checks.whole(name, span, (batch, length), torch.int32)

@@ -99,6 +99,7 @@ def check(
     checks.rows_like_first("v_media", v_media, (clips, features, kv_heads, head_dim))
     checks.rows_like_first("k_latents", k_latents, (clips, latents, kv_heads, head_dim))
     checks.rows_like_first("v_latents", v_latents, (clips, latents, kv_heads, head_dim))
+    checks.latents("k_latents", k_latents, 1)
     checks.head_groups(heads, kv_heads)
     if media_lengths is not None:
         checks.whole("media_lengths", media_lengths, (clips,), torch.int32)
