@@ -313,7 +313,9 @@ def test_the_cases_take_every_branch():
 
 
 @pytest.mark.parametrize(
-    ("plan", "limit"), [(plans.FULL, 500), (plans.QUICK, 185), (plans.CONFIGS, 250)], ids=str
+    ("plan", "limit"),
+    [(plans.FULL, 500), (plans.QUICK, 185), (plans.CONFIGS, 250)],
+    ids=["full", "quick", "configs"],
 )
 def test_each_step_fits_into_the_whole_and_a_hanging_task_into_its_step(plan, limit):
     assert set(plan.steps) <= set(STEPS)
