@@ -93,6 +93,7 @@ struct Backward {
       Floats weighted = gradient * load(p.weight + j, rest);
       along_z += weighted * zhat;
       along_one += weighted;
+      store(dx + j, weighted);  // rounded once: multiplied anew, and fused, it would not cancel with its mean
       store(dweight + j, load(dweight + j, rest) + gradient * zhat, rest);
       store(dbias + j, load(dbias + j, rest) + gradient, rest);
     }
@@ -100,8 +101,7 @@ struct Backward {
     for (int64_t j = 0; j < columns; j += width) {
       const int64_t rest = columns - j;
       Floats zhat = (load(z + j, rest) - splat(mean)) * rstd;
-      Floats weighted = load(dn + j, rest) * load(p.weight + j, rest);
-      store(dx + j, load(dz + j, rest) + (weighted - splat(c_one) - zhat * c_z) * rstd);
+      store(dx + j, load(dz + j, rest) + (load(dx + j) - splat(c_one) - zhat * c_z) * rstd);
     }
   }
 };
