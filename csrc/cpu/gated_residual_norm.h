@@ -94,6 +94,7 @@ struct Backward {
       store(dx + j, weighted);  // rounded, as its mean is: the two must cancel
       along_z += weighted * zhat;
       along_one += weighted;
+      store(dx + j, weighted);  // rounded once: multiplied anew, and fused, it would not cancel with its mean
       store(dweight + j, load(dweight + j, rest) + gradient * zhat, rest);
       store(dbias + j, load(dbias + j, rest) + gradient, rest);
     }

@@ -226,7 +226,7 @@ FK_INLINE Floats exp(Floats x) {
   return x < -87.f ? splat(0.f) : power;
 }
 
-// The same to 2^-13 of it, more than bfloat16 shows; e^-87 below that.
+// The same to 2^-13 of it, more than bfloat16 shows.
 FK_INLINE Floats exp_for_bf16(Floats x) {
   Floats clamped = max(splat(-87.f), x);
   Floats shifted = clamped * 1.44269504f + 0x1.8p23f;
@@ -235,7 +235,7 @@ FK_INLINE Floats exp_for_bf16(Floats x) {
   p = p * f + 2.42210954e-01f;
   p = p * f + 6.93282902e-01f;
   p = p * f + 1.f;
-  return (Floats)((Bits)p + ((Bits)shifted << 23));
+  return x < -87.f ? splat(0.f) : (Floats)((Bits)p + ((Bits)shifted << 23));
 }
 
 template <int... lane>

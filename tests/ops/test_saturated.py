@@ -66,6 +66,22 @@ def test_saturated_rows_are_within_the_budget(case, dtype, kernels):
     assert_within_budget(replace(case, dtype=dtype), kernels)
 
 
+@pytest.mark.parametrize("case", [Masked(media=1), Masked(immediate=False), Perceiver()], ids=name)
+def test_keys_that_weigh_less_than_any_number_get_no_gradient(case, dtype, kernels):
+    """One key is 3200 above the others, of which e^-3200 is 0."""
+    case = replace(case, dtype=dtype, scale=100.0)
+    tensors = case.tensors()
+    tensors["q"].fill_(1)
+    for key in [key for key in tensors if key.startswith("k")]:
+        tensors[key].fill_(-1)
+    key = tensors["k"][:, 0] if "k" in tensors else tensors["k_latents"]
+    key[:, 0] = 1
+    douts = case.douts(case.eager(**tensors))
+    found = evaluate(case, lambda **t: case.kernel(kernels, **t), tensors, douts)
+    gradients = {key for key, tensor in found.items() if tensor.any()}
+    assert gradients == {key for key in found if key in ("out", "dv", "dv_latents")}
+
+
 @pytest.mark.parametrize("scale", [2.0, -2.0, 0.0])
 def test_a_key_that_is_infinitely_far_below_counts_for_nothing(scale, kernels):
     """In the first tile of keys, too, when nothing else has been seen."""
