@@ -91,10 +91,9 @@ struct Backward {
       const int64_t rest = columns - j;
       Floats zhat = (load(z + j, rest) - splat(mean)) * rstd, gradient = load(dn + j, rest);
       Floats weighted = gradient * load(p.weight + j, rest);
-      store(dx + j, weighted);  // rounded, as its mean is: the two must cancel
+      store(dx + j, weighted);  // rounded once: multiplied anew, and fused, it would not cancel with its mean
       along_z += weighted * zhat;
       along_one += weighted;
-      store(dx + j, weighted);  // rounded once: multiplied anew, and fused, it would not cancel with its mean
       store(dweight + j, load(dweight + j, rest) + gradient * zhat, rest);
       store(dbias + j, load(dbias + j, rest) + gradient, rest);
     }
