@@ -59,8 +59,9 @@ def newest(
     """`make()`, or without gradients, and with `reuse`, what it gave last for this holder.
 
     That must have been for the same source and the same tensors, by their memory and their count of changes.
-    A change that torch does not count, as through `.data` or NumPy, shows on a CPU in a sample of the
-    numbers; on a GPU one would have to wait for them. Each thread and stream sees only what it made itself.
+    A change that torch does not count, as through `.data` or NumPy, shows on a CPU in the numbers, of large
+    tensors in a sample; on a GPU one would have to wait for them. Each thread and stream sees only what it
+    made itself.
 
     Args:
         holder: it keeps one result, in each thread, while it and the source live.
