@@ -88,7 +88,7 @@ def _open_image(file: Path | BinaryIO, max_pixels: int) -> Any:
 
 
 def _decoded_size(image: Any) -> tuple[int, int]:
-    """Width and height of what a decoder holds at once: of a TIFF file that may be a tile beyond the image."""
+    """Width and height of what a decoder holds at once: of TIFF that may be a tile beyond the image."""
     tags, tile = getattr(image, "tag_v2", {}), (322, 323)
     width, height = (size if isinstance(size := tags.get(tag), int) else 0 for tag in tile)
     return max(image.width, width), max(image.height, height)
