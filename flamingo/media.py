@@ -64,7 +64,7 @@ def read_image(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Tensor
     """
     _check_exists(file)
     with _open_image(file, max_pixels) as image:
-        _check_size(file, image.width, image.height, max_pixels)
+        _check_size(file, *_decoded_size(image), max_pixels)
         try:
             upright = import_module("PIL.ImageOps").exif_transpose(image)
             pixels = torch.from_numpy(np.array(upright.convert("RGB")))
@@ -85,6 +85,13 @@ def _open_image(file: Path | BinaryIO, max_pixels: int) -> Any:
         raise _too_large(file, str(error), max_pixels) from error
     except Exception as error:
         raise _unreadable(file, error) from error
+
+
+def _decoded_size(image: Any) -> tuple[int, int]:
+    """Width and height of what a decoder holds at once: of TIFF that may be a tile beyond the image."""
+    tags, tile = getattr(image, "tag_v2", {}), (322, 323)
+    width, height = (size if isinstance(size := tags.get(tag), int) else 0 for tag in tile)
+    return max(image.width, width), max(image.height, height)
 
 
 def _unreadable(file: Path | BinaryIO, error: Exception) -> ValueError:

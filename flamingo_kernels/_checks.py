@@ -202,15 +202,28 @@ def is_eager(tensor: Tensor) -> bool:
 def is_plain(module: nn.Module, *kinds: type[nn.Module] | str) -> bool:
     """Whether calling the module runs the forward of one of these classes, or one so named, and no more."""
     cls = type(module)
-    name = f"{cls.__module__}.{cls.__name__}"
-    known = any(name == kind if isinstance(kind, str) else _runs(cls, kind) for kind in kinds)
-    return known and is_unhooked(module)
+    return any(_runs(cls, kind) for kind in kinds) and is_unhooked(module)
 
 
-def _runs(cls: type[nn.Module], kind: type[nn.Module]) -> bool:
-    """Whether a class has the forward of another, and nobody gave that one another."""
-    home = getattr(kind.forward, "__globals__", {}).get("__name__")
-    return cls.forward is kind.forward and any(base.__module__ == home for base in kind.__mro__)
+def _runs(cls: type[nn.Module], kind: type[nn.Module] | str) -> bool:
+    """Whether a call of a class runs the forward of another, and nobody gave that one another."""
+    if isinstance(kind, str):
+        if f"{cls.__module__}.{cls.__name__}" != kind:
+            return False
+        kind = cls
+    if getattr(cls, "forward", None) is not kind.forward:
+        return False
+    home = _library(getattr(kind.forward, "__globals__", {}).get("__name__", ""))
+    return _calls_forward(cls) and any(_library(base.__module__) == home for base in kind.__mro__)
+
+
+def _calls_forward(cls: type[nn.Module]) -> bool:
+    """Whether a class is called as torch calls a module."""
+    return cls.__call__ is nn.Module.__call__ and cls._call_impl is nn.Module._call_impl
+
+
+def _library(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def is_unhooked(module: nn.Module) -> bool:
@@ -230,12 +243,13 @@ def _has_hooks_within(module: nn.Module | None) -> bool:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether it has hooks, or what is called as they are: a forward of its own, weights that are made."""
+    """Whether it has hooks, or what is called as they are: a call of its own, weights that are made."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in vars(module)
+        or "_call_impl" in vars(module)
         or "parametrizations" in module._modules
     )

@@ -16,7 +16,8 @@ from ._plain import is_norm, is_ordinary
 
 T = TypeVar("T")
 
-_SAMPLE = 128  # numbers of a tensor that are compared
+_SAMPLE = 128  # numbers of a large tensor that are compared
+_SMALL = 2**15  # numbers of a tensor of which all are
 
 
 class _Kept(NamedTuple):
@@ -58,8 +59,9 @@ def newest(
     """`make()`, or without gradients, and with `reuse`, what it gave last for this holder.
 
     That must have been for the same source and the same tensors, by their memory and their count of changes.
-    A change that torch does not count, as through `.data` or NumPy, shows on a CPU in a sample of the
-    numbers; on a GPU one would have to wait for them. Each thread and stream sees only what it made itself.
+    A change that torch does not count, as through `.data` or NumPy, shows on a CPU in the numbers, of large
+    tensors in a sample; on a GPU one would have to wait for them. Each thread and stream sees only what it
+    made itself.
 
     Args:
         holder: it keeps one result, in each thread, while it and the source live.
@@ -103,11 +105,14 @@ def _state(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """A copy of some numbers, from all over its memory."""
-    if tensor.numel() == 0:
-        return tensor
+    """A copy of all numbers of a small tensor, and of some from all over a large one's memory."""
+    if tensor.numel() <= _SMALL:
+        return tensor.clone()
     span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.as_strided((min(span, _SAMPLE),), (max(span // _SAMPLE, 1),)).clone()
+    if span <= _SMALL:  # of a tensor that is broadcast
+        return tensor.as_strided((span,), (1,)).clone()
+    step = (span - 1) // (_SAMPLE - 1)
+    return tensor.as_strided((_SAMPLE,), (step - 1 + step % 2,)).clone()  # odd, so not of one column alone
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -335,8 +335,8 @@ def _inputs_of(
     media_locations: Tensor | None,  # [B, T]
     use_cached_media: bool,
 ) -> _Inputs | None:
-    plain = _is_fused(attn) and "attend" not in vars(attn)
-    parts = _plain.cross_attention_of(x, attn.norm, attn.to_q, attn.to_out) if plain else None
+    fused = _is_fused(attn)
+    parts = _plain.cross_attention_of(x, attn.norm, attn.to_q, attn.to_out) if fused else None
     if parts is None:
         return None
     k, v = media_of(attn, x, media, follows=use_cached_media)
@@ -370,7 +370,7 @@ def _add_attended(
 
 def _is_fused(module: nn.Module) -> bool:
     """Whether it is one of ours, and nobody notices that its parts are computed elsewhere."""
-    return isinstance(module, Fused) and is_plain(module, type(module))
+    return isinstance(module, Fused) and is_plain(module, type(module)) and "attend" not in vars(module)
 
 
 @in_part(ATTENTION)

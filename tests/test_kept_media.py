@@ -112,10 +112,26 @@ class TestKeptKV:
         change(media)
         assert torch.equal(layer(media)[0], layer.k(media))
 
+    @pytest.mark.parametrize("at", [(..., -1), (-1, ...), (0, 1), (-1, -1)], ids=str)
+    @torch.no_grad()
+    def test_any_number_of_a_small_tensor(self, at):
+        layer, media = Layer(), torch.randn(8000, 4)
+        layer(media, step=False)
+        media.data[at] += 1
+        assert torch.equal(layer(media)[0], layer.k(media))
+
+    @pytest.mark.parametrize("at", [(..., 1), (-1, ...)], ids=["a column", "the end"])
+    @torch.no_grad()
+    def test_parts_of_a_large_tensor(self, at):
+        layer, media = Layer(), torch.randn(2, 16384, 4)
+        layer(media, step=False)
+        media.data[at] += 1
+        assert torch.equal(layer(media)[0], layer.k(media))
+
     @torch.no_grad()
     def test_other_memory_at_an_old_address(self):
         """As a GPU, where no numbers are compared: by what a sample of them does not show."""
-        holder, weight, source = nn.Identity(), torch.zeros(1000), torch.zeros(1)
+        holder, weight, source = nn.Identity(), torch.zeros(100000), torch.zeros(1)
 
         def total():
             return newest(holder, source, (weight,), lambda: weight.sum(), reuse=True)
@@ -128,10 +144,10 @@ class TestKeptKV:
 
     @torch.no_grad()
     def test_other_places_of_one_memory(self):
-        layer, memory = Layer(), torch.zeros(2000)
-        memory[801] = 1  # where no sample looks
-        square = memory[800:816].view(4, 4)
-        for media in (memory[:800].view(-1, 4), memory[800:1600].view(-1, 4), square, square.T):
+        layer, memory = Layer(), torch.zeros(200000)
+        memory[80001] = 1  # where no sample looks
+        square = memory[80000:80016].view(4, 4)
+        for media in (memory[:80000].view(-1, 4), memory[80000:160000].view(-1, 4), square, square.T):
             assert torch.equal(layer(media)[0], layer.k(media))
 
     @torch.no_grad()

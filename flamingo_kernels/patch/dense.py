@@ -14,6 +14,7 @@ from .._once import once, once_for_equal
 from .._parts import ATTENTION, in_part
 from ..mask import MediaMask
 
+_SDPA = "transformers.integrations.sdpa_attention"
 # Among many keys, media of fewer than this are not worth a kernel.
 _FEWEST_LATENTS = 16
 _FEW_KEYS = 256
@@ -51,6 +52,16 @@ class KeySpans:
 def in_order(x: Tensor, order: Tensor | None) -> Tensor:
     """`x` `[N, S, ...]` with the second dimension in an order `[N, n]`, if there is one."""
     return x if order is None else x[torch.arange(len(x), device=x.device)[:, None], order]
+
+
+def is_softmax(implementation: str) -> bool:
+    """Whether this attention of transformers is a softmax, and not what somebody registered by its name."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation)  # none for "eager", which each model has itself
+    if implementation == "sdpa":
+        return getattr(function, "__globals__", {}).get("__name__") == _SDPA
+    return implementation == "eager" and function is None
 
 
 @in_part(ATTENTION)

@@ -21,7 +21,7 @@ from ..mask import Policy
 from ..ops import masked_cross_attention, perceiver_attention
 from ..sublayers import gated_cross_attention, gated_feed_forward
 from .anatomy import Alpha, Linear, Norm, Number, Part
-from .dense import key_spans
+from .dense import is_softmax, key_spans
 from .family import TRANSFORMERS, Family
 
 _HOME = "transformers.models.idefics"
@@ -111,7 +111,7 @@ class IdeficsGatedCrossAttentionLayer(Fused):
 def _replaceable(attn: Any) -> bool:
     """Whether the block may compute what its attention computes."""
     dropout = attn.dropout and attn.training
-    known = attn.config._attn_implementation in ("eager", "sdpa") and is_plain(attn, _ATTENTION)
+    known = is_plain(attn, _ATTENTION) and is_softmax(attn.config._attn_implementation)
     biased = any("bias" in name for name, _ in attn.o_proj.named_parameters())  # would show in empty rows
     return known and not dropout and not biased
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..layers import Fused
 from ..ops import perceiver_attention
 from .anatomy import Linear, Number
-from .dense import in_order, media_first
+from .dense import in_order, is_softmax, media_first
 from .family import TRANSFORMERS, Family
 
 
@@ -35,6 +35,7 @@ class Idefics2PerceiverAttention(Fused):
     num_key_value_heads: int
     scaling: float
     attention_dropout: float
+    is_causal: bool  # False, unless somebody changes it
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -52,7 +53,7 @@ class Idefics2PerceiverAttention(Fused):
         first = None
         if attention_mask is not None:
             first = media_first(attention_mask, context, latents, layer=self)
-        masked = attention_mask is not None and first is None
+        masked = self.is_causal if attention_mask is None else first is None
         if masked or past_key_values is not None or self._must_stay(kwargs):
             rest = (attention_mask, position_ids, past_key_values)
             return super().forward(latents, context, *rest, **kwargs)
@@ -70,7 +71,7 @@ class Idefics2PerceiverAttention(Fused):
 
     def _must_stay(self, kwargs: dict[str, Any]) -> bool:
         weights = kwargs.get("output_attentions") or getattr(self, "past_key_values", None) is not None
-        other = self.config._attn_implementation not in ("eager", "sdpa")
+        other = not is_softmax(self.config._attn_implementation)
         return bool(weights or other or self.is_watched() or (self.attention_dropout and self.training))
 
 

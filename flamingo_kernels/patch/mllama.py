@@ -21,7 +21,7 @@ from ..layers import Fused, add_gated, gate_of
 from ..ops import masked_cross_attention
 from ..sublayers import gated_cross_attention, gated_feed_forward
 from .anatomy import Alpha, Linear, Norm, Number, Part
-from .dense import KeySpans, key_spans
+from .dense import KeySpans, is_softmax, key_spans
 from .family import TRANSFORMERS, Family
 
 _HOME = "transformers.models.mllama.modeling_mllama"
@@ -101,7 +101,7 @@ class MllamaTextCrossAttention(Fused):
 
     def _must_stay(self, kwargs: dict[str, Any]) -> bool:
         weights = kwargs.get("output_attentions") or self.config.output_attentions
-        other = self.config._attn_implementation not in ("eager", "sdpa")
+        other = not is_softmax(self.config._attn_implementation)
         return bool(weights or other or self.is_watched() or (self.dropout and self.training))
 
     def kv(

@@ -266,3 +266,27 @@ class TestImage:
         monkeypatch.setitem(sys.modules, "PIL.Image", None)
         with pytest.raises(ImportError, match=r"images from files needs pillow: pip install pillow"):
             list(read_frames(Path(photo[0])))
+
+
+def test_a_tile_that_is_larger_than_its_image(tmp_path):
+    """A decoder of TIFF files holds a whole one."""
+    pytest.importorskip("PIL")
+    content = zlib.compress(bytes(10))
+    side, at = 300, 8 + 2 + 10 * 12 + 4  # where the content begins, behind the header and ten tags
+    tags = {
+        256: 10,
+        257: 10,
+        258: 8,
+        259: 8,
+        262: 1,
+        277: 1,
+        322: side,
+        323: side,
+        324: at,
+        325: len(content),
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    (tmp_path / "tile.tif").write_bytes(header + entries + bytes(4) + content)
+    with pytest.raises(ValueError, match=r"at most 89999 pixels .*tile\.tif: 300 x 300\. Raise max_pixels"):
+        read_image(tmp_path / "tile.tif", max_pixels=side**2 - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 
 import pytest
 import torch
@@ -229,7 +230,19 @@ class TestOtherWaysToChangeAPart:
         linear._old_forward = linear.forward
         linear.forward = lambda *args, **kwargs: 2 * linear._old_forward(*args, **kwargs)
 
+    def call(linear):
+        class Doubled(nn.Linear):
+            def __call__(self, x):
+                return 2 * super().__call__(x)
+
+        linear.__class__ = Doubled
+
+    def call_impl(linear):
+        linear._call_impl = lambda x: 2 * linear.forward(x)
+
     WAYS = {
+        "called otherwise": call,
+        "called otherwise by itself": call_impl,
         "parametrized": constrain,
         "counted": count,
         "weight_norm": nn.utils.parametrizations.weight_norm,
@@ -273,3 +286,75 @@ class TestOtherWaysToChangeAPart:
         monkeypatch.setattr(cls, "forward", functools.wraps(forward)(lambda self, x: 1.5 * forward(self, x)))
         tensors = torch.randn(2, 6, TEXT), torch.randn(2, 2, 5, 12), torch.tensor([[1, 0, 0, 1, 0, 0]] * 2)
         torch.testing.assert_close(fused(*tensors), block(*tensors), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("name", "cls"),
+        [
+            ("idefics", "IdeficsRMSNorm"),
+            ("idefics", "IdeficsMLP"),
+            ("idefics", "IdeficsAttention"),
+            ("mllama", "MllamaTextRMSNorm"),
+            ("mllama", "MllamaTextMLP"),
+            ("evolla", "EvollaRMSNorm"),
+            ("evolla", "EvollaFeedForward"),
+        ],
+    )
+    @torch.no_grad()
+    def test_of_all_modules_of_a_class_of_transformers(self, name, cls, monkeypatch):
+        original = build(f"{name}-tiny")
+        fused = patched(original)
+        home = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        forward = getattr(home, cls).forward
+
+        @functools.wraps(forward)
+        def louder(self, *args, **kwargs):
+            out = forward(self, *args, **kwargs)
+            return (1.5 * out[0], *out[1:]) if isinstance(out, tuple) else 1.5 * out
+
+        before = original.logits()
+        monkeypatch.setattr(getattr(home, cls), "forward", louder)
+        assert not torch.allclose(original.logits(), before, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(fused.logits(), original.logits(), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("name", ["idefics-tiny", "mllama-tiny", "idefics2-tiny"])
+    @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+    @torch.no_grad()
+    def test_of_an_attention_function(self, name, implementation, monkeypatch):
+        """Other functions may be registered under names that transformers has."""
+        original = build(name)
+        fused = patched(original)
+        home = importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
+        sdpa = home["sdpa"]
+
+        def louder(*args, **kwargs):
+            return 1.5 * sdpa(*args, **kwargs)[0], None
+
+        for model in (original.model, fused.model):
+            model.set_attn_implementation(implementation)
+        before = original.logits()
+        torch.testing.assert_close(fused.logits(), before, rtol=1e-4, atol=1e-4)
+        monkeypatch.setitem(home._global_mapping, implementation, louder)
+        assert not torch.allclose(original.logits(), before, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(fused.logits(), original.logits(), rtol=1e-4, atol=1e-4)
+
+    @torch.no_grad()
+    def test_latents_that_see_in_order(self):
+        """Of Idefics2's attention the module says so, and no mask does."""
+        original = build("idefics2-tiny")
+        del original.inputs["pixel_attention_mask"]
+        fused = patched(original)
+        for module in (*original.model.modules(), *fused.model.modules()):
+            if hasattr(module, "is_causal") and "Perceiver" in type(module).__name__:
+                module.is_causal = True
+        torch.testing.assert_close(fused.logits(), original.logits(), rtol=1e-4, atol=1e-4)
+
+    @torch.no_grad()
+    def test_an_activation_that_is_a_function(self):
+        original = build("idefics-tiny")
+        fused = patched(original)
+        for model in (original.model, fused.model):
+            for module in model.modules():
+                if "act_fn" in module._modules:
+                    del module.act_fn
+                    module.act_fn = torch.sin
+        torch.testing.assert_close(fused.logits(), original.logits(), rtol=1e-4, atol=1e-4)

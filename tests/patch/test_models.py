@@ -91,15 +91,15 @@ def open_flamingo():
 
 
 def count_calls(monkeypatch, modules, calls):
-    """Note the calls of linear layers, without a hook, which would be honoured."""
-    forward = nn.Linear.forward
+    """Note the products of linear layers, without a hook or another forward, which would be honoured."""
+    linear = nn.functional.linear
 
-    def noted(module, x):
-        if any(module is each for each in modules):
+    def noted(x, weight, bias=None):
+        if any(weight is each.weight for each in modules):
             calls.append(1)
-        return forward(module, x)
+        return linear(x, weight, bias)
 
-    monkeypatch.setattr(nn.Linear, "forward", noted)
+    monkeypatch.setattr(nn.functional, "linear", noted)
 
 
 def vision(randn):
