@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flamingo_kernels.testing import Measurement, assert_all_passed, compare, rounding_errors
+from flamingo_kernels.testing import Measurement, assert_all_passed, compare, expect
 
 Call = Callable[..., Tensor]
 DRAWS = 3  # of inputs and upstream gradients
@@ -55,17 +55,16 @@ def measure(
     kernel: dict[str, Tensor], original: Callable[[], dict[str, Tensor]], exact: dict[str, Tensor]
 ) -> list[Measurement]:
     """Hold named results against float64; `original` computes the same in their dtype."""
-    for name, eager in original().items():
-        assert (kernel[name].shape, kernel[name].dtype) == (eager.shape, eager.dtype), (
-            f"{name}: {kernel[name].dtype} for {eager.dtype}"
-        )
-    rounding = rounding_errors(
-        lambda: [found[name] for found in [original()] for name in exact], list(exact.values()), draws=2
+    expected = expect(
+        lambda: [found[name] for found in [original()] for name in exact], [*exact.values()], draws=2
     )
-    return [
-        compare(name, kernel[name], right, of_rounding)
-        for (name, right), of_rounding in zip(exact.items(), rounding, strict=True)
-    ]
+    found = []
+    for name, right, dtype, rounding in zip(exact, *expected, strict=True):
+        assert (kernel[name].shape, kernel[name].dtype) == (right.shape, dtype), (
+            f"{name} in {kernel[name].dtype}"
+        )
+        found.append(compare(name, kernel[name], right, rounding))
+    return found
 
 
 def make(shape, dtype, seed):

@@ -158,7 +158,7 @@ class RandomRounding(TorchDispatchMode):
 def _is_rounded(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether it computes floats from floats, rather than look at them, make them or draw them."""
     drawn = torch.Tag.nondeterministic_seeded in operation.tags
-    lists = "foreach" in operation.name()  # of an optimizer
+    lists = not operation._schema.returns  # written in place, as by an optimizer
     reads = any(isinstance(each, Tensor) and each.dtype in _FLOATS for each in _flat(args, kwargs))
     return reads and not drawn and not lists and not operation.is_view
 
