@@ -50,7 +50,7 @@ def norm_of(module: Any, x: Tensor) -> Norm | None:
 
 def is_norm(module: Any) -> bool:
     """Whether it is a plain LayerNorm or RMSNorm over one dimension, with a weight."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if not is_ordinary(weight) or weight.ndim != 1:  # quantised layers have a method of that name
         return False
     return is_plain(module, nn.LayerNorm, *_RMS_NORMS)
