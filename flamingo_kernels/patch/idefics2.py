@@ -35,7 +35,7 @@ class Idefics2PerceiverAttention(Fused):
     num_key_value_heads: int
     scaling: float
     attention_dropout: float
-    is_causal: bool  # False, unless somebody changes it
+    is_causal: bool  # False, unless somebody changes it; with a mask, transformers 4 adds it and 5 drops it
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -53,8 +53,8 @@ class Idefics2PerceiverAttention(Fused):
         first = None
         if attention_mask is not None:
             first = media_first(attention_mask, context, latents, layer=self)
-        masked = self.is_causal if attention_mask is None else first is None
-        if masked or past_key_values is not None or self._must_stay(kwargs):
+        dense = self.is_causal or (attention_mask is not None and first is None)
+        if dense or past_key_values is not None or self._must_stay(kwargs):
             rest = (attention_mask, position_ids, past_key_values)
             return super().forward(latents, context, *rest, **kwargs)
         lengths = None

@@ -78,6 +78,7 @@ def measure(case: Case, backend: str = "auto") -> list[Measurement]:
         AssertionError: an output has another shape or dtype than eager's.
 
     Example:
+        >>> from flamingo_kernels.testing import GatedResidualCase, measure
         >>> for each in measure(GatedResidualCase(), "reference"):
         ...     print(each.name, each.passed)
         out True

@@ -46,6 +46,7 @@ class Case(ABC):
         device: where the tensors are.
 
     Example:
+        >>> from flamingo_kernels.testing import MaskedCrossAttentionCase, measure
         >>> case = MaskedCrossAttentionCase(dtype=torch.bfloat16, length=63)
         >>> all(each.passed for each in measure(case, "reference"))
         True
