@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flamingo_kernels.bench.baselines import contenders
-from flamingo_kernels.bench.run import check
-from flamingo_kernels.bench.shapes import CASES, QUICK, Case
+from flamingo_kernels.commands.bench.baselines import contenders
+from flamingo_kernels.commands.bench.run import check
+from flamingo_kernels.commands.bench.shapes import CASES, QUICK, Case
 
 # Asked of the small shapes, whose inputs cost nothing.
 NAMES = {case.op: list(contenders(case)) for case in QUICK}

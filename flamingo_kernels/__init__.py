@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ._dispatch import UnsupportedError, available_backends, use_backend
+from ._backends.dispatch import UnsupportedError, available_backends, use_backend
 from .fold import FoldReport, fold, unfold
 from .mask import MediaMask
 from .media_cache import MediaCache
@@ -17,12 +17,7 @@ from .ops import (
 from .patch import PatchReport, patch, unpatch
 
 if TYPE_CHECKING:
-    from .layers import (
-        GatedCrossAttentionBlock,
-        MaskedCrossAttention,
-        PerceiverAttention,
-        PerceiverResampler,
-    )
+    from .layers import GatedCrossAttentionBlock, MaskedCrossAttention, PerceiverAttention, PerceiverResampler
 
 __version__ = "0.1.0"
 

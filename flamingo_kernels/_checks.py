@@ -8,10 +8,9 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch import Tensor
 
-from ._transforms import transform
+from ._predicates import autocast_dtype
 
 _FLOATING_POINT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LARGEST = sys.float_info.max
@@ -138,16 +137,6 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """In which torch.autocast multiplies on this device now; None where it does not reach."""
-    available = torch.amp.is_autocast_available(device.type)
-    return (
-        torch.get_autocast_dtype(device.type)
-        if available and torch.is_autocast_enabled(device.type)
-        else None
-    )
-
-
 _AUTOCAST_CASTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -169,87 +158,3 @@ def unit_stride(tensor: Tensor) -> Tensor:
 def as_rows(tensor: Tensor) -> Tensor:  # [N, D]
     """A tensor `[..., D]` as rows with a contiguous last dimension, copied only if it cannot be viewed so."""
     return unit_stride(tensor.flatten(0, -2) if tensor.ndim > 1 else tensor[None])
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd must record the call; if not the operator is called bare, which costs less."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def is_recording(tensor: Tensor) -> bool:
-    """Whether what runs now stands for other values too, for which anything kept or read would be wrong."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transform():
-        return True
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def is_transformed(tensor: Tensor) -> bool:
-    """Whether it stands for other numbers than its own: those of a batch, or a derivative, of torch.func."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def stream_of(tensor: Tensor) -> int | None:
-    """Where work on this tensor is queued now; None on a device without such queues."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
-
-
-def is_eager(tensor: Tensor) -> bool:
-    """Whether the tensor has numbers, and what runs now runs as it is: nothing is fake, traced or mapped."""
-    plain = type(tensor) in (Tensor, nn.Parameter)
-    return plain and not torch.compiler.is_compiling() and not transform()
-
-
-def is_plain(module: nn.Module, *kinds: type[nn.Module] | str) -> bool:
-    """Whether calling the module runs the forward of one of these classes, or one so named, and no more."""
-    cls = type(module)
-    return any(_runs(cls, kind) for kind in kinds) and is_unhooked(module)
-
-
-def _runs(cls: type[nn.Module], kind: type[nn.Module] | str) -> bool:
-    """Whether a call of a class runs the forward of another, and nobody gave that one another."""
-    if isinstance(kind, str):
-        if f"{cls.__module__}.{cls.__name__}" != kind:
-            return False
-        kind = cls
-    if getattr(cls, "forward", None) is not kind.forward:
-        return False
-    home = _library(getattr(kind.forward, "__globals__", {}).get("__name__", ""))
-    return _calls_forward(cls) and any(_library(base.__module__) == home for base in kind.__mro__)
-
-
-def _calls_forward(cls: type[nn.Module]) -> bool:
-    """Whether a class is called as torch calls a module."""
-    return cls.__call__ is nn.Module.__call__ and cls._call_impl is nn.Module._call_impl
-
-
-def _library(module: str) -> str:
-    return module.partition(".")[0]
-
-
-def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling the module runs the forward of its class on its parameters, and nothing else."""
-    return not (_has_hooks(module) or _has_any_global_hook())
-
-
-def has_hooks_below(module: nn.Module) -> bool:
-    """Whether anybody sees the calls that a module makes of those within it: their hooks, or those of all."""
-    return _has_any_global_hook() or any(map(_has_hooks_within, module._modules.values()))
-
-
-def _has_hooks_within(module: nn.Module | None) -> bool:
-    if module is None:
-        return False
-    return _has_hooks(module) or any(map(_has_hooks_within, module._modules.values()))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether it has hooks, or what is called as they are: a call of its own, weights that are made."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-        or "_call_impl" in vars(module)
-        or "parametrizations" in module._modules
-    )

@@ -15,10 +15,10 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from . import _plain
-from ._checks import is_plain
-from ._dispatch import UnsupportedError
-from .patch.report import table
+from ._backends.dispatch import UnsupportedError
+from ._predicates import is_ordinary, is_plain
+from ._report import table
+from .sublayers import arguments
 
 
 class Affine(NamedTuple):
@@ -38,7 +38,7 @@ class Affine(NamedTuple):
         norm = parts.at(self.norm)
         if not any(True for _ in norm.parameters()):
             return
-        if not _plain.is_norm(norm):
+        if not arguments.is_norm(norm):
             raise _Kept(self.norm, f"{type(norm).__name__} is not a plain norm")
         weights = [parts.linear(path) for path in self.linears]
         scale = parts.take(f"{self.norm}.weight")
@@ -89,7 +89,7 @@ class Scale(NamedTuple):
 
     def fold(self, parts: _Parts) -> None:
         last = next(path for path in self.ends if _has(parts.module, path))
-        if not _plain.is_norm(parts.at(last)):
+        if not arguments.is_norm(parts.at(last)):
             parts.linear(last)
         scale = parts.take(self.scale)
         for path in (f"{last}.weight", f"{last}.bias"):
@@ -274,7 +274,7 @@ class _Parts:
     def linear(self, path: str) -> Tensor:
         """The weight of a plain linear layer."""
         linear = self.at(path)
-        if not is_plain(linear, nn.Linear) or not _plain.is_ordinary(linear.weight):
+        if not is_plain(linear, nn.Linear) or not is_ordinary(linear.weight):
             raise _Kept(path, f"{type(linear).__name__} is not a plain linear layer")
         return self.take(f"{path}.weight")
 

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import autocast_dtype, is_plain, needs_grad
-from ._kept_media import kept_kv
-from ._parts import PROJECTIONS, in_part
-from ._plain import is_ordinary
+from ._kept import kept_kv
+from ._predicates import autocast_dtype, is_ordinary, is_plain, needs_grad
+from .sublayers.labels import PROJECTIONS, in_part
 
 
 class Source(NamedTuple):

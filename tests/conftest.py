@@ -6,7 +6,8 @@ import contextlib
 import functools
 import os
 import shutil
-from pathlib import Path
+
+from tests.helpers import ROOT
 
 # Inductor keeps graphs on disk and knows an operator by its name alone, not by what it returns.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
@@ -18,11 +19,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault(
         "TRITON_INTERPRET", "1"
     )  # the Triton kernels run on the processor, in their interpreter
-    emulated = Path(__file__).parents[1] / "build" / "emulated-cuda" / "flamingo_kernels" / "_C_cuda.abi3.so"
+    emulated = ROOT / "build" / "emulated-cuda" / "flamingo_kernels" / "_C_cuda.abi3.so"
     if emulated.exists():  # so do the CUDA kernels, as `make emulated` has compiled them for it
         os.environ.setdefault("FLAMINGO_KERNELS_CUDA_EXTENSION", str(emulated))
 
-from flamingo_kernels import _cuda, _extension, available_backends
+from flamingo_kernels import available_backends
+from flamingo_kernels._backends import cpu, cuda
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -97,10 +99,10 @@ def poison(monkeypatch: pytest.MonkeyPatch):
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
-    for library in (_extension, _cuda):
+    for library in (cpu, cuda):
         library.poison(True)
     yield
-    for library in (_extension, _cuda):
+    for library in (cpu, cuda):
         library.poison(False)
 
 

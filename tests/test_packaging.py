@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import flamingo_kernels
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 EXTENSION = Path(flamingo_kernels.__file__).with_name("_C.abi3.so")
 WIDE = re.compile(r"flamingo_kernels::(avx512_amx|avx512_bf16|avx512|avx2)::")
 ALLOWED = {

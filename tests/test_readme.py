@@ -12,12 +12,13 @@ from flamingo.__main__ import main as flamingo_command
 from flamingo.config import PRESETS
 from flamingo.demo import stages
 from flamingo.demo.saved import save_model
-from flamingo_kernels import _dispatch, _env, support
-from flamingo_kernels.bench import report
-from flamingo_kernels.bench.rows import Run
-from flamingo_kernels.patch.family import families
+from flamingo_kernels._backends import dispatch, env
+from flamingo_kernels.commands import support
+from flamingo_kernels.commands.bench import report
+from flamingo_kernels.commands.bench.rows import Run
+from flamingo_kernels.patch.registry import families
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 GAINS = ROOT / "benchmarks/results/intel-xeon-2-cores/models"
 BENCH = ROOT / "benchmarks/results/intel-xeon-2-cores/bench.json"
 README = (ROOT / "README.md").read_text()
@@ -63,8 +64,8 @@ def test_its_training_runs(tmp_path, monkeypatch, capsys):
 
 def test_it_names_every_operator_and_backend():
     operators = re.findall(r"^\| `(\w+)\(", README, flags=re.MULTILINE)
-    assert sorted(operators) == sorted(_dispatch.operators())
-    assert set(_env.BACKENDS) <= set(re.findall(r"`(\w+)`", section("What runs where")))
+    assert sorted(operators) == sorted(dispatch.operators())
+    assert set(env.BACKENDS) <= set(re.findall(r"`(\w+)`", section("What runs where")))
 
 
 def test_its_support_table_is_that_of_the_code():

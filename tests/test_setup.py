@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 from setuptools import Command, Distribution
 
-from flamingo_kernels import _extension
+from flamingo_kernels._backends import cpu
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 SETUP = ROOT / "setup.py"
 
 pytestmark = pytest.mark.skipif(not SETUP.exists(), reason="setup.py is not beside the tests")
@@ -194,10 +194,10 @@ def test_a_failed_build_leaves_its_reason_until_one_succeeds(tmp_path, monkeypat
     monkeypatch.setattr(build, "build_library", lambda *_: outcome and sys.exit(outcome[0]))
     with pytest.raises(SystemExit, match="no such type"):
         build.build_extension(setup.EXTENSION)
-    assert _extension.failed_build(library) == outcome[0]
+    assert cpu.failed_build(library) == outcome[0]
     outcome.clear()
     build.build_extension(setup.EXTENSION)
-    assert _extension.failed_build(library) == ""
+    assert cpu.failed_build(library) == ""
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 import flamingo_kernels
+from tests.helpers import ROOT
+from tests.test_setup import load_setup
 
-from .test_setup import load_setup
-
-ROOT = Path(__file__).parents[1]
 BINDINGS = ("csrc/tensors.h", "csrc/cpu/bindings.cpp", "csrc/cuda/bindings.cpp")
 EXTENSION = Path(flamingo_kernels.__file__).with_name("_C.abi3.so")
 HEADERS = "FLAMINGO_KERNELS_TEST_HEADERS"  # names a folder torch/include of the oldest torch

@@ -395,7 +395,7 @@ STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CPU, m) {
 
 }  // namespace flamingo_kernels
 
-// What flamingo_kernels/_extension.py asks through ctypes.
+// What flamingo_kernels/_backends/cpu.py asks through ctypes.
 #define FK_EXPORT extern "C" __attribute__((visibility("default")))
 FK_EXPORT int flamingo_kernels_select(const char* name) { return flamingo_kernels::select(name); }
 FK_EXPORT const char* flamingo_kernels_variant() { return flamingo_kernels::variant().name; }

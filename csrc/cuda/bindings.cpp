@@ -460,7 +460,7 @@ STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CUDA, m) {
 
 }  // namespace flamingo_kernels
 
-// What flamingo_kernels/_cuda.py asks through ctypes.
+// What flamingo_kernels/_backends/cuda.py asks through ctypes.
 #define FK_EXPORT extern "C" __attribute__((visibility("default")))
 FK_EXPORT int flamingo_kernels_cuda_emulated() { return flamingo_kernels::kernels::emulated(); }
 extern "C" __attribute__((visibility("default"), used)) const char flamingo_kernels_cuda_build[] =

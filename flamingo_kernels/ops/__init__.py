@@ -1,6 +1,5 @@
 """One folder an operator, the same files in each."""
 
-from .. import _library as _library
 from .gated_block_decode import GatedBlockWeights, gated_block_decode
 from .gated_residual import gated_residual
 from .gated_residual_norm import gated_residual_norm

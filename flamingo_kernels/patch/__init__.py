@@ -1,7 +1,7 @@
 """Swap the modules of a model for fast ones, and back.
 
 swap      changes the class of a module
-family    recognises modules; one file for each library it knows
+registry  recognises modules; one file for each family it knows
 report    what a patch did
 """
 

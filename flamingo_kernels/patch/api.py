@@ -9,10 +9,10 @@ from functools import cache
 import torch
 from torch import nn
 
-from .._dispatch import UnsupportedError
-from .anatomy import misfit
-from .family import Match, families, match, supported
+from .._anatomy import misfit
+from .._backends.dispatch import UnsupportedError
 from .known import KNOWN, name_of, why_unknown
+from .registry import Match, families, match, supported
 from .report import PatchReport
 from .source import unwrapped
 from .swap import fused_class, has_other_forward, is_swapped, restore, swap

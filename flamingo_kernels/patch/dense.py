@@ -8,11 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .._checks import is_recording
-from .._kept_media import newest
-from .._once import once, once_for_equal
-from .._parts import ATTENTION, in_part
+from .._kept import newest, once, once_for_equal
+from .._predicates import is_recording
 from ..mask import MediaMask
+from ..sublayers.labels import ATTENTION, in_part
 
 _SDPA = "transformers.integrations.sdpa_attention"
 # Among many keys, media of fewer than this are not worth a kernel.

@@ -10,15 +10,15 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .. import _plain
-from .._checks import is_plain, is_recording
-from .._once import once
+from .._anatomy import Alpha, Linear, Norm, Number, Part
+from .._kept import once
+from .._predicates import is_plain, is_recording
 from ..fold import Affine, Gate, Scale
-from ..layers import PERCEIVER_ANATOMY, Fused, add_gated, gate_of
+from ..layers.fused import Fused, add_gated, gate_of
+from ..layers.resampler import PERCEIVER_ANATOMY
 from ..mask import MediaMask
 from ..ops import masked_cross_attention, perceiver_attention
-from ..sublayers import gated_cross_attention, gated_feed_forward
-from .anatomy import Alpha, Linear, Norm, Number, Part
+from ..sublayers import arguments, gated_cross_attention, gated_feed_forward
 from .dense import in_order, media_first, spans_of
 from .family import TRANSFORMERS, Family
 
@@ -136,7 +136,7 @@ class EvollaSequenceAlignerCrossAttention(Fused):
         heads, gate = (self.num_attention_heads, -1), gate_of(self, "gate_attention")
         k, v = (p(media).unflatten(-1, heads) for p in (self.key_protein, self.value_protein))
         k, v = (kv.unflatten(1, (spans.num_media, -1)) for kv in (k, v))  # [B, M, R, H, d]
-        parts = _plain.cross_attention_of(x, self.attention_norm, self.query, self.out_proj)
+        parts = arguments.cross_attention_of(x, self.attention_norm, self.query, self.out_proj)
         if parts is None:
             q = self.query(self.attention_norm(x)).unflatten(-1, heads)  # [B, T, H, d]
             attended = masked_cross_attention(q, k, v, spans, scale=self.scale)
@@ -146,7 +146,7 @@ class EvollaSequenceAlignerCrossAttention(Fused):
     def _add_feed_forward(self, x: Tensor) -> Tensor:
         ff, gate = self.ff, gate_of(self, "gate_ffw")
         plain = is_plain(ff, _FEED_FORWARD)
-        parts = _plain.feed_forward_of(x, ff.norm, ff.fc1, ff.activation, ff.fc2) if plain else None
+        parts = arguments.feed_forward_of(x, ff.norm, ff.fc1, ff.activation, ff.fc2) if plain else None
         if parts is None:
             return add_gated(x, ff(x), gate)
         return gated_feed_forward(x, gate=gate, **parts._asdict())

@@ -9,8 +9,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ..layers import BLOCK_ANATOMY, BLOCK_FOLDS, Fused, gated_block, resample
-from .anatomy import Norm, Part, Weight
+from .._anatomy import Norm, Part, Weight
+from ..layers.cross_attention import BLOCK_ANATOMY, gated_block
+from ..layers.fused import BLOCK_FOLDS, Fused
+from ..layers.resampler import resample
 from .family import Family
 from .open_flamingo import FIXES, MaskedCrossAttention, PerceiverAttention
 

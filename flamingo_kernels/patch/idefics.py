@@ -12,15 +12,14 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import _plain
-from .._checks import is_plain
-from .._kept_media import kept_kv
+from .._anatomy import Alpha, Linear, Norm, Number, Part
+from .._kept import kept_kv
+from .._predicates import is_plain
 from ..fold import Affine, Gate, Scale
-from ..layers import Fused, add_gated, gate_of
+from ..layers.fused import Fused, add_gated, gate_of
 from ..mask import Policy
 from ..ops import masked_cross_attention, perceiver_attention
-from ..sublayers import gated_cross_attention, gated_feed_forward
-from .anatomy import Alpha, Linear, Norm, Number, Part
+from ..sublayers import arguments, gated_cross_attention, gated_feed_forward
 from .dense import is_softmax, key_spans
 from .family import TRANSFORMERS, Family
 
@@ -88,7 +87,7 @@ class IdeficsGatedCrossAttentionLayer(Fused):
         kv = kept_kv(self, media, _kv_modules(attn), lambda: _project(attn, media), step=step)
         k, v = map(spans.media, kv)
         q_norm = attn.q_layer_norm if attn.qk_layer_norms else None
-        parts = _plain.cross_attention_of(x, norm, attn.q_proj, attn.o_proj, q_norm)
+        parts = arguments.cross_attention_of(x, norm, attn.q_proj, attn.o_proj, q_norm)
         if parts is None or self._drops():
             q = _heads(attn, attn.q_proj(norm(x)))  # [B, T, H, d]
             q = q if q_norm is None else q_norm(q)
@@ -99,7 +98,7 @@ class IdeficsGatedCrossAttentionLayer(Fused):
 
     def _add_feed_forward(self, x: Tensor) -> Tensor:
         norm, mlp, gate = self.post_attention_layernorm, self.mlp, gate_of(self, "alpha_dense")
-        parts = None if self._drops() else _plain.glu_of(x, norm, mlp, _MLP)
+        parts = None if self._drops() else arguments.glu_of(x, norm, mlp, _MLP)
         if parts is None:
             return add_gated(x, F.dropout(mlp(norm(x)), self.config, self.training), gate)
         return gated_feed_forward(x, gate=gate, **parts._asdict())

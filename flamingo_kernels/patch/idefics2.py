@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._anatomy import Linear, Number
 from ..layers import Fused
 from ..ops import perceiver_attention
-from .anatomy import Linear, Number
 from .dense import in_order, is_softmax, media_first
 from .family import TRANSFORMERS, Family
 

@@ -147,7 +147,7 @@ def why_unknown(cls: type[nn.Module], name: str) -> str:
 
 def installed() -> Iterator[tuple[str, str]]:
     """Every class of the table whose library is installed, and its hash or why there is none."""
-    from ..tiny import open_flamingo_module
+    from ..testing.tiny import open_flamingo_module
 
     for name in KNOWN:
         home, _, cls = name.rpartition(".")

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import _plain
-from .._checks import is_unhooked
+from .._anatomy import Alpha, Linear, Norm, Number, Part
+from .._predicates import is_unhooked
 from ..fold import Affine, Gate, Scale
-from ..layers import Fused, add_gated, gate_of
+from ..layers.fused import Fused, add_gated, gate_of
 from ..ops import masked_cross_attention
-from ..sublayers import gated_cross_attention, gated_feed_forward
-from .anatomy import Alpha, Linear, Norm, Number, Part
+from ..sublayers import arguments, gated_cross_attention, gated_feed_forward
 from .dense import KeySpans, is_softmax, key_spans
 from .family import TRANSFORMERS, Family
 
@@ -178,7 +177,9 @@ class MllamaCrossAttentionDecoderLayer(Fused):
         attn, gate = self.cross_attn, gate_of(self, "cross_attn_attn_gate")
         spans = parts = None
         if isinstance(attn, MllamaTextCrossAttention) and is_unhooked(attn):
-            parts = _plain.cross_attention_of(x, self.input_layernorm, attn.q_proj, attn.o_proj, attn.q_norm)
+            parts = arguments.cross_attention_of(
+                x, self.input_layernorm, attn.q_proj, attn.o_proj, attn.q_norm
+            )
         if parts is not None:
             spans = attn.spans(x, states, cache, mask, kwargs, layer=self)
         if spans is None or parts is None:
@@ -190,7 +191,7 @@ class MllamaCrossAttentionDecoderLayer(Fused):
 
     def _add_feed_forward(self, x: Tensor) -> Tensor:
         norm, mlp, gate = self.post_attention_layernorm, self.mlp, gate_of(self, "cross_attn_mlp_gate")
-        parts = _plain.glu_of(x, norm, mlp, _MLP)
+        parts = arguments.glu_of(x, norm, mlp, _MLP)
         if parts is None:
             return add_gated(x, mlp(norm(x)), gate)
         return gated_feed_forward(x, gate=gate, **parts._asdict())

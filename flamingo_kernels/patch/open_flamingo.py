@@ -11,22 +11,13 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ..layers import (
-    ATTENTION_ANATOMY,
-    ATTENTION_FOLDS,
-    BLOCK_ANATOMY,
-    BLOCK_FOLDS,
-    PERCEIVER_ANATOMY,
-    Fused,
-    attend,
-    attend_to_media,
-    gated_block,
-    resample,
-)
+from .._anatomy import Norm, Part, Weight
+from ..layers.cross_attention import ATTENTION_ANATOMY, BLOCK_ANATOMY, attend, attend_to_media, gated_block
+from ..layers.fused import ATTENTION_FOLDS, BLOCK_FOLDS, Fused
+from ..layers.resampler import PERCEIVER_ANATOMY, resample
 from ..mask import Policy
 from ..media_cache import MediaCache, Source
 from ..ops import perceiver_attention
-from .anatomy import Norm, Part, Weight
 from .family import Family
 
 

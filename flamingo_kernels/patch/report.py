@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import weakref
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from .._report import table
 from .swap import restore
 
 
@@ -60,13 +59,3 @@ class PatchReport:
     def __exit__(self, *exception: Any) -> None:
         modules = (reference() for reference in self._modules)
         restore(module for module in modules if module is not None)
-
-
-def table(rows: Mapping[str, str]) -> list[str]:
-    """Lines of path, count and text, one for all paths that differ in their numbers only."""
-    counts = Counter(
-        (re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path) or "(model)", text) for path, text in rows.items()
-    )
-    width = max((len(path) for path, _ in counts), default=0)
-    digits = len(str(max(counts.values(), default=0)))
-    return [f"  {path:<{width}}  {count:>{digits}}  {text}" for (path, text), count in counts.items()]

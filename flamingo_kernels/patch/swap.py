@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from .family import match
+from .registry import match
 
 _ORIGINAL = "_unpatched_class"
 _FIXES = "fixes"

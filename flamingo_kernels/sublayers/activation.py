@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import is_eager
+from .._predicates import is_eager
 
 
 class Activation(NamedTuple):

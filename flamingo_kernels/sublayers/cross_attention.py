@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _dispatch, _library
+from .._backends import dispatch
 from .._checks import (
     autocast,
     expect_floating_point,
@@ -20,23 +20,22 @@ from .._checks import (
     expect_same_device,
     expect_shape,
     expect_tensors,
-    needs_grad,
     scale_of,
     unit_stride,
     without_autocast,
 )
-from .._once_differentiable import once_differentiable
-from .._parts import PROJECTIONS, in_part
+from .._predicates import needs_grad
 from ..mask import MediaMask
 from ..ops.masked_cross_attention.api import expect_media
+from ..ops.masked_cross_attention.schema import BWD, FWD
+from ..ops.once_differentiable import once_differentiable
 from . import gated_linear, normed_linear, reference
 from . import norm as norms
 from .gated_linear import Linear, cast_like, expect_gate, expect_linear, expect_one_dtype, tensors_of
+from .labels import PROJECTIONS, in_part
 from .norm import Norm, Statistics, expect_norm
 
 _NAME = "gated_cross_attention"
-_FWD = _library.backends_of("masked_cross_attention_fwd")
-_BWD = _library.backends_of("masked_cross_attention_bwd")
 
 
 @in_part(PROJECTIONS)
@@ -107,7 +106,7 @@ def gated_cross_attention(
     expect_one_dtype(_NAME, x, {"to_q": to_q, "to_out": to_out}, k=k, v=v)
     scale = scale_of(_NAME, scale, k.shape[-1])
     parameters = (gate, norm.weight, norm.bias, *(q_norm or (None, None))[:2], *to_q, *to_out)
-    backend = _dispatch.resolve("masked_cross_attention", backend, x, k, v, *parameters)
+    backend = dispatch.resolve("masked_cross_attention", backend, x, k, v, *parameters)
     if backend == "reference" or 0 in to_q.weight.shape:  # without a feature there is nothing to fuse
         return reference.gated_cross_attention(x, k, v, mask, norm, to_q, to_out, gate, q_norm, scale)
     of_q = (q_norm.eps, q_norm.rms) if q_norm else None
@@ -211,7 +210,7 @@ def _forward(how: _How, t: _Tensors) -> tuple[Any, ...]:
     head_dim = t.k.shape[-1]
     u = u.view(batch, length, len(t.q_weight) // head_dim, head_dim)
     q, of_q = _queries(u, t.q_norm(how))
-    attend = _FWD[how.backend]
+    attend = FWD[how.backend]
     out, softmax = attend(q, t.k, t.v, *t.spans, how.immediate, how.averages, how.scale)
     z = gated_linear.forward(x, out.flatten(2).flatten(0, 1), t.to_out, t.gate, how.backend)
     return z.view(t.x.shape), u, out, softmax, *statistics, *of_q
@@ -252,7 +251,7 @@ class _GatedCrossAttention(torch.autograd.Function):
             of_weights=wanted.out_weight,
             of_gate=wanted.gate,
         )
-        attend = _BWD[how.backend]
+        attend = BWD[how.backend]
         options = (how.immediate, how.averages, how.scale)
         dout = last.a.view(out.shape)
         q, _ = _queries(u, q_norm)

@@ -12,21 +12,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _dispatch
+from .._backends import dispatch
 from .._checks import (
     as_rows,
     expect_floating_point,
     expect_same_device,
     expect_tensors,
-    needs_grad,
     unit_stride,
     without_autocast,
 )
-from .._once_differentiable import once_differentiable
-from .._parts import FEED_FORWARD, in_part
+from .._predicates import needs_grad
+from ..ops.once_differentiable import once_differentiable
 from . import gated_linear, normed_linear, reference
 from .activation import ACTIVATIONS
 from .gated_linear import Linear, cast_like, expect_gate, expect_linear, expect_one_dtype, tensors_of
+from .labels import FEED_FORWARD, in_part
 from .norm import Norm, Statistics, expect_norm
 from .scratch import scratch
 
@@ -94,7 +94,7 @@ def gated_feed_forward(
     hidden, output, factor = hidden.autocast(), output.autocast(), factor and factor.autocast()
     expect_one_dtype(_NAME, x, {"hidden": hidden, "output": output, "factor": factor})
     parameters = (gate, norm.weight, norm.bias, *hidden, *output, *(factor or (None, None)))
-    backend = _dispatch.resolve("gated_residual", backend, x, *parameters)
+    backend = dispatch.resolve("gated_residual", backend, x, *parameters)
     if backend == "reference" or 0 in hidden.weight.shape:  # without a feature there is nothing to fuse
         return reference.gated_feed_forward(x, norm, hidden, output, gate, activation, factor)
     how = _How(backend, activation, norm.eps, norm.rms)

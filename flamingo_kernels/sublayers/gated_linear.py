@@ -16,14 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _library
-from .._checks import autocast, autocast_dtype, expect_same_dtype, expect_shape, expect_tensors, is_eager
-from .._parts import GATE, in_part
+from .._checks import autocast, expect_same_dtype, expect_shape, expect_tensors
+from .._predicates import autocast_dtype, is_eager
+from ..ops.gated_residual.schema import BWD, FWD, residual_dtype
+from .labels import GATE, in_part
 from .norm import Norm
 from .scratch import scratch
-
-_ADD = _library.backends_of("gated_residual_fwd")
-_GATE = _library.backends_of("gated_residual_bwd")
 
 
 class Linear(NamedTuple):
@@ -93,18 +91,18 @@ class Gradients(NamedTuple):
 def forward(x: Tensor, a: Tensor, linear: Linear, gate: Tensor | None, backend: str) -> Tensor:  # [N, D]
     """The gate rides on the product where there is one dtype, and on a CPU one gate. None stands for 1."""
     if not is_eager(x) or linear.bias is not None or not _of_one_dtype(x, a, gate):
-        return x + linear(a) if gate is None else _ADD[backend](x, linear(a), gate)
+        return x + linear(a) if gate is None else FWD[backend](x, linear(a), gate)
     if gate is None:
         return torch.addmm(x, a, linear.weight.t())
     if x.device.type != "cpu":
         return torch.addmm(x, a, _gated(linear.weight, gate).t())
     if gate.numel() == 1:
         return torch.addmm(x, a, linear.weight.t(), alpha=float(gate.tanh()))
-    return _ADD[backend](x, linear(a), gate)
+    return FWD[backend](x, linear(a), gate)
 
 
 def _of_one_dtype(x: Tensor, a: Tensor, gate: Tensor | None) -> bool:
-    return x.dtype == a.dtype and (gate is None or _library.residual_dtype(x, a, gate) == x.dtype)
+    return x.dtype == a.dtype and (gate is None or residual_dtype(x, a, gate) == x.dtype)
 
 
 def backward(
@@ -144,7 +142,7 @@ def _gate_by_rows(
     dz: Tensor, a: Tensor, weight: Tensor, gate: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:  # da, dgate
     with scratch(*a.shape, like=a) as memory:
-        return _GATE[backend](torch.mm(dz, weight, out=memory), a, gate)
+        return BWD[backend](torch.mm(dz, weight, out=memory), a, gate)
 
 
 def _gate_by_weights(
@@ -153,7 +151,7 @@ def _gate_by_weights(
     with scratch(*weight.shape, like=weight) as memory:
         product = outer(dz, a, memory)
         if gate.numel() == 1:
-            return _GATE[backend](product, weight, gate)
+            return BWD[backend](product, weight, gate)
         along = torch.bmm(product.unsqueeze(1), weight.unsqueeze(2)).float().view(gate.shape)
         return _gated(product, gate), _slope(gate) * along
 

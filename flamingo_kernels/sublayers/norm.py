@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import expect_number, expect_shape, expect_tensors
-from .._parts import NORM, in_part
+from .labels import NORM, in_part
 from .scratch import scratch
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._parts import ATTENTION, GATE, in_part
 from ..mask import MediaMask
 from ..ops.gated_residual.api import gated_residual
 from ..ops.masked_cross_attention.api import masked_cross_attention
 from .activation import ACTIVATIONS
 from .gated_linear import Linear
+from .labels import ATTENTION, GATE, in_part
 from .norm import Norm
 
 _attend = in_part(ATTENTION)(masked_cross_attention)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .._checks import is_eager
+from .._predicates import is_eager
 
 _LEAST = 2**20  # bytes; smaller pieces the allocator of the C library has at hand
 _kept = threading.local()

@@ -13,8 +13,8 @@ from flamingo import (
     PerceiverAttention,
     PerceiverResampler,
 )
-from tests import third_party
-from tests.flamingo.weights import randomise
+from tests.helpers import third_party
+from tests.helpers.weights import randomise
 
 F64 = torch.float64
 LOCATIONS = torch.tensor(

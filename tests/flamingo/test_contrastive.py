@@ -17,7 +17,7 @@ from flamingo.contrastive import (
     training_step,
     zero_shot,
 )
-from tests.flamingo.weights import randomise
+from tests.helpers.weights import randomise
 
 transformers = pytest.importorskip("transformers")
 

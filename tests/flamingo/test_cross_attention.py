@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flamingo import GatedCrossAttentionBlock, MaskedCrossAttention, dense_masked_attention, text_time
-from tests.flamingo.weights import gradcheck, randomise
+from tests.helpers.weights import gradcheck, randomise
 
 F64 = torch.float64
 

@@ -21,8 +21,8 @@ from flamingo import (
 from flamingo.beam_search import beam_search
 from flamingo.generation import choose
 from flamingo_kernels import patch
-from tests.flamingo.language import families
-from tests.flamingo.weights import shake
+from tests.helpers import language_models as families
+from tests.helpers.weights import shake
 
 IMAGE, PAD = 99, 0
 KINDS = ("rotary", "relative", "all preceding", "llama", "opt", "mpt", "gemma2")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flamingo import Flamingo, FlamingoConfig, GatedCrossAttentionBlock, NFNet
-from tests.flamingo.weights import randomise
+from tests.helpers.weights import randomise
 
 IMAGE = 256
 # text, image, text, image, text; and a document padded on the right

@@ -24,9 +24,9 @@ from flamingo import (
     Processor,
     load_open_flamingo,
 )
-from tests import third_party
-from tests.flamingo.language import families
-from tests.flamingo.weights import shake
+from tests.helpers import language_models as families
+from tests.helpers import third_party
+from tests.helpers.weights import shake
 
 transformers = pytest.importorskip("transformers")
 

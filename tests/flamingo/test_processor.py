@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flamingo import Flamingo, FlamingoConfig, Processor
-from tests.flamingo.weights import randomise
+from tests.helpers.weights import randomise
 
 IMAGE, EOC, PAD, BOS, EOS = range(256, 261)
 

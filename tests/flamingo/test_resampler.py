@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flamingo import FeedForward, PerceiverAttention, PerceiverResampler, interpolate_time
-from tests.flamingo.weights import gradcheck, randomise
+from tests.helpers.weights import gradcheck, randomise
 
 F64 = torch.float64
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 
-from ... import _dispatch
+from ..._backends import dispatch
 from ..._checks import (
     expect_floating_point,
     expect_head_groups,
@@ -16,44 +13,19 @@ from ..._checks import (
     expect_same_dtype,
     expect_shape,
     expect_tensors,
-    needs_grad,
     scale_of,
     unit_stride,
 )
+from ..._predicates import needs_grad
 from ...mask import MediaMask
 from ..masked_cross_attention.api import expect_media
 from . import reference
+from .schema import STEP
+from .weights import ACTIVATIONS, GatedBlockWeights
 
 _NAME = "gated_block_decode"
 _MATRICES = ("to_q", "to_out", "up", "down")
 _OPTIONAL = ("norm_bias", "ff_norm_bias")
-ACTIVATIONS = (None, "gelu", "squared_relu", "relu")  # as `Activation` in csrc/cuda/params.h counts them
-
-
-class GatedBlockWeights(NamedTuple):
-    """The parameters of a gated cross-attention block but for the projection of its media.
-
-    Attributes:
-        norm, norm_bias: LayerNorm before the attention `[D]`; the bias may be None.
-        to_q: `[H * d, D]`.
-        to_out: `[D, H * d]`.
-        gate: alpha of the attention before tanh, 1 element or D.
-        ff_norm, ff_norm_bias: LayerNorm before the feed-forward network `[D]`; the bias may be None.
-        up: its first product `[F, D]`.
-        down: its second `[D, F]`.
-        ff_gate: its alpha, 1 element or D.
-    """
-
-    norm: Tensor
-    norm_bias: Tensor | None
-    to_q: Tensor
-    to_out: Tensor
-    gate: Tensor
-    ff_norm: Tensor
-    ff_norm_bias: Tensor | None
-    up: Tensor
-    down: Tensor
-    ff_gate: Tensor
 
 
 def gated_block_decode(
@@ -109,18 +81,17 @@ def gated_block_decode(
     """
     scale = _validate(x, k, v, mask, weights, activation, scale)
     eps = expect_number(_NAME, "eps", eps, least=0)
-    backend = _dispatch.resolve(_NAME, backend, x, k, v, *weights)
+    backend = dispatch.resolve(_NAME, backend, x, k, v, *weights)
     if backend == "reference":
         return reference.gated_block_decode(x, k, v, mask, weights, scale, eps, activation)
     if reason := _why_not(x, k, v, weights):
-        raise _dispatch.UnsupportedError(f"{_NAME}: {reason}.", {backend: [reason]})
+        raise dispatch.UnsupportedError(f"{_NAME}: {reason}.", {backend: [reason]})
     x, k, v = x.contiguous(), unit_stride(k), unit_stride(v)
     weights = GatedBlockWeights(*(None if t is None else t.contiguous() for t in weights))  # type: ignore[arg-type]
     heads = weights.to_q.shape[0] // k.shape[-1]
     options = (heads, scale, eps, ACTIVATIONS.index(activation))
-    run = torch.ops.flamingo_kernels.gated_block_decode.cuda
     lo, hi, *_ = mask.spans
-    return run(x, k, v, lo, hi, *weights, *options)
+    return STEP["cuda"](x, k, v, lo, hi, *weights, *options)
 
 
 def _validate(
@@ -185,7 +156,7 @@ def _sizes(x: Tensor, k: Tensor, v: Tensor, *weights: Tensor | None) -> dict[str
     return {"B": x.shape[0], "head_dim": k.shape[4], "H * d": to_q.shape[0]}
 
 
-_dispatch.register(
+dispatch.register(
     _NAME,
     sizes=_sizes,
     differentiable=False,

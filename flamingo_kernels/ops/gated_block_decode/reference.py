@@ -12,7 +12,7 @@ from ...mask import MediaMask
 from ..masked_cross_attention.reference import masked_cross_attention
 
 if TYPE_CHECKING:
-    from .api import GatedBlockWeights
+    from .weights import GatedBlockWeights
 
 ACTIVATIONS = {"gelu": F.gelu, "squared_relu": lambda x: F.relu(x) ** 2, "relu": F.relu}
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _dispatch, _library
+from ..._backends import dispatch
 from ..._checks import (
     as_rows,
     expect_floating_point,
     expect_same_device,
     expect_shape,
     expect_tensors,
-    needs_grad,
     unit_stride,
 )
-from ..._once_differentiable import once_differentiable
+from ..._predicates import needs_grad
+from ..once_differentiable import once_differentiable
 from . import reference
+from .schema import BWD, FWD
 
 _NAME = "gated_residual"
-_FWD = _library.backends_of("gated_residual_fwd")
-_BWD = _library.backends_of("gated_residual_bwd")
 
 
 def gated_residual(
@@ -59,13 +58,13 @@ def gated_residual(
         True
     """
     _validate(x, y, gate)
-    backend = _dispatch.resolve(_NAME, backend, x, y, gate)
+    backend = dispatch.resolve(_NAME, backend, x, y, gate)
     if backend == "reference" or x.shape[-1] == 0:  # where there is no channel, kernels have nothing to do
         return reference.gated_residual(x, y, gate.flatten() if gate.ndim > 1 else gate).contiguous()
     rows = as_rows(x), as_rows(y)
     if needs_grad(x, y, gate):
         return _GatedResidual.apply(backend, *rows, gate).view(x.shape)
-    return _FWD[backend](*rows, gate).view(x.shape)
+    return FWD[backend](*rows, gate).view(x.shape)
 
 
 def _validate(x: Tensor, y: Tensor, gate: Tensor) -> None:
@@ -86,7 +85,7 @@ def expect_branch(operator: str, x: Tensor, y: Tensor, gate: Tensor) -> None:
     expect_same_device(operator, x=x, y=y, gate=gate)
 
 
-_dispatch.register(_NAME, sizes=lambda *_: {}, cuda={}, triton={}, cpu={}, reference={})
+dispatch.register(_NAME, sizes=lambda *_: {}, cuda={}, triton={}, cpu={}, reference={})
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -94,11 +93,11 @@ class _GatedResidual(torch.autograd.Function):
     def forward(ctx, backend, x, y, gate):
         ctx.save_for_backward(y, gate)
         ctx.backend, ctx.dtype = backend, x.dtype
-        return _FWD[backend](x, y, gate)
+        return FWD[backend](x, y, gate)
 
     @staticmethod
     @once_differentiable(_NAME)
     def backward(ctx, saved, dz):
         y, gate = saved
-        dy, dgate = _BWD[ctx.backend](unit_stride(dz), y, gate)
+        dy, dgate = BWD[ctx.backend](unit_stride(dz), y, gate)
         return None, dz.to(ctx.dtype), dy, dgate.to(gate.dtype)

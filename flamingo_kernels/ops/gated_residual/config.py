@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from ..._triton.config import Choice, Config, Device, power_of_two
+from ..._backends.triton.config import Choice, Config, Device, power_of_two
 
 _WIDEST = 1024
 

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.config import device_of
-from ..._triton.language import tanh, tanh_slope
-from ..._triton.launch import launch
-from ..._triton.reduction import add_many_in_order
+from ..._backends.triton.config import device_of
+from ..._backends.triton.language import tanh, tanh_slope
+from ..._backends.triton.launch import launch
+from ..._backends.triton.reduction import add_many_in_order
 from .config import backward, block_of_columns, parts_of, rows_of_a_part
 from .triton_fwd import check, load, load_gate, store, strides_of, tile_of
 

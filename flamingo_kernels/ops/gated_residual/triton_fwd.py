@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._library import residual_dtype
-from ..._triton.checks import Checks
-from ..._triton.language import tanh
-from ..._triton.launch import launch
+from ..._backends.triton.checks import Checks
+from ..._backends.triton.language import tanh
+from ..._backends.triton.launch import launch
 from .config import block_of_columns, forward
+from .schema import residual_dtype
 
 
 def gated_residual_fwd(

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ... import _dispatch, _library
+from ..._backends import dispatch
 from ..._checks import (
     as_rows,
     expect_floating_point,
@@ -15,16 +15,15 @@ from ..._checks import (
     expect_same_device,
     expect_shape,
     expect_tensors,
-    needs_grad,
     unit_stride,
 )
-from ..._once_differentiable import once_differentiable
+from ..._predicates import needs_grad
 from ..gated_residual.api import expect_branch
+from ..once_differentiable import once_differentiable
 from . import reference
+from .schema import BWD, FWD
 
 _NAME = "gated_residual_norm"
-_FWD = _library.backends_of("gated_residual_norm_fwd")
-_BWD = _library.backends_of("gated_residual_norm_bwd")
 _WIDEST = 32768  # D that a Triton program holds in one piece
 _WIDEST_OF_CUDA = 24576  # D that fits in float32 into the shared memory of every device
 
@@ -80,7 +79,7 @@ def gated_residual_norm(
     """
     _validate(x, y, gate, weight, bias, norm)
     eps = expect_number(_NAME, "eps", eps, least=0)
-    backend = _dispatch.resolve(_NAME, backend, x, y, gate, weight, bias)
+    backend = dispatch.resolve(_NAME, backend, x, y, gate, weight, bias)
     if backend == "reference" or x.shape[-1] == 0:  # where there is no channel, kernels have nothing to do
         gate = gate.flatten() if gate.ndim > 1 else gate
         z, n = reference.gated_residual_norm(x, y, gate, weight, bias, eps, norm)
@@ -89,7 +88,7 @@ def gated_residual_norm(
     if needs_grad(x, y, gate, weight, bias):
         z, n = _GatedResidualNorm.apply(backend, *inputs)
     else:
-        z, n, *_ = _FWD[backend](*inputs)
+        z, n, *_ = FWD[backend](*inputs)
     return z.view(x.shape), n.view(x.shape)
 
 
@@ -107,7 +106,7 @@ def _validate(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor |
     expect_same_device(_NAME, x=x, weight=weight, bias=bias)
 
 
-_dispatch.register(
+dispatch.register(
     _NAME,
     sizes=lambda x, *_: {"D": x.shape[-1]},
     cuda={"D": _WIDEST_OF_CUDA},
@@ -120,7 +119,7 @@ _dispatch.register(
 class _GatedResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, x, y, gate, weight, bias, eps, rms):
-        z, n, mean, rstd = _FWD[backend](x, y, gate, weight, bias, eps, rms)
+        z, n, mean, rstd = FWD[backend](x, y, gate, weight, bias, eps, rms)
         ctx.save_for_backward(y, gate, weight, z, mean, rstd)
         ctx.backend, ctx.rms, ctx.dtype = backend, rms, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -131,6 +130,6 @@ class _GatedResidualNorm(torch.autograd.Function):
     def backward(ctx, saved, dz, dn):
         _, gate, weight, *_ = saved
         dz, dn = unit_stride(dz), unit_stride(dn)
-        dx, dy, dgate, dweight, dbias = _BWD[ctx.backend](dz, dn, *saved, ctx.rms)
+        dx, dy, dgate, dweight, dbias = BWD[ctx.backend](dz, dn, *saved, ctx.rms)
         dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
         return None, dx.to(ctx.dtype), dy, dgate.to(gate.dtype), dweight.to(weight.dtype), dbias, None, None

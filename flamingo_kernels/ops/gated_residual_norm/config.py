@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from ..._triton.config import Choice, Device, power_of_two
+from ..._backends.triton.config import Choice, Device, power_of_two
 from ..gated_residual.config import Rows
 
 BLOCK = 2048  # columns: the least that a tile has elements of, and what a row is cut into

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.config import device_of
-from ..._triton.language import tanh, tanh_slope
-from ..._triton.launch import launch
-from ..._triton.reduction import add_many_in_order
+from ..._backends.triton.config import device_of
+from ..._backends.triton.language import tanh, tanh_slope
+from ..._backends.triton.launch import launch
+from ..._backends.triton.reduction import add_many_in_order
 from ..gated_residual.config import rows_of_a_part
 from ..gated_residual.triton_bwd import gate_partials, store_gate_partial, store_partial
 from ..gated_residual.triton_fwd import check, load, load_gate, load_vector, store, strides_of, tile_of

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._library import residual_dtype
-from ..._triton.config import device_of, power_of_two
-from ..._triton.launch import launch
+from ..._backends.triton.config import device_of, power_of_two
+from ..._backends.triton.launch import launch
+from ..gated_residual.schema import residual_dtype
 from ..gated_residual.triton_fwd import check, gated_sum, load_vector, store, strides_of
 from .config import forward
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _dispatch, _library
+from ..._backends import dispatch
 from ..._checks import (
     autocast,
     expect_head_groups,
@@ -14,18 +14,17 @@ from ..._checks import (
     expect_same_dtype,
     expect_shape,
     expect_tensors,
-    needs_grad,
     scale_of,
     unit_stride,
     without_autocast,
 )
-from ..._once_differentiable import once_differentiable
+from ..._predicates import needs_grad
 from ...mask import MediaMask
+from ..once_differentiable import once_differentiable
 from . import reference
+from .schema import BWD, FWD
 
 _NAME = "masked_cross_attention"
-_FWD = _library.backends_of("masked_cross_attention_fwd")
-_BWD = _library.backends_of("masked_cross_attention_bwd")
 _LARGEST_OF_CUDA = 128  # head_dim
 _LARGEST = 256  # latents a medium, and head_dim, that the compiled kernels keep in one block
 
@@ -88,7 +87,7 @@ def masked_cross_attention(
     q, k, v = autocast(q, k, v)
     _validate(q, k, v, mask)
     scale = scale_of(_NAME, scale, q.shape[-1])
-    backend = _dispatch.resolve(_NAME, backend, q, k, v)
+    backend = dispatch.resolve(_NAME, backend, q, k, v)
     if backend == "reference":
         with without_autocast(q):  # it accumulates in float32 itself
             return reference.masked_cross_attention(q, k, v, mask, scale).contiguous()
@@ -96,7 +95,7 @@ def masked_cross_attention(
     inputs = (unit_stride(q), unit_stride(k), unit_stride(v), *mask.spans, mask.immediate, averages, scale)
     if needs_grad(q, k, v):
         return _MaskedCrossAttention.apply(backend, *inputs)
-    return _FWD[backend](*inputs)[0]
+    return FWD[backend](*inputs)[0]
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, mask: MediaMask) -> None:
@@ -129,7 +128,7 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> dict[str, int]
     return {"R": k.shape[2], "head_dim": k.shape[4]}
 
 
-_dispatch.register(
+dispatch.register(
     _NAME,
     sizes=_sizes,
     cuda={"head_dim": _LARGEST_OF_CUDA},
@@ -142,7 +141,7 @@ _dispatch.register(
 class _MaskedCrossAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, q, k, v, lo, hi, start, stop, *options):
-        out, softmax = _FWD[backend](q, k, v, lo, hi, start, stop, *options)
+        out, softmax = FWD[backend](q, k, v, lo, hi, start, stop, *options)
         ctx.save_for_backward(q, k, v, out, softmax, lo, hi, start, stop)
         ctx.backend, ctx.options = backend, options
         return out
@@ -150,5 +149,5 @@ class _MaskedCrossAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable(_NAME)
     def backward(ctx, saved, dout):
-        gradients = _BWD[ctx.backend](unit_stride(dout), *saved, *ctx.options)
+        gradients = BWD[ctx.backend](unit_stride(dout), *saved, *ctx.options)
         return None, *gradients, None, None, None, None, None, None, None

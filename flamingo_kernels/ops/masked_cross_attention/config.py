@@ -1,6 +1,6 @@
 """How the Triton kernels of masked cross-attention are launched.
 
-The numbers are those that compile without a spilled register on the GPUs of `tests/triton/cases.py`.
+The numbers are those that compile without a spilled register on the GPUs of `tests/helpers/triton/cases.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from ..._triton.config import Choice, Config, Device, power_of_two
+from ..._backends.triton.config import Choice, Config, Device, power_of_two
 
 FEW_ROWS = 16  # as in decoding
 

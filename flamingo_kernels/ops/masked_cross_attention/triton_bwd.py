@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.config import device_of, power_of_two, splits
-from ..._triton.language import (
+from ..._backends.triton.config import device_of, power_of_two, splits
+from ..._backends.triton.language import (
     dot,
     head_of,
     is_saturated,
@@ -44,17 +44,9 @@ from ..._triton.language import (
     store_tile,
     wide,
 )
-from ..._triton.launch import base2, launch, precision
-from ..._triton.reduction import add_in_order
-from .config import (
-    AVERAGES,
-    FEW_ROWS,
-    Static,
-    backward_keys,
-    backward_rows,
-    block_of_latents,
-    is_one_shot,
-)
+from ..._backends.triton.launch import base2, launch, precision
+from ..._backends.triton.reduction import add_in_order
+from .config import AVERAGES, FEW_ROWS, Static, backward_keys, backward_rows, block_of_latents, is_one_shot
 from .triton_fwd import (
     SIZES,
     check,

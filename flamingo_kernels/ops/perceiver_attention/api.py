@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _dispatch, _library
+from ..._backends import dispatch
 from ..._checks import (
     INTEGERS,
     autocast,
@@ -15,17 +15,16 @@ from ..._checks import (
     expect_same_dtype,
     expect_shape,
     expect_tensors,
-    needs_grad,
     scale_of,
     unit_stride,
     without_autocast,
 )
-from ..._once_differentiable import once_differentiable
+from ..._predicates import needs_grad
+from ..once_differentiable import once_differentiable
 from . import reference
+from .schema import BWD, FWD
 
 _NAME = "perceiver_attention"
-_FWD = _library.backends_of("perceiver_attention_fwd")
-_BWD = _library.backends_of("perceiver_attention_bwd")
 _LARGEST_OF_CUDA = 128  # head_dim
 _LARGEST = 256  # head_dim that the compiled kernels keep in one block
 
@@ -89,14 +88,14 @@ def perceiver_attention(
     scale = scale_of(_NAME, scale, q.shape[-1])
     if media_lengths is not None:
         media_lengths = media_lengths.long().clamp(0, k_media.shape[1]).int()
-    backend = _dispatch.resolve(_NAME, backend, *tensors)
+    backend = dispatch.resolve(_NAME, backend, *tensors)
     if backend == "reference":
         with without_autocast(q):  # it accumulates in float32 itself
             return reference.perceiver_attention(
                 *tensors, media_lengths=media_lengths, scale=scale
             ).contiguous()
     inputs = (*map(unit_stride, tensors), media_lengths, scale)
-    return _PerceiverAttention.apply(backend, *inputs) if needs_grad(*tensors) else _FWD[backend](*inputs)[0]
+    return _PerceiverAttention.apply(backend, *inputs) if needs_grad(*tensors) else FWD[backend](*inputs)[0]
 
 
 def _validate(
@@ -134,7 +133,7 @@ def _validate(
     )
 
 
-_dispatch.register(
+dispatch.register(
     _NAME,
     sizes=lambda q, *_: {"head_dim": q.shape[-1]},
     cuda={"head_dim": _LARGEST_OF_CUDA},
@@ -148,7 +147,7 @@ class _PerceiverAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, q, k_media, v_media, k_latents, v_latents, media_lengths, scale):
         tensors = (q, k_media, v_media, k_latents, v_latents)
-        out, softmax = _FWD[backend](*tensors, media_lengths, scale)
+        out, softmax = FWD[backend](*tensors, media_lengths, scale)
         ctx.save_for_backward(*tensors, out, softmax, media_lengths)
         ctx.backend, ctx.scale = backend, scale
         return out
@@ -156,5 +155,5 @@ class _PerceiverAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable(_NAME)
     def backward(ctx, saved, dout):
-        gradients = _BWD[ctx.backend](unit_stride(dout), *saved, ctx.scale)
+        gradients = BWD[ctx.backend](unit_stride(dout), *saved, ctx.scale)
         return None, *gradients, None, None

@@ -1,7 +1,7 @@
 """How the Triton kernels of perceiver attention are launched.
 
 A program keeps one tile and goes through many: the forward pass and one kernel of the backward pass keep
-queries, the other keeps keys. No choice here spills registers on the GPUs of `tests/triton/cases.py`.
+queries, the other keeps keys. No choice here spills registers on the GPUs of `tests/helpers/triton/cases.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from ..._triton.config import Choice, Config, Device, power_of_two, splits
+from ..._backends.triton.config import Choice, Config, Device, power_of_two, splits
 
 _TILE = 16384  # bytes of the largest tile that a program keeps; those it goes through are half as large
 _LEAST_KEYS = 256  # of a part: with fewer, what a part reads and writes besides outweighs its keys

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.config import device_of, power_of_two
-from ..._triton.language import (
+from ..._backends.triton.config import device_of, power_of_two
+from ..._backends.triton.language import (
     dot,
     is_saturated,
     kept_weights,
@@ -35,19 +35,10 @@ from ..._triton.language import (
     row_of,
     store_rows,
 )
-from ..._triton.launch import base2, launch, precision
-from ..._triton.reduction import add_in_order
+from ..._backends.triton.launch import base2, launch, precision
+from ..._backends.triton.reduction import add_in_order
 from .config import Tiles, backward_keys, backward_queries, is_whole, parts_of
-from .triton_fwd import (
-    SIZES,
-    check,
-    keys_of,
-    length_of,
-    load_keys,
-    part_of_keys,
-    strides_of,
-    tile_of,
-)
+from .triton_fwd import SIZES, check, keys_of, length_of, load_keys, part_of_keys, strides_of, tile_of
 
 
 def perceiver_attention_bwd(

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.checks import Checks
-from ..._triton.config import device_of, power_of_two
-from ..._triton.language import (
+from ..._backends.triton.checks import Checks
+from ..._backends.triton.config import device_of, power_of_two
+from ..._backends.triton.language import (
     LOWEST,
     dot,
     head_of,
@@ -34,7 +34,7 @@ from ..._triton.language import (
     store_softmax,
     wide,
 )
-from ..._triton.launch import base2, launch, precision
+from ..._backends.triton.launch import base2, launch, precision
 from .config import COMBINE, Queries, forward, parts_of
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from flamingo.fewshot import read_captions, read_vqa
-from tests.flamingo.fewshot.scripted import write_captions, write_vqa
+from tests.helpers.scripted import write_captions, write_vqa
 
 pytest.importorskip("PIL")
 

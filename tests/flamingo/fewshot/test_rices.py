@@ -5,8 +5,8 @@ import torch
 
 from flamingo import Processor, VisionEncoder
 from flamingo.fewshot import image_embeddings, nearest
-from tests.flamingo.fewshot.scripted import PROCESSOR, Brightness, picture
-from tests.flamingo.weights import randomise
+from tests.helpers.scripted import PROCESSOR, Brightness, picture
+from tests.helpers.weights import randomise
 
 
 def directions(*degrees):

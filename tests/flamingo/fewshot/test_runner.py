@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -15,9 +14,9 @@ from flamingo.__main__ import main
 from flamingo.fewshot import CAPTIONS, VQA, Sample, cider, evaluate, vqa_accuracy
 from flamingo.fewshot.scoring import batches
 from flamingo.processor import Processor
-from tests.flamingo.fewshot.scripted import PROCESSOR, SHADES, Namer, picture, write_captions, write_vqa
+from tests.helpers import ROOT
+from tests.helpers.scripted import PROCESSOR, SHADES, Namer, picture, write_captions, write_vqa
 
-ROOT = Path(__file__).parents[3]
 QUERIES = ["white", "black", "grey", "white", "black"]
 
 
@@ -234,7 +233,7 @@ class TestKilled:
         query, support = (write_vqa(tmp_path / name, shades) for name in ("query", "support"))
         files = {**query, **{f"support-{name}": path for name, path in support.items()}}
         return [
-            *("evaluate", "vqa", "--model", "tests.flamingo.fewshot.scripted:watched"),
+            *("evaluate", "vqa", "--model", "tests.helpers.scripted:watched"),
             *(part for name, path in files.items() for part in (f"--{name}", str(path))),
             *("--shots", "1", "--batch-size", "2"),
         ]
@@ -323,7 +322,7 @@ class TestCommand:
     def arguments(self, task, query, support):
         files = {**query, **{f"support-{name}": path for name, path in support.items()}}
         paths = [part for name, path in files.items() for part in (f"--{name}", str(path))]
-        return ["evaluate", task, "--model", "tests.flamingo.fewshot.scripted:namer", *paths]
+        return ["evaluate", task, "--model", "tests.helpers.scripted:namer", *paths]
 
     @pytest.mark.parametrize(
         ("change", "message"),

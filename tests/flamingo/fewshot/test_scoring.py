@@ -6,8 +6,8 @@ import torch
 from flamingo import Flamingo, FlamingoConfig, Processor
 from flamingo.fewshot import Sample, ensemble_log_likelihoods, log_likelihoods, top_one
 from flamingo.fewshot.prompts import CAPTION, CLASSIFICATION
-from tests.flamingo.fewshot.scripted import PROCESSOR, SHADES, Namer, picture
-from tests.flamingo.weights import randomise
+from tests.helpers.scripted import PROCESSOR, SHADES, Namer, picture
+from tests.helpers.weights import randomise
 
 CANDIDATES = ["a", "a long candidate", "ab", "naïve"]
 

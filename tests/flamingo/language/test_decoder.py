@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from flamingo import LanguageModel
-from tests.flamingo.weights import randomise
+from tests.helpers.weights import randomise
 
 IDS = torch.randint(10, (3, 9), generator=torch.Generator().manual_seed(1))
 # padded on the left, on the right, and between

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from flamingo import LanguageModel, NewTokens
-from tests.flamingo.weights import randomise
+from tests.helpers.weights import randomise
 
 IDS = torch.tensor([[1, 7, 2, 9, 3]])
 

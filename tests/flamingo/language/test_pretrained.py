@@ -10,8 +10,8 @@ from torch import nn
 
 from flamingo import Flamingo, FlamingoConfig, PretrainedLanguage
 from flamingo_kernels import patch
-from tests.flamingo.language.families import FAMILIES, LAYERS, VOCABULARY, WIDTH, build, tokens
-from tests.flamingo.weights import randomise
+from tests.helpers.language_models import FAMILIES, LAYERS, VOCABULARY, WIDTH, build, tokens
+from tests.helpers.weights import randomise
 
 transformers = pytest.importorskip("transformers")
 

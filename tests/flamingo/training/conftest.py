@@ -1,6 +1,6 @@
 import pytest
 
-from tests.flamingo.training import tiny_run
+from tests.helpers import tiny_run
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from flamingo.training.augment import augment, recolour
 from flamingo.training.config import Clips, Documents, Pairs
 from flamingo.training.samples import to_document
 from flamingo.training.shards import clip_sample, document_sample, pair_sample
-from tests.flamingo.training.tiny_run import images
+from tests.helpers.tiny_run import images
 
 AS_IT_IS = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from flamingo.training import checkpoint, load_weights, train
-from tests.flamingo.training.tiny_run import config, is_frozen, model, processor
+from tests.helpers.tiny_run import config, is_frozen, model, processor
 
 
 @pytest.fixture

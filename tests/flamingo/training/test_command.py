@@ -10,7 +10,7 @@ from flamingo.__main__ import main
 from flamingo.training import ModelConfig, TrainingConfig, load_run, load_weights, read_log
 from flamingo.training.command import build
 from tests.flamingo.training.test_resume import toml
-from tests.flamingo.training.tiny_run import is_frozen, model
+from tests.helpers.tiny_run import is_frozen, model
 
 
 def test_it_trains_and_says_where_the_result_is(data, tmp_path, capsys):

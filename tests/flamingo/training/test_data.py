@@ -7,7 +7,7 @@ import torch
 
 from flamingo.training.data import Stream, count_targets, split
 from flamingo.training.shards import write_shards
-from tests.flamingo.training.tiny_run import datasets, processor
+from tests.helpers.tiny_run import datasets, processor
 
 
 def stream(config, **changes):

@@ -11,7 +11,7 @@ from flamingo.training import loop, read_log, train
 from flamingo.training.blocks import blocks, recomputed
 from flamingo.training.data import Stream
 from flamingo.training.loop import accumulate_gradients
-from tests.flamingo.training.tiny_run import config, datasets, is_frozen, model, pretrained, processor
+from tests.helpers.tiny_run import config, datasets, is_frozen, model, pretrained, processor
 
 
 def batches(data):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from flamingo.training.optimizer import TrainedWeights, learning_rate, make_optimizer
-from tests.flamingo.training.tiny_run import config, model
+from tests.helpers.tiny_run import config, model
 
 
 def test_only_the_resampler_does_not_decay(tmp_path):

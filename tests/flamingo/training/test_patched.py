@@ -6,7 +6,7 @@ import torch
 from flamingo.training import read_log, train
 from flamingo_kernels import layers, patch
 from flamingo_kernels.testing import RandomRounding, compare
-from tests.flamingo.training.tiny_run import config, model, processor
+from tests.helpers.tiny_run import config, model, processor
 
 
 def losses(run):

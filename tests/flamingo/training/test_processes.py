@@ -16,7 +16,7 @@ from flamingo.training.blocks import shard
 from flamingo.training.processes import gather, leave, rank, sum_over_processes, world_size
 from flamingo_kernels import patch
 from tests.flamingo.training.test_resume import ROOT, toml
-from tests.flamingo.training.tiny_run import config, model, pretrained, processor
+from tests.helpers.tiny_run import config, model, pretrained, processor
 
 pytestmark = pytest.mark.slow
 

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from flamingo.training import checkpoint, read_log, train
-from tests.flamingo.training.tiny_run import config, datasets, model, processor
-
-ROOT = Path(__file__).parents[3]
+from tests.helpers import ROOT
+from tests.helpers.tiny_run import config, datasets, model, processor
 
 
 def losses(folder):

@@ -15,7 +15,7 @@ from flamingo.tokenizer import ByteTokenizer
 from flamingo.training.config import Clips, Documents, Pairs
 from flamingo.training.samples import to_document, window
 from flamingo.training.shards import clip_sample, document_sample, pair_sample
-from tests.flamingo.training.tiny_run import images, processor
+from tests.helpers.tiny_run import images, processor
 
 ENCODE = ByteTokenizer().encode
 PAGES = Documents(name="pages", shards=("x",), length=40)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flamingo.training.shards import document_sample, entries, find_shards, pair_sample, write_shards
-from tests.flamingo.training.tiny_run import images
+from tests.helpers.tiny_run import images
 
 
 def test_samples_come_back_as_they_were(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flamingo import Flamingo, FlamingoConfig, PretrainedVision, Processor
-from tests.flamingo.weights import randomise
+from tests.helpers.weights import randomise
 
 transformers = pytest.importorskip("transformers")
 

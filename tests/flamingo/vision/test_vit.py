@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flamingo import VisionEncoder
-from tests.flamingo.weights import randomise
+from tests.helpers.weights import randomise
 
 SIZES = {"image_size": 16, "patch_size": 8, "dim": 12, "layers": 1, "heads": 2}
 

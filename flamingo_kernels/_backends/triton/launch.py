@@ -1,0 +1,63 @@
+"""Starts a Triton kernel on the device of its tensors and that device's current stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from math import e, log2
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import env
+from . import tuning
+from .config import Choice, Config
+
+C = TypeVar("C", bound=Config)
+
+
+def launch(
+    kernel: Any, programs: Callable[[C], int], choice: Choice[C], *arguments: Any, **constants: Any
+) -> None:
+    """Start as many programs as the chosen configuration needs.
+
+    Args:
+        kernel: a `triton.jit` function; it writes each result once and reads none, so that it may run twice.
+        programs: the size of the one-dimensional grid under a configuration.
+        choice: of the configuration.
+        arguments: of the kernel, a tensor first.
+        constants: its compile-time arguments beside the configuration's.
+    """
+
+    def run(config: C) -> Any:
+        count = programs(config)
+        keywords = {**constants, **config.keywords, **_OPTIONS}
+        return start(kernel, count, arguments, keywords) if count else None
+
+    with _on(arguments[0].device):
+        run(tuning.choose(kernel, choice, run, arguments[0].device) if env.AUTOTUNE else choice.default)
+
+
+# Named because Triton's default is about to change: products and sums are fused.
+_OPTIONS = {"enable_fp_fusion": True}
+
+
+def start(kernel: Any, count: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """The launch itself: every Triton kernel of the library passes here. Gives what was compiled for it."""
+    return kernel[(count,)](*arguments, **keywords)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def base2(scale: float) -> float:
+    """A softmax's scale in base 2 and without its sign; not 0, as 0 times the -inf of a masked key is NaN."""
+    return max(abs(scale) * log2(e), 2.0**-126)
+
+
+def precision(tensor: Tensor) -> str:
+    """What a dot of float32 tensors may round to: tf32 where torch's own switch asks for it."""
+    wanted = torch.backends.cuda.matmul.fp32_precision
+    return "tf32" if tensor.dtype == torch.float32 and wanted == "tf32" else "ieee"

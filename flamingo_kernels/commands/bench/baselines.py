@@ -1,0 +1,398 @@
+"""Who competes: for every case the call of each contender on the same numbers.
+
+- flamingo_kernels: ours, the backend that `backend="auto"` takes.
+- eager: the reference modules of `flamingo`, dense scores and all.
+- sdpa: `scaled_dot_product_attention`, with the dense boolean mask where there is one.
+- folded: ours after `fold`, for inference.
+- compile: `torch.compile` of eager.
+- flex: `torch.compile(flex_attention)` with a block mask of the same spans.
+- flash-attn: its `varlen` attention, where it is installed; the rows of a medium are one sequence.
+
+Floors, not rivals:
+- torch.add: `x + y`, which moves the bytes of a gated residual and leaves the gate out.
+- products: the linear layers of eager alone, each on the input that it gets there.
+
+On a GPU ours is timed by each backend too: "cuda" and "triton", where `flamingo_kernels` takes one of them.
+
+What is built once per batch stays outside the timing: our MediaMask, the dense mask of sdpa, the block mask
+of flex, the sequences of flash-attn, `text_time` for eager. Joining the keys of media and latents is inside
+for eager and sdpa: they do it in every layer, and not needing it is part of what perceiver_attention is for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import flamingo_kernels as fk
+from flamingo import modules
+from flamingo_kernels import layers
+from flamingo_kernels.layers.cross_attention import add_attended
+
+from .shapes import ALL_MODES, Case, Mode
+
+OURS = "flamingo_kernels"
+BACKENDS = ("cuda", "triton")
+FLOORS = ("torch.add", "products")
+
+Call = Callable[[], Tensor | tuple[Tensor, ...]]
+Randn = Callable[..., Tensor]
+
+
+class Contender(NamedTuple):
+    """A forward pass, what its backward pass differentiates, and whether it computes what ours does.
+
+    It takes part in these modes.
+    """
+
+    call: Call
+    wrt: tuple[Tensor, ...]
+    same: bool = True
+    modes: tuple[Mode, ...] = ALL_MODES
+
+
+Contenders = dict[str, Callable[[], Contender]]
+
+
+def contenders(case: Case, dtype: torch.dtype | None = None, device: str = "cpu") -> Contenders:
+    """Makers of a case's contenders, all on the same inputs.
+
+    Args:
+        case: operator, sizes, dtype.
+        dtype: what the numbers are held in; they are those of the case's dtype whatever it is. Default: that.
+        device: where the tensors are.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    rounded = getattr(torch, case.dtype)
+    held = dtype or rounded
+
+    def randn(*shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
+        numbers = mean + std * torch.randn(*shape, generator=generator, device=device)
+        return numbers.to(rounded).to(held).requires_grad_()
+
+    made = _BUILDERS[case.op](randn, **case.sizes)
+    if torch.device(device).type == "cuda":
+        made |= {backend: partial(_by, backend, made[OURS]) for backend in BACKENDS}
+    return made
+
+
+def _by(backend: str, make: Callable[[], Contender]) -> Contender:
+    """Ours by one backend."""
+    ours = make()
+
+    def call() -> Tensor | tuple[Tensor, ...]:
+        with fk.use_backend(backend):
+            return ours.call()
+
+    return ours._replace(call=call)
+
+
+def _masked_cross_attention(randn: Randn, *, B: int, T: int, M: int, R: int, H: int, d: int) -> Contenders:
+    q, k, v = randn(B, T, H, d), randn(B, M, R, H, d), randn(B, M, R, H, d)
+    locations = _media_locations(B, T, M, q.device)
+    mask, times = fk.MediaMask.last_preceding(locations, M), modules.text_time(locations)
+    dense = mask.dense(R)  # [B, 1, T, M * R]
+    eager = _by_sequence if q.dtype == torch.float64 else modules.dense_masked_attention
+    makers = _over(
+        (q, k, v),
+        ours=lambda: fk.masked_cross_attention(q, k, v, mask),
+        eager=lambda: eager(q, k, v, times),
+        sdpa=lambda: _sdpa(q, k.flatten(1, 2), v.flatten(1, 2), dense),
+    )
+    return {
+        **makers,
+        "flex": lambda: Contender(_flex(q, k, v, mask), (q, k, v)),
+        "flash-attn": lambda: Contender(_flash_attn(q, k, v, times), (q, k, v)),
+    }
+
+
+def _perceiver_attention(randn: Randn, *, N: int, S: int, R: int, H: int, d: int) -> Contenders:
+    q, k_media, v_media = randn(N, R, H, d), randn(N, S, H, d), randn(N, S, H, d)
+    k_latents, v_latents = randn(N, R, H, d), randn(N, R, H, d)
+    tensors = (q, k_media, v_media, k_latents, v_latents)
+    module = modules.PerceiverAttention(dim=1, dim_head=d, heads=H)
+    return _over(
+        tensors,
+        ours=lambda: fk.perceiver_attention(*tensors),
+        eager=lambda: module.attend(*tensors),
+        sdpa=lambda: _sdpa(q, torch.cat((k_media, k_latents), dim=1), torch.cat((v_media, v_latents), dim=1)),
+    )
+
+
+def _gated_residual(randn: Randn, *, rows: int, D: int) -> Contenders:
+    x, y, gate = randn(rows, D), randn(rows, D, mean=1.0), randn(1)
+    return {
+        **_over(
+            (x, y, gate),
+            ours=lambda: fk.gated_residual(x, y, gate),
+            eager=lambda: x + torch.tanh(gate) * y,
+        ),
+        # an addition computes nothing backward
+        "torch.add": lambda: Contender(lambda: torch.add(x, y), (x, y), same=False, modes=("forward",)),
+    }
+
+
+def _gated_residual_norm(randn: Randn, *, rows: int, D: int) -> Contenders:
+    x, y, gate = randn(rows, D), randn(rows, D, mean=1.0), randn(1)
+    weight, bias = randn(D), randn(D)
+
+    def eager() -> tuple[Tensor, Tensor]:
+        z = x + torch.tanh(gate) * y
+        return z, F.layer_norm(z, (D,), weight, bias)
+
+    tensors = (x, y, gate, weight, bias)
+    return _over(tensors, ours=lambda: fk.gated_residual_norm(*tensors), eager=eager)
+
+
+def _gated_block_decode(randn: Randn, *, B: int, M: int, D: int, R: int, H: int, d: int) -> Contenders:
+    x, k, v = randn(B, D), randn(B, M, R, H, d), randn(B, M, R, H, d)
+    time = torch.full((B, 1), M, device=x.device)
+    mask = fk.MediaMask.from_text_time(time, M)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return randn(rows, columns, std=columns**-0.5)
+
+    def norm() -> tuple[Tensor, Tensor]:
+        return randn(D, mean=1.0, std=0.1), randn(D)
+
+    attn, ff = (matrix(H * d, D), matrix(D, H * d), randn(1)), (matrix(4 * D, D), matrix(D, 4 * D), randn(1))
+    weights = fk.GatedBlockWeights(*norm(), *attn, *norm(), *ff)
+
+    def eager() -> Tensor:
+        w = weights
+        q = (F.layer_norm(x, (D,), w.norm, w.norm_bias) @ w.to_q.T).view(B, 1, H, d)
+        attended = modules.dense_masked_attention(q, k, v, time).flatten(1)
+        z = x + torch.tanh(w.gate) * (attended @ w.to_out.T)
+        hidden = F.gelu(F.layer_norm(z, (D,), w.ff_norm, w.ff_norm_bias) @ w.up.T)
+        return z + torch.tanh(w.ff_gate) * (hidden @ w.down.T)
+
+    return _over((x, k, v), ours=lambda: fk.gated_block_decode(x, k, v, mask, weights), eager=eager)
+
+
+def _gated_cross_attention_block(
+    randn: Randn, *, B: int, T: int, M: int, D: int, R: int, H: int, d: int
+) -> Contenders:
+    x, media, locations, sdpa = _text_and_media(randn, B, T, M, D, R)
+    block = _block(x, D, H, d)
+    return _layer(block, randn, (x, media), call=lambda layer: layer(x, media, locations), attend=sdpa)
+
+
+def _cross_attention_sublayer(
+    randn: Randn, *, B: int, T: int, M: int, D: int, R: int, H: int, d: int
+) -> Contenders:
+    x, media, locations, sdpa = _text_and_media(randn, B, T, M, D, R)
+    block = _block(x, D, H, d)
+    del block.ff, block.ff_gate
+
+    def call(block: Any) -> Tensor:
+        if isinstance(block, layers.Fused):
+            return add_attended(block, x, media, locations, False)
+        return x + torch.tanh(block.attn_gate) * block.attn(x, media, locations)
+
+    made = _layer(block, randn, (x, media), call=call, attend=sdpa)
+    del made["compile"]  # it compiles a whole block
+    return made
+
+
+def _decode_step(randn: Randn, *, B: int, M: int, D: int, R: int, H: int, d: int) -> Contenders:
+    x, media = randn(B, 1, D), randn(B, M, R, D // 2)
+    locations = _media_locations(B, 8 * M, M, x.device)
+    block = _block(x, D, H, d).eval()
+
+    def call(layer: nn.Module) -> Tensor:
+        return layer(x, media, locations, use_cached_media=True)
+
+    def folded() -> Contender:
+        changed = copy.deepcopy(block)
+        fk.patch(changed)
+        fk.fold(changed)
+        return Contender(lambda: call(changed), (), modes=("forward",))
+
+    made = _layer(
+        block, randn, (x, media), call=call, attend=lambda q, k, v, *_: _sdpa(q, k[:, -1], v[:, -1])
+    )
+    return {**made, "folded": folded}
+
+
+def _block(x: Tensor, D: int, H: int, d: int) -> modules.GatedCrossAttentionBlock:
+    return modules.GatedCrossAttentionBlock(dim=D, dim_visual=D // 2, dim_head=d, heads=H).to(x.device)
+
+
+def _text_and_media(
+    randn: Randn, B: int, T: int, M: int, D: int, R: int
+) -> tuple[Tensor, Tensor, Tensor, Callable[..., Tensor]]:
+    """Text, media, where they are in it, and `attend` by SDPA with the dense mask."""
+    x, media = randn(B, T, D), randn(B, M, R, D // 2)
+    locations = _media_locations(B, T, M, x.device)
+    dense = fk.MediaMask.last_preceding(locations, M).dense(R)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        return _sdpa(q, k.flatten(1, 2), v.flatten(1, 2), dense)
+
+    return x, media, locations, attend
+
+
+def _perceiver_resampler(
+    randn: Randn, *, N: int, S: int, D: int, layers: int, R: int, H: int, d: int
+) -> Contenders:
+    x = randn(1, N, 1, S, D)
+    resampler = modules.PerceiverResampler(dim=D, depth=layers, dim_head=d, heads=H, num_latents=R)
+    resampler = resampler.to(x.device)
+    return _layer(
+        resampler,
+        randn,
+        (x,),
+        call=lambda layer: layer(x),
+        attend=lambda q, k_media, v_media, k_latents, v_latents, _: _sdpa(
+            q, torch.cat((k_media, k_latents), dim=1), torch.cat((v_media, v_latents), dim=1)
+        ),
+    )
+
+
+_BUILDERS: dict[str, Callable[..., Contenders]] = {
+    "masked_cross_attention": _masked_cross_attention,
+    "perceiver_attention": _perceiver_attention,
+    "gated_residual": _gated_residual,
+    "gated_residual_norm": _gated_residual_norm,
+    "gated_block_decode": _gated_block_decode,
+    "GatedCrossAttentionBlock": _gated_cross_attention_block,
+    "its cross-attention sublayer": _cross_attention_sublayer,
+    "its decode step": _decode_step,
+    "PerceiverResampler": _perceiver_resampler,
+}
+
+
+def _over(wrt: tuple[Tensor, ...], *, ours: Call, eager: Call, **others: Call) -> Contenders:
+    makers: Contenders = {
+        name: partial(Contender, call, wrt) for name, call in {OURS: ours, "eager": eager, **others}.items()
+    }
+    return {**makers, "compile": lambda: Contender(torch.compile(eager, dynamic=False), wrt)}
+
+
+def _layer(
+    layer: nn.Module,
+    randn: Randn,
+    inputs: tuple[Tensor, ...],
+    *,
+    call: Callable[[nn.Module], Tensor],
+    attend: Callable[..., Tensor],
+) -> Contenders:
+    """Every contender gets its own copy of the layer, with the same weights; sdpa also gets its `attend`."""
+    _fill(layer, randn)
+
+    def maker(change: Callable[[nn.Module], object]) -> Callable[[], Contender]:
+        def make() -> Contender:
+            changed = copy.deepcopy(layer)
+            change(changed)
+            return Contender(lambda: call(changed), (*inputs, *changed.parameters()))
+
+        return make
+
+    return {
+        OURS: maker(lambda layer: fk.patch(layer)),
+        "eager": maker(lambda layer: None),
+        "sdpa": maker(lambda layer: _replace_attend(layer, attend)),
+        "compile": maker(lambda layer: layer.compile(dynamic=False)),
+        "products": lambda: _products(layer, call),
+    }
+
+
+def _products(layer: nn.Module, call: Callable[[nn.Module], Tensor]) -> Contender:
+    met: list[tuple[nn.Linear, Tensor]] = []
+
+    def meet(module: Any, inputs: tuple[Tensor, ...], _: Any) -> None:
+        met.append((module, inputs[0].detach().requires_grad_(inputs[0].requires_grad)))
+
+    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    hooks = [linear.register_forward_hook(meet) for linear in linears]
+    call(layer)
+    for hook in hooks:
+        hook.remove()
+    wrt = [x for _, x in met if x.requires_grad] + [linear.weight for linear in linears]
+    return Contender(lambda: tuple(linear(x) for linear, x in met), tuple(wrt), same=False)
+
+
+def _fill(layer: nn.Module, randn: Randn) -> None:
+    """Random weights of the usual size, and gates well off 0, where a wrong branch would not show."""
+    for name, parameter in layer.named_parameters():
+        if parameter.ndim == 2:
+            values = randn(*parameter.shape, std=parameter.shape[1] ** -0.5)
+        elif "gate" in name:
+            values = randn(*parameter.shape)
+        else:
+            values = randn(*parameter.shape, mean=1.0, std=0.1)  # of a norm
+        parameter.data = values.detach()
+
+
+def _replace_attend(layer: nn.Module, attend: Callable[..., Tensor]) -> None:
+    for module in layer.modules():
+        if hasattr(module, "attend"):
+            module.attend = attend  # type: ignore[assignment]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q `[B, T, H, d]`, k and v `[B, S, H, d]`, as views: nothing is copied on the way in."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _by_sequence(q: Tensor, k: Tensor, v: Tensor, times: Tensor) -> Tensor:
+    """Eager, one sequence at a time and anew for the backward pass: all scores in float64 fill a GPU."""
+    alone = [tensor.split(1) for tensor in (q, k, v, times)]
+    parts = [
+        checkpoint(modules.dense_masked_attention, *each, use_reentrant=False)
+        for each in zip(*alone, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: fk.MediaMask) -> Call:
+    """Blocks of 128 keys hold two media: the tiles of its backward pass on sm_90 take no smaller ones."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    (batch, length, _, _), (media, latents) = q.shape, k.shape[1:3]
+
+    def visible(b: Tensor, _: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        medium = key // latents
+        return (mask.lo[b, row] <= medium) & (medium < mask.hi[b, row])
+
+    blocks = create_block_mask(visible, batch, None, length, media * latents, device=str(q.device))
+    attend = torch.compile(flex_attention, dynamic=False)
+
+    def call() -> Tensor:
+        queries, keys, values = (each.transpose(1, 2) for each in (q, k.flatten(1, 2), v.flatten(1, 2)))
+        return attend(queries, keys, values, block_mask=blocks).transpose(1, 2)
+
+    return call
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, times: Tensor) -> Call:
+    """Every sequence is cut where its medium changes; rows before the first one get a piece without keys."""
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    media, latents = k.shape[1:3]
+    rows = (times[..., None] == torch.arange(media + 1, device=times.device)).sum(1)  # [B, 1 + M]
+    keys = torch.full_like(rows, latents)
+    keys[:, 0] = 0
+    ends_q, ends_k = (F.pad(sizes.flatten().cumsum(0), (1, 0)).int() for sizes in (rows, keys))
+    longest = int(rows.max())
+
+    def call() -> Tensor:
+        packed = (q.flatten(0, 1), k.flatten(0, 2), v.flatten(0, 2))
+        return flash_attn_varlen_func(*packed, ends_q, ends_k, longest, latents).view(q.shape)
+
+    return call
+
+
+def _media_locations(batch: int, length: int, num_media: int, device: torch.device) -> Tensor:
+    """Images at even distances after a first token that sees none, bool `[B, T]`."""
+    locations = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    locations[:, 1 + torch.arange(num_media) * (length // num_media)] = True
+    return locations

@@ -1,0 +1,260 @@
+"""Shows a run: a table for the terminal, one for the README, and a picture."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from .. import readme
+from ..measure.figure import new_figure
+from .baselines import BACKENDS, FLOORS, OURS
+from .rows import Key, Row, Run, Skipped
+from .shapes import CASES_OF, FLAT_MEMORY, HEADS, Floor, Target
+
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+COLUMNS = {"eager": "eager", "sdpa": "SDPA", "compile": "compile"}
+MORE_COLUMNS = {name: name for name in ("flex", "flash-attn", *BACKENDS, "folded")}  # where there are any
+RIVALS = (*COLUMNS, *MORE_COLUMNS, *FLOORS)
+
+
+class Verdict(NamedTuple):
+    """A target, the ratio or the share that was measured, and whether it is enough."""
+
+    target: Target | Floor
+    measured: float
+
+    @property
+    def met(self) -> bool:
+        wanted = self.target.share if isinstance(self.target, Floor) else self.target.ratio
+        return self.measured >= wanted
+
+    def __str__(self) -> str:
+        return f"{self.target}: {_met(self.met)} ({self.shown})"
+
+    @property
+    def shown(self) -> str:
+        if isinstance(self.target, Floor):
+            return f"{self.measured:.0%}"
+        # A rival that may be a little faster is a ratio below 1, and reads better the other way round.
+        return _times(self.measured if self.target.ratio > 1 else 1 / self.measured)
+
+
+def verdicts(key: Key, rows: dict[str, Row]) -> list[Verdict]:
+    """The targets of a case that could be measured."""
+    judged = ((target, _measured(target, rows)) for target in _targets(key, rows[OURS].device_type))
+    return [Verdict(target, value) for target, value in judged if value is not None]
+
+
+def _targets(key: Key, device_type: str) -> tuple[Target | Floor, ...]:
+    cases = CASES_OF[device_type]
+    return next((case.targets for case in cases if key == (case.op, case.shape, case.dtype, case.mode)), ())
+
+
+def _measured(target: Target | Floor, rows: dict[str, Row]) -> float | None:
+    if isinstance(target, Floor):
+        return rows[OURS].floor_share
+    ratios = [rows[name].ratio for name in target.against if name in rows]
+    return min(ratios) if len(ratios) == len(target.against) else None
+
+
+def memory_verdict(run: Run) -> str:
+    """Whether ours takes the same extra memory at every shape, or "" where less than two were measured."""
+    found = {
+        rows[OURS].shape: rows[OURS].extra_mib
+        for key, rows in run.cases.items()
+        if (key.op, key.dtype, key.mode) == FLAT_MEMORY.case
+    }
+    sizes = [size for size in found.values() if size is not None]
+    if len(sizes) < 2:
+        return ""
+    met = max(sizes) - min(sizes) <= FLAT_MEMORY.tolerance_mib
+    listed = ", ".join(f"{size:.1f} MiB at {shape}" for shape, size in found.items())
+    return (
+        f"Extra memory of our {' '.join(FLAT_MEMORY.case)} does not grow with T * M: {_met(met)} ({listed})"
+    )
+
+
+def table(run: Run) -> str:
+    """Every row, grouped by case, for the terminal."""
+    lines: list[str] = []
+    for key, rows in run.cases.items():
+        lines += ["  ".join(key)]
+        lines += [_line(row) for row in sorted(rows.values(), key=_order)]
+        lines += [f"    {verdict}" for verdict in verdicts(key, rows)]
+        lines += [f"    {each.contender:<17} {_reason(each)}" for each in run.skipped if each.key == key]
+        lines += [""]
+    lines += [f"{' '.join(each.key)}: {each.contender} {_reason(each)}" for each in _without_case(run)]
+    return "\n".join([*lines, *filter(None, [memory_verdict(run), conditions(run)])])
+
+
+def brief(run: Run) -> str:
+    """One line a case and one for its targets, where there is little room."""
+    columns = [*columns_of(run), *FLOORS]
+    line = "{:<64} {:>9} {:>6}" + "".join(f" {{:>{max(len(name), 7)}}}" for name in columns)
+    lines = [line.format("times as long as ours", "ours", "floor", *columns)]
+    for key, rows in run.cases.items():
+        mode = key.mode.replace("forward+backward", "both")
+        share, ours = rows[OURS].floor_share, _milliseconds(rows[OURS].median_ms)
+        cells = [
+            f"{key.op} {_short(key.shape)} {key.dtype} {mode}",
+            ours,
+            "-" if share is None else f"{share:.0%}",
+        ]
+        cells += [_times(rows[name].ratio) if name in rows else "-" for name in columns]
+        lines.append(line.format(*cells))
+        lines += [f"    {'; '.join(map(str, found))}" for found in [verdicts(key, rows)] if found]
+    return "\n".join(lines + _left_out(run))
+
+
+def _left_out(run: Run) -> list[str]:
+    """The contenders without a row, by reason."""
+    counts = Counter(f"{each.contender} {_reason(each)}"[:160] for each in run.skipped)
+    return [f"{what} ({count}x)" for what, count in counts.items()]
+
+
+def markdown(run: Run) -> str:
+    """One line a case, for the README."""
+    columns = columns_of(run) | _timed(run, {name: name for name in FLOORS})
+    lines = [
+        f"| | dtype | mode | ours | {' | '.join(columns.values())} | target |",
+        f"|---|---|---|--:|{'--:|' * len(columns)}---|",
+    ]
+    for key, rows in run.cases.items():
+        cells = [f"`{key.op}` {_short(key.shape)}", key.dtype, key.mode, _milliseconds(rows[OURS].median_ms)]
+        cells += [_times(rows[name].ratio) if name in rows else "-" for name in columns]
+        cells.append("<br>".join(map(str, verdicts(key, rows))))
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = [
+        f"Columns of rivals: how many times as long as ours they take. Attention has{_USUAL}. "
+        f"{' and '.join(FLOORS)} are no rivals but floors: they do a part of the work. "
+        "A dash: no such rival, or it was left out (no compiler, or a wrong result).",
+        memory_verdict(run),
+        conditions(run),
+    ]
+    return "\n".join([*lines, "", "\n\n".join(filter(None, notes))])
+
+
+def columns_of(run: Run) -> dict[str, str]:
+    """The rivals that have a column in a table of this run, and its heading."""
+    return COLUMNS | _timed(run, MORE_COLUMNS)
+
+
+def _timed(run: Run, columns: dict[str, str]) -> dict[str, str]:
+    """Those of the columns that have a row."""
+    timed = {row.contender for row in run.rows}
+    return {name: heading for name, heading in columns.items() if name in timed}
+
+
+def conditions(run: Run) -> str:
+    """What the numbers were measured on."""
+    if not run.rows:
+        return ""
+    ours = {row.variant for row in run.rows if row.contender == OURS}
+    row = max(run.rows, key=lambda row: row.time)
+    commits = ", ".join(dict.fromkeys(each.commit for each in run.rows if each.commit))
+    commit = f", commit {commits}" if commits else ""
+    threads = f", {row.threads} threads" if row.device_type == "cpu" else ""
+    return (
+        f"Medians on {row.device}{threads}, torch {row.torch}, backend "
+        f"{', '.join(sorted(ours))}{commit}, {row.time}."
+    )
+
+
+def update_readme(run: Run, path: str | Path) -> None:
+    """Replace what stands between the two markers of a page by the table. Raises as `readme.around`."""
+    readme.replace(path, BEGIN, END, markdown(run))
+
+
+def picture(run: Run, path: str | Path) -> None:
+    """Draw how many times as long as ours the rivals take. Raises as `new_figure`."""
+    cases = list(run.cases.items())[::-1]  # barh draws upwards
+    figure = new_figure(figsize=(9, 1.4 + 0.45 * len(cases)), layout="constrained")
+    axes = figure.add_subplot()
+    for name in RIVALS:
+        bars = [(y, rows[name].ratio, _slot(name, rows)) for y, (_, rows) in enumerate(cases) if name in rows]
+        if bars:
+            heights = [y + centre for y, _, (centre, _) in bars]
+            widths = [ratio - 1 for _, ratio, _ in bars]
+            drawn = axes.barh(
+                heights, widths, [each for *_, (_, each) in bars], left=1, color=_COLOURS[name], label=name
+            )
+            labels = [_times(ratio) for _, ratio, _ in bars]
+            axes.bar_label(drawn, labels, padding=3, fontsize=7, color="#444444")
+    axes.axvline(1, color="#222222", linewidth=1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.set_yticks(range(len(cases)), [_label(key) for key, _ in cases], fontsize=8)
+    axes.margins(x=0.08, y=0.3 / len(cases))
+    axes.set_xlabel("times as long as flamingo_kernels; right of 1 ours is faster", fontsize=9)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.legend(frameon=False, fontsize=9, loc="outside upper right", ncols=len(RIVALS))
+    figure.supxlabel(conditions(run), fontsize=7, color="#666666")
+    figure.savefig(path, dpi=160)
+
+
+def _slot(name: str, rows: dict[str, Row]) -> tuple[float, float]:
+    """Centre, off the middle, and thickness of a rival's bar among those of its case."""
+    present = [rival for rival in RIVALS if rival in rows]
+    thickness = min(0.8 / len(present), 0.35)
+    return (len(present) / 2 - present.index(name) - 0.5) * thickness, thickness
+
+
+_USUAL = "".join(f" {letter}{size}" for letter, size in HEADS.items())
+_COLOURS = {
+    "eager": "#c8553d",
+    "sdpa": "#588b8b",
+    "compile": "#f28f3b",
+    "flex": "#6a4c93",
+    "flash-attn": "#8ab17d",
+    "cuda": "#76b041",
+    "triton": "#c9a227",
+    "folded": "#3d5a80",
+    "torch.add": "#93b7be",
+    "products": "#b0a8b9",
+}
+
+
+def _label(key: Key) -> str:
+    return f"{key.op}  {_short(key.shape)}\n{key.dtype}, {key.mode}"
+
+
+def _short(shape: str) -> str:
+    """The shape without the sizes that all attention has."""
+    return shape.removesuffix(_USUAL)
+
+
+def _order(row: Row) -> tuple[bool, float]:
+    """Ours first, then from the fastest on."""
+    return row.contender != OURS, row.median_ms
+
+
+def _line(row: Row) -> str:
+    time = f"{_milliseconds(row.median_ms):>10} ({row.p20_ms:.4g} to {row.p80_ms:.4g})"
+    error = "a floor, not compared" if row.err is None else f"error {row.err:.1e} of {row.budget:.1e}"
+    memory = "" if row.extra_mib is None else f"{row.extra_mib:.1f} MiB"
+    cells = [f"{row.contender:<17}", f"{time:<32}", f"{_times(row.ratio):>7}", f"{memory:>10}", error]
+    floor = "" if row.floor_share is None else f"{row.floor_share:.0%} of the byte floor"
+    return "    " + "  ".join([*cells, row.variant, floor]).rstrip()
+
+
+def _reason(skipped: Skipped) -> str:
+    return f"{'REFUSED' if skipped.refused else 'skipped'}: {skipped.reason}"
+
+
+def _without_case(run: Run) -> list[Skipped]:
+    return [each for each in run.skipped if each.key not in run.cases]
+
+
+def _met(met: bool) -> str:
+    return "met" if met else "not met"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"

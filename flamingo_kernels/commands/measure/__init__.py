@@ -1,0 +1,7 @@
+"""What several commands measure with.
+
+timing    the clocks: interleaved, medians and percentiles
+memory    the peak of a call
+progress  a line on stderr
+figure    pictures
+"""

@@ -1,0 +1,87 @@
+"""Profiles a model before and after `patch`, both in one run, after checking that they compute the same.
+
+models         what can be profiled: a registry of models, each with its inputs and its kinds of work
+third_party    the tiny models of other libraries for that registry
+run            compare, then time, weigh and profile
+parts          which module belongs to which part, and what torch.profiler says each part took
+count          shapes, bytes and FLOPs of a model that does not fit into memory
+report         the page of text and the picture
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help='a preset as "tiny", or of another library, as "idefics-tiny"'
+    )
+    parser.add_argument("--device", default="cpu", help='where to run, as in "cuda:0" (default: cpu)')
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--threads", type=int, help="of the cpu (default: as torch chooses)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a short text: shows that it works, not how fast"
+    )
+    parser.add_argument("--trace", metavar="FILE", help="write a Chrome trace with the parts in it (.json)")
+    parser.add_argument("--json", metavar="FILE", help="write all that was found, with its conditions")
+    parser.add_argument("--picture", metavar="FILE", help="draw the time by part (.png, .svg, .pdf)")
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command `profile`: 1 if the patched model computes something else, 2 if it cannot, else 0."""
+    import torch
+
+    from . import count, models, report, run
+
+    dtype = getattr(torch, options.dtype)
+    try:
+        _refuse_early(options)
+        plan = models.plan(options.model, quick=options.quick)
+        lacking = count.lacking_memory(plan, dtype, options.device)
+    except (ImportError, ValueError) as error:
+        print(f"profile: {error}", file=sys.stderr)
+        return 2
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+    if lacking:
+        counted = count.run(plan, dtype, options.device, lacking)
+        print(report.counted(counted))
+        _save(counted, options.json)
+        if options.trace or options.picture:
+            print("profile: nothing was run, so there is no trace and no picture.", file=sys.stderr)
+        return 0
+    seconds = 0.1 if options.quick else 5.0
+    found = run.run(plan, dtype=dtype, device=options.device, seconds=seconds, trace=options.trace)
+    print(report.measured(found))
+    _save(found, options.json)
+    if options.picture and found.same:
+        report.picture(found, options.picture)
+    return int(not found.same)
+
+
+def _refuse_early(options: argparse.Namespace) -> None:
+    """Let what would fail at the end fail before the work."""
+    from ..info import why_not_on
+    from ..measure.figure import new_figure
+
+    if why := why_not_on(options.device):
+        raise ValueError(f"{why}.")
+    if options.picture:
+        new_figure()
+    for path in filter(None, (options.trace, options.json, options.picture)):
+        if not Path(path).parent.is_dir():
+            raise ValueError(f"expected a path in a folder that exists, got {path}: make its folder first.")
+
+
+def _save(found: object, path: str | None) -> None:
+    from .report import plain
+
+    if path:
+        Path(path).write_text(json.dumps(plain(found), indent=1) + "\n")

@@ -1,0 +1,125 @@
+"""What can be profiled: by name, how to build a model, what it is fed, and what is done with it.
+
+Another model joins with one entry in `MODELS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...testing import tiny
+from .parts import BLOCKS, RESAMPLER, VISION
+from .subject import (
+    DECODE,
+    FULL,
+    PREFILL,
+    QUICK,
+    STEP,
+    Plan,
+    Sizes,
+    Subject,
+    Work,
+    features,
+    open_gates,
+    tokens,
+)
+
+
+def plan(name: str, *, quick: bool = False) -> Plan:
+    """How to build a model of the registry.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in MODELS:
+        raise ValueError(f"expected a MODEL among {', '.join(MODELS)}, got {name}.")
+    return Plan(name, QUICK if quick else FULL, MODELS[name])
+
+
+def _flamingo(preset: str, sizes: Sizes, **changes: Any) -> Subject:
+    from flamingo import Flamingo, FlamingoConfig
+
+    config = FlamingoConfig.preset(preset, **changes)
+    model = Flamingo(config).freeze()
+    open_gates(model)
+    ids = tokens(sizes, 256, config.media_token_id)
+    pixels = features(1, sizes.media, 1, 3, config.image_size, config.image_size)
+
+    def images(model: Flamingo) -> Tensor:
+        return pixels.to(next(model.vision.parameters()).dtype)
+
+    def prefill(model: Flamingo) -> Callable[[], Tensor]:
+        seen = images(model)
+        return lambda: model(ids, seen).logits
+
+    def decode(model: Flamingo) -> Callable[[], Tensor]:
+        media, cache = model.encode_media(images(model)), model.language.new_cache()
+        model.decode(ids, media, cache=cache)
+        last, seen = media[:, -1:].clone(), torch.ones(1, 1, dtype=torch.bool, device=ids.device)
+
+        def token() -> Tensor:
+            logits = model.decode(ids[:, -1:], last, cache=cache, media_locations=seen)
+            cache.crop(-1)  # so that every call reads the same token
+            return logits
+
+        return token
+
+    def step(model: Flamingo) -> Callable[[], Tensor]:
+        seen = images(model)
+        return lambda: model(ids, seen, labels=ids).loss
+
+    works = {
+        PREFILL: Work(prefill, sizes.text),
+        DECODE: Work(decode, 1, "a token after the whole text, keys and values in the cache"),
+        STEP: Work(step, sizes.text, "forward and backward, vision and language model frozen, no optimizer"),
+    }
+    parts = {"vision": VISION, "resampler": RESAMPLER, r"cross_attn\.\d+": BLOCKS}
+    return Subject(model, {"input_ids": ids, "pixels": pixels}, parts, works)
+
+
+def _third_party(name: str, sizes: Sizes, **wide: Any) -> Subject:
+    from .third_party import build
+
+    return build(name, tiny.Sizes(text=sizes.text, images=sizes.media, **wide))
+
+
+# Of "small" models, which are as wide as real ones and have few layers.
+WIDE: dict[str, Any] = {"width": 1024, "heads": 16, "visual": 512}
+_WIDE_FLAMINGO: dict[str, Any] = {
+    "language_dim": 1024,
+    "language_heads": 16,
+    "cross_attn_heads": 16,
+    "cross_attn_dim_head": 64,
+    "vision_dim": 512,
+    "vision_heads": 8,
+    "resampler_dim": 512,
+    "resampler_heads": 8,
+    "resampler_dim_head": 64,
+    "num_latents": 64,
+}
+
+
+def _registry() -> dict[str, Callable[[Sizes], Subject]]:
+    from flamingo.config import PRESETS
+
+    return {
+        **{name: partial(_flamingo, name) for name in PRESETS},
+        "flamingo-small": partial(_flamingo, "tiny", **_WIDE_FLAMINGO),
+        **{name: partial(_third_party, name) for name in tiny.names()},
+        **{small_of(name): partial(_third_party, name, **WIDE) for name in tiny.names()},
+    }
+
+
+def small_of(name: str) -> str:
+    """What the model of `tiny` is called that is as wide as a real one."""
+    return name.replace("-tiny", "-small")
+
+
+# They read numbers while they are built, which tensors without memory have not, and they are small.
+THIRD_PARTY = frozenset(each for name in tiny.names() for each in (name, small_of(name)))
+MODELS = _registry()

@@ -1,0 +1,189 @@
+"""Shows a profile: a page of text, what JSON keeps, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from ..measure.figure import new_figure
+from ..measure.timing import Spread
+from .count import Counted
+from .parts import BLOCKS, INSIDE, PARTS
+from .run import AFTER, BEFORE, SIDES, Measured, Profile
+
+_LINE = "{:<34}{:>28}{:>28}{:>9}"
+
+
+def measured(found: Profile) -> str:
+    """A profile as a page of text."""
+    setting = found.conditions
+    threads = f", {setting['threads']} threads" if setting["device_type"] == "cpu" else ""
+    size = f"{found.parameters / 1e6:.3g} M random parameters"
+    lines = [
+        f"{found.model}, {found.dtype}, {size}; {_shapes(found.inputs)}",
+        f"{setting['device']}{threads}, torch {setting['torch']}",
+        "",
+        found.patched,
+        "",
+        _line("relative error against float64", AFTER, "allowed"),
+    ]
+    for name, proof in found.proofs.items():
+        verdict = "same" if proof.passed else "DIFFERS"
+        lines.append(_line(f"  {name}", f"{proof.err:.1e}", f"{proof.budget:.1e}", verdict))
+    if not found.same:
+        return "\n".join([*lines, "", "The patched model computes something else: nothing was timed."])
+    lines += ["", _line("tokens/s, median (20% to 80%)", *SIDES)]
+    for name, work in found.works.items():
+        before, after = (_spread(work.speed(side)) for side in SIDES)
+        lines.append(_line(f"  {name}", before, after, _times(work.ratio)))
+        lines += [f"    {work.note}"] if work.note else []
+    lines += ["", _line("memory", *SIDES), *_memory(found.works)]
+    for name, work in found.works.items():
+        lines += ["", _line(f"time by part, {name}", *SIDES), *_by_part(work)]
+    lines += [
+        "",
+        "Parts: medians under torch.profiler, with its cost. A gate that rides on a product counts there.",
+    ]
+    return "\n".join(lines)
+
+
+def _memory(works: Mapping[str, Measured]) -> list[str]:
+    lines = []
+    for name, work in works.items():
+        if all(work.peak.values()):
+            lines.append(_compared(f"  peak, {name}", work.peak, _mebibytes))
+        else:
+            lines.append(f"  peak, {name}: cannot be measured here, or is too small to be seen")
+        if work.saved:
+            lines.append(_compared("  saved for the backward pass", work.saved, _mebibytes))
+    return lines
+
+
+def _by_part(work: Measured) -> list[str]:
+    parts = [part for part in PARTS if any(part in taken for taken in work.parts.values())]
+    inside = [part for part in parts if part in INSIDE]
+    rows = [(BLOCKS, inside)] if inside else []
+    rows += [(f"  {_short(part)}", [part]) for part in inside]
+    rows += [(part, [part]) for part in parts if part not in inside]
+    rows.append(("all", parts))
+    return [
+        _compared(f"  {name}", {side: _sum(work.parts[side], which) for side in SIDES}, _milliseconds)
+        for name, which in rows
+    ]
+
+
+def counted(found: Counted) -> str:
+    """What was counted, as a page of text."""
+    line = "{:<34}{:>16}{:>16}{:>28}"
+    lines = [
+        f"{found.model}, {found.dtype}; {_shapes(found.inputs)}",
+        f"Not run: it {found.lacking}. All below is counted, nothing is measured.",
+        "",
+        line.format("counted", "M parameters", "MiB", "GFLOP of a prefill"),
+    ]
+    for part in [*PARTS, "all"]:
+        which = PARTS if part == "all" else [part]
+        size, flops = _sum(found.parameters, which), _sum(found.prefill_flops, which)
+        if size or flops:
+            cells = f"{size / 1e6:.4g}", f"{size * found.bytes_each / 2**20:.4g}", f"{flops / 1e9:.4g}"
+            lines.append(line.format(f"  {part}", *cells))
+    lines += ["", "counted GFLOP of matrix products, as the model is written, with dense masks"]
+    lines += [f"  {name:<32}{flops / 1e9:>16.4g}" for name, flops in found.flops.items()]
+    lines += ["", _line("counted memory of a training step", *SIDES)]
+    lines.append(_compared("  saved for the backward pass", found.saved, _mebibytes))
+    return "\n".join(lines)
+
+
+def plain(value: Any) -> Any:
+    """What JSON can keep, fields and properties by name."""
+    if is_dataclass(value):
+        named = {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+        if isinstance(value, Measured):
+            named |= {
+                "tokens_per_s": {side: plain(value.speed(side)) for side in SIDES},
+                "ratio": value.ratio,
+            }
+        return named
+    if hasattr(value, "_asdict"):
+        return value._asdict()
+    return {key: plain(each) for key, each in value.items()} if isinstance(value, Mapping) else value
+
+
+def picture(found: Profile, path: str | Path) -> None:
+    """Draw the time by part, before and after. Raises as `new_figure`."""
+    figure = new_figure(figsize=(11, 1.6 + 0.9 * len(found.works)), layout="constrained")
+    axes = figure.add_subplot()
+    rows = [(name, side) for name in found.works for side in SIDES][::-1]  # barh draws upwards
+    ends = dict.fromkeys(rows, 0.0)
+    for part in PARTS:
+        widths = []
+        for name, side in rows:
+            parts = found.works[name].parts
+            widths.append(parts[side].get(part, 0.0) / sum(parts[BEFORE].values()))
+        if any(widths):
+            axes.barh(
+                range(len(rows)), widths, 0.72, left=list(ends.values()), color=_COLOURS[part], label=part
+            )
+        ends = {row: end + width for (row, end), width in zip(ends.items(), widths, strict=True)}
+    for y, (name, side) in enumerate(rows):
+        work = found.works[name]
+        gain = f", {_times(work.ratio)}" if side == AFTER else ""
+        label = f"  {rounded(work.speed(side).median)} tokens/s{gain}"
+        axes.text(ends[name, side], y, label, va="center", fontsize=9, color="#333333")
+    axes.set_yticks(range(len(rows)), [f"{name}, {side}" for name, side in rows], fontsize=9)
+    axes.set_xlim(0, 1.3 * max([1.0, *ends.values()]))
+    axes.set_xlabel("time under torch.profiler, of what the work takes before", fontsize=9)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_title(f"{found.model}, {found.dtype}, {found.conditions['device']}", loc="left", fontsize=11)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    figure.savefig(path, dpi=130)
+
+
+# A gated block in shades of red, the rest of the model in cold colours.
+_SHADES = ("#f4b8a8", "#e88a73", "#c8553d", "#f28f3b", "#8f2d1b", "#588b8b", "#93b7be", "#6a4c93", "#cccccc")
+_COLOURS = dict(zip(PARTS, _SHADES, strict=True))
+
+
+def _line(name: str, first: str, second: str, third: str = "") -> str:
+    return _LINE.format(name, first, second, third).rstrip()
+
+
+def _compared(name: str, values: Mapping[str, Any], shown: Any) -> str:
+    before, after = (values[side] for side in SIDES)
+    return _line(name, shown(before), shown(after), _times(before / after) if after else "")
+
+
+def _sum(values: Mapping[str, float], which: Iterable[str]) -> float:
+    return sum(values.get(part, 0) for part in which)
+
+
+def _short(part: str) -> str:
+    return part.removeprefix(f"{BLOCKS}: ")
+
+
+def _shapes(inputs: Mapping[str, list[int]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in inputs.items())
+
+
+def _spread(value: Spread) -> str:
+    return f"{rounded(value.median)} ({rounded(value.p20)} to {rounded(value.p80)})"
+
+
+def rounded(value: float) -> str:
+    """To three digits, or to a whole number."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
+
+
+def _mebibytes(value: float) -> str:
+    return f"{value / 2**20:.4g} MiB"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x"

@@ -1,0 +1,211 @@
+"""Profiles a model before and after `patch`: compares the results, and goes on only if they are the same."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ... import patch
+from ...testing import Proof, expect, prove
+from ..info import conditions_on
+from ..measure.memory import peak_growth, saved_bytes
+from ..measure.progress import ProgressBar
+from ..measure.timing import Clock, Spread, clock_of, interleave
+from .parts import PARTS, device_time, each_part, host_time, labels, time_by_part
+from .subject import STEP, Plan, Subject, Work, convert
+
+BEFORE, AFTER = SIDES = ("before", "after")
+PROFILED = 5  # calls of every work and side under torch.profiler
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One kind of work; dictionaries are by side, before and after.
+
+    Attributes:
+        tokens, note: see `Work`.
+        times: milliseconds of one call.
+        peak: bytes taken at the peak beyond what is there before the call; None where that is not known.
+        saved: bytes kept from the forward for the backward pass; empty where there is none.
+        parts: milliseconds by part, under torch.profiler and with its cost.
+    """
+
+    tokens: int
+    note: str
+    times: dict[str, Spread]
+    peak: dict[str, int | None]
+    saved: dict[str, int]
+    parts: dict[str, dict[str, float]]
+
+    def speed(self, side: str) -> Spread:
+        """Tokens a second."""
+        median, p20, p80 = self.times[side]
+        return Spread(*(1e3 * self.tokens / each for each in (median, p80, p20)))
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast it is after."""
+        return self.times[BEFORE].median / self.times[AFTER].median
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one run found; `works` is empty if the results are not the same."""
+
+    model: str
+    dtype: str
+    inputs: dict[str, list[int]]
+    parameters: int
+    patched: str
+    conditions: dict[str, Any]
+    proofs: dict[str, Proof]
+    works: dict[str, Measured] = field(default_factory=dict)
+
+    @property
+    def same(self) -> bool:
+        return all(proof.passed for proof in self.proofs.values())
+
+
+def run(
+    plan: Plan,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seconds: float = 5.0,
+    trace: str | None = None,
+    clock: Clock | None = None,
+) -> Profile:
+    """Profile a model.
+
+    Args:
+        plan: the model.
+        dtype, device: of its weights and inputs.
+        seconds: how long to time one kind of work, before and after together.
+        trace: where to write a Chrome trace.
+        clock: what keeps the time; the device's own by default.
+    """
+    progress = ProgressBar(6)
+    progress(f"{plan.name}: building")
+    subject = plan.subject(dtype, device)
+    after = twin(subject.model)
+    report = patch(after)
+    models = {BEFORE: subject.model, AFTER: after}
+    progress("results: comparing with float64")
+    found = Profile(
+        plan.name,
+        str(dtype).removeprefix("torch."),
+        {name: list(each.shape) for name, each in subject.inputs.items()},
+        sum(parameter.numel() for parameter in subject.model.parameters()),
+        str(report),
+        conditions_on(device),
+        compare(subject, after),
+    )
+    if found.same:
+        clock = clock or clock_of(device)
+        progress("parts: under torch.profiler")
+        parts = by_part(subject, models, device, trace)
+        for name, work in subject.works.items():
+            progress(f"{name}: timing")
+            found.works[name] = _measure(name, work, models, parts[name], device, seconds, clock)
+    progress.close()
+    return found
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy with the same parameters and buffers, not equal ones: to patch it costs no memory."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def call(name: str, work: Work, model: nn.Module) -> Call:
+    """Logits, or the loss and every gradient."""
+    with torch.no_grad():
+        compute = work.start(model)
+    if name != STEP:
+        return torch.no_grad()(lambda: (compute(),))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step() -> tuple[Tensor, ...]:
+        loss = compute()
+        return loss.detach(), *torch.autograd.grad(loss, trained, materialize_grads=True)
+
+    return step
+
+
+def compare(subject: Subject, after: nn.Module) -> dict[str, Proof]:
+    """Hold the results of both against float64."""
+
+    def results(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
+        return {name: _result(name, work, model) for name, work in subject.works.items()}
+
+    ours = results(after)
+    dtype = next(subject.model.parameters()).dtype
+    convert(subject.model, torch.float64)
+    exact = results(subject.model)
+    convert(subject.model, dtype)  # loses nothing: the numbers were of this dtype before
+    return {
+        name: prove(ours[name], expect(partial(_result, name, work, subject.model), exact[name]))
+        for name, work in subject.works.items()
+    }
+
+
+def _result(name: str, work: Work, model: nn.Module) -> tuple[Tensor, ...]:
+    return call(name, work, model)()
+
+
+def _measure(
+    name: str,
+    work: Work,
+    models: dict[str, nn.Module],
+    parts: dict[str, dict[str, float]],
+    device: str,
+    seconds: float,
+    clock: Clock,
+) -> Measured:
+    calls = {side: call(name, work, model) for side, model in models.items()}
+    for warm in calls.values():
+        warm()
+    times = interleave(calls, seconds=seconds, clock=clock)
+    peak = {side: peak_growth(each, device) for side, each in calls.items()}
+    saved = {side: saved_bytes(work.start(model), model) for side, model in models.items() if name == STEP}
+    return Measured(work.tokens, work.note, times, peak, saved, parts)
+
+
+def by_part(
+    subject: Subject, models: dict[str, nn.Module], device: str, trace: str | None = None
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Milliseconds by work, side and part: medians of a few calls, before and after in turn."""
+    on_gpu = torch.device(device).type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    labelled = {
+        module: part for model in models.values() for module, part in labels(model, subject.parts).items()
+    }
+    spans = {(name, side): f"{name}, {side}" for name in subject.works for side in SIDES}
+    with profile(activities=activities) as recorded:
+        for _ in range(PROFILED):
+            for (name, side), span in spans.items():
+                prepared = call(name, subject.works[name], models[side])
+                with each_part(labelled, record_function), record_function(span):
+                    prepared()
+                    if on_gpu:
+                        torch.cuda.synchronize(device)
+    if trace:
+        recorded.export_chrome_trace(trace)
+    taken = time_by_part(recorded.events(), spans.values(), device_time if on_gpu else host_time)
+    return {name: {side: _medians(taken[spans[name, side]]) for side in SIDES} for name in subject.works}
+
+
+def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Of the parts that the model has."""
+    medians = {part: statistics.median(each[part] for each in rounds) for part in PARTS}
+    return {part: median for part, median in medians.items() if median}

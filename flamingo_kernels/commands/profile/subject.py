@@ -1,0 +1,96 @@
+"""What is profiled: a model, what it is fed, and what is done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+PREFILL, DECODE, STEP = "prefill", "decode", "training step"
+
+
+class Sizes(NamedTuple):
+    """Of the inputs: one sequence of `text` tokens, `media` of which are images."""
+
+    text: int
+    media: int
+
+
+FULL, QUICK = Sizes(text=1024, media=8), Sizes(text=48, media=3)
+
+
+class Work(NamedTuple):
+    """One kind of work.
+
+    Attributes:
+        start: does on a model, in whatever dtype that is, what comes once, and returns what is timed. That of
+            a training step gives the loss, and its caller differentiates; the others give logits.
+        tokens: that one call handles.
+        note: what a reader of the row must know.
+    """
+
+    start: Callable[[Any], Callable[[], Tensor]]
+    tokens: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with random weights and gates well off 0, and what is done with it.
+
+    Attributes:
+        model: what is trained in it requires gradients, the rest does not.
+        inputs: for a reader, by name.
+        parts: by a regular expression for paths of modules, the part of the model they are.
+        works: PREFILL, DECODE and STEP.
+    """
+
+    model: nn.Module
+    inputs: dict[str, Tensor]
+    parts: dict[str, str]
+    works: dict[str, Work]
+
+
+class Plan(NamedTuple):
+    """A model that is still to be built."""
+
+    name: str
+    sizes: Sizes
+    build: Callable[[Sizes], Subject]
+
+    def subject(self, dtype: torch.dtype, device: str) -> Subject:
+        """The same numbers in every dtype, up to its rounding."""
+        torch.manual_seed(0)
+        with torch.device(device):
+            subject = self.build(self.sizes)
+        convert(subject.model, dtype)
+        return subject
+
+
+def convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """`model.to(dtype)` that leaves every tensor the object it is: its twin follows, and a fake one can."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+def tokens(sizes: Sizes, vocabulary: int, image: int) -> Tensor:
+    """Random text `[1, T]` with images at even distances, the first behind a token that sees none."""
+    ids = torch.randint(vocabulary, (1, sizes.text))
+    ids[:, 1 + torch.arange(sizes.media) * (sizes.text // sizes.media)] = image
+    return ids
+
+
+def features(*shape: int) -> Tensor:
+    """Random numbers that every dtype can hold."""
+    return torch.randn(shape).bfloat16().float()
+
+
+def open_gates(model: nn.Module) -> None:
+    """Gates start at 0, where a wrong branch would not show."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate"):
+            nn.init.uniform_(parameter, 0.3, 1.0)

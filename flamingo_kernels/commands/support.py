@@ -1,0 +1,195 @@
+"""Which backend runs what, which models can be swapped, how fast they are: tables of the README."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from .._backends import cuda, dispatch, triton
+from ..patch.registry import families
+from . import readme
+from .profile.report import rounded
+
+BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
+MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
+PRESETS_BEGIN, PRESETS_END = "<!-- presets: begin -->", "<!-- presets: end -->"
+
+# By family, what `profile` calls the model whose gains stand in its row.
+PROFILED = {
+    "flamingo": "flamingo-small",
+    "open_flamingo": "open_flamingo-small",
+    "flamingo_pytorch": "flamingo_pytorch-small",
+    "transformers Idefics": "idefics-small",
+    "transformers Idefics, resampler": "idefics-small",
+    "transformers Idefics2, resampler": "idefics2-small",
+    "transformers Mllama": "mllama-small",
+    "transformers Evolla": "evolla-small",
+}
+WORKS = ("prefill", "decode", "training step")
+
+_RUNS_ON = {
+    "reference": "anything PyTorch runs on",
+    "cpu": "x86-64; elsewhere portable code (Arm: compiled, and one run in emulation)",
+    "cuda": "NVIDIA GPUs from sm_{}{} on; so far compiled for them and run on none".format(
+        *cuda.OLDEST_CAPABILITY
+    ),
+    "triton": "NVIDIA GPUs from sm_{}{} on, AMD gfx942; so far compiled for them and run on none".format(
+        *triton.OLDEST_CAPABILITY
+    ),
+}
+_GRADIENTS = {"reference": "any order"}
+_NO_GRADIENTS = "none: for inference"
+_REPRODUCIBLE = {"reference": "as PyTorch is", "cpu": "yes, for any number of threads"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", metavar="DIR", help="what profile --json wrote, for the gains")
+    parser.add_argument("--readme", metavar="FILE", help="replace the tables between this file's markers")
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command `support`."""
+    print(table(), models(options.results), presets(options.results), sep="\n\n")
+    if options.readme:
+        update_readme(options.readme, options.results)
+    return 0
+
+
+def table() -> str:
+    """Operator by backend, in Markdown."""
+    lines = [
+        "| operator | backend | runs on | dtypes | largest sizes | gradients | bitwise reproducible |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for operator in dispatch.operators():
+        for backend, limits in dispatch.limits(operator).items():
+            cells = [
+                f"`{operator}`",
+                f"`{backend}`",
+                _RUNS_ON[backend],
+                "any floating" if backend == "reference" else _dtypes(),
+                ", ".join(f"{name} {most}" for name, most in limits.items()) or "any",
+                _GRADIENTS.get(backend, "once" if dispatch.is_differentiable(operator) else _NO_GRADIENTS),
+                _REPRODUCIBLE.get(backend, "yes"),
+            ]
+            lines.append(_line(*cells))
+    return "\n".join(lines)
+
+
+def models(results: str | Path | None = None) -> str:
+    """What `patch` swaps and what that gains, in Markdown.
+
+    Args:
+        results: a folder of what `profile NAME --json` wrote, for the names in `PROFILED`. Default: no gains.
+    """
+    found = {name: _profile(results, name) for name in dict.fromkeys(PROFILED.values())}
+    lines = [
+        f"| models of | tested with | swapped | {' | '.join(WORKS)} | `fixes` |",
+        f"|---|---|---|{'--:|' * len(WORKS)}---|",
+    ]
+    for family in families():
+        swapped = ", ".join(f"`{name}`" for name in family.fused)
+        gains = " | ".join(_gain(found[PROFILED[family.name]], work) for work in WORKS)
+        fixes = "; ".join(f"`{name}`: {bug}" for name, bug in family.fixes.items())
+        lines.append(f"| {family.name} | {family.versions} | {swapped} | {gains} | {fixes} |")
+    return "\n".join([*lines, *_conditions([each for each in found.values() if each])])
+
+
+def _profile(results: str | Path | None, name: str) -> dict[str, Any]:
+    path = Path(results or "") / f"{name}.json"
+    return cast("dict[str, Any]", json.loads(path.read_text())) if results and path.exists() else {}
+
+
+def _gain(found: dict[str, Any], work: str) -> str:
+    """How many times as fast a work is after the swap; marked where the spreads of both overlap."""
+    measured = found.get("works", {}).get(work)
+    if measured is None:
+        return "-"
+    before, after = (measured["times"][side] for side in ("before", "after"))
+    overlap = before["p20"] <= after["p80"] and after["p20"] <= before["p80"]
+    return f"{'~' * overlap}{measured['ratio']:.2f}x"
+
+
+def _conditions(found: list[dict[str, Any]]) -> list[str]:
+    """What a reader must know of the gains."""
+    from ..testing.tiny import Sizes
+    from .profile.models import WIDE
+    from .profile.subject import FULL
+
+    if not found:
+        return []
+    names = ", ".join(f"`{each['model']}`" for each in found)
+    dtypes = " and ".join(dict.fromkeys(each["dtype"] for each in found))
+    said = {
+        key: ", ".join(dict.fromkeys(str(each["conditions"][key]) for each in found))
+        for key in ("device", "threads", "torch", "commit")
+    }
+    return [
+        "",
+        "Gains: times before over times after the swap, of a whole model under "
+        f"`python -m flamingo_kernels profile NAME`. NAME: {names}. Random weights, {dtypes}, "
+        f"D {WIDE['width']}, {Sizes().layers} layers of which every second reads images; one text of "
+        f"{FULL.text} tokens and {FULL.media} images, for Evolla a protein. "
+        '"~": the spreads of both, 20% to 80%, overlap. "-": it has no cache to decode with. '
+        "The two rows of Idefics are one measurement. "
+        f"Medians on {said['device']}, {said['threads']} threads, torch {said['torch']}, "
+        f"commit {said['commit']}, {max(each['conditions']['time'] for each in found)}.",
+    ]
+
+
+def presets(results: str | Path | None = None) -> str:
+    """Tokens a second of each preset, or its bytes and FLOPs where it was not run, in Markdown.
+
+    Args:
+        results: a folder as for `models`, for `flamingo-small` and the presets of `flamingo`. Default: none.
+    """
+    from flamingo.config import PRESETS
+
+    found = [each for name in ("flamingo-small", *PRESETS) if (each := _profile(results, name))]
+    run, counted = ([each for each in found if ("works" in each) is was_run] for was_run in (True, False))
+    lines = [
+        f"| run | dtype | parameters | {' | '.join(f'{work}, tokens/s' for work in WORKS)} |",
+        f"|---|---|--:|{'--:|' * len(WORKS)}",
+        *map(_run_line, sorted(run, key=lambda each: each["parameters"])),
+        "",
+        "| counted | dtype | parameters | weights | prefill | a token | training step | kept for backward |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+        *map(_counted_line, sorted(counted, key=lambda each: sum(each["parameters"].values()))),
+    ]
+    return "\n".join(lines)
+
+
+def _run_line(found: dict[str, Any]) -> str:
+    speeds = (_speeds(found["works"][work]) for work in WORKS)
+    return _line(found["model"], found["dtype"], f"{rounded(found['parameters'] / 1e6)} M", *speeds)
+
+
+def _counted_line(found: dict[str, Any]) -> str:
+    size = sum(found["parameters"].values())
+    weights = f"{rounded(size * found['bytes_each'] / 2**30)} GiB"
+    flops = (f"{rounded(found['flops'][work] / 1e9)} GFLOP" for work in WORKS)
+    before, after = (found["saved"][side] for side in ("before", "after"))
+    kept = f"{rounded(before / 2**20)} to {rounded(after / 2**20)} MiB ({before / after:.2f}x)"
+    return _line(found["model"], found["dtype"], f"{rounded(size / 1e9)} G", weights, *flops, kept)
+
+
+def _speeds(measured: dict[str, Any]) -> str:
+    before, after = (measured["tokens_per_s"][side]["median"] for side in ("before", "after"))
+    return f"{rounded(before)} to {rounded(after)} ({measured['ratio']:.2f}x)"
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def update_readme(path: str | Path, results: str | Path | None = None) -> None:
+    """Replace what stands between the markers of a page by the tables. Raises as `readme.around`."""
+    readme.replace(path, BEGIN, END, table())
+    readme.replace(path, MODELS_BEGIN, MODELS_END, models(results))
+    readme.replace(path, PRESETS_BEGIN, PRESETS_END, presets(results))
+
+
+def _dtypes() -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dispatch.KERNEL_DTYPES)

@@ -1,0 +1,134 @@
+"""Flamingo's Perceiver Resampler, computed by this library's operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from flamingo import modules
+
+from .._anatomy import Kind, Linear, Norm, Number, Part, Weight
+from ..media_cache import Source, keys_and_values
+from ..ops import perceiver_attention
+from .fused import Fused, add_feed_forward, is_fused
+
+PERCEIVER_ANATOMY: Mapping[str, Kind] = {
+    "heads": Number("H"),
+    "norm_media": Norm("D"),
+    "norm_latents": Norm("D"),
+    "to_q": Linear("D", "H*d"),
+    "to_kv": Linear("D", "2*H*d"),
+    "to_out": Linear("H*d", "D"),
+}
+
+
+class PerceiverAttention(Fused, modules.PerceiverAttention):
+    """Latents attend to the features of their medium and to themselves, two segments never concatenated.
+
+    Args: those of `flamingo.modules.PerceiverAttention`, also those of `forward`.
+
+    Raises: what `perceiver_attention` raises. Determinism: as there.
+
+    Source: Flamingo (arXiv 2204.14198), section 2.1 and figure 5.
+
+    Example:
+        >>> attn = PerceiverAttention(dim=16, dim_head=4, heads=2)
+        >>> attn(torch.randn(2, 1, 9, 16), torch.randn(2, 1, 4, 16)).shape
+        torch.Size([2, 1, 4, 16])
+    """
+
+    anatomy = PERCEIVER_ANATOMY
+
+    def attend(
+        self,
+        q: Tensor,
+        k_media: Tensor,
+        v_media: Tensor,
+        k_latents: Tensor,
+        v_latents: Tensor,
+        media_lengths: Tensor | None = None,
+    ) -> Tensor:
+        return perceiver_attention(
+            q, k_media, v_media, k_latents, v_latents, media_lengths=media_lengths, scale=self.scale
+        )
+
+
+class PerceiverResampler(Fused, modules.PerceiverResampler):
+    """Any number of visual features of a medium to a fixed number of latents, through `PerceiverAttention`.
+
+    Args: those of `flamingo.modules.PerceiverResampler`, also those of `forward`.
+
+    Source: Flamingo (arXiv 2204.14198), section 2.1 and figure 5.
+
+    Example:
+        >>> resampler = PerceiverResampler(dim=16, depth=1, dim_head=4, heads=2, num_latents=5)
+        >>> resampler(torch.randn(2, 3, 1, 9, 16)).shape
+        torch.Size([2, 3, 5, 16])
+    """
+
+    anatomy = {
+        "project_input": Part(),
+        "latents": Weight("R D"),
+        "frame_embs": Weight("K D", optional=True),
+        "media_time_embs": Weight("M 1 D", optional=True),
+        "layers": Part(nn.ModuleList),
+        "norm": Norm("D"),
+    }
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for layer in self.layers:
+            attn, _ = cast(nn.ModuleList, layer)
+            attn.__class__ = PerceiverAttention
+
+    def resample(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        if self.is_watched():
+            return super().resample(x, lengths)
+        return resample(self.latents, self.layers, x, lengths)
+
+
+def resample(
+    latents: Tensor,  # [R, D]
+    layers: Any,
+    x: Tensor,  # [B, M, S, D]
+    lengths: Tensor | None,  # [B, M]
+) -> Tensor:  # [B, M, R, D]
+    """The layers of a resampler, which norm the features once and take all keys and values in one product.
+
+    In the first layer the latents are the same for all media: what is made of them is made once.
+    """
+    attns, ffs = zip(*(layer.children() for layer in layers), strict=True)
+    latents = latents[None, None]  # [1, 1, R, D]
+    if not all(map(is_fused, attns)):
+        latents = latents.expand(*x.shape[:2], -1, -1)
+        for attn, ff in zip(attns, ffs, strict=True):
+            attended = attn(x, latents) if lengths is None else attn(x, latents, lengths)
+            latents = add_feed_forward(latents + attended, ff, None)
+        return latents
+    sources = [Source(attn.to_kv, attn.heads, attn.norm_media) for attn in attns]
+    flat = None if lengths is None else lengths.flatten()
+    for attn, ff, kv in zip(attns, ffs, keys_and_values(sources, x), strict=True):
+        latents = latents + perceive(attn, latents, *kv, flat)
+        latents = add_feed_forward(latents, ff, None)
+    return latents
+
+
+def perceive(
+    attn: Any,
+    latents: Tensor,  # [B, M, R, D], or [1, 1, R, D] for all
+    k_media: Tensor,  # [B, M, S, H, d]
+    v_media: Tensor,  # [B, M, S, H, d]
+    lengths: Tensor | None,  # [B * M]
+) -> Tensor:  # [B, M, R, D]
+    """Perceiver attention whose features are keys and values already."""
+    batch, media = k_media.shape[:2]
+    n = attn.norm_latents(latents)
+    q = attn.to_q(n).unflatten(-1, (attn.heads, -1))
+    k, v = Source(attn.to_kv, attn.heads)(n)
+    q, k, v = (each.expand(batch, media, *each.shape[2:]).flatten(0, 1) for each in (q, k, v))
+    out = perceiver_attention(
+        q, k_media.flatten(0, 1), v_media.flatten(0, 1), k, v, media_lengths=lengths, scale=attn.scale
+    )
+    return attn.to_out(out.flatten(-2)).unflatten(0, (batch, media))

@@ -1,0 +1,206 @@
+"""The registered operations: schemas, shape functions, and torch.compile through every public function."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from flamingo_kernels import MediaMask, masked_cross_attention
+from flamingo_kernels._backends import library
+from flamingo_kernels.testing import (
+    Case,
+    GatedResidualCase,
+    GatedResidualNormCase,
+    MaskedCrossAttentionCase,
+    PerceiverAttentionCase,
+    evaluate,
+)
+
+NAMES = ("masked_cross_attention", "perceiver_attention", "gated_residual", "gated_residual_norm")
+CASES = [
+    MaskedCrossAttentionCase(length=11),
+    MaskedCrossAttentionCase(length=11, immediate=False, policy="open_flamingo", groups=2),
+    PerceiverAttentionCase(lengths=(3, 21)),
+    GatedResidualCase(gate=(40,)),
+    GatedResidualNormCase(),
+    GatedResidualNormCase(norm="rms", gate=()),
+]
+
+
+def operation(name: str, backend: str):
+    return library.OPERATIONS[name][backend]
+
+
+def case_name(case: Case) -> str:
+    return f"{case.operator}-{case}"
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_every_operator_has_one_forward_and_one_backward():
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "flamingo_kern" in name
+    }
+    both = {f"{name}_{way}" for name in NAMES for way in ("fwd", "bwd")}
+    others = {f"{name}.{way}" for name in both for way in ("triton", "cuda")}
+    assert registered == both | others | {"gated_block_decode.cuda"}
+
+
+def test_the_extension_has_a_kernel_for_each(compiled):
+    for name in NAMES:
+        for way in ("fwd", "bwd"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flamingo_kernels::{name}_{way}", "CPU")
+
+
+def calls(dtype: torch.dtype, backend: str) -> dict[str, tuple]:
+    """Arguments for each of the eight operations."""
+    masked = MaskedCrossAttentionCase(dtype=dtype, groups=2, immediate=False)
+    q, k, v = masked.tensors().values()
+    mask = masked.mask()
+    spans = (mask.lo, mask.hi, mask.start, mask.stop, mask.immediate, True, 0.25)
+    perceiver = PerceiverAttentionCase(dtype=dtype).tensors()
+    q_latents, *keys = perceiver.values()
+    lengths = torch.tensor([3, 21], dtype=torch.int32)
+    x, y, gate, weight, bias = GatedResidualNormCase(shape=(7, 40), dtype=dtype).tensors().values()
+    forward = {
+        "masked_cross_attention_fwd": (q, k, v, *spans),
+        "perceiver_attention_fwd": (q_latents, *keys, lengths, 0.25),
+        "gated_residual_fwd": (x, y, gate),
+        "gated_residual_norm_fwd": (x, y, gate, weight, bias, 1e-5, False),
+    }
+    out, lse = operation("masked_cross_attention_fwd", backend)(*forward["masked_cross_attention_fwd"])
+    out_latents, lse_latents = operation("perceiver_attention_fwd", backend)(
+        *forward["perceiver_attention_fwd"]
+    )
+    z, n, *moments = operation("gated_residual_norm_fwd", backend)(*forward["gated_residual_norm_fwd"])
+    return forward | {
+        "masked_cross_attention_bwd": (q, q, k, v, out, lse, *spans),
+        "perceiver_attention_bwd": (q_latents, q_latents, *keys, out_latents, lse_latents, lengths, 0.25),
+        "gated_residual_bwd": (z, y, gate),
+        "gated_residual_norm_bwd": (z, n, y, gate, weight, z, *moments, False),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", [f"{name}_{way}" for name in NAMES for way in ("fwd", "bwd")])
+def test_opcheck(name, dtype, kernels):
+    """Inputs without requires_grad: autograd is not registered on the operations but wraps them."""
+    torch.library.opcheck(operation(name, kernels), calls(dtype, kernels)[name])
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_compiled_forward_and_backward(case, backend):
+    assert_same_compiled(case, backend, "aot_eager")
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler"
+)
+@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=case_name)
+def test_compiled_by_inductor(case, compiled):
+    assert_same_compiled(case, compiled, "inductor")
+
+
+def assert_same_compiled(case: Case, backend: str, compiler: str) -> None:
+    options = case.options()
+
+    @functools.partial(torch.compile, fullgraph=True, backend=compiler)
+    def compiled(**tensors):
+        outputs = case.function(**tensors, **options, backend=backend)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    tensors = case.tensors()
+    douts = case.douts(case.eager(**tensors))
+    expected = evaluate(case, functools.partial(case.kernel, backend), tensors, douts)
+    for name, tensor in evaluate(case, compiled, tensors, douts).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def attend(q, k, v, locations, backend):
+    mask = MediaMask.last_preceding(locations, k.shape[1])
+    return masked_cross_attention(q, k, v, mask, backend=backend)
+
+
+def test_a_mask_of_any_length_is_compiled_once(backend):
+    """The graph holds the mask's construction, and one compilation serves every T."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for length in (33, 64, 111):
+        case = MaskedCrossAttentionCase(length=length)
+        leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors().items()}
+        locations = case.media_locations()
+        torch._dynamo.mark_dynamic(leaves["q"], 1)
+        torch._dynamo.mark_dynamic(locations, 1)
+        expected = attend(*leaves.values(), locations, backend)
+        out = compiled(*leaves.values(), locations, backend)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        (dout,) = case.douts((out,))
+        for one, other in zip(
+            torch.autograd.grad(out, list(leaves.values()), dout),
+            torch.autograd.grad(expected, list(leaves.values()), dout),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert counter.frame_count == 1
+
+
+def test_a_fixed_length_would_be_compiled_again(backend):
+    """The counter counts: without dynamic T every length costs a compilation."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend=counter, dynamic=False)
+    for length in (33, 64):
+        case = MaskedCrossAttentionCase(length=length)
+        compiled(*case.tensors().values(), case.media_locations(), backend)
+    assert counter.frame_count == 2
+
+
+def test_a_mask_may_be_passed_into_a_compiled_function(backend):
+    case = MaskedCrossAttentionCase(length=11, immediate=False)
+    q, k, v = case.tensors().values()
+    mask = case.mask()
+    compiled = torch.compile(
+        lambda mask: masked_cross_attention(q, k, v, mask, backend=backend),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert torch.equal(compiled(mask), masked_cross_attention(q, k, v, mask, backend=backend))
+
+
+@pytest.mark.parametrize("operator", ["perceiver_attention", "gated_residual", "gated_residual_norm"])
+def test_any_number_of_rows_is_compiled_once(operator, backend):
+    counter = CompileCounterWithBackend("aot_eager")
+    made = {
+        "perceiver_attention": lambda rows: PerceiverAttentionCase(features=rows),
+        "gated_residual": lambda rows: GatedResidualCase(shape=(2, rows, 40)),
+        "gated_residual_norm": lambda rows: GatedResidualNormCase(shape=(2, rows, 40)),
+    }[operator]
+    compiled = torch.compile(functools.partial(made(3).kernel, backend), fullgraph=True, backend=counter)
+    for rows in (33, 64, 111):
+        case = made(rows)
+        tensors = case.tensors()
+        expected = case.kernel(backend, **tensors)
+        for name in set(tensors) & {"k_media", "v_media", "x", "y"}:
+            torch._dynamo.mark_dynamic(tensors[name], 1)
+        for one, other in zip(compiled(**tensors), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert counter.frame_count == 1
+
+
+def test_autocast_is_compiled_too(backend):
+    case = MaskedCrossAttentionCase(length=11)
+    q, k, v = case.tensors().values()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = compiled(q, k, v, case.media_locations(), backend)
+        expected = attend(q, k, v, case.media_locations(), backend)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)

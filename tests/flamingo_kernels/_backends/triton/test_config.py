@@ -1,0 +1,76 @@
+"""Every configuration that a launch may choose computes the same, for every architecture's list."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flamingo_kernels.testing import (
+    Case,
+    GatedResidualCase,
+    GatedResidualNormCase,
+    MaskedCrossAttentionCase,
+    PerceiverAttentionCase,
+    measure,
+)
+
+pytest.importorskip("triton", reason="the Triton backend is optional")
+
+from flamingo_kernels._backends import env
+from flamingo_kernels._backends.triton import tuning
+from flamingo_kernels._backends.triton.config import Choice, Config, Device
+from tests.helpers.triton.cases import modules_that_ask
+
+# of every kind one, and the one dtype that has lists of its own
+LISTS = [
+    ("sm_80", torch.bfloat16),
+    ("sm_90", torch.bfloat16),
+    ("gfx942", torch.bfloat16),
+    ("sm_90", torch.float32),
+]
+CASES = [
+    MaskedCrossAttentionCase(batch=1, length=75, latents=60, heads=2, head_dim=40),
+    MaskedCrossAttentionCase(batch=1, length=75, latents=60, heads=2, head_dim=40, immediate=False),
+    MaskedCrossAttentionCase(batch=1, length=9, latents=60, heads=2, head_dim=40),
+    MaskedCrossAttentionCase(batch=1, length=75, latents=30, heads=1, head_dim=128, immediate=False),
+    MaskedCrossAttentionCase(batch=1, length=75, latents=20, heads=1, head_dim=256, immediate=False),
+    PerceiverAttentionCase(clips=1, queries=60, features=150, latents=60, heads=2, head_dim=40),
+    PerceiverAttentionCase(clips=1, queries=60, features=150, latents=60, heads=2, groups=2, head_dim=40),
+    PerceiverAttentionCase(clips=1, queries=60, features=150, latents=60, heads=1, head_dim=128),
+    GatedResidualCase(shape=(77, 136)),
+    GatedResidualCase(shape=(77, 136), gate=(136,)),
+    GatedResidualNormCase(shape=(77, 136)),
+]
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+    """Have the heuristics choose as they would on a GPU."""
+    for module in modules_that_ask():
+        monkeypatch.setattr(module, "device_of", lambda device: Device(architecture, 4))
+
+
+class Tried:
+    """Stands for the tuner: takes the candidates of each launch in turn, and remembers which there are."""
+
+    def __init__(self) -> None:
+        self.turn = 0
+        self.most = 1
+
+    def choose(self, kernel, choice: Choice, run, device) -> Config:
+        self.most = max(self.most, len(choice.candidates))
+        return choice.candidates[min(self.turn, len(choice.candidates) - 1)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operator}-{case}")
+@pytest.mark.parametrize(("architecture", "dtype"), LISTS, ids=str)
+def test_every_candidate(architecture, case: Case, dtype, monkeypatch):
+    pretend(monkeypatch, architecture)
+    tried = Tried()
+    monkeypatch.setattr(env, "AUTOTUNE", True)
+    monkeypatch.setattr(tuning, "choose", tried.choose)
+    while tried.turn < tried.most:  # known after the first turn
+        measured = measure(replace(case, dtype=dtype), "triton")
+        assert all(each.passed for each in measured), "\n".join(map(str, measured))
+        tried.turn += 1

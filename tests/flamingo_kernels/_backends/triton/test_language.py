@@ -1,0 +1,82 @@
+"""The device functions that kernels share, in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the Triton backend is optional")
+
+import triton.language as tl  # noqa: E402
+
+from flamingo_kernels._backends.triton import language  # noqa: E402
+from flamingo_kernels._backends.triton.reduction import add_in_order  # noqa: E402
+
+tanh, tanh_slope, dot, row_dot = language.tanh, language.tanh_slope, language.dot, language.row_dot
+
+
+@triton.jit
+def _tanh_kernel(a, values, slopes, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(values + at, tanh(tl.load(a + at)))
+    tl.store(slopes + at, tanh_slope(tl.load(a + at)))
+
+
+def test_tanh_and_its_slope_are_accurate_everywhere():
+    powers = torch.logspace(-30, 1.3, 2045)
+    a = torch.cat([torch.tensor([0.0, torch.inf, 200.0]), powers])
+    a = torch.cat([a, -a])
+    values, slopes = torch.empty_like(a), torch.empty_like(a)
+    _tanh_kernel[(1,)](a, values, slopes, BLOCK=a.numel())
+    exact = a.double().tanh()
+    assert ((values.double() - exact).abs() <= 3.5 * torch.finfo(torch.float32).eps / 2 * exact.abs()).all()
+    slope = 1 / a.double().cosh() ** 2
+    assert ((slopes.double() - slope).abs() <= 1e-6 * slope + 1e-37).all()
+
+
+def test_tanh_of_nan_is_nan():
+    a = torch.tensor([torch.nan, 0.0])
+    values, slopes = torch.empty_like(a), torch.empty_like(a)
+    _tanh_kernel[(1,)](a, values, slopes, BLOCK=2)
+    assert values.isnan().tolist() == slopes.isnan().tolist() == [True, False]
+
+
+@triton.jit
+def _dot_kernel(a, b, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tile = at[:, None] * BLOCK + at[None, :]
+    tl.store(out + tile, dot(tl.load(a + tile), tl.load(b + tile), "ieee"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dot_is_exact_to_float32(dtype):
+    """In bfloat16 too, of which the interpreter's own product is not one."""
+    a, b = torch.randn(2, 16, 16).to(dtype)
+    out = torch.empty(16, 16)
+    _dot_kernel[(1,)](a, b, out, BLOCK=16)
+    torch.testing.assert_close(out, a.float() @ b.float())
+
+
+@triton.jit
+def _row_dot_kernel(a, b, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tile = at[:, None] * BLOCK + at[None, :]
+    tl.store(out + at, row_dot(tl.load(a + tile), tl.load(b + tile)))
+
+
+def test_row_dot_cancels_in_double():
+    a, b = torch.ones(16, 16), torch.zeros(16, 16)
+    b[:, 0], b[:, 1], b[:, 2] = 1e8, 1.0, -1e8
+    out = torch.empty(16)
+    _row_dot_kernel[(1,)](a, b, out, BLOCK=16)
+    assert out.tolist() == [1.0] * 16
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 257), (7, 5, 300), (2, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # to bfloat16 the interpreter rounds down
+def test_partial_results_are_added_in_order(shape, dtype):
+    partials = torch.randn(shape)
+    expected = torch.zeros(shape[1:])
+    for part in partials:
+        expected += part
+    assert torch.equal(add_in_order(partials, dtype), expected.to(dtype))

@@ -1,0 +1,172 @@
+"""`python -m flamingo_kernels profile`, and what it says; times decide nothing here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from flamingo_kernels import __main__ as cli
+from flamingo_kernels import layers, patch
+from flamingo_kernels.commands.measure.timing import Spread
+from flamingo_kernels.commands.profile import count, models, parts, report, run
+
+WORKS = [models.PREFILL, models.DECODE, models.STEP]
+ASKED = ["--quick", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def briefly(monkeypatch):
+    """One call where there would be many."""
+    whole = run.run
+    monkeypatch.setattr(run, "PROFILED", 1)
+    monkeypatch.setattr(run, "run", lambda *args, **kwargs: whole(*args, **{**kwargs, "seconds": 0}))
+
+
+def test_it_prints_and_writes_what_it_found(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    files = {option: tmp_path / f"profile.{suffix}" for option, suffix in FILES.items()}
+    written = [text for option, file in files.items() for text in (f"--{option}", str(file))]
+    assert cli.main(["profile", "tiny", *ASKED, *written]) == 0
+    shown = capsys.readouterr()
+    for expected in (
+        "tiny, float32, 0.405 M random parameters; input_ids [1, 48], pixels [1, 3, 1, 3, 32, 32]",
+        "flamingo.modules.MaskedCrossAttention",
+        "tokens/s, median (20% to 80%)",
+        "a token after the whole text, keys and values in the cache",
+        "saved for the backward pass",
+        *(f"time by part, {name}" for name in WORKS),
+    ):
+        assert expected in shown.out
+    assert shown.out.count("same") == len(WORKS)
+    assert "3/6  prefill: timing" in shown.err
+
+    found = json.loads(files["json"].read_text())
+    assert list(found["works"]) == list(found["proofs"]) == WORKS
+    assert found["conditions"]["threads"] == 1
+    for work in found["works"].values():
+        before, after = (work["times"][side]["median"] for side in run.SIDES)
+        assert work["ratio"] == before / after
+        assert work["tokens_per_s"]["after"]["median"] == pytest.approx(1e3 * work["tokens"] / after)
+    assert found["works"][models.STEP]["saved"]["after"] > 0
+    assert set(found["works"][models.STEP]["parts"]["before"]) == set(parts.PARTS)
+
+    events = json.loads(files["trace"].read_text())["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert names >= {f"{name}, {side}" for name in WORKS for side in run.SIDES}
+    assert names >= {*parts.PARTS} - {parts.LANGUAGE, parts.BETWEEN}, "what is in no other part has no range"
+    assert files["picture"].read_bytes().startswith(b"\x89PNG")
+
+
+FILES = {"json": "json", "trace": "trace.json", "picture": "png"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    subject = models.plan("tiny", quick=True).subject(dtype, "cpu")
+    after = run.twin(subject.model)
+    patch(after)
+    assert all(proof.passed for proof in run.compare(subject, after).values())
+    tensors = zip(subject.model.parameters(), after.parameters(), strict=True)
+    assert all(one is other and one.dtype == dtype for one, other in tensors)
+
+
+def test_a_model_whose_library_is_missing(monkeypatch, capsys):
+    def missing(sizes):
+        raise ImportError("open_flamingo is not installed: pip install it")
+
+    monkeypatch.setitem(models.MODELS, "open_flamingo-tiny", missing)
+    assert cli.main(["profile", "open_flamingo-tiny", *ASKED]) == 2
+    assert capsys.readouterr().err == "profile: open_flamingo is not installed: pip install it\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["nonsense"], f"expected a MODEL among {', '.join(models.MODELS)}, got nonsense."),
+        (["tiny", "--device", "mps"], "expected the device cpu or cuda:0, got mps"),
+        (["tiny", "--trace", "nowhere/trace.json"], "got nowhere/trace.json: make its folder first."),
+    ],
+)
+def test_it_says_before_the_work_what_it_cannot_do(asked, message, monkeypatch, capsys):
+    monkeypatch.setattr(run, "run", lambda *_, **__: pytest.fail("it went to work"))
+    assert cli.main(["profile", *asked]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("profile: ")
+    assert message in shown.err
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("operator", ["gated_cross_attention", "perceiver_attention", "gated_feed_forward"])
+def test_a_wrong_result_fails_and_is_not_timed(operator, monkeypatch, tmp_path, capsys):
+    right = getattr(layers, operator)
+    monkeypatch.setattr(layers, operator, lambda *args, **kwargs: 1.001 * right(*args, **kwargs))
+    monkeypatch.setattr(run, "interleave", lambda *_, **__: pytest.fail("it timed a wrong result"))
+    file = tmp_path / "found.json"
+    assert cli.main(["profile", "tiny", *ASKED, "--json", str(file)]) == 1
+    out = capsys.readouterr().out
+    assert "DIFFERS" in out
+    assert out.endswith("The patched model computes something else: nothing was timed.\n")
+    assert json.loads(file.read_text())["works"] == {}
+
+
+def test_a_wrong_gradient_alone_fails(monkeypatch):
+    """The forward pass of the training step is right, and so are the works that are nothing else."""
+
+    class HalfGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            return 0.5 * dx
+
+    right = layers.gated_feed_forward
+    monkeypatch.setattr(
+        layers, "gated_feed_forward", lambda *args, **kwargs: HalfGradient.apply(right(*args, **kwargs))
+    )
+    found = run.run(models.plan("tiny", quick=True), dtype=torch.float32)
+    assert [proof.passed for proof in found.proofs.values()] == [True, True, False]
+    assert not found.same
+
+
+def test_what_does_not_fit_is_counted_and_never_timed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(count, "available", lambda device: 2**20)
+    monkeypatch.setattr(run, "run", lambda *_, **__: pytest.fail("it ran the model"))
+    file = tmp_path / "found.json"
+    trace = tmp_path / "trace.json"
+    assert cli.main(["profile", "tiny", *ASKED, "--json", str(file), "--trace", str(trace)]) == 0
+    shown = capsys.readouterr()
+    assert "All below is counted, nothing is measured." in shown.out
+    assert " ms" not in shown.out
+    assert "tokens/s" not in shown.out
+    assert "there is no trace" in shown.err
+    assert not trace.exists()
+    assert list(json.loads(file.read_text())["flops"]) == WORKS
+
+
+def test_speed_is_tokens_over_time():
+    times = {run.BEFORE: Spread(10.0, 5.0, 20.0), run.AFTER: Spread(4.0, 2.0, 5.0)}
+    work = run.Measured(100, "", times, {}, {}, {})
+    assert work.speed(run.BEFORE) == Spread(10_000, 5_000, 20_000)
+    assert work.ratio == 2.5
+
+
+def test_a_slower_side_is_shown_to_be_slower(monkeypatch):
+    """By a clock that takes a call that runs a fused layer for ten times as slow."""
+    ran = []
+    forward = layers.gated_block
+    monkeypatch.setattr(layers, "gated_block", lambda *args: ran.append(1) or forward(*args))
+
+    def clock(call, last):
+        ran.clear()
+        call()
+        return 20.0 if ran else 2.0
+
+    found = run.run(models.plan("tiny", quick=True), dtype=torch.float32, clock=clock)
+    assert [work.ratio for work in found.works.values()] == [0.1] * 3
+    page = report.measured(found)
+    assert "24,000 (24,000 to 24,000)" in page
+    assert "2,400 (2,400 to 2,400)    0.10x" in page

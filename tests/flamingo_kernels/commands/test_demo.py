@@ -1,0 +1,86 @@
+import dataclasses
+
+import pytest
+import torch
+
+from flamingo_kernels import layers
+from flamingo_kernels.commands import demo
+
+TINY = {
+    "image_size": 28,
+    "vision_dim": 32,
+    "vision_heads": 2,
+    "resampler_dim": 32,
+    "resampler_depth": 1,
+    "num_latents": 8,
+    "language_dim": 64,
+    "language_heads": 2,
+    "language_layers": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """A model of a few thousand parameters, timed as briefly as can be."""
+    for module in ("skimage", "matplotlib", "PIL"):
+        pytest.importorskip(module)
+    run = demo.run
+    monkeypatch.setattr(demo, "run", lambda images: run(images, rounds=1, **TINY))
+
+
+def test_prints_and_draws_what_it_found(tmp_path, capsys):
+    assert demo.main(tmp_path / "demo.png") == 0
+    page = capsys.readouterr().out
+    for expected in (
+        "5 photographs in one document of ",
+        "flamingo.modules.MaskedCrossAttention",
+        "logits and loss (2 tensors)",
+        "whole model, forward + backward",
+        "a cross-attention core, forward ",
+        "a resampler core, forward ",
+    ):
+        assert expected in page
+    assert page.count("same") == 2
+    assert "DIFFERS" not in page
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("operator", ["gated_cross_attention", "perceiver_attention"])
+def test_fails_when_a_kernel_is_wrong(monkeypatch, tmp_path, capsys, operator):
+    right = getattr(layers, operator)
+    monkeypatch.setattr(demo, "picture", lambda found, path: None)
+    monkeypatch.setattr(layers, operator, lambda *args, **kwargs: 1.001 * right(*args, **kwargs))
+    assert demo.main(tmp_path / "demo.png") == 1
+    assert capsys.readouterr().out.count("DIFFERS") == 2
+
+
+def test_says_so_when_the_machine_was_busy():
+    found = demo.run([*demo.load_photographs()])
+    quiet, busy = (
+        dataclasses.replace(found, times={("whole model", "forward"): demo.Pair(2000.0, 500.0, spread)})
+        for spread in (1.1, 3.0)
+    )
+    assert "busy" not in demo.render(quiet)
+    assert "single times varied by 3.0x" in demo.render(busy)
+    assert demo.render(busy).count("       2 s      500 ms    4.00x") == 1
+
+
+def test_without_its_extra_it_says_what_to_install(monkeypatch, tmp_path, capsys):
+    def missing():
+        raise ModuleNotFoundError("No module named 'skimage'", name="skimage")
+
+    monkeypatch.setattr(demo, "load_photographs", missing)
+    assert demo.main(tmp_path / "demo.png") == 2
+    assert "skimage is missing: pip install flamingo-kernels[demo]" in capsys.readouterr().err
+
+
+def test_the_model_has_openflamingos_block_shapes():
+    with torch.device("meta"):
+        model = demo.build()
+    assert not any(p.requires_grad for p in [*model.vision.parameters(), *model.language.parameters()])
+    for block in model.cross_attn.values():
+        assert block.ff[1].weight.shape == (8192, 2048)
+        assert block.attn.to_q.weight.shape == (512, 2048)
+        assert block.attn.to_kv.weight.shape == (1024, 1024)
+        assert block.attn.heads == 8
+    assert model.resampler.latents.shape == (64, 1024)

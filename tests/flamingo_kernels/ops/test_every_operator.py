@@ -1,0 +1,191 @@
+"""What holds for every operator: determinism, subsets of gradients, autocast, checkpointing, no host sync."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from flamingo_kernels import MediaMask, use_backend
+from flamingo_kernels._backends import cpu
+from flamingo_kernels.testing import (
+    DTYPES,
+    Case,
+    GatedResidualCase,
+    GatedResidualNormCase,
+    MaskedCrossAttentionCase,
+    PerceiverAttentionCase,
+    evaluate,
+)
+
+SMALL = [
+    MaskedCrossAttentionCase(),
+    MaskedCrossAttentionCase(immediate=False, policy="open_flamingo", groups=2),
+    PerceiverAttentionCase(lengths=(3, 21)),
+    GatedResidualCase(),
+    GatedResidualCase(gate=(40,)),
+    GatedResidualNormCase(),
+    GatedResidualNormCase(norm="rms"),
+]
+# enough rows, heads and media for every thread
+LARGE = [
+    MaskedCrossAttentionCase(batch=3, length=257, media=5, latents=60, groups=2, policy="open_flamingo"),
+    MaskedCrossAttentionCase(length=257, media=5, times="jumps", immediate=False, policy="open_flamingo"),
+    PerceiverAttentionCase(clips=3, queries=64, features=257, latents=64, groups=2, lengths=(257, 0, 100)),
+    GatedResidualCase(shape=(1031, 130)),
+    GatedResidualCase(shape=(1031, 130), gate=(130,)),
+    GatedResidualNormCase(shape=(1031, 130)),
+    GatedResidualNormCase(shape=(1031, 130), gate=(130,), norm="rms"),
+]
+
+
+def name(case: Case) -> str:
+    return f"{case.operator}-{case}"
+
+
+def run(case: Case, backend: str) -> dict[str, torch.Tensor]:
+    tensors = case.tensors()
+    douts = case.douts(case.eager(**tensors))
+    return evaluate(case, lambda **t: case.kernel(backend, **t), tensors, douts)
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same to the last bit, NaN included."""
+    for key, tensor in expected.items():
+        assert torch.equal(found[key].nan_to_num(), tensor.nan_to_num()), key
+        assert torch.equal(found[key].isnan(), tensor.isnan()), key
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("case", LARGE, ids=name)
+def test_threads_and_repeats_change_nothing(case, dtype, compiled, set_threads):
+    case = replace(case, dtype=dtype)
+    set_threads(1)
+    expected = run(case, compiled)
+    for threads in (1, 2, 4, 4, 3):
+        set_threads(threads)
+        assert_same(run(case, compiled), expected)
+        assert cpu.threads_of_latest_run() == threads
+
+
+@pytest.mark.parametrize("case", SMALL, ids=name)
+def test_few_elements_wake_no_thread(case, compiled, set_threads):
+    """A thread is worth waking for some ten thousand elements."""
+    set_threads(4)
+    with torch.no_grad():
+        case.kernel(compiled, **case.tensors())
+        assert cpu.threads_of_latest_run() == 1
+    run(case, compiled)
+    assert cpu.threads_of_latest_run() == 1
+
+
+@pytest.mark.parametrize("case", SMALL, ids=name)
+def test_any_subset_of_gradients(case, backend):
+    """A gradient is the same whichever others are asked for."""
+    expected = run(case, backend)
+    tensors = case.tensors()
+    douts = case.douts(case.eager(**tensors))
+    for count in (0, 1, len(tensors) - 1):
+        for chosen in itertools.combinations(tensors, count):
+            leaves = {key: tensor.detach() for key, tensor in tensors.items()}
+            wanted = [leaves[key].requires_grad_() for key in chosen]
+            outputs = case.kernel(backend, **leaves)
+            live = [(out, dout) for out, dout in zip(outputs, douts, strict=True) if out.requires_grad]
+            assert bool(live) is bool(chosen)
+            if chosen:
+                outs, grads = zip(*live, strict=True)
+                grads = torch.autograd.grad(outs, wanted, grads, materialize_grads=True)
+                found = {f"d{key}": grad for key, grad in zip(chosen, grads, strict=True)}
+                assert_same(found, {key: expected[key] for key in found})
+
+
+@pytest.mark.parametrize("case", SMALL, ids=name)
+def test_the_gradient_of_a_sum(case, backend):
+    """`.sum().backward()` sends one number expanded to every element: all strides are 0."""
+    leaves = {key: tensor.requires_grad_() for key, tensor in case.tensors().items()}
+    outputs = case.kernel(backend, **leaves)
+    ones = [torch.ones_like(out) for out in outputs]
+    expected = torch.autograd.grad(outputs, list(leaves.values()), ones, retain_graph=True)
+    found = torch.autograd.grad(sum(out.sum() for out in outputs), list(leaves.values()))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=name)
+def test_outputs_and_gradients_are_contiguous(case, backend):
+    case = replace(case, layout="transposed")
+    leaves = {key: tensor.requires_grad_() for key, tensor in case.tensors().items()}
+    outputs = case.kernel(backend, **leaves)
+    assert all(out.is_contiguous() for out in outputs)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=name)
+def test_inputs_are_left_alone(case, backend):
+    tensors = case.tensors()
+    before = {key: tensor.clone() for key, tensor in tensors.items()}
+    douts = case.douts(case.eager(**tensors))
+    douts_before = [dout.clone() for dout in douts]
+    evaluate(case, lambda **t: case.kernel(backend, **t), tensors, douts)
+    assert all(torch.equal(tensors[key], before[key]) for key in tensors)
+    assert all(map(torch.equal, douts, douts_before))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=name)
+def test_checkpointing_recomputes_the_same(case, backend):
+    expected = run(case, backend)
+    douts = case.douts(case.eager(**case.tensors()))
+
+    def checkpointed(**tensors):
+        return checkpoint(lambda: case.kernel(backend, **tensors), use_reentrant=False)
+
+    assert_same(evaluate(case, checkpointed, case.tensors(), douts), expected)
+
+
+@pytest.mark.parametrize("case", SMALL[:3], ids=name)
+def test_autocast_runs_attention_in_its_dtype(case, backend):
+    expected = run_cast(case, backend, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        leaves = {key: tensor.requires_grad_() for key, tensor in case.tensors().items()}
+        (out,) = case.kernel(backend, **leaves)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected["out"])
+    (dout,) = case.douts((out,))
+    for key, grad in zip(leaves, torch.autograd.grad(out, list(leaves.values()), dout), strict=True):
+        assert grad.dtype == torch.float32
+        assert torch.equal(grad, expected[f"d{key}"].float()), key
+
+
+def run_cast(case: Case, backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    tensors = {key: tensor.to(dtype) for key, tensor in case.tensors().items()}
+    douts = case.douts(case.eager(**tensors))
+    return evaluate(case, lambda **t: case.kernel(backend, **t), tensors, douts)
+
+
+@pytest.mark.parametrize("case", SMALL[3:], ids=name)
+def test_autocast_leaves_the_residual_in_its_dtype(case, backend):
+    expected = run(case, backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = case.kernel(backend, **case.tensors())
+    assert all(torch.equal(out, expected[key]) for key, out in zip(case.outputs, found, strict=True))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=name)
+def test_no_host_sync(case, backend):
+    """Tensors without values pass through every check: none of them looks at one."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, use_backend(backend):
+        leaves = {key: mode.from_tensor(tensor).requires_grad_() for key, tensor in case.tensors().items()}
+        outputs = case.kernel("auto", **leaves)
+        torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(out) for out in outputs])
+
+
+@pytest.mark.parametrize("build", ["last_preceding", "all_preceding", "cached", "from_text_time"])
+def test_masks_need_no_host_sync(build):
+    with FakeTensorMode():
+        locations = torch.zeros(2, 5, dtype=torch.int64)
+        more = (3,) if build == "cached" else ()
+        mask = getattr(MediaMask, build)(locations, 2, *more)
+        assert mask.dense(4).shape == (2, 1, 3 if build == "cached" else 5, 8)

@@ -1,0 +1,287 @@
+"""The registered operations, which anybody can call: what a kernel would dereference is checked before."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from flamingo_kernels import MediaMask, available_backends
+from flamingo_kernels._backends import library
+from flamingo_kernels._backends.cuda import why_not
+from flamingo_kernels.testing import GatedBlockDecodeCase, lay_out
+
+T, M, S = 7, 3, 6
+FAR = 2**31 - 1  # away from every tensor
+
+
+def masked(backward: bool) -> dict[str, Any]:
+    q, media = torch.randn(2, T, 4, 8), torch.randn(2, M, 5, 2, 8)
+    mask = MediaMask.from_text_time(torch.arange(2 * T).view(2, T) % (M + 1), M, immediate=False)
+    spans = {"lo": mask.lo, "hi": mask.hi, "start": mask.start, "stop": mask.stop}
+    kept = {"out": q.clone(), "softmax": torch.ones(2, 2, 4, T)} if backward else {}
+    options = {"immediate": False, "averages": False, "scale": 0.5}
+    return with_dout(q, backward) | {"q": q, "k": media, "v": media.clone()} | kept | spans | options
+
+
+def perceiver(backward: bool) -> dict[str, Any]:
+    q, media, latents = torch.randn(2, 5, 4, 8), torch.randn(2, S, 2, 8), torch.randn(2, 3, 2, 8)
+    keys = {"k_media": media, "v_media": media.clone(), "k_latents": latents, "v_latents": latents.clone()}
+    kept = {"out": q.clone(), "softmax": torch.ones(2, 2, 4, 5)} if backward else {}
+    lengths = {"media_lengths": torch.tensor([4, 6], dtype=torch.int32), "scale": 0.5}
+    return with_dout(q, backward) | {"q": q} | keys | kept | lengths
+
+
+def with_dout(q: torch.Tensor, backward: bool) -> dict[str, Any]:
+    return {"dout": torch.randn_like(q)} if backward else {}
+
+
+def residual(backward: bool) -> dict[str, Any]:
+    first, y = torch.randn(2, 3, 8)
+    return {"dz" if backward else "x": first, "y": y, "gate": torch.randn(8)}
+
+
+def normed(backward: bool) -> dict[str, Any]:
+    first, y, dz, dn = torch.randn(4, 3, 8)
+    parameters = {"gate": torch.randn(1), "weight": torch.randn(8)}
+    if not backward:
+        return {"x": first, "y": y, **parameters, "bias": torch.randn(8), "eps": 1e-5, "rms": False}
+    moments = {"mean": torch.randn(3), "rstd": torch.rand(3)}
+    return {"dz": dz, "dn": dn, "y": y, **parameters, "z": first, **moments, "rms": False}
+
+
+def decode() -> dict[str, Any]:
+    case = GatedBlockDecodeCase(gate=(64,))
+    tensors, mask = case.tensors(), case.options()["mask"]
+    x, k, v = (tensors.pop(name) for name in ("x", "k", "v"))
+    options = {"heads": case.heads, "scale": 0.25, "eps": 1e-5, "activation": 1}
+    return {"x": x, "k": k, "v": v, "lo": mask.lo, "hi": mask.hi, **tensors, **options}
+
+
+OPERATIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    f"{operator}_{way}": lambda arguments=arguments, way=way: arguments(way == "bwd")
+    for operator, arguments in {
+        "masked_cross_attention": masked,
+        "perceiver_attention": perceiver,
+        "gated_residual": residual,
+        "gated_residual_norm": normed,
+    }.items()
+    for way in ("fwd", "bwd")
+}
+ANY_LAYOUT = ("gate", "ff_gate", "weight", "bias")
+PARTS_OF_A_MASK = ("lo", "hi", "start", "stop", "media_lengths")
+
+
+def call(operation: str, backend: str, arguments: dict[str, Any]) -> Any:
+    return library.OPERATIONS[operation][backend](*arguments.values())
+
+
+def longer(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, tensor, tensor], dim=-1)
+
+
+def apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, every second in memory."""
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+def wrong(arguments: dict[str, Any]) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Every tensor in turn in another dtype, of other sizes, with fewer dimensions, and with gaps in it."""
+    for name, tensor in arguments.items():
+        if isinstance(tensor, torch.Tensor):
+            yield name, "dtype", tensor.long()
+            yield name, "sizes", longer(tensor)
+            if name not in ANY_LAYOUT:
+                yield name, "dimensions", tensor[0]
+                yield name, "strides", apart(tensor)
+
+
+def assert_refused(operation: str, backend: str, arguments: dict[str, Any]) -> None:
+    # what others are compared with: they are named in its place
+    first = next(name for name in ("q", "x", "z", "dz") if name in arguments)
+    for name, what, tensor in wrong(arguments):
+        named = r"\w+" if name in (first, "k") else name
+        error = error_of(operation, backend, arguments | {name: tensor})
+        assert re.match(rf"{operation}: expected .*\b{named}\b", error), f"{name} of other {what}: {error}"
+
+
+def error_of(operation: str, backend: str, arguments: dict[str, Any]) -> str:
+    try:
+        call(operation, backend, arguments)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return str(error)
+    return "none"
+
+
+@pytest.fixture(params=["triton", "cuda"])  # test_bindings.py checks those in C++
+def gpu_kernels(request) -> str:
+    available = available_backends("masked_cross_attention")[request.param]
+    if available is not True:
+        pytest.skip(f"{request.param}: {available}")
+    return request.param
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_tensor_is_checked(operation, gpu_kernels):
+    arguments = OPERATIONS[operation]()
+    call(operation, gpu_kernels, arguments)
+    assert_refused(operation, gpu_kernels, arguments)
+
+
+@pytest.fixture
+def cuda() -> str:
+    if why_not():
+        pytest.skip(f"cuda: {why_not()}")
+    return "cuda"
+
+
+def test_every_tensor_of_a_decoding_step_is_checked(cuda):
+    arguments = decode()
+    call("gated_block_decode", cuda, arguments)
+    assert_refused("gated_block_decode", cuda, arguments)
+
+
+@pytest.mark.parametrize("name", ["norm_bias", "gate", "ff_gate"])
+def test_a_decoding_step_copies_no_parameter(name, cuda):
+    arguments = decode()
+    with pytest.raises(RuntimeError, match=f"expected a contiguous {name}"):
+        call("gated_block_decode", cuda, arguments | {name: apart(arguments[name])})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"heads": 3}, r"to_q with shape \(48, 64\)"),
+        ({"activation": 4}, r"an activation from 0 to 3, got 4"),
+        ({"activation": -1}, r"an activation from 0 to 3, got -1"),
+    ],
+)
+def test_the_numbers_of_a_decoding_step_are_checked(changed, message, cuda):
+    with pytest.raises(RuntimeError, match=f"^gated_block_decode: expected {message}"):
+        call("gated_block_decode", cuda, decode() | changed)
+
+
+def test_more_columns_than_the_cuda_kernels_keep_are_refused(cuda):
+    arguments = masked(backward=False)
+    for name in "qkv":
+        arguments[name] = torch.zeros(*arguments[name].shape[:-1], 136)
+    with pytest.raises(RuntimeError, match="expected head_dim of at most 128, got 136"):
+        call("masked_cross_attention_fwd", cuda, arguments)
+
+
+def test_keys_on_another_device_are_refused():
+    pytest.importorskip("triton")
+    from flamingo_kernels.ops.masked_cross_attention.triton_fwd import masked_cross_attention_fwd
+
+    arguments = masked(backward=False)
+    with pytest.raises(ValueError, match="expected k on cpu with q, got meta"):
+        masked_cross_attention_fwd(**arguments | {"k": arguments["k"].to("meta")})
+
+
+def assert_as_clamped(
+    operation: str, backend: str, arguments: dict[str, Any], clamped: dict[str, Any]
+) -> None:
+    """Spans that name what is not there read nothing of it; NaNs stand around every tensor."""
+    floating = {
+        name: lay_out(tensor, "slice")
+        for name, tensor in arguments.items()
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and name not in ("out", "softmax")
+    }
+    found = call(operation, backend, arguments | floating)
+    expected = call(operation, backend, arguments | floating | clamped)
+    for one, other in zip(as_tuple(found), as_tuple(expected), strict=True):
+        assert torch.equal(one, other)
+        assert one.isfinite().all()
+
+
+def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
+    return (
+        outputs if isinstance(outputs, tuple) else tuple(outputs) if isinstance(outputs, list) else (outputs,)
+    )
+
+
+@pytest.mark.parametrize("immediate", [True, False])
+def test_spans_beyond_the_media_are_cut(immediate, kernels):
+    first = torch.tensor([[-FAR, -4, -1, 0, 2, 3, FAR - 1]]).repeat(2, 1)
+    hi = first + 1 if immediate else torch.tensor([[FAR, 1, 2, 99, FAR, 4, FAR]]).repeat(2, 1)
+    wild = {"lo": first.int(), "hi": hi.int()}
+    clamped = {"lo": first.clamp(0, M).int(), "hi": hi.clamp(0, M).int()}
+    rows = {"start": torch.full((2, M), -FAR), "stop": torch.full((2, M), FAR)}
+    whole = {"start": torch.zeros(2, M), "stop": torch.full((2, M), T)}
+    wild, clamped = (
+        {name: span.int() for name, span in spans.items()} for spans in (wild | rows, clamped | whole)
+    )
+    assert_as_clamped(
+        "masked_cross_attention_fwd", kernels, masked(False) | wild | {"immediate": immediate}, clamped
+    )
+    arguments = masked(backward=True) | {"immediate": immediate}
+    forward = {name: arguments[name] for name in masked(backward=False)}
+    arguments["out"], arguments["softmax"] = call("masked_cross_attention_fwd", kernels, forward | clamped)
+    assert_as_clamped("masked_cross_attention_bwd", kernels, arguments | wild, clamped)
+
+
+def test_no_row_is_left_unwritten(kernels):
+    """Where a mask contradicts itself: rows see media of which it says that no row does."""
+    arguments = masked(False) | {"immediate": True}
+    medium = torch.arange(2 * T).view(2, T) % M
+    none = torch.zeros(2, M).int()
+    spans = {"lo": medium.int(), "hi": medium.int() + 1, "start": none, "stop": none}
+    outputs = torch.stack([call("masked_cross_attention_fwd", kernels, arguments | spans)[0] for _ in "12"])
+    assert outputs.isfinite().all()
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if "attention" in name])
+def test_no_latents_are_refused(operation, kernels):
+    """A kernel would divide by their number."""
+    arguments = OPERATIONS[operation]()
+    for name in ("k", "v", "k_latents", "v_latents"):
+        if name in arguments:
+            arguments[name] = arguments[name][..., :0, :, :]
+    error = error_of(operation, kernels, arguments)
+    assert re.match(rf"{operation}: expected k\w* with at least one latent, got \(2, .*0, 2, 8\)\.", error)
+
+
+@pytest.mark.parametrize("operation", ["gated_residual_fwd", "gated_residual_norm_fwd"])
+def test_without_channels_there_is_nothing_to_add(operation, kernels):
+    arguments = {
+        name: value[..., :0] if isinstance(value, torch.Tensor) else value
+        for name, value in OPERATIONS[operation]().items()
+    }
+    assert as_tuple(call(operation, kernels, arguments))[0].shape == (3, 0)
+
+
+@pytest.mark.parametrize("gates", [0, 1])
+@pytest.mark.parametrize("operation", ["gated_residual_bwd", "gated_residual_norm_bwd"])
+def test_without_channels_gradients_are_zero(operation, gates, kernels):
+    rows = {name: torch.zeros(400, 0) for name in ("dz", "dn", "y", "z")}
+    moments = {name: torch.zeros(400) for name in ("mean", "rstd")}
+    changed = rows | moments | {"gate": torch.ones(gates), "weight": torch.zeros(0)}
+    arguments = {name: changed.get(name, option) for name, option in OPERATIONS[operation]().items()}
+    for gradient in as_tuple(call(operation, kernels, arguments)):
+        assert gradient.numel() in (0, gates)
+        assert not gradient.any()
+
+
+def test_lengths_beyond_the_features_are_cut(kernels):
+    wild, clamped = ({"media_lengths": torch.tensor(n).int()} for n in ([-FAR, FAR], [0, S]))
+    assert_as_clamped("perceiver_attention_fwd", kernels, perceiver(backward=False) | wild, clamped)
+    arguments = perceiver(backward=True)
+    forward = {name: arguments[name] for name in perceiver(backward=False)}
+    arguments["out"], arguments["softmax"] = call("perceiver_attention_fwd", kernels, forward | clamped)
+    assert_as_clamped("perceiver_attention_bwd", kernels, arguments | wild, clamped)
+
+
+def test_spans_of_a_decoding_step_beyond_its_media_are_cut(cuda):
+    wild = {"lo": torch.tensor([[-FAR], [1]]).int(), "hi": torch.tensor([[2], [FAR]]).int()}
+    arguments, clamped = (
+        decode(),
+        {"lo": torch.tensor([[0], [1]]).int(), "hi": torch.tensor([[2], [3]]).int()},
+    )
+    for name in "kv":
+        arguments[name] = lay_out(arguments[name], "slice")
+    found, expected = (call("gated_block_decode", cuda, arguments | spans) for spans in (wild, clamped))
+    assert torch.equal(found, expected)
+    assert found.isfinite().all()

@@ -1,0 +1,45 @@
+"""Tests of models of transformers with the oldest version that is supported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flamingo_kernels.patch.family import TRANSFORMERS
+from tests.helpers import ROOT
+
+OLDEST = Path(sys.prefix) / "transformers-oldest"  # `make test` installs it
+TESTS = [
+    "tests/flamingo_kernels/patch/test_transformers.py",
+    "tests/flamingo_kernels/patch/test_known.py",
+    "tests/flamingo_kernels/patch/test_hooks.py",
+    "tests/flamingo/language/test_pretrained.py",
+    "tests/flamingo/test_generation.py",
+]
+
+
+def test_both_ends_are_installed_by_make():
+    oldest, newest = TRANSFORMERS.removeprefix("transformers ").split(" to ")
+    assert f"transformers=={oldest} " in (ROOT / "Makefile").read_text()
+    assert f"transformers=={newest};" in (ROOT / "constraints.txt").read_text()
+    assert f'"transformers>={oldest},<' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("tests", TESTS)
+def test_with_the_oldest_transformers(tests):
+    if not OLDEST.is_dir():
+        fail = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        fail(f"{OLDEST} is not there: make .venv/transformers-oldest")
+    # What is compiled differs by torch, not by transformers.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not compiled", tests]
+    path = os.pathsep.join(filter(None, [str(OLDEST), os.environ.get("PYTHONPATH")]))
+    version = "import transformers; print(transformers.__version__)"
+    environment = os.environ | {"PYTHONPATH": path}
+    run = {"env": environment, "text": True, "capture_output": True, "cwd": ROOT}
+    assert subprocess.run([sys.executable, "-c", version], **run).stdout.strip() in TRANSFORMERS
+    done = subprocess.run(command, **run)
+    assert done.returncode == 0, done.stdout[-4000:]
