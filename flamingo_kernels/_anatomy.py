@@ -5,8 +5,8 @@ agree: ::
 
     {"heads": Number("H"), "norm": Norm("D"), "to_q": Linear("D", "H*d"), "to_out": Linear("H*d", "D")}
 
-A child of another library's class, as an adapter or a quantised layer, is called as the module it is, and so
-it may be anything of these sizes. One of another class of torch.nn is another architecture.
+A child of another library's class, such as an adapter or a quantised layer, will be called as the module it
+is, so it may be anything of these sizes. A child of another torch.nn class means another architecture.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-# Functions that wrappers leave on a module, and none that its forward calls.
+# Functions that wrappers leave on a module, and that its forward does not call.
 _WRAPPERS = {"forward", "_old_forward", "_compiled_call_impl", "_gradient_checkpointing_func"}
 
 
 class Sizes(dict[str, int]):
-    """The sizes that letters stand for, found one after another."""
+    """The sizes that letters stand for, each from the first attribute that has it."""
 
     def fit(self, term: str, size: int) -> bool:
-        """Whether a size is that of a product as "2*H*d"; the first letter without a size gets one."""
+        """Whether a size equals a product such as "2*H*d"; a letter that has no size yet gets one."""
         known, new = 1, ""
         for factor in term.split("*"):
             if factor.isdigit() or factor in self:
@@ -50,19 +50,19 @@ class Kind(Protocol):
     """What an attribute of a module must be.
 
     Attributes:
-        optional: whether it may be None, or not there.
+        optional: whether the attribute may be None or absent.
     """
 
     @property
     def optional(self) -> bool: ...
 
     def misfit(self, value: Any, sizes: Sizes) -> str:
-        """What is wrong with a value; empty if nothing is."""
+        """What is wrong with a value; empty if it fits."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number that is a size."""
+    """A number that is a size of the module."""
 
     size: str
     optional: bool = False
@@ -75,7 +75,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer, or what another library put in its place."""
+    """A linear layer, or another library's module in its place."""
 
     inputs: str
     outputs: str
@@ -113,7 +113,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of this shape, its sizes side by side as in "M 1 D"."""
+    """A parameter with a shape such as "M 1 D"."""
 
     shape: str
     optional: bool = False
@@ -150,7 +150,7 @@ class Alpha:
 
 @dataclass(frozen=True)
 class Part:
-    """A module that is called as it is; of a class named, as nothing but that is computed."""
+    """A child of any sizes, which is called as it is; or of one class, whose function alone is computed."""
 
     cls: type[nn.Module] | None = None
     optional: bool = False
@@ -164,7 +164,7 @@ class Part:
 
 
 def misfit(module: nn.Module, anatomy: Mapping[str, Kind]) -> str:
-    """What a module has, lacks or has otherwise than an anatomy says; empty if it fits."""
+    """The first difference between a module and an anatomy; empty if it fits."""
     sizes = Sizes()
     for name in _contents(module):
         if name not in anatomy:
@@ -180,7 +180,7 @@ def misfit(module: nn.Module, anatomy: Mapping[str, Kind]) -> str:
 
 
 def _contents(module: nn.Module) -> Iterator[str]:
-    """The names of all that may take part in what a module computes."""
+    """The names of all attributes that may take part in the computation of a module."""
     for registered in (module._modules, module._parameters, module._buffers):
         yield from (name for name, value in registered.items() if value is not None)
     for name, value in vars(module).items():
@@ -190,7 +190,7 @@ def _contents(module: nn.Module) -> Iterator[str]:
 
 
 def _other_kind(value: Any, expected: type[nn.Module]) -> str:
-    """Why a module does not stand where torch's own of this class does."""
+    """Why a module cannot stand in place of torch's own class; empty if it can."""
     own = type(value).__module__.startswith("torch.nn.modules.")
     if not isinstance(value, nn.Module) or (own and not isinstance(value, expected)):
         return f"is a {type(value).__name__}, expected a {expected.__name__}"
@@ -198,7 +198,7 @@ def _other_kind(value: Any, expected: type[nn.Module]) -> str:
 
 
 def _shape(weight: Any) -> tuple[int, ...] | None:
-    """The shape of a tensor; None of one that may be a flat piece of what it is."""
+    """The shape of a tensor; None if it may be a flat piece of a sharded parameter."""
     if not isinstance(weight, Tensor):
         return None
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""What every operator checks and normalises before it chooses a backend."""
+"""Checks and conversions of arguments that all operators share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INTEGERS = (
 
 
 def expect_tensors(operator: str, **tensors: Any) -> None:
-    """Raise TypeError unless each is a tensor whose elements all lie in memory."""
+    """Raise TypeError unless each argument is a dense tensor."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operator}: expected {name} to be a torch.Tensor, got {type(tensor).__name__}.")
@@ -51,7 +51,7 @@ def expect_number(operator: str, name: str, value: Any, least: float | None = No
 def expect_count(operator: str, name: str, value: Any, least: int = 0) -> int:
     """The value as an int; raise TypeError or ValueError unless it is one and not below the least."""
     if isinstance(value, torch.SymInt) or torch.jit.is_tracing():
-        return value  # of the next call it is another
+        return value  # a traced size: the next call may have another
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(
             f"{operator}: expected {name} to be an integer, got {type(value).__name__} {value!r}."
@@ -61,8 +61,8 @@ def expect_count(operator: str, name: str, value: Any, least: int = 0) -> int:
     return int(value)
 
 
-def scale_of(operator: str, scale: Any, head_dim: int) -> float:
-    """The factor on the scores, by default `head_dim ** -0.5`."""
+def expect_scale(operator: str, scale: Any, head_dim: int) -> float:
+    """The factor on the scores as a float, by default `head_dim ** -0.5`."""
     if head_dim == 0:
         raise ValueError(f"{operator}: expected a head_dim of at least 1, got 0.")
     return head_dim**-0.5 if scale is None else expect_number(operator, "scale", scale)
@@ -124,13 +124,13 @@ def expect_head_groups(operator: str, heads: int, kv_heads: int) -> None:
 
 
 def expect_latents(operator: str, name: str, keys: Tensor, dim: int) -> None:
-    """Raise ValueError if there is no key in this dimension: of none there is no softmax."""
+    """Raise ValueError if there is no key in this dimension: a softmax needs at least one."""
     if keys.shape[dim] == 0:
         raise ValueError(f"{operator}: expected at least one latent key, got {name} {tuple(keys.shape)}.")
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under torch.autocast the tensors in its dtype, as its matrix products take them; else as they are."""
+    """The tensors in the dtype that torch.autocast gives matrix products, or as they are where it is off."""
     dtype = autocast_dtype(tensors[0].device)
     return (
         tensors if dtype is None else tuple(t.to(dtype) if t.dtype in _AUTOCAST_CASTS else t for t in tensors)
@@ -141,20 +141,20 @@ _AUTOCAST_CASTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A block in which torch.autocast changes no dtype on the device of a tensor."""
+    """A context in which torch.autocast is off on the device of a tensor."""
     device = tensor.device.type
-    reached = torch.amp.is_autocast_available(device)  # not so tensors on "meta"
-    return torch.autocast(device, enabled=False) if reached else nullcontext()
+    available = torch.amp.is_autocast_available(device)  # it is not for "meta"
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor with a contiguous last dimension, copied only if it has none."""
+    """The tensor with a contiguous last dimension, copied only if it is not."""
     if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
-    # .contiguous() would keep the strides of what is empty.
+    # .contiguous() would keep the strides of an empty tensor.
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def as_rows(tensor: Tensor) -> Tensor:  # [N, D]
-    """A tensor `[..., D]` as rows with a contiguous last dimension, copied only if it cannot be viewed so."""
+    """A tensor `[..., D]` as rows with a contiguous last dimension, copied only if no such view exists."""
     return unit_stride(tensor.flatten(0, -2) if tensor.ndim > 1 else tensor[None])

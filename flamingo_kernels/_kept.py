@@ -1,7 +1,8 @@
-"""What is kept from one layer to the next, and from one step of generation to the next.
+"""Results that are kept from one layer to the next, and from one step of generation to the next.
 
-once    what is read of tensors, as a mask: for the layers of one forward pass
-newest  what is made of media, as K and V: for the tokens that are generated after them
+once            a result read from tensors, as a mask: for all layers of one forward pass
+once_for_equal  the same for small tensors that are made anew, and mostly equal
+newest          a result made of media, as K and V: for the tokens that are generated after them
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ._predicates import (
     autocast_dtype,
+    current_stream,
     is_eager,
     is_ordinary,
     is_plain,
     is_recording,
     is_transformed,
-    stream_of,
 )
 from .mask import MediaMask, Policy
 from .sublayers.arguments import is_norm
 
 T = TypeVar("T")
 
-_SAMPLE = 128  # numbers of a large tensor that are compared
-_SMALL = 2**15  # numbers of a tensor of which all are
+_SAMPLE = 128  # how many numbers of a large tensor are compared
+_SMALL = 2**15  # tensors up to this size are compared whole
 
-# In each thread: of every reader the last result, as the layers of one forward pass ask for the same, and of
-# every holder what it keeps of a source. Whoever goes first takes it along.
+# Each thread keeps the last result of every reader, for the layers of one forward pass, and one result of
+# every holder, which goes when the holder or the source of the result does.
 _threads = threading.local()
 
 
@@ -48,49 +49,46 @@ class _Read(NamedTuple):
     tensors: tuple[weakref.ref[Tensor], ...]
     state: tuple[Any, ...]
     result: Any
-    layers: set[int]  # that have it
-
-
-# Of each thread the last result of each reader: the layers of one forward pass ask for the same.
-_threads = threading.local()
+    layers: set[int]  # ids of the layers that have asked for it
 
 
 def once(read: Callable[..., Any], tensors: tuple[Tensor, ...], *options: Any, layer: object) -> Any:
-    """`read(*tensors, *options)`, or what it gave in this forward pass for these tensors, unchanged.
+    """`read(*tensors, *options)`, or its result from earlier in this forward pass if no tensor has changed.
 
-    A layer that asks again begins another pass, as numbers may have changed without a count since: through
-    `.data`, or NumPy.
+    A layer that asks a second time begins another pass: since then numbers may have changed in ways that
+    torch does not count, as through `.data` or NumPy.
     """
     if not _may_keep(tensors) or any(tensor.is_inference() for tensor in tensors):
-        return read(*tensors, *options)  # tensors of inference mode count no changes
+        return read(*tensors, *options)  # torch counts no changes of tensors made in inference mode
     state = (_mode(tensors), options, *(tensor._version for tensor in tensors))
-    last: _Read | None = _kept("reads").get(read)
+    last: _Read | None = _last("reads").get(read)
     if last is not None and last.state == state and id(layer) not in last.layers:
         same = [ref() is tensor for ref, tensor in zip(last.tensors, tensors, strict=False)]
         if len(last.tensors) == len(tensors) and all(same):
             last.layers.add(id(layer))
             return last.result
     result = read(*tensors, *options)
-    _kept("reads")[read] = _Read(tuple(map(weakref.ref, tensors)), state, result, {id(layer)})
+    _last("reads")[read] = _Read(tuple(map(weakref.ref, tensors)), state, result, {id(layer)})
     return result
 
 
 def once_for_equal(read: Callable[..., Any], tensors: tuple[Tensor, ...], *options: Any) -> Any:
-    """`read(*tensors, *options)`, or what it gave for equal ones: for small tensors that are made anew."""
+    """`read(*tensors, *options)`, or its last result if that came from equal tensors, best small ones."""
     if not _may_keep(tensors):
         return read(*tensors, *options)
     state = (_mode(tensors), options, *((each.dtype, each.device) for each in tensors))
-    last: _Equal | None = _kept("equals").get(read)
+    last: _Equal | None = _last("equals").get(read)
     if last is not None and last.state == state and all(map(torch.equal, last.tensors, tensors)):
         return last.result
     result = read(*tensors, *options)
-    _kept("equals")[read] = _Equal(tuple(each.detach().clone() for each in tensors), state, result)
+    _last("equals")[read] = _Equal(tuple(each.detach().clone() for each in tensors), state, result)
     return result
 
 
-def _kept(kind: str) -> dict[Callable[..., Any], Any]:
-    kept: dict[Callable[..., Any], Any] = vars(_threads).setdefault(kind, {})
-    return kept
+def _last(kind: str) -> dict[Callable[..., Any], Any]:
+    """The last results of this thread, by reader."""
+    results: dict[Callable[..., Any], Any] = vars(_threads).setdefault(kind, {})
+    return results
 
 
 def _may_keep(tensors: tuple[Tensor, ...]) -> bool:
@@ -98,14 +96,19 @@ def _may_keep(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def _mode(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """Where a result serves: not for training what inference mode made, nor on other streams."""
-    return torch.is_inference_mode_enabled(), *map(stream_of, tensors)
+    """The mode and streams in which a result may serve: a tensor of inference mode cannot serve training."""
+    return torch.is_inference_mode_enabled(), *map(current_stream, tensors)
 
 
 class MaskKey(NamedTuple):
     """What a mask depends on beside the locations.
 
-    length is None unless the media are cached; texts is how many in a row share a sequence of media.
+    Attributes:
+        num_media: M.
+        immediate: whether text sees the last medium only.
+        policy: for rows without a medium, see `MediaMask`.
+        length: T if the text follows the locations, None if it is the text of the locations.
+        texts: how many texts in a row share a sequence of media.
     """
 
     num_media: int
@@ -121,11 +124,11 @@ class MaskKey(NamedTuple):
         else:
             build = MediaMask.last_preceding if immediate else MediaMask.all_preceding
             mask = build(locations, num_media, policy=policy)
-        return mask if texts == 1 else mask.fold(texts)
+        return mask if texts == 1 else mask.join(texts)
 
 
 def kept_mask(locations: Tensor, key: MaskKey, layer: object) -> MediaMask:
-    """The mask of these locations: the one that a layer before this one built in the same forward pass."""
+    """The mask for these locations, built by the first layer of a forward pass that asks."""
     return cast(MediaMask, once(_build, (locations,), key, layer=layer))
 
 
@@ -147,13 +150,14 @@ def kept_kv(
     *,
     step: bool,
 ) -> T:
-    """`project()`, the K and V of media, made anew for every text and kept for what is generated after it.
+    """`project()`, the K and V of media: made anew for every text, and kept for the tokens that follow it.
 
     Args:
-        layer: whose K and V they are; it keeps its newest, as `newest` does.
+        layer: the layer whose K and V they are; it keeps the newest ones, see `newest`.
         media: any shape; what `project` reads.
-        modules: that `project` calls; nothing is kept unless each depends on its own parameters alone.
-        step: whether the text goes on from an earlier call, so that K and V of that may serve.
+        modules: the modules that `project` calls; nothing is kept unless each depends on its own parameters
+            alone.
+        step: whether the text continues an earlier call, whose K and V may then serve.
     """
     if torch.is_grad_enabled() or is_recording(media) or not all(map(_is_leaf, modules)):
         return project()
@@ -165,18 +169,18 @@ def kept_kv(
 def newest(
     holder: object, source: object, tensors: tuple[Tensor, ...], make: Callable[[], T], *, reuse: bool
 ) -> T:
-    """`make()`, or without gradients, and with `reuse`, what it gave last for this holder.
+    """`make()`, or with `reuse` and without gradients the holder's last result, if nothing has changed.
 
-    That must have been for the same source and the same tensors, by their memory and their count of changes.
-    A change that torch does not count, as through `.data` or NumPy, shows on a CPU in the numbers, of large
-    tensors in a sample; on a GPU one would have to wait for them. Each thread and stream sees only what it
-    made itself.
+    The source must be the same object, and the tensors must have the same memory and count of changes. torch
+    does not count a change through `.data` or NumPy. On a CPU the numbers are compared too, a sample of them
+    for large tensors; on a GPU reading them would mean waiting, so there such a change is not seen. A result
+    serves only the thread and the stream that made it.
 
     Args:
-        holder: it keeps one result, in each thread, while it and the source live.
-        source: what the result is made of.
-        tensors: all that `make` reads.
-        make: gives the result, in which the holder and the source may not appear.
+        holder: the object that keeps one result in each thread, while it and the source live.
+        source: the object that the result is made of.
+        tensors: all tensors that `make` reads.
+        make: makes the result, which must not refer to the holder or the source.
         reuse: whether the last result may serve.
     """
     if torch.is_grad_enabled() or not all(map(_is_known, tensors)):
@@ -186,46 +190,46 @@ def newest(
     last: _Kept | None = kept.get(holder, {}).get(source) if reuse else None
     if last is not None and last.state == state and all(map(torch.equal, last.samples, samples)):
         return cast(T, last.result)
-    kept.pop(holder, None)  # before there are new ones: two would need twice the memory
+    kept.pop(holder, None)  # before `make` runs, as two results would need twice the memory
     result = make()
-    kept[holder] = of_source = WeakIdKeyDictionary()
-    of_source[source] = _Kept(state, samples, result)
+    kept[holder] = by_source = WeakIdKeyDictionary()
+    by_source[source] = _Kept(state, samples, result)
     return result
 
 
 def _is_known(tensor: Tensor) -> bool:
-    """Whether it has memory of its own, of which torch counts the changes."""
+    """Whether a tensor has memory of its own whose changes torch counts."""
     plain = not is_recording(tensor) and is_eager(tensor) and not is_transformed(tensor)
     return plain and not tensor.is_inference()
 
 
 def _state(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
-    """What changes with the tensors, or with how they would be multiplied now.
+    """Values that differ if the tensors have changed, or would be multiplied in another dtype now.
 
-    The memory is held weakly, so that no other can come to have its address.
+    They refer to the memory weakly, which keeps its address from being given to other memory.
     """
     return tuple(
         (
             *(StorageWeakRef(each.untyped_storage()), each.storage_offset(), each.shape, each.stride()),
-            *(each.dtype, each._version, stream_of(each), autocast_dtype(each.device)),
+            *(each.dtype, each._version, current_stream(each), autocast_dtype(each.device)),
         )
         for each in tensors
     )
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """A copy of all numbers of a small tensor, and of some from all over a large one's memory."""
+    """A copy of a small tensor, or of some numbers from all over the memory of a large one."""
     if tensor.numel() <= _SMALL:
         return tensor.clone()
     span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    if span <= _SMALL:  # of a tensor that is broadcast
+    if span <= _SMALL:  # a broadcast tensor has little memory
         return tensor.as_strided((span,), (1,)).clone()
     step = (span - 1) // (_SAMPLE - 1)
-    return tensor.as_strided((_SAMPLE,), (step - 1 + step % 2,)).clone()  # odd, so not of one column alone
+    return tensor.as_strided((_SAMPLE,), (step - 1 + step % 2,)).clone()  # an odd step meets all columns
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether nothing but the module's own parameters, plain tensors, decides what it computes."""
+    """Whether a module computes from its input and its own parameters, plain tensors, and nothing else."""
     known = is_plain(module, nn.Linear) or is_norm(module)
     plain = all(map(is_ordinary, _weights(module)))
     # FSDP2 gathers new weights into the same tensors without counting a change.
@@ -234,5 +238,5 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _weights(leaf: nn.Module) -> list[Tensor]:
-    """Its parameters, without the search of `parameters()` that every step of decoding would make."""
+    """The parameters of a leaf module, without the search that `parameters()` makes at each decoding step."""
     return [weight for weight in leaf._parameters.values() if weight is not None]

@@ -1,4 +1,4 @@
-"""What is asked of tensors and modules before anything is computed in their place, or kept of them."""
+"""Questions about tensors and modules that are asked before a fused kernel replaces what they would do."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 @torch.compiler.assume_constant_result
 def transform() -> str:
-    """What transforms the code that runs now, operation by operation, or an empty string."""
+    """The name of what transforms the running code, operation by operation, or an empty string."""
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func or torch.vmap"
     return "forward-mode differentiation" if forward_ad._current_level >= 0 else ""
 
 
 def is_batched(tensor: Tensor | None) -> bool:
-    """Whether `is_grads_batched=True` made this gradient, which `transform` does not notice."""
+    """Whether `is_grads_batched=True` made this gradient, which `transform` does not report."""
     return tensor is not None and torch._C._dispatch_keys(tensor).has("Batched")
 
 
@@ -29,30 +29,30 @@ def has_tangent(tensor: Tensor | None) -> bool:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd must record the call; if not the operator is called bare, which costs less."""
+    """Whether autograd must record the call; a call that it need not record costs less."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def is_recording(tensor: Tensor) -> bool:
-    """Whether what runs now stands for other values too, for which anything kept or read would be wrong."""
+    """Whether the running code is recorded for other values too, so that no value may be read or kept."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transform():
         return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether it stands for other numbers than its own: those of a batch, or a derivative, of torch.func."""
+    """Whether a tensor is a wrapper of torch.func, for a batch or a derivative."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_eager(tensor: Tensor) -> bool:
-    """Whether the tensor has numbers, and what runs now runs as it is: nothing is fake, traced or mapped."""
+    """Whether the tensor has numbers and the running code is neither traced nor transformed."""
     plain = type(tensor) in (Tensor, nn.Parameter)
     return plain and not torch.compiler.is_compiling() and not transform()
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """In which torch.autocast multiplies on this device now; None where it does not reach."""
+    """The dtype of matrix products under torch.autocast on this device; None where autocast is off."""
     available = torch.amp.is_autocast_available(device.type)
     return (
         torch.get_autocast_dtype(device.type)
@@ -61,24 +61,24 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     )
 
 
-def stream_of(tensor: Tensor) -> int | None:
-    """Where work on this tensor is queued now; None on a device without such queues."""
+def current_stream(tensor: Tensor) -> int | None:
+    """The stream on which work on this tensor is queued now; None on a device without streams."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
 
 
 def is_ordinary(weight: Tensor) -> bool:
-    """Whether its numbers are all that there is to it: no shards, no integers with a scale."""
+    """Whether a weight is nothing but its numbers: no shard, and no integers with a scale."""
     return type(weight) in (nn.Parameter, Tensor, FakeTensor)
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module] | str) -> bool:
-    """Whether calling the module runs the forward of one of these classes, or one so named, and no more."""
+    """Whether calling the module runs the forward of one of these classes or names, and nothing else."""
     cls = type(module)
     return any(_runs(cls, kind) for kind in kinds) and is_unhooked(module)
 
 
 def _runs(cls: type[nn.Module], kind: type[nn.Module] | str) -> bool:
-    """Whether a call of a class runs the forward of another, and nobody gave that one another."""
+    """Whether calling a class runs the forward of `kind`, and that forward is still the library's own."""
     if isinstance(kind, str):
         if f"{cls.__module__}.{cls.__name__}" != kind:
             return False
@@ -104,7 +104,7 @@ def is_unhooked(module: nn.Module) -> bool:
 
 
 def has_hooks_below(module: nn.Module) -> bool:
-    """Whether anybody sees the calls that a module makes of those within it: their hooks, or those of all."""
+    """Whether hooks see the calls that a module makes of its children: hooks on them, or on all modules."""
     return _has_any_global_hook() or any(map(_has_hooks_within, module._modules.values()))
 
 
@@ -115,7 +115,7 @@ def _has_hooks_within(module: nn.Module | None) -> bool:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether it has hooks, or what is called as they are: a call of its own, weights that are made."""
+    """Whether a module has hooks, or equivalents: a forward of its own, or parametrised weights."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

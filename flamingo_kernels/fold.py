@@ -1,4 +1,4 @@
-"""fold and unfold: what is constant in inference, multiplied into the weights beside it.
+"""fold and unfold: factors that are constant in inference, multiplied into the weights beside them.
 
 A folded module is an ordinary one with other numbers: its norms have weights of 1 and biases of 0, its gates
 are infinite, so that their tanh is 1, and its scores are scaled by 1.
@@ -22,89 +22,89 @@ from .sublayers import arguments
 
 
 class Affine(NamedTuple):
-    """A norm's parameters, into all layers that read it.
+    """Folds a norm's parameters into all layers that read it.
 
     `linear(weight * xhat + bias) = (linear.weight * weight) xhat + linear.weight bias`
 
     Args:
-        norm: its path in the module.
-        linears: their paths.
+        norm: the path of the norm in the module.
+        linears: the paths of the layers.
     """
 
     norm: str
     linears: tuple[str, ...]
 
-    def fold(self, parts: _Parts) -> None:
-        norm = parts.at(self.norm)
+    def fold(self, folding: _Folding) -> None:
+        norm = folding.at(self.norm)
         if not any(True for _ in norm.parameters()):
             return
         if not arguments.is_norm(norm):
-            raise _Kept(self.norm, f"{type(norm).__name__} is not a plain norm")
-        weights = [parts.linear(path) for path in self.linears]
-        scale = parts.take(f"{self.norm}.weight")
-        shift = parts.take(f"{self.norm}.bias") if _has(norm, "bias") else None
+            raise _Unfoldable(self.norm, f"{type(norm).__name__} is not a plain norm")
+        weights = [folding.linear(path) for path in self.linears]
+        scale = folding.take(f"{self.norm}.weight")
+        shift = folding.take(f"{self.norm}.bias") if _has(norm, "bias") else None
         for path, weight in zip(self.linears, weights, strict=True):
             if shift is not None and shift.any():
-                moved, bias = weight @ shift, parts.take(f"{path}.bias")
-                parts.put(f"{path}.bias", moved if bias is None else bias + moved)
-            parts.put(f"{path}.weight", weight * scale)
-        parts.put(f"{self.norm}.weight", torch.ones_like(scale))
+                moved, bias = weight @ shift, folding.take(f"{path}.bias")
+                folding.put(f"{path}.bias", moved if bias is None else bias + moved)
+            folding.put(f"{path}.weight", weight * scale)
+        folding.put(f"{self.norm}.weight", torch.ones_like(scale))
         if shift is not None:
-            parts.put(f"{self.norm}.bias", torch.zeros_like(shift))
+            folding.put(f"{self.norm}.bias", torch.zeros_like(shift))
 
 
 class Gate(NamedTuple):
-    """A gate, into the layer before it: `tanh(gate) * linear(a)` as one product.
+    """Folds a gate into the layer before it: `tanh(gate) * linear(a)` as one product.
 
     Args:
         gate: the path of alpha.
-        linear: that of the layer.
+        linear: the path of the layer.
     """
 
     gate: str
     linear: str
 
-    def fold(self, parts: _Parts) -> None:
-        weight, gate = parts.linear(self.linear), parts.take(self.gate)
-        dtype = _get(parts.module, self.gate).dtype
-        if dtype != _get(parts.module, f"{self.linear}.weight").dtype:
-            raise _Kept(self.gate, f"a gate in {dtype} may widen what it is added to")
+    def fold(self, folding: _Folding) -> None:
+        weight, gate = folding.linear(self.linear), folding.take(self.gate)
+        dtype = _get(folding.module, self.gate).dtype
+        if dtype != _get(folding.module, f"{self.linear}.weight").dtype:
+            raise _Unfoldable(self.gate, f"a gate in {dtype} may widen what it is added to")
         factor = gate.flatten().tanh()
-        parts.put(f"{self.linear}.weight", weight * factor[:, None])
-        if (bias := parts.take(f"{self.linear}.bias")) is not None:
-            parts.put(f"{self.linear}.bias", bias * factor)
-        parts.put(self.gate, torch.full_like(gate, torch.inf))
+        folding.put(f"{self.linear}.weight", weight * factor[:, None])
+        if (bias := folding.take(f"{self.linear}.bias")) is not None:
+            folding.put(f"{self.linear}.bias", bias * factor)
+        folding.put(self.gate, torch.full_like(gate, torch.inf))
 
 
 class Scale(NamedTuple):
-    """The factor on the scores, into what makes the queries.
+    """Folds the factor on the scores into the module that gives the queries.
 
     Args:
         scale: the path of the number.
-        ends: those of norms or linear layers; of these the first that is there gives the queries.
+        ends: paths of norms or linear layers; the first that exists gives the queries.
     """
 
     scale: str
     ends: tuple[str, ...]
 
-    def fold(self, parts: _Parts) -> None:
-        last = next(path for path in self.ends if _has(parts.module, path))
-        if not arguments.is_norm(parts.at(last)):
-            parts.linear(last)
-        scale = parts.take(self.scale)
+    def fold(self, folding: _Folding) -> None:
+        last = next(path for path in self.ends if _has(folding.module, path))
+        if not arguments.is_norm(folding.at(last)):
+            folding.linear(last)
+        scale = folding.take(self.scale)
         for path in (f"{last}.weight", f"{last}.bias"):
-            if path in parts.values or _has(parts.module, path):
-                parts.put(path, parts.take(path) * scale)
-        parts.put(self.scale, 1.0)
+            if path in folding.values or _has(folding.module, path):
+                folding.put(path, folding.take(path) * scale)
+        folding.put(self.scale, 1.0)
 
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What `fold` changed and what it did not; as a context manager, changes it back at the end.
+    """What `fold` changed and what it did not; as a context manager, it unfolds the model at the end.
 
     Attributes:
-        folded: by the module's path in the model, its parameters and numbers that have other values.
-        skipped: by path, why something was left as it is.
+        folded: the parameters and numbers with new values, by the module's path in the model.
+        skipped: by path, why a parameter or number was left as it is.
 
     Example:
         >>> from flamingo import MaskedCrossAttention
@@ -146,13 +146,12 @@ def fold(model: nn.Module, *, int8: bool = False) -> FoldReport:
         with fold(model.eval()): ... until the end of the block
 
     For inference: a vector of gates, or any gate on a GPU, then costs nothing. The original parameters are
-    kept aside, which takes the memory of the folded weights once more: `unfold` gives them back to the bit,
-    and `state_dict` returns them all the while. The folded ones want no gradient.
+    kept aside, which takes the memory of the folded weights once more: `unfold` restores them to the bit, and
+    `state_dict` returns them all the while. The folded parameters need no gradient.
 
     Args:
         model: a model that `patch` has swapped modules of, in `eval()` mode.
-        int8: also hold the weights that something was folded into as 8-bit integers, with a scale a row, by
-            torchao. Default: no.
+        int8: also turn the folded weights into 8-bit integers with one scale a row, by torchao. Default: no.
 
     Returns:
         What was folded and what was not, and why. `print` shows it as a table.
@@ -164,8 +163,8 @@ def fold(model: nn.Module, *, int8: bool = False) -> FoldReport:
         RuntimeError: later, by `model.train()`, `load_state_dict` and `unpatch` until `unfold(model)`.
 
     Limits: parts with hooks, adapters, other classes or shared parameters stay as they are. Weights are
-    multiplied in float32 and rounded once. int8 saves memory; on a CPU without `torch.compile` torchao makes
-    every weight wide again for each product, and a step of decoding takes several times as long.
+    multiplied in float32 and rounded once. int8 saves memory; on a CPU without `torch.compile` torchao widens
+    every weight again for each product, and a decoding step takes several times as long.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2, for the gates.
 
@@ -188,25 +187,27 @@ def fold(model: nn.Module, *, int8: bool = False) -> FoldReport:
         raise ValueError("fold: expected a model for inference, got one in training mode; call model.eval().")
     quantize = _quantizer() if int8 else None
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    found = {path: _Parts(module, uses) for path, module in model.named_modules() if _folds(module)}
-    skipped = {f"{path}.{name}".strip("."): why for path, parts in found.items() for name, why in parts.run()}
-    changed = {path: parts for path, parts in found.items() if parts.values}
+    found = {path: _Folding(module, uses) for path, module in model.named_modules() if _folds(module)}
+    skipped = {
+        f"{path}.{name}".strip("."): why for path, folding in found.items() for name, why in folding.run()
+    }
+    changed = {path: folding for path, folding in found.items() if folding.values}
     if not changed:
         raise UnsupportedError(
             f"fold: found nothing to fold in {type(model).__name__}; patch(model) first.",
             {path: [why] for path, why in skipped.items()},
         )
-    for parts in changed.values():
-        parts.apply(quantize)
+    for folding in changed.values():
+        folding.apply(quantize)
     return FoldReport(
-        {path: tuple(parts.values) for path, parts in changed.items()},
+        {path: tuple(folding.values) for path, folding in changed.items()},
         skipped,
-        tuple(ref(parts.module) for parts in changed.values()),
+        tuple(ref(folding.module) for folding in changed.values()),
     )
 
 
 def unfold(model: nn.Module) -> None:
-    """Give everything that `fold` changed its value back; a model never folded stays as it is.
+    """Restore everything that `fold` has changed; a model that was never folded stays as it is.
 
     Args:
         model: a model, or a part or copy of one.
@@ -229,7 +230,7 @@ def is_folded(module: nn.Module) -> bool:
 
 
 def put_originals(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-    """Into the `state_dict` of a module what its folded parameters were before."""
+    """Replace a module's folded parameters in its `state_dict` by the originals."""
     for path, value in getattr(module, "folded", {}).items():
         if value is None:
             state.pop(prefix + path, None)
@@ -237,16 +238,16 @@ def put_originals(module: nn.Module, state: dict[str, Any], prefix: str) -> None
             state[prefix + path] = value.detach()
 
 
-class _Kept(Exception):
-    """Something stays as it is: its path, and why."""
+class _Unfoldable(Exception):
+    """A parameter or number that must stay as it is: its path, and why."""
 
 
-class _Parts:
-    """What becomes of the parameters and numbers of one module.
+class _Folding:
+    """The new values of one module's parameters and numbers, found first and applied later.
 
     Attributes:
-        module: that is folded.
-        values: by path, those that change, tensors in float32 or wider.
+        module: the module.
+        values: new values by path, tensors in float32 or wider.
     """
 
     def __init__(self, module: Any, uses: Counter[int]) -> None:
@@ -255,49 +256,49 @@ class _Parts:
         self._uses = uses
 
     def run(self) -> Iterator[tuple[str, str]]:
-        """Find the values; of what must stay, the path and why."""
+        """Find the new values; yields the path and the reason of everything that must stay."""
         if is_folded(self.module):
             yield "", "folded already"
             return
         for each in _folds(self.module):
             try:
                 each.fold(self)
-            except _Kept as kept:
-                yield kept.args
+            except _Unfoldable as reason:
+                yield reason.args
 
     def at(self, path: str) -> Any:
         try:
             return self.module.get_submodule(path)
         except AttributeError:
-            raise _Kept(path, "is not there") from None
+            raise _Unfoldable(path, "is not there") from None
 
     def linear(self, path: str) -> Tensor:
         """The weight of a plain linear layer."""
         linear = self.at(path)
         if not is_plain(linear, nn.Linear) or not is_ordinary(linear.weight):
-            raise _Kept(path, f"{type(linear).__name__} is not a plain linear layer")
+            raise _Unfoldable(path, f"{type(linear).__name__} is not a plain linear layer")
         return self.take(f"{path}.weight")
 
     def take(self, path: str) -> Any:
-        """A parameter or number as it is by now."""
+        """A parameter or number, with what was folded into it so far."""
         value = self.values[path] if path in self.values else _get(self.module, path)
         if not isinstance(value, Tensor):
             return value
         if path not in self.values and self._uses[id(value)] > 1:
-            raise _Kept(path, "the parameter is shared")
+            raise _Unfoldable(path, "the parameter is shared")
         return value.detach().to(torch.promote_types(value.dtype, torch.float32))
 
     def put(self, path: str, value: Any) -> None:
         self.values[path] = value
 
     def apply(self, quantize: Callable[[nn.Module], None] | None) -> None:
-        """Change the module, which keeps what was before."""
+        """Give the module its new values; it keeps the old ones as `folded`."""
         before = {path: _get(self.module, path) for path in self.values}
         dtypes = {path: value.dtype for path, value in before.items() if isinstance(value, Tensor)}
         for path, value in self.values.items():
             if isinstance(value, Tensor):
                 linear = path.rpartition(".")[0]
-                dtype = dtypes.get(path) or dtypes[f"{linear}.weight"]  # of a bias that was none
+                dtype = dtypes.get(path) or dtypes[f"{linear}.weight"]  # a bias that was None
                 value = nn.Parameter(value.to(dtype), requires_grad=False)
             _set(self.module, path, value)
         self.module.folded = before
@@ -328,7 +329,7 @@ def _set(module: nn.Module, path: str, value: Any) -> None:
 
 
 def _restore(module: nn.Module) -> None:
-    """Give a module what it had before, where its parameters are now."""
+    """Give a module its original values, on the device and in the dtype of the folded ones."""
     for path, value in vars(module).pop("folded", {}).items():
         now = _get(module, path)
         if isinstance(value, Tensor) and (now.device, now.dtype) != (value.device, value.dtype):
@@ -337,7 +338,7 @@ def _restore(module: nn.Module) -> None:
 
 
 def _quantizer() -> Callable[[nn.Module], None]:
-    """What turns the weight of a linear layer into int8."""
+    """A function that turns the weight of a linear layer into int8."""
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:

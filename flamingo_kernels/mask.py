@@ -1,4 +1,4 @@
-"""MediaMask: which media each text token may see. The only place that knows."""
+"""MediaMask: which media each text token may see. No other file knows the rules."""
 
 from __future__ import annotations
 
@@ -29,19 +29,21 @@ class MediaMask:
                           .  .  .  .  #  #  #        medium 1
 
     A row that sees no medium (here the first) returns exactly 0 under `policy="zero"`. Under
-    `policy="open_flamingo"` the rows that open_flamingo masks completely without zeroing them average
-    all values uniformly instead, as its softmax over equal scores does: rows whose `text_time` exceeds
-    the number of media (last_preceding), and rows before the first image (all_preceding).
+    `policy="open_flamingo"` some of these rows average all values instead, as in open_flamingo, where a
+    softmax over equal scores does that: rows whose `text_time` exceeds the number of media (last_preceding),
+    and rows before the first image (all_preceding).
 
     Build one with `last_preceding`, `all_preceding`, `from_text_time`, `cached` or `from_dense`.
 
     Attributes:
-        lo: int32 `[B, T]`, first medium a row sees.
-        hi: int32 `[B, T]`, one past the last; `hi <= lo` sees nothing, `hi == -1` averages everything.
-        start: int32 `[B, M]`, no row before it sees medium m (the first that does, where text_time grows).
-        stop: int32 `[B, M]`, no row from it on does. Rows in between may see other media.
+        lo: int32 `[B, T]`, the first medium that a row sees.
+        hi: int32 `[B, T]`, one past the last; a row with `hi <= lo` sees nothing, one with `hi == -1`
+            averages everything.
+        start: int32 `[B, M]`, no row before it sees medium m (where text_time grows, it is the first that
+            does).
+        stop: int32 `[B, M]`, no row at or after it sees medium m. Rows in between may see other media.
         immediate: no row sees more than one medium, so a softmax needs one pass.
-        policy: what rows without a medium get; "zero" promises that none averages.
+        policy: what rows without a medium get; "zero" means that no row averages.
 
     Source: Flamingo (arXiv 2204.14198), section 2.3; the two policies: open_flamingo 2.0.1 `helpers.py`.
 
@@ -87,7 +89,7 @@ class MediaMask:
 
         Args:
             media_locations: bool or integer `[B, T]`, non-zero at each `<image>` token.
-            num_media: M, the number of media each sequence brings (padding included).
+            num_media: M, the number of media of each sequence (padding included).
             policy: "zero" or "open_flamingo", see the class.
         """
         text_time = _count_media(media_locations).cumsum(1)
@@ -126,7 +128,7 @@ class MediaMask:
     def from_text_time(
         cls, text_time: Tensor, num_media: int, *, immediate: bool = True, policy: Policy = "zero"
     ) -> MediaMask:
-        """From the 1-based index of the last preceding medium of every row, 0 where there is none.
+        """A mask from the 1-based index of the last preceding medium of every row, 0 where there is none.
 
         Args:
             text_time: integer `[B, T]`, in any order (it need not grow along T).
@@ -159,7 +161,7 @@ class MediaMask:
     def from_dense(
         cls, visible: Tensor, *, averages: Tensor | None = None, max_latents: int = 256
     ) -> MediaMask:
-        """From a dense mask over keys, where every row sees one run of them.
+        """A mask from a dense one over keys, in which every row sees one run of keys.
 
         ::
 
@@ -231,15 +233,15 @@ class MediaMask:
         visible = (self.lo[..., None] <= media) & (media < self.hi[..., None])  # [B, T, M]
         return visible.repeat_interleave(num_latents, dim=-1)[:, None]
 
-    def fold(self, texts: int) -> MediaMask:
-        """The mask `[B / texts, texts * T]` of texts one after the other over the same media.
+    def join(self, texts: int) -> MediaMask:
+        """The mask `[B / texts, texts * T]` of texts that share their media, joined one after the other.
 
         Args:
-            texts: how many share a sequence of media, as beams do. Divides B.
+            texts: how many in a row share a sequence of media, as beams do. Divides B.
 
         Example:
             >>> locations = torch.tensor([[True, False], [False, True]])
-            >>> MediaMask.last_preceding(locations, num_media=1).fold(2).hi.tolist()
+            >>> MediaMask.last_preceding(locations, num_media=1).join(2).hi.tolist()
             [[1, 1, 0, 1]]
         """
         batch, length = self.lo.shape
@@ -272,7 +274,7 @@ def _count_media(media_locations: Tensor) -> Tensor:
 
 
 def _runs(visible: Tensor) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
-    """On the host: the run of keys that each row sees, (0, 0) for none, and a row that sees several."""
+    """On the host: the run of keys that each row sees, (0, 0) for none, and the first row that sees more."""
     expect_tensors("MediaMask", visible=visible)
     if visible.ndim != 3 or visible.dtype != torch.bool:
         raise ValueError(
@@ -294,12 +296,12 @@ def _runs(visible: Tensor) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
 
 
 def _largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of a number that is not above `most`."""
+    """The largest divisor of a number up to `most`; 0 if there is none."""
     return next((divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0), 0)
 
 
 def _token_ranges(lo: Tensor, hi: Tensor, seen: Tensor, num_media: int) -> tuple[Tensor, Tensor]:
-    """For every medium a range of rows that holds all rows which see it."""
+    """For every medium, a range of rows that contains all rows which see it."""
     batch, length = lo.shape
     if length == 0:
         empty = torch.zeros(batch, num_media, dtype=torch.int32, device=lo.device)

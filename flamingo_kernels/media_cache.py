@@ -1,9 +1,9 @@
-"""Keys and values of the media: of all layers in one product, and never twice for the same media."""
+"""Keys and values of the media: for all layers in one product, and never twice for the same media."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from ._kept import kept_kv
 from ._predicates import autocast_dtype, is_ordinary, is_plain, needs_grad
-from .sublayers.labels import PROJECTIONS, in_part
+from .sublayers.labels import PROJECTIONS, labelled
 
 
 class Source(NamedTuple):
     """How a layer makes its keys and values: `linear(norm(media))`.
 
     Args:
-        linear: to keys and values side by side, `[2 H d, D]`.
-        heads: their number H.
-        norm: over the features, or None.
+        linear: the projection to keys and values side by side, `[2 H d, D]`.
+        heads: the number of heads H.
+        norm: a norm over the features, or None.
     """
 
     linear: Any
@@ -55,11 +55,11 @@ class Source(NamedTuple):
 
 
 def keys_and_values(sources: Sequence[Source], media: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Every layer's keys and values in one product, where all norm alike; the norm's parameters are folded.
+    """Every layer's keys and values, in one product if all norms are alike; the product has their parameters.
 
-    The normed media are kept once for a backward pass, and where they want no gradient, the norms' parameters
-    get theirs from the weights' without a product over the media. On a CPU without a backward pass there is a
-    product a layer: one would be no faster, and to put the weights side by side takes half as long as it.
+    So a backward pass keeps the normed media once. If the media need no gradient, the norms' parameters get
+    theirs from the weights, without a product over the media. Without a backward pass a CPU takes one product
+    a layer: a single one would be no faster, and joining the weights takes half as long as the product.
     """
     parameters = [parameter for source in sources for parameter in source.parameters()]
     one_by_one = media.device.type == "cpu" and not needs_grad(media, *parameters)
@@ -74,7 +74,7 @@ def keys_and_values(sources: Sequence[Source], media: Tensor) -> list[tuple[Tens
 
 
 def _alike(sources: Sequence[Source]) -> bool:
-    """Whether one product can serve all: plain linear layers and norms that differ in parameters alone."""
+    """Whether one product can serve all: plain linear layers, and norms that differ only in parameters."""
 
     def kind(source: Source) -> tuple[Any, ...]:
         biased = source.linear.bias is not None
@@ -92,16 +92,16 @@ def _alike(sources: Sequence[Source]) -> bool:
 
 
 class MediaCache:
-    """What a prompt's media are to every cross-attention layer of a model; goes where the media go.
+    """The keys and values of a prompt's media in every cross-attention layer; passed instead of the media.
 
     ::
 
-        cache = MediaCache(model, media)                              of all layers
+        cache = MediaCache(model, media)                              for all layers
         block(x, cache, media_locations)                              prefill
         block(x, cache, media_locations, use_cached_media=True)       decoding
 
-    A batch of text may be a multiple of the cache's: then a sequence of media serves as many texts in a row,
-    as those of beams, without a copy. For inference: no gradient goes through it.
+    The batch of text may be a multiple of the cache's: then each sequence of media serves several texts in a
+    row, such as beams, without a copy. For inference: no gradient goes through the cache.
 
     Args:
         model: a patched model, or part of one; its fused cross-attention modules get their keys and values.
@@ -109,13 +109,14 @@ class MediaCache:
 
     Raises:
         ValueError: the model has no fused cross-attention module.
-        TypeError: when it is used, or added to, in another dtype than it was made in, and without autocast.
+        TypeError: later, when it is used, or added to, in another dtype than it was made in, without
+            autocast.
 
     Attributes:
-        shape: that of the media.
+        shape: the shape of the media.
 
     Limits: holds 2 * B * M * R * H * d numbers a layer, in the dtype that its projection gave; under autocast
-    every call casts them. Parameters changed later are not seen.
+    every call casts them. Later changes of parameters have no effect on it.
 
     Source: Flamingo (arXiv 2204.14198), section 2.3.
 
@@ -148,7 +149,7 @@ class MediaCache:
         return dict(zip(self._sources, every, strict=True))
 
     def append(self, media: Tensor) -> None:
-        """Add media `[B, M', R, D_visual]` that come later, as those of another turn."""
+        """Add media `[B, M', R, D_visual]` that come later, as in another turn."""
         new = self._compute(media)
         for layer, (k, _) in self._layers.items():
             _expect_dtype("media whose keys are", new[layer][0], k.dtype, "those before")
@@ -168,7 +169,7 @@ class MediaCache:
         return self._layers[layer]
 
     def of(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer for a text x: in its dtype, unless autocast will cast them."""
+        """Keys and values of a layer for a text x: in the dtype of x, unless autocast will cast them."""
         k, v = self[layer]
         if autocast_dtype(x.device) is None:
             _expect_dtype("keys and values", k, x.dtype, "x")
@@ -183,11 +184,19 @@ def _expect_dtype(what: str, keys: Tensor, dtype: torch.dtype, like: str) -> Non
         )
 
 
-@in_part(PROJECTIONS)
-def media_of(layer: Any, x: Tensor, media: Tensor | MediaCache, *, follows: bool) -> tuple[Tensor, Tensor]:
-    """A layer's keys and values for a text x: of a cache, or new, or those kept of media that x follows."""
+class MediaLayer(Protocol):
+    """A layer with keys and values of media."""
+
+    def media_source(self) -> Source: ...
+
+
+@labelled(PROJECTIONS)
+def load_or_project(
+    layer: MediaLayer, x: Tensor, media: Tensor | MediaCache, *, follows: bool
+) -> tuple[Tensor, Tensor]:  # [B, M, R, H, d] each
+    """A layer's keys and values for a text x: cached, new, or the last ones if x `follows` a text."""
     if isinstance(media, MediaCache):
-        return media.of(layer, x)
-    source: Source = layer.media_source()
+        return media.of(cast(nn.Module, layer), x)
+    source = layer.media_source()
     modules = (source.linear,) if source.norm is None else (source.linear, source.norm)
     return kept_kv(layer, media, modules, lambda: source(media), step=follows)

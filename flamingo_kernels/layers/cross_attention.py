@@ -1,6 +1,6 @@
 """Flamingo's gated cross-attention, by this library's operators: the same parameters, another forward.
 
-The functions below the classes serve adapters of `patch` for other libraries too.
+The functions below the classes also serve the adapters of `patch` for other libraries.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from .._anatomy import Alpha, Kind, Linear, Norm, Number, Part
 from .._kept import MaskKey, kept_mask
 from ..fold import Affine
 from ..mask import MediaMask
-from ..media_cache import MediaCache, Source, media_of
+from ..media_cache import MediaCache, Source, load_or_project
 from ..ops import masked_cross_attention
 from ..sublayers import arguments, gated_cross_attention
-from ..sublayers.labels import ATTENTION, in_part
+from ..sublayers.labels import ATTENTION, labelled
 from .decode import decode, may_decode
 from .fused import (
     ATTENTION_FOLDS,
@@ -28,10 +28,11 @@ from .fused import (
     Fused,
     add_feed_forward,
     add_gated,
-    gate_of,
+    gate_unless_open,
     is_fused,
-    plain_feed_forward,
+    sequential_feed_forward,
 )
+from .protocols import GatedBlock, MediaAttention
 
 ATTENTION_ANATOMY: Mapping[str, Kind] = {
     "heads": Number("H"),
@@ -49,7 +50,7 @@ BLOCK_ANATOMY: Mapping[str, Kind] = {
 
 
 class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):
-    """Text attends to the media that come before it, without a score for any other.
+    """Text attends to the media that come before it, and no other scores are computed.
 
     ::
 
@@ -61,14 +62,14 @@ class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):
 
     Args: those of `flamingo.modules.MaskedCrossAttention`, also those of `forward`.
 
-    The `MediaMask` is built by the first layer of a forward pass that meets a `media_locations` tensor and
-    kept for the next ones: pass all layers the same tensor. One made under `torch.inference_mode` counts no
-    changes, so every layer reads it anew.
+    The first layer that meets a `media_locations` tensor in a forward pass builds the `MediaMask`, and the
+    next layers use it: pass all layers the same tensor. torch counts no changes of a tensor made under
+    `torch.inference_mode`, so every layer reads such a tensor anew.
 
-    Without gradients, keys and values are kept for text that follows (`use_cached_media=True`), until a call
-    without it, other media, or the end of these. They are made anew if media or weights were changed; what
-    torch does not count, as through `.data` or NumPy, is seen on a CPU in a sample of the numbers, and on a
-    GPU not at all. A `MediaCache` keeps them for longer.
+    Without gradients, keys and values are kept for text that follows (`use_cached_media=True`): until a call
+    without it, until other media come, or until these media are freed. They are made anew if media or weights
+    have changed. torch does not count a change through `.data` or NumPy; on a CPU it shows in a sample of the
+    numbers, on a GPU it is not seen. A `MediaCache` keeps keys and values for longer.
 
     Raises: what `masked_cross_attention` raises. Determinism: as there.
 
@@ -118,7 +119,7 @@ class GatedCrossAttentionBlock(Fused, modules.GatedCrossAttentionBlock):
     Args: those of `flamingo.modules.GatedCrossAttentionBlock`, also those of `forward`; the media may be a
     `MediaCache`.
 
-    A sublayer that is not plain, as with hooks, adapters or weights of a tensor subclass, is called as a
+    A sublayer that is not plain, because of hooks, adapters or weights of a tensor subclass, is called as a
     module, and its gate and residual take one pass. Gates in float32 promote the result as in the reference.
 
     Raises: what the operators raise. Determinism: theirs.
@@ -152,50 +153,52 @@ class GatedCrossAttentionBlock(Fused, modules.GatedCrossAttentionBlock):
 
 
 def attend_to_media(
-    attn: Any,
+    attn: MediaAttention,
     x: Tensor,  # [B, T, D]
     media: Tensor | MediaCache,  # [B, M, R, D_visual]
     media_locations: Tensor | None,  # [B, T]
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, D]
-    """What a masked cross-attention module computes, operator by operator."""
-    k, v = media_of(attn, x, media, follows=use_cached_media)
+    """A masked cross-attention module, operator by operator."""
+    k, v = load_or_project(attn, x, media, follows=use_cached_media)
     q = attn.to_q(attn.norm(x)).unflatten(-1, (attn.heads, -1))  # [B, T, H, d]
     return attn.to_out(attn.attend(q, k, v, media_locations, use_cached_media).flatten(-2))
 
 
 def attend(
-    attn: Any,
+    attn: MediaAttention,
     q: Tensor,  # [B, T, H, d]
-    k: Tensor,  # [B, M, R, H, d], or with a divisor of B, of which each serves as many texts in a row
+    k: Tensor,  # [B, M, R, H, d], or a divisor of B, so that several texts in a row share media
     v: Tensor,  # like k
     media_locations: Tensor | None,  # [B, T]
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, H, d]
     """The core of a masked cross-attention module."""
-    mask = mask_of(attn, q, k, media_locations, use_cached_media)
-    return masked_cross_attention(_fold(q, k), k, v, mask, scale=attn.scale).view(q.shape)
+    mask = media_mask(attn, q, k, media_locations, use_cached_media)
+    return masked_cross_attention(_join(q, k), k, v, mask, scale=attn.scale).view(q.shape)
 
 
 def gated_block(
-    block: Any,
+    block: GatedBlock,
     x: Tensor,  # [B, T, D]
     media: Tensor | MediaCache,  # [B, M, R, D_visual]
     media_locations: Tensor | None,  # [B, T]
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, D]
-    """What a gated cross-attention block computes, by sublayers where they are plain."""
+    """A gated cross-attention block: one operator if it can decode, else sublayers where they are plain."""
     given = (x, media, media_locations, use_cached_media)
-    inputs = _inputs_of(block.attn, *given)
-    decoded = None if inputs is None or not may_decode(x) else _decoded(block, x, inputs)
-    if decoded is not None:
-        return decoded
+    inputs = _gather(block.attn, *given)
+    if inputs is not None and may_decode(x):
+        decoded = _decoded(block, x, inputs)
+        if decoded is not None:
+            return decoded
     z = _add_attended(block, inputs, *given)
-    return add_feed_forward(z, block.ff, gate_of(block, "ff_gate"))
+    ff = sequential_feed_forward(block.ff, z)
+    return add_feed_forward(z, ff, block.ff, gate_unless_open(block, "ff_gate"))
 
 
 def add_attended(
-    block: Any,
+    block: GatedBlock,
     x: Tensor,  # [B, T, D]
     media: Tensor | MediaCache,  # [B, M, R, D_visual]
     media_locations: Tensor | None,  # [B, T]
@@ -203,63 +206,68 @@ def add_attended(
 ) -> Tensor:  # [B, T, D]
     """`x + tanh(attn_gate) * attn(x, media)`, as one sublayer where attn is plain."""
     given = (x, media, media_locations, use_cached_media)
-    return _add_attended(block, _inputs_of(block.attn, *given), *given)
+    return _add_attended(block, _gather(block.attn, *given), *given)
 
 
 class _Inputs(NamedTuple):
-    """What an attention of plain parts is made of beside the text."""
+    """The arguments of `gated_cross_attention` for an attention of plain parts."""
 
-    parts: arguments.CrossAttention
-    k: Tensor  # [B, M, R, H, d], or with a divisor of B
+    plain: arguments.CrossAttention
+    k: Tensor  # [B, M, R, H, d], or a divisor of B
     v: Tensor
     mask: MediaMask
+    scale: float
 
 
-def _inputs_of(
-    attn: Any,
+def _gather(
+    module: nn.Module,
     x: Tensor,  # [B, T, D]
     media: Tensor | MediaCache,  # [B, M, R, D_visual]
     media_locations: Tensor | None,  # [B, T]
     use_cached_media: bool,
 ) -> _Inputs | None:
-    fused = is_fused(attn)
-    parts = arguments.cross_attention_of(x, attn.norm, attn.to_q, attn.to_out) if fused else None
-    if parts is None:
+    """The inputs of a fused attention of plain parts; None for any other module."""
+    if not is_fused(module):
         return None
-    k, v = media_of(attn, x, media, follows=use_cached_media)
-    return _Inputs(parts, k, v, mask_of(attn, x, k, media_locations, use_cached_media))
+    attn = cast(MediaAttention, module)
+    plain = arguments.as_cross_attention(x, attn.norm, attn.to_q, attn.to_out)
+    if plain is None:
+        return None
+    k, v = load_or_project(attn, x, media, follows=use_cached_media)
+    return _Inputs(plain, k, v, media_mask(attn, x, k, media_locations, use_cached_media), attn.scale)
 
 
-def _decoded(block: Any, x: Tensor, inputs: _Inputs) -> Tensor | None:  # [B, 1, D]
-    """The block's result for one token by one operator, or None where that does not compute it."""
-    ff, (attn, k, v, mask) = plain_feed_forward(block.ff, x), inputs
+def _decoded(block: GatedBlock, x: Tensor, inputs: _Inputs) -> Tensor | None:  # [B, 1, D]
+    """The block's result for one token by one operator, or None if the operator does not compute it."""
+    attn, k, v, mask, scale = inputs
+    ff = sequential_feed_forward(block.ff, x)
     if ff is None or len(x) != len(k):
         return None
-    return decode(x, k, v, mask, attn, ff, (block.attn_gate, block.ff_gate), block.attn.scale)
+    return decode(x, k, v, mask, attn, ff, (block.attn_gate, block.ff_gate), scale)
 
 
 def _add_attended(
-    block: Any,
+    block: GatedBlock,
     inputs: _Inputs | None,
     x: Tensor,  # [B, T, D]
     media: Tensor | MediaCache,
     media_locations: Tensor | None,
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, D]
-    gate = gate_of(block, "attn_gate")
+    gate = gate_unless_open(block, "attn_gate")
     if inputs is None:
-        attended = block.attn(x, media, media_locations, *([True] if use_cached_media else []))
-        return add_gated(x, attended, gate)
-    parts, k, v, mask = inputs
-    z = gated_cross_attention(_fold(x, k), k, v, mask, gate=gate, scale=block.attn.scale, **parts._asdict())
+        cached = (True,) if use_cached_media else ()
+        return add_gated(x, block.attn(x, media, media_locations, *cached), gate)
+    plain, k, v, mask, scale = inputs
+    z = gated_cross_attention(_join(x, k), k, v, mask, gate=gate, scale=scale, **plain._asdict())
     return z.view(x.shape)
 
 
-@in_part(ATTENTION)
-def mask_of(
-    attn: Any,
+@labelled(ATTENTION)
+def media_mask(
+    attn: MediaAttention,
     x: Tensor,  # [B, T, ...]
-    k: Tensor,  # [B, M, R, H, d], or with a divisor of B
+    k: Tensor,  # [B, M, R, H, d], or a divisor of B
     media_locations: Tensor | None,  # [B, T]
     use_cached_media: bool,
 ) -> MediaMask:
@@ -290,7 +298,7 @@ def _texts(x: Tensor, k: Tensor) -> int:
     return batch // sequences if sequences else 1
 
 
-def _fold(x: Tensor, k: Tensor) -> Tensor:
-    """The texts `[B, T, ...]` that share a sequence of media, one after the other."""
+def _join(x: Tensor, k: Tensor) -> Tensor:
+    """Texts `[B, T, ...]` with those that share a sequence of media joined one after the other."""
     texts = _texts(x, k)
     return x if texts == 1 else x.reshape(len(k), texts * x.shape[1], *x.shape[2:])

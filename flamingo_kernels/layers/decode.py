@@ -1,4 +1,4 @@
-"""One token through a gated block by `gated_block_decode`, where its kernels compute all of the block."""
+"""One token through a gated block by `gated_block_decode`, if its kernels can compute the whole block."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..sublayers.arguments import CrossAttention, FeedForward
 
 
 def may_decode(x: Tensor) -> bool:
-    """Whether the operator is to be asked at all: for one token, without gradients, where its kernels run."""
+    """Whether x is one token a sequence, without gradients and autocast, on a device with these kernels."""
     alone = x.shape[1] == 1 and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
     return alone and dispatch.is_chosen("gated_block_decode", "cuda")
 
@@ -30,8 +30,8 @@ def decode(
     gates: tuple[Tensor, Tensor],
     scale: float,
 ) -> Tensor | None:  # [B, 1, D]
-    """The block of these parts, or None where the operator does not compute just that."""
-    linears = (attn.to_q, attn.to_out, ff.hidden, ff.output)
+    """The result of a block with these arguments, or None if the operator cannot compute exactly that."""
+    linears = (attn.to_q, attn.to_out, ff.up, ff.down)
     weights = GatedBlockWeights(
         norm=attn.norm.weight,
         norm_bias=attn.norm.bias,
@@ -40,14 +40,14 @@ def decode(
         gate=gates[0],
         ff_norm=ff.norm.weight,
         ff_norm_bias=ff.norm.bias,
-        up=ff.hidden.weight,
-        down=ff.output.weight,
+        up=ff.up.weight,
+        down=ff.down.weight,
         ff_gate=gates[1],
     )
     tensors = (x[:, 0], k, v, *weights)
     if (
         attn.q_norm is not None
-        or ff.factor is not None
+        or ff.gate_proj is not None
         or attn.norm.rms
         or ff.norm.rms
         or attn.norm.eps != ff.norm.eps

@@ -1,8 +1,8 @@
-"""What all fused layers are, and what those of several families share."""
+"""The base class of all fused layers, and what the layers of several families share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,13 +19,13 @@ BLOCK_FOLDS = (Gate("attn_gate", "attn.to_out"), Affine("ff.0", ("ff.1",)), Gate
 
 
 class Fused(nn.Module):
-    """What every fused layer is an instance of; its repr names the backend.
+    """Base class of every fused layer; its repr names the backend.
 
     Attributes:
-        fixes: the known bugs of the module it stands for that it does not repeat, see `patch`.
-        folds: what `fold` may multiply into its weights.
-        folded: by path what it had before `fold`; empty before.
-        anatomy: what a module that it stands for is made of.
+        fixes: the known bugs of the original module that this layer does not repeat, see `patch`.
+        folds: what `fold` may multiply into the weights.
+        folded: the values before `fold`, by path; empty unless folded.
+        anatomy: what the original module is made of.
     """
 
     fixes: frozenset[str] = frozenset()
@@ -34,9 +34,9 @@ class Fused(nn.Module):
     anatomy: Mapping[str, Kind] = {}
 
     def is_watched(self) -> bool:
-        """Whether hooks see how it calls its parts. Then they are called by the forward it stands for.
+        """Whether hooks see the calls of this layer's parts, so that the original's forward must make them.
 
-        That repeats known bugs: where these are fixed the parts are called from here.
+        The original's forward repeats known bugs, so a layer with fixes calls its parts itself.
         """
         return not self.fixes and has_hooks_below(self)
 
@@ -62,29 +62,40 @@ class Fused(nn.Module):
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether it is one of ours, and nobody notices that its parts are computed elsewhere."""
+    """Whether a module is a fused layer without hooks and replaced methods: a block may compute its parts."""
     return isinstance(module, Fused) and is_plain(module, type(module)) and "attend" not in vars(module)
 
 
-def gate_of(block: Any, name: str) -> Tensor | None:
-    """A gate of a block, or None where `fold` has opened it."""
+def gate_unless_open(block: Any, name: str) -> Tensor | None:
+    """A gate of a block, or None if `fold` has opened it: then its factor is 1."""
     return None if name in block.folded else getattr(block, name)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-    """`x + tanh(gate) * y`; None stands for an open gate."""
+    """`x + tanh(gate) * y`; a gate of None is open."""
     return x + y if gate is None else gated_residual(x, y, gate)
 
 
-def add_feed_forward(x: Tensor, ff: nn.Module, gate: Tensor | None) -> Tensor:
-    """`x + tanh(gate) * ff(x)`, as one sublayer where ff is a plain pre-norm network. None stands for 1."""
-    parts = plain_feed_forward(ff, x)
-    if parts is not None:
-        return gated_feed_forward(x, gate=gate, **parts._asdict())
-    return add_gated(x, ff(x), gate)
+def add_feed_forward(
+    x: Tensor,
+    plain: arguments.FeedForward | None,
+    network: Callable[[Tensor], Tensor],
+    gate: Tensor | None,
+) -> Tensor:
+    """`x + tanh(gate) * network(x)`, as one sublayer if the network is plain; a gate of None is open.
+
+    Args:
+        x: `[..., D]`.
+        plain: the network as arguments of the sublayer, or None.
+        network: the network with its norm, called if it is not plain.
+        gate: alpha.
+    """
+    if plain is None:
+        return add_gated(x, network(x), gate)
+    return gated_feed_forward(x, gate=gate, **plain._asdict())
 
 
-def plain_feed_forward(ff: nn.Module, x: Tensor) -> arguments.FeedForward | None:
-    """The parts of a pre-norm network, where they are plain."""
+def sequential_feed_forward(ff: nn.Module, x: Tensor) -> arguments.FeedForward | None:
+    """The plain norm, linear layer, activation and linear layer of an `nn.Sequential`."""
     chain: list[Any] = list(ff) if isinstance(ff, nn.Sequential) and is_plain(ff, nn.Sequential) else []
-    return arguments.feed_forward_of(x, *chain) if len(chain) == 4 else None
+    return arguments.as_feed_forward(x, *chain) if len(chain) == 4 else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from flamingo import modules
 from .._anatomy import Kind, Linear, Norm, Number, Part, Weight
 from ..media_cache import Source, keys_and_values
 from ..ops import perceiver_attention
-from .fused import Fused, add_feed_forward, is_fused
+from .fused import Fused, add_feed_forward, is_fused, sequential_feed_forward
+from .protocols import LatentAttention
 
 PERCEIVER_ANATOMY: Mapping[str, Kind] = {
     "heads": Number("H"),
@@ -25,7 +26,7 @@ PERCEIVER_ANATOMY: Mapping[str, Kind] = {
 
 
 class PerceiverAttention(Fused, modules.PerceiverAttention):
-    """Latents attend to the features of their medium and to themselves, two segments never concatenated.
+    """Latents attend to the features of their medium and to themselves, without concatenating the two.
 
     Args: those of `flamingo.modules.PerceiverAttention`, also those of `forward`.
 
@@ -56,7 +57,7 @@ class PerceiverAttention(Fused, modules.PerceiverAttention):
 
 
 class PerceiverResampler(Fused, modules.PerceiverResampler):
-    """Any number of visual features of a medium to a fixed number of latents, through `PerceiverAttention`.
+    """Turns any number of visual features of a medium into a fixed number of latents.
 
     Args: those of `flamingo.modules.PerceiverResampler`, also those of `forward`.
 
@@ -91,13 +92,13 @@ class PerceiverResampler(Fused, modules.PerceiverResampler):
 
 def resample(
     latents: Tensor,  # [R, D]
-    layers: Any,
+    layers: Iterable[nn.Module],  # of an attention and a feed-forward network each
     x: Tensor,  # [B, M, S, D]
     lengths: Tensor | None,  # [B, M]
 ) -> Tensor:  # [B, M, R, D]
-    """The layers of a resampler, which norm the features once and take all keys and values in one product.
+    """The layers of a resampler: they norm the features once and take all keys and values in one product.
 
-    In the first layer the latents are the same for all media: what is made of them is made once.
+    In the first layer the latents are the same for all media, so they are projected once.
     """
     attns, ffs = zip(*(layer.children() for layer in layers), strict=True)
     latents = latents[None, None]  # [1, 1, R, D]
@@ -105,24 +106,27 @@ def resample(
         latents = latents.expand(*x.shape[:2], -1, -1)
         for attn, ff in zip(attns, ffs, strict=True):
             attended = attn(x, latents) if lengths is None else attn(x, latents, lengths)
-            latents = add_feed_forward(latents + attended, ff, None)
+            latents = _add_feed_forward(latents + attended, ff)
         return latents
     sources = [Source(attn.to_kv, attn.heads, attn.norm_media) for attn in attns]
     flat = None if lengths is None else lengths.flatten()
     for attn, ff, kv in zip(attns, ffs, keys_and_values(sources, x), strict=True):
-        latents = latents + perceive(attn, latents, *kv, flat)
-        latents = add_feed_forward(latents, ff, None)
+        latents = _add_feed_forward(latents + perceive(attn, latents, *kv, flat), ff)
     return latents
 
 
+def _add_feed_forward(x: Tensor, ff: nn.Module) -> Tensor:
+    return add_feed_forward(x, sequential_feed_forward(ff, x), ff, None)
+
+
 def perceive(
-    attn: Any,
-    latents: Tensor,  # [B, M, R, D], or [1, 1, R, D] for all
+    attn: LatentAttention,
+    latents: Tensor,  # [B, M, R, D], or [1, 1, R, D] for all media
     k_media: Tensor,  # [B, M, S, H, d]
     v_media: Tensor,  # [B, M, S, H, d]
-    lengths: Tensor | None,  # [B * M]
+    lengths: Tensor | None = None,  # [B * M]
 ) -> Tensor:  # [B, M, R, D]
-    """Perceiver attention whose features are keys and values already."""
+    """A perceiver attention whose features are keys and values already."""
     batch, media = k_media.shape[:2]
     n = attn.norm_latents(latents)
     q = attn.to_q(n).unflatten(-1, (attn.heads, -1))

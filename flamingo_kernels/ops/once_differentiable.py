@@ -1,4 +1,4 @@
-"""Backward passes by kernels, which have no derivative: who asks for one gets an error, no wrong number."""
+"""Backward passes by kernels have no derivative: asking for one raises an error and gives no wrong number."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ Backward = Callable[..., tuple[Any, ...]]
 
 
 def once_differentiable(operator: str, batched: bool = True) -> Callable[[Backward], Any]:
-    """Makes `backward(ctx, saved, *douts)` the backward pass of an operator whose `ctx.backend` has a kernel.
+    """Make `backward(ctx, saved, *douts)` the backward pass of an operator whose `ctx.backend` has a kernel.
 
-    torch's decorator of this name ties its error to the gradients it is given, so `torch.autograd.grad` with
-    respect to anything else goes past it. Here it stands between the result and all that this depends on.
+    torch's decorator of this name ties its error to the incoming gradients, so `torch.autograd.grad` with
+    respect to anything else misses it. Here the error depends on all inputs of the backward pass.
 
     Args:
         operator: its name.
-        batched: whether `is_grads_batched=True` may call it; not if it writes into memory at hand.
+        batched: whether `is_grads_batched=True` may call it; it may not if it writes into scratch memory.
     """
 
     def decorate(backward: Backward) -> Any:
         @functools.wraps(backward)
         def once(ctx: Any, *douts: Any) -> Any:
             if not torch.compiler.is_compiling():
-                mapped = any(map(is_batched, douts))  # which keeps no graph
+                mapped = any(map(is_batched, douts))  # torch keeps no graph of these
                 if any(map(has_tangent, douts)) or (mapped and torch.is_grad_enabled()):
                     raise _refusal(operator, ctx.backend, "cannot be differentiated again")
                 if mapped and not batched:
                     raise _refusal(operator, ctx.backend, "cannot be computed for a batch of them")
             saved = ctx.saved_tensors  # once: non-reentrant checkpointing recomputes them at the first access
-            with torch.no_grad(), without_autocast(douts[0]):  # in the dtypes of the forward pass
+            with torch.no_grad(), without_autocast(douts[0]):  # so it uses the dtypes of the forward pass
                 gradients = backward(ctx, saved, *douts)
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return gradients
@@ -48,7 +48,7 @@ def once_differentiable(operator: str, batched: bool = True) -> Callable[[Backwa
 
 
 class _Once(torch.autograd.Function):
-    """Returns gradients as they are, as functions of what they were made of."""
+    """Returns gradients unchanged, but recorded as functions of everything they depend on."""
 
     @staticmethod
     def forward(ctx, operator, backend, count, *tensors):

@@ -11,22 +11,21 @@ from torch import Tensor
 from .._kept import newest, once, once_for_equal
 from .._predicates import is_recording
 from ..mask import MediaMask
-from ..sublayers.labels import ATTENTION, in_part
+from ..sublayers.labels import ATTENTION, labelled
 
-_SDPA = "transformers.integrations.sdpa_attention"
-# Among many keys, media of fewer than this are not worth a kernel.
+# A kernel does not pay for media of fewer latents than this among many keys.
 _FEWEST_LATENTS = 16
 _FEW_KEYS = 256
 
 
 @dataclass(frozen=True, eq=False)
 class KeySpans:
-    """A mask over S keys as spans of media, for keys taken in another order if there is one.
+    """A mask over S keys as spans of media, if need be for the keys in another order.
 
     Attributes:
         keys: S.
         mask: the spans.
-        order: `[B, S]`, or `[B, n]` where the others are seen by no row.
+        order: `[B, S]`, or `[B, n]` if no row sees the other keys; None for the order that they have.
     """
 
     keys: int
@@ -34,9 +33,9 @@ class KeySpans:
     order: Tensor | None
 
     def media(self, kv: Tensor) -> Tensor:
-        """Keys or values `[B, S, Hkv, d]` as media `[B, M, R, Hkv, d]`; in another order, a copy.
+        """Keys or values `[B, S, Hkv, d]` as media `[B, M, R, Hkv, d]`, copied if they take another order.
 
-        Of a decode step the copy is kept without gradients for the next, while kv and these spans live.
+        Without gradients a decoding step keeps the copy for the next step, while kv and these spans live.
         """
         if kv.shape[1] != self.keys:
             raise ValueError(f"expected a mask over {kv.shape[1]} keys, got one over {self.keys}.")
@@ -53,30 +52,21 @@ def in_order(x: Tensor, order: Tensor | None) -> Tensor:
     return x if order is None else x[torch.arange(len(x), device=x.device)[:, None], order]
 
 
-def is_softmax(implementation: str) -> bool:
-    """Whether this attention of transformers is a softmax, and not what somebody registered by its name."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    function = ALL_ATTENTION_FUNCTIONS.get(implementation)  # none for "eager", which each model has itself
-    if implementation == "sdpa":
-        return getattr(function, "__globals__", {}).get("__name__") == _SDPA
-    return implementation == "eager" and function is None
-
-
-@in_part(ATTENTION)
+@labelled(ATTENTION)
 def key_spans(mask: Tensor, text: Tensor, rows: Tensor | None = None, *, layer: object) -> KeySpans | None:
     """The spans of a mask over keys, read once in a forward pass; None if only a dense attention can take it.
 
-    Keys that no row sees, as those of padding tiles between two images, move behind the others. None means
-    gaps that this does not close, other values than 0 and the lowest, rows that see nothing though they may,
-    media too small for many keys, a mask that is broadcast, or that what runs is traced, as spans are read on
-    the host.
+    Keys that no row sees, such as those of padding tiles between two images, move behind the others. None
+    means: gaps that this does not close, other values than 0 and the lowest, rows that see nothing though
+        they
+    may, media too small for many keys, a mask that is broadcast, or a traced run, as spans are read on the
+    host.
 
     Args:
         mask: `[B, 1, T, S]`, bool, or added to the scores.
-        text: `[B, T, D]`, what it is for.
-        rows: `[B, T]`, zero where a row must see nothing. Default: none must.
-        layer: that asks.
+        text: the text that the mask is for, `[B, T, D]`.
+        rows: `[B, T]`, zero where a row must see nothing. Default: no row must.
+        layer: the layer that asks.
     """
     batch, length, _ = text.shape
     if is_recording(mask) or mask.shape[:-1] != (batch, 1, length) or mask.numel() == 0:
@@ -88,7 +78,7 @@ def key_spans(mask: Tensor, text: Tensor, rows: Tensor | None = None, *, layer: 
 
 
 def _read_step(*tensors: Tensor) -> KeySpans | None:
-    """While text is generated each step makes its mask anew, and mostly the same."""
+    """The spans of a step of generation, which makes its mask anew, mostly with equal values."""
     return cast("KeySpans | None", once_for_equal(_read_spans, tensors))
 
 
@@ -101,17 +91,17 @@ def _read_spans(mask: Tensor, rows: Tensor | None = None) -> KeySpans | None:
     if bool((allowed & ~seen.any(-1)).any()):
         return None
     seen, order = seen & allowed[..., None], None
-    spans = spans_of(seen)
+    spans = read_mask(seen)
     if spans is None:
         order = _used_first(seen)
         if seen.shape[1] == 1:
-            order = order[:, : max(int(seen.sum(-1).max()), 1)]  # of no key there is no softmax
-        spans = spans_of(seen.take_along_dim(order[:, None], dim=-1))
+            order = order[:, : max(int(seen.sum(-1).max()), 1)]  # a softmax needs at least one
+        spans = read_mask(seen.take_along_dim(order[:, None], dim=-1))
     return None if spans is None else KeySpans(seen.shape[-1], spans, order)
 
 
-def spans_of(seen: Tensor, averages: Tensor | None = None) -> MediaMask | None:
-    """`MediaMask.from_dense`, or None where it has gaps or media too small for many keys."""
+def read_mask(seen: Tensor, averages: Tensor | None = None) -> MediaMask | None:
+    """`MediaMask.from_dense`, or None if there are gaps or the media are too small for many keys."""
     try:
         mask = MediaMask.from_dense(seen, averages=averages)
     except ValueError:
@@ -121,28 +111,28 @@ def spans_of(seen: Tensor, averages: Tensor | None = None) -> MediaMask | None:
 
 
 def _used_first(seen: Tensor) -> Tensor:
-    """An order of the keys with those behind that no row sees; one that sees all does so in any order."""
+    """An order of the keys with the unseen ones last; rows that see all keys fit any order."""
     return _first((seen & ~seen.all(-1, keepdim=True)).any(1))
 
 
 def _first(chosen: Tensor) -> Tensor:
-    """An order of the last dimension with the chosen ones first."""
+    """An order of the last dimension with the chosen entries first."""
     return chosen.int().argsort(dim=-1, descending=True, stable=True)
 
 
 def media_first(
     mask: Tensor, media: Tensor, latents: Tensor, *, layer: object
 ) -> tuple[Tensor | None, Tensor] | None:
-    """Of keys `[media ; latents]`: an order `[N, S]` with the visible media first, and how many, `[N]`.
+    """For keys `[media ; latents]`: an order `[N, S]` with the visible media first, and their number `[N]`.
 
-    No order where they come first as they are. None if the rows of a clip see different keys, if one does not
-    see a latent, if the mask is broadcast over clips, or if what runs is traced.
+    The order is None if they come first already. The result is None if the rows of a clip see different keys,
+    if one does not see a latent, if the mask is broadcast over clips, or in a traced run.
 
     Args:
         mask: `[N, 1, R, S + L]`, bool, or added to the scores; or `[N, S + L]`, 1 where a key is seen.
         media: `[N, S, D]`.
         latents: `[N, L, D]`.
-        layer: that asks.
+        layer: the layer that asks.
     """
     clips, keys = len(media), media.shape[1] + latents.shape[1]
     fits = mask.shape == (clips, keys) or (
@@ -169,7 +159,7 @@ def _read_padding(mask: Tensor, latents: int) -> tuple[Tensor | None, Tensor] | 
 
 
 def _visible(mask: Tensor) -> Tensor | None:
-    """Bool, True where a key is seen; None if the mask says more than that."""
+    """Bool, True where a key is seen; None if the mask has other values than 0 and the lowest."""
     if not mask.dtype.is_floating_point:
         return mask.bool()
     seen = mask == 0

@@ -1,7 +1,7 @@
 """Evolla of transformers: the gated cross-attention of text to a protein, and the attention of its resampler.
 
-Padding text, and text of a sequence without a protein, averages all values, as the original does. Structures
-and alignments beside the protein, and masks given for their keys, stay with the original's forward.
+Padding text, and text of a sequence without a protein, averages all values, as in the original. Structures
+and alignments beside the protein, and masks for their keys, are left to the original's forward.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from .._anatomy import Alpha, Linear, Norm, Number, Part
 from .._kept import once
 from .._predicates import is_plain, is_recording
 from ..fold import Affine, Gate, Scale
-from ..layers.fused import Fused, add_gated, gate_of
-from ..layers.resampler import PERCEIVER_ANATOMY
+from ..layers.fused import Fused, add_feed_forward, add_gated, gate_unless_open
+from ..layers.resampler import PERCEIVER_ANATOMY, perceive
 from ..mask import MediaMask
-from ..ops import masked_cross_attention, perceiver_attention
-from ..sublayers import arguments, gated_cross_attention, gated_feed_forward
-from .dense import in_order, media_first, spans_of
+from ..media_cache import Source
+from ..ops import masked_cross_attention
+from ..sublayers import arguments, gated_cross_attention
+from .dense import in_order, media_first, read_mask
 from .family import TRANSFORMERS, Family
 
 _HOME = "transformers.models.evolla.modeling_evolla"
@@ -47,15 +48,8 @@ class EvollaSequenceCompressorAttention(Fused):
         if first is None or self.is_watched():
             return cast(Tensor, super().forward(x, latents, mask))
         order, lengths = first
-        x = in_order(self.norm_media(x), order)
-        latents = self.norm_latents(latents)
-        heads = (self.heads, -1)
-        q = self.to_q(latents).unflatten(-1, heads)  # [N, R, H, d]
-        k_media, v_media = (kv.unflatten(-1, heads) for kv in self.to_kv(x).chunk(2, dim=-1))
-        k_latents, v_latents = (kv.unflatten(-1, heads) for kv in self.to_kv(latents).chunk(2, dim=-1))
-        keys_and_values = (k_media, v_media, k_latents, v_latents)
-        out = perceiver_attention(q, *keys_and_values, media_lengths=lengths, scale=self.scale)
-        return self.to_out(out.flatten(-2))
+        k, v = Source(self.to_kv, self.heads, self.norm_media)(in_order(x, order)[:, None])
+        return perceive(self, latents[:, None], k, v, lengths)[:, 0]
 
 
 class EvollaSequenceAlignerCrossAttention(Fused):
@@ -125,7 +119,7 @@ class EvollaSequenceAlignerCrossAttention(Fused):
         if spans.num_media == 0:
             return query_states  # no sequence of the batch has a protein
         z = self._add_attended(query_states, cast(Tensor, protein_kv_states).to(query_states), spans)
-        return self._add_feed_forward(z)
+        return add_feed_forward(z, self._feed_forward(z), self.ff, gate_unless_open(self, "gate_ffw"))
 
     def _spans(self, x: Tensor, media: Tensor, rows: Tensor | None, batch: Tensor | None) -> MediaMask | None:
         if is_recording(x) or rows is None or batch is None or rows.shape != x.shape[:2]:
@@ -133,30 +127,29 @@ class EvollaSequenceAlignerCrossAttention(Fused):
         return cast("MediaMask | None", once(_read_spans, (rows, batch), media.shape[1], layer=self))
 
     def _add_attended(self, x: Tensor, media: Tensor, spans: MediaMask) -> Tensor:
-        heads, gate = (self.num_attention_heads, -1), gate_of(self, "gate_attention")
+        heads, gate = (self.num_attention_heads, -1), gate_unless_open(self, "gate_attention")
         k, v = (p(media).unflatten(-1, heads) for p in (self.key_protein, self.value_protein))
         k, v = (kv.unflatten(1, (spans.num_media, -1)) for kv in (k, v))  # [B, M, R, H, d]
-        parts = arguments.cross_attention_of(x, self.attention_norm, self.query, self.out_proj)
-        if parts is None:
+        plain = arguments.as_cross_attention(x, self.attention_norm, self.query, self.out_proj)
+        if plain is None:
             q = self.query(self.attention_norm(x)).unflatten(-1, heads)  # [B, T, H, d]
             attended = masked_cross_attention(q, k, v, spans, scale=self.scale)
             return add_gated(x, self.out_proj(attended.flatten(-2)), gate)
-        return gated_cross_attention(x, k, v, spans, gate=gate, scale=self.scale, **parts._asdict())
+        return gated_cross_attention(x, k, v, spans, gate=gate, scale=self.scale, **plain._asdict())
 
-    def _add_feed_forward(self, x: Tensor) -> Tensor:
-        ff, gate = self.ff, gate_of(self, "gate_ffw")
-        plain = is_plain(ff, _FEED_FORWARD)
-        parts = arguments.feed_forward_of(x, ff.norm, ff.fc1, ff.activation, ff.fc2) if plain else None
-        if parts is None:
-            return add_gated(x, ff(x), gate)
-        return gated_feed_forward(x, gate=gate, **parts._asdict())
+    def _feed_forward(self, x: Tensor) -> arguments.FeedForward | None:
+        """The feed-forward network, if it is plain."""
+        ff = self.ff
+        if not is_plain(ff, _FEED_FORWARD):
+            return None
+        return arguments.as_feed_forward(x, ff.norm, ff.fc1, ff.activation, ff.fc2)
 
 
 def _read_spans(rows: Tensor, batch: Tensor, keys: int) -> MediaMask | None:
     seen = (rows == 1) & (batch == 1).to(rows.device)[:, None]  # [B, T]
     if not bool(batch.any()):
         keys = 0
-    return spans_of(seen[..., None].expand(-1, -1, keys).contiguous(), ~seen)
+    return read_mask(seen[..., None].expand(-1, -1, keys).contiguous(), ~seen)
 
 
 FAMILY = Family(

@@ -1,8 +1,8 @@
 """Idefics of transformers: its gated cross-attention blocks, and the attention of its resampler.
 
-The classes here hold a forward and nothing else, as those for open_flamingo. A mask that is no `MediaMask`, a
-dropout in training, an attention implementation other than "eager" and "sdpa", and hooks on the block's
-attention leave that attention to the module; gates, residuals and the norm between are fused all the same.
+A block calls its attention as a module if the mask is no `MediaMask`, in training with dropout, with other
+attention implementations than "eager" and "sdpa", and if the attention has hooks. Gates, residuals and the
+norm between are fused all the same.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from .._anatomy import Alpha, Linear, Norm, Number, Part
 from .._kept import kept_kv
 from .._predicates import is_plain
 from ..fold import Affine, Gate, Scale
-from ..layers.fused import Fused, add_gated, gate_of
+from ..layers.fused import Fused, add_feed_forward, add_gated, gate_unless_open
 from ..mask import Policy
 from ..ops import masked_cross_attention, perceiver_attention
-from ..sublayers import arguments, gated_cross_attention, gated_feed_forward
-from .dense import is_softmax, key_spans
+from ..sublayers import arguments, gated_cross_attention
+from .dense import key_spans
 from .family import TRANSFORMERS, Family
+from .softmax import is_softmax
 
 _HOME = "transformers.models.idefics"
 _ATTENTION = f"{_HOME}.modeling_idefics.IdeficsAttention"
@@ -72,46 +73,46 @@ class IdeficsGatedCrossAttentionLayer(Fused):
             given = (attention_mask, media, image_attention_mask, sees)
             return cast(Tensor, super().forward(hidden_states, *given, past_key_values, **kwargs))
         z = self._add_attended(hidden_states, media, image_attention_mask, sees, kwargs)
-        return self._add_feed_forward(z)
+        norm, mlp, drops = self.post_attention_layernorm, self.mlp, self._drops()
+        plain = None if drops else arguments.as_glu(z, norm, mlp, _MLP)
+        gate = gate_unless_open(self, "alpha_dense")
+        return add_feed_forward(z, plain, lambda x: self._drop(mlp(norm(x))), gate)
 
     def _add_attended(
         self, x: Tensor, media: Tensor, mask: Tensor | None, sees: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
-        attn, norm, gate = self.cross_attn, self.input_layernorm, gate_of(self, "alpha_cross_attn")
+        attn, norm, gate = self.cross_attn, self.input_layernorm, gate_unless_open(self, "alpha_cross_attn")
         spans = key_spans(mask, x, sees, layer=self) if mask is not None and _replaceable(attn) else None
         if spans is None:
             y, _ = attn(hidden_states=norm(x), key_value_states=media, attention_mask=mask, **kwargs)
-            y = F.dropout(y, self.config, self.training).masked_fill((sees == 0)[..., None], 0)
+            y = self._drop(y).masked_fill((sees == 0)[..., None], 0)
             return add_gated(x, y, gate)
         step = x.shape[1] == 1
         kv = kept_kv(self, media, _kv_modules(attn), lambda: _project(attn, media), step=step)
         k, v = map(spans.media, kv)
         q_norm = attn.q_layer_norm if attn.qk_layer_norms else None
-        parts = arguments.cross_attention_of(x, norm, attn.q_proj, attn.o_proj, q_norm)
-        if parts is None or self._drops():
+        plain = arguments.as_cross_attention(x, norm, attn.q_proj, attn.o_proj, q_norm)
+        if plain is None or self._drops():
             q = _heads(attn, attn.q_proj(norm(x)))  # [B, T, H, d]
             q = q if q_norm is None else q_norm(q)
             out = masked_cross_attention(q, k, v, spans.mask, scale=attn.scaling)
-            y = F.dropout(attn.o_proj(out.flatten(-2)), self.config, self.training)
-            return add_gated(x, y, gate)
-        return gated_cross_attention(x, k, v, spans.mask, gate=gate, scale=attn.scaling, **parts._asdict())
-
-    def _add_feed_forward(self, x: Tensor) -> Tensor:
-        norm, mlp, gate = self.post_attention_layernorm, self.mlp, gate_of(self, "alpha_dense")
-        parts = None if self._drops() else arguments.glu_of(x, norm, mlp, _MLP)
-        if parts is None:
-            return add_gated(x, F.dropout(mlp(norm(x)), self.config, self.training), gate)
-        return gated_feed_forward(x, gate=gate, **parts._asdict())
+            return add_gated(x, self._drop(attn.o_proj(out.flatten(-2))), gate)
+        return gated_cross_attention(x, k, v, spans.mask, gate=gate, scale=attn.scaling, **plain._asdict())
 
     def _drops(self) -> bool:
         return bool(self.config and self.training)
 
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config, self.training)
+
 
 def _replaceable(attn: Any) -> bool:
-    """Whether the block may compute what its attention computes."""
+    """Whether the block may compute its attention instead of calling it."""
     dropout = attn.dropout and attn.training
     known = is_plain(attn, _ATTENTION) and is_softmax(attn.config._attn_implementation)
-    biased = any("bias" in name for name, _ in attn.o_proj.named_parameters())  # would show in empty rows
+    biased = any(
+        "bias" in name for name, _ in attn.o_proj.named_parameters()
+    )  # rows without an image are 0 in the original, not the bias
     return known and not dropout and not biased
 
 
@@ -162,18 +163,17 @@ class IdeficsPerceiverAttention(Fused):
         if self.is_watched():
             return cast(Tensor, super().forward(context, latents))
         context, latents = self.context_layer_norm(context), self.latents_layer_norm(latents)
-        heads = (self.n_heads, -1)
-        q = self.q_proj(latents).unflatten(-1, heads)  # [N, R, H, d]
-        k_media, k_latents = (self.k_proj(x).unflatten(-1, heads) for x in (context, latents))
-        v_media, v_latents = (self.v_proj(x).unflatten(-1, heads) for x in (context, latents))
-        if self.qk_layer_norms:
-            q, k_media, k_latents = (
-                self.q_layer_norm(q),
-                self.k_layer_norm(k_media),
-                self.k_layer_norm(k_latents),
-            )
-        out = perceiver_attention(q, k_media, v_media, k_latents, v_latents, scale=self.qk_scale)
+        q = self._heads(self.q_proj(latents))  # [N, R, H, d]
+        q = self.q_layer_norm(q) if self.qk_layer_norms else q
+        out = perceiver_attention(q, *self._kv(context), *self._kv(latents), scale=self.qk_scale)
         return self.output_proj(out.flatten(-2))
+
+    def _kv(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [N, ., H, d] each
+        k = self._heads(self.k_proj(x))
+        return self.k_layer_norm(k) if self.qk_layer_norms else k, self._heads(self.v_proj(x))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n_heads, -1))
 
 
 FAMILY = Family(

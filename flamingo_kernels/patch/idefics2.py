@@ -1,8 +1,8 @@
 """Idefics2 of transformers: the attention of its resampler, with grouped heads and padding among the patches.
 
 The order of its keys does not matter, so the visible patches of an image move to the front and become a
-length. Masks that differ between the latents of an image stay with the attention that the module had, and so
-do a dropout in training, other attention implementations than "eager" and "sdpa", and everything traced.
+length. The original's forward computes masks that differ between the latents of an image, dropout in
+training, other attention implementations than "eager" and "sdpa", and everything that is traced.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from .._anatomy import Linear, Number
 from ..layers import Fused
 from ..ops import perceiver_attention
-from .dense import in_order, is_softmax, media_first
+from .dense import in_order, media_first
 from .family import TRANSFORMERS, Family
+from .softmax import must_stay
 
 
 class Idefics2PerceiverAttention(Fused):
@@ -54,25 +55,22 @@ class Idefics2PerceiverAttention(Fused):
         if attention_mask is not None:
             first = media_first(attention_mask, context, latents, layer=self)
         dense = self.is_causal or (attention_mask is not None and first is None)
-        if dense or past_key_values is not None or self._must_stay(kwargs):
+        cached = past_key_values is not None or getattr(self, "past_key_values", None) is not None
+        if dense or cached or must_stay(self, self.attention_dropout, kwargs):
             rest = (attention_mask, position_ids, past_key_values)
             return super().forward(latents, context, *rest, **kwargs)
         lengths = None
         if first is not None:
             order, lengths = first
             context = in_order(context, order)
-        heads, kv_heads = (self.num_heads, -1), (self.num_key_value_heads, -1)
-        q = self.q_proj(latents).unflatten(-1, heads)  # [N, R, H, d]
-        k_media, k_latents = (self.k_proj(x).unflatten(-1, kv_heads) for x in (context, latents))
-        v_media, v_latents = (self.v_proj(x).unflatten(-1, kv_heads) for x in (context, latents))
-        keys_and_values = (k_media, v_media, k_latents, v_latents)
+        q = self.q_proj(latents).unflatten(-1, (self.num_heads, -1))  # [N, R, H, d]
+        keys_and_values = (*self._kv(context), *self._kv(latents))
         out = perceiver_attention(q, *keys_and_values, media_lengths=lengths, scale=self.scaling)
         return self.o_proj(out.flatten(-2)), None
 
-    def _must_stay(self, kwargs: dict[str, Any]) -> bool:
-        weights = kwargs.get("output_attentions") or getattr(self, "past_key_values", None) is not None
-        other = not is_softmax(self.config._attn_implementation)
-        return bool(weights or other or self.is_watched() or (self.attention_dropout and self.training))
+    def _kv(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [N, ., Hkv, d] each
+        heads = (self.num_key_value_heads, -1)
+        return self.k_proj(x).unflatten(-1, heads), self.v_proj(x).unflatten(-1, heads)
 
 
 FAMILY = Family(

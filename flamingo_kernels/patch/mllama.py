@@ -1,7 +1,7 @@
 """Mllama (Llama 3.2 Vision) of transformers: its cross-attention layers.
 
-What no kernel can take stays with the attention that the module had: tiles of 1601 tokens, a prime, as at 560
-pixels; masks that are no spans even with the padding tiles moved behind; a dropout in training; attention
+The module's own attention computes what no kernel can take: tiles of 1601 tokens, a prime, as at 560 pixels;
+masks that are no spans even with the padding tiles moved behind; dropout in training; attention
 implementations other than "eager" and "sdpa"; calls that ask for attention weights. Gates, residuals and the
 norm between are fused all the same. K and V are kept where the original keeps them, in the model's cache.
 """
@@ -17,15 +17,16 @@ from torch.nn import functional as F
 from .._anatomy import Alpha, Linear, Norm, Number, Part
 from .._predicates import is_unhooked
 from ..fold import Affine, Gate, Scale
-from ..layers.fused import Fused, add_gated, gate_of
+from ..layers.fused import Fused, add_feed_forward, add_gated, gate_unless_open
 from ..ops import masked_cross_attention
-from ..sublayers import arguments, gated_cross_attention, gated_feed_forward
-from .dense import KeySpans, is_softmax, key_spans
+from ..sublayers import arguments, gated_cross_attention
+from .dense import KeySpans, key_spans
 from .family import TRANSFORMERS, Family
+from .softmax import must_stay
 
 _HOME = "transformers.models.mllama.modeling_mllama"
 _MLP = f"{_HOME}.MllamaTextMLP"
-_FEW = 2**20  # numbers in the keys of a layer: to read them takes no longer than to read a mask
+_FEW = 2**20  # numbers in a layer's keys: reading them takes no longer than reading a mask
 
 
 class MllamaTextCrossAttention(Fused):
@@ -70,7 +71,7 @@ class MllamaTextCrossAttention(Fused):
         spans = self.spans(hidden_states, *media, kwargs, layer=self)
         sees_all = attention_mask is None and "causal" in self.fixes
         has_media = cross_attention_states is not None or past_key_values is not None
-        if spans is None and not (sees_all and has_media and not self._must_stay(kwargs)):
+        if spans is None and not (sees_all and has_media and not must_stay(self, self.dropout, kwargs)):
             if cache_position is not None:
                 kwargs["cache_position"] = cache_position
             return super().forward(hidden_states, *media, use_cache, **kwargs)
@@ -92,16 +93,16 @@ class MllamaTextCrossAttention(Fused):
         kwargs: dict[str, Any],
         layer: object,
     ) -> KeySpans | None:
-        """Which keys the text sees, for the layer that asks, or None if a kernel cannot tell."""
+        """Which keys the text sees, read for `layer`; None if no kernel can take the mask or the call."""
         no_media = states is None and cache is None
-        if mask is None or no_media or _is_short_step(x, states, mask) or self._must_stay(kwargs):
+        if (
+            mask is None
+            or no_media
+            or _is_short_step(x, states, mask)
+            or must_stay(self, self.dropout, kwargs)
+        ):
             return None
         return key_spans(mask, x, layer=layer)
-
-    def _must_stay(self, kwargs: dict[str, Any]) -> bool:
-        weights = kwargs.get("output_attentions") or self.config.output_attentions
-        other = not is_softmax(self.config._attn_implementation)
-        return bool(weights or other or self.is_watched() or (self.dropout and self.training))
 
     def kv(
         self, batch: int, states: Tensor | None, cache: Any, position: Tensor | None
@@ -114,8 +115,8 @@ class MllamaTextCrossAttention(Fused):
         k, v = self.k_norm(self.k_proj(states).view(shape)), self.v_proj(states).view(shape)
         if cache is None:
             return k, v
-        position_of = () if position is None else ({"cache_position": position},)
-        k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, *position_of)
+        positions = () if position is None else ({"cache_position": position},)
+        k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, *positions)
         return k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -169,36 +170,35 @@ class MllamaCrossAttentionDecoderLayer(Fused):
         z = self._add_attended(x, cross_attention_states, past_key_values, cross_attention_mask, kwargs)
         if "row_leak" in self.fixes:
             z = _where_seeing(rows, z, x)
-        return _where_seeing(rows, self._add_feed_forward(z), z)
+        norm, mlp, gate = (
+            self.post_attention_layernorm,
+            self.mlp,
+            gate_unless_open(self, "cross_attn_mlp_gate"),
+        )
+        out = add_feed_forward(z, arguments.as_glu(z, norm, mlp, _MLP), lambda x: mlp(norm(x)), gate)
+        return _where_seeing(rows, out, z)
 
     def _add_attended(
         self, x: Tensor, states: Tensor | None, cache: Any, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
-        attn, gate = self.cross_attn, gate_of(self, "cross_attn_attn_gate")
-        spans = parts = None
+        attn, gate = self.cross_attn, gate_unless_open(self, "cross_attn_attn_gate")
+        spans = plain = None
         if isinstance(attn, MllamaTextCrossAttention) and is_unhooked(attn):
-            parts = arguments.cross_attention_of(
+            plain = arguments.as_cross_attention(
                 x, self.input_layernorm, attn.q_proj, attn.o_proj, attn.q_norm
             )
-        if parts is not None:
+        if plain is not None:
             spans = attn.spans(x, states, cache, mask, kwargs, layer=self)
-        if spans is None or parts is None:
+        if spans is None or plain is None:
             media = {"cross_attention_states": states, "past_key_values": cache, "attention_mask": mask}
             attended, _ = attn(hidden_states=self.input_layernorm(x), **media, **kwargs)
             return add_gated(x, attended, gate)
         k, v = (spans.media(each) for each in attn.kv(len(x), states, cache, kwargs.get("cache_position")))
-        return gated_cross_attention(x, k, v, spans.mask, gate=gate, scale=attn.scaling, **parts._asdict())
-
-    def _add_feed_forward(self, x: Tensor) -> Tensor:
-        norm, mlp, gate = self.post_attention_layernorm, self.mlp, gate_of(self, "cross_attn_mlp_gate")
-        parts = arguments.glu_of(x, norm, mlp, _MLP)
-        if parts is None:
-            return add_gated(x, mlp(norm(x)), gate)
-        return gated_feed_forward(x, gate=gate, **parts._asdict())
+        return gated_cross_attention(x, k, v, spans.mask, gate=gate, scale=attn.scaling, **plain._asdict())
 
 
 def _is_short_step(x: Tensor, states: Tensor | None, mask: Tensor | None) -> bool:
-    """One token over few keys of the cache: a dense attention over them costs less than to read the mask."""
+    """Whether one token attends to few cached keys: a dense attention costs less than reading the mask."""
     return states is None and x.shape[1] == 1 and mask is not None and mask.shape[-1] * x.shape[-1] < _FEW
 
 

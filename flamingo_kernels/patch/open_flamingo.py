@@ -1,8 +1,8 @@
 """Models of open-flamingo (PyPI 2.0.1). Their rows without a visible medium follow policy "open_flamingo".
 
-The classes here hold a forward and nothing else: `patch` puts them in front of the class a module has. Each
-computes what that class does, except that x, media and media_locations must have one batch size; the original
-also broadcasts a batch of one. `media_locations=None` lets every row see every medium.
+The classes here add a forward to the class of a module and nothing else. Each computes the same as that
+class, except that x, media and media_locations must have one batch size; the original also broadcasts a batch
+of one. With `media_locations=None` every row sees every medium.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from .._anatomy import Norm, Part, Weight
 from ..layers.cross_attention import ATTENTION_ANATOMY, BLOCK_ANATOMY, attend, attend_to_media, gated_block
 from ..layers.fused import ATTENTION_FOLDS, BLOCK_FOLDS, Fused
-from ..layers.resampler import PERCEIVER_ANATOMY, resample
+from ..layers.resampler import PERCEIVER_ANATOMY, perceive, resample
 from ..mask import Policy
 from ..media_cache import MediaCache, Source
-from ..ops import perceiver_attention
 from .family import Family
 
 
@@ -97,14 +96,8 @@ class PerceiverAttention(Fused):
     ) -> Tensor:  # [B, M, R, D]
         if self.is_watched():
             return cast(Tensor, super().forward(x, latents))
-        shape = latents.shape[:2]
-        x, latents = self.norm_media(x).flatten(0, 1), self.norm_latents(latents).flatten(0, 1)  # [N, ., D]
-        heads = (self.heads, -1)
-        q = self.to_q(latents).unflatten(-1, heads)  # [N, R, H, d]
-        k_media, v_media = (kv.unflatten(-1, heads) for kv in self.to_kv(x).chunk(2, dim=-1))
-        k_latents, v_latents = (kv.unflatten(-1, heads) for kv in self.to_kv(latents).chunk(2, dim=-1))
-        out = perceiver_attention(q, k_media, v_media, k_latents, v_latents, scale=self.scale)
-        return self.to_out(out.flatten(-2)).unflatten(0, shape)
+        k, v = Source(self.to_kv, self.heads, self.norm_media)(x)
+        return perceive(self, latents, k, v)
 
 
 class PerceiverResampler(Fused):

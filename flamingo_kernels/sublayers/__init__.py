@@ -2,10 +2,14 @@
 
 cross_attention   norm, queries, masked attention, output projection, gate and residual
 feed_forward      norm, hidden layer, activation, output layer, gate and residual
-gated_linear      the projection that carries the gate, which both end with
+normed_linear     a norm and the projections that read it: the beginning of both
+gated_linear      a projection with a gate and a residual: the end of both
 norm              LayerNorm and RMSNorm
-activation        what a hidden layer may apply
-scratch           memory for what no one sees
+activation        functions of a hidden layer
+gradients         gradients by name, and in the order of autograd
+scratch           memory for tensors that live within one call
+labels            what a profiler shows
+arguments         modules as arguments of the sublayers
 reference         the same sublayers, operation by operation
 """
 

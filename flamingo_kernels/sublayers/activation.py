@@ -1,4 +1,4 @@
-"""Activations of a hidden layer: forward, and backward from what went in."""
+"""Activations of a hidden layer: forward, and backward from their input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .._predicates import is_eager
 
 
 class Activation(NamedTuple):
-    """A function of each element.
+    """A function of each element, in the three ways that a hidden layer calls it.
 
     Attributes:
         forward: `act(u)`, into a tensor, which may be u.
@@ -28,7 +28,7 @@ class Activation(NamedTuple):
 
 
 def _in_place(backward: Any, dh: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    """A backward operation in the memory of dh, but for a compiler, which plans its memory itself."""
+    """A backward operation that writes into dh, except under a compiler, which plans its memory itself."""
     if not is_eager(dh):
         return backward(dh, *arguments, **options)
     return backward.grad_input(dh, *arguments, **options, grad_input=dh)

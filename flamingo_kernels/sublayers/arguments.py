@@ -1,8 +1,9 @@
-"""Modules that compute what their class says and nothing else, as arguments of the sublayers.
+"""Plain modules as arguments of the sublayers: each `as_` function gives None for a module that is not plain.
 
-A module with hooks, another forward, or weights of a tensor subclass, as adapters and quantization make them,
-is not plain: then it is called, and nothing is computed in its place. Neither are those of a step of decoding
-on a CPU, where the host's work between the products counts, and to call modules is the least of it.
+A plain module computes what its class says and nothing else. A module with hooks, another forward, or weights
+of a tensor subclass, as adapters and quantisation make them, is not plain, and is called as it is. A decoding
+step on a CPU also calls its modules: there the host's work between the products counts, and calling modules
+is the least of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .._backends import dispatch
 from .._predicates import autocast_dtype, is_eager, is_ordinary, is_plain
 from . import Linear, Norm
 
-_STEP = 2**18  # bytes: of 16 sequences in float32 at a width of 4096
+_LARGEST_STEP = 2**18  # bytes of x: 16 sequences in float32 at a width of 4096
 _MODELS = "transformers.models"
 _RMS_NORMS = (
     f"{_MODELS}.idefics.modeling_idefics.IdeficsRMSNorm",
@@ -31,7 +32,7 @@ _ACTIVATIONS: dict[str, tuple[type[nn.Module] | str, ...]] = {
 }
 
 
-def norm_of(module: Any, x: Tensor) -> Norm | None:
+def as_norm(module: Any, x: Tensor) -> Norm | None:
     """A plain LayerNorm or RMSNorm over one dimension, in a dtype that fits x."""
     if not is_norm(module):
         return None
@@ -43,22 +44,22 @@ def norm_of(module: Any, x: Tensor) -> Norm | None:
 
 
 def is_norm(module: Any) -> bool:
-    """Whether it is a plain LayerNorm or RMSNorm over one dimension, with a weight."""
+    """Whether a module is a plain LayerNorm or RMSNorm over one dimension, with a weight."""
     weight: Any = getattr(module, "weight", None)
     if not is_ordinary(weight) or weight.ndim != 1:  # quantised layers have a method of that name
         return False
     return is_plain(module, nn.LayerNorm, *_RMS_NORMS)
 
 
-def linear_of(module: Any, x: Tensor) -> Linear | None:
-    """A plain linear layer, in the dtype of x, or under autocast in any that it casts."""
+def as_linear(module: Any, x: Tensor) -> Linear | None:
+    """A plain linear layer in the dtype of x, or under autocast in any dtype that it casts."""
     if not is_plain(module, nn.Linear) or not is_ordinary(module.weight):
         return None
     dtypes = (x.dtype,) if autocast_dtype(x.device) is None else dispatch.KERNEL_DTYPES
     return Linear(module.weight, module.bias) if module.weight.dtype in dtypes else None
 
 
-def activation_of(module: Any) -> str | None:
+def as_activation(module: Any) -> str | None:
     """The name of a plain activation."""
     if is_plain(module, nn.GELU):
         return "gelu" if module.approximate == "none" else "gelu_tanh"
@@ -71,31 +72,33 @@ class FeedForward(NamedTuple):
     """Arguments of `gated_feed_forward`."""
 
     norm: Norm
-    hidden: Linear
+    up: Linear
     activation: str
-    output: Linear
-    factor: Linear | None = None
+    down: Linear
+    gate_proj: Linear | None = None
 
 
-def feed_forward_of(
-    x: Tensor, norm: Any, hidden: Any, activation: Any, output: Any, factor: Any = None
+def as_feed_forward(
+    x: Tensor, norm: Any, up: Any, activation: Any, down: Any, gate_proj: Any = None
 ) -> FeedForward | None:
-    """A feed-forward network of plain parts; with `factor` a gated linear unit."""
-    if _is_step(x):
+    """A feed-forward network of plain modules; with `gate_proj` a gated linear unit."""
+    if _is_small_step(x):
         return None
-    before, act = norm_of(norm, x), activation_of(activation)
-    first, last = linear_of(hidden, x), linear_of(output, x)
-    beside = None if factor is None else linear_of(factor, x)
-    if before is None or act is None or first is None or last is None or (factor is not None and not beside):
+    plain_norm, name = as_norm(norm, x), as_activation(activation)
+    first, last = as_linear(up, x), as_linear(down, x)
+    beside = None if gate_proj is None else as_linear(gate_proj, x)
+    if plain_norm is None or name is None or first is None or last is None:
         return None
-    return FeedForward(before, first, act, last, beside)
+    if gate_proj is not None and beside is None:
+        return None
+    return FeedForward(plain_norm, first, name, last, beside)
 
 
-def glu_of(x: Tensor, norm: Any, mlp: Any, kind: str) -> FeedForward | None:
-    """A norm and the gated linear unit behind it, of the class named, with the names of Llama's."""
+def as_glu(x: Tensor, norm: Any, mlp: Any, kind: str) -> FeedForward | None:
+    """A norm and the gated linear unit behind it: a module of the class named, with Llama's attributes."""
     if not is_plain(mlp, kind):
         return None
-    return feed_forward_of(x, norm, mlp.gate_proj, mlp.act_fn, mlp.down_proj, mlp.up_proj)
+    return as_feed_forward(x, norm, mlp.up_proj, mlp.act_fn, mlp.down_proj, mlp.gate_proj)
 
 
 class CrossAttention(NamedTuple):
@@ -107,24 +110,24 @@ class CrossAttention(NamedTuple):
     q_norm: Norm | None = None
 
 
-def cross_attention_of(
+def as_cross_attention(
     x: Tensor, norm: Any, to_q: Any, to_out: Any, q_norm: Any = None
 ) -> CrossAttention | None:
-    """What is around the core of a cross-attention of plain parts."""
-    if _is_step(x):
+    """The plain modules around the core of a cross-attention."""
+    if _is_small_step(x):
         return None
-    before, first, last = norm_of(norm, x), linear_of(to_q, x), linear_of(to_out, x)
-    between = None if q_norm is None else norm_of(q_norm, x)
-    if before is None or first is None or last is None or (q_norm is not None and not between):
+    plain_norm, first, last = as_norm(norm, x), as_linear(to_q, x), as_linear(to_out, x)
+    between = None if q_norm is None else as_norm(q_norm, x)
+    if plain_norm is None or first is None or last is None or (q_norm is not None and between is None):
         return None
-    return CrossAttention(before, first, last, between)
+    return CrossAttention(plain_norm, first, last, between)
 
 
-def _is_step(x: Tensor) -> bool:
-    """Whether x `[B, 1, D]` is one token a sequence on a CPU, of which a sublayer has nothing to save.
+def _is_small_step(x: Tensor) -> bool:
+    """Whether x `[B, 1, D]` is one token a sequence on a CPU, where a sublayer would save nothing.
 
-    Not where CUDA is emulated there: its operator makes a whole block of the parts.
+    It is not where CUDA is emulated on the CPU, since `gated_block_decode` needs the arguments there.
     """
-    few = x.device.type == "cpu" and x.shape[-2] == 1 and x.numel() * x.dtype.itemsize < _STEP
+    few = x.device.type == "cpu" and x.shape[-2] == 1 and x.numel() * x.dtype.itemsize < _LARGEST_STEP
     called = few and not torch.is_grad_enabled() and is_eager(x)
     return called and not dispatch.is_chosen("gated_block_decode", "cuda")

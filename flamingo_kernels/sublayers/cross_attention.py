@@ -1,13 +1,13 @@
 """The cross-attention sublayer: `x + tanh(gate) * to_out(attention(to_q(norm(x)), k, v))`.
 
-Oracle: `reference.py`. Kept for the backward pass: x, q before its own norm, the attention's output and two
-numbers a row. What was normed is made again, the branch before the gate is never stored.
+Oracle: `reference.py`. The backward pass keeps x, q before its own norm, the attention's output and two
+numbers a row. It computes the normed x again; the branch before the gate is never stored.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from .._checks import (
     expect_floating_point,
     expect_head_groups,
     expect_same_device,
+    expect_scale,
     expect_shape,
     expect_tensors,
-    scale_of,
     unit_stride,
     without_autocast,
 )
@@ -31,14 +31,15 @@ from ..ops.masked_cross_attention.schema import BWD, FWD
 from ..ops.once_differentiable import once_differentiable
 from . import gated_linear, normed_linear, reference
 from . import norm as norms
-from .gated_linear import Linear, cast_like, expect_gate, expect_linear, expect_one_dtype, tensors_of
-from .labels import PROJECTIONS, in_part
+from .gated_linear import Linear, expect_gate, expect_linear, expect_one_dtype, named_parameters
+from .gradients import in_order, pair
+from .labels import PROJECTIONS, labelled
 from .norm import Norm, Statistics, expect_norm
 
 _NAME = "gated_cross_attention"
 
 
-@in_part(PROJECTIONS)
+@labelled(PROJECTIONS)
 def gated_cross_attention(
     x: Tensor,  # [B, T, D]
     k: Tensor,  # [B, M, R, Hkv, d]
@@ -60,23 +61,24 @@ def gated_cross_attention(
         q = to_q(norm(x))                       or  q_norm(to_q(norm(x))), over each head
         z = x + tanh(gate) * to_out(masked_cross_attention(q, k, v, mask))
 
-    The gate rides on the output projection, so the branch is not stored. The backward pass makes the normed x
-    again, takes the gate's gradient from the weights' (exact where the gate is 0), and multiplies nothing for
-    parameters that are frozen.
+    The output projection applies the gate, so the branch is not stored. The backward pass computes the normed
+    x again, takes the gate's gradient from the weights' (exact where the gate is 0), and skips the products
+    of frozen parameters.
 
     Args:
         x: the text `[B, T, D]`, float32, bfloat16 or float16.
         k: keys of the media `[B, M, R, Hkv, d]`, same dtype.
         v: values, like k.
         mask: which media each row sees.
-        norm: of x, before the queries; in any floating-point dtype, as the gate and q_norm.
+        norm: norm of x, before the queries; in any floating-point dtype, as the gate and q_norm.
         to_q: `[H * d, D]`, in the dtype of x, as all projections; H is a multiple of Hkv.
         to_out: `[D, H * d]`.
         gate: alpha before tanh, 1 element or D; None for a plain residual.
-        q_norm: of each head's queries, its parameters `[d]`. Default: none. The keys come normed already.
+        q_norm: norm of each head's queries, its parameters `[d]`. Default: none. The keys come normed
+            already.
         scale: factor on the scores. Default: `d ** -0.5`.
-        backend: of the attention and the gate, "auto", "triton", "cpu" or "reference"; the products are
-            torch's.
+        backend: what computes the attention and the gate, "auto", "triton", "cpu" or "reference"; the matrix
+            products are torch's.
 
     Returns:
         `[B, T, D]` in the dtype torch's promotion gives the sum.
@@ -85,8 +87,8 @@ def gated_cross_attention(
         ValueError, TypeError, UnsupportedError: as `masked_cross_attention` and `gated_residual`.
 
     Limits: those of `masked_cross_attention`. Differentiable once in every tensor; for second derivatives:
-    backend="reference", as there. As deterministic as the matrix products of torch. Under torch.autocast it
-    multiplies in its dtype, keys and values too, and norms in that of x and the norm.
+    backend="reference", as there. As deterministic as the matrix products of torch. Under torch.autocast all
+    products take its dtype, keys and values too; norms take the wider dtype of x and their parameters.
 
     Source: Flamingo (arXiv 2204.14198), sections 2.2 and 2.3.
 
@@ -104,18 +106,24 @@ def gated_cross_attention(
     _validate(x, k, v, mask, norm, to_q, to_out, gate, q_norm)
     (k, v), to_q, to_out = autocast(k, v), to_q.autocast(), to_out.autocast()
     expect_one_dtype(_NAME, x, {"to_q": to_q, "to_out": to_out}, k=k, v=v)
-    scale = scale_of(_NAME, scale, k.shape[-1])
+    scale = expect_scale(_NAME, scale, k.shape[-1])
     parameters = (gate, norm.weight, norm.bias, *(q_norm or (None, None))[:2], *to_q, *to_out)
     backend = dispatch.resolve("masked_cross_attention", backend, x, k, v, *parameters)
     if backend == "reference" or 0 in to_q.weight.shape:  # without a feature there is nothing to fuse
         return reference.gated_cross_attention(x, k, v, mask, norm, to_q, to_out, gate, q_norm, scale)
-    of_q = (q_norm.eps, q_norm.rms) if q_norm else None
-    how = _How(backend, scale, mask.immediate, mask.policy == "open_flamingo", norm.eps, norm.rms, of_q)
-    tensors = _Tensors(x, unit_stride(k), unit_stride(v), *mask.spans, *parameters)
+    options = _Options(
+        backend,
+        scale,
+        immediate=mask.immediate,
+        averages=mask.policy == "open_flamingo",
+        norm=(norm.eps, norm.rms),
+        q_norm=(q_norm.eps, q_norm.rms) if q_norm else None,
+    )
+    inputs = _Inputs(x, unit_stride(k), unit_stride(v), *mask.spans, *parameters)
     with without_autocast(x):
-        if needs_grad(*tensors):
-            return _GatedCrossAttention.apply(how, *tensors)
-        return _forward(how, tensors)[0]
+        if needs_grad(*inputs):
+            return _GatedCrossAttention.apply(options, *inputs)
+        return _forward(options, inputs)[0]
 
 
 def _validate(
@@ -145,43 +153,42 @@ def _validate(
     expect_gate(_NAME, gate, width)
     if q_norm is not None:
         expect_norm(_NAME, "q_norm", q_norm, head_dim)
-    parts = tensors_of(norm=norm, to_q=to_q, to_out=to_out, q_norm=q_norm)
-    expect_floating_point(_NAME, x=x, k=k, v=v, **parts, gate=gate)
-    expect_same_device(_NAME, x=x, k=k, v=v, mask=mask.lo, **parts, gate=gate)
+    parameters = named_parameters(norm=norm, to_q=to_q, to_out=to_out, q_norm=q_norm)
+    expect_floating_point(_NAME, x=x, k=k, v=v, **parameters, gate=gate)
+    expect_same_device(_NAME, x=x, k=k, v=v, mask=mask.lo, **parameters, gate=gate)
 
 
 @dataclass(frozen=True)
-class _How:
-    """What is no tensor."""
+class _Options:
+    """The arguments that are not tensors."""
 
     backend: str
     scale: float
     immediate: bool
     averages: bool
-    eps: float
-    rms: bool
-    q_norm: tuple[float, bool] | None  # eps and rms of the norm of q
+    norm: tuple[float, bool]  # eps and rms
+    q_norm: tuple[float, bool] | None
 
 
-class _Tensors(NamedTuple):
-    """What goes in, or which of it wants a gradient, or its gradients."""
+class _Inputs(NamedTuple):
+    """The tensors, in the order in which autograd passes them and takes their gradients."""
 
-    x: Any
-    k: Any
-    v: Any
-    lo: Any
-    hi: Any
-    start: Any
-    stop: Any
-    gate: Any
-    norm_weight: Any
-    norm_bias: Any
-    q_norm_weight: Any
-    q_norm_bias: Any
-    q_weight: Any
-    q_bias: Any
-    out_weight: Any
-    out_bias: Any
+    x: Tensor
+    k: Tensor
+    v: Tensor
+    lo: Tensor
+    hi: Tensor
+    start: Tensor
+    stop: Tensor
+    gate: Tensor | None
+    norm_weight: Tensor
+    norm_bias: Tensor | None
+    q_norm_weight: Tensor | None
+    q_norm_bias: Tensor | None
+    q_weight: Tensor
+    q_bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
 
     @property
     def spans(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -195,29 +202,31 @@ class _Tensors(NamedTuple):
     def to_out(self) -> Linear:
         return Linear(self.out_weight, self.out_bias)
 
-    def norm(self, how: _How) -> Norm:
-        return Norm(self.norm_weight, self.norm_bias, how.eps, how.rms)
+    def norm(self, options: _Options) -> Norm:
+        return Norm(self.norm_weight, self.norm_bias, *options.norm)
 
-    def q_norm(self, how: _How) -> Norm | None:
-        return Norm(self.q_norm_weight, self.q_norm_bias, *how.q_norm) if how.q_norm else None
+    def q_norm(self, options: _Options) -> Norm | None:
+        if options.q_norm is None or self.q_norm_weight is None:
+            return None
+        return Norm(self.q_norm_weight, self.q_norm_bias, *options.q_norm)
 
 
-def _forward(how: _How, t: _Tensors) -> tuple[Any, ...]:
-    """z, and what the backward pass needs besides the tensors."""
+def _forward(options: _Options, t: _Inputs) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """z, and what the backward pass needs besides the inputs."""
     batch, length, width = t.x.shape
     x = t.x.reshape(-1, width)
-    (u,), statistics = normed_linear.forward(x, t.norm(how), [t.to_q])
+    (u,), statistics = normed_linear.forward(x, t.norm(options), [t.to_q])
     head_dim = t.k.shape[-1]
     u = u.view(batch, length, len(t.q_weight) // head_dim, head_dim)
-    q, of_q = _queries(u, t.q_norm(how))
-    attend = FWD[how.backend]
-    out, softmax = attend(q, t.k, t.v, *t.spans, how.immediate, how.averages, how.scale)
-    z = gated_linear.forward(x, out.flatten(2).flatten(0, 1), t.to_out, t.gate, how.backend)
-    return z.view(t.x.shape), u, out, softmax, *statistics, *of_q
+    q, q_statistics = _queries(u, t.q_norm(options))
+    attend = FWD[options.backend]
+    out, softmax = attend(q, t.k, t.v, *t.spans, options.immediate, options.averages, options.scale)
+    z = gated_linear.forward(x, out.flatten(2).flatten(0, 1), t.to_out, t.gate, options.backend)
+    return z.view(t.x.shape), (u, out, softmax, *statistics, *q_statistics)
 
 
 def _queries(u: Tensor, norm: Norm | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """q of what its projection gives, `[B, T, H, d]`, and the statistics of its norm if it has one."""
+    """The queries from their projection u `[B, T, H, d]`, and the statistics of their norm, if any."""
     if norm is None:
         return u, ()
     q, statistics = norms.forward(u.flatten(0, 2), norm)
@@ -226,20 +235,20 @@ def _queries(u: Tensor, norm: Norm | None) -> tuple[Tensor, tuple[Tensor | None,
 
 class _GatedCrossAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, how, *tensors):
-        z, *kept = _forward(how, _Tensors(*tensors))
+    def forward(ctx, options, *tensors):
+        z, kept = _forward(options, _Inputs(*tensors))
         ctx.save_for_backward(*tensors, *kept)
-        ctx.how, ctx.backend = how, how.backend
+        ctx.options, ctx.backend = options, options.backend
         return z
 
     @staticmethod
     @once_differentiable(_NAME, batched=False)
     def backward(ctx, saved, dz):
-        how, wanted = ctx.how, _Tensors(*ctx.needs_input_grad[1:])
-        size = len(_Tensors._fields)
-        t = _Tensors(*saved[:size])
-        u, out, softmax, mean, rstd, *of_q = saved[size:]
-        q_norm = t.q_norm(how)
+        options, count = ctx.options, len(_Inputs._fields)
+        needed = dict(zip(_Inputs._fields, ctx.needs_input_grad[1:], strict=True))
+        t = _Inputs(*saved[:count])
+        u, out, softmax, mean, rstd, *q_statistics = saved[count:]
+        q_norm = t.q_norm(options)
         x, dz = (unit_stride(each.reshape(-1, each.shape[-1])) for each in (t.x, dz))
 
         last = gated_linear.backward(
@@ -247,32 +256,39 @@ class _GatedCrossAttention(torch.autograd.Function):
             out.flatten(2).flatten(0, 1),
             t.to_out,
             t.gate,
-            how.backend,
-            of_weights=wanted.out_weight,
-            of_gate=wanted.gate,
+            options.backend,
+            needs_weight=needed["out_weight"],
+            needs_gate=needed["gate"],
         )
-        attend = BWD[how.backend]
-        options = (how.immediate, how.averages, how.scale)
+        attend = BWD[options.backend]
         dout = last.a.view(out.shape)
         q, _ = _queries(u, q_norm)
-        du, dk, dv = attend(dout, q, t.k, t.v, out, softmax, *t.spans, *options)
-        of_q_norm: list[Any] = [None, None]
+        du, dk, dv = attend(
+            *(dout, q, t.k, t.v, out, softmax, *t.spans),
+            *(options.immediate, options.averages, options.scale),
+        )
+        dq_norm: list[Tensor | None] = [None, None]
         if q_norm:
-            du, *of_q_norm = norms.backward(
-                du.flatten(0, 2), u.flatten(0, 2), q_norm, Statistics(*of_q), wanted.q_norm_weight
+            du, *dq_norm = norms.backward(
+                du.flatten(0, 2), u.flatten(0, 2), q_norm, Statistics(*q_statistics), needed["q_norm_weight"]
             )
         first = normed_linear.backward(
             [du.to(u.dtype).view(len(x), len(t.q_weight))],
             dz,
             x,
-            t.norm(how),
+            t.norm(options),
             Statistics(mean, rstd),
             [t.to_q],
-            of_x=wanted.x,
-            of_norm=wanted.norm_weight,
-            of_linears=[wanted.q_weight],
+            needs_x=needed["x"],
+            needs_norm=needed["norm_weight"],
+            needs_weights=[needed["q_weight"]],
         )
-        dx = None if first.x is None else first.x.view(t.x.shape)
-        parameters = (last.gate, *first.norm, *of_q_norm, *first.linears[0], *last.linear)
-        gradients = _Tensors(dx, dk, dv, None, None, None, None, *parameters)
-        return None, *(cast_like(each, of) for each, of in zip(gradients, t, strict=True))
+        gradients = {
+            "x": None if first.x is None else first.x.view(t.x.shape),
+            **{"k": dk, "v": dv, "gate": last.gate},
+            **pair("norm", first.norm),
+            **pair("q_norm", dq_norm),
+            **pair("q", first.linears[0]),
+            **pair("out", last.linear),
+        }
+        return None, *in_order(t, gradients)

@@ -1,13 +1,13 @@
-"""The feed-forward sublayer: `x + tanh(gate) * output(act(hidden(norm(x))))`.
+"""The feed-forward sublayer: `x + tanh(gate) * down(act(up(norm(x))))`.
 
-Oracle: `reference.py`. Kept for the backward pass: x, what goes into the activation and two numbers a row.
-The normed x and the activation are made again, the branch before the gate is never stored.
+Oracle: `reference.py`. The backward pass keeps x, the input of the activation and two numbers a row. It
+computes the normed x and the activation again; the branch before the gate is never stored.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,24 +25,25 @@ from .._predicates import needs_grad
 from ..ops.once_differentiable import once_differentiable
 from . import gated_linear, normed_linear, reference
 from .activation import ACTIVATIONS
-from .gated_linear import Linear, cast_like, expect_gate, expect_linear, expect_one_dtype, tensors_of
-from .labels import FEED_FORWARD, in_part
+from .gated_linear import Linear, expect_gate, expect_linear, expect_one_dtype, named_parameters
+from .gradients import in_order, pair
+from .labels import FEED_FORWARD, labelled
 from .norm import Norm, Statistics, expect_norm
 from .scratch import scratch
 
 _NAME = "gated_feed_forward"
 
 
-@in_part(FEED_FORWARD)
+@labelled(FEED_FORWARD)
 def gated_feed_forward(
     x: Tensor,  # [..., D]
     *,
     norm: Norm,
-    hidden: Linear,  # [F, D]
-    output: Linear,  # [D, F]
+    up: Linear,  # [F, D]
+    down: Linear,  # [D, F]
     gate: Tensor | None = None,
     activation: str = "gelu",
-    factor: Linear | None = None,  # [F, D]
+    gate_proj: Linear | None = None,  # [F, D]
     backend: str = "auto",
 ) -> Tensor:  # [..., D]
     r"""Norm, hidden layer, activation, output layer, gate and residual, as one node of autograd.
@@ -50,66 +51,68 @@ def gated_feed_forward(
     ::
 
         n = norm(x)
-        h = act(hidden(n))                      or  act(hidden(n)) * factor(n), a gated linear unit
-        z = x + tanh(gate) * output(h)
+        h = act(up(n))                          or  act(gate_proj(n)) * up(n), a gated linear unit
+        z = x + tanh(gate) * down(h)
 
-    The gate rides on the output layer, so the branch is not stored. The backward pass makes n and h again,
-    takes the gate's gradient from the weights' (exact where the gate is 0), and multiplies nothing for
-    parameters that are frozen.
+    The last projection applies the gate, so the branch is not stored. The backward pass computes n and h
+    again, takes the gate's gradient from the weights' (exact where the gate is 0), and skips the products of
+    frozen parameters.
 
     Args:
         x: `[..., D]`, float32, bfloat16 or float16.
-        norm: of x, before the hidden layer; in any floating-point dtype, as the gate.
-        hidden: `[F, D]`, in the dtype of x, as all projections.
-        output: `[D, F]`.
-        gate: alpha before tanh, 1 element or D; None for a plain residual, `x + output(h)`.
+        norm: norm of x, before the hidden layer; in any floating-point dtype, as the gate.
+        up: `[F, D]`, in the dtype of x, as all projections.
+        down: `[D, F]`.
+        gate: alpha before tanh, 1 element or D; None for a plain residual, `x + down(h)`.
         activation: "gelu" (erf), "gelu_tanh", "relu", "squared_relu" or "silu".
-        factor: `[F, D]`, for a gated linear unit; "silu" with it is SwiGLU.
-        backend: of the gate, "auto", "triton", "cpu" or "reference"; the products are torch's.
+        gate_proj: `[F, D]`, for a gated linear unit; with "silu" that is SwiGLU. Default: none.
+        backend: what computes the gate, "auto", "triton", "cpu" or "reference"; the matrix products are
+            torch's.
 
     Returns:
         `[..., D]` in the dtype torch's promotion gives the sum.
 
     Raises:
         ValueError: shapes or devices that do not fit, or an unknown activation.
-        TypeError: parts that are no Norm, Linear or dense floating-point tensor; projections in another dtype
-            than x, without autocast.
+        TypeError: arguments that are no Norm, Linear or dense floating-point tensor; projections in another
+            dtype than x, without autocast.
         UnsupportedError: the requested backend cannot run these inputs.
 
     Limits: differentiable once in every tensor; for second derivatives: backend="reference", which "auto"
     takes under torch.func's transforms and in forward mode. As deterministic as the matrix products of torch.
-    Under torch.autocast it multiplies in its dtype, and norms in that of x and the norm. On a CPU a thread
-    keeps memory for one hidden layer from call to call.
+    Under torch.autocast all products take its dtype; norms take the wider dtype of x and their parameters. On
+    a CPU a thread keeps memory for one hidden layer from call to call.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2 and figure 4; SwiGLU: arXiv 2002.05202.
 
     Example:
         >>> from flamingo_kernels.sublayers import Linear, Norm, gated_feed_forward
-        >>> layers = {"hidden": Linear(torch.randn(64, 16)), "output": Linear(torch.randn(16, 64))}
+        >>> layers = {"up": Linear(torch.randn(64, 16)), "down": Linear(torch.randn(16, 64))}
         >>> x, norm = torch.randn(2, 5, 16), Norm(torch.ones(16), torch.zeros(16))
         >>> torch.equal(gated_feed_forward(x, norm=norm, **layers, gate=torch.zeros(1)), x)
         True
     """
-    _validate(x, norm, hidden, output, factor, gate, activation)
-    hidden, output, factor = hidden.autocast(), output.autocast(), factor and factor.autocast()
-    expect_one_dtype(_NAME, x, {"hidden": hidden, "output": output, "factor": factor})
-    parameters = (gate, norm.weight, norm.bias, *hidden, *output, *(factor or (None, None)))
+    _validate(x, norm, up, down, gate_proj, gate, activation)
+    up, down, gate_proj = up.autocast(), down.autocast(), gate_proj and gate_proj.autocast()
+    expect_one_dtype(_NAME, x, {"up": up, "down": down, "gate_proj": gate_proj})
+    parameters = (gate, norm.weight, norm.bias, *up, *down, *(gate_proj or (None, None)))
     backend = dispatch.resolve("gated_residual", backend, x, *parameters)
-    if backend == "reference" or 0 in hidden.weight.shape:  # without a feature there is nothing to fuse
-        return reference.gated_feed_forward(x, norm, hidden, output, gate, activation, factor)
-    how = _How(backend, activation, norm.eps, norm.rms)
-    tensors = _Tensors(as_rows(x), *parameters)
+    if backend == "reference" or 0 in up.weight.shape:  # without a feature there is nothing to fuse
+        return reference.gated_feed_forward(x, norm, up, down, gate, activation, gate_proj)
+    options = _Options(backend, activation, (norm.eps, norm.rms))
+    inputs = _Inputs(as_rows(x), *parameters)
     with without_autocast(x):
-        run = _GatedFeedForward.apply if needs_grad(*tensors) else _infer
-        return run(how, *tensors).view(x.shape)
+        if needs_grad(*inputs):
+            return _GatedFeedForward.apply(options, *inputs).view(x.shape)
+        return _infer(options, inputs).view(x.shape)
 
 
 def _validate(
     x: Tensor,
     norm: Norm,
-    hidden: Linear,
-    output: Linear,
-    factor: Linear | None,
+    up: Linear,
+    down: Linear,
+    gate_proj: Linear | None,
     gate: Tensor | None,
     activation: str,
 ) -> None:
@@ -122,120 +125,128 @@ def _validate(
         raise ValueError(f"{_NAME}: expected x with shape (..., D), got ().")
     width = x.shape[-1]
     expect_norm(_NAME, "norm", norm, width)
-    expect_linear(_NAME, "hidden", hidden, ("F", width), "to match x")
-    inner = hidden.weight.shape[0]
-    expect_linear(_NAME, "output", output, (width, inner), "to match hidden.weight")
-    if factor is not None:
-        expect_linear(_NAME, "factor", factor, (inner, width), "to match hidden.weight")
+    expect_linear(_NAME, "up", up, ("F", width), "to match x")
+    inner = up.weight.shape[0]
+    expect_linear(_NAME, "down", down, (width, inner), "to match up.weight")
+    if gate_proj is not None:
+        expect_linear(_NAME, "gate_proj", gate_proj, (inner, width), "to match up.weight")
     expect_gate(_NAME, gate, width)
-    parts = tensors_of(norm=norm, hidden=hidden, output=output, factor=factor)
-    expect_floating_point(_NAME, x=x, **parts, gate=gate)
-    expect_same_device(_NAME, x=x, **parts, gate=gate)
+    parameters = named_parameters(norm=norm, up=up, down=down, gate_proj=gate_proj)
+    expect_floating_point(_NAME, x=x, **parameters, gate=gate)
+    expect_same_device(_NAME, x=x, **parameters, gate=gate)
 
 
 @dataclass(frozen=True)
-class _How:
-    """What is no tensor."""
+class _Options:
+    """The arguments that are not tensors."""
 
     backend: str
     activation: str
-    eps: float
-    rms: bool
+    norm: tuple[float, bool]  # eps and rms
 
 
-class _Tensors(NamedTuple):
-    """What goes in, or which of it wants a gradient, or its gradients."""
+class _Inputs(NamedTuple):
+    """The tensors, in the order in which autograd passes them and takes their gradients."""
 
-    x: Any
-    gate: Any
-    norm_weight: Any
-    norm_bias: Any
-    hidden_weight: Any
-    hidden_bias: Any
-    output_weight: Any
-    output_bias: Any
-    factor_weight: Any
-    factor_bias: Any
-
-    @property
-    def hidden(self) -> list[Linear]:
-        """The projections that read the norm: one, or two of a gated linear unit."""
-        both = [Linear(self.hidden_weight, self.hidden_bias), Linear(self.factor_weight, self.factor_bias)]
-        return both if self.factor_weight is not None else both[:1]
+    x: Tensor
+    gate: Tensor | None
+    norm_weight: Tensor
+    norm_bias: Tensor | None
+    up_weight: Tensor
+    up_bias: Tensor | None
+    down_weight: Tensor
+    down_bias: Tensor | None
+    gate_proj_weight: Tensor | None
+    gate_proj_bias: Tensor | None
 
     @property
-    def output(self) -> Linear:
-        return Linear(self.output_weight, self.output_bias)
+    def hidden(self) -> dict[str, Linear]:
+        """The projections that read the norm by name, first the one whose result is activated."""
+        linears = {"up": Linear(self.up_weight, self.up_bias)}
+        if self.gate_proj_weight is None:
+            return linears
+        return {"gate_proj": Linear(self.gate_proj_weight, self.gate_proj_bias), **linears}
 
-    def norm(self, how: _How) -> Norm:
-        return Norm(self.norm_weight, self.norm_bias, how.eps, how.rms)
+    @property
+    def down(self) -> Linear:
+        return Linear(self.down_weight, self.down_bias)
+
+    def norm(self, options: _Options) -> Norm:
+        return Norm(self.norm_weight, self.norm_bias, *options.norm)
 
 
-def _infer(how: _How, *tensors: Tensor | None) -> Tensor:
+def _infer(options: _Options, t: _Inputs) -> Tensor:
     """z, with the hidden layer in scratch memory."""
-    t = _Tensors(*tensors)
-    with scratch(len(t.x), len(t.hidden_weight), like=t.hidden_weight) as u:
-        us, _ = normed_linear.forward(t.x, t.norm(how), t.hidden, into=u)
-        return gated_linear.forward(t.x, _activate(how, us, into=us[0]), t.output, t.gate, how.backend)
+    with scratch(len(t.x), len(t.up_weight), like=t.up_weight) as memory:
+        us, _ = normed_linear.forward(t.x, t.norm(options), [*t.hidden.values()], into=memory)
+        h = _activate(options.activation, us, into=us[0])
+        return gated_linear.forward(t.x, h, t.down, t.gate, options.backend)
 
 
 class _GatedFeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, how, *tensors):
-        t = _Tensors(*tensors)
-        us, statistics = normed_linear.forward(t.x, t.norm(how), t.hidden)
+    def forward(ctx, options, *tensors):
+        t = _Inputs(*tensors)
+        us, statistics = normed_linear.forward(t.x, t.norm(options), [*t.hidden.values()])
         ctx.save_for_backward(*tensors, *statistics, *us)
-        ctx.how, ctx.backend = how, how.backend
-        with scratch(*us[0].shape, like=us[0]) as h:
-            return gated_linear.forward(t.x, _activate(how, us, into=h), t.output, t.gate, how.backend)
+        ctx.options, ctx.backend = options, options.backend
+        with scratch(*us[0].shape, like=us[0]) as memory:
+            h = _activate(options.activation, us, into=memory)
+            return gated_linear.forward(t.x, h, t.down, t.gate, options.backend)
 
     @staticmethod
     @once_differentiable(_NAME, batched=False)
     def backward(ctx, saved, dz):
-        how, wanted = ctx.how, _Tensors(*ctx.needs_input_grad[1:])
-        size = len(_Tensors._fields)
-        t = _Tensors(*saved[:size])
-        mean, rstd, *us = saved[size:]
+        options, count = ctx.options, len(_Inputs._fields)
+        needed = dict(zip(_Inputs._fields, ctx.needs_input_grad[1:], strict=True))
+        t = _Inputs(*saved[:count])
+        mean, rstd, *us = saved[count:]
         dz = unit_stride(dz)
 
-        with scratch(*us[0].shape, like=us[0]) as h:
+        with scratch(*us[0].shape, like=us[0]) as memory:
             last = gated_linear.backward(
                 dz,
-                _activate(how, us, into=h),
-                t.output,
+                _activate(options.activation, us, into=memory),
+                t.down,
                 t.gate,
-                how.backend,
-                of_weights=wanted.output_weight,
-                of_gate=wanted.gate,
-                into=h,
+                options.backend,
+                needs_weight=needed["down_weight"],
+                needs_gate=needed["gate"],
+                into=memory,
             )
             first = normed_linear.backward(
-                _activate_backward(how, last.a, us),
+                _activate_backward(options.activation, last.a, us),
                 dz,
                 t.x,
-                t.norm(how),
+                t.norm(options),
                 Statistics(mean, rstd),
-                t.hidden,
-                of_x=wanted.x,
-                of_norm=wanted.norm_weight,
-                of_linears=[wanted.hidden_weight, wanted.factor_weight][: len(us)],
+                [*t.hidden.values()],
+                needs_x=needed["x"],
+                needs_norm=needed["norm_weight"],
+                needs_weights=[needed[f"{name}_weight"] for name in t.hidden],
             )
-        of_factor = first.linears[1] if len(us) > 1 else (None, None)
-        gradients = _Tensors(first.x, last.gate, *first.norm, *first.linears[0], *last.linear, *of_factor)
-        return None, *(cast_like(each, of) for each, of in zip(gradients, t, strict=True))
+        gradients = {
+            "x": first.x,
+            "gate": last.gate,
+            **pair("norm", first.norm),
+            **pair("down", last.linear),
+        }
+        for name, linear in zip(t.hidden, first.linears, strict=True):
+            gradients |= pair(name, linear)
+        return None, *in_order(t, gradients)
 
 
-def _activate(how: _How, us: list[Tensor], into: Tensor | None) -> Tensor:
-    """`act(u)`, or `act(u) * factor`, into a tensor, which may be u, or into a new one."""
-    activation = ACTIVATIONS[how.activation]
-    h = activation.eager(us[0]) if into is None else activation.forward(us[0], into)
+def _activate(activation: str, us: list[Tensor], into: Tensor | None) -> Tensor:
+    """`act(up)`, or `act(gate_proj) * up`, into a tensor, which may be the first, or into a new one."""
+    act = ACTIVATIONS[activation]
+    h = act.eager(us[0]) if into is None else act.forward(us[0], into)
     return h.mul_(us[1]) if len(us) > 1 else h
 
 
-def _activate_backward(how: _How, dh: Tensor, us: list[Tensor]) -> list[Tensor]:
+def _activate_backward(activation: str, dh: Tensor, us: list[Tensor]) -> list[Tensor]:
     """The gradients of what `_activate` read, the first in the memory of dh."""
-    activation = ACTIVATIONS[how.activation]
+    act = ACTIVATIONS[activation]
     if len(us) == 1:
-        return [activation.backward(dh, us[0])]
-    dfactor = activation.eager(us[0]).mul_(dh)
-    return [activation.backward(dh.mul_(us[1]), us[0]), dfactor]
+        return [act.backward(dh, us[0])]
+    dup = act.eager(us[0]).mul_(dh)
+    return [act.backward(dh.mul_(us[1]), us[0]), dup]

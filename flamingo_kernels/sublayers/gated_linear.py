@@ -1,12 +1,12 @@
 """A projection that carries a gate and a residual: `z = x + tanh(gate) * (a @ weight.T + bias)`.
 
-The branch y = a @ weight.T + bias is kept for nobody. Its gate's gradient, `tanh'(gate) * sum(dz * y)`, comes
-from what is smaller, the rows or the weights:
+The branch y = a @ weight.T + bias is never stored. The gate's gradient, `tanh'(gate) * sum(dz * y)`, comes
+from a product over the rows or over the weights, whichever is smaller:
 
     sum(dz * y) = sum((dz @ weight) * a) = sum((dz.T @ a) * weight)        (+ sum(dz) * bias)
 
-and the gradient of a, or of the weight, is `tanh(gate)` times the same product. That is exact where the gate
-is 0, too. The sum and the factor are what a gated residual does backward, so its kernel does both.
+The gradient of a, or of the weight, is `tanh(gate)` times the same product. All of it is exact where the gate
+is 0. The backward kernel of a gated residual computes just this sum and this factor, so it serves here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from .._checks import autocast, expect_same_dtype, expect_shape, expect_tensors
 from .._predicates import autocast_dtype, is_eager
 from ..ops.gated_residual.schema import BWD, FWD, residual_dtype
-from .labels import GATE, in_part
+from .labels import GATE, labelled
 from .norm import Norm
 from .scratch import scratch
 
@@ -36,7 +36,7 @@ class Linear(NamedTuple):
     bias: Tensor | None = None
 
     def autocast(self) -> Linear:
-        """With the parameters that torch.autocast would multiply with."""
+        """The same projection with its parameters in the dtype of torch.autocast, if that is on."""
         return Linear(*autocast(*(each for each in self if each is not None)))
 
     def __call__(self, a: Tensor, into: Tensor | None = None) -> Tensor:  # [N, out]
@@ -67,18 +67,18 @@ def expect_gate(operator: str, gate: Any, width: int) -> None:
 
 
 def expect_one_dtype(operator: str, x: Tensor, linears: dict[str, Linear | None], **media: Tensor) -> None:
-    """Raise TypeError unless all that is multiplied has the dtype of x, which autocast alone may cast."""
-    multiplied = {} if autocast_dtype(x.device) else {"x": x}
-    expect_same_dtype(operator, **multiplied, **tensors_of(**linears), **media)
+    """Raise TypeError unless everything in a matrix product has the dtype of x; autocast casts x itself."""
+    text = {} if autocast_dtype(x.device) else {"x": x}
+    expect_same_dtype(operator, **text, **named_parameters(**linears), **media)
 
 
-def tensors_of(**parts: Linear | Norm | None) -> dict[str, Tensor]:
-    """The parameters of these parts by name, as "to_q.weight"."""
+def named_parameters(**owners: Linear | Norm | None) -> dict[str, Tensor]:
+    """The parameters of projections and norms by name, as "to_q.weight"."""
     return {
-        f"{name}.{field}": getattr(part, field)
-        for name, part in parts.items()
+        f"{name}.{field}": getattr(owner, field)
+        for name, owner in owners.items()
         for field in ("weight", "bias")
-        if getattr(part, field, None) is not None
+        if getattr(owner, field, None) is not None
     }
 
 
@@ -89,8 +89,11 @@ class Gradients(NamedTuple):
 
 
 def forward(x: Tensor, a: Tensor, linear: Linear, gate: Tensor | None, backend: str) -> Tensor:  # [N, D]
-    """The gate rides on the product where there is one dtype, and on a CPU one gate. None stands for 1."""
-    if not is_eager(x) or linear.bias is not None or not _of_one_dtype(x, a, gate):
+    """z. The product applies the gate itself if all dtypes are equal and, on a CPU, there is one gate.
+
+    A gate of None stands for a factor of 1.
+    """
+    if not is_eager(x) or linear.bias is not None or not _in_one_dtype(x, a, gate):
         return x + linear(a) if gate is None else FWD[backend](x, linear(a), gate)
     if gate is None:
         return torch.addmm(x, a, linear.weight.t())
@@ -101,7 +104,7 @@ def forward(x: Tensor, a: Tensor, linear: Linear, gate: Tensor | None, backend: 
     return FWD[backend](x, linear(a), gate)
 
 
-def _of_one_dtype(x: Tensor, a: Tensor, gate: Tensor | None) -> bool:
+def _in_one_dtype(x: Tensor, a: Tensor, gate: Tensor | None) -> bool:
     return x.dtype == a.dtype and (gate is None or residual_dtype(x, a, gate) == x.dtype)
 
 
@@ -112,30 +115,30 @@ def backward(
     gate: Tensor | None,
     backend: str,
     *,
-    of_weights: bool,
-    of_gate: bool,
+    needs_weight: bool,
+    needs_gate: bool,
     into: Tensor | None = None,
 ) -> Gradients:
-    """All gradients but that of x, which is dz; that of a may go `into` a tensor, which may be a itself.
+    """The gradients that are needed, without that of x, which is dz.
 
-    What nobody wants is not computed.
+    The gradient of a may go `into` a tensor, which may be a itself.
     """
     with scratch(*dz.shape, like=dz) as memory:
         dy = (dz if gate is None else _times_gate(dz, gate, memory)).to(a.dtype)
-        dbias = dy.sum(0) if of_weights and linear.bias is not None else None
-        if gate is None or not of_gate:
-            dweight = outer(dy, a) if of_weights else None
+        dbias = dy.sum(0) if needs_weight and linear.bias is not None else None
+        if gate is None or not needs_gate:
+            dweight = outer(dy, a) if needs_weight else None
             return Gradients(torch.mm(dy, linear.weight, out=into), (dweight, dbias), None)
-        if gate.numel() == 1 and (len(dz) < len(linear.weight) or not of_weights):
+        if gate.numel() == 1 and (len(dz) < len(linear.weight) or not needs_weight):
             da, dgate = _gate_by_rows(dz.to(a.dtype), a, linear.weight, gate, backend)
-            dweight = outer(dy, a) if of_weights else None
+            dweight = outer(dy, a) if needs_weight else None
         else:
             dweight, dgate = _gate_by_weights(dz.to(a.dtype), a, linear.weight, gate, backend)
             da = torch.mm(dy, linear.weight, out=into)
     if linear.bias is not None:
         along = dz.sum(0, dtype=torch.float32) * linear.bias
-        dgate = dgate + _slope(gate) * (along.sum() if gate.numel() == 1 else along).view(gate.shape)
-    return Gradients(da, (dweight if of_weights else None, dbias), dgate)
+        dgate = dgate + _dtanh(gate) * (along.sum() if gate.numel() == 1 else along).view(gate.shape)
+    return Gradients(da, (dweight if needs_weight else None, dbias), dgate)
 
 
 def _gate_by_rows(
@@ -153,35 +156,30 @@ def _gate_by_weights(
         if gate.numel() == 1:
             return BWD[backend](product, weight, gate)
         along = torch.bmm(product.unsqueeze(1), weight.unsqueeze(2)).float().view(gate.shape)
-        return _gated(product, gate), _slope(gate) * along
+        return _gated(product, gate), _dtanh(gate) * along
 
 
 def outer(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-    """`a.T @ b`, the gradient of a weight. On a CPU in bfloat16 it is faster to transpose first."""
+    """`a.T @ b`, the gradient of a weight. In bfloat16 on a CPU a transposed copy of a makes it faster."""
     if a.dtype != torch.bfloat16:
         return torch.mm(a.t(), b, out=into)
     with scratch(*reversed(a.shape), like=a) as memory:
         return torch.mm(a.t() if memory is None else memory.copy_(a.t()), b, out=into)
 
 
-@in_part(GATE)
+@labelled(GATE)
 def _times_gate(dz: Tensor, gate: Tensor, into: Tensor | None) -> Tensor:
     """`tanh(gate) * dz`, in the dtype of dz."""
     return torch.mul(dz, gate.flatten().tanh().to(dz.dtype), out=into)
 
 
-@in_part(GATE)
+@labelled(GATE)
 def _gated(weight: Tensor, gate: Tensor) -> Tensor:
-    """A weight with the gate, or each channel's gate, on its rows."""
+    """`tanh(gate) * weight`, row by row if each channel has a gate."""
     return (weight * gate.reshape(-1, 1).tanh()).to(weight.dtype)
 
 
-@in_part(GATE)
-def _slope(gate: Tensor) -> Tensor:
-    """`tanh'(gate)`, without the cancellation where tanh is near 1."""
+@labelled(GATE)
+def _dtanh(gate: Tensor) -> Tensor:
+    """`tanh'(gate)` as `1 / cosh(gate) ** 2`, since `1 - tanh(gate) ** 2` cancels where tanh is near 1."""
     return gate.float().cosh().square().reciprocal()
-
-
-def cast_like(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
-    """A gradient in the dtype of what it is the gradient of."""
-    return gradient if gradient is None or of is None else gradient.to(of.dtype)

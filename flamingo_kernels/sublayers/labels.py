@@ -1,4 +1,4 @@
-"""Names for what a gated block does, which a profiler sees around the operators of a fused sublayer."""
+"""Labels of what a gated block does, which a profiler shows around the operators of a fused sublayer."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ NORM, PROJECTIONS, ATTENTION, GATE, FEED_FORWARD = INSIDE = tuple(
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def in_part(name: str) -> Callable[[F], F]:
-    """A function that a profiler sees under this name, and that costs nothing where there is none."""
+def labelled(label: str) -> Callable[[F], F]:
+    """Let a profiler show a function under this label; without a profiler that costs nothing."""
 
     def decorate(function: F) -> F:
         @functools.wraps(function)
-        def named(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or not profiler._is_profiler_enabled:
                 return function(*args, **kwargs)
-            with profiler.record_function(name):
+            with profiler.record_function(label):
                 return function(*args, **kwargs)
 
-        return cast(F, named)
+        return cast(F, run)
 
     return decorate

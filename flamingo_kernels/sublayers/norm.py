@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm over the last dimension, kept as two numbers a row for the backward pass."""
+"""LayerNorm and RMSNorm over the last dimension; the backward pass keeps two numbers a row."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import expect_number, expect_shape, expect_tensors
-from .labels import NORM, in_part
+from .labels import NORM, labelled
 from .scratch import scratch
 
 
 class Norm(NamedTuple):
-    """Which norm, and its parameters.
+    """A LayerNorm or an RMSNorm with its parameters.
 
     Args:
         weight: `[D]`.
@@ -28,7 +28,7 @@ class Norm(NamedTuple):
     eps: float = 1e-5
     rms: bool = False
 
-    @in_part(NORM)
+    @labelled(NORM)
     def __call__(self, x: Tensor) -> Tensor:
         """The normed rows."""
         shape = x.shape[-1:]
@@ -52,15 +52,20 @@ def expect_norm(operator: str, name: str, norm: Any, width: int) -> None:
 
 
 class Statistics(NamedTuple):
-    """The mean of each row, of an RMSNorm None, and one over its standard deviation or root mean square."""
+    """What each row was normed with.
+
+    Attributes:
+        mean: of a LayerNorm; None for an RMSNorm.
+        rstd: one over the standard deviation, or over the root mean square.
+    """
 
     mean: Tensor | None
     rstd: Tensor
 
 
-@in_part(NORM)
+@labelled(NORM)
 def forward(x: Tensor, norm: Norm, into: Tensor | None = None) -> tuple[Tensor, Statistics]:
-    """The normed rows `[N, D]`, into a tensor or a new one, and what they were normed with."""
+    """The normed rows `[N, D]`, into a tensor or a new one, and their statistics."""
     if norm.rms:
         return _rms_forward(x, norm, into)
     x, norm = _in_one_dtype(x, norm)
@@ -68,7 +73,7 @@ def forward(x: Tensor, norm: Norm, into: Tensor | None = None) -> tuple[Tensor, 
     if into is None or into.dtype != x.dtype:
         n, mean, rstd = torch.native_layer_norm(*arguments)
     else:
-        # It copies once: still faster than fresh pages for the product that reads them next.
+        # This overload copies once, which is still faster than fresh pages for the product that follows.
         numbers = [into.new_empty(len(x), 1) for _ in range(2)]
         n, mean, rstd = torch.ops.aten.native_layer_norm.out(
             *arguments, out0=into, out1=numbers[0], out2=numbers[1]
@@ -76,9 +81,9 @@ def forward(x: Tensor, norm: Norm, into: Tensor | None = None) -> tuple[Tensor, 
     return n, Statistics(mean, rstd)
 
 
-@in_part(NORM)
+@labelled(NORM)
 def backward(
-    dn: Tensor, x: Tensor, norm: Norm, statistics: Statistics, of_parameters: bool
+    dn: Tensor, x: Tensor, norm: Norm, statistics: Statistics, needs_parameters: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of x, of the weight and of the bias.
 
@@ -86,8 +91,8 @@ def backward(
     RMSNorm:    dx = rstd (g - xhat mean(g xhat))
     """
     if norm.rms:
-        return _rms_backward(dn, x, norm, statistics, of_parameters)
-    of_bias = of_parameters and norm.bias is not None
+        return _rms_backward(dn, x, norm, statistics, needs_parameters)
+    needs_bias = needs_parameters and norm.bias is not None
     x, norm = _in_one_dtype(x, norm)
     return torch.ops.aten.native_layer_norm_backward(
         dn.to(x.dtype),
@@ -97,19 +102,19 @@ def backward(
         statistics.rstd,
         norm.weight,
         norm.bias,
-        [True, of_parameters, of_bias],
+        [True, needs_parameters, needs_bias],
     )
 
 
 def _in_one_dtype(x: Tensor, norm: Norm) -> tuple[Tensor, Norm]:
-    """x and the parameters, neither of them rounded."""
+    """x and the parameters in the wider dtype of the two, so that neither is rounded."""
     dtype = torch.promote_types(x.dtype, norm.weight.dtype)
     bias = None if norm.bias is None else norm.bias.to(dtype)
     return x.to(dtype), norm._replace(weight=norm.weight.to(dtype), bias=bias)
 
 
 def _rms_forward(x: Tensor, norm: Norm, into: Tensor | None) -> tuple[Tensor, Statistics]:
-    """Pass by pass, as torch has no kernel of it for CPUs; in memory at hand a seventh of its time."""
+    """An RMSNorm pass by pass. On a CPU, in scratch memory, that takes a seventh of torch's own time."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     rstd = torch.rsqrt(length.square() / x.shape[-1] + norm.eps)
     with scratch(*x.shape, like=rstd) as memory:
@@ -120,13 +125,13 @@ def _rms_forward(x: Tensor, norm: Norm, into: Tensor | None) -> tuple[Tensor, St
 
 
 def _rms_backward(
-    dn: Tensor, x: Tensor, norm: Norm, statistics: Statistics, of_parameters: bool
+    dn: Tensor, x: Tensor, norm: Norm, statistics: Statistics, needs_parameters: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     rstd = statistics.rstd
     with scratch(2, *x.shape, like=rstd) as memory:
         first, second = (None, None) if memory is None else memory
         xhat = torch.mul(x, rstd, out=first)
-        dweight = torch.mul(xhat, dn, out=second).sum(0) if of_parameters else None
+        dweight = torch.mul(xhat, dn, out=second).sum(0) if needs_parameters else None
         outer = torch.mul(dn.float(), norm.weight, out=second)
         along = torch.linalg.vecdot(outer, xhat).unsqueeze(-1) / x.shape[-1]
         dx = torch.addcmul(outer, xhat, along, value=-1) * rstd

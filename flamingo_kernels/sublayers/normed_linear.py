@@ -1,6 +1,7 @@
 """A norm and the projections that read it: `u = norm(x) @ weight.T + bias`, for one projection or two.
 
-The normed x is made again in the backward pass: it costs a pass over x, and to keep it costs as much memory.
+The backward pass computes the normed x again: that costs one pass over x, and keeping it costs as much memory
+as x.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def forward(
     linears: list[Linear],
     into: Tensor | None = None,
 ) -> tuple[list[Tensor], Statistics]:
-    """What each projection gives, the first `into` a tensor, and the statistics of the norm."""
+    """The result of each projection, the first one `into` a tensor, and the statistics of the norm."""
     with scratch(*x.shape, like=x) as memory:
         n, statistics = norms.forward(x, norm, memory)
         n = n.to(linears[0].weight.dtype)
@@ -38,35 +39,35 @@ def forward(
 
 def backward(
     dus: list[Tensor],  # [N, out] each
-    dz: Tensor,  # [N, D], of the residual beside the branch
+    dz: Tensor,  # [N, D], the gradient of the residual beside the branch
     x: Tensor,  # [N, D]
     norm: Norm,
     statistics: Statistics,
     linears: list[Linear],
     *,
-    of_x: bool,
-    of_norm: bool,
-    of_linears: list[bool],
+    needs_x: bool,
+    needs_norm: bool,
+    needs_weights: list[bool],
 ) -> Gradients:
-    """All gradients; that of x with the residual's added. What nobody wants is not computed."""
-    of_each: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(linears)
-    if any(of_linears):
+    """The gradients that are needed; that of x includes the residual's."""
+    dlinears: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(linears)
+    if any(needs_weights):
         with scratch(*x.shape, like=x) as memory:
             n, _ = norms.forward(x, norm, memory)
-            of_each = [
-                _of_linear(du, n.to(du.dtype), linear) if wanted else (None, None)
-                for du, linear, wanted in zip(dus, linears, of_linears, strict=True)
+            dlinears = [
+                _parameter_gradients(du, n.to(du.dtype), linear) if needed else (None, None)
+                for du, linear, needed in zip(dus, linears, needs_weights, strict=True)
             ]
-    if not of_x and not of_norm:
-        return Gradients(None, (None, None), of_each)
+    if not needs_x and not needs_norm:
+        return Gradients(None, (None, None), dlinears)
     with scratch(*x.shape, like=dus[0]) as memory:
         dn = torch.mm(dus[0], linears[0].weight, out=memory)
         for du, linear in zip(dus[1:], linears[1:], strict=True):
             dn.addmm_(du, linear.weight)
-        dx, dweight, dbias = norms.backward(dn, x, norm, statistics, of_norm)
+        dx, dweight, dbias = norms.backward(dn, x, norm, statistics, needs_norm)
     dx = dx.add_(dz) if dx.dtype == dz.dtype else dx + dz
-    return Gradients(dx, (dweight, dbias), of_each)
+    return Gradients(dx, (dweight, dbias), dlinears)
 
 
-def _of_linear(du: Tensor, n: Tensor, linear: Linear) -> tuple[Tensor, Tensor | None]:
+def _parameter_gradients(du: Tensor, n: Tensor, linear: Linear) -> tuple[Tensor, Tensor | None]:
     return outer(du, n), None if linear.bias is None else du.sum(0)

@@ -10,11 +10,11 @@ from ..ops.gated_residual.api import gated_residual
 from ..ops.masked_cross_attention.api import masked_cross_attention
 from .activation import ACTIVATIONS
 from .gated_linear import Linear
-from .labels import ATTENTION, GATE, in_part
+from .labels import ATTENTION, GATE, labelled
 from .norm import Norm
 
-_attend = in_part(ATTENTION)(masked_cross_attention)
-_add = in_part(GATE)(gated_residual)
+_attend = labelled(ATTENTION)(masked_cross_attention)
+_add = labelled(GATE)(gated_residual)
 
 
 def gated_cross_attention(
@@ -39,15 +39,15 @@ def gated_cross_attention(
 def gated_feed_forward(
     x: Tensor,  # [..., D]
     norm: Norm,
-    hidden: Linear,
-    output: Linear,
+    up: Linear,
+    down: Linear,
     gate: Tensor | None,
     activation: str,
-    factor: Linear | None,
+    gate_proj: Linear | None,
 ) -> Tensor:  # [..., D]
     n = norm(x)
-    h = ACTIVATIONS[activation].eager(F.linear(n, *hidden))
-    if factor is not None:
-        h = h * F.linear(n, *factor)
-    y = F.linear(h, *output)
+    act = ACTIVATIONS[activation].eager
+    h = F.linear(n, *up)
+    h = act(h) if gate_proj is None else act(F.linear(n, *gate_proj)) * h
+    y = F.linear(h, *down)
     return x + y if gate is None else _add(x, y, gate, backend="reference")

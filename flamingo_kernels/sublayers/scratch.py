@@ -1,4 +1,4 @@
-"""Memory for what lives within one call: on a CPU fresh pages cost more than what is computed into them."""
+"""Memory for tensors that live within one call: on a CPU, fresh pages cost more than the computation."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch import Tensor
 
 from .._predicates import is_eager
 
-_LEAST = 2**20  # bytes; smaller pieces the allocator of the C library has at hand
+_LEAST = 2**20  # bytes; smaller pieces come from the C library's allocator without new pages
 _kept = threading.local()
 
 
 @contextmanager
 def scratch(*shape: int, like: Tensor) -> Iterator[Tensor | None]:
-    """Uninitialised memory that is the caller's until the end of the block, or None: let torch allocate.
+    """Uninitialised memory for the caller until the end of the block, or None where torch should allocate.
 
-    On a CPU a thread keeps the pieces for its next calls; `release` gives them back. The allocators of other
-    devices do that already, a compiler plans its memory itself, and a fake tensor has none: they get None.
+    On a CPU a thread keeps the pieces for its next calls; `release` gives them back. It is None on other
+    devices, whose allocators do the same, under a compiler, which plans its memory itself, and for fake
+    tensors, which have none.
 
     Args:
         shape: of the tensor.
@@ -39,17 +40,17 @@ def scratch(*shape: int, like: Tensor) -> Iterator[Tensor | None]:
 
 
 def release() -> None:
-    """Give back what this thread has kept."""
+    """Free the pieces that this thread has kept."""
     _pool().clear()
 
 
 def _take(size: int) -> Tensor:
-    """The least of the kept pieces that is large enough; else a new one in place of the largest."""
+    """The smallest kept piece that is large enough, or a new one, which replaces the largest kept piece."""
     pool = sorted(_pool(), key=Tensor.numel)
     fitting = next((piece for piece in pool if piece.numel() >= size), None)
     if fitting is None:
         pool = pool[:-1]
-        with torch.inference_mode(False):  # what is made in inference mode serves no training
+        with torch.inference_mode(False):  # a tensor made in inference mode could not serve training
             fitting = torch.empty(size, dtype=torch.uint8)
     _kept.pool = [piece for piece in pool if piece is not fitting]
     return fitting

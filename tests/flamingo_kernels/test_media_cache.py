@@ -173,15 +173,15 @@ class TestDtype:
 
 
 @pytest.mark.parametrize("rule", ["last_preceding", "all_preceding"])
-def test_a_folded_mask_is_that_of_each_text(rule):
+def test_a_joined_mask_is_that_of_each_text(rule):
     locations = torch.rand(6, 9, generator=torch.Generator().manual_seed(3)) < 0.3
     mask = getattr(MediaMask, rule)(locations, 3)
-    folded = mask.fold(3)
-    assert torch.equal(folded.dense(2), mask.dense(2).view(2, 1, 27, 6))
+    joined = mask.join(3)
+    assert torch.equal(joined.dense(2), mask.dense(2).view(2, 1, 27, 6))
     for b in range(2):
         for medium in range(3):
-            rows = folded.sees(medium)[b].nonzero()
-            start, stop = folded.start[b, medium], folded.stop[b, medium]
+            rows = joined.sees(medium)[b].nonzero()
+            start, stop = joined.start[b, medium], joined.stop[b, medium]
             assert all(start <= row < stop for row in rows)
 
 

@@ -162,18 +162,18 @@ class FeedForwardCase(SublayerCase):
         return {
             "x": ((*self.rows, self.width), self.dtype),
             **self.shared_specs(),
-            **self.linear_specs("hidden", self.inner, self.width),
-            **self.linear_specs("output", self.width, self.inner),
-            **(self.linear_specs("factor", self.inner, self.width) if self.glu else {}),
+            **self.linear_specs("up", self.inner, self.width),
+            **self.linear_specs("down", self.width, self.inner),
+            **(self.linear_specs("gate_proj", self.inner, self.width) if self.glu else {}),
         }
 
     def kernel(self, backend: str, **t: Tensor) -> Outputs:
         z = gated_feed_forward(
             t["x"],
             norm=self.norm(t),
-            hidden=linear(t, "hidden"),
-            output=linear(t, "output"),
-            factor=linear(t, "factor") if self.glu else None,
+            up=linear(t, "up"),
+            down=linear(t, "down"),
+            gate_proj=linear(t, "gate_proj") if self.glu else None,
             gate=t.get("gate"),
             activation=self.activation,
             backend=backend,
@@ -182,7 +182,6 @@ class FeedForwardCase(SublayerCase):
 
     def eager(self, **t: Any) -> Outputs:
         n = self.eager_norm(t, t["x"])
-        h = EAGER[self.activation](F.linear(n, *linear(t, "hidden")))
-        if self.glu:
-            h = h * F.linear(n, *linear(t, "factor"))
-        return (self.eager_residual(t, F.linear(h, *linear(t, "output"))),)
+        act, h = EAGER[self.activation], F.linear(n, *linear(t, "up"))
+        h = act(F.linear(n, *linear(t, "gate_proj"))) * h if self.glu else act(h)
+        return (self.eager_residual(t, F.linear(h, *linear(t, "down"))),)

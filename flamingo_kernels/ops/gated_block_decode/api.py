@@ -11,9 +11,9 @@ from ..._checks import (
     expect_number,
     expect_same_device,
     expect_same_dtype,
+    expect_scale,
     expect_shape,
     expect_tensors,
-    scale_of,
     unit_stride,
 )
 from ..._predicates import needs_grad
@@ -118,7 +118,7 @@ def _validate(
     expect_shape(_NAME, "x", x, ("B", "D"), "")
     batch, dim = x.shape
     expect_media(_NAME, k, v, mask, (batch, 1, "d"), of="x")
-    scale = scale_of(_NAME, scale, k.shape[-1])
+    scale = expect_scale(_NAME, scale, k.shape[-1])
     expect_shape(_NAME, "to_q", weights.to_q, ("H * d", dim), "to match x")
     expect_shape(_NAME, "up", weights.up, ("F", dim), "to match x")
     inner, hidden = weights.to_q.shape[0], weights.up.shape[0]

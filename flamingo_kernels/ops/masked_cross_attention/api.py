@@ -12,9 +12,9 @@ from ..._checks import (
     expect_latents,
     expect_same_device,
     expect_same_dtype,
+    expect_scale,
     expect_shape,
     expect_tensors,
-    scale_of,
     unit_stride,
     without_autocast,
 )
@@ -86,7 +86,7 @@ def masked_cross_attention(
     expect_tensors(_NAME, q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
     _validate(q, k, v, mask)
-    scale = scale_of(_NAME, scale, q.shape[-1])
+    scale = expect_scale(_NAME, scale, q.shape[-1])
     backend = dispatch.resolve(_NAME, backend, q, k, v)
     if backend == "reference":
         with without_autocast(q):  # it accumulates in float32 itself

@@ -13,9 +13,9 @@ from ..._checks import (
     expect_latents,
     expect_same_device,
     expect_same_dtype,
+    expect_scale,
     expect_shape,
     expect_tensors,
-    scale_of,
     unit_stride,
     without_autocast,
 )
@@ -85,7 +85,7 @@ def perceiver_attention(
     expect_tensors(_NAME, **given)
     tensors = autocast(*given.values())
     _validate(*tensors, media_lengths=media_lengths)
-    scale = scale_of(_NAME, scale, q.shape[-1])
+    scale = expect_scale(_NAME, scale, q.shape[-1])
     if media_lengths is not None:
         media_lengths = media_lengths.long().clamp(0, k_media.shape[1]).int()
     backend = dispatch.resolve(_NAME, backend, *tensors)

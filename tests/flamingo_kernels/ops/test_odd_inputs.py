@@ -54,12 +54,12 @@ def attend(mask, norm, to_q, to_out, **others):
 
 
 def network_inputs(rows=(2, 5), width=24, inner=40):
-    sizes = {"x": (*rows, width), "norm": (width,), "hidden": (inner, width), "output": (width, inner)}
+    sizes = {"x": (*rows, width), "norm": (width,), "up": (inner, width), "down": (width, inner)}
     return {name: torch.randn(size) for name, size in {**sizes, "gate": (1,)}.items()}
 
 
-def feed_forward(norm, hidden, output, **others):
-    layers = {"norm": Norm(norm), "hidden": Linear(hidden), "output": Linear(output)}
+def feed_forward(norm, up, down, **others):
+    layers = {"norm": Norm(norm), "up": Linear(up), "down": Linear(down)}
     return gated_feed_forward(**layers, **others)
 
 
@@ -245,7 +245,7 @@ def test_what_is_no_tensor_of_numbers_is_refused(operator, name, kind):
         ("gated_residual_norm", "norm", "other", "'other' is not one of 'layer', 'rms'"),
         ("gated_residual_norm", "norm", None, "None is not one of 'layer', 'rms'"),
         ("gated_feed_forward", "activation", ["gelu"], r"to be one of gelu.* got \['gelu'\]"),
-        ("gated_feed_forward", "factor", torch.zeros(40, 24), "factor to be a Linear, got Tensor"),
+        ("gated_feed_forward", "gate_proj", torch.zeros(40, 24), "gate_proj to be a Linear, got Tensor"),
         ("gated_cross_attention", "q_norm", torch.zeros(16), "q_norm to be a Norm, got Tensor"),
         ("gated_cross_attention", "q_norm", Norm(torch.zeros(15)), r"q_norm\.weight with shape \(16,\)"),
         ("gated_cross_attention", "mask", [[1]], "expected a MediaMask, got list; build one"),

@@ -36,7 +36,7 @@ def attention():
 
 def feed_forward():
     tensors = {"x": randn(2, 7, D), "norm": Norm(randn(D), randn(D, seed=1)), "gate": randn(D)}
-    layers = {"hidden": linear(INNER, D), "factor": linear(INNER, D), "output": linear(D, INNER)}
+    layers = {"up": linear(INNER, D), "gate_proj": linear(INNER, D), "down": linear(D, INNER)}
     return gated_feed_forward, {**tensors, **layers}
 
 
@@ -69,7 +69,7 @@ def call(sublayer, tensors, **options):
 
 MULTIPLIED = {
     attention: ["k", "v", "to_q.weight", "to_q.bias", "to_out.weight", "to_out.bias"],
-    feed_forward: ["hidden.weight", "hidden.bias", "factor.weight", "output.weight", "output.bias"],
+    feed_forward: ["up.weight", "up.bias", "gate_proj.weight", "down.weight", "down.bias"],
 }
 
 
@@ -106,7 +106,7 @@ def test_integers_are_refused(make, odd, backend):
         ("to_q.weight", r"to_q.bias with shape \(23,\) to match to_q.weight"),
         ("to_out.weight", r"to_out.weight with shape \(24, 24\)"),
         ("to_q.bias", r"to_q.bias with shape \(24,\)"),
-        ("hidden.bias", r"hidden.bias with shape \(40,\)"),
+        ("up.bias", r"up.bias with shape \(40,\)"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(make, odd, message, backend):
@@ -173,8 +173,8 @@ def eager_attention(t):
 
 def eager_feed_forward(t):
     n = normed(t["x"], t["norm"])
-    h = F.gelu(F.linear(n, *t["hidden"])) * F.linear(n, *t["factor"])
-    return t["x"] + t["gate"].tanh() * F.linear(h, *t["output"])
+    h = F.gelu(F.linear(n, *t["gate_proj"])) * F.linear(n, *t["up"])
+    return t["x"] + t["gate"].tanh() * F.linear(h, *t["down"])
 
 
 EAGER = {attention: eager_attention, feed_forward: eager_feed_forward}

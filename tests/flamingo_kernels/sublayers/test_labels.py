@@ -1,4 +1,4 @@
-"""What a profile shows of a function that has a part, and what that costs a compiler."""
+"""What a profile shows of a labelled function, and what that costs a compiler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flamingo_kernels.sublayers.labels import FEED_FORWARD, INSIDE, NORM
 
 
 def feed_forward(x: torch.Tensor) -> torch.Tensor:
-    layers = {"hidden": Linear(torch.ones(16, 8)), "output": Linear(torch.ones(8, 16))}
+    layers = {"up": Linear(torch.ones(16, 8)), "down": Linear(torch.ones(8, 16))}
     return gated_feed_forward(x, norm=Norm(torch.ones(8)), **layers, gate=torch.ones(1))
 
 

@@ -113,9 +113,9 @@ def test_the_gradient_of_a_closed_gate(case, backend):
         (Attention(), ("x", "norm_weight", "norm_bias"), 3),
         (Attention(q_norm=True), ("q_weight", "q_norm_weight", "q_norm_bias"), 3),
         (FeedForward(), (), 4),
-        (FeedForward(), ("hidden_weight", "output_weight"), 2),
-        (FeedForward(), ("x", "norm_weight", "norm_bias", "hidden_weight"), 2),
-        (FeedForward(glu=True), ("factor_weight",), 5),
+        (FeedForward(), ("up_weight", "down_weight"), 2),
+        (FeedForward(), ("x", "norm_weight", "norm_bias", "up_weight"), 2),
+        (FeedForward(glu=True), ("gate_proj_weight",), 5),
     ],
     ids=str,
 )
@@ -198,6 +198,6 @@ def test_fake_tensors(case):
 def test_bad_input(change, message):
     case = FeedForward()
     t = case.tensors()
-    arguments = {"hidden": linear(t, "hidden"), "output": linear(t, "output"), "gate": t["gate"]} | change
+    arguments = {"up": linear(t, "up"), "down": linear(t, "down"), "gate": t["gate"]} | change
     with pytest.raises(ValueError, match=message):
         gated_feed_forward(t["x"], norm=case.norm(t), **arguments)
