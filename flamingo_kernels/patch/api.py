@@ -11,7 +11,7 @@ from torch import nn
 
 from .._anatomy import misfit
 from .._backends.dispatch import UnsupportedError
-from .known import KNOWN, name_of, why_unknown
+from .known import KNOWN, full_name, why_unknown
 from .registry import Match, families, match, supported
 from .report import PatchReport
 from .source import unwrapped
@@ -22,13 +22,13 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
     """Swap the cross-attention and resampler modules of a model for fast ones that compute the same.
 
     Each module found keeps its identity, parameters, hooks and place, and gets a subclass of its class with
-    another forward. So optimizers, `state_dict` and every other reference to it stay as they are, and
-    `isinstance` still holds. The media mask follows the policy that the model had. ::
+    another forward. So optimizers, `state_dict` and all references to it stay valid, and `isinstance` still
+    holds. The media mask follows the policy that the model had. ::
 
         patch(model)                   until unpatch(model)
         with patch(model): ...         until the end of the block
 
-    What the originals compute is computed, known bugs included, except those named in `fixes`:
+    The fused modules compute what the originals do, known bugs included, except those named in `fixes`:
 
     ============= ============================================================================================
     uniform_rows  open-flamingo, flamingo-pytorch: text whose image was not passed averages all images
@@ -36,10 +36,10 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
     causal        Mllama under "sdpa": without a mask, row t sees no vision token after t
     ============= ============================================================================================
 
-    Names are not enough: a module is swapped if the source of its forward, with all that this calls, is that
-    of a known version, and if it is made of the parts that this version has. Other releases, forks, functions
-    that were replaced and modules with more in them are left alone, and the report says why. Parts with hooks
-    are called by the original's forward; so are all parts while there are hooks on all modules.
+    Names are not enough: a module is swapped only if the source of its forward, with everything that it
+    calls, is that of a known version, and if it is made of the parts that this version has. Other releases,
+    forks, replaced functions and modules with further parts are left alone, and the report says why. The
+    original's forward calls parts with hooks, and all parts while there are global hooks on modules.
 
     A model patched again stays as it is. Patch before `torch.jit.script` and before FSDP2's `fully_shard`,
     whose wrapped classes cannot be taken back; modules inside FSDP1 and `torch.compile` wrappers are found.
@@ -48,15 +48,15 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
         model: a model, or a single module, of `flamingo`, open-flamingo, flamingo-pytorch or transformers
             (Idefics, Mllama, Idefics2's and Evolla's resamplers, Evolla's aligner); versions: see the README.
             Subclasses of their classes are swapped too, unless they override what would be replaced.
-        fixes: a list of names from the table above, of bugs that the model has. Default: none.
+        fixes: names from the table above, for bugs that the model has. Default: none.
 
     Returns:
         What was swapped and what was not, and why. `print` shows it as a table.
 
     Raises:
         TypeError: `model` is no module, or `fixes` is a string.
-        ValueError: a fix that is unknown, of other models than this one, or of modules that were patched
-            without it. The model is then unchanged.
+        ValueError: a fix that is unknown, that belongs to other models, or that comes after the modules were
+            patched without it. The model is then unchanged.
         UnsupportedError: nothing in the model is known. It is then unchanged.
 
     Source: Flamingo (arXiv 2204.14198), section 2.
@@ -95,7 +95,7 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
     _expect_fixes(model, wanted, found.values())
     replaced = {path: (type(module), fused_class(type(module))) for path, module in found.items()}
     for module in found.values():
-        swap(module, wanted & _fixes_of(module))
+        swap(module, wanted & _fixes_for(module))
     fixed = sorted({fix for module in found.values() for fix in getattr(module, "fixes", ())})
     return PatchReport(
         replaced,
@@ -107,14 +107,14 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give every module that `patch` swapped its original class back; a model never patched stays as it is.
+    """Restore the original class of every module that `patch` has swapped; other modules stay as they are.
 
     Args:
         model: a model, or a part or copy of one.
 
     Raises:
         RuntimeError: a module is folded, or its class was changed again since, as by FSDP2's `fully_shard`.
-            Nothing changes.
+            The model is then unchanged.
 
     Example:
         >>> from flamingo import MaskedCrossAttention
@@ -128,8 +128,8 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _why_not_by_itself(module: nn.Module) -> str:
-    """Why a module is left alone whatever its family does."""
-    from ..layers import Fused
+    """Why a module is left alone whatever its family is; empty if nothing speaks against it."""
+    from ..layers import Fused  # needs `flamingo`, which `import flamingo_kernels` does not
 
     if isinstance(module, Fused):
         return "already fused"
@@ -139,7 +139,7 @@ def _why_not_by_itself(module: nn.Module) -> str:
 
 
 def _why_not(module: nn.Module, known: Match, unknown: Callable[..., str]) -> str:
-    """Why a module of a known class is left alone."""
+    """Why a module of a known class is left alone; empty if it can be swapped."""
     cls = type(module)
     if has_other_forward(module):
         return f"{cls.__name__} has a forward set on the instance"
@@ -149,12 +149,12 @@ def _why_not(module: nn.Module, known: Match, unknown: Callable[..., str]) -> st
             return f"{cls.__name__} overrides {name} of {known.known.__name__}"
     if (changed_by := known.known.forward.__module__) != known.known.__module__:
         return f"{known.known.__name__} was given another forward by {changed_by}"
-    if reason := unknown(cls, name_of(known.known)):
+    if reason := unknown(cls, full_name(known.known)):
         return f"{cls.__name__}: {reason}"
     if reason := misfit(module, known.fused.anatomy):
         return f"{cls.__name__}: {reason}"
     for path, part in module.named_modules():
-        name = name_of(type(part))
+        name = full_name(type(part))
         if name in KNOWN and not match(type(part)) and (reason := unknown(type(part), name)):
             return f"{cls.__name__}: {path} is a {type(part).__name__}, and {reason}"
     return ""
@@ -174,12 +174,12 @@ def _expect_fixes(model: nn.Module, wanted: frozenset[str], found: Iterable[nn.M
     swapped = {path: module for path, module in model.named_modules() if is_swapped(module)}
     for fix in sorted(wanted):
         for path, module in swapped.items():
-            if fix in _fixes_of(module) and fix not in getattr(module, "fixes", ()):
+            if fix in _fixes_for(module) and fix not in getattr(module, "fixes", ()):
                 raise ValueError(
                     f"patch: fix {fix!r} comes too late for {path or type(module).__name__}, which was "
                     "patched without it; unpatch(model), then patch it with all fixes."
                 )
-        if not any(fix in _fixes_of(module) for module in [*found, *swapped.values()]):
+        if not any(fix in _fixes_for(module) for module in [*found, *swapped.values()]):
             homes = " and ".join(family.name for family in families() if fix in family.fixes)
             raise ValueError(
                 f"patch: expected fixes of the modules found in {type(model).__name__}, got {fix!r}, which "
@@ -187,7 +187,8 @@ def _expect_fixes(model: nn.Module, wanted: frozenset[str], found: Iterable[nn.M
             )
 
 
-def _fixes_of(module: nn.Module) -> frozenset[str]:
+def _fixes_for(module: nn.Module) -> frozenset[str]:
+    """The fixes that exist for a module."""
     found = match(type(module))
     return frozenset(found.family.fixes if found else ())
 
@@ -197,7 +198,7 @@ def _class_names() -> set[str]:
 
 
 def _policies(model: nn.Module) -> tuple[str, ...]:
-    from ..layers import Fused
+    from ..layers import Fused  # as above
 
     policies = (getattr(module, "policy", None) for module in model.modules() if isinstance(module, Fused))
     return tuple(sorted({str(policy) for policy in policies if policy}))

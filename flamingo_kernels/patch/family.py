@@ -1,4 +1,4 @@
-"""What is known of a library whose models can be patched."""
+"""The description of a library whose models can be patched."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Family:
     """Classes of one library that can be swapped.
 
     Attributes:
-        name: of the library or model.
-        module: that defines the classes.
-        fused: by class name what replaces it.
-        versions: of the library, that the tests ran with.
-        fixes: by name, the known bugs of the originals that a patch repeats unless it is told to fix them.
+        name: the name of the library or model.
+        module: the module that defines the classes.
+        fused: the class that replaces each, by class name.
+        versions: the versions of the library that the tests run with.
+        fixes: the known bugs of the originals by name; a patch repeats them unless it is told to fix them.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""The code that is known: of the classes that are swapped, and of those within them that are not called.
+"""The known code of the classes that are swapped, and of those within them whose forward is replaced too.
 
-Hashes only, see `source.code_hash`, by the name of the class. `python -m flamingo_kernels.patch` shows those
-of the installed versions of the libraries.
+The table holds hashes, see `source.code_hash`, by the name of the class. `python -m flamingo_kernels.patch`
+prints those of the installed libraries.
 """
 
 from __future__ import annotations
@@ -125,16 +125,16 @@ KNOWN: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def name_of(cls: type) -> str:
+def full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def why_unknown(cls: type[nn.Module], name: str) -> str:
-    """Why the code of a class is not one that is known under this name; empty if it is.
+    """Why the code of a class is not known under this name; empty if it is.
 
     Args:
         cls: the known class, or one that derives from it.
-        name: that the known class has.
+        name: the name of the known class.
     """
     try:
         code = code_hash(cls, name.rpartition(".")[0])
@@ -146,7 +146,7 @@ def why_unknown(cls: type[nn.Module], name: str) -> str:
 
 
 def installed() -> Iterator[tuple[str, str]]:
-    """Every class of the table whose library is installed, and its hash or why there is none."""
+    """Every class of the table whose library is installed, with its hash or the reason why it has none."""
     from ..testing.tiny import open_flamingo_module
 
     for name in KNOWN:

@@ -11,7 +11,7 @@ from .family import Family
 
 
 class Match(NamedTuple):
-    """A class of a family, found among the bases of some module's class, and what replaces it."""
+    """A known class, found among the bases of a module's class, and the class that replaces it."""
 
     known: type[nn.Module]
     fused: type[Any]
@@ -20,7 +20,7 @@ class Match(NamedTuple):
 
 @cache
 def families() -> tuple[Family, ...]:
-    """All families. None of their libraries is imported: a model brings its own."""
+    """All families. Their libraries are not imported, since a model comes with its own."""
     from . import evolla, flamingo, flamingo_pytorch, idefics, idefics2, mllama, open_flamingo
 
     return (

@@ -1,4 +1,4 @@
-"""What a patch did, and the end of a `with patch(model)`."""
+"""The report of a patch, which also ends a `with patch(model)`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .swap import restore
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `patch` swapped and what it did not; as a context manager, swaps it back at the end.
+    """What `patch` swapped and what it did not; as a context manager, it unpatches the model at the end.
 
     Attributes:
-        replaced: by the module's path in the model, its old class and its new one. A module with several
+        replaced: the old and the new class of each module, by its path in the model. A module with several
             paths stands under the first.
-        skipped: by path, why a module was left as it is.
+        skipped: why a module was left as it is, by its path.
         policies: the mask policies of the model's fused cross-attention, see `MediaMask`.
         fixes: the known bugs of the originals that the replaced modules do not repeat.
 

@@ -1,11 +1,11 @@
 """What a class computes, as a hash of the source that its forward runs.
 
-Forks and other releases keep the names and arguments of a class and change its mathematics. So its code is
-compared: that of the forward, and of the methods, functions and constants of its module that it reaches.
-Words do not count: docstrings, comments, annotations, layout. What is of other modules counts by its name.
+Forks and other releases keep the names and arguments of a class and change its mathematics. So the code is
+compared: the forward, and the methods, functions and constants of its module that the forward reaches.
+Docstrings, comments, annotations and layout do not count. Objects of other modules count by their names.
 
-Source is believed only if compiling it gives the code that runs: a file may have been edited since, and code
-may have been made of other text under the file's name.
+The source counts only if compiling it gives the code that runs: a file may have been edited since, and code
+may come from other text under the file's name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WORDS = ("annotation", "returns", "type_comment", "type_params", "ctx", "kind")
 
 
 class Unreadable(Exception):
-    """The source of a function is not there, or not what runs."""
+    """The source of a function is missing, or is not the code that runs."""
 
 
 def code_hash(cls: type[nn.Module], home: str = "") -> str:
@@ -37,10 +37,10 @@ def code_hash(cls: type[nn.Module], home: str = "") -> str:
 
     Args:
         cls: a class of modules.
-        home: the module whose functions count by their source. Default: that of the class.
+        home: the module whose functions count by their source. Default: the module of the class.
 
     Raises:
-        Unreadable: where there is no source, or it is not what runs.
+        Unreadable: a source is missing, or is not the code that runs.
 
     Example:
         >>> from flamingo import MaskedCrossAttention
@@ -56,17 +56,17 @@ def code_hash(cls: type[nn.Module], home: str = "") -> str:
 
 
 def unwrapped(function: Any) -> Any:
-    """A forward without what transformers puts around that of every layer, and of every class made of one."""
+    """A forward without the wrapper that transformers puts around those of layers and their subclasses."""
     while isinstance(function, FunctionType) and _name(function) == _CHECKPOINTING:
         function = inspect.getclosurevars(function).nonlocals["forward"]
     return function
 
 
 class _Walk:
-    """Goes from a class's forward to all that it reaches.
+    """Goes from a class's forward to everything that it reaches.
 
     Attributes:
-        texts: of the functions of the home, as they were met.
+        texts: the functions of the home as text, in the order in which they were met.
     """
 
     def __init__(self, cls: type[nn.Module], home: str) -> None:
@@ -122,7 +122,7 @@ class _Walk:
         return self._met[function]
 
     def _members(self, tree: ast.AST) -> Iterator[tuple[str, Any]]:
-        """What the class itself has under the names that a method asks `self` for."""
+        """The class's own attributes that a method reads from `self`, by name."""
         for node in _nodes(tree):
             if (
                 isinstance(node, ast.Attribute)
@@ -146,7 +146,7 @@ def _library(module: str) -> str:
 def _content(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # of a function that refers to itself
+    except ValueError:  # an empty cell: the function refers to itself
         return None
 
 
@@ -158,7 +158,7 @@ def _source(code: CodeType, scope: dict[str, Any]) -> str:
     return source
 
 
-@functools.lru_cache(maxsize=1)  # the functions of a file are asked for one after another
+@functools.lru_cache(maxsize=1)  # callers ask for the functions of one file in a row
 def _index(source: str) -> tuple[ast.Module, CodeType]:
     tree = ast.parse(source)
     return tree, compile(tree, "", "exec", dont_inherit=True)
@@ -176,12 +176,12 @@ def _definition(code: CodeType, source: str) -> ast.AST:
     if len(found) != 1 or not any(_is_same(code, each) for each in _codes(compiled)):
         raise Unreadable(f"the source of {code.co_name} in {code.co_filename} is not what runs")
     definition = copy.copy(found[0])
-    definition.decorator_list = []  # type: ignore[attr-defined]  # what they made of it is met where it is
+    definition.decorator_list = []  # type: ignore[attr-defined]  # the walk meets their result where it is used
     return definition
 
 
 def _place(node: ast.AST) -> tuple[str, int] | None:
-    """Where a definition begins, as its code has it: at its first decorator."""
+    """The name and first line of a definition as in its code object: decorators belong to it."""
     if isinstance(node, ast.Lambda):
         return "<lambda>", node.lineno
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -197,7 +197,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _is_same(a: CodeType, b: CodeType) -> bool:
-    """Whether two codes do the same. Python 3.11's own comparison sees what it has learnt about types."""
+    """Whether two code objects do the same. In Python 3.11 `==` also compares what running specialised."""
     names = ("co_name", "co_firstlineno", "co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars")
     counts = ("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_flags")
     if any(getattr(a, name) != getattr(b, name) for name in (*names, *counts)):
@@ -215,7 +215,7 @@ def _is_same_constant(a: Any, b: Any) -> bool:
 
 
 def _fields(node: ast.AST) -> Iterator[tuple[str, Any]]:
-    """The fields of a tree that say what it does: no annotations and docstrings, and none that is empty."""
+    """The fields of a tree that say what it does, without annotations, docstrings and empty fields."""
     for name in node._fields:
         value = getattr(node, name, None)
         if isinstance(value, list):
@@ -255,7 +255,7 @@ def _normal(node: Any) -> str:
 
 
 def _pieces(node: ast.JoinedStr) -> Iterator[str]:
-    """Of a formatted string; which texts stand beside each other is another matter in each Python."""
+    """The pieces of a formatted string, adjacent texts joined, as Python versions split them differently."""
     text = ""
     for each in node.values:
         if isinstance(each, ast.Constant):

@@ -1,7 +1,7 @@
 """Changes the class of a module and changes it back; everything else about the module stays.
 
-The new class derives from the old one, so `isinstance` still holds, while `type(module) is` does not. The old
-one is remembered on the module, and travels with it through `copy.deepcopy` and `pickle`.
+The new class derives from the old one, so `isinstance` still holds, while `type(module) is` does not. The
+module remembers its old class, also through `copy.deepcopy` and `pickle`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FIXES = "fixes"
 
 
 def swap(module: nn.Module, fixes: frozenset[str] = frozenset()) -> None:
-    """Give a module, of a class that a family knows, the fused class for it."""
+    """Give a module of a known class the fused class that replaces it."""
     original = type(module)
     _forget_own_forward(module)
     setattr(module, _ORIGINAL, original)
@@ -32,7 +32,7 @@ def is_swapped(module: nn.Module) -> bool:
 
 
 def restore(modules: Iterable[nn.Module]) -> None:
-    """Give every swapped one of these modules its original class back."""
+    """Restore the original class of every swapped module among these."""
     swapped = [module for module in modules if is_swapped(module)]
     for module in swapped:
         if getattr(module, "folded", ()):
@@ -50,7 +50,7 @@ def restore(modules: Iterable[nn.Module]) -> None:
 
 
 def has_other_forward(module: nn.Module) -> bool:
-    """Whether a forward was set on the instance, other than that of its class."""
+    """Whether the instance has a forward that is not the one of its class."""
     return "forward" in vars(module) and not _own_forward(module)
 
 
@@ -59,13 +59,16 @@ def _own_forward(module: nn.Module) -> bool:
 
 
 def _forget_own_forward(module: nn.Module) -> None:
-    """Transformers 4 leaves it on a module whose outputs it recorded, where it would hide the new class's."""
+    """Delete the class's forward from the instance, where transformers 4 leaves it after recording outputs.
+
+    It would hide the forward of the new class.
+    """
     if _own_forward(module):
         del module.forward
 
 
 def fused_class(original: type[nn.Module]) -> type[nn.Module]:
-    """`original` with another forward: always the same class, so that compiled code finds what it knows."""
+    """`original` with another forward: the same class at every call, so that compiled code stays valid."""
     found = match(original)
     if found is None:
         raise TypeError(f"expected a class that a family knows, got {original.__qualname__}.")
@@ -83,7 +86,7 @@ _combined: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class _Combined(nn.Module):
-    """For classes that no import finds: copies and pickles by the original class instead."""
+    """Copies and pickles modules of combined classes by their original class, as no import finds these."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]

@@ -52,7 +52,7 @@ def gated_block_decode(
         mask: which media each row sees, for one row a sequence: `MediaMask.cached(locations, M, length=1)`.
         weights: see `GatedBlockWeights`; matrices in the dtype of x.
         scale: factor on the scores. Default: `d ** -0.5`.
-        eps: of both LayerNorms. Default: 1e-5.
+        eps: added to the variance in both LayerNorms. Default: 1e-5.
         activation: "gelu" (exact), "squared_relu" or "relu". Default: "gelu".
         backend: "auto", "cuda" or "reference".
 
@@ -64,9 +64,10 @@ def gated_block_decode(
         TypeError: dtypes that differ.
         UnsupportedError: the requested backend cannot run these inputs, or a gradient is asked for.
 
-    Limits: inference only. cuda takes up to 16 sequences, head_dim up to 128 and H * d up to 16384, and
-    contiguous matrices: a copy in every step would take as long as the step. It reads no value on the host
-    and takes its working memory from torch, so that a CUDA graph can capture it. Bitwise deterministic.
+    Limits: inference only. cuda takes up to 16 sequences, head_dim up to 128, H * d up to 16384, and
+        contiguous
+    matrices: a copy in every step would take as long as the step. It reads no value on the host and takes its
+    working memory from torch, so a CUDA graph can capture it. Bitwise deterministic.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2.
 
@@ -103,7 +104,7 @@ def _validate(
     activation: str,
     scale: float | None,
 ) -> float:
-    """The scale, of a call that can be meant."""
+    """Raise unless the arguments fit; returns the scale."""
     if activation not in ACTIVATIONS[1:]:
         legal = ", ".join(map(str, ACTIVATIONS[1:]))
         raise ValueError(f"{_NAME}: activation={activation!r} is not one of {legal}.")
@@ -140,7 +141,7 @@ def _validate(
 
 
 def _why_not(x: Tensor, k: Tensor, v: Tensor, weights: GatedBlockWeights) -> str:
-    """What no other backend would refuse, or an empty string."""
+    """Why the kernels refuse a call that the reference takes, or an empty string."""
     if needs_grad(x, k, v, *weights):
         return "it has no gradient; call it under torch.no_grad()"
     for name in _MATRICES:

@@ -42,7 +42,7 @@ def gated_residual(
 
     Raises:
         ValueError: shapes or devices that do not fit, or a gate of another size.
-        TypeError: what is no dense floating-point tensor.
+        TypeError: an argument that is no dense floating-point tensor.
         UnsupportedError: the requested backend cannot run these inputs.
 
     Limits: any strides (a non-contiguous last dimension is copied). Computes in float32 and rounds
@@ -59,7 +59,7 @@ def gated_residual(
     """
     _validate(x, y, gate)
     backend = dispatch.resolve(_NAME, backend, x, y, gate)
-    if backend == "reference" or x.shape[-1] == 0:  # where there is no channel, kernels have nothing to do
+    if backend == "reference" or x.shape[-1] == 0:  # without a channel kernels have nothing to do
         return reference.gated_residual(x, y, gate.flatten() if gate.ndim > 1 else gate).contiguous()
     rows = as_rows(x), as_rows(y)
     if needs_grad(x, y, gate):

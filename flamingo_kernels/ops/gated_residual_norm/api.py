@@ -61,7 +61,7 @@ def gated_residual_norm(
 
     Raises:
         ValueError: shapes or devices that do not fit, an unknown norm, a bias with norm="rms", eps < 0.
-        TypeError: what is no dense floating-point tensor, an eps that is no number.
+        TypeError: an argument that is no dense floating-point tensor, or an eps that is no number.
         UnsupportedError: the requested backend cannot run these inputs.
 
     Limits: triton takes D up to 32768; any strides (a non-contiguous last dimension is copied). Computes in
@@ -80,7 +80,7 @@ def gated_residual_norm(
     _validate(x, y, gate, weight, bias, norm)
     eps = expect_number(_NAME, "eps", eps, least=0)
     backend = dispatch.resolve(_NAME, backend, x, y, gate, weight, bias)
-    if backend == "reference" or x.shape[-1] == 0:  # where there is no channel, kernels have nothing to do
+    if backend == "reference" or x.shape[-1] == 0:  # without a channel kernels have nothing to do
         gate = gate.flatten() if gate.ndim > 1 else gate
         z, n = reference.gated_residual_norm(x, y, gate, weight, bias, eps, norm)
         return z.contiguous(), n.contiguous()

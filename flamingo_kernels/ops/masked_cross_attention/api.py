@@ -64,7 +64,7 @@ def masked_cross_attention(
 
     Raises:
         ValueError: a shape, device, mask or scale that does not fit.
-        TypeError: k or v in another dtype than q, or what is no dense floating-point tensor.
+        TypeError: k or v in another dtype than q, or an argument that is no dense floating-point tensor.
         UnsupportedError: the requested backend cannot run these inputs.
 
     Limits: cpu and triton take R and d up to 256, cuda d up to 128; any strides (a non-contiguous last
@@ -110,7 +110,7 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, mask: MediaMask) -> None:
 def expect_media(
     operator: str, k: Tensor, v: Tensor, mask: MediaMask, sizes: tuple[int, int, int | str], of: str
 ) -> None:
-    """The checks of keys, values and mask that other operators share: B, T and d are those `of` a tensor."""
+    """Check keys, values and a mask against the sizes B, T and d, which come from the tensor named `of`."""
     batch, length, head_dim = sizes
     if not isinstance(mask, MediaMask):
         raise TypeError(

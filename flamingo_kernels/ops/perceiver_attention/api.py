@@ -65,7 +65,7 @@ def perceiver_attention(
 
     Raises:
         ValueError: a shape, device or scale that does not fit, or no latents (L = 0).
-        TypeError: dtypes that differ, or what is no dense floating-point tensor.
+        TypeError: dtypes that differ, or an argument that is no dense floating-point tensor.
         UnsupportedError: the requested backend cannot run these inputs.
 
     Limits: cpu and triton take d up to 256, cuda up to 128; any strides (a non-contiguous last dimension is

@@ -11,7 +11,7 @@ import torch
 from flamingo import modules
 from flamingo_kernels import MediaCache, fold, patch, use_backend
 from flamingo_kernels._backends.cuda import why_not
-from flamingo_kernels.layers import decode
+from flamingo_kernels.layers import cross_attention, decode
 from flamingo_kernels.testing import DTYPES
 from tests.helpers.parity import hold
 from tests.helpers.weights import randomise
@@ -135,6 +135,32 @@ def test_what_the_operator_does_not_compute_is_computed_as_before(how, cuda, ste
         found = fused(x, media, LOCATIONS, True)
     assert steps == []
     torch.testing.assert_close(found, reference(x, media, LOCATIONS, True), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_refused_step_gathers_its_inputs_once(cuda, steps, monkeypatch):
+    """The sublayers take the projected media, the mask and the plain modules that the operator refused."""
+    fused = change("another eps")
+    patch(fused)
+    x, media = inputs()
+    calls = []
+
+    def count(home, name):
+        function = getattr(home, name)
+
+        def call(*args, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(home, name, call)
+
+    count(cross_attention, "load_or_project")
+    count(cross_attention, "media_mask")
+    count(cross_attention.arguments, "as_cross_attention")
+    count(cross_attention, "decode")
+    fused(x, media, LOCATIONS, True)
+    assert steps == []
+    assert sorted(calls) == ["as_cross_attention", "decode", "load_or_project", "media_mask"]
 
 
 def test_calls_that_are_no_step(cuda, steps):

@@ -49,8 +49,9 @@ def patched(original: tiny.TinyModel, **options) -> tiny.TinyModel:
 def attention(monkeypatch):
     """The calls of attention by the adapters, alone or within a sublayer."""
     calls = []
-    for home in ("idefics", "idefics2", "mllama", "evolla"):
-        module = importlib.import_module(f"flamingo_kernels.patch.{home}")
+    adapters = [f"patch.{name}" for name in ("idefics", "idefics2", "mllama", "evolla")]
+    for home in (*adapters, "layers.resampler"):
+        module = importlib.import_module(f"flamingo_kernels.{home}")
         for name in ("masked_cross_attention", "gated_cross_attention", "perceiver_attention"):
             if operator := getattr(module, name, None):
 
@@ -602,6 +603,33 @@ class TestIdefics2:
         mask[:, :, 1, 3] = torch.finfo().min
         torch.testing.assert_close(fused(latents, context, mask)[0], layer(latents, context, mask)[0])
         assert not attention
+
+
+@pytest.mark.parametrize("by", ["the call", "the configuration"])
+@pytest.mark.parametrize("name", ["idefics2-tiny", "mllama-tiny"])
+@torch.no_grad()
+def test_attention_weights_are_given_to_whoever_asks(name, by, attention):
+    original = build(name)
+    original.model.set_attn_implementation("eager")
+    x, media = torch.randn(2, 5, 32), torch.randn(2, 8, 32)
+    if name == "idefics2-tiny":
+        layer = original.model.model.connector.perceiver_resampler.layers[0].self_attn
+        options = {"attention_mask": None}
+    else:
+        decoder = original.model.model.language_model.layers
+        layer = next(each.cross_attn for each in decoder if hasattr(each, "cross_attn"))
+        options = {"attention_mask": torch.zeros(2, 1, 5, 8)}
+    fused = copy.deepcopy(layer)
+    patch(fused)
+    assert fused(x, media, **options)[1] is None
+    assert len(attention) == 1
+    if by == "the call":
+        options["output_attentions"] = True
+    fused.config.output_attentions = by == "the configuration"
+    expected, got = layer(x, media, **options), fused(x, media, **options)
+    torch.testing.assert_close(got, expected)
+    assert got[1].shape[-2] == 5
+    assert len(attention) == 1
 
 
 class TestEvolla:
