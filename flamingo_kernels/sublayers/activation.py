@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._predicates import is_eager
 
@@ -20,11 +20,13 @@ class Activation(NamedTuple):
         forward: `act(u)`, into a tensor, which may be u.
         backward: `dh * act'(u)`, which may take the memory of dh.
         eager: `act(u)`, for autograd.
+        modules: classes of modules that compute it, or their names; GELUs also depend on their attributes.
     """
 
     forward: Callable[[Tensor, Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
     eager: Callable[[Tensor], Tensor]
+    modules: tuple[type[nn.Module] | str, ...] = ()
 
 
 def _in_place(backward: Any, dh: Tensor, *arguments: Any, **options: Any) -> Tensor:
@@ -50,15 +52,18 @@ ACTIVATIONS = {
         lambda u, into: torch.clamp_min(u, 0, out=into),
         lambda dh, u: _in_place(_aten.threshold_backward, dh, u, 0),
         F.relu,
+        (nn.ReLU,),
     ),
     "squared_relu": Activation(
         lambda u, into: torch.clamp_min(u, 0, out=into).square_(),
         lambda dh, u: dh.mul_(u.clamp_min(0)).mul_(2),
         lambda u: F.relu(u).square(),
+        ("flamingo.modules.SquaredReLU", "transformers.activations.ReLUSquaredActivation"),
     ),
     "silu": Activation(
         lambda u, into: _aten.silu.out(u, out=into),
         lambda dh, u: _in_place(_aten.silu_backward, dh, u),
         F.silu,
+        (nn.SiLU, "transformers.activations.SiLUActivation"),
     ),
 }

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from .._backends import dispatch
 from .._predicates import autocast_dtype, is_eager, is_ordinary, is_plain
-from . import Linear, Norm
+from .activation import ACTIVATIONS
+from .gated_linear import Linear
+from .norm import Norm
 
 _LARGEST_STEP = 2**18  # bytes of x: 16 sequences in float32 at a width of 4096
 _MODELS = "transformers.models"
@@ -25,11 +27,6 @@ _RMS_NORMS = (
     f"{_MODELS}.mllama.modeling_mllama.MllamaTextRMSNorm",
     f"{_MODELS}.evolla.modeling_evolla.EvollaRMSNorm",
 )
-_ACTIVATIONS: dict[str, tuple[type[nn.Module] | str, ...]] = {
-    "relu": (nn.ReLU,),
-    "squared_relu": ("flamingo.modules.SquaredReLU", "transformers.activations.ReLUSquaredActivation"),
-    "silu": (nn.SiLU, "transformers.activations.SiLUActivation"),
-}
 
 
 def as_norm(module: Any, x: Tensor) -> Norm | None:
@@ -65,7 +62,7 @@ def as_activation(module: Any) -> str | None:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     if is_plain(module, "transformers.activations.GELUActivation") and module.act is F.gelu:
         return "gelu"
-    return next((name for name, kinds in _ACTIVATIONS.items() if is_plain(module, *kinds)), None)
+    return next((name for name, act in ACTIVATIONS.items() if is_plain(module, *act.modules)), None)
 
 
 class FeedForward(NamedTuple):

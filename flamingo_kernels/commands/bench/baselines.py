@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ import flamingo_kernels as fk
 from flamingo import modules
 from flamingo_kernels import layers
 from flamingo_kernels.layers.cross_attention import add_attended
+from flamingo_kernels.layers.protocols import GatedBlock
 
 from .shapes import ALL_MODES, Case, Mode
 
@@ -193,7 +194,7 @@ def _cross_attention_sublayer(
 
     def call(block: Any) -> Tensor:
         if isinstance(block, layers.Fused):
-            return add_attended(block, x, media, locations, False)
+            return add_attended(cast(GatedBlock, block), x, media, locations, False)
         return x + torch.tanh(block.attn_gate) * block.attn(x, media, locations)
 
     made = _layer(block, randn, (x, media), call=call, attend=sdpa)
