@@ -37,7 +37,7 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
     ============= ============================================================================================
 
     Names are not enough: a module is swapped only if the source of its forward, with everything that it
-    calls, is that of a known version, and if it is made of the parts that this version has. Other releases,
+    calls, belongs to a known version, and if it is made of the parts that this version has. Other releases,
     forks, replaced functions and modules with further parts are left alone, and the report says why. The
     original's forward calls parts with hooks, and all parts while there are global hooks on modules.
 

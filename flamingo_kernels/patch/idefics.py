@@ -110,9 +110,8 @@ def _replaceable(attn: Any) -> bool:
     """Whether the block may compute its attention instead of calling it."""
     dropout = attn.dropout and attn.training
     known = is_plain(attn, _ATTENTION) and is_softmax(attn.config._attn_implementation)
-    biased = any(
-        "bias" in name for name, _ in attn.o_proj.named_parameters()
-    )  # rows without an image are 0 in the original, not the bias
+    # Rows without an image are 0 in the original; with a bias the block would give them that.
+    biased = any("bias" in name for name, _ in attn.o_proj.named_parameters())
     return known and not dropout and not biased
 
 
