@@ -13,6 +13,7 @@ from .._predicates import has_hooks_below, is_plain
 from ..fold import Affine, Gate, Scale, put_originals
 from ..ops import gated_residual
 from ..sublayers import arguments, gated_feed_forward
+from .protocols import GatedBlock
 
 ATTENTION_FOLDS = (Affine("norm", ("to_q",)), Scale("scale", ("to_q",)))
 BLOCK_FOLDS = (Gate("attn_gate", "attn.to_out"), Affine("ff.0", ("ff.1",)), Gate("ff_gate", "ff.3"))
@@ -66,7 +67,7 @@ def is_fused(module: nn.Module) -> bool:
     return isinstance(module, Fused) and is_plain(module, type(module)) and "attend" not in vars(module)
 
 
-def gate_unless_open(block: Any, name: str) -> Tensor | None:
+def gate_unless_open(block: Fused | GatedBlock, name: str) -> Tensor | None:
     """A gate of a block, or None if `fold` has opened it: then its factor is 1."""
     return None if name in block.folded else getattr(block, name)
 
