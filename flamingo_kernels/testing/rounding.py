@@ -89,6 +89,7 @@ def _root_of_largest(squares: Tensor) -> float:
 
 
 _MANY = 10**5
+_NOISE = 2**20  # random numbers of a kind
 
 
 class RandomRounding(TorchDispatchMode):
@@ -101,7 +102,7 @@ class RandomRounding(TorchDispatchMode):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self._seed = seed
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._noise: dict[torch.device, _Noise] = {}
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -130,29 +131,59 @@ class RandomRounding(TorchDispatchMode):
         """
         magnitude = operation(*tree_map(_each(torch.abs), args), **kwargs)
         squares = operation(*tree_map(_each(torch.square), args), **kwargs)
-        steps = (magnitude.square() / squares - 1).clamp_min(0).nan_to_num(0, 0, 0)
-        variance = _UNIT**2 / 12 * steps * (exact.square() + squares)
-        return variance.sqrt() * torch.randn(
-            exact.shape, generator=self._generator(exact), dtype=exact.dtype, device=exact.device
-        )
+        steps = magnitude.square_().div_(squares).sub_(1).clamp_min_(0).nan_to_num_(0, 0, 0)
+        variance = exact.square().add_(squares).mul_(steps).mul_(_UNIT**2 / 12)
+        return variance.sqrt_().mul_(self._noise_of(exact).normal(exact.shape))
 
     def _rounded(self, found: Any, exact: Any) -> Any:
         """A float64 result in the dtype of the real one: the nearer of two numbers is the likelier."""
         if not isinstance(found, Tensor) or found.dtype not in _FLOATS:
             return found
-        dropped = 52 + round(
-            math.log2(torch.finfo(found.dtype).eps)
-        )  # bits of float64 that the dtype has not
-        chance = torch.randint(
-            1 << dropped, exact.shape, generator=self._generator(exact), device=exact.device
-        )
-        bits = (exact.contiguous().view(torch.int64) + chance) >> dropped << dropped
-        return torch.where(exact.isfinite(), bits.view(torch.float64), exact).to(found.dtype)
+        # Bits of float64 that the dtype has not. Those of an infinite number are 0, and it stays as it is.
+        dropped = 52 + round(math.log2(torch.finfo(found.dtype).eps))
+        bits = self._noise_of(exact).bits(dropped, exact.shape) + exact.contiguous().view(torch.int64)
+        return bits.bitwise_and_(-1 << dropped).view(torch.float64).to(found.dtype)
 
-    def _generator(self, tensor: Tensor) -> torch.Generator:
-        if tensor.device not in self._generators:
-            self._generators[tensor.device] = torch.Generator(tensor.device).manual_seed(self._seed)
-        return self._generators[tensor.device]
+    def _noise_of(self, tensor: Tensor) -> _Noise:
+        if tensor.device not in self._noise:
+            self._noise[tensor.device] = _Noise(self._seed, tensor.device)
+        return self._noise[tensor.device]
+
+
+class _Noise:
+    """Random numbers; of tensors that are neither small nor huge read from a pool, at a random place.
+
+    To draw every one of them anew would take most of the time.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._device = device
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._places = torch.Generator().manual_seed(seed)
+        self._pools: dict[Callable[[tuple[int, ...]], Tensor], Tensor] = {}
+
+    def bits(self, count: int, shape: torch.Size) -> Tensor:
+        """Whole numbers of so many bits."""
+        return self._take(self._whole, shape).bitwise_and((1 << count) - 1)
+
+    def normal(self, shape: torch.Size) -> Tensor:
+        """Numbers of mean 0 and variance 1."""
+        return self._take(self._gaussian, shape)
+
+    def _take(self, draw: Callable[[tuple[int, ...]], Tensor], shape: torch.Size) -> Tensor:
+        size = shape.numel()
+        if not _NOISE // 64 < size < _NOISE // 4:
+            return draw(shape)
+        if draw not in self._pools:
+            self._pools[draw] = draw((_NOISE,))
+        place = int(torch.randint(_NOISE - size, (), generator=self._places))
+        return self._pools[draw][place : place + size].view(shape)
+
+    def _whole(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randint(2**62, shape, generator=self._generator, device=self._device)
+
+    def _gaussian(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self._generator, dtype=torch.float64, device=self._device)
 
 
 def _is_rounded(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -34,10 +34,14 @@ def misplaced(tensor: Tensor) -> str:
     )
 
 
-@cache
 @torch.compiler.assume_constant_result
 def why_not() -> str:
     """Why no Triton kernel can run in this process, or an empty string."""
+    return _why_not()
+
+
+@cache  # torch.compile would look into it, and warn that it does
+def _why_not() -> str:
     if not _installed():
         return "triton is not installed; a torch for GPUs brings it, or: pip install triton"
     version = metadata.version("triton")

@@ -16,7 +16,7 @@ def losses(run):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_patched_losses_are_those_of_the_plain_model(data, tmp_path, recompute):
     """By the error budget over the whole run, against a run in float64."""
-    changes = {"steps": 8, "gradient_checkpointing": recompute}
+    changes = {"steps": 4, "gradient_checkpointing": recompute}
     train(model().double(), processor(), config(data, tmp_path / "exact", **changes))
     train(model(), processor(), config(data, tmp_path / "plain", **changes))
     with RandomRounding(0):

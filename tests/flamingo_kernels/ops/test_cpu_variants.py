@@ -29,9 +29,9 @@ DIGESTS = """
 from dataclasses import replace
 from hashlib import sha256
 import torch
-from flamingo_kernels import cpu
+from flamingo_kernels._backends import cpu
 from flamingo_kernels.testing import evaluate
-from tests.ops import test_masked_cross_attention, test_perceiver_attention
+from tests.flamingo_kernels.ops import test_masked_cross_attention, test_perceiver_attention
 
 for case in test_masked_cross_attention.CASES + test_perceiver_attention.CASES:
     case = replace(case, dtype=torch.bfloat16)
@@ -52,6 +52,9 @@ def emulated(tmp_path_factory) -> str:
     return str(build_extension(ROOT, tmp_path_factory.mktemp("emulated"), FLAMINGO_KERNELS_EMULATE="1"))
 
 
+HALF = "(float16 and not bfloat16)"  # converted as float32 is stored, and then computed like it
+
+
 @pytest.mark.parametrize("variant", env.CPU_VARIANTS)
 def test_variant(variant, compiled, request):
     if variant == cpu.cpu_variant():
@@ -60,7 +63,7 @@ def test_variant(variant, compiled, request):
     if variant not in cpu.cpu_variants():
         environment["FLAMINGO_KERNELS_EXTENSION"] = request.getfixturevalue("emulated")
     status, output = run_tests(
-        *FILES, "-k", "cpu and (oracle or nan or key or scores) and not mixed", **environment
+        *FILES, "-k", f"cpu and (oracle or nan or key or scores) and not mixed and not {HALF}", **environment
     )
     assert status == 0, output
     assert "skipped" not in output.splitlines()[-1], output

@@ -144,7 +144,8 @@ def test_nan_and_infinity_stay_where_they_are_seen(name, immediate, policy, valu
     tensors["dout"] = case.douts(case.eager(**tensors))[0]
     clean = _run(case, backend, tensors)
     b, h, hk, channel = 1, 2, 1, 17
-    places = range(case.media) if name in "kv" else range(case.length)
+    every = 1 if backend in ("reference", "cpu") else 4  # the others run on the processor, slowly
+    places = range(0, case.media if name in "kv" else case.length, every)
     for place in places:
         broken = {key: tensor.clone() for key, tensor in tensors.items()}
         broken[name][(b, place, 3, hk, channel) if name in "kv" else (b, place, h, channel)] = value

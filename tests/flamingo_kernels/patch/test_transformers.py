@@ -33,6 +33,7 @@ REPLACED = {
 }
 ATTENTION = {"idefics-tiny": 4, "idefics2-tiny": 2, "mllama-tiny": 2, "evolla-tiny": 4}
 models = pytest.mark.parametrize("name", REPLACED)
+COMPILED = [("idefics-tiny", "aot_eager"), ("mllama-tiny", "aot_eager")]  # each takes long
 
 
 def build(name: str, **config) -> tiny.TinyModel:
@@ -222,9 +223,13 @@ class TestEveryModel:
         for key, parameter in plain.model.named_parameters():
             torch.testing.assert_close(gradients[key].grad, parameter.grad, msg=key)
 
-    @models
     @pytest.mark.parametrize(
-        "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=str
+        ("name", "backend"),
+        [
+            pytest.param(name, backend, marks=[] if (name, backend) in COMPILED else pytest.mark.slow)
+            for name in REPLACED
+            for backend in ("aot_eager", "inductor")
+        ],
     )
     @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
     def test_compiled(self, name, backend):

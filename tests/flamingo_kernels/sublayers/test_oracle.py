@@ -68,13 +68,13 @@ def test_oracle_of_inference(case, least, dtype, monkeypatch):
     assert measured.passed, measured
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("rows", [8, 40], ids=["by rows", "by weights"])
 @pytest.mark.parametrize("kind", ["attention", "feed_forward"])
 def test_the_gradient_of_one_gate(kind, rows, dtype):
     case = Attention(batch=1, length=rows) if kind == "attention" else FeedForward(rows=(rows,))
     found = []
-    for seed in range(32):
+    for seed in range(16):
         found += [m for m in measure(replace(case, dtype=dtype, seed=seed), "cpu") if m.name == "dgate"]
     ours, rounding = (torch.tensor([getattr(m, name) for m in found]) for name in ("error", "rounding"))
     assert ours.square().mean() <= (rounding / 2).square().mean()

@@ -101,7 +101,10 @@ def accesses_are_wide(kernel: Kernel) -> bool:
 CHECKS = (nothing_is_spilled, enough_blocks_fit, tensor_cores_multiply, accesses_are_wide)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(arch, marks=[] if arch in ("80", "90") else pytest.mark.slow) for arch in ARCHS],
+)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_kernels(check, arch):
     found = kernels(arch)

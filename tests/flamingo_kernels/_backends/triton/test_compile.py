@@ -40,8 +40,17 @@ def name(binary: dict) -> str:
     return f"{binary['kernel']} {binary['constants']} of {binary['case']}"
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("group", ["usual", pytest.param("rest", marks=pytest.mark.slow)])
+NEWEST = ("sm_90", "gfx942")  # one of each maker
+
+
+@pytest.mark.parametrize(
+    ("target", "group"),
+    [
+        pytest.param(target, group, marks=[] if group == "usual" and target in NEWEST else pytest.mark.slow)
+        for target in TARGETS
+        for group in ("usual", "rest")
+    ],
+)
 def test_what_is_launched(group, target):
     binaries = compiled(target, group)
     assert len(binaries) > 20

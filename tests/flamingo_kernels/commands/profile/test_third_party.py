@@ -29,6 +29,7 @@ LACKING = {
 }
 NAMES = tiny.names()
 DECODING = [name for name in NAMES if name not in ("flamingo_pytorch-tiny", "evolla-tiny")]
+USUAL = [("idefics-tiny", torch.bfloat16), ("mllama-tiny", torch.bfloat16)]
 ORDER = models.PREFILL, models.DECODE, models.DECODE
 
 
@@ -115,8 +116,15 @@ def test_an_operator_counts_for_the_part_that_calls_it(pair, monkeypatch, operat
     assert {side: set(found[side]) for side in run.SIDES} == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if (name, dtype) in USUAL else pytest.mark.slow)
+        for name in NAMES
+        for dtype in (torch.bfloat16, torch.float16)
+    ],
+    ids=str,
+)
 def test_half_precision(name, dtype):
     subject = plan(name).subject(dtype, "cpu")
     after = run.twin(subject.model)
