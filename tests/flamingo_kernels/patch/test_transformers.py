@@ -105,18 +105,19 @@ class TestEveryModel:
     def test_plain_blocks_are_two_nodes(self, name, home, monkeypatch):
         """Blocks of a norm, a gate and two sublayers keep no branch, so that nothing of one is called."""
         module, calls = importlib.import_module(f"flamingo_kernels.patch.{home}"), []
-        for sublayer in ("gated_cross_attention", "gated_feed_forward", "add_gated"):
-            counted = getattr(module, sublayer)
+        adapter = [(module, "gated_cross_attention"), (module, "add_gated")]
+        for place, operation in [*adapter, (layers.fused, "gated_feed_forward"), (layers.fused, "add_gated")]:
+            counted = getattr(place, operation)
 
             def call(*args, counted=counted, **kwargs):
                 calls.append(counted.__name__)
                 return counted(*args, **kwargs)
 
-            monkeypatch.setattr(module, sublayer, call)
+            monkeypatch.setattr(place, operation, call)
         original = build(name)
         model = patched(original).model
         model(**original.inputs)
-        blocks = sum(hasattr(block, "_add_feed_forward") for block in model.modules())
+        blocks = sum(hasattr(block, "_add_attended") for block in model.modules())
         assert calls == ["gated_cross_attention", "gated_feed_forward"] * blocks
         assert blocks > 0
 
