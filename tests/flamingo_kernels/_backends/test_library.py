@@ -32,7 +32,7 @@ CASES = [
 
 
 def operation(name: str, backend: str):
-    return library.OPERATIONS[name][backend]
+    return library.backends_of(name)[backend]
 
 
 def case_name(case: Case) -> str:
