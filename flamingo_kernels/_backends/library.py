@@ -17,8 +17,7 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("flamingo_kernels", "DEF")
 _OVERLOADS = {"cpu": "", "triton": ".triton", "cuda": ".cuda"}
 
-# What each backend of an operation calls, by the operation's name.
-OPERATIONS: dict[str, dict[str, Any]] = {}
+_OPERATIONS: dict[str, dict[str, Any]] = {}
 
 
 def define(operation: str, schema: str, backends: Iterable[str] = tuple(_OVERLOADS)) -> dict[str, Any]:
@@ -30,17 +29,27 @@ def define(operation: str, schema: str, backends: Iterable[str] = tuple(_OVERLOA
             for key in ("CUDA", "CPU"):  # on a CPU in Triton's interpreter, see `triton.why_not`
                 _LIBRARY.impl(name, _run_triton(operation), key)
     overloads = getattr(torch.ops.flamingo_kernels, operation)
-    OPERATIONS[operation] = {
+    _OPERATIONS[operation] = {
         backend: getattr(overloads, "default" if backend == "cpu" else backend) for backend in backends
     }
-    return OPERATIONS[operation]
+    return _OPERATIONS[operation]
+
+
+def operations() -> list[str]:
+    """The names of all operations."""
+    return list(_OPERATIONS)
+
+
+def backends_of(operation: str) -> dict[str, Any]:
+    """What each backend of an operation calls."""
+    return _OPERATIONS[operation]
 
 
 def shapes_of(operation: str, *backends: str) -> Callable[[Any], Any]:
     """Registers a shape function for some backends of an operation, by default for all that it has."""
 
     def register(function: Any) -> Any:
-        for backend in backends or OPERATIONS[operation]:
+        for backend in backends or _OPERATIONS[operation]:
             name = f"flamingo_kernels::{operation}{_OVERLOADS[backend]}"
             torch.library.register_fake(name, function, lib=_LIBRARY)
         return function

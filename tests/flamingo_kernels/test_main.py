@@ -186,7 +186,7 @@ def test_bench_says_before_the_work_what_it_cannot_do(asked, message, monkeypatc
 
 def test_info_tells_of_a_build_that_failed_after_the_one_that_is_there(monkeypatch):
     line = "csrc/cuda/bindings.cpp does not compile: error: no such macro"
-    monkeypatch.setattr(info._extension, "failed_build", lambda path: line)
+    monkeypatch.setattr(info.cpu, "failed_build", lambda path: line)
     found = info.collect()
     assert found["extension"]["failed_build"] == found["cuda_extension"]["failed_build"] == line
     if found["extension"]["loaded"]:

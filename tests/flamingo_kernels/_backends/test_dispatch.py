@@ -137,7 +137,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_environment_chooses():
     done = python(
-        "from flamingo_kernels import _dispatch\n"
+        "from flamingo_kernels._backends import dispatch\n"
         "print(dispatch.resolve('gated_residual', 'auto', x, x, g))\n"
         "with fk.use_backend('auto'):\n"
         "    print(dispatch.resolve('gated_residual', 'reference', x, x, g))",
@@ -190,7 +190,7 @@ def test_an_interpreter_runs_only_by_name(calls, monkeypatch):
 
 
 def test_why_triton_cannot_run(monkeypatch):
-    why_not = triton.why_not.__wrapped__
+    why_not = triton._why_not.__wrapped__
     monkeypatch.setattr(triton, "_installed", lambda: False)
     assert "triton is not installed" in why_not()
     monkeypatch.setattr(triton, "_installed", lambda: True)
@@ -222,7 +222,7 @@ def test_a_misspelt_environment_lists_the_legal_values(variable, legal):
 def test_the_widest_variant_runs_unless_another_is_chosen(compiled):
     variants = cpu.cpu_variants()
     assert variants[0] == "portable"
-    code = "from flamingo_kernels import _extension; print(cpu.cpu_variant())"
+    code = "from flamingo_kernels._backends import cpu; print(cpu.cpu_variant())"
     assert python(code).stdout.strip() == variants[-1]
     assert python(code, FLAMINGO_KERNELS_CPU_VARIANT="portable").stdout.strip() == "portable"
 

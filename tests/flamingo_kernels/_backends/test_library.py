@@ -8,10 +8,12 @@ import shutil
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flamingo_kernels import MediaMask, masked_cross_attention
 from flamingo_kernels._backends import library
 from flamingo_kernels.testing import (
+    DTYPES,
     Case,
     GatedResidualCase,
     GatedResidualNormCase,
@@ -32,7 +34,7 @@ CASES = [
 
 
 def operation(name: str, backend: str):
-    return library.OPERATIONS[name][backend]
+    return library.backends_of(name)[backend]
 
 
 def case_name(case: Case) -> str:
@@ -204,3 +206,17 @@ def test_autocast_is_compiled_too(backend):
         expected = attend(q, k, v, case.media_locations(), backend)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("immediate", [True, False])
+def test_a_shape_function_knows_which_rows_are_one_tile(immediate, dtype, kernels):
+    """Of those nothing of the softmax is kept; how many keys a tile has each backend decides itself."""
+    forward = library.backends_of("masked_cross_attention_fwd")[kernels]
+    for latents in (1, 31, 32, 33, 63, 64, 65, 128, 129):
+        q, k = torch.randn(1, 2, 1, 8, dtype=dtype), torch.randn(1, 1, latents, 1, 8, dtype=dtype)
+        mask = MediaMask.from_text_time(torch.tensor([[0, 1]]), 1, immediate=immediate)
+        arguments = (q, k, k, *mask.spans, immediate, False, 1.0)
+        with FakeTensorMode() as mode:
+            fake = forward(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+        assert [each.shape for each in fake] == [each.shape for each in forward(*arguments)], latents

@@ -1,10 +1,11 @@
+import argparse
 import dataclasses
 
 import pytest
 import torch
 
-from flamingo_kernels import layers
 from flamingo_kernels.commands import demo
+from flamingo_kernels.layers import cross_attention, resampler
 
 TINY = {
     "image_size": 28,
@@ -29,7 +30,7 @@ def tiny(monkeypatch):
 
 
 def test_prints_and_draws_what_it_found(tmp_path, capsys):
-    assert demo.main(tmp_path / "demo.png") == 0
+    assert demo.main(argparse.Namespace(picture=tmp_path / "demo.png")) == 0
     page = capsys.readouterr().out
     for expected in (
         "5 photographs in one document of ",
@@ -45,12 +46,16 @@ def test_prints_and_draws_what_it_found(tmp_path, capsys):
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("operator", ["gated_cross_attention", "perceiver_attention"])
-def test_fails_when_a_kernel_is_wrong(monkeypatch, tmp_path, capsys, operator):
-    right = getattr(layers, operator)
+@pytest.mark.parametrize(
+    ("home", "operator"),
+    [(cross_attention, "gated_cross_attention"), (resampler, "perceiver_attention")],
+    ids=["cross-attention", "resampler"],
+)
+def test_fails_when_a_kernel_is_wrong(monkeypatch, tmp_path, capsys, home, operator):
+    right = getattr(home, operator)
     monkeypatch.setattr(demo, "picture", lambda found, path: None)
-    monkeypatch.setattr(layers, operator, lambda *args, **kwargs: 1.001 * right(*args, **kwargs))
-    assert demo.main(tmp_path / "demo.png") == 1
+    monkeypatch.setattr(home, operator, lambda *args, **kwargs: 1.001 * right(*args, **kwargs))
+    assert demo.main(argparse.Namespace(picture=tmp_path / "demo.png")) == 1
     assert capsys.readouterr().out.count("DIFFERS") == 2
 
 
@@ -70,7 +75,7 @@ def test_without_its_extra_it_says_what_to_install(monkeypatch, tmp_path, capsys
         raise ModuleNotFoundError("No module named 'skimage'", name="skimage")
 
     monkeypatch.setattr(demo, "load_photographs", missing)
-    assert demo.main(tmp_path / "demo.png") == 2
+    assert demo.main(argparse.Namespace(picture=tmp_path / "demo.png")) == 2
     assert "skimage is missing: pip install flamingo-kernels[demo]" in capsys.readouterr().err
 
 

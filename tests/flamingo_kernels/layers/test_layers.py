@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import flamingo_kernels as fk
 from flamingo import modules
 from flamingo_kernels import _kept, layers
+from flamingo_kernels.layers import fused as fused_layers
 from tests.helpers.parity import assert_parity
 from tests.helpers.weights import randomise
 
@@ -209,9 +210,11 @@ class TestFeedForward:
     )
     def test_forms(self, change, fused, monkeypatch):
         calls = []
-        sublayer = layers.gated_feed_forward
+        sublayer = fused_layers.gated_feed_forward
         monkeypatch.setattr(
-            layers, "gated_feed_forward", lambda *args, **kw: calls.append(args) or sublayer(*args, **kw)
+            fused_layers,
+            "gated_feed_forward",
+            lambda *args, **kw: calls.append(args) or sublayer(*args, **kw),
         )
         model = block()
         change(model)

@@ -13,7 +13,7 @@ from flamingo_kernels import MediaMask
 from flamingo_kernels._backends import library
 from tests.helpers import ROOT
 
-OPERATIONS = [name for name, backends in library.OPERATIONS.items() if "cpu" in backends]
+OPERATIONS = [name for name in library.operations() if "cpu" in library.backends_of(name)]
 B, T, M, R, H, HKV, D = 2, 5, 3, 4, 4, 2, 8
 NO_HEADS = "expected the 4 heads of q to be a multiple of the heads of the keys, got 0."
 PARAMETERS = ("gate", "weight", "bias")  # in any dtype and layout
@@ -22,7 +22,7 @@ OWN_DTYPE = ("x", "y", *PARAMETERS)  # it need not be that of the first tensor
 
 def call(name: str, **changed):
     arguments = ARGUMENTS[name] | changed
-    return library.OPERATIONS[name]["cpu"](**arguments)
+    return library.backends_of(name)["cpu"](**arguments)
 
 
 def _masked(immediate: bool) -> tuple[dict, dict]:
@@ -32,7 +32,7 @@ def _masked(immediate: bool) -> tuple[dict, dict]:
     spans = {"lo": mask.lo, "hi": mask.hi, "start": mask.start, "stop": mask.stop}
     fwd = {"q": torch.randn(B, T, H, D), "k": k, "v": v} | spans
     fwd |= {"immediate": immediate, "averages": False, "scale": 0.5}
-    out, softmax = library.OPERATIONS["masked_cross_attention_fwd"]["cpu"](**fwd)
+    out, softmax = library.backends_of("masked_cross_attention_fwd")["cpu"](**fwd)
     return fwd, {"dout": torch.randn_like(out), **fwd, "out": out, "softmax": softmax}
 
 
@@ -41,7 +41,7 @@ def _perceiver() -> tuple[dict, dict]:
     fwd = {"q": torch.randn(B, 3, H, D), "k_media": media[0], "v_media": media[1]}
     fwd |= {"k_latents": latents[0], "v_latents": latents[1]}
     fwd |= {"media_lengths": torch.tensor([6, 2], dtype=torch.int32), "scale": 0.5}
-    out, softmax = library.OPERATIONS["perceiver_attention_fwd"]["cpu"](**fwd)
+    out, softmax = library.backends_of("perceiver_attention_fwd")["cpu"](**fwd)
     return fwd, {"dout": torch.randn_like(out), **fwd, "out": out, "softmax": softmax}
 
 
@@ -53,7 +53,7 @@ def _residual() -> tuple[dict, dict]:
 
 def _normed() -> tuple[dict, dict]:
     fwd = _residual()[0] | {"weight": torch.randn(D), "bias": torch.randn(D), "eps": 1e-5, "rms": False}
-    z, n, mean, rstd = library.OPERATIONS["gated_residual_norm_fwd"]["cpu"](**fwd)
+    z, n, mean, rstd = library.backends_of("gated_residual_norm_fwd")["cpu"](**fwd)
     bwd = {name: fwd[name] for name in ("y", "gate", "weight", "rms")}
     return fwd, bwd | {
         "dz": torch.randn_like(z),
@@ -84,7 +84,7 @@ def _tensors() -> list[tuple[str, str]]:
     return [
         (operation, argument.name)
         for operation in OPERATIONS
-        for argument in library.OPERATIONS[operation]["cpu"]._schema.arguments
+        for argument in library.backends_of(operation)["cpu"]._schema.arguments
         if "Tensor" in str(argument.type)
     ]
 
@@ -210,7 +210,7 @@ calls = {
     "gated_residual_fwd": lambda: [*[torch.zeros(1, 1 << 19).expand(64, -1)] * 2, torch.zeros(1)],
 }
 name, mebibytes = sys.argv[1:]
-run, arguments = library.OPERATIONS[name]["cpu"], calls[name]()
+run, arguments = library.backends_of(name)["cpu"], calls[name]()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + int(mebibytes) * 2**20, -1))
 try:

@@ -76,7 +76,7 @@ PARTS_OF_A_MASK = ("lo", "hi", "start", "stop", "media_lengths")
 
 
 def call(operation: str, backend: str, arguments: dict[str, Any]) -> Any:
-    return library.OPERATIONS[operation][backend](*arguments.values())
+    return library.backends_of(operation)[backend](*arguments.values())
 
 
 def longer(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flamingo import modules
-from flamingo_kernels import layers, patch
+from flamingo_kernels import patch
+from flamingo_kernels.layers import cross_attention, fused
 
 LOCATIONS = torch.tensor([[0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 1]])
 
@@ -18,14 +19,17 @@ LOCATIONS = torch.tensor([[0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 1]])
 )
 def test_a_step_of_decoding_calls_modules(length, gradients, expected, monkeypatch):
     calls = []
-    for name, part in (("gated_cross_attention", "attention"), ("gated_feed_forward", "feed-forward")):
-        sublayer = getattr(layers, name)
+    for home, name, part in (
+        (cross_attention, "gated_cross_attention", "attention"),
+        (fused, "gated_feed_forward", "feed-forward"),
+    ):
+        sublayer = getattr(home, name)
 
         def call(*args, part=part, sublayer=sublayer, **kwargs):
             calls.append(part)
             return sublayer(*args, **kwargs)
 
-        monkeypatch.setattr(layers, name, call)
+        monkeypatch.setattr(home, name, call)
     block = modules.GatedCrossAttentionBlock(dim=16, dim_visual=8, dim_head=4, heads=2)
     for gate in (block.attn_gate, block.ff_gate):
         torch.nn.init.constant_(gate, 0.7)

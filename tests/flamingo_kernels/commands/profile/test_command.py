@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from flamingo_kernels import __main__ as cli
-from flamingo_kernels import layers, patch
+from flamingo_kernels import patch
 from flamingo_kernels.commands.measure.timing import Spread
 from flamingo_kernels.commands.profile import count, models, parts, report, run
+from flamingo_kernels.layers import cross_attention, fused, resampler
 
 WORKS = [models.PREFILL, models.DECODE, models.STEP]
 ASKED = ["--quick", "--threads", "1"]
@@ -98,10 +99,18 @@ def test_it_says_before_the_work_what_it_cannot_do(asked, message, monkeypatch, 
     assert shown.out == ""
 
 
-@pytest.mark.parametrize("operator", ["gated_cross_attention", "perceiver_attention", "gated_feed_forward"])
-def test_a_wrong_result_fails_and_is_not_timed(operator, monkeypatch, tmp_path, capsys):
-    right = getattr(layers, operator)
-    monkeypatch.setattr(layers, operator, lambda *args, **kwargs: 1.001 * right(*args, **kwargs))
+@pytest.mark.parametrize(
+    ("home", "operator"),
+    [
+        (cross_attention, "gated_cross_attention"),
+        (resampler, "perceiver_attention"),
+        (fused, "gated_feed_forward"),
+    ],
+    ids=["attention", "resampler", "feed-forward"],
+)
+def test_a_wrong_result_fails_and_is_not_timed(home, operator, monkeypatch, tmp_path, capsys):
+    right = getattr(home, operator)
+    monkeypatch.setattr(home, operator, lambda *args, **kwargs: 1.001 * right(*args, **kwargs))
     monkeypatch.setattr(run, "interleave", lambda *_, **__: pytest.fail("it timed a wrong result"))
     file = tmp_path / "found.json"
     assert cli.main(["profile", "tiny", *ASKED, "--json", str(file)]) == 1
@@ -123,9 +132,9 @@ def test_a_wrong_gradient_alone_fails(monkeypatch):
         def backward(ctx, dx):
             return 0.5 * dx
 
-    right = layers.gated_feed_forward
+    right = fused.gated_feed_forward
     monkeypatch.setattr(
-        layers, "gated_feed_forward", lambda *args, **kwargs: HalfGradient.apply(right(*args, **kwargs))
+        fused, "gated_feed_forward", lambda *args, **kwargs: HalfGradient.apply(right(*args, **kwargs))
     )
     found = run.run(models.plan("tiny", quick=True), dtype=torch.float32)
     assert [proof.passed for proof in found.proofs.values()] == [True, True, False]
@@ -157,8 +166,8 @@ def test_speed_is_tokens_over_time():
 def test_a_slower_side_is_shown_to_be_slower(monkeypatch):
     """By a clock that takes a call that runs a fused layer for ten times as slow."""
     ran = []
-    forward = layers.gated_block
-    monkeypatch.setattr(layers, "gated_block", lambda *args: ran.append(1) or forward(*args))
+    forward = cross_attention.gated_block
+    monkeypatch.setattr(cross_attention, "gated_block", lambda *args: ran.append(1) or forward(*args))
 
     def clock(call, last):
         ran.clear()

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from flamingo_kernels import layers, patch, use_backend
 from flamingo_kernels.commands.profile import models, parts, run
+from flamingo_kernels.layers import cross_attention
 
 
 @pytest.fixture
@@ -37,14 +38,14 @@ def slow_down(module: nn.Module) -> None:
 
 def slow_down_attention(attn: nn.Module, monkeypatch) -> None:
     """What is in the attention and in none of its modules."""
-    attend, fused = type(attn).attend, layers.attend
+    attend, fused = type(attn).attend, cross_attention.attend
     if isinstance(attn, layers.Fused):
         leave_unfused(attn)
 
         def slow(module, q, *args):
             return fused(module, q + 0 * q.erf() if module is attn else q, *args)
 
-        monkeypatch.setattr(layers, "attend", slow)
+        monkeypatch.setattr(cross_attention, "attend", slow)
     else:
         attn.attend = lambda q, *args: attend(attn, q + 0 * q.erf(), *args)
 
