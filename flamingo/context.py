@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from flamingo.model import Flamingo
+from flamingo.config import FlamingoConfig
+from flamingo.language import LanguageModel, PretrainedLanguage
+from flamingo.modules import PerceiverResampler
+
+
+class Model(Protocol):
+    """What reading and generation ask of a model. `Flamingo` says what each part is."""
+
+    config: FlamingoConfig
+    resampler: PerceiverResampler
+    language: LanguageModel | PretrainedLanguage
+
+    def encode_media(self, pixels: Tensor, num_frames: Tensor | None = None) -> Tensor: ...
+
+    def decode(
+        self,
+        input_ids: Tensor,
+        media: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: Any = None,
+        media_locations: Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor: ...
 
 
 class Context:
@@ -23,7 +45,7 @@ class Context:
     A token costs the same however many images came before it, in a model whose text sees the last one only.
 
     Args:
-        model: a `Flamingo`; best in eval mode.
+        model: a `Flamingo`, or another `Model`; best in eval mode.
 
     Attributes:
         attention_mask: bool `[B, K]` of the K tokens read so far, False at padding.
@@ -44,7 +66,7 @@ class Context:
     media: Tensor
     num_seen: Tensor
 
-    def __init__(self, model: Flamingo):
+    def __init__(self, model: Model):
         self.model = model
         self.cache = model.language.new_cache()
         self._unread: list[tuple[Tensor, Tensor]] = []  # tokens [N, n] that were added, and their mask

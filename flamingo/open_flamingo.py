@@ -61,7 +61,7 @@ def load_open_flamingo(model: Flamingo, checkpoint: Path | str) -> Flamingo:
             model has not or has in another shape. The model is then as before.
         ImportError: for a `.safetensors` without safetensors installed.
 
-    Limits: call it before `flamingo_kernels.fold` and before FSDP. Compared with open_flamingo 2.0.1 on tiny
+    Limits: call it before weights are folded or sharded (FSDP). Compared with open_flamingo 2.0.1 on tiny
     models; the released files themselves were not at hand.
 
     Source: open_flamingo 2.0.1 (train_utils.py, what is saved; factory.py, tokens), arXiv 2308.01390.
