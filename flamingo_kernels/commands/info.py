@@ -27,14 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command `info`."""
-    return run(options.json)
-
-
-def run(as_json: bool = False) -> int:
-    """Print `collect()` for people, or as JSON."""
+    """The command `info`: print `collect()` for people, or as JSON."""
     found = collect()
-    print(json.dumps(found, indent=1) if as_json else render(found))
+    print(json.dumps(found, indent=1) if options.json else render(found))
     return 0
 
 

@@ -14,6 +14,7 @@ from ...testing import Expected, expect, prove
 from .. import info
 from ..info import conditions_on
 from ..measure.memory import peak_growth
+from ..measure.text import first_line
 from ..measure.timing import Clock, Spread, clock_of, interleave
 from .baselines import OURS, Contender, contenders
 from .floors import Ceilings, least_bytes
@@ -245,9 +246,3 @@ def _variant(op: str, device: str) -> str:
         "PerceiverResampler": "perceiver_attention",
     }
     return info.backend_in_use(attention.get(op, op), device)
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -12,9 +12,9 @@ import torch
 
 from ..._backends import dispatch, env
 from ..bench.baselines import OURS, contenders
-from ..bench.run import first_line
 from ..bench.shapes import Case
 from ..info import conditions_on
+from ..measure.text import first_line
 from ..measure.timing import Clock, Spread, clock_of, interleave
 
 SECONDS_EACH = 0.04  # to time a configuration

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..bench.run import first_line
+from ..measure.text import first_line
 
 PATIENCE = 5.0  # seconds for a process that was killed to be gone: the driver may hold it
 

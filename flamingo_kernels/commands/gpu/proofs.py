@@ -15,7 +15,7 @@ from ..._backends import dispatch
 from ...mask import MediaMask
 from ...testing import Case, Measurement, Outputs, Tensors, evaluate, measure, measure_call, severity
 from .. import info
-from ..bench.run import first_line
+from ..measure.text import dtype_name, first_line
 
 FAR = 2**31  # elements, the first that a 32-bit offset does not reach
 
@@ -54,9 +54,8 @@ class Task(NamedTuple):
     backend: str
 
     def finding(self, status: str, detail: str = "", worst: Measurement | None = None) -> Finding:
-        dtype = str(self.case.dtype).removeprefix("torch.")
         case = str(dataclasses.replace(self.case, dtype=Case.dtype))  # without the dtype
-        what = (self.check, self.case.operator, info.variant(self.backend), dtype, case)
+        what = (self.check, self.case.operator, info.variant(self.backend), dtype_name(self.case.dtype), case)
         if worst is None:
             return Finding(*what, status, detail)
         numbers = (worst.name, worst.error, worst.rounding, worst.budget, worst.spent)

@@ -13,6 +13,7 @@ from typing import Any
 from ..bench import report as bench_report
 from ..bench.floors import Ceilings
 from ..bench.rows import Run
+from ..measure.text import dtype_name
 from .outcome import Outcome
 from .plan import DTYPES
 from .proofs import Finding
@@ -120,7 +121,7 @@ def _steps(outcome: Outcome) -> str:
 
 
 def _accuracy(findings: list[Finding]) -> list[str]:
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    dtypes = [dtype_name(dtype) for dtype in DTYPES]
     lines = [_ACCURACY.format("operator", "backend", *dtypes)]
     groups: dict[tuple[str, str], dict[str, list[Finding]]] = {}
     for each in findings:

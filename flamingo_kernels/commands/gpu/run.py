@@ -13,8 +13,9 @@ from ..._backends import cuda, dispatch, env
 from ...testing import CASES
 from .. import check, info
 from ..bench.rows import Run
-from ..bench.run import first_line, prepare, without
+from ..bench.run import prepare, without
 from ..bench.shapes import Case
+from ..measure.text import first_line
 from ..measure.timing import Clock
 from . import sanitizer, work
 from .build import Building

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ... import patch
 from ..measure.memory import available, saved_bytes
+from ..measure.text import dtype_name
 from .models import THIRD_PARTY
 from .parts import LANGUAGE, PARTS, each_part, labels
 from .run import AFTER, BEFORE, call, twin
@@ -87,7 +88,7 @@ def run(plan: Plan, dtype: torch.dtype, device: str, lacking: str) -> Counted:
         calls[STEP] = call(STEP, subject.works[STEP], subject.model)
         return Counted(
             plan.name,
-            str(dtype).removeprefix("torch."),
+            dtype_name(dtype),
             {name: list(each.shape) for name, each in subject.inputs.items()},
             lacking,
             _in_order(parameters_by_part(subject.model, of_module)),

@@ -18,6 +18,7 @@ from ...testing import Proof, expect, prove
 from ..info import conditions_on
 from ..measure.memory import peak_growth, saved_bytes
 from ..measure.progress import ProgressBar
+from ..measure.text import dtype_name
 from ..measure.timing import Clock, Spread, clock_of, interleave
 from .parts import PARTS, device_time, each_part, host_time, labels, time_by_part
 from .subject import STEP, Plan, Subject, Work, convert
@@ -103,7 +104,7 @@ def run(
     progress("results: comparing with float64")
     found = Profile(
         plan.name,
-        str(dtype).removeprefix("torch."),
+        dtype_name(dtype),
         {name: list(each.shape) for name, each in subject.inputs.items()},
         sum(parameter.numel() for parameter in subject.model.parameters()),
         str(report),
