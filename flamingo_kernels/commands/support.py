@@ -10,7 +10,7 @@ from typing import Any, cast
 from .._backends import cuda, dispatch, triton
 from ..patch.registry import families
 from . import readme
-from .measure.text import dtype_name, mebibytes, rounded, times
+from .measure.text import dtype_name, factor, mebibytes, rounded
 
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
@@ -109,7 +109,7 @@ def _gain(found: dict[str, Any], work: str) -> str:
         return "-"
     before, after = (measured["times"][side] for side in ("before", "after"))
     overlap = before["p20"] <= after["p80"] and after["p20"] <= before["p80"]
-    return f"{'~' * overlap}{times(measured['ratio'])}"
+    return f"{'~' * overlap}{factor(measured['ratio'])}"
 
 
 def _conditions(found: list[dict[str, Any]]) -> list[str]:
@@ -171,13 +171,13 @@ def _counted_line(found: dict[str, Any]) -> str:
     weights = f"{rounded(size * found['bytes_each'] / 2**30)} GiB"
     flops = (f"{rounded(found['flops'][work] / 1e9)} GFLOP" for work in WORKS)
     before, after = (found["saved"][side] for side in ("before", "after"))
-    kept = f"{rounded(before / 2**20)} to {mebibytes(after)} ({times(before / after)})"
+    kept = f"{rounded(before / 2**20)} to {mebibytes(after)} ({factor(before / after)})"
     return readme.row(found["model"], found["dtype"], f"{rounded(size / 1e9)} G", weights, *flops, kept)
 
 
 def _speeds(measured: dict[str, Any]) -> str:
     before, after = (measured["tokens_per_s"][side]["median"] for side in ("before", "after"))
-    return f"{rounded(before)} to {rounded(after)} ({times(measured['ratio'])})"
+    return f"{rounded(before)} to {rounded(after)} ({factor(measured['ratio'])})"
 
 
 def update_readme(path: str | Path, results: str | Path | None = None) -> None:

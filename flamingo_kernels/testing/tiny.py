@@ -104,7 +104,7 @@ def build(name: str, sizes: Sizes | None = None, *, seed: int = 0, **config: Any
         ImportError: the library is not installed.
 
     Example:
-        >>> from flamingo_kernels import tiny
+        >>> from flamingo_kernels.testing import tiny
         >>> "mllama-tiny" in tiny.names()
         True
     """

@@ -20,7 +20,7 @@ def mebibytes(size: float) -> str:
     return f"{rounded(size / 2**20)} MiB"
 
 
-def times(ratio: float) -> str:
+def factor(ratio: float) -> str:
     """How many times as fast, as long or as large."""
     return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import tiny
+from ...testing import open_gates, tiny
 from .parts import BLOCKS, RESAMPLER, VISION
 from .subject import (
     DECODE,
@@ -25,7 +25,6 @@ from .subject import (
     Subject,
     Work,
     features,
-    open_gates,
     tokens,
 )
 
@@ -45,8 +44,7 @@ def _flamingo(preset: str, sizes: Sizes, **changes: Any) -> Subject:
     from flamingo import Flamingo, FlamingoConfig
 
     config = FlamingoConfig.preset(preset, **changes)
-    model = Flamingo(config).freeze()
-    open_gates(model)
+    model = open_gates(Flamingo(config).freeze())
     ids = tokens(sizes, 256, config.media_token_id)
     pixels = features(1, sizes.media, 1, 3, config.image_size, config.image_size)
 

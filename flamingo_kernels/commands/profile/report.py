@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..measure.figure import new_figure
-from ..measure.text import duration, mebibytes, rounded, times
+from ..measure.text import duration, factor, mebibytes, rounded
 from ..measure.timing import Spread
 from .count import Counted
 from .parts import BLOCKS, INSIDE, PARTS
@@ -38,7 +38,7 @@ def measured(found: Profile) -> str:
     lines += ["", _line("tokens/s, median (20% to 80%)", *SIDES)]
     for name, work in found.works.items():
         before, after = (_spread(work.speed(side)) for side in SIDES)
-        lines.append(_line(f"  {name}", before, after, times(work.ratio)))
+        lines.append(_line(f"  {name}", before, after, factor(work.ratio)))
         lines += [f"    {work.note}"] if work.note else []
     lines += ["", _line("memory", *SIDES), *_memory(found.works)]
     for name, work in found.works.items():
@@ -130,7 +130,7 @@ def picture(found: Profile, path: str | Path) -> None:
         ends = {row: end + width for (row, end), width in zip(ends.items(), widths, strict=True)}
     for y, (name, side) in enumerate(rows):
         work = found.works[name]
-        gain = f", {times(work.ratio)}" if side == AFTER else ""
+        gain = f", {factor(work.ratio)}" if side == AFTER else ""
         label = f"  {rounded(work.speed(side).median)} tokens/s{gain}"
         axes.text(ends[name, side], y, label, va="center", fontsize=9, color="#333333")
     axes.set_yticks(range(len(rows)), [f"{name}, {side}" for name, side in rows], fontsize=9)
@@ -154,7 +154,7 @@ def _line(name: str, first: str, second: str, third: str = "") -> str:
 
 def _compared(name: str, values: Mapping[str, Any], shown: Callable[[float], str]) -> str:
     before, after = (values[side] for side in SIDES)
-    return _line(name, shown(before), shown(after), times(before / after) if after else "")
+    return _line(name, shown(before), shown(after), factor(before / after) if after else "")
 
 
 def _sum(values: Mapping[str, float], which: Iterable[str]) -> float:

@@ -87,10 +87,3 @@ def tokens(sizes: Sizes, vocabulary: int, image: int) -> Tensor:
 def features(*shape: int) -> Tensor:
     """Random numbers that every dtype can hold."""
     return torch.randn(shape).bfloat16().float()
-
-
-def open_gates(model: nn.Module) -> None:
-    """Gates start at 0, where a wrong branch would not show."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("gate"):
-            nn.init.uniform_(parameter, 0.3, 1.0)
