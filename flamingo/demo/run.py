@@ -39,7 +39,7 @@ class Findings:
         accuracy: by kind of document and number of shots, on digits never seen.
         difference: the largest relative one between the losses of the first steps, patched and not; None
             where nothing was patched.
-        seconds: of each stage.
+        seconds: what each stage took.
     """
 
     zero_shot: float = 0.0

@@ -307,7 +307,7 @@ def _record(output: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _json(line: bytes) -> Any:
-    """None for what is no JSON."""
+    """A line's value, or None where it is no JSON."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):

@@ -83,7 +83,7 @@ class PretrainedLanguage(nn.Module):
         if path is None:
             raise ValueError(
                 f"PretrainedLanguage: expected a causal language model of {', '.join(_LAYERS)}, got "
-                f"{type(model).__name__} of type {kind}. Of another family, pass the path of its decoder "
+                f"{type(model).__name__} of type {kind}. For another family pass the path of its decoder "
                 'layers: layers="transformer.h".'
             )
         embedding, head = cast(Any, model).get_input_embeddings(), cast(Any, model).get_output_embeddings()

@@ -72,7 +72,7 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The updates, and the number of whole lines that are none."""
+    """The updates, and how many whole lines are no update."""
     *lines, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
     if _json(cut) is not None:  # it lacks nothing but its end
         lines, cut = [*lines, cut], b""
@@ -92,7 +92,7 @@ def _is_update(line: Any) -> bool:
 
 
 def _json(line: bytes) -> Any:
-    """None for what is no JSON."""
+    """A line's value, or None where it is no JSON."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):

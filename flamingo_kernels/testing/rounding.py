@@ -37,7 +37,7 @@ _SUMS = (
     _aten.sum.default,
     _aten.sum.dim_IntList,
 )
-# Made of others, each of which rounds.
+# Operations that are made of others, each of which rounds.
 _COMPOSED: dict[Any, Callable[..., Any]] = get_decompositions(
     [
         _aten.mean,
@@ -140,9 +140,7 @@ class RandomRounding(TorchDispatchMode):
         """A float64 result in the dtype of the real one: the nearer of two numbers is the likelier."""
         if not isinstance(found, Tensor) or found.dtype not in _FLOATS:
             return found
-        dropped = 52 + round(
-            math.log2(torch.finfo(found.dtype).eps)
-        )  # bits of float64 that the dtype has not
+        dropped = 52 + round(math.log2(torch.finfo(found.dtype).eps))  # bits of float64 that the dtype lacks
         chance = torch.randint(
             1 << dropped, exact.shape, generator=self._generator(exact), device=exact.device
         )

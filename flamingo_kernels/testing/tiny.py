@@ -64,7 +64,7 @@ class TinyModel:
         return cast(Tensor, out if isinstance(out, Tensor) else out.logits)
 
     def loss(self) -> Tensor:
-        """Of predicting the next token everywhere, to call `backward()` on."""
+        """The loss of predicting every next token, to call `backward()` on."""
         logits, targets = self.logits()[:, :-1].flatten(0, 1), self.tokens[:, 1:].flatten()
         return nn.functional.cross_entropy(logits.float(), targets)
 

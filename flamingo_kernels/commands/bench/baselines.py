@@ -47,9 +47,13 @@ Randn = Callable[..., Tensor]
 
 
 class Contender(NamedTuple):
-    """A forward pass, what its backward pass differentiates, and whether it computes what ours does.
+    """A forward pass in some modes.
 
-    It takes part in these modes.
+    Attributes:
+        call: the forward pass.
+        wrt: what its backward pass differentiates.
+        same: whether it computes what ours does.
+        modes: those in which it takes part.
     """
 
     call: Call

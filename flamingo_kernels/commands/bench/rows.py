@@ -50,7 +50,7 @@ class Row(_Entry):
     time: str  # of the run, UTC
     device_type: str = "cpu"
     least_bytes: int | None = None  # see `floors`; None for a layer
-    sm_mhz: int | None = None  # clock of a GPU's multiprocessors right after; None where nobody says it
+    sm_mhz: int | None = None  # clock of a GPU's multiprocessors right after; None where it is not known
     floor_share: float | None = None  # of the time those bytes take at copy bandwidth; None if not measured
 
 

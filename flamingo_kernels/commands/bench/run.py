@@ -179,7 +179,7 @@ def check(
 
 
 def _expected(eager: Contender, mode: Mode, exact: tuple[Tensor, ...]) -> Expected:
-    """What rounding costs eager; of gradients also that of the forward pass before them."""
+    """What rounding costs eager; for gradients that of the forward pass before them too."""
     call = call_of(eager, "forward+backward" if mode == "backward" else mode)
     return expect(lambda: call()[-len(exact) :], exact)
 

@@ -11,7 +11,7 @@ configs    every configuration of the Triton kernels: time, registers, spills, s
 kernels    the time of every kernel within a call
 work       what is measured in one task
 launch     what a call costs the host
-outcome    all that was found, and what of it is not as it must be
+outcome    all that was found, and what of it is wrong
 report     the files and the table
 """
 

@@ -21,7 +21,7 @@ NVCC = os.environ.get("NVCC", "nvcc")
 
 
 class Building:
-    """A build that goes on; this process, and those it starts from now on, take what comes of it.
+    """A build in the background. This process, and those it starts from now on, load what it builds.
 
     Args:
         arch: of the GPU, as in "90".

@@ -26,7 +26,7 @@ class Finding:
 
     Attributes:
         check: name of the proof.
-        operator, backend, dtype, case: of what.
+        operator, backend, dtype, case: what it is about.
         status: "ok", "failed", "skipped" (it cannot run here) or "late" (no time was left).
         detail: why not ok.
         tensor, error, rounding, budget: of the worst tensor, where the proof is one of accuracy.
@@ -136,7 +136,7 @@ def _expect_memory(needed: int, device: str) -> None:
 
 
 class Call:
-    """An operator with all it reads at hand in fixed places: it can be called again and again."""
+    """A call of an operator whose inputs stay where they are, so that it can be made again and again."""
 
     def __init__(self, case: Case, backend: str) -> None:
         self.case, self.backend = case, backend

@@ -1,4 +1,4 @@
-"""Shapes, bytes and FLOPs of a model that does not fit into memory, from tensors without any.
+"""Shapes, bytes and FLOPs of a model that does not fit into memory, counted on tensors without numbers.
 
 The model is built and run under torch's FakeTensorMode: shapes, dtypes and devices without numbers, and what
 is saved for the backward pass is what would be saved on that device.
@@ -121,7 +121,7 @@ def parameters_by_part(model: nn.Module, of_module: Mapping[nn.Module, str]) -> 
 
 
 def flops_by_part(call: Callable[[], object], of_module: Mapping[nn.Module, str]) -> Counter[str]:
-    """Of a call's matrix products; a backward pass counts for the part around all."""
+    """The FLOPs of a call's matrix products; those of a backward pass count for the outermost part."""
     counts: Counter[str] = Counter()
     around = [LANGUAGE]
     with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:

@@ -207,6 +207,6 @@ def by_part(
 
 
 def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """Of the parts that the model has."""
+    """The median of every part that the model has."""
     medians = {part: statistics.median(each[part] for each in rounds) for part in PARTS}
     return {part: median for part, median in medians.items() if median}
