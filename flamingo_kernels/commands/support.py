@@ -10,7 +10,7 @@ from typing import Any, cast
 from .._backends import cuda, dispatch, triton
 from ..patch.registry import families
 from . import readme
-from .measure.text import dtype_name, factor, mebibytes, rounded
+from .measure.text import dtype_name, factor, gibibytes, mebibytes, rounded
 
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
@@ -168,7 +168,7 @@ def _run_line(found: dict[str, Any]) -> str:
 
 def _counted_line(found: dict[str, Any]) -> str:
     size = sum(found["parameters"].values())
-    weights = f"{rounded(size * found['bytes_each'] / 2**30)} GiB"
+    weights = gibibytes(size * found["bytes_each"])
     flops = (f"{rounded(found['flops'][work] / 1e9)} GFLOP" for work in WORKS)
     before, after = (found["saved"][side] for side in ("before", "after"))
     kept = f"{rounded(before / 2**20)} to {mebibytes(after)} ({factor(before / after)})"

@@ -15,7 +15,7 @@ from ..._backends import dispatch
 from ...mask import MediaMask
 from ...testing import Case, Measurement, Outputs, Tensors, evaluate, measure, measure_call, severity
 from .. import info
-from ..measure.text import dtype_name, first_line
+from ..measure.text import dtype_name, first_line, gibibytes
 
 FAR = 2**31  # elements, the first that a 32-bit offset does not reach
 
@@ -132,7 +132,7 @@ def _expect_memory(needed: int, device: str) -> None:
         return
     free, _ = torch.cuda.mem_get_info(device)
     if needed > free:
-        raise NotHere(f"it takes about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
+        raise NotHere(f"it takes about {gibibytes(needed)}, {gibibytes(free)} are free")
 
 
 class Call:

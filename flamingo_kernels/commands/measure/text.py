@@ -16,8 +16,13 @@ def duration(milliseconds: float) -> str:
 
 
 def mebibytes(size: float) -> str:
-    """A number of bytes."""
+    """A number of bytes, in MiB."""
     return f"{rounded(size / 2**20)} MiB"
+
+
+def gibibytes(size: float) -> str:
+    """A number of bytes, in GiB."""
+    return f"{rounded(size / 2**30)} GiB"
 
 
 def factor(ratio: float) -> str:

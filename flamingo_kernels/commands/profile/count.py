@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ... import patch
 from ..measure.memory import available, saved_bytes
-from ..measure.text import dtype_name
+from ..measure.text import dtype_name, gibibytes
 from .models import THIRD_PARTY
 from .parts import LANGUAGE, PARTS, each_part, labels
 from .run import AFTER, BEFORE, call, twin
@@ -70,7 +70,7 @@ def lacking_memory(plan: Plan, dtype: torch.dtype, device: str) -> str:
     there = available(device)
     if there is None or needed <= there:
         return ""
-    return f"needs {needed / 2**30:.0f} GiB to be compared in float64, {there / 2**30:.0f} GiB are free"
+    return f"needs {gibibytes(needed)} to be compared in float64, {gibibytes(there)} are free"
 
 
 def run(plan: Plan, dtype: torch.dtype, device: str, lacking: str) -> Counted:

@@ -15,6 +15,7 @@ from flamingo_kernels.commands.measure import text
         (text.duration(2000.0), "2 s"),
         (text.mebibytes(2**19), "0.5 MiB"),
         (text.mebibytes(3 * 2**30), "3,072 MiB"),
+        (text.gibibytes(5 * 2**29), "2.5 GiB"),
         (text.factor(1.0), "1.00x"),
         (text.factor(9.876), "9.88x"),
         (text.factor(41.04), "41.0x"),
