@@ -146,7 +146,7 @@ def _same_losses(model: Flamingo, digits: Digits, patch: Callable[[Any], Any], *
 
 
 def _has_learnt(found: Findings) -> bool:
-    """At least nine of ten digits by name, and eight shots worth 20 points where names are drawn."""
+    """Whether it names nine digits of ten, and eight shots are worth 20 points where names are drawn."""
     codes = found.accuracy["codes"]
     return found.accuracy["captions"][0] >= 0.9 and codes[8] - codes[0] >= 0.2
 

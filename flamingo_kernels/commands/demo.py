@@ -48,7 +48,7 @@ OPENING = "Five photographs and what they show:"
 
 FORWARD, STEP = MODES = ("forward", "forward + backward")
 OPERATORS = ("masked_cross_attention", "perceiver_attention", "gated_residual")  # that the model calls
-BUSY = 1.5  # a spread of times, on an idle machine it stays below
+BUSY = 1.5  # a spread of times; an idle machine stays below
 
 
 class Pair(NamedTuple):
@@ -196,7 +196,7 @@ def compare(model: flamingo.Flamingo, batch: flamingo.Batch) -> tuple[dict[str, 
 
 
 def _expected(run: Callable[[], Results], exact: Results) -> dict[str, Expected]:
-    """What is expected of each kind of result, of one run for all."""
+    """What is expected of each kind of result; one run serves all."""
     every = expect(lambda: [each for tensors in run().values() for each in tensors], sum(exact.values(), ()))
     found, begin = {}, 0
     for what, tensors in exact.items():

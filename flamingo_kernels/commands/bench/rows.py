@@ -40,7 +40,7 @@ class Row(_Entry):
     p80_ms: float
     ratio: float  # this median over ours
     extra_mib: float | None  # peak memory beyond outputs and gradients; None where it cannot be measured
-    err: float | None  # worst relative error against float64, see `proof`; None for a floor
+    err: float | None  # worst relative error against float64, see `testing.prove`; None for a floor
     budget: float | None  # what err may be
     variant: str  # backend and instruction set of ours, "" for the others
     device: str

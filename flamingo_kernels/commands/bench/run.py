@@ -219,7 +219,7 @@ def call_of(contender: Contender, mode: Mode) -> Call:
 def _douts(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Gradients for these outputs, the same numbers in every dtype.
 
-    Rounded to bfloat16 to that end; around 1, so that the gradient of a gate is no sum that cancels.
+    They are rounded to bfloat16 for that. They are around 1, so that the sum for a gate does not cancel.
     """
     device = outputs[0].device
     generator = torch.Generator(device).manual_seed(1)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .outcome import Outcome
 
 RESULTS = Path("benchmarks/results")
-REHEARSAL = Path("build/rehearsal")  # what a cpu does says nothing of a GPU, and is not kept
+REHEARSAL = Path("build/rehearsal")  # results of a cpu say nothing about a GPU and are not kept
 GRACE = 15.0  # seconds for the last step to end and be saved
 
 

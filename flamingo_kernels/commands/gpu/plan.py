@@ -163,7 +163,7 @@ FULL = Plan(
     large=LARGE,
     timed=shapes.GPU_CASES,
     seconds=480,
-    # What the first minutes on a GPU must bring comes first.
+    # First comes what the first minutes on a GPU must tell.
     steps={
         "rivals": Time(55, 50),
         "build": Time(30),

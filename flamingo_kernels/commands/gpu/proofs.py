@@ -85,7 +85,7 @@ def parity(case: Case, backend: str) -> Measurement:
 
 
 def far(case: Case, backend: str) -> Measurement:
-    """The last sequence of so many that tensors pass 2^31 elements keeps the error budget.
+    """Where tensors have more than 2^31 elements, the last sequence keeps the error budget.
 
     The sequences before it are random and not looked at; nor are the gradients of tensors they share.
     """
@@ -232,7 +232,7 @@ def expect_same(found: Tensors, expected: Tensors) -> None:
 
 @contextmanager
 def poison() -> Iterator[None]:
-    """Fresh memory starts as NaN, so that what a kernel leaves unwritten is found out."""
+    """Fresh memory starts as NaN, so that it shows what a kernel leaves unwritten."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -240,7 +240,7 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of operators that have no deterministic algorithm
+            warnings.simplefilter("ignore")  # about operators without a deterministic algorithm
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -134,7 +134,7 @@ class _Steps:
             yield result
 
     def rivals(self) -> None:
-        """Let the rivals compile side by side, so that it is on disk when they are timed one by one."""
+        """Compile for the rivals side by side: it is on disk when they are timed one by one."""
         names = [name for name in ("compile", "flex") if not self.plan.against or name in self.plan.against]
         ahead = [(case, name, self.device) for case in self.plan.timed for name in names]
         for _ in self.share("rivals", prepare, ahead, most=None) if self.crew.workers else ():

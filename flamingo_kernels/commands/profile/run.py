@@ -123,7 +123,7 @@ def run(
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy with the same parameters and buffers, not equal ones: to patch it costs no memory."""
+    """A copy that shares the model's parameters and buffers, so that patching it costs no memory."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
