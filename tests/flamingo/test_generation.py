@@ -408,7 +408,7 @@ class TestCost:
         return ids, torch.randn(1, images, 1, 3, 32, 32)
 
     def flops(self, model, images):
-        """Of one more token after a prompt of one length, whatever the number of its images."""
+        """The FLOPs of one more token after a prompt of one length, whatever the number of its images."""
         context = Context(model)
         context.read(*self.prompt(images))
         context.add(torch.tensor([[7]]))

@@ -404,7 +404,7 @@ def test_compiled_perceiver_attention(compilations):
 @pytest.mark.parametrize("gate_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_dtypes_are_those_of_eager(x_dtype, gate_dtype, autocast, backend):
-    """Of the output and of every gradient, wherever eager runs at all."""
+    """The dtypes of the output and of every gradient, wherever eager runs at all."""
     fused = block()
     fused.attn.to(torch.float32 if autocast else x_dtype)
     for gate in (fused.attn_gate, fused.ff_gate):

@@ -39,7 +39,7 @@ def leaves_of(case, dtype=torch.float32):
 
 
 def gradients(run, leaves):
-    """Of a sum, whose own gradient wants none: with a graph, for another derivative."""
+    """The gradients of the sum of all outputs, with a graph for another derivative."""
     total = sum(out.sum() for out in run(**leaves))
     return torch.autograd.grad(total, list(leaves.values()), create_graph=True)
 
