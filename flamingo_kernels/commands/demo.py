@@ -33,7 +33,7 @@ from .. import PatchReport, patch
 from ..testing import Expected, Proof, expect, open_gates, prove
 from . import info
 from .measure.memory import peak_growth
-from .measure.text import duration, factor, mebibytes
+from .measure.text import duration, factor, mebibytes, verdict
 from .measure.timing import interleave
 
 # Photographs that scikit-image brings inside its wheel, and what is said about them.
@@ -306,9 +306,7 @@ def render(found: Findings) -> str:
         "",
         _line("worst relative error against float64", "patched", "allowed"),
     ]
-    for what, proof in found.proofs.items():
-        verdict = "same" if proof.passed else "DIFFERS"
-        lines.append(_line(f"  {what}", f"{proof.err:.1e}", f"{proof.budget:.1e}", verdict))
+    lines += [_line(f"  {what}", *verdict(proof)) for what, proof in found.proofs.items()]
     lines += ["", _line("median time", "reference", "patched")]
     lines += [_pair_line(f"  {what}, {mode}", pair, duration) for (what, mode), pair in found.times.items()]
     if found.memory:

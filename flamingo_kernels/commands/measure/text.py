@@ -1,8 +1,13 @@
-"""Numbers, dtypes and errors as a report shows them."""
+"""Numbers, dtypes, proofs and errors as a report shows them."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from ...testing import Proof
 
 
 def rounded(value: float) -> str:
@@ -33,6 +38,11 @@ def factor(ratio: float) -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype without its module: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def verdict(proof: Proof) -> tuple[str, str, str]:
+    """An error relative to float64, what it may be, and whether the results are the same."""
+    return f"{proof.err:.1e}", f"{proof.budget:.1e}", "same" if proof.passed else "DIFFERS"
 
 
 def first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..measure.figure import new_figure
-from ..measure.text import duration, factor, mebibytes, rounded
+from ..measure.text import duration, factor, mebibytes, rounded, verdict
 from ..measure.timing import Spread
 from .count import Counted
 from .parts import BLOCKS, INSIDE, PARTS
@@ -30,9 +30,7 @@ def measured(found: Profile) -> str:
         "",
         _line("relative error against float64", AFTER, "allowed"),
     ]
-    for name, proof in found.proofs.items():
-        verdict = "same" if proof.passed else "DIFFERS"
-        lines.append(_line(f"  {name}", f"{proof.err:.1e}", f"{proof.budget:.1e}", verdict))
+    lines += [_line(f"  {name}", *verdict(proof)) for name, proof in found.proofs.items()]
     if not found.same:
         return "\n".join([*lines, "", "The patched model computes something else: nothing was timed."])
     lines += ["", _line("tokens/s, median (20% to 80%)", *SIDES)]

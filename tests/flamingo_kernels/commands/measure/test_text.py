@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from flamingo_kernels.commands.measure import text
+from flamingo_kernels.testing import Proof
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,8 @@ from flamingo_kernels.commands.measure import text
         (text.factor(9.876), "9.88x"),
         (text.factor(41.04), "41.0x"),
         (text.dtype_name(torch.bfloat16), "bfloat16"),
+        (text.verdict(Proof(2e-7, 3e-7)), ("2.0e-07", "3.0e-07", "same")),
+        (text.verdict(Proof(4e-7, 3e-7)), ("4.0e-07", "3.0e-07", "DIFFERS")),
         (text.first_line(ValueError("\nexpected 2,\ngot 3")), "ValueError: expected 2,"),
         (text.first_line(RuntimeError()), "RuntimeError"),
     ],
