@@ -61,7 +61,7 @@ def test_splits_add_up(data):
     one, two = split(batch, 1)
     assert torch.equal(torch.cat((one.pixels, two.pixels)), batch.pixels)
     assert count_targets(one) + count_targets(two) == count_targets(batch)
-    assert_same(split(batch, None), [batch])
+    assert_same(list(split(batch, None)), [batch])
 
 
 def test_half_of_the_documents_see_the_next_image(data):
