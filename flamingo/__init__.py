@@ -13,7 +13,7 @@ language       language models: a decoder, and those of transformers
 generation     what follows a prompt: greedy, sampled, by beam search, token by token
 beam_search    the search
 context        what a model has read, so that further turns can follow
-kernels        flamingo_kernels, for the demo
+kernels        faster layers, for the demo
 json_lines     results and logs that a crash may have damaged
 training       of what is new, on tar shards, by one process or many
 demo           all of it on real digits, from nothing
