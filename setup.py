@@ -247,7 +247,7 @@ class Build(build_ext):
         finally:
             pool.shutdown(cancel_futures=True)  # after one failure the others would only repeat it
         if cuda and not EMULATE:
-            # the stream is in libtorch_cuda, which a torch for the CPU lacks: there `_cuda.py` opens it
+            # the stream is in libtorch_cuda; a torch for the CPU lacks it, and `_backends/cuda.py` opens it
             libraries = [name for name in TORCH_LIBRARIES if (self.torch / "lib" / f"lib{name}.so").exists()]
             self.link([NVCC, "-cudart", "static"], objects, libraries, output)
         else:

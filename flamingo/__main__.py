@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument(
         "--model", metavar="FILE", default="digits.safetensors", help="default: digits.safetensors"
     )
-    demo.add_argument("--no-kernels", action="store_true", help="train without flamingo_kernels")
+    demo.add_argument("--no-kernels", action="store_true", help="train without the kernels")
     demo.add_argument("--quick", action="store_true", help="a few steps of each stage, to see that it runs")
     demo.set_defaults(run=_demo)
 

@@ -1,4 +1,4 @@
-"""Beam search: of all texts that the likeliest beginnings lead to, the best."""
+"""Beam search: the best of all texts that the likeliest beginnings lead to."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def beam_search(
     their keys and values; the keys and values of text are copied with every step.
 
     Args:
-        context: that has read the documents; afterwards the texts returned follow, not read yet.
+        context: has read the documents. The returned texts are added to it, to be read with what comes next.
         logits: `[B, V]`, what its last `read` returned.
         num_beams, max_new_tokens, stop_token_ids, length_penalty: see `generate`. The length counts the stop.
 
@@ -56,7 +56,7 @@ def beam_search(
     for length in range(1, max_new_tokens + 1):
         following = logits.float().log_softmax(dim=-1).unflatten(0, (batch, -1))  # [B, beams, V]
         every = (likelihood[..., None] + following).flatten(1)
-        # Enough that num_beams of them go on, whichever end.
+        # Enough that num_beams of them go on, whichever of them end.
         likelihood, place = every.topk(min(num_beams * (1 + len(stops)), every.shape[1]))
         beam, token = place // vocabulary, place % vocabulary
         texts = torch.cat((texts[documents, beam], token[..., None]), dim=-1)
@@ -92,7 +92,7 @@ class _Found:
         self.length = torch.ones(batch, dtype=torch.int64, device=device)
 
     def compare(self, texts: Tensor, worth: Tensor, ends: Tensor, num_beams: int) -> None:
-        """Of texts `[B, n, length]`, likeliest first, those of the first num_beams that end."""
+        """Keeps the best that ends among the first num_beams texts `[B, n, length]`, likeliest first."""
         worth = worth[:, :num_beams].masked_fill(~ends[:, :num_beams], -torch.inf)
         best, place = worth.max(dim=1)
         text = texts[torch.arange(len(texts), device=texts.device), place]
@@ -103,7 +103,7 @@ class _Found:
         self.length = torch.where(better, length, self.length)
 
     def follow(self, context: Context) -> Tensor:
-        """The texts `[B, n]`, which are to follow in the context."""
+        """Adds the texts `[B, n]` to a context and returns them."""
         slots = torch.arange(int(self.length.max()), device=self.length.device)
         last = self.length[:, None] - 1
         texts = self.text.gather(1, torch.minimum(slots, last))

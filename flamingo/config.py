@@ -20,10 +20,10 @@ class FlamingoConfig:
     # Vision encoder
     vision: str = "vit"  # a plain ViT of the sizes below, or an NFNet: "nfnet-f0" to "nfnet-f6"
     image_size: int  # pixels of one side
-    vision_dim: int  # width of the features; 3072 of every named NFNet
-    patch_size: int = 0  # of a ViT, pixels of one side; (image_size / patch_size)^2 features a frame
-    vision_layers: int = 0  # of a ViT
-    vision_heads: int = 0  # of a ViT
+    vision_dim: int  # width of the features; 3072 for every named NFNet
+    patch_size: int = 0  # ViT: pixels of one side; (image_size / patch_size)^2 features a frame
+    vision_layers: int = 0  # ViT
+    vision_heads: int = 0  # ViT
 
     # Perceiver Resampler
     resampler_dim: int  # width of the latents, which is what cross-attention sees
@@ -47,7 +47,7 @@ class FlamingoConfig:
     activation: str = "gelu"
     ff_mult: int = 4
 
-    # Language model, of which one's own has the same width, layers and vocabulary
+    # Language model; one of your own has the same width, layers and vocabulary
     vocab_size: int
     language_dim: int
     language_layers: int
@@ -132,8 +132,8 @@ _FLAMINGO_3B = FlamingoConfig(
 )
 
 # The released ones: a ViT of CLIP ViT-L/14's shape at 224, 8 heads of 64 whatever the language model, no time
-# embeddings. The vocabulary: 50277 tokens of GPT-NeoX, then `<|endofchunk|>`, `<image>` and `<PAD>`. What the
-# language models have beyond, up to 50432, is cut off.
+# embeddings. The vocabulary: 50277 tokens of GPT-NeoX, then `<|endofchunk|>`, `<image>` and `<PAD>`. The
+# language models' further rows, up to 50432, are cut off.
 _OPEN_FLAMINGO_3B = FlamingoConfig(
     image_size=224,
     patch_size=14,

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from flamingo.model import Flamingo
+from flamingo.config import FlamingoConfig
+from flamingo.language import LanguageModel, PretrainedLanguage
+from flamingo.modules import PerceiverResampler
+
+
+class Model(Protocol):
+    """What reading and generation ask of a model. `Flamingo` says what each part is."""
+
+    config: FlamingoConfig
+    resampler: PerceiverResampler
+    language: LanguageModel | PretrainedLanguage
+
+    def encode_media(self, pixels: Tensor, num_frames: Tensor | None = None) -> Tensor: ...
+
+    def decode(
+        self,
+        input_ids: Tensor,
+        media: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: Any = None,
+        media_locations: Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor: ...
 
 
 class Context:
@@ -23,11 +45,11 @@ class Context:
     A token costs the same however many images came before it, in a model whose text sees the last one only.
 
     Args:
-        model: a `Flamingo`; best in eval mode.
+        model: a `Flamingo`, or another `Model`; best in eval mode.
 
     Attributes:
         attention_mask: bool `[B, K]` of the K tokens read so far, False at padding.
-        media: `[B, M, R, D_v]`, of every document those it has seen first, in order.
+        media: `[B, M, R, D_v]`, in every document first those it has seen, in order.
         num_seen: int64 `[B]`, how many media each document has seen.
 
     Determinism: results do not depend on how a document is cut into turns, up to rounding.
@@ -44,7 +66,7 @@ class Context:
     media: Tensor
     num_seen: Tensor
 
-    def __init__(self, model: Flamingo):
+    def __init__(self, model: Model):
         self.model = model
         self.cache = model.language.new_cache()
         self._unread: list[tuple[Tensor, Tensor]] = []  # tokens [N, n] that were added, and their mask
@@ -115,14 +137,14 @@ class Context:
     @torch.no_grad()
     def peek(self, tokens: Tensor) -> Tensor:
         """Reads tokens `[N, n]` without images, to logits `[N, n, vocab_size]` of what follows each, and
-        forgets them again: so texts that may come next are compared."""
+        forgets them again, so that several continuations can be compared."""
         length = self.length
         logits = self._read_on(tokens, torch.ones_like(tokens, dtype=torch.bool), keep=tokens.shape[1])
         self.crop(length)
         return logits
 
     def reorder(self, rows: Tensor) -> None:
-        """Makes the texts those of rows `[N]`, N / B in a row of every document."""
+        """Goes on with the texts in rows `[N]`: N / B of each document, one after the other."""
         self.cache.reorder_cache(rows)
         self.attention_mask = self.attention_mask[rows]
 
@@ -196,9 +218,9 @@ class Context:
         return logits.index_fill(-1, image, -torch.inf)
 
     def _seen_now(self) -> tuple[Tensor, Tensor]:
-        """The media that further text sees, and `[B, M]`, True as often as there are any.
+        """The media that further text sees, and bool `[B, M]`, True for each that is there.
 
-        The same tensors until another image comes: what a block makes of them can be kept.
+        They are the same tensors until another image comes, so a block can keep what it makes of them.
         """
         if self._visible is None:
             if self.model.config.only_attend_immediate_media and self.media.shape[1]:
@@ -212,5 +234,5 @@ class Context:
 
     @property
     def _mask(self) -> Tensor | None:
-        """None where nothing is padded, which language models read faster."""
+        """None where nothing is padded: language models are faster without a mask."""
         return self.attention_mask if self._padded else None

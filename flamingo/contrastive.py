@@ -6,8 +6,8 @@
                                                                                  dots of all pairs, two losses
     texts  --> text encoder   --> mean over the tokens --> linear --> length 1  /
 
-What it learns stays of use: `model.vision` is a Flamingo's vision encoder, `image_embedding` finds similar
-images, `zero_shot` classifies.
+After training `model.vision` is a Flamingo's vision encoder, `image_embedding` finds similar images, and
+`zero_shot` classifies.
 
 Source: arXiv 2204.14198, section 2.1 and appendix B.1.3.
 """
@@ -182,8 +182,8 @@ def training_step(
 ) -> list[float]:
     """One update by the gradients of one batch of each dataset, added up.
 
-    Each batch is its own contrast: pairs of one dataset are never told apart from another's. The gradients
-    are then clipped, of the vision encoder adaptively, of the text encoder by their common length, and the
+    Each batch is a contrast of its own: a pair is never compared with those of another dataset. Then the
+    vision encoder's gradients are clipped adaptively, the text encoder's by their common length, and the
     scale is kept at 100 at most.
 
     Args:

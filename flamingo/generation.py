@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flamingo.beam_search import beam_search
-from flamingo.context import Context
-
-if TYPE_CHECKING:
-    from flamingo.model import Flamingo
-    from flamingo.processor import Processor
+from flamingo.context import Context, Model
+from flamingo.processor import Processor
 
 
 def complete(model: Any, processor: Processor, documents: Sequence, **options: Any) -> list[str]:
@@ -50,7 +47,7 @@ def complete(model: Any, processor: Processor, documents: Sequence, **options: A
 
 
 def generate(
-    model: Flamingo,
+    model: Model,
     input_ids: Tensor,
     pixels: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -71,7 +68,7 @@ def generate(
     Media are encoded once, and every token is read once. `<image>` is never emitted.
 
     Args:
-        model: best in eval mode.
+        model: a `Flamingo`, or another `Model` of `flamingo.context`; best in eval mode.
         input_ids, pixels, attention_mask, num_frames: as in `Flamingo.forward`, padded on the left; pixels
             None for no images.
         max_new_tokens: tokens to add at most, 1 or more.
@@ -134,7 +131,7 @@ def generate(
 
 @torch.no_grad()
 def stream(
-    model: Flamingo,
+    model: Model,
     input_ids: Tensor,
     pixels: Tensor | None = None,
     attention_mask: Tensor | None = None,

@@ -52,8 +52,8 @@ def read_image(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Tensor
     """A file that Pillow can read, upright and in colour, to float32 `[3, h, w]` in 0..1.
 
     Args:
-        file: PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000 or AVIF, by its content. Of several images the
-            first is read.
+        file: PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000 or AVIF, by its content. The first of
+            several images is read.
         max_pixels: a larger image is refused before it is decoded: a small file may hold gigabytes. A value
             above `MAX_PIXELS` raises Pillow's own limit too, for the whole process.
 
@@ -68,7 +68,7 @@ def read_image(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Tensor
         try:
             upright = import_module("PIL.ImageOps").exif_transpose(image)
             pixels = torch.from_numpy(np.array(upright.convert("RGB")))
-        except Exception as error:  # of a damaged file Pillow raises whatever its reader met
+        except Exception as error:  # for a damaged file Pillow raises whatever its reader met
             raise _unreadable(file, error) from error
     return to_image(pixels.movedim(-1, 0))
 
@@ -88,7 +88,7 @@ def _open_image(file: Path | BinaryIO, max_pixels: int) -> Any:
 
 
 def _decoded_size(image: Any) -> tuple[int, int]:
-    """Width and height of what a decoder holds at once: of TIFF that may be a tile beyond the image."""
+    """Width and height of what a decoder holds at once; in TIFF that may be a tile larger than the image."""
     tags, tile = getattr(image, "tag_v2", {}), (322, 323)
     width, height = (size if isinstance(size := tags.get(tag), int) else 0 for tag in tile)
     return max(image.width, width), max(image.height, height)

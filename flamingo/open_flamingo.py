@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flamingo.language import PretrainedLanguage
 from flamingo.model import Flamingo
 
-# What its code fixes whatever the model.
+# What open_flamingo's code fixes for every model.
 _CHOICES = {
     "resampler_heads": 8,
     "resampler_dim_head": 64,
@@ -41,14 +41,14 @@ _HEADS = ("lang_encoder.lm_head.weight", "lang_encoder.embed_out.weight")  # the
 def load_open_flamingo(model: Flamingo, checkpoint: Path | str) -> Flamingo:
     """Sets resampler, gated blocks and embeddings of a model to those of a checkpoint of open_flamingo.
 
-    Every row of the embedding is set, as every row is saved: training has changed those of `<|endofchunk|>`
-    and `<image>`, or none, or under FSDP without original parameters all. A head that is not the embedding is
-    never trained. GPT-NeoX's is saved and set; LLaMA's is not and stays, with rows of zeros for `new_tokens`,
-    where open_flamingo draws some anew each time.
+    Every row of the embedding is set, as every row is saved. Training changes the rows of `<|endofchunk|>`
+    and `<image>`, or none; under FSDP without original parameters it changes all. A head that is not the
+    embedding is never trained. GPT-NeoX's is saved and set. LLaMA's is not saved and stays as it is, with
+    rows of zeros for `new_tokens`, which open_flamingo draws at random each time.
 
     Args:
-        model: built with the vision encoder and the language model that the checkpoint was trained with, of
-            which only the sizes can be checked. The language model has as many rows as the checkpoint: call
+        model: built with the vision encoder and the language model that the checkpoint was trained with;
+            only their sizes can be checked. The language model has as many rows as the checkpoint: call
             its `resize_token_embeddings`, or give `PretrainedLanguage` the `new_tokens` that are missing.
         checkpoint: a `checkpoint.pt` as released, one that open_flamingo's training wrote, or the same
             tensors in a `.safetensors`.
@@ -58,10 +58,10 @@ def load_open_flamingo(model: Flamingo, checkpoint: Path | str) -> Flamingo:
 
     Raises:
         ValueError: if the model is built otherwise, or the checkpoint lacks a weight, or has one that the
-            model has not or has in another shape. The model is then as before.
+            model lacks or has in another shape. The model is then as before.
         ImportError: for a `.safetensors` without safetensors installed.
 
-    Limits: call it before `flamingo_kernels.fold` and before FSDP. Compared with open_flamingo 2.0.1 on tiny
+    Limits: call it before weights are folded or sharded (FSDP). Compared with open_flamingo 2.0.1 on tiny
     models; the released files themselves were not at hand.
 
     Source: open_flamingo 2.0.1 (train_utils.py, what is saved; factory.py, tokens), arXiv 2308.01390.
@@ -182,7 +182,7 @@ def _by_our_names(state: dict[str, Tensor], language: PretrainedLanguage) -> dic
 
 
 def _layers(names: Iterable[str]) -> list[int]:
-    """Of the language model, those with a gated block in front."""
+    """The layers of the language model that have a gated block in front."""
     return sorted({int(name.split(".")[1]) for name in names if name.startswith("cross_attn.")})
 
 

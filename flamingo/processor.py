@@ -67,7 +67,7 @@ class Processor:
     and without `<BOS>` by a tokenizer whose `bos_id` is None.
 
     An image is resized to fit a square, keeping its proportions, normalised, and padded with zeros: the mean,
-    once normalised. With `fit="crop"` its shorter side fits, and what stands over is cut off, as in CLIP and
+    once normalised. With `fit="crop"` its shorter side fits, and the rest is cut off, as in CLIP and
     open_flamingo.
 
     Args:
@@ -75,7 +75,7 @@ class Processor:
         mean, std: of the three channels in 0..1; those of CLIP by default.
         fit: "pad" or "crop".
         tokenizer: a `ByteTokenizer`, a `PretrainedTokenizer`, or anything with their methods and ids.
-        max_media: media of a document at most; None for any number. The first are kept, later ones are
+        max_media: most media of a document; None for any number. The first are kept, later ones are
             dropped with their `<image>` and the `<EOC>` in front of it, unread; their texts stay. 5 in the
             paper's training.
         fps, max_frames: frames a second of files of videos, and how many of a file are read: in the paper
@@ -217,7 +217,7 @@ class Processor:
 
     @property
     def _beginning(self) -> list[int]:
-        """`<BOS>`, of a tokenizer that has one."""
+        """`<BOS>`, where the tokenizer has one."""
         return [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
 
     def _end_of_chunk(self, ids: list[int]) -> list[int]:
@@ -253,7 +253,7 @@ class Processor:
         return [place in starts for place in range(len(ids))]
 
     def _labels(self, ids: list[int]) -> list[int]:
-        """Nothing predicts a document's first token, and nobody is to say `<image>`."""
+        """The tokens to predict: all but a document's first, which nothing precedes, and `<image>`."""
         return [-100 if not place or id == self.tokenizer.image_id else id for place, id in enumerate(ids)]
 
     def _square(self, image: Tensor) -> Tensor:

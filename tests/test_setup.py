@@ -57,12 +57,10 @@ def test_setup_imports_no_torch():
 
 
 def test_older_setuptools_take_wheels_from_their_own_package(monkeypatch):
-    class Theirs:
-        pass
-
+    theirs = type("bdist_wheel", (), {})
     monkeypatch.setitem(sys.modules, "setuptools.command.bdist_wheel", None)
-    monkeypatch.setitem(sys.modules, "wheel.bdist_wheel", SimpleNamespace(bdist_wheel=Theirs))
-    assert issubclass(load_setup().Wheel, Theirs)
+    monkeypatch.setitem(sys.modules, "wheel.bdist_wheel", SimpleNamespace(bdist_wheel=theirs))
+    assert issubclass(load_setup().Wheel, theirs)
     monkeypatch.setitem(sys.modules, "wheel.bdist_wheel", None)
     assert load_setup().bdist_wheel is Command, "libraries are built without either"
 

@@ -9,8 +9,8 @@
 
 The digits are scikit-learn's, 1797 real ones of 8 x 8 pixels, and the text is made: lists like "lamp is nine
 <EOC> river is two <EOC> lamp is nine", from which a language model learns to say again what was said before,
-and facts like "Question: is nine odd? Answer: yes". That, and no digit, is what the frozen model knows; to
-show it an image as if it were such a word is what the new layers learn.
+and facts like "Question: is nine odd? Answer: yes". The frozen model knows these, and no digit. The new
+layers learn to show it an image as if it were such a word.
 
 words     its tokenizer, and the text
 digits    images, and what documents say of them

@@ -16,6 +16,7 @@ from flamingo.demo import stages
 from flamingo.demo.digits import CANDIDATES, TEMPLATES, Digits, Kind, episode, load_digits
 from flamingo.demo.saved import save_model
 from flamingo.fewshot import log_likelihoods
+from flamingo.kernels import find_patch
 from flamingo.model import Flamingo
 
 SHOTS = (0, 1, 2, 4, 8)
@@ -38,7 +39,7 @@ class Findings:
         accuracy: by kind of document and number of shots, on digits never seen.
         difference: the largest relative one between the losses of the first steps, patched and not; None
             where nothing was patched.
-        seconds: of each stage.
+        seconds: what each stage took.
     """
 
     zero_shot: float = 0.0
@@ -60,7 +61,7 @@ def main(
 
     Args:
         picture, model: files to write; see `load_model`.
-        kernels: train with the layers of `flamingo_kernels`, if it is installed.
+        kernels: train with the kernels, where they are installed.
         quick: a few steps of each stage, to see that it runs.
 
     Returns:
@@ -94,7 +95,7 @@ def run(*, kernels: bool = True, quick: bool = False) -> tuple[Findings, Flaming
     print(f"  knows what a text has said before: {found.recall:.1%}, and facts: {found.knowledge:.1%}")
 
     model = Flamingo(stages.CONFIG, vision=vision, language=language).freeze()
-    if kernels and (patch := _patch()):
+    if kernels and (patch := find_patch()):
         found.difference = _same_losses(model, digits, patch, steps=2 if quick else 10)
         print(f"  with the kernels the first losses differ by at most {found.difference:.1e}")
         print(patch(model))
@@ -144,17 +145,8 @@ def _same_losses(model: Flamingo, digits: Digits, patch: Callable[[Any], Any], *
     return max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
 
 
-def _patch() -> Callable[[Any], Any] | None:
-    """`flamingo_kernels.patch`, if it is installed: the reference knows nothing else of it."""
-    try:
-        return importlib.import_module("flamingo_kernels").patch
-    except ImportError as error:
-        print(f"without kernels: {error}")
-        return None
-
-
 def _has_learnt(found: Findings) -> bool:
-    """At least nine of ten digits by name, and eight shots worth 20 points where names are drawn."""
+    """Whether it names nine digits of ten, and eight shots are worth 20 points where names are drawn."""
     codes = found.accuracy["codes"]
     return found.accuracy["captions"][0] >= 0.9 and codes[8] - codes[0] >= 0.2
 

@@ -44,7 +44,7 @@ Report = Callable[[int, float], None]
 
 
 class NameEncoder(nn.Module):
-    """The text tower of stage 1: names are single words, of which it has one vector each."""
+    """The text tower of stage 1: names are single words, with one vector each."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -122,8 +122,8 @@ def knowledge(model: LanguageModel, *, seed: int = 1) -> float:
 
 
 def documents(digits: Digits, processor: Processor, *, seed: int = 0, count: int = 32) -> Iterator[Batch]:
-    """Batches without end, of each kind of document in turn: `count` with codes, which are learnt last, and a
-    fourth of that of the others."""
+    """Endless batches, one for each kind of document in turn: `count` documents with codes, which are learnt
+    last, and a quarter as many of the others."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for kind, template in TEMPLATES.items():
@@ -157,7 +157,7 @@ def train(
 
 
 def make_processor() -> Processor:
-    """Of the demo's images and words."""
+    """The processor of the demo's images and words."""
     return Processor(CONFIG.image_size, mean=MEAN, std=STD, tokenizer=WordTokenizer())
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# What lists are about. None of them is a digit: those the language model never reads about.
+# What lists are about. The language model never reads about digits, so none of these is one.
 NOUNS = (
     *("acorn", "anchor", "apple", "arrow", "badge", "barrel", "basket", "beetle", "bell", "bench"),
     *("blanket", "boat", "bottle", "branch", "bridge", "broom", "bucket", "button", "cabin", "candle"),

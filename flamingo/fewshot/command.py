@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
                 "batch_size": options.batch_size,
             },
         }
-        prepare(task, queries, support, options.output, **how)  # what is refused needs no model
+        prepare(task, queries, support, options.output, **how)  # refuses before a model is loaded
         model, processor = _load(options.model)
         if options.max_pixels is not None:
             processor.max_pixels = options.max_pixels
@@ -113,7 +113,7 @@ def _load(name: str) -> tuple[torch.nn.Module, Any]:
 
 
 def _some(samples: Sequence[Sample], count: int | None, seed: int) -> list[Sample]:
-    """A random so many of the samples, in their order."""
+    """So many of the samples, chosen at random, in their order."""
     if count is None or count >= len(samples):
         return list(samples)
     places = random.Random(seed).sample(range(len(samples)), count)

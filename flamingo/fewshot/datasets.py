@@ -86,7 +86,7 @@ def read_captions(captions: Path, images: Path) -> list[Sample]:
 
 
 def _entries(path: Path, key: str, *fields: str) -> list[dict[str, Any]]:
-    """The list under a key of a JSON file, of which every entry has these fields."""
+    """The list under a key of a JSON file; every entry must have these fields."""
     if not path.is_file():
         raise FileNotFoundError(f"expected a JSON file, found none at {path}.")
     try:

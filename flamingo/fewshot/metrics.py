@@ -11,7 +11,7 @@ from torch import Tensor
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
-# Written without one of their apostrophes they get it back.
+# Contractions, which get back an apostrophe that is missing.
 _CONTRACTIONS = re.findall(
     r"\S+",
     """
@@ -65,8 +65,8 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
         mean over annotators i of min(1, (others than i who said the prediction) / 3)
 
-    Both sides are normalised. The official script leaves annotators who all agree as they are, so that with
-    it "t-shirt", which it makes "t shirt" of in the prediction alone, is never right.
+    Both sides are normalised. The official script does not normalise answers on which all annotators agree:
+    with it "t-shirt" is never right there, as the prediction alone becomes "t shirt".
 
     Args:
         prediction: the model's answer.
@@ -128,8 +128,8 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tu
         CIDEr(c) = 10 * mean over n and r of exp(-(l(c) - l(r))^2 / (2 * 6^2)) * cosine[n]
 
     for the caption c, its references r, n = 1..4 and l the number of words. On the same words it is the
-    official scorer's number. That one finds words by a program in Java, of whose rules `caption_words` has
-    those that captions need.
+    official scorer's number. That one finds words by a program in Java; `caption_words` has those of its
+    rules that captions need.
 
     Args:
         predictions: one caption for each of N images.

@@ -15,6 +15,7 @@ from flamingo.fewshot.prompts import CAPTION, QUESTION, Sample, Template, trim
 from flamingo.fewshot.rices import image_embeddings, nearest
 from flamingo.fewshot.scoring import batches, identity
 from flamingo.generation import complete
+from flamingo.json_lines import parse_line
 from flamingo.processor import Processor
 
 Records = Sequence[dict[str, Any]]
@@ -279,7 +280,7 @@ def _read(output: Path, header: dict[str, Any]) -> Plan:
 
 
 def _check_header(output: Path, line: bytes, header: dict[str, Any]) -> None:
-    found = _json(line)
+    found = parse_line(line)
     if not isinstance(found, dict) or not found.keys() >= _OURS:
         raise ValueError(
             f"evaluate: expected {output} to be new, empty or the results of an evaluation, got a file of "
@@ -294,7 +295,7 @@ def _check_header(output: Path, line: bytes, header: dict[str, Any]) -> None:
 
 def _record(output: Path, number: int, line: bytes) -> dict[str, Any]:
     """A line of the output that is a sample."""
-    record = _json(line)
+    record = parse_line(line)
     kinds = {"id": str | int, "prediction": str, "references": list, "shots": list}
     if not isinstance(record, dict) or not all(
         isinstance(record.get(key), kind) for key, kind in kinds.items()
@@ -304,11 +305,3 @@ def _record(output: Path, number: int, line: bytes) -> dict[str, Any]:
             "name another output."
         )
     return record
-
-
-def _json(line: bytes) -> Any:
-    """None for what is no JSON."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None

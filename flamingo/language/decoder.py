@@ -19,7 +19,7 @@ PositionKind = Literal["rotary", "relative"]
 
 
 class KVCache:
-    """Keys and values of all tokens read so far, and what transformers' caches do with them.
+    """Keys and values of all tokens read so far, with the methods of transformers' caches.
 
     >>> language, cache = LanguageModel(vocab_size=10, dim=16, layers=1, heads=2), KVCache()
     >>> _ = language(torch.tensor([[1, 2, 3]]), cache=cache)
@@ -57,7 +57,7 @@ class KVCache:
         self.layers = [(k.index_select(0, beam_idx), v.index_select(0, beam_idx)) for k, v in self.layers]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets as many of the last tokens as a negative number says."""
+        """Forgets the last n tokens, given -n."""
         if tokens_to_remove < 0:
             self.layers = [(k[:, :, :tokens_to_remove], v[:, :, :tokens_to_remove]) for k, v in self.layers]
             self.distances = [r[:, :tokens_to_remove] for r in self.distances]
@@ -198,7 +198,7 @@ class LanguageModel(nn.Module):
         self.new_tokens = NewTokens(new_tokens, self.embedding.weight, head) if new_tokens else None
 
     def _initialise(self) -> None:
-        """Products keep the size of what they are given; a token weighs as much as all that is added."""
+        """Products keep the size of their inputs, and all that layers add is as large as the embedding."""
         nn.init.normal_(self.embedding.weight, std=self.dim**-0.5)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -219,7 +219,7 @@ class LanguageModel(nn.Module):
         return KVCache()
 
     def freeze(self) -> "LanguageModel":
-        """Takes gradients from all parameters but those of new tokens; returns the model."""
+        """Freezes all parameters but those of new tokens; returns the model."""
         self.requires_grad_(False)
         if self.new_tokens:
             self.new_tokens.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""MPT-1B, the language model of OpenFlamingo-3B, of which transformers has only the later kin.
+"""MPT-1B, the language model of OpenFlamingo-3B; transformers has only its successors.
 
 It is an MPT whose queries and keys have a LayerNorm each, over the width of all heads. Its code on the hub is
 that of "mosaic_gpt", for transformers 4.27; here its weights go into transformers' MPT.

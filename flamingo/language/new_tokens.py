@@ -53,7 +53,7 @@ class NewTokens(nn.Module):
         self.head = None if head is None else _rows_like(head, len(ids))
 
     def stand_in(self, input_ids: Tensor) -> Tensor:
-        """The ids with 0 for those the frozen matrix has no row for."""
+        """The ids, with 0 where the frozen matrix has no row."""
         return input_ids.masked_fill(input_ids >= self.known, 0)
 
     def embed(self, input_ids: Tensor, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:

@@ -34,7 +34,7 @@ class PretrainedLanguage(nn.Module):
     """A causal language model of transformers, called like `LanguageModel`, frozen.
 
     The model stays as it is: its modules, their names, its `state_dict` and its own `generate`. Hooks on its
-    layers do nothing but in a call of this module. Where `before_layer` returns its input, and at tokens that
+    layers act in a call of this module alone. Where `before_layer` returns its input, and at tokens that
     are not new, the logits are bit for bit those of the model alone.
 
     Args:
@@ -83,7 +83,7 @@ class PretrainedLanguage(nn.Module):
         if path is None:
             raise ValueError(
                 f"PretrainedLanguage: expected a causal language model of {', '.join(_LAYERS)}, got "
-                f"{type(model).__name__} of type {kind}. Of another family, pass the path of its decoder "
+                f"{type(model).__name__} of type {kind}. For another family pass the path of its decoder "
                 'layers: layers="transformer.h".'
             )
         embedding, head = cast(Any, model).get_input_embeddings(), cast(Any, model).get_output_embeddings()
@@ -144,7 +144,7 @@ class PretrainedLanguage(nn.Module):
         return DynamicCache()
 
     def freeze(self) -> "PretrainedLanguage":
-        """Takes gradients from all parameters but those of new tokens; returns the model."""
+        """Freezes all parameters but those of new tokens; returns the model."""
         self.frozen = True
         self.model.requires_grad_(False)
         return self.train(self.training)
@@ -246,7 +246,7 @@ class PretrainedLanguage(nn.Module):
                 self._before_layer, layer.training = before
 
         def checkpoint_it(function: Callable[..., Any], *args: Any) -> Any:
-            # Not reentrant: that needs an input with a gradient, which a frozen embedding has not.
+            # Not reentrant: that needs an input with a gradient, and a frozen embedding gives none.
             return checkpoint(functools.partial(run_again, function), *args, use_reentrant=False)
 
         layer._gradient_checkpointing_func, layer.training = checkpoint_it, True

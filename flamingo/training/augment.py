@@ -18,7 +18,7 @@ _YIQ = torch.tensor([[0.30, 0.59, 0.11], [0.5990, -0.2773, -0.3217], [0.2130, -0
 
 
 def augment(frames: Iterable[Tensor], *, flip: float, colour: float, draw: random.Random) -> list[Tensor]:
-    """A medium, of which all frames are mirrored or none, and all recoloured alike.
+    """Mirrors all frames of a medium or none, and recolours them alike.
 
     Args:
         frames: float32 `[3, h, w]` in 0..1.

@@ -29,7 +29,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def recomputed(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it the modules keep their inputs only and compute what a backward pass needs again."""
+    """Within the block the modules keep their inputs only, and compute again what a backward pass needs."""
     for module in modules:
         module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     try:

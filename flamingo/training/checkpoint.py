@@ -124,7 +124,7 @@ def load_weights(weights: Mapping[str, Tensor], path: Path | str) -> None:
         path: of the file.
 
     Raises:
-        ValueError: if the file has a name or a shape that the parameters have not, or lacks a trained one.
+        ValueError: if the file has a name or a shape that no parameter has, or lacks a trained one.
     """
     safetensors = import_module("safetensors")
     with safetensors.safe_open(path, framework="pt") as file:
@@ -163,7 +163,7 @@ def _point_to(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A checkpoint that is half removed no longer looks like one."""
+    """Removes a checkpoint; half removed it no longer looks like one."""
     if path.exists():
         unfinished = path.parent / f"{_UNFINISHED}removed"
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -180,7 +180,7 @@ def _flush(path: Path) -> None:
 
 
 def _random_states() -> dict[str, Any]:
-    """Of this process; plain numbers and tensors, which are safe to load."""
+    """The random generators of this process, as plain numbers and tensors, which are safe to load."""
     numpy = np.random.get_state(legacy=False)
     return {
         "python": random.getstate(),

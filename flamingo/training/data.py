@@ -28,7 +28,7 @@ def collate(config: DatasetConfig, processor: Processor, draws: list[Draw]) -> B
 
 
 def split(batch: Batch, size: int | None) -> Iterator[Batch]:
-    """Batches of so many documents; itself for None."""
+    """The batch in pieces of `size` documents; whole for None."""
     rows = len(batch.labels)
     size = size or rows
     for start in range(0, rows, size):
@@ -37,7 +37,7 @@ def split(batch: Batch, size: int | None) -> Iterator[Batch]:
 
 
 def count_targets(batch: Batch) -> int:
-    """Tokens that are learned; the first of a document has nothing before it to be told from."""
+    """How many tokens are learned; a document's first is not, as nothing comes before it."""
     return int((batch.labels[:, 1:] != -100).sum())
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from flamingo.json_lines import parse_line
+
 _BEGINNING = b'{"step": '  # of every line
 
 
@@ -72,12 +74,12 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The updates, and the number of whole lines that are none."""
+    """The updates, and how many whole lines are no update."""
     *lines, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    if _json(cut) is not None:  # it lacks nothing but its end
+    if parse_line(cut) is not None:  # it lacks nothing but its end
         lines, cut = [*lines, cut], b""
     lines = [line for line in lines if line.strip(b"\0 ")]
-    updates = [update for update in map(_json, lines) if _is_update(update)]
+    updates = [update for update in map(parse_line, lines) if _is_update(update)]
     if not updates and (lines or not _BEGINNING.startswith(cut.rstrip(b"\0")[: len(_BEGINNING)])):
         raise ValueError(
             f"expected {path} to be the log of a run, got a file of something else, which is left as it is. "
@@ -89,14 +91,6 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _is_update(line: Any) -> bool:
     return isinstance(line, dict) and type(line.get("step")) is int and "gradient norm" in line
-
-
-def _json(line: bytes) -> Any:
-    """None for what is no JSON."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -229,7 +229,7 @@ def accumulate_gradients(
 
 
 def _sum_of_losses(model: nn.Module, batch: Batch, bfloat16: bool) -> Tensor:
-    """Over all tokens that are learned, in float32 or wider."""
+    """The losses of all tokens that are learned, added in float32 or wider."""
     dtype = torch.bfloat16 if bfloat16 else next(model.parameters()).dtype
     logits = model(
         batch.input_ids,

@@ -17,7 +17,7 @@ class TrainedWeights:
                                         <-- add up --   their gradients, bfloat16
         otherwise     the parameters themselves
 
-    With `bfloat16` all parameters of the model become bfloat16, frozen ones for good: what is stored of them.
+    With `bfloat16` all parameters of the model become bfloat16, and frozen ones are kept in nothing wider.
 
     Args:
         model: whose parameters these are.
@@ -91,7 +91,7 @@ def make_optimizer(weights: Mapping[str, nn.Parameter], config: TrainingConfig) 
 
 
 def learning_rate(update: int, config: TrainingConfig) -> float:
-    """Of an update, the first being 1: a straight line from 0, then constant.
+    """The rate of an update, counted from 1: a straight line from 0, then constant.
 
     >>> from flamingo.training import Pairs
     >>> config = TrainingConfig(folder="run", datasets=(Pairs(name="ltip", shards=("ltip/*.tar",)),))

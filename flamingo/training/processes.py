@@ -1,4 +1,4 @@
-"""One process or several, by the same words."""
+"""The same calls for one process and for several."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def rank() -> int:
-    """Of this process; 0 where it is alone."""
+    """The number of this process; 0 where it is alone."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
@@ -22,14 +22,14 @@ def world_size() -> int:
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """In place; a process that is alone has the sum already."""
+    """Adds a tensor up over all processes, in place."""
     if world_size() > 1:
         distributed.all_reduce(tensor)
     return tensor
 
 
 def gather(value: Any) -> list[Any]:
-    """The value of every process, for all of them."""
+    """Every process's value, for all of them."""
     values = [value] * world_size()
     if world_size() > 1:
         distributed.all_gather_object(values, value)
@@ -42,13 +42,13 @@ def wait_for_all() -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, on the processor; all processes have to ask."""
+    """A whole copy on the CPU of a tensor that may be sharded; all processes have to call."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor that every process has, placed and sharded as another."""
+    """A tensor that every process has whole, placed and sharded as another."""
     tensor = tensor.to(other.device)
     if not isinstance(other, DTensor):
         return tensor
@@ -66,7 +66,7 @@ def device_of(name: str) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """The processes that torchrun has started, joined; nothing where it has not."""
+    """Joins the processes that torchrun has started; without torchrun it does nothing."""
     if not distributed.is_torchelastic_launched():
         yield
         return
@@ -75,7 +75,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
-        distributed.barrier()  # who leaves first takes the connection along
+        distributed.barrier()  # the first to leave would close the connection
     finally:
         distributed.destroy_process_group()
 

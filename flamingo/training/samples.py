@@ -76,7 +76,7 @@ def window(parts: list[Any], length: int, max_images: int, encode: Encode, draw:
     Args:
         parts: texts, and anything else for an image.
         length: tokens at most, with `<BOS>`, `<EOS>`, and `<EOC>` and `<image>` of every image.
-        max_images: of them the first are kept.
+        max_images: more are left out, the first are kept.
         encode: text to tokens.
         draw: of the place.
 

@@ -1,7 +1,7 @@
 """The files in a tar file, as `tar --extract --ignore-zeros` finds them, and where they lie in it.
 
 `tarfile` only parses a header here. Where it goes from one to the next, it takes a damaged one for the end,
-reads the first of joined archives alone, and before the fix of CVE-2025-8194 goes round for ever at a size
+reads the first of joined archives alone, and before the fix of CVE-2025-8194 loops for ever at a size
 below 0.
 """
 
@@ -97,7 +97,7 @@ def _header(block: bytes, at: int) -> tarfile.TarInfo:
 
 
 def _size(header: tarfile.TarInfo, facts: dict[str, str]) -> int:
-    """Of the content that follows a header; links, folders and devices have none, whatever theirs says."""
+    """The size of the content behind a header; links, folders and devices have none, whatever it says."""
     if not header.isreg() and header.type in tarfile.SUPPORTED_TYPES:
         return 0
     if "size" not in facts:

@@ -41,9 +41,9 @@ class StandardisedConv(nn.Conv2d):
 
         w_hat = gain * (w - mean(w)) / sqrt((var(w) + 1e-5) * fan_in)
 
-    so that inputs of variance 1 give outputs of variance gain^2. Standardised in float32 at least, whatever
-    the dtype of the weights. The output has ceil(side / stride) pixels a side; of odd padding, the right and
-    the bottom get one more.
+    so that inputs of variance 1 give outputs of variance gain^2. This is computed in float32 at least,
+    whatever the dtype of the weights. The output has ceil(side / stride) pixels a side; where padding is odd,
+    the right and the bottom get one more.
 
     Args:
         dim_in, dim_out: channels.
@@ -209,7 +209,7 @@ class NFNet(nn.Module):
         self.dim = 2 * widths[-1]
         self.stem = _stem(widths[0] // 2)
         stages, dim, before = [], widths[0] // 2, 0
-        variance = 1.0  # of the signal, predicted
+        variance = 1.0  # predicted, of the signal
         for width, depth, stride in zip(widths, depths, STRIDES, strict=True):
             blocks = []
             for index in range(depth):

@@ -55,7 +55,7 @@ class PretrainedVision(nn.Module):
         if family not in _FAMILIES:
             raise ValueError(
                 f"PretrainedVision: expected a CLIPVisionModel or a SiglipVisionModel, got "
-                f"{type(tower).__name__}. Of a model with a text tower too, pass model.vision_model."
+                f"{type(tower).__name__}. Pass the vision_model of a model that has a text tower too."
             )
         self.mean, self.std, self._before_patches = _FAMILIES[family]
         self.dim: int = config.hidden_size

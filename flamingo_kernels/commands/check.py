@@ -26,6 +26,7 @@ from ..testing import (
     severity,
 )
 from . import info
+from .measure.text import dtype_name
 
 # A shape of real use and an awkward one for each operator.
 CASES: list[Case] = [
@@ -58,7 +59,7 @@ class Row:
         return {
             "operator": self.operator,
             "backend": self.backend,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "case": str(self.case),
             "tensor": self.worst.name,
             "error": self.worst.error,
@@ -74,44 +75,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command `check`."""
-    return run(options.json, options.device)
-
-
-def run(as_json: bool = False, device: str = "cpu") -> int:
-    """Hold every operator, backend and dtype to the error budget of `flamingo_kernels.testing`.
-
-    Args:
-        as_json: print one JSON object instead of a table.
-        device: where the tensors are.
+    """The command `check`: hold every operator, backend and dtype to its error budget.
 
     Returns:
         0 if every output and gradient is within its budget, 2 if there is no such device, else 1.
     """
-    if why := info.why_not_on(device):
+    if why := info.why_not_on(options.device):
         print(f"check: {why}", file=sys.stderr)
         return 2
+    found = _as_json(options.device) if options.json else _as_table(options.device)
+    return 0 if _passed(found) else 1
+
+
+def _as_json(device: str) -> list[Row]:
+    found = list(rows(device))
+    named = [row.as_dict() for row in found]
+    print(json.dumps({"passed": _passed(found), "rows": named, "not_run": not_run(device)}))
+    return found
+
+
+def _as_table(device: str) -> list[Row]:
+    """Prints each row as soon as it is known."""
+    print(_LINE.format("operator", "backend", "dtype", "worst in", "error", "rounding", "budget", "result"))
     found = []
-    if not as_json:
-        print(
-            _LINE.format("operator", "backend", "dtype", "worst in", "error", "rounding", "budget", "result")
-        )
     for row in rows(device):
+        print(_render(row), flush=True)
         found.append(row)
-        if not as_json:
-            print(_render(row), flush=True)
-    passed = all(row.worst.passed for row in found)
-    if as_json:
-        left_out = not_run(device)
-        print(json.dumps({"passed": passed, "rows": [row.as_dict() for row in found], "not_run": left_out}))
-    else:
-        for backend, reason in not_run(device).items():
-            print(f"not run: {backend}: {reason}")
-        print(
-            "error: largest difference to float64, forward and backward; rounding: what its dtype may cost; "
-            f"budget: 2 x rounding + 1 ulp; {'all passed' if passed else 'FAILED'}"
-        )
-    return 0 if passed else 1
+    for backend, reason in not_run(device).items():
+        print(f"not run: {backend}: {reason}")
+    print(
+        "error: largest difference to float64, forward and backward; rounding: what its dtype may cost; "
+        f"budget: 2 x rounding + 1 ulp; {'all passed' if _passed(found) else 'FAILED'}"
+    )
+    return found
+
+
+def _passed(found: list[Row]) -> bool:
+    return all(row.worst.passed for row in found)
 
 
 _LINE = "{:<24} {:<18} {:<9} {:<10} {:>8}  {:>8}  {:>8}  {}"
@@ -160,4 +160,4 @@ def not_run(device: str = "cpu") -> dict[str, str]:
 def _render(row: Row) -> str:
     numbers = [f"{value:.1e}" for value in (row.worst.error, row.worst.rounding, row.worst.budget)]
     result = "ok" if row.worst.passed else f"FAILED: {row.case}"
-    return _LINE.format(row.operator, row.backend, str(row.dtype)[6:], row.worst.name, *numbers, result)
+    return _LINE.format(row.operator, row.backend, dtype_name(row.dtype), row.worst.name, *numbers, result)

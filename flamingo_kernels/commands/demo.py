@@ -1,13 +1,13 @@
-"""The demo: photographs and text through a Flamingo as it is written and patched, compared and timed.
+"""Photographs and text through a Flamingo, plain and patched: compared, timed and drawn.
 
 The model has the block shapes of OpenFlamingo-3B (width 2048, 8 heads of 64, 64 latents, vision width 1024),
 two language model layers instead of 24, and random weights with gates well off 0. Everything shown is
 measured in the run that shows it:
 
-- results: logits, loss and every gradient of both against float64, see `bench.proof`;
-- times: medians of runs in turn, see `bench.timing`; also of one attention core of each kind alone, on the q,
-  k and v that this model gave it;
-- peak memory: how far the resident memory of this process rises in a run, see `bench.memory`.
+- results: logits, loss and every gradient of both against float64, see `testing.prove`;
+- times: medians of runs in turn, see `measure.timing`; also those of one attention core of each kind, on the
+  q, k and v that this model gave it;
+- peak memory: how far the resident memory of this process rises in a run, see `measure.memory`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import flamingo
 from flamingo import modules
 
 from .. import PatchReport, patch
-from ..testing import Expected, Proof, expect, prove
+from ..testing import Expected, Proof, expect, open_gates, prove
 from . import info
 from .measure.memory import peak_growth
+from .measure.text import duration, factor, mebibytes, verdict
 from .measure.timing import interleave
 
 # Photographs that scikit-image brings inside its wheel, and what is said about them.
@@ -47,11 +48,11 @@ OPENING = "Five photographs and what they show:"
 
 FORWARD, STEP = MODES = ("forward", "forward + backward")
 OPERATORS = ("masked_cross_attention", "perceiver_attention", "gated_residual")  # that the model calls
-BUSY = 1.5  # a spread of times, on an idle machine it stays below
+BUSY = 1.5  # a spread of times; an idle machine stays below
 
 
 class Pair(NamedTuple):
-    """One quantity of the reference and of the patched model, in milliseconds or MiB."""
+    """One quantity of the reference and of the patched model: milliseconds, or bytes."""
 
     reference: float
     patched: float
@@ -71,7 +72,7 @@ class Findings:
     parameters: int
     report: PatchReport
     proofs: dict[str, Proof]
-    memory: dict[str, Pair]  # MiB by mode; empty where it cannot be measured
+    memory: dict[str, Pair]  # bytes by mode; empty where it cannot be measured
     times: dict[tuple[str, str], Pair]  # ms by (what, mode)
     share: float  # of all attention cores in a step of the reference
 
@@ -132,11 +133,7 @@ def build(**changes: Any) -> flamingo.Flamingo:
     sizes = {"vision_layers": 1, "resampler_depth": 2, "language_layers": 2}
     tokens = {"vocab_size": 261, "media_token_id": 256}  # of ByteTokenizer
     config = flamingo.FlamingoConfig.preset("openflamingo-3b", **sizes | tokens | changes)
-    model = flamingo.Flamingo(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("gate"):
-            nn.init.uniform_(parameter, 0.3, 1.0)
-    return model.freeze()
+    return open_gates(flamingo.Flamingo(config)).freeze()
 
 
 def _document(images: list[Any]) -> list[Any]:
@@ -146,6 +143,7 @@ def _document(images: list[Any]) -> list[Any]:
 
 
 Results = dict[str, tuple[Tensor, ...]]
+Shown = Callable[[float], str]
 
 
 class Runner:
@@ -188,17 +186,17 @@ def compare(model: flamingo.Flamingo, batch: flamingo.Batch) -> tuple[dict[str, 
     _say("comparing, and measuring memory")
     runners = [Runner(model, batch, patched=patched) for patched in (False, True)]
     forward = [_weigh(runner[FORWARD])[1] for runner in runners]
-    (_, eager_mib), (ours, ours_mib) = (_weigh(runner[STEP]) for runner in runners)
+    (_, eager_bytes), (ours, our_bytes) = (_weigh(runner[STEP]) for runner in runners)
     proofs = {
         f"{what} ({len(expected.exact)} tensors)": prove(ours[what], expected)
         for what, expected in _expected(runners[0][STEP], exact).items()
     }
-    peaks = {FORWARD: Pair(*forward), STEP: Pair(eager_mib, ours_mib)}
+    peaks = {FORWARD: Pair(*forward), STEP: Pair(eager_bytes, our_bytes)}
     return proofs, {mode: pair for mode, pair in peaks.items() if all(pair)}
 
 
 def _expected(run: Callable[[], Results], exact: Results) -> dict[str, Expected]:
-    """What is expected of each kind of result, of one run for all."""
+    """What is expected of each kind of result; one run serves all."""
     every = expect(lambda: [each for tensors in run().values() for each in tensors], sum(exact.values(), ()))
     found, begin = {}, 0
     for what, tensors in exact.items():
@@ -207,11 +205,11 @@ def _expected(run: Callable[[], Results], exact: Results) -> dict[str, Expected]
     return found
 
 
-def _weigh(call: Callable[[], Results]) -> tuple[Results, float]:
-    """What a call returns, and how many MiB it takes at its peak; 0 where that cannot be measured."""
+def _weigh(call: Callable[[], Results]) -> tuple[Results, int]:
+    """What a call returns, and the bytes it takes at its peak; 0 where that cannot be measured."""
     kept: list[Results] = []
     growth = peak_growth(lambda: kept.append(call()))
-    return (kept or [call()])[0], (growth or 0) / 2**20
+    return (kept or [call()])[0], growth or 0
 
 
 def time(
@@ -308,14 +306,12 @@ def render(found: Findings) -> str:
         "",
         _line("worst relative error against float64", "patched", "allowed"),
     ]
-    for what, proof in found.proofs.items():
-        verdict = "same" if proof.passed else "DIFFERS"
-        lines.append(_line(f"  {what}", f"{proof.err:.1e}", f"{proof.budget:.1e}", verdict))
+    lines += [_line(f"  {what}", *verdict(proof)) for what, proof in found.proofs.items()]
     lines += ["", _line("median time", "reference", "patched")]
-    lines += [_pair_line(f"  {what}, {mode}", pair, "ms") for (what, mode), pair in found.times.items()]
+    lines += [_pair_line(f"  {what}, {mode}", pair, duration) for (what, mode), pair in found.times.items()]
     if found.memory:
         lines += ["", _line("peak memory above the parameters", "reference", "patched")]
-        lines += [_pair_line(f"  {mode}", pair, "MiB") for mode, pair in found.memory.items()]
+        lines += [_pair_line(f"  {mode}", pair, mebibytes) for mode, pair in found.memory.items()]
     lines += ["", _share(found)]
     if found.spread > BUSY:
         lines.append(
@@ -329,12 +325,8 @@ def _line(name: str, first: str, second: str, third: str = "") -> str:
     return f"{name:<46}{first:>12}{second:>12}{third:>9}".rstrip()
 
 
-def _pair_line(name: str, pair: Pair, unit: str) -> str:
-    return _line(name, _amount(pair.reference, unit), _amount(pair.patched, unit), f"{pair.ratio:.2f}x")
-
-
-def _amount(value: float, unit: str) -> str:
-    return f"{value / 1000:.3g} s" if unit == "ms" and value >= 1000 else f"{value:.3g} {unit}"
+def _pair_line(name: str, pair: Pair, shown: Shown) -> str:
+    return _line(name, shown(pair.reference), shown(pair.patched), factor(pair.ratio))
 
 
 def _share(found: Findings) -> str:
@@ -363,12 +355,11 @@ def picture(found: Findings, path: str | Path) -> None:
         axes.set_axis_off()
         axes.set_title("\n".join(textwrap.wrap(text, 26)), y=-0.04, va="top", fontsize=9.5)
 
-    times, memory = bottom.subplots(1, 2, width_ratios=(1.5, 1))
-    _draw_bars(
-        times, "median time", {f"{what}\n{mode}": pair for (what, mode), pair in found.times.items()}, "ms"
-    )
-    _draw_bars(memory, "peak memory above the parameters", found.memory, "MiB")
-    times.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
+    left, right = bottom.subplots(1, 2, width_ratios=(1.5, 1))
+    named = {f"{what}\n{mode}": pair for (what, mode), pair in found.times.items()}
+    _draw_bars(left, "median time", named, duration)
+    _draw_bars(right, "peak memory above the parameters", found.memory, mebibytes)
+    left.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
     proofs = ";  ".join(
         f"{what}: relative error {proof.err:.1e}, allowed {proof.budget:.1e}"
         for what, proof in found.proofs.items()
@@ -384,15 +375,15 @@ def _square(image: Any) -> Any:
     return image.crop((left, top, left + side, top + side)).resize((360, 360))
 
 
-def _draw_bars(axes: Any, title: str, pairs: dict[str, Pair], unit: str) -> None:
+def _draw_bars(axes: Any, title: str, pairs: dict[str, Pair], shown: Shown) -> None:
     """Every pair on its own scale: the reference is as long as the axis."""
     places = range(len(pairs))[::-1]  # barh draws upwards
     for name, offset, colour in (("reference", 0.19, "#bdbdbd"), ("patched", -0.19, "#e4576b")):
         lengths = [getattr(pair, name) / pair.reference for pair in pairs.values()]
         bars = axes.barh([y + offset for y in places], lengths, 0.36, color=colour, label=name)
-        labels = [_amount(getattr(pair, name), unit) for pair in pairs.values()]
+        labels = [shown(getattr(pair, name)) for pair in pairs.values()]
         if name == "patched":
-            gains = [f"{pair.ratio:.2f}x" for pair in pairs.values()]
+            gains = [factor(pair.ratio) for pair in pairs.values()]
             labels = [f"{label}   {gain}" for label, gain in zip(labels, gains, strict=True)]
         axes.bar_label(bars, labels, padding=4, fontsize=8.5, color="#333333")
     axes.set_title(title, loc="left", fontsize=11, weight="bold")

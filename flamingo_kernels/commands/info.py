@@ -27,14 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command `info`."""
-    return run(options.json)
-
-
-def run(as_json: bool = False) -> int:
-    """Print `collect()` for people, or as JSON."""
+    """The command `info`: print `collect()` for people, or as JSON."""
     found = collect()
-    print(json.dumps(found, indent=1) if as_json else render(found))
+    print(json.dumps(found, indent=1) if options.json else render(found))
     return 0
 
 
@@ -103,7 +98,7 @@ def _render_cuda(extension: dict[str, Any]) -> str:
 
 
 def _render_failed(extension: dict[str, Any]) -> str:
-    """What is there may be older than its sources."""
+    """Why the latest build failed; what is loaded is then older than its sources."""
     return f"; the latest build failed: {extension['failed_build']}" if extension["failed_build"] else ""
 
 
@@ -170,7 +165,7 @@ def sm_clock(device: str) -> int | None:
 
 
 def backend_in_use(operator: str, device: str = "cpu") -> str:
-    """What an operator runs on there without a choice of the caller's, as in "cpu/avx2"."""
+    """What an operator runs on where the caller chooses nothing, as in "cpu/avx2"."""
     from ..testing import CASES  # needs `flamingo`, which this file otherwise does without
 
     return variant(dispatch.resolve(operator, "auto", *CASES[operator](device=device).tensors().values()))

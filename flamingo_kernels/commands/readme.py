@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 
+def row(*cells: str) -> str:
+    """One line of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
 def around(path: str | Path, begin: str, end: str) -> tuple[str, str]:
     """What a page holds before and after its two markers.
 

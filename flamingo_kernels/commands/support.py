@@ -10,7 +10,7 @@ from typing import Any, cast
 from .._backends import cuda, dispatch, triton
 from ..patch.registry import families
 from . import readme
-from .profile.report import rounded
+from .measure.text import dtype_name, factor, gibibytes, mebibytes, rounded
 
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
@@ -74,7 +74,7 @@ def table() -> str:
                 _GRADIENTS.get(backend, "once" if dispatch.is_differentiable(operator) else _NO_GRADIENTS),
                 _REPRODUCIBLE.get(backend, "yes"),
             ]
-            lines.append(_line(*cells))
+            lines.append(readme.row(*cells))
     return "\n".join(lines)
 
 
@@ -91,9 +91,9 @@ def models(results: str | Path | None = None) -> str:
     ]
     for family in families():
         swapped = ", ".join(f"`{name}`" for name in family.fused)
-        gains = " | ".join(_gain(found[PROFILED[family.name]], work) for work in WORKS)
+        gains = (_gain(found[PROFILED[family.name]], work) for work in WORKS)
         fixes = "; ".join(f"`{name}`: {bug}" for name, bug in family.fixes.items())
-        lines.append(f"| {family.name} | {family.versions} | {swapped} | {gains} | {fixes} |")
+        lines.append(readme.row(family.name, family.versions, swapped, *gains, fixes))
     return "\n".join([*lines, *_conditions([each for each in found.values() if each])])
 
 
@@ -109,7 +109,7 @@ def _gain(found: dict[str, Any], work: str) -> str:
         return "-"
     before, after = (measured["times"][side] for side in ("before", "after"))
     overlap = before["p20"] <= after["p80"] and after["p20"] <= before["p80"]
-    return f"{'~' * overlap}{measured['ratio']:.2f}x"
+    return f"{'~' * overlap}{factor(measured['ratio'])}"
 
 
 def _conditions(found: list[dict[str, Any]]) -> list[str]:
@@ -163,25 +163,21 @@ def presets(results: str | Path | None = None) -> str:
 
 def _run_line(found: dict[str, Any]) -> str:
     speeds = (_speeds(found["works"][work]) for work in WORKS)
-    return _line(found["model"], found["dtype"], f"{rounded(found['parameters'] / 1e6)} M", *speeds)
+    return readme.row(found["model"], found["dtype"], f"{rounded(found['parameters'] / 1e6)} M", *speeds)
 
 
 def _counted_line(found: dict[str, Any]) -> str:
     size = sum(found["parameters"].values())
-    weights = f"{rounded(size * found['bytes_each'] / 2**30)} GiB"
+    weights = gibibytes(size * found["bytes_each"])
     flops = (f"{rounded(found['flops'][work] / 1e9)} GFLOP" for work in WORKS)
     before, after = (found["saved"][side] for side in ("before", "after"))
-    kept = f"{rounded(before / 2**20)} to {rounded(after / 2**20)} MiB ({before / after:.2f}x)"
-    return _line(found["model"], found["dtype"], f"{rounded(size / 1e9)} G", weights, *flops, kept)
+    kept = f"{rounded(before / 2**20)} to {mebibytes(after)} ({factor(before / after)})"
+    return readme.row(found["model"], found["dtype"], f"{rounded(size / 1e9)} G", weights, *flops, kept)
 
 
 def _speeds(measured: dict[str, Any]) -> str:
     before, after = (measured["tokens_per_s"][side]["median"] for side in ("before", "after"))
-    return f"{rounded(before)} to {rounded(after)} ({measured['ratio']:.2f}x)"
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"{rounded(before)} to {rounded(after)} ({factor(measured['ratio'])})"
 
 
 def update_readme(path: str | Path, results: str | Path | None = None) -> None:
@@ -192,4 +188,4 @@ def update_readme(path: str | Path, results: str | Path | None = None) -> None:
 
 
 def _dtypes() -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dispatch.KERNEL_DTYPES)
+    return ", ".join(map(dtype_name, dispatch.KERNEL_DTYPES))

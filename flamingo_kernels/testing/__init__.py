@@ -3,6 +3,8 @@
 cases      calls of every operator
 rounding   what rounding does to a computation
 budget     the rule, and measurements by it
+gates      gates that are open
+tiny       small models of other libraries
 """
 
 from .budget import (
@@ -35,6 +37,7 @@ from .cases import (
     Tensors,
     lay_out,
 )
+from .gates import open_gates
 from .rounding import RandomRounding, rounding_errors
 
 __all__ = [
@@ -62,6 +65,7 @@ __all__ = [
     "lay_out",
     "measure",
     "measure_call",
+    "open_gates",
     "prove",
     "rounding_errors",
     "severity",

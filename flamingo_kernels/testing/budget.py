@@ -32,7 +32,7 @@ class Measurement:
     """How far one output or gradient is from the exact values, and how far it may be.
 
     Attributes:
-        name: of the tensor: an output's, or "d" and an input's.
+        name: an output's, or "d" and an input's.
         error: of the kernel, the largest absolute difference to float64.
         rounding: how far rounding in its dtype can put it, see `rounding_errors`.
         ulp: spacing of the dtype at the largest exact value.
@@ -114,7 +114,7 @@ def _exact(case: Case) -> Tensors:
 
 @lru_cache(maxsize=4096)
 def _rounding(case: Case) -> list[float]:
-    """Of each output and gradient; the same for every backend."""
+    """What rounding may cost each output and gradient; the same for every backend."""
     tensors, douts = _inputs(case)
     exact = list(_exact(case).values())
     return rounding_errors(lambda: list(evaluate(case, case.eager, tensors, douts).values()), exact)
@@ -126,7 +126,7 @@ def evaluate(
     """The outputs of `function(**tensors)` by name, and gradients, if there are any, under "d" + the tensor.
 
     Raises:
-        AssertionError: an output has not the shape and dtype of its gradient.
+        AssertionError: an output has another shape or dtype than its gradient.
     """
     leaves = {name: tensor.detach().requires_grad_(case.differentiable) for name, tensor in tensors.items()}
     outputs, douts = function(**leaves), tuple(douts)
@@ -201,14 +201,14 @@ class Expected(NamedTuple):
     rounding: list[float]
 
     def part(self, begin: int, end: int) -> Expected:
-        """Of the results from one place to another."""
+        """What is expected of the results from one place to another."""
         return Expected(self.exact[begin:end], self.dtypes[begin:end], self.rounding[begin:end])
 
 
 def expect(
     run: Callable[[], Sequence[Tensor]], exact: Sequence[Tensor], draws: int | None = None
 ) -> Expected:
-    """What is expected of whoever computes the same as `run`, given its results in float64.
+    """What is expected of all that compute the same as `run`, given its results in float64.
 
     The kernels of a library in `run` may lose more than rounding need, as some of torch keep sums in half:
     what they lose here counts as rounding.

@@ -37,7 +37,7 @@ _SUMS = (
     _aten.sum.default,
     _aten.sum.dim_IntList,
 )
-# Made of others, each of which rounds.
+# Operations that are made of others, each of which rounds.
 _COMPOSED: dict[Any, Callable[..., Any]] = get_decompositions(
     [
         _aten.mean,

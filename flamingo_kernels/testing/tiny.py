@@ -64,7 +64,7 @@ class TinyModel:
         return cast(Tensor, out if isinstance(out, Tensor) else out.logits)
 
     def loss(self) -> Tensor:
-        """Of predicting the next token everywhere, to call `backward()` on."""
+        """The loss of predicting every next token, to call `backward()` on."""
         logits, targets = self.logits()[:, :-1].flatten(0, 1), self.tokens[:, 1:].flatten()
         return nn.functional.cross_entropy(logits.float(), targets)
 
@@ -104,7 +104,7 @@ def build(name: str, sizes: Sizes | None = None, *, seed: int = 0, **config: Any
         ImportError: the library is not installed.
 
     Example:
-        >>> from flamingo_kernels import tiny
+        >>> from flamingo_kernels.testing import tiny
         >>> "mllama-tiny" in tiny.names()
         True
     """

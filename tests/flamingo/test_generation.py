@@ -1,6 +1,7 @@
 """What follows a prompt, held against what a model says of the whole text, read anew for every token."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from flamingo import (
     stream,
 )
 from flamingo.beam_search import beam_search
+from flamingo.context import Model
 from flamingo.generation import choose
 from flamingo_kernels import patch
 from tests.helpers import language_models as families
@@ -305,6 +307,17 @@ class TestBeamSearch:
         assert set(sizes) == {3}
 
 
+def test_generation_asks_a_model_for_nothing_but_what_the_protocol_names(plain):
+    names = [*Model.__annotations__, *(name for name in vars(Model) if not name.startswith("_"))]
+    assert names == ["config", "resampler", "language", "encode_media", "decode"]
+    other = SimpleNamespace(**{name: getattr(plain, name) for name in names})
+    ids, pixels, mask = documents()
+    for options in ({}, {"num_beams": 3}):
+        found = generate(other, ids, pixels, mask, max_new_tokens=4, **options)
+        assert torch.equal(found, plain.generate(ids, pixels, mask, max_new_tokens=4, **options))
+    assert Context(other).read(torch.tensor([[20, 21]])).shape == (1, 101)  # without images: of the latents
+
+
 class TestTurns:
     """More text and images after what was read and said."""
 
@@ -395,7 +408,7 @@ class TestCost:
         return ids, torch.randn(1, images, 1, 3, 32, 32)
 
     def flops(self, model, images):
-        """Of one more token after a prompt of one length, whatever the number of its images."""
+        """The FLOPs of one more token after a prompt of one length, whatever the number of its images."""
         context = Context(model)
         context.read(*self.prompt(images))
         context.add(torch.tensor([[7]]))

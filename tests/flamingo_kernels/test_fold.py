@@ -45,7 +45,7 @@ def call(module: nn.Module, seed: int, family: str = "flamingo") -> torch.Tensor
         return module(x, media, LOCATIONS)
 
 
-def assert_same(original: nn.Module, folded: nn.Module, run) -> None:
+def assert_in_budget(original: nn.Module, folded: nn.Module, run) -> None:
     """By the error budget."""
     exact = run(copy.deepcopy(original).double())
     measured = hold("out", run(folded), lambda: run(original), exact)
@@ -62,7 +62,9 @@ def test_a_folded_block_computes_the_same(family, dtype):
     assert not report.skipped
     assert set(report.folded) == {"", "attn"}
     draws = range(DRAWS)
-    assert_same(original, fused, lambda module: torch.stack([call(module, seed, family) for seed in draws]))
+    assert_in_budget(
+        original, fused, lambda module: torch.stack([call(module, seed, family) for seed in draws])
+    )
 
 
 @pytest.mark.parametrize(("name", "config"), CONFIGS, ids=str)
@@ -85,7 +87,7 @@ def test_a_folded_model_computes_the_same(name, config):
         with torch.no_grad():
             return module(**inputs).logits
 
-    assert_same(model, fused, run)
+    assert_in_budget(model, fused, run)
 
 
 def test_gates_norms_and_scales_are_gone():

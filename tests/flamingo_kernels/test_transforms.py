@@ -15,6 +15,7 @@ from flamingo_kernels.testing import (
     GatedResidualNormCase,
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
+    open_gates,
 )
 from tests.helpers.sublayer_cases import CrossAttentionCase, FeedForwardCase
 
@@ -84,11 +85,7 @@ def test_a_kernel_that_is_asked_for_refuses(case, transform, kernels):
 
 
 def block():
-    module = GatedCrossAttentionBlock(dim=16, dim_visual=8, dim_head=8, heads=2)
-    with torch.no_grad():
-        module.attn_gate.fill_(0.5)
-        module.ff_gate.fill_(0.5)
-    return module
+    return open_gates(GatedCrossAttentionBlock(dim=16, dim_visual=8, dim_head=8, heads=2))
 
 
 LOCATIONS = torch.tensor([[0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0]])

@@ -3,10 +3,7 @@
 shapes     what is timed and what must be reached, as data
 baselines  the contenders' calls
 run        check, then time
-timing     the clocks: interleaved, medians and percentiles
 floors     the bytes a call must move, and how fast the device moves bytes
-memory     the peak of a call
-proof      whether a result is right
 rows       what is kept of a run
 report     tables and the picture
 """

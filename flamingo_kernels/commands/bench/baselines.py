@@ -48,9 +48,13 @@ Randn = Callable[..., Tensor]
 
 
 class Contender(NamedTuple):
-    """A forward pass, what its backward pass differentiates, and whether it computes what ours does.
+    """A forward pass in some modes.
 
-    It takes part in these modes.
+    Attributes:
+        call: the forward pass.
+        wrt: what its backward pass differentiates.
+        same: whether it computes what ours does.
+        modes: those in which it takes part.
     """
 
     call: Call
@@ -67,7 +71,7 @@ def contenders(case: Case, dtype: torch.dtype | None = None, device: str = "cpu"
 
     Args:
         case: operator, sizes, dtype.
-        dtype: what the numbers are held in; they are those of the case's dtype whatever it is. Default: that.
+        dtype: what holds the numbers, which are rounded to the case's dtype either way. Default: that.
         device: where the tensors are.
     """
     generator = torch.Generator(device).manual_seed(0)
@@ -345,7 +349,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor
 
 
 def _by_sequence(q: Tensor, k: Tensor, v: Tensor, times: Tensor) -> Tensor:
-    """Eager, one sequence at a time and anew for the backward pass: all scores in float64 fill a GPU."""
+    """Eager by sequence, made again for the backward pass: all scores in float64 would fill a GPU."""
     alone = [tensor.split(1) for tensor in (q, k, v, times)]
     parts = [
         checkpoint(modules.dense_masked_attention, *each, use_reentrant=False)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from .. import readme
 from ..measure.figure import new_figure
+from ..measure.text import duration, factor
 from .baselines import BACKENDS, FLOORS, OURS
 from .rows import Key, Row, Run, Skipped
 from .shapes import CASES_OF, FLAT_MEMORY, HEADS, Floor, Target
@@ -37,7 +38,7 @@ class Verdict(NamedTuple):
         if isinstance(self.target, Floor):
             return f"{self.measured:.0%}"
         # A rival that may be a little faster is a ratio below 1, and reads better the other way round.
-        return _times(self.measured if self.target.ratio > 1 else 1 / self.measured)
+        return factor(self.measured if self.target.ratio > 1 else 1 / self.measured)
 
 
 def verdicts(key: Key, rows: dict[str, Row]) -> list[Verdict]:
@@ -95,13 +96,13 @@ def brief(run: Run) -> str:
     lines = [line.format("times as long as ours", "ours", "floor", *columns)]
     for key, rows in run.cases.items():
         mode = key.mode.replace("forward+backward", "both")
-        share, ours = rows[OURS].floor_share, _milliseconds(rows[OURS].median_ms)
+        share, ours = rows[OURS].floor_share, duration(rows[OURS].median_ms)
         cells = [
             f"{key.op} {_short(key.shape)} {key.dtype} {mode}",
             ours,
             "-" if share is None else f"{share:.0%}",
         ]
-        cells += [_times(rows[name].ratio) if name in rows else "-" for name in columns]
+        cells += [factor(rows[name].ratio) if name in rows else "-" for name in columns]
         lines.append(line.format(*cells))
         lines += [f"    {'; '.join(map(str, found))}" for found in [verdicts(key, rows)] if found]
     return "\n".join(lines + _left_out(run))
@@ -121,10 +122,10 @@ def markdown(run: Run) -> str:
         f"|---|---|---|--:|{'--:|' * len(columns)}---|",
     ]
     for key, rows in run.cases.items():
-        cells = [f"`{key.op}` {_short(key.shape)}", key.dtype, key.mode, _milliseconds(rows[OURS].median_ms)]
-        cells += [_times(rows[name].ratio) if name in rows else "-" for name in columns]
+        cells = [f"`{key.op}` {_short(key.shape)}", key.dtype, key.mode, duration(rows[OURS].median_ms)]
+        cells += [factor(rows[name].ratio) if name in rows else "-" for name in columns]
         cells.append("<br>".join(map(str, verdicts(key, rows))))
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(readme.row(*cells))
     notes = [
         f"Columns of rivals: how many times as long as ours they take. Attention has{_USUAL}. "
         f"{' and '.join(FLOORS)} are no rivals but floors: they do a part of the work. "
@@ -179,7 +180,7 @@ def picture(run: Run, path: str | Path) -> None:
             drawn = axes.barh(
                 heights, widths, [each for *_, (_, each) in bars], left=1, color=_COLOURS[name], label=name
             )
-            labels = [_times(ratio) for _, ratio, _ in bars]
+            labels = [factor(ratio) for _, ratio, _ in bars]
             axes.bar_label(drawn, labels, padding=3, fontsize=7, color="#444444")
     axes.axvline(1, color="#222222", linewidth=1)
     axes.set_xscale("log")
@@ -232,10 +233,10 @@ def _order(row: Row) -> tuple[bool, float]:
 
 
 def _line(row: Row) -> str:
-    time = f"{_milliseconds(row.median_ms):>10} ({row.p20_ms:.4g} to {row.p80_ms:.4g})"
+    time = f"{duration(row.median_ms):>10} ({row.p20_ms:.4g} to {row.p80_ms:.4g})"
     error = "a floor, not compared" if row.err is None else f"error {row.err:.1e} of {row.budget:.1e}"
     memory = "" if row.extra_mib is None else f"{row.extra_mib:.1f} MiB"
-    cells = [f"{row.contender:<17}", f"{time:<32}", f"{_times(row.ratio):>7}", f"{memory:>10}", error]
+    cells = [f"{row.contender:<17}", f"{time:<32}", f"{factor(row.ratio):>7}", f"{memory:>10}", error]
     floor = "" if row.floor_share is None else f"{row.floor_share:.0%} of the byte floor"
     return "    " + "  ".join([*cells, row.variant, floor]).rstrip()
 
@@ -250,11 +251,3 @@ def _without_case(run: Run) -> list[Skipped]:
 
 def _met(met: bool) -> str:
     return "met" if met else "not met"
-
-
-def _milliseconds(value: float) -> str:
-    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"

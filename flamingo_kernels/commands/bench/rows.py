@@ -40,7 +40,7 @@ class Row(_Entry):
     p80_ms: float
     ratio: float  # this median over ours
     extra_mib: float | None  # peak memory beyond outputs and gradients; None where it cannot be measured
-    err: float | None  # worst relative error against float64, see `proof`; None for a floor
+    err: float | None  # worst relative error against float64, see `testing.prove`; None for a floor
     budget: float | None  # what err may be
     variant: str  # backend and instruction set of ours, "" for the others
     device: str
@@ -50,7 +50,7 @@ class Row(_Entry):
     time: str  # of the run, UTC
     device_type: str = "cpu"
     least_bytes: int | None = None  # see `floors`; None for a layer
-    sm_mhz: int | None = None  # clock of a GPU's multiprocessors right after; None where nobody says it
+    sm_mhz: int | None = None  # clock of a GPU's multiprocessors right after; None where it is not known
     floor_share: float | None = None  # of the time those bytes take at copy bandwidth; None if not measured
 
 

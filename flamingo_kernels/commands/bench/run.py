@@ -14,6 +14,7 @@ from ...testing import Expected, expect, prove
 from .. import info
 from ..info import conditions_on
 from ..measure.memory import peak_growth
+from ..measure.text import first_line
 from ..measure.timing import Clock, Spread, clock_of, interleave
 from .baselines import OURS, Contender, contenders
 from .floors import Ceilings, least_bytes
@@ -178,7 +179,7 @@ def check(
 
 
 def _expected(eager: Contender, mode: Mode, exact: tuple[Tensor, ...]) -> Expected:
-    """What rounding costs eager; of gradients also that of the forward pass before them."""
+    """What rounding costs eager; for gradients that of the forward pass before them too."""
     call = call_of(eager, "forward+backward" if mode == "backward" else mode)
     return expect(lambda: call()[-len(exact) :], exact)
 
@@ -218,7 +219,7 @@ def call_of(contender: Contender, mode: Mode) -> Call:
 def _douts(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Gradients for these outputs, the same numbers in every dtype.
 
-    Rounded to bfloat16 to that end; around 1, so that the gradient of a gate is no sum that cancels.
+    They are rounded to bfloat16 for that. They are around 1, so that the sum for a gate does not cancel.
     """
     device = outputs[0].device
     generator = torch.Generator(device).manual_seed(1)
@@ -245,9 +246,3 @@ def _variant(op: str, device: str) -> str:
         "PerceiverResampler": "perceiver_attention",
     }
     return info.backend_in_use(attention.get(op, op), device)
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -11,7 +11,7 @@ configs    every configuration of the Triton kernels: time, registers, spills, s
 kernels    the time of every kernel within a call
 work       what is measured in one task
 launch     what a call costs the host
-outcome    all that was found, and what of it is not as it must be
+outcome    all that was found, and what of it is wrong
 report     the files and the table
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .outcome import Outcome
 
 RESULTS = Path("benchmarks/results")
-REHEARSAL = Path("build/rehearsal")  # what a cpu does says nothing of a GPU, and is not kept
+REHEARSAL = Path("build/rehearsal")  # results of a cpu say nothing about a GPU and are not kept
 GRACE = 15.0  # seconds for the last step to end and be saved
 
 

@@ -8,21 +8,20 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from ..._backends import env
 from ..._backends.cpu import failed_build, record_of_failure
+from ..info import ROOT
 
-ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "gpu"
 LIBRARY = FOLDER / "flamingo_kernels" / "_C_cuda.abi3.so"
 NVCC = os.environ.get("NVCC", "nvcc")
 
 
 class Building:
-    """A build that goes on; this process, and those it starts from now on, take what comes of it.
+    """A build in the background. This process, and those it starts from now on, load what it builds.
 
     Args:
         arch: of the GPU, as in "90".

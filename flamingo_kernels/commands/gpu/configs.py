@@ -12,9 +12,9 @@ import torch
 
 from ..._backends import dispatch, env
 from ..bench.baselines import OURS, contenders
-from ..bench.run import first_line
 from ..bench.shapes import Case
 from ..info import conditions_on
+from ..measure.text import first_line
 from ..measure.timing import Clock, Spread, clock_of, interleave
 
 SECONDS_EACH = 0.04  # to time a configuration
@@ -46,12 +46,12 @@ def time_all(case: Case, device: str, clock: Clock | None = None) -> list[Row]:
 
     with _choosing(choose):
         _call(case, device)
-    of = {"op": case.op, "shape": case.shape, "dtype": case.dtype} | conditions_on(device)
-    return [of | row for row in rows]
+    called = {"op": case.op, "shape": case.shape, "dtype": case.dtype} | conditions_on(device)
+    return [called | row for row in rows]
 
 
 def _facts(configs: tuple[Any, ...], run: Callable[[Any], Any], clock: Clock) -> dict[Any, Row]:
-    """Of each configuration what it was compiled to and its time, or why it does not run."""
+    """What each configuration was compiled to and its time, or why it does not run."""
     found = {config: _launch(run, config) for config in configs}
     calls = {repr(config): partial(run, config) for config, facts in found.items() if "error" not in facts}
     spreads = interleave(calls, seconds=SECONDS_EACH * len(calls), clock=clock) if calls else {}

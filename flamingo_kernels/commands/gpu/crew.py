@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..bench.run import first_line
+from ..measure.text import first_line
 
 PATIENCE = 5.0  # seconds for a process that was killed to be gone: the driver may hold it
 
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Lost:
-    """What there is instead of a result: a task "failed", itself or with its process, or was too "late"."""
+    """What stands for a result: the task "failed", by itself or with its process, or was "late"."""
 
     status: str
     why: str
@@ -139,7 +139,7 @@ class Crew:
 
 
 class _Started:
-    """What a process says first: its start is no part of its first task."""
+    """What a process says first, since its start is no part of its first task."""
 
 
 class _Worker:

@@ -31,7 +31,7 @@ _FACTS = {
 def by_kernel(case: Case, backend: str, device: str) -> list[dict[str, Any]]:
     """A row for every kernel of a call of ours by one backend, the first to run first.
 
-    None where the profiler may not look at the GPU.
+    No row where the profiler may not look at the GPU.
     """
     on_gpu = torch.device(device).type == "cuda"
     calls = CALLS if on_gpu else 1
@@ -42,9 +42,9 @@ def by_kernel(case: Case, backend: str, device: str) -> list[dict[str, Any]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for event in events:
         found.setdefault(event["name"], []).append(event)
-    of = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "mode": case.mode, "backend": backend}
-    of |= conditions_on(device)
-    return [of | _row(name, each, calls) for name, each in found.items()]
+    called = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "mode": case.mode, "backend": backend}
+    called |= conditions_on(device)
+    return [called | _row(name, each, calls) for name, each in found.items()]
 
 
 def _row(name: str, events: list[dict[str, Any]], calls: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a call costs the host: the time to check it and put its kernels on a stream, which no graph pays."""
+"""What a call costs the host: checking it and putting its kernels on a stream. A CUDA graph spares that."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CALLS, ROUNDS = 50, 5  # far fewer launches than a stream takes before it makes 
 
 
 def host_microseconds(case: Case, backend: str) -> float:
-    """Of one forward call, in the fastest of a few rounds; on a cpu all of one call, which says little."""
+    """Microseconds of one forward call, in the fastest of a few rounds; on a cpu those of a whole call."""
     call = Call(case, backend).forward
     calls, rounds = (CALLS, ROUNDS) if torch.device(case.device).type == "cuda" else (1, 1)
     taken = []

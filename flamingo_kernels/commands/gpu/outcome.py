@@ -1,4 +1,4 @@
-"""All that a run has found, and what of it is not as it must be."""
+"""All that a run has found, and what of it is wrong."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Outcome:
     """All that was found.
 
     Attributes:
-        environment: of `info`, and the device, the time of day and the plan.
+        environment: what `info` says, and the device, the time of day and the plan.
         findings: of every proof and every measurement.
         problems: what kept a step from being done, by step.
-        seconds: that each step took.
+        seconds: what each step took.
         ceilings: None where they were not measured.
         bench: every timed row.
         notes: what else is to be told.
@@ -50,7 +50,7 @@ class Outcome:
 
     @property
     def failures(self) -> list[str]:
-        """One line for each thing that is not as it must be; a missed target is none."""
+        """One line for each failure; a missed target is none."""
         proofs = [_line(each) for each in self.findings if each.status == "failed"]
         untimed = [
             f"bench {' '.join(each.key)}: {each.reason}"
@@ -73,11 +73,11 @@ class Outcome:
 
     @property
     def ran(self) -> set[tuple[str, str]]:
-        """Those of which something came to an end."""
+        """The kernels of which a proof or a measurement came to an end."""
         return self._of([each for each in self.findings if each.status in ("ok", "failed")])
 
     def _of(self, findings: list[Finding]) -> set[tuple[str, str]]:
-        """The kernels that these are of."""
+        """The kernels that these findings are about."""
         return self.existing & {(each.operator, each.backend.partition("/")[0]) for each in findings}
 
     @property

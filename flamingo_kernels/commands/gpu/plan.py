@@ -105,7 +105,7 @@ REPEATED: list[Case] = [
     GatedResidualNormCase(shape=(2048, 2048), gate=(2048,), norm="rms"),
     DECODE[0],
 ]
-# Without gated_block_decode: of 16 sequences no tensor is so large.
+# Without gated_block_decode: its 16 sequences make no tensor so large.
 LARGE: list[Case] = [
     MaskedCrossAttentionCase(batch=1, length=2048, media=2, latents=64, heads=8, head_dim=64),
     PerceiverAttentionCase(clips=1, queries=64, features=2048, latents=64, heads=8, head_dim=64),
@@ -163,7 +163,7 @@ FULL = Plan(
     large=LARGE,
     timed=shapes.GPU_CASES,
     seconds=480,
-    # What the first minutes on a GPU must bring comes first.
+    # First comes what the first minutes on a GPU must tell.
     steps={
         "rivals": Time(55, 50),
         "build": Time(30),

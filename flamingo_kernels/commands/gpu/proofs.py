@@ -15,7 +15,7 @@ from ..._backends import dispatch
 from ...mask import MediaMask
 from ...testing import Case, Measurement, Outputs, Tensors, evaluate, measure, measure_call, severity
 from .. import info
-from ..bench.run import first_line
+from ..measure.text import dtype_name, first_line, gibibytes
 
 FAR = 2**31  # elements, the first that a 32-bit offset does not reach
 
@@ -26,7 +26,7 @@ class Finding:
 
     Attributes:
         check: name of the proof.
-        operator, backend, dtype, case: of what.
+        operator, backend, dtype, case: what it is about.
         status: "ok", "failed", "skipped" (it cannot run here) or "late" (no time was left).
         detail: why not ok.
         tensor, error, rounding, budget: of the worst tensor, where the proof is one of accuracy.
@@ -54,9 +54,8 @@ class Task(NamedTuple):
     backend: str
 
     def finding(self, status: str, detail: str = "", worst: Measurement | None = None) -> Finding:
-        dtype = str(self.case.dtype).removeprefix("torch.")
         case = str(dataclasses.replace(self.case, dtype=Case.dtype))  # without the dtype
-        what = (self.check, self.case.operator, info.variant(self.backend), dtype, case)
+        what = (self.check, self.case.operator, info.variant(self.backend), dtype_name(self.case.dtype), case)
         if worst is None:
             return Finding(*what, status, detail)
         numbers = (worst.name, worst.error, worst.rounding, worst.budget, worst.spent)
@@ -86,7 +85,7 @@ def parity(case: Case, backend: str) -> Measurement:
 
 
 def far(case: Case, backend: str) -> Measurement:
-    """The last sequence of so many that tensors pass 2^31 elements keeps the error budget.
+    """Where tensors have more than 2^31 elements, the last sequence keeps the error budget.
 
     The sequences before it are random and not looked at; nor are the gradients of tensors they share.
     """
@@ -133,11 +132,11 @@ def _expect_memory(needed: int, device: str) -> None:
         return
     free, _ = torch.cuda.mem_get_info(device)
     if needed > free:
-        raise NotHere(f"it takes about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
+        raise NotHere(f"it takes about {gibibytes(needed)}, {gibibytes(free)} are free")
 
 
 class Call:
-    """An operator with all it reads at hand in fixed places: it can be called again and again."""
+    """A call of an operator whose inputs stay where they are, so that it can be made again and again."""
 
     def __init__(self, case: Case, backend: str) -> None:
         self.case, self.backend = case, backend
@@ -233,7 +232,7 @@ def expect_same(found: Tensors, expected: Tensors) -> None:
 
 @contextmanager
 def poison() -> Iterator[None]:
-    """Fresh memory starts as NaN, so that what a kernel leaves unwritten is found out."""
+    """Fresh memory starts as NaN, so that it shows what a kernel leaves unwritten."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -241,7 +240,7 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of operators that have no deterministic algorithm
+            warnings.simplefilter("ignore")  # about operators without a deterministic algorithm
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -13,6 +13,7 @@ from typing import Any
 from ..bench import report as bench_report
 from ..bench.floors import Ceilings
 from ..bench.rows import Run
+from ..measure.text import dtype_name
 from .outcome import Outcome
 from .plan import DTYPES
 from .proofs import Finding
@@ -35,7 +36,7 @@ def why_not_to(folder: Path) -> str:
 
 
 def save(outcome: Outcome, folder: Path) -> None:
-    """Write all but the picture: it takes no time, and what is there is whole if this process ends."""
+    """Write all files but the picture. It is quick, and each file is whole even if this process is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = {name: getattr(outcome, name) for name in _IN_ENVIRONMENT}
     measured = None if outcome.ceilings is None else outcome.ceilings._asdict()
@@ -83,7 +84,7 @@ def _write_json(path: Path, content: object) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write a file whole or not at all."""
     draft = path.with_name(f"{path.name}.part")
     draft.write_text(text)
     draft.replace(path)
@@ -120,7 +121,7 @@ def _steps(outcome: Outcome) -> str:
 
 
 def _accuracy(findings: list[Finding]) -> list[str]:
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    dtypes = [dtype_name(dtype) for dtype in DTYPES]
     lines = [_ACCURACY.format("operator", "backend", *dtypes)]
     groups: dict[tuple[str, str], dict[str, list[Finding]]] = {}
     for each in findings:

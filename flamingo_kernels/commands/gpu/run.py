@@ -13,8 +13,9 @@ from ..._backends import cuda, dispatch, env
 from ...testing import CASES
 from .. import check, info
 from ..bench.rows import Run
-from ..bench.run import first_line, prepare, without
+from ..bench.run import prepare, without
 from ..bench.shapes import Case
+from ..measure.text import first_line
 from ..measure.timing import Clock
 from . import sanitizer, work
 from .build import Building
@@ -133,7 +134,7 @@ class _Steps:
             yield result
 
     def rivals(self) -> None:
-        """What they compile here is on disk when they are timed, one after the other."""
+        """Compile for the rivals side by side: it is on disk when they are timed one by one."""
         names = [name for name in ("compile", "flex") if not self.plan.against or name in self.plan.against]
         ahead = [(case, name, self.device) for case in self.plan.timed for name in names]
         for _ in self.share("rivals", prepare, ahead, most=None) if self.crew.workers else ():
@@ -159,7 +160,7 @@ class _Steps:
         outcome.environment |= info.collect()
 
     def _miss(self) -> None:
-        """That a kernel does not run which should run here is a problem."""
+        """Note each kernel that should run here and does not."""
         on_gpu = torch.device(self.device).type == "cuda"
         should = {"triton"} if on_gpu or env.INTERPRET else {"cpu"}
         if not isinstance(self.building, str) or (on_gpu and cuda.build()):
@@ -265,7 +266,7 @@ class _Steps:
         self._measure("kernels", partial(work.profile, device=self.device), every)
 
     def _calls(self) -> list[Case]:
-        """Of the timed shapes those of operators, each once, with its gradients if it has any."""
+        """The timed shapes that are of operators, each once, with its gradients if it has any."""
         called = {(case.op, case.shape, case.dtype): case for case in self.plan.timed}
         return [case for case in called.values() if case.op in self.backends]
 
@@ -280,6 +281,6 @@ class _Steps:
                 status, why = found.status, found.why
             else:
                 rows += found
-            of = (case.op, info.variant(backend), case.dtype, f"{case.shape} {case.mode}")
-            self.outcome.findings.append(Finding(name, *of, status, why))
+            what = (case.op, info.variant(backend), case.dtype, f"{case.shape} {case.mode}")
+            self.outcome.findings.append(Finding(name, *what, status, why))
             self.keep()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def watchdog(seconds: float) -> Iterator[None]:
-    """Give the block so long, then end the program with status 1: what is saved by then is what is left."""
+    """End the program with status 1 if the block takes longer: only what is saved by then is left."""
     timer = threading.Timer(seconds, _end, [seconds])
     timer.daemon = True
     timer.start()

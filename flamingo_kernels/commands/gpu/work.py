@@ -21,8 +21,8 @@ Rows = list[dict[str, Any]]
 
 
 def _on(device: str) -> AbstractContextManager[None]:
-    """What holds for all that is measured: no tf32, and in Triton's interpreter, where ours run only by name,
-    that name.
+    """What holds for every measurement: no tf32, and Triton by name where its interpreter is on, as `auto`
+    never takes that.
     """
     torch.set_float32_matmul_precision("highest")
     if torch.device(device).type == "cuda":

@@ -3,5 +3,6 @@
 timing    the clocks: interleaved, medians and percentiles
 memory    the peak of a call
 progress  a line on stderr
+text      numbers, dtypes, proofs and errors as a report shows them
 figure    pictures
 """

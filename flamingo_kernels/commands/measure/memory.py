@@ -1,6 +1,6 @@
 """The memory of a call: a process' peak from Linux' own high-water mark, a GPU's from torch's allocator.
 
-And what a call keeps for its backward pass, and how much memory there is.
+Also what a call keeps for its backward pass, and how much memory is free.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shapes, bytes and FLOPs of a model that does not fit into memory, from tensors without any.
+"""Shapes, bytes and FLOPs of a model that does not fit into memory, counted on tensors without numbers.
 
 The model is built and run under torch's FakeTensorMode: shapes, dtypes and devices without numbers, and what
 is saved for the backward pass is what would be saved on that device.
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ... import patch
 from ..measure.memory import available, saved_bytes
+from ..measure.text import dtype_name, gibibytes
 from .models import THIRD_PARTY
 from .parts import LANGUAGE, PARTS, each_part, labels
 from .run import AFTER, BEFORE, call, twin
@@ -69,7 +70,7 @@ def lacking_memory(plan: Plan, dtype: torch.dtype, device: str) -> str:
     there = available(device)
     if there is None or needed <= there:
         return ""
-    return f"needs {needed / 2**30:.0f} GiB to be compared in float64, {there / 2**30:.0f} GiB are free"
+    return f"needs {gibibytes(needed)} to be compared in float64, {gibibytes(there)} are free"
 
 
 def run(plan: Plan, dtype: torch.dtype, device: str, lacking: str) -> Counted:
@@ -87,7 +88,7 @@ def run(plan: Plan, dtype: torch.dtype, device: str, lacking: str) -> Counted:
         calls[STEP] = call(STEP, subject.works[STEP], subject.model)
         return Counted(
             plan.name,
-            str(dtype).removeprefix("torch."),
+            dtype_name(dtype),
             {name: list(each.shape) for name, each in subject.inputs.items()},
             lacking,
             _in_order(parameters_by_part(subject.model, of_module)),
@@ -120,7 +121,7 @@ def parameters_by_part(model: nn.Module, of_module: Mapping[nn.Module, str]) -> 
 
 
 def flops_by_part(call: Callable[[], object], of_module: Mapping[nn.Module, str]) -> Counter[str]:
-    """Of a call's matrix products; a backward pass counts for the part around all."""
+    """The FLOPs of a call's matrix products; those of a backward pass count for the outermost part."""
     counts: Counter[str] = Counter()
     around = [LANGUAGE]
     with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:

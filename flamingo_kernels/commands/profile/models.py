@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import tiny
+from ...testing import open_gates, tiny
 from .parts import BLOCKS, RESAMPLER, VISION
 from .subject import (
     DECODE,
@@ -25,7 +25,6 @@ from .subject import (
     Subject,
     Work,
     features,
-    open_gates,
     tokens,
 )
 
@@ -45,8 +44,7 @@ def _flamingo(preset: str, sizes: Sizes, **changes: Any) -> Subject:
     from flamingo import Flamingo, FlamingoConfig
 
     config = FlamingoConfig.preset(preset, **changes)
-    model = Flamingo(config).freeze()
-    open_gates(model)
+    model = open_gates(Flamingo(config).freeze())
     ids = tokens(sizes, 256, config.media_token_id)
     pixels = features(1, sizes.media, 1, 3, config.image_size, config.image_size)
 
@@ -88,7 +86,7 @@ def _third_party(name: str, sizes: Sizes, **wide: Any) -> Subject:
     return build(name, tiny.Sizes(text=sizes.text, images=sizes.media, **wide))
 
 
-# Of "small" models, which are as wide as real ones and have few layers.
+# The "small" models are as wide as real ones and have few layers.
 WIDE: dict[str, Any] = {"width": 1024, "heads": 16, "visual": 512}
 _WIDE_FLAMINGO: dict[str, Any] = {
     "language_dim": 1024,
@@ -116,10 +114,10 @@ def _registry() -> dict[str, Callable[[Sizes], Subject]]:
 
 
 def small_of(name: str) -> str:
-    """What the model of `tiny` is called that is as wide as a real one."""
+    """The name of the model that is as wide as a real one, from its tiny one's."""
     return name.replace("-tiny", "-small")
 
 
-# They read numbers while they are built, which tensors without memory have not, and they are small.
+# These read numbers while they are built, so tensors without memory cannot stand in. They are small.
 THIRD_PARTY = frozenset(each for name in tiny.names() for each in (name, small_of(name)))
 MODELS = _registry()

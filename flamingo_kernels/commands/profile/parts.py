@@ -70,7 +70,7 @@ def each_part(
 ) -> Iterator[None]:
     """Within the block every call of a labelled module runs in `scope(label)`.
 
-    By no hooks: a fused layer takes another path around modules that have some.
+    It uses no hooks, as a fused layer takes another path around modules that have some.
     """
     call = nn.Module.__call__
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from ..measure.figure import new_figure
+from ..measure.text import duration, factor, mebibytes, rounded, verdict
 from ..measure.timing import Spread
 from .count import Counted
 from .parts import BLOCKS, INSIDE, PARTS
@@ -20,7 +21,7 @@ def measured(found: Profile) -> str:
     """A profile as a page of text."""
     setting = found.conditions
     threads = f", {setting['threads']} threads" if setting["device_type"] == "cpu" else ""
-    size = f"{found.parameters / 1e6:.3g} M random parameters"
+    size = f"{rounded(found.parameters / 1e6)} M random parameters"
     lines = [
         f"{found.model}, {found.dtype}, {size}; {_shapes(found.inputs)}",
         f"{setting['device']}{threads}, torch {setting['torch']}",
@@ -29,15 +30,13 @@ def measured(found: Profile) -> str:
         "",
         _line("relative error against float64", AFTER, "allowed"),
     ]
-    for name, proof in found.proofs.items():
-        verdict = "same" if proof.passed else "DIFFERS"
-        lines.append(_line(f"  {name}", f"{proof.err:.1e}", f"{proof.budget:.1e}", verdict))
+    lines += [_line(f"  {name}", *verdict(proof)) for name, proof in found.proofs.items()]
     if not found.same:
         return "\n".join([*lines, "", "The patched model computes something else: nothing was timed."])
     lines += ["", _line("tokens/s, median (20% to 80%)", *SIDES)]
     for name, work in found.works.items():
         before, after = (_spread(work.speed(side)) for side in SIDES)
-        lines.append(_line(f"  {name}", before, after, _times(work.ratio)))
+        lines.append(_line(f"  {name}", before, after, factor(work.ratio)))
         lines += [f"    {work.note}"] if work.note else []
     lines += ["", _line("memory", *SIDES), *_memory(found.works)]
     for name, work in found.works.items():
@@ -53,11 +52,11 @@ def _memory(works: Mapping[str, Measured]) -> list[str]:
     lines = []
     for name, work in works.items():
         if all(work.peak.values()):
-            lines.append(_compared(f"  peak, {name}", work.peak, _mebibytes))
+            lines.append(_compared(f"  peak, {name}", work.peak, mebibytes))
         else:
             lines.append(f"  peak, {name}: cannot be measured here, or is too small to be seen")
         if work.saved:
-            lines.append(_compared("  saved for the backward pass", work.saved, _mebibytes))
+            lines.append(_compared("  saved for the backward pass", work.saved, mebibytes))
     return lines
 
 
@@ -69,7 +68,7 @@ def _by_part(work: Measured) -> list[str]:
     rows += [(part, [part]) for part in parts if part not in inside]
     rows.append(("all", parts))
     return [
-        _compared(f"  {name}", {side: _sum(work.parts[side], which) for side in SIDES}, _milliseconds)
+        _compared(f"  {name}", {side: _sum(work.parts[side], which) for side in SIDES}, duration)
         for name, which in rows
     ]
 
@@ -92,7 +91,7 @@ def counted(found: Counted) -> str:
     lines += ["", "counted GFLOP of matrix products, as the model is written, with dense masks"]
     lines += [f"  {name:<32}{flops / 1e9:>16.4g}" for name, flops in found.flops.items()]
     lines += ["", _line("counted memory of a training step", *SIDES)]
-    lines.append(_compared("  saved for the backward pass", found.saved, _mebibytes))
+    lines.append(_compared("  saved for the backward pass", found.saved, mebibytes))
     return "\n".join(lines)
 
 
@@ -129,7 +128,7 @@ def picture(found: Profile, path: str | Path) -> None:
         ends = {row: end + width for (row, end), width in zip(ends.items(), widths, strict=True)}
     for y, (name, side) in enumerate(rows):
         work = found.works[name]
-        gain = f", {_times(work.ratio)}" if side == AFTER else ""
+        gain = f", {factor(work.ratio)}" if side == AFTER else ""
         label = f"  {rounded(work.speed(side).median)} tokens/s{gain}"
         axes.text(ends[name, side], y, label, va="center", fontsize=9, color="#333333")
     axes.set_yticks(range(len(rows)), [f"{name}, {side}" for name, side in rows], fontsize=9)
@@ -151,9 +150,9 @@ def _line(name: str, first: str, second: str, third: str = "") -> str:
     return _LINE.format(name, first, second, third).rstrip()
 
 
-def _compared(name: str, values: Mapping[str, Any], shown: Any) -> str:
+def _compared(name: str, values: Mapping[str, Any], shown: Callable[[float], str]) -> str:
     before, after = (values[side] for side in SIDES)
-    return _line(name, shown(before), shown(after), _times(before / after) if after else "")
+    return _line(name, shown(before), shown(after), factor(before / after) if after else "")
 
 
 def _sum(values: Mapping[str, float], which: Iterable[str]) -> float:
@@ -170,20 +169,3 @@ def _shapes(inputs: Mapping[str, list[int]]) -> str:
 
 def _spread(value: Spread) -> str:
     return f"{rounded(value.median)} ({rounded(value.p20)} to {rounded(value.p80)})"
-
-
-def rounded(value: float) -> str:
-    """To three digits, or to a whole number."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _milliseconds(value: float) -> str:
-    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
-
-
-def _mebibytes(value: float) -> str:
-    return f"{value / 2**20:.4g} MiB"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}x"

@@ -18,6 +18,7 @@ from ...testing import Proof, expect, prove
 from ..info import conditions_on
 from ..measure.memory import peak_growth, saved_bytes
 from ..measure.progress import ProgressBar
+from ..measure.text import dtype_name
 from ..measure.timing import Clock, Spread, clock_of, interleave
 from .parts import PARTS, device_time, each_part, host_time, labels, time_by_part
 from .subject import STEP, Plan, Subject, Work, convert
@@ -103,7 +104,7 @@ def run(
     progress("results: comparing with float64")
     found = Profile(
         plan.name,
-        str(dtype).removeprefix("torch."),
+        dtype_name(dtype),
         {name: list(each.shape) for name, each in subject.inputs.items()},
         sum(parameter.numel() for parameter in subject.model.parameters()),
         str(report),
@@ -122,7 +123,7 @@ def run(
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy with the same parameters and buffers, not equal ones: to patch it costs no memory."""
+    """A copy that shares the model's parameters and buffers, so that patching it costs no memory."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -206,6 +207,6 @@ def by_part(
 
 
 def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """Of the parts that the model has."""
+    """The median of every part that the model has."""
     medians = {part: statistics.median(each[part] for each in rounds) for part in PARTS}
     return {part: median for part, median in medians.items() if median}

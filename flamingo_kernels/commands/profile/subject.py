@@ -13,7 +13,7 @@ PREFILL, DECODE, STEP = "prefill", "decode", "training step"
 
 
 class Sizes(NamedTuple):
-    """Of the inputs: one sequence of `text` tokens, `media` of which are images."""
+    """The inputs: one sequence of `text` tokens, and `media` images in it."""
 
     text: int
     media: int
@@ -26,9 +26,9 @@ class Work(NamedTuple):
     """One kind of work.
 
     Attributes:
-        start: does on a model, in whatever dtype that is, what comes once, and returns what is timed. That of
-            a training step gives the loss, and its caller differentiates; the others give logits.
-        tokens: that one call handles.
+        start: prepares a model, in whatever dtype it is, and returns the call that is timed. It gives logits,
+            or in a training step the loss, which its caller differentiates.
+        tokens: how many one call handles.
         note: what a reader of the row must know.
     """
 
@@ -43,8 +43,8 @@ class Subject:
 
     Attributes:
         model: what is trained in it requires gradients, the rest does not.
-        inputs: for a reader, by name.
-        parts: by a regular expression for paths of modules, the part of the model they are.
+        inputs: by name, to be shown.
+        parts: regular expressions for the paths of modules, and the part of the model that those are.
         works: PREFILL, DECODE and STEP.
     """
 
@@ -71,7 +71,7 @@ class Plan(NamedTuple):
 
 
 def convert(model: nn.Module, dtype: torch.dtype) -> None:
-    """`model.to(dtype)` that leaves every tensor the object it is: its twin follows, and a fake one can."""
+    """`model.to(dtype)`, but every tensor stays the object it is: a twin that shares it follows."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
@@ -87,10 +87,3 @@ def tokens(sizes: Sizes, vocabulary: int, image: int) -> Tensor:
 def features(*shape: int) -> Tensor:
     """Random numbers that every dtype can hold."""
     return torch.randn(shape).bfloat16().float()
-
-
-def open_gates(model: nn.Module) -> None:
-    """Gates start at 0, where a wrong branch would not show."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("gate"):
-            nn.init.uniform_(parameter, 0.3, 1.0)

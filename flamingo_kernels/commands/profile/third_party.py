@@ -31,10 +31,10 @@ PARTS = {
         r"model\.layers\.\d+\.adapter": BLOCKS,
     },
 }
-# What no softmax sees: biases of keys, whose gradients are rounding alone.
+# Biases of keys: no softmax sees them, so their gradients are rounding alone.
 UNSEEN = ("k_layer_norm.bias", "key_protein.bias")
-# Of models with a cache, what a token after the prompt is given of the images again. flamingo_pytorch has
-# none, and Evolla reads the whole text and the protein for every token.
+# What a token after the prompt is given of the images again, for each model with a cache. flamingo_pytorch
+# has none, and Evolla reads the whole text and the protein for every token.
 _IMAGES_AGAIN: dict[str, Callable[[Any], dict[str, Any]]] = {
     "open_flamingo-tiny": lambda prompt: {"vision_x": None},
     "idefics-tiny": lambda prompt: {"perceiver_embeddings": prompt.image_hidden_states},
@@ -63,10 +63,10 @@ def build(name: str, sizes: tiny.Sizes) -> Subject:
     }
     frozen = "vision and language model frozen" if VISION in PARTS[name].values() else "language model frozen"
     length = built.tokens.shape[1]
-    of_step = f"forward and backward, {frozen}, no optimizer"
+    trained = f"forward and backward, {frozen}, no optimizer"
     works = {
         PREFILL: Work(partial(_prefill, inputs), length),
-        STEP: Work(partial(_step, inputs, built.tokens), length, of_step),
+        STEP: Work(partial(_step, inputs, built.tokens), length, trained),
     }
     if name in _IMAGES_AGAIN:
         decode = partial(_decode, inputs, built.tokens.shape, _IMAGES_AGAIN[name])
@@ -76,7 +76,7 @@ def build(name: str, sizes: tiny.Sizes) -> Subject:
 
 
 def _cast(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
-    """In the dtype of a model."""
+    """The inputs in the dtype of a model."""
     dtype = next(model.parameters()).dtype
     return {name: each.to(dtype) if each.is_floating_point() else each for name, each in inputs.items()}
 
@@ -103,13 +103,13 @@ def _decode(
     again: Callable[[Any], dict[str, Any]],
     model: Any,
 ) -> Callable[[], Tensor]:
-    """The text but its last token comes before."""
+    """A call for the last token, after one for all the text before it."""
     given = _cast(inputs, model)
-    of_text = {name: each for name, each in given.items() if each.shape[:2] == shape}
-    prompt = model(**given | {name: each[:, :-1] for name, each in of_text.items()}, use_cache=True)
+    text = {name: each for name, each in given.items() if each.shape[:2] == shape}
+    prompt = model(**given | {name: each[:, :-1] for name, each in text.items()}, use_cache=True)
     cache = prompt.past_key_values
     lengths = [layer.get_seq_length() for layer in cache.layers]
-    last = {name: each[:, -1:] for name, each in of_text.items()}
+    last = {name: each[:, -1:] for name, each in text.items()}
     last |= {"attention_mask": given["attention_mask"], **again(prompt)}
 
     def decode() -> Tensor:

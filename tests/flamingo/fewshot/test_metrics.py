@@ -47,7 +47,7 @@ class TestNormaliseAnswer:
 class TestVQAAccuracy:
     @pytest.mark.parametrize(
         ("agree", "expected"),
-        # Of ten leave-one-out sets, `agree` lose one who agrees: min(1, (agree - 1) / 3); the rest lose none.
+        # In `agree` of ten leave-one-out sets one who agrees is lost: min(1, (agree - 1) / 3).
         [(0, 0.0), (1, 0.9 / 3), (2, 0.2 / 3 + 0.8 * 2 / 3), (3, 0.3 * 2 / 3 + 0.7), (4, 1.0), (10, 1.0)],
     )
     def test_leaves_each_annotator_out(self, agree, expected):
@@ -84,7 +84,7 @@ class TestCaptionWords:
 
 class TestCIDEr:
     def test_by_hand(self):
-        # Of two images, an n-gram of both weighs log(2 / 2) = 0, as "a" does; others log 2, which cancels.
+        # An n-gram of both images, as "a", weighs log(2 / 2) = 0; others weigh log 2, which cancels.
         mean, each = cider(["a cat on a mat", "a red bus"], [["a cat on the mat"], ["a red bus"]])
         first = 3 / math.sqrt(3 * 4) + 2 / math.sqrt(4 * 4) + 1 / math.sqrt(3 * 3) + 0
         second = 1 + 1 + 1 + 0  # three words have no 4-gram

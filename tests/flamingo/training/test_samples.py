@@ -120,7 +120,7 @@ class TestPairs:
 
 class TestClips:
     def test_frames_in_their_order(self):
-        """Of which there may be more than nine."""
+        """Even where there are more than nine."""
         frames = images(12, seed=0)
         config = replace(CLIPS, frames=11)
         clip, caption = to_document(config, clip_sample(frames, "moves"), ENCODE, random.Random(0))

@@ -94,8 +94,7 @@ def test_a_shard_that_has_become_shorter(tmp_path):
 
 
 def test_what_is_no_shard_is_refused(tmp_path):
-    with tarfile.open(tmp_path / "packed.tar", "w:gz"):
-        pass
+    tarfile.open(tmp_path / "packed.tar", "w:gz").close()
     with pytest.raises(ValueError, match=r"packed\.tar to be an uncompressed tar file"):
         entries(str(tmp_path / "packed.tar"))
     with pytest.raises(FileNotFoundError, match=r"expected shards at .*/\*\.zip, got none"):

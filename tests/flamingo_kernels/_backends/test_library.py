@@ -21,6 +21,7 @@ from flamingo_kernels.testing import (
     PerceiverAttentionCase,
     evaluate,
 )
+from tests.helpers.same import assert_same
 
 NAMES = ("masked_cross_attention", "perceiver_attention", "gated_residual", "gated_residual_norm")
 CASES = [
@@ -123,8 +124,7 @@ def assert_same_compiled(case: Case, backend: str, compiler: str) -> None:
     tensors = case.tensors()
     douts = case.douts(case.eager(**tensors))
     expected = evaluate(case, functools.partial(case.kernel, backend), tensors, douts)
-    for name, tensor in evaluate(case, compiled, tensors, douts).items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_same(evaluate(case, compiled, tensors, douts), expected)
 
 
 def attend(q, k, v, locations, backend):
@@ -144,14 +144,10 @@ def test_a_mask_of_any_length_is_compiled_once(backend):
         torch._dynamo.mark_dynamic(locations, 1)
         expected = attend(*leaves.values(), locations, backend)
         out = compiled(*leaves.values(), locations, backend)
-        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        assert_same(out, expected)
         (dout,) = case.douts((out,))
-        for one, other in zip(
-            torch.autograd.grad(out, list(leaves.values()), dout),
-            torch.autograd.grad(expected, list(leaves.values()), dout),
-            strict=True,
-        ):
-            torch.testing.assert_close(one, other, rtol=0, atol=0)
+        found, expected = (torch.autograd.grad(each, list(leaves.values()), dout) for each in (out, expected))
+        assert_same(found, expected)
     assert counter.frame_count == 1
 
 
@@ -192,8 +188,7 @@ def test_any_number_of_rows_is_compiled_once(operator, backend):
         expected = case.kernel(backend, **tensors)
         for name in set(tensors) & {"k_media", "v_media", "x", "y"}:
             torch._dynamo.mark_dynamic(tensors[name], 1)
-        for one, other in zip(compiled(**tensors), expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=0)
+        assert_same(compiled(**tensors), expected)
     assert counter.frame_count == 1
 
 

@@ -21,6 +21,7 @@ from flamingo import modules
 from flamingo_kernels import _kept, layers
 from flamingo_kernels.layers import fused as fused_layers
 from tests.helpers.parity import assert_parity
+from tests.helpers.same import assert_same
 from tests.helpers.weights import randomise
 
 B, T, M, R, D, V = 2, 6, 2, 5, 20, 12
@@ -55,12 +56,6 @@ def gradients(module, *tensors, call=None):
     return [out.detach(), *torch.autograd.grad(out, wanted, dout)]
 
 
-def assert_equal(ours, theirs):
-    assert len(ours) == len(theirs)
-    for mine, other in zip(ours, theirs, strict=True):
-        assert torch.equal(mine, other)
-
-
 class TestConstruction:
     @pytest.mark.parametrize(
         ("name", "sizes"),
@@ -78,7 +73,7 @@ class TestConstruction:
         theirs = getattr(modules, name)(**sizes)
         assert isinstance(ours, getattr(modules, name))
         assert list(ours.state_dict()) == list(theirs.state_dict())
-        assert_equal(list(ours.state_dict().values()), list(theirs.state_dict().values()))
+        assert_same(list(ours.state_dict().values()), list(theirs.state_dict().values()))
 
     def test_every_attention_inside_is_fused(self):
         assert type(block().attn) is layers.MaskedCrossAttention
@@ -343,7 +338,7 @@ class TestCopies:
         again = duplicate(fused)
         assert [type(m) for m in again.modules()] == [type(m) for m in fused.modules()]
         x, media = inputs()
-        assert_equal(
+        assert_same(
             gradients(fused, x, media, call=lambda *ts: fused(*ts, LOCATIONS)),
             gradients(again, x, media, call=lambda *ts: again(*ts, LOCATIONS)),
         )
@@ -370,7 +365,7 @@ def test_activation_checkpointing(use_reentrant, backend):
         dout = torch.linspace(-1, 1, out.numel()).view_as(out).sin()
         out.backward(dout)
     grads = [t.grad for t in (*tensors, *fused.parameters())]
-    assert_equal([out.detach(), *grads], plain)
+    assert_same([out.detach(), *grads], plain)
 
 
 @pytest.fixture
@@ -412,7 +407,7 @@ def test_compiled_perceiver_attention(compilations):
 @pytest.mark.parametrize("gate_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_dtypes_are_those_of_eager(x_dtype, gate_dtype, autocast, backend):
-    """Of the output and of every gradient, wherever eager runs at all."""
+    """The dtypes of the output and of every gradient, wherever eager runs at all."""
     fused = block()
     fused.attn.to(torch.float32 if autocast else x_dtype)
     for gate in (fused.attn_gate, fused.ff_gate):

@@ -21,6 +21,7 @@ from flamingo_kernels.testing import (
     PerceiverAttentionCase,
     evaluate,
 )
+from tests.helpers.same import assert_same
 
 SMALL = [
     MaskedCrossAttentionCase(),
@@ -51,13 +52,6 @@ def run(case: Case, backend: str) -> dict[str, torch.Tensor]:
     tensors = case.tensors()
     douts = case.douts(case.eager(**tensors))
     return evaluate(case, lambda **t: case.kernel(backend, **t), tensors, douts)
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """The same to the last bit, NaN included."""
-    for key, tensor in expected.items():
-        assert torch.equal(found[key].nan_to_num(), tensor.nan_to_num()), key
-        assert torch.equal(found[key].isnan(), tensor.isnan()), key
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

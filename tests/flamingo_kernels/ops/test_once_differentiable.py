@@ -14,6 +14,7 @@ from flamingo_kernels.testing import (
     GatedResidualNormCase,
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
+    open_gates,
 )
 from tests.helpers.sublayer_cases import CrossAttentionCase, FeedForwardCase
 
@@ -38,7 +39,7 @@ def leaves_of(case, dtype=torch.float32):
 
 
 def gradients(run, leaves):
-    """Of a sum, whose own gradient wants none: with a graph, for another derivative."""
+    """The gradients of the sum of all outputs, with a graph for another derivative."""
     total = sum(out.sum() for out in run(**leaves))
     return torch.autograd.grad(total, list(leaves.values()), create_graph=True)
 
@@ -101,10 +102,7 @@ def test_the_reference_has_them(case):
 
 
 def test_a_patched_block_has_them_under_the_reference():
-    block = GatedCrossAttentionBlock(dim=16, dim_visual=8).double()
-    with torch.no_grad():
-        block.attn_gate.fill_(0.5)
-        block.ff_gate.fill_(0.5)
+    block = open_gates(GatedCrossAttentionBlock(dim=16, dim_visual=8)).double()
     x, media = torch.randn(2, 6, 16).double(), torch.randn(2, 2, 4, 8).double()
     inputs = (x, media, torch.tensor([[0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0]]))
     weights = list(block.parameters())

@@ -62,7 +62,7 @@ def step(model):
     return loss.detach(), gradients
 
 
-def assert_same(ours, theirs):
+def assert_steps_agree(ours, theirs):
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
     assert ours[1].keys() == theirs[1].keys()
     for name, gradient in theirs[1].items():
@@ -99,9 +99,9 @@ class TestHooksOfAllModules:
             ours, theirs = step(fused), step(original)
         finally:
             handle.remove()
-        assert_same(ours, theirs)
+        assert_steps_agree(ours, theirs)
         assert any(not torch.allclose(before[1][name], theirs[1][name]) for name in before[1])
-        assert_same(step(fused), before)
+        assert_steps_agree(step(fused), before)
 
     @models
     def test_they_see_the_same_calls(self, name):

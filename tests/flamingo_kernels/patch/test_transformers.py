@@ -64,7 +64,7 @@ def attention(monkeypatch):
     return calls
 
 
-def assert_same(original: tiny.TinyModel, fused: nn.Module, dtype=torch.float32, **inputs):
+def assert_in_budget(original: tiny.TinyModel, fused: nn.Module, dtype=torch.float32, **inputs):
     """Logits and the gradients of all parameters, by the error budget."""
     given = {**original.inputs, **inputs}
 
@@ -136,7 +136,7 @@ class TestEveryModel:
         with torch.no_grad():
             fused(**_cast(original.inputs, dtype))
         assert len(attention) == ATTENTION[name]
-        assert_same(original, fused, dtype)
+        assert_in_budget(original, fused, dtype)
 
     @pytest.mark.parametrize("name", [*REPLACED, "open_flamingo-tiny"])
     @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
@@ -165,7 +165,7 @@ class TestEveryModel:
             with torch.no_grad():
                 assert fused(**original.inputs).logits.dtype == original.logits().dtype
             assert len(attention) == ATTENTION[name]
-            assert_same(original, fused)
+            assert_in_budget(original, fused)
 
     @models
     @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
@@ -346,7 +346,7 @@ class TestIdefics:
         fused = patched(original)
         fused.logits()
         assert len(attention) == (4 if use_resampler else 2)
-        assert_same(original, fused.model)
+        assert_in_budget(original, fused.model)
 
     def masks(self):
         """Images that each of 14 tokens sees, `[2, 14, 3]`."""
@@ -382,7 +382,7 @@ class TestIdefics:
         with torch.no_grad():
             fused(**{**original.inputs, "image_attention_mask": mask})
         assert len(attention) == kernels
-        assert_same(original, fused, image_attention_mask=mask)
+        assert_in_budget(original, fused, image_attention_mask=mask)
 
     def test_rows_without_an_image_send_no_gradient(self):
         original = build("idefics-tiny")
@@ -526,7 +526,7 @@ class TestMllama:
         for layer in original.model.model.language_model.layers:
             if hasattr(layer, "cross_attn"):
                 layer.cross_attn.register_forward_hook(lambda _, __, out: (out[0] * rows.to(out[0]), out[1]))
-        assert_same(original, fixed)
+        assert_in_budget(original, fixed)
 
     def test_without_a_mask_it_is_causal_unless_fixed(self):
         original = build("mllama-tiny")
@@ -599,7 +599,7 @@ class TestIdefics2:
         with torch.no_grad():
             fused(**{**original.inputs, **changed})
         assert len(attention) == 2
-        assert_same(original, fused, **changed)
+        assert_in_budget(original, fused, **changed)
 
     def test_a_mask_that_differs_between_latents(self, attention):
         layer = build("idefics2-tiny").model.model.connector.perceiver_resampler.layers[0].self_attn

@@ -16,6 +16,7 @@ from flamingo_kernels import _kept, patch
 from flamingo_kernels.testing import assert_all_passed, tiny
 from tests.helpers.families import TEXT, VISUAL, cross_attention
 from tests.helpers.parity import measure
+from tests.helpers.same import assert_same
 from tests.helpers.weights import randomise
 
 transformers = pytest.importorskip("transformers")
@@ -134,10 +135,6 @@ MODELS = {
 models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
-def assert_equal(ours, theirs):
-    assert all(map(torch.equal, ours, theirs))
-
-
 @models
 @torch.no_grad()
 def test_eight_threads_on_one_model(make):
@@ -146,7 +143,7 @@ def test_eight_threads_on_one_model(make):
     assert not torch.equal(alone[0][-1], alone[1][-1])
     with ThreadPoolExecutor(8) as pool:
         for n, answer in enumerate(pool.map(torch.no_grad()(lambda n: say(model, n % 4)), range(24))):
-            assert_equal(answer, alone[n % 4])
+            assert_same(answer, alone[n % 4])
 
 
 @models
@@ -155,11 +152,11 @@ def test_a_copy_of_a_model_that_has_generated(make, duplicate):
     model, say = make()
     expected = say(model, 0)
     again = duplicate(model)
-    assert_equal(say(again, 0), expected)
+    assert_same(say(again, 0), expected)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data.mul_(0.5)
-    assert_equal(say(again, 0), expected)
+    assert_same(say(again, 0), expected)
     assert not torch.equal(say(model, 0)[-1], expected[-1])
 
 

@@ -15,13 +15,14 @@ import torch
 
 from flamingo_kernels._backends import env
 from flamingo_kernels.commands.gpu import build as module
+from tests.helpers import ROOT
 from tests.helpers import cuda_binary as binary
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where the library goes; the environment is as before after the test."""
-    if not (module.ROOT / "setup.py").exists():
+    if not (ROOT / "setup.py").exists():
         pytest.skip("setup.py is not beside the tests")
     monkeypatch.setattr(module, "FOLDER", tmp_path)
     monkeypatch.setattr(module, "LIBRARY", tmp_path / "flamingo_kernels" / "_C_cuda.abi3.so")

@@ -198,9 +198,8 @@ from flamingo_kernels.commands.gpu.watchdog import watchdog
 
 if __name__ == "__main__":
     with watchdog(60):
-        pass
-    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
-    child.start()
+        child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
+        child.start()
     print(child.pid, flush=True)
     with watchdog(0.5):
         time.sleep(600)

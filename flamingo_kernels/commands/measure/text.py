@@ -1,0 +1,51 @@
+"""Numbers, dtypes, proofs and errors as a report shows them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ...testing import Proof
+
+
+def rounded(value: float) -> str:
+    """A number to three digits, or to a whole number."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def duration(milliseconds: float) -> str:
+    """A time in milliseconds, or in seconds where it has some."""
+    return f"{rounded(milliseconds)} ms" if milliseconds < 1000 else f"{rounded(milliseconds / 1000)} s"
+
+
+def mebibytes(size: float) -> str:
+    """A number of bytes, in MiB."""
+    return f"{rounded(size / 2**20)} MiB"
+
+
+def gibibytes(size: float) -> str:
+    """A number of bytes, in GiB."""
+    return f"{rounded(size / 2**30)} GiB"
+
+
+def factor(ratio: float) -> str:
+    """How many times as fast, as long or as large."""
+    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype without its module: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def verdict(proof: Proof) -> tuple[str, str, str]:
+    """An error relative to float64, what it may be, and whether the results are the same."""
+    return f"{proof.err:.1e}", f"{proof.budget:.1e}", "same" if proof.passed else "DIFFERS"
+
+
+def first_line(error: Exception) -> str:
+    """An error by its type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
