@@ -103,18 +103,21 @@ int64_t attention_work(int64_t rows, int64_t keys_of_a_row, int64_t keys, int64_
   return 2 * (rows + keys + rows * keys_of_a_row / 8) * head_dim;
 }
 
-int64_t work_of(const MaskedCrossAttention& p) {
-  const int64_t keys = p.media * p.latents, keys_of_a_row = p.immediate ? p.latents : keys;
-  return attention_work(p.batch * p.heads * p.length, keys_of_a_row, p.batch * p.kv_heads * keys, p.head_dim);
+int64_t work_of(const MaskedCrossAttention& params) {
+  const int64_t keys = params.media * params.latents, keys_of_a_row = params.immediate ? params.latents : keys;
+  return attention_work(
+      params.batch * params.heads * params.length, keys_of_a_row, params.batch * params.kv_heads * keys,
+      params.head_dim);
 }
 
-int64_t work_of(const PerceiverAttention& p) {
-  const int64_t keys = p.keys[0] + p.keys[1];
-  return attention_work(p.batch * p.heads * p.length, keys, p.batch * p.kv_heads * keys, p.head_dim);
+int64_t work_of(const PerceiverAttention& params) {
+  const int64_t keys = params.keys[0] + params.keys[1];
+  return attention_work(
+      params.batch * params.heads * params.length, keys, params.batch * params.kv_heads * keys, params.head_dim);
 }
 
-int64_t work_of(const GatedResidual& p) { return p.rows * p.columns; }
-int64_t work_of(const GatedResidualNorm& p) { return work_of(p.residual); }
+int64_t work_of(const GatedResidual& params) { return params.rows * params.columns; }
+int64_t work_of(const GatedResidualNorm& params) { return work_of(params.residual); }
 
 Rows rows_of(const Tensor& t) {  // [B, T, H, d]
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
@@ -127,16 +130,16 @@ Media media_of(const Tensor& t) {  // [B, M, R, Hkv, d]
 MaskedCrossAttention masked_params(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi, const Tensor& start,
     const Tensor& stop, bool immediate, bool averages, double scale, const Tensor& out, const Tensor& softmax) {
-  MaskedCrossAttention p = {};
-  p.dtype = dtype_of(q);
-  p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
-  p.media = k.size(1), p.latents = k.size(2), p.kv_heads = k.size(3);
-  p.scale = scale, p.immediate = immediate, p.averages = averages;
-  p.lo = lo.const_data_ptr<int32_t>(), p.hi = hi.const_data_ptr<int32_t>();
-  p.start = start.const_data_ptr<int32_t>(), p.stop = stop.const_data_ptr<int32_t>();
-  p.q = rows_of(q), p.out = rows_of(out), p.k = media_of(k), p.v = media_of(v);
-  p.softmax_max = softmax.mutable_data_ptr<float>(), p.softmax_sum = p.softmax_max + softmax.numel() / 2;
-  return p;
+  MaskedCrossAttention params = {};
+  params.dtype = dtype_of(q);
+  params.batch = q.size(0), params.length = q.size(1), params.heads = q.size(2), params.head_dim = q.size(3);
+  params.media = k.size(1), params.latents = k.size(2), params.kv_heads = k.size(3);
+  params.scale = scale, params.immediate = immediate, params.averages = averages;
+  params.lo = lo.const_data_ptr<int32_t>(), params.hi = hi.const_data_ptr<int32_t>();
+  params.start = start.const_data_ptr<int32_t>(), params.stop = stop.const_data_ptr<int32_t>();
+  params.q = rows_of(q), params.out = rows_of(out), params.k = media_of(k), params.v = media_of(v);
+  params.row_max = softmax.mutable_data_ptr<float>(), params.row_sum = params.row_max + softmax.numel() / 2;
+  return params;
 }
 
 std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
@@ -146,43 +149,44 @@ std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
   check_masked_cross_attention(operation, q, k, v, lo, hi, start, stop);
   Tensor out = fresh_like(operation, q),
          softmax = fresh(operation, q, {2, q.size(0), q.size(2), immediate ? 0 : q.size(1)}, ScalarType::Float);
-  const MaskedCrossAttention p =
+  const MaskedCrossAttention params =
       masked_params(q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
-  run(operation, variant().masked_cross_attention_fwd(p.dtype), p, work_of(p));
+  run(operation, variant().masked_cross_attention_fwd(params.dtype), params, work_of(params));
   return {out, softmax};
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor lo, Tensor hi, Tensor start, Tensor stop,
-    bool immediate, bool averages, double scale) {
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor lo, Tensor hi, Tensor start,
+    Tensor stop, bool immediate, bool averages, double scale) {
   const char* operation = "masked_cross_attention_bwd";
   const int64_t kept = immediate ? 0 : q.size(1);
   const Checks checks = check_masked_cross_attention(operation, q, k, v, lo, hi, start, stop);
   check_attention_bwd(checks, dout, q, out, softmax, kept);
   Tensor dq = fresh_like(operation, q), dk = fresh_like(operation, k), dv = fresh_like(operation, v);
-  MaskedCrossAttention p = masked_params(q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
-  const Memory<float> delta(operation, "working memory", p.batch * p.heads * kept);
-  p.dout = rows_of(dout), p.dq = rows_of(dq), p.dk = media_of(dk), p.dv = media_of(dv), p.delta = delta.data();
-  run(operation, variant().masked_cross_attention_dq(p.dtype), p, work_of(p));
-  run(operation, variant().masked_cross_attention_bwd(p.dtype), p, work_of(p));
+  MaskedCrossAttention params = masked_params(q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
+  const Memory<float> delta(operation, "working memory", params.batch * params.heads * kept);
+  params.dout = rows_of(dout), params.dq = rows_of(dq), params.dk = media_of(dk), params.dv = media_of(dv),
+  params.delta = delta.data();
+  run(operation, variant().masked_cross_attention_dq(params.dtype), params, work_of(params));
+  run(operation, variant().masked_cross_attention_bwd(params.dtype), params, work_of(params));
   return {dq, dk, dv};
 }
 
 PerceiverAttention perceiver_params(
     const Tensor& q, const Tensor& k_media, const Tensor& v_media, const Tensor& k_latents, const Tensor& v_latents,
     const std::optional<Tensor>& media_lengths, double scale, const Tensor& out, const Tensor& softmax) {
-  PerceiverAttention p = {};
-  p.dtype = dtype_of(q);
-  p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
-  p.kv_heads = k_media.size(2);
-  p.keys[0] = k_media.size(1), p.keys[1] = k_latents.size(1);
-  p.media_lengths = data_or_null(media_lengths);
-  p.scale = scale;
-  p.q = rows_of(q), p.out = rows_of(out);
-  p.k[0] = rows_of(k_media), p.k[1] = rows_of(k_latents);
-  p.v[0] = rows_of(v_media), p.v[1] = rows_of(v_latents);
-  p.softmax_max = softmax.mutable_data_ptr<float>(), p.softmax_sum = p.softmax_max + softmax.numel() / 2;
-  return p;
+  PerceiverAttention params = {};
+  params.dtype = dtype_of(q);
+  params.batch = q.size(0), params.length = q.size(1), params.heads = q.size(2), params.head_dim = q.size(3);
+  params.kv_heads = k_media.size(2);
+  params.keys[0] = k_media.size(1), params.keys[1] = k_latents.size(1);
+  params.media_lengths = data_or_null(media_lengths);
+  params.scale = scale;
+  params.q = rows_of(q), params.out = rows_of(out);
+  params.k[0] = rows_of(k_media), params.k[1] = rows_of(k_latents);
+  params.v[0] = rows_of(v_media), params.v[1] = rows_of(v_latents);
+  params.row_max = softmax.mutable_data_ptr<float>(), params.row_sum = params.row_max + softmax.numel() / 2;
+  return params;
 }
 
 std::tuple<Tensor, Tensor> perceiver_attention_fwd(
@@ -192,28 +196,27 @@ std::tuple<Tensor, Tensor> perceiver_attention_fwd(
   check_perceiver_attention(operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
   Tensor out = fresh_like(operation, q),
          softmax = fresh(operation, q, {2, q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
-  const PerceiverAttention p =
+  const PerceiverAttention params =
       perceiver_params(q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
-  run(operation, variant().perceiver_attention_fwd(p.dtype), p, work_of(p));
+  run(operation, variant().perceiver_attention_fwd(params.dtype), params, work_of(params));
   return {out, softmax};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> perceiver_attention_bwd(
-    Tensor dout, Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor out, Tensor softmax,
-    std::optional<Tensor> media_lengths, double scale) {
+    Tensor dout, Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor out,
+    Tensor softmax, std::optional<Tensor> media_lengths, double scale) {
   const char* operation = "perceiver_attention_bwd";
-  const Checks checks =
-      check_perceiver_attention(operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
+  const Checks checks = check_perceiver_attention(operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
   check_attention_bwd(checks, dout, q, out, softmax, q.size(1));
   const auto gradient = [&](const Tensor& of) { return fresh_like(operation, of); };
-  Tensor dq = gradient(q), dk_media = gradient(k_media), dv_media = gradient(v_media),
-         dk_latents = gradient(k_latents), dv_latents = gradient(v_latents);
-  PerceiverAttention p =
+  Tensor dq = gradient(q), dk_media = gradient(k_media), dv_media = gradient(v_media), dk_latents = gradient(k_latents),
+         dv_latents = gradient(v_latents);
+  PerceiverAttention params =
       perceiver_params(q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
-  p.dout = rows_of(dout), p.dq = rows_of(dq);
-  p.dk[0] = rows_of(dk_media), p.dk[1] = rows_of(dk_latents);
-  p.dv[0] = rows_of(dv_media), p.dv[1] = rows_of(dv_latents);
-  run(operation, variant().perceiver_attention_bwd(p.dtype), p, work_of(p));
+  params.dout = rows_of(dout), params.dq = rows_of(dq);
+  params.dk[0] = rows_of(dk_media), params.dk[1] = rows_of(dk_latents);
+  params.dv[0] = rows_of(dv_media), params.dv[1] = rows_of(dv_latents);
+  run(operation, variant().perceiver_attention_bwd(params.dtype), params, work_of(params));
   return {dq, dk_media, dv_media, dk_latents, dv_latents};
 }
 
@@ -255,20 +258,19 @@ Memory<float> tanh_of(const char* operation, const Tensor& gate) {
 }
 
 GatedResidual residual_params(const Tensor& y, const Tensor& gate, const Memory<float>& tanh_gate) {
-  GatedResidual p = {};
-  p.rows = y.size(0), p.columns = y.size(1);
-  p.per_channel = gate.numel() != 1;  // none for no channels
-  p.gate = tanh_gate.data();
-  p.y = matrix_of(y);
-  return p;
+  GatedResidual params = {};
+  params.rows = y.size(0), params.columns = y.size(1);
+  params.per_channel = gate.numel() != 1;  // none for no channels
+  params.tanh_gate = tanh_gate.data();
+  params.y = matrix_of(y);
+  return params;
 }
 
 // The gradient of a parameter from partial sums, which each task has of its own.
 class ParameterGradient {
  public:
   ParameterGradient(const char* operation, const Tensor& parameter, int64_t tasks)
-      : total_(fresh(
-            operation, parameter, {parameter.sizes().begin(), parameter.sizes().end()}, ScalarType::Float)),
+      : total_(fresh(operation, parameter, {parameter.sizes().begin(), parameter.sizes().end()}, ScalarType::Float)),
         partial_(operation, "partial sums", tasks * parameter.numel()),
         sums_(operation, "partial sums", parameter.numel()) {}
 
@@ -309,9 +311,9 @@ Tensor gated_residual_fwd(Tensor x, Tensor y, Tensor gate) {
   check_residual(operation, "x", x, y, gate);
   Tensor z = fresh(operation, x, {x.size(0), x.size(1)}, residual_dtype(x, y, gate));
   const Memory<float> tanh_gate = tanh_of(operation, gate);
-  GatedResidual p = residual_params(y, gate, tanh_gate);
-  p.x = matrix_of(x), p.z = matrix_of(z);
-  run(operation, variant().gated_residual_fwd(p.x.dtype, p.y.dtype, p.z.dtype), p, work_of(p));
+  GatedResidual params = residual_params(y, gate, tanh_gate);
+  params.x = matrix_of(x), params.z = matrix_of(z);
+  run(operation, variant().gated_residual_fwd(params.x.dtype, params.y.dtype, params.z.dtype), params, work_of(params));
   return z;
 }
 
@@ -321,12 +323,12 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) 
   check_residual_bwd(operation, "dz", dz, y);
   Tensor dy = fresh_like(operation, y);
   const Memory<float> tanh_gate = tanh_of(operation, gate);
-  GatedResidual p = residual_params(y, gate, tanh_gate);
-  p.dz = matrix_of(dz), p.dy = matrix_of(dy);
-  const Kernel<GatedResidual> kernel = variant().gated_residual_bwd(p.dz.dtype, p.y.dtype, p.dz.dtype);
-  const ParameterGradient dgate(operation, gate, kernel.tasks(p));
-  p.dgate = dgate.partial();
-  run(operation, kernel, p, work_of(p));
+  GatedResidual params = residual_params(y, gate, tanh_gate);
+  params.dz = matrix_of(dz), params.dy = matrix_of(dy);
+  const Kernel<GatedResidual> kernel = variant().gated_residual_bwd(params.dz.dtype, params.y.dtype, params.dz.dtype);
+  const ParameterGradient dgate(operation, gate, kernel.tasks(params));
+  params.dgate = dgate.partial();
+  run(operation, kernel, params, work_of(params));
   return {dy, dgate.added_times_slope(floats_of(operation, gate))};
 }
 
@@ -342,13 +344,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_fwd(
          mean = fresh(operation, x, {rows}, ScalarType::Float), rstd = fresh(operation, x, {rows}, ScalarType::Float);
   const Memory<float> tanh_gate = tanh_of(operation, gate), scale = floats_of(operation, weight),
                       offset = bias ? floats_of(operation, *bias) : Memory<float>();
-  GatedResidualNorm p = {};
-  p.residual = residual_params(y, gate, tanh_gate);
-  p.residual.x = matrix_of(x), p.residual.z = matrix_of(z);
-  p.rms = rms, p.eps = eps, p.weight = scale.data(), p.bias = offset.data();
-  p.n = matrix_of(n);
-  p.mean = mean.mutable_data_ptr<float>(), p.rstd = rstd.mutable_data_ptr<float>();
-  run(operation, variant().gated_residual_norm_fwd(p.residual.x.dtype, p.residual.y.dtype, p.n.dtype), p, work_of(p));
+  GatedResidualNorm params = {};
+  params.residual = residual_params(y, gate, tanh_gate);
+  params.residual.x = matrix_of(x), params.residual.z = matrix_of(z);
+  params.rms = rms, params.eps = eps, params.weight = scale.data(), params.bias = offset.data();
+  params.n = matrix_of(n);
+  params.mean = mean.mutable_data_ptr<float>(), params.rstd = rstd.mutable_data_ptr<float>();
+  run(operation, variant().gated_residual_norm_fwd(params.residual.x.dtype, params.residual.y.dtype, params.n.dtype),
+      params, work_of(params));
   return {z, n, mean, rstd};
 }
 
@@ -364,19 +367,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_bwd(
   checks.expect_contiguous("rstd", rstd, ScalarType::Float, {rows});
   Tensor dx = fresh_like(operation, z), dy = fresh_like(operation, y);
   const Memory<float> tanh_gate = tanh_of(operation, gate), scale = floats_of(operation, weight);
-  GatedResidualNorm p = {};
-  p.residual = residual_params(y, gate, tanh_gate);
-  p.residual.z = matrix_of(z), p.residual.dz = matrix_of(dz), p.residual.dy = matrix_of(dy);
-  p.rms = rms, p.weight = scale.data();
-  p.dn = matrix_of(dn), p.dx = matrix_of(dx);
-  p.mean = mean.mutable_data_ptr<float>(), p.rstd = rstd.mutable_data_ptr<float>();
+  GatedResidualNorm params = {};
+  params.residual = residual_params(y, gate, tanh_gate);
+  params.residual.z = matrix_of(z), params.residual.dz = matrix_of(dz), params.residual.dy = matrix_of(dy);
+  params.rms = rms, params.weight = scale.data();
+  params.dn = matrix_of(dn), params.dx = matrix_of(dx);
+  params.mean = mean.mutable_data_ptr<float>(), params.rstd = rstd.mutable_data_ptr<float>();
   const Kernel<GatedResidualNorm> kernel =
-      variant().gated_residual_norm_bwd(p.residual.z.dtype, p.residual.y.dtype, p.residual.z.dtype);
-  const int64_t tasks = kernel.tasks(p);
+      variant().gated_residual_norm_bwd(params.residual.z.dtype, params.residual.y.dtype, params.residual.z.dtype);
+  const int64_t tasks = kernel.tasks(params);
   const ParameterGradient dgate(operation, gate, tasks), dweight(operation, weight, tasks),
       dbias(operation, weight, tasks);
-  p.residual.dgate = dgate.partial(), p.dweight = dweight.partial(), p.dbias = dbias.partial();
-  run(operation, kernel, p, work_of(p));
+  params.residual.dgate = dgate.partial(), params.dweight = dweight.partial(), params.dbias = dbias.partial();
+  run(operation, kernel, params, work_of(params));
   return {dx, dy, dgate.added_times_slope(floats_of(operation, gate)), dweight.added(), dbias.added()};
 }
 

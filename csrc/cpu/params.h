@@ -23,17 +23,17 @@ struct MaskedCrossAttention {
   DType dtype;
   int64_t batch, length, heads, head_dim, media, latents, kv_heads;
   float scale;
-  bool immediate;       // no row sees more than one medium
-  bool averages;        // rows with hi < 0 may be there: they average all values
-  const int32_t* lo;    // [B, T] contiguous
-  const int32_t* hi;    // [B, T]
-  const int32_t* start; // [B, M]
-  const int32_t* stop;  // [B, M]
+  bool immediate;        // no row sees more than one medium
+  bool averages;         // rows with hi < 0 may be there: they average all values
+  const int32_t* lo;     // [B, T] contiguous
+  const int32_t* hi;     // [B, T]
+  const int32_t* start;  // [B, M]
+  const int32_t* stop;   // [B, M]
   Rows q, out;
   Media k, v;
   // [B, H, T] of each row: its largest score, before the scale and of its sign, and the sum of the weights relative to
   // it; none if immediate: the backward pass needs them not
-  float *softmax_max, *softmax_sum;
+  float *row_max, *row_sum;
   // backward only
   Rows dout, dq;
   float* delta;  // [B, H, T], none if immediate
@@ -48,7 +48,7 @@ struct PerceiverAttention {
   float scale;
   Rows q, out;
   Rows k[2], v[2];
-  float *softmax_max, *softmax_sum;  // [N, H, R], as of MaskedCrossAttention
+  float *row_max, *row_sum;  // [N, H, R], as of MaskedCrossAttention
   // backward only
   Rows dout, dq;
   Rows dk[2], dv[2];
@@ -62,8 +62,8 @@ struct Matrix {  // [N, D]
 
 struct GatedResidual {
   int64_t rows, columns;
-  bool per_channel;   // the gate has D elements, not 1
-  const float* gate;  // tanh(gate)
+  bool per_channel;  // the gate has D elements, not 1
+  const float* tanh_gate;
   Matrix x, y, z;
   // backward only
   Matrix dz, dy;
