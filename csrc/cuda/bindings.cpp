@@ -42,7 +42,8 @@ class Launch {
 
 Tensor fresh(const Launch& launch, const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
-  if (poisoned) kernels::fill_with_nan(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size(), launch.stream);
+  if (poisoned)
+    kernels::fill_with_nan(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size(), launch.stream);
   return tensor;
 }
 
@@ -89,32 +90,31 @@ void expect_at_most(const char* operation, const char* name, int64_t size, int64
   if (size > most) refuse(operation, ": expected ", name, " of at most ", most, ", got ", size, ".");
 }
 
-Attention attention_params(
-    const Tensor& q, int64_t kv_heads, double scale, const Tensor& out, const Tensor& softmax) {
-  Attention p = {};
-  p.dtype = dtype_of(q);
-  p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
-  p.kv_heads = kv_heads, p.scale = scale, p.parts = 1;
-  p.sign = std::signbit(scale) ? -1 : 1;
+Attention attention_params(const Tensor& q, int64_t kv_heads, double scale, const Tensor& out, const Tensor& softmax) {
+  Attention params = {};
+  params.dtype = dtype_of(q);
+  params.batch = q.size(0), params.length = q.size(1), params.heads = q.size(2), params.head_dim = q.size(3);
+  params.kv_heads = kv_heads, params.scale = scale, params.parts = 1;
+  params.sign = std::signbit(scale) ? -1 : 1;
   // not 0, as 0 times the -inf of a key that is not real is NaN
-  p.base2_scale = std::max(float(std::abs(scale) * std::numbers::log2e), std::numeric_limits<float>::min());
-  p.q = rows_of(q), p.out = rows_of(out);
-  if (softmax.numel() == 0) return p;
-  p.softmax_max = softmax.mutable_data_ptr<float>(), p.softmax_sum = p.softmax_max + softmax.numel() / 2;
-  return p;
+  params.scale_log2 = std::max(float(std::abs(scale) * std::numbers::log2e), std::numeric_limits<float>::min());
+  params.q = rows_of(q), params.out = rows_of(out);
+  if (softmax.numel() == 0) return params;
+  params.row_max = softmax.mutable_data_ptr<float>(), params.row_sum = params.row_max + softmax.numel() / 2;
+  return params;
 }
 
 MaskedCrossAttention masked_params(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi, const Tensor& start,
     const Tensor& stop, bool immediate, bool averages, double scale, const Tensor& out, const Tensor& softmax) {
-  MaskedCrossAttention p = {};
-  static_cast<Attention&>(p) = attention_params(q, k.size(3), scale, out, softmax);
-  p.media = k.size(1), p.latents = k.size(2);
-  p.one_shot = kernels::is_one_shot(p.dtype, immediate, p.latents), p.averages = averages;
-  p.lo = lo.const_data_ptr<int32_t>(), p.hi = hi.const_data_ptr<int32_t>();
-  p.start = start.const_data_ptr<int32_t>(), p.stop = stop.const_data_ptr<int32_t>();
-  p.k = media_of(k), p.v = media_of(v);
-  return p;
+  MaskedCrossAttention params = {};
+  static_cast<Attention&>(params) = attention_params(q, k.size(3), scale, out, softmax);
+  params.media = k.size(1), params.latents = k.size(2);
+  params.one_shot = kernels::is_one_shot(params.dtype, immediate, params.latents), params.averages = averages;
+  params.lo = lo.const_data_ptr<int32_t>(), params.hi = hi.const_data_ptr<int32_t>();
+  params.start = start.const_data_ptr<int32_t>(), params.stop = stop.const_data_ptr<int32_t>();
+  params.k = media_of(k), params.v = media_of(v);
+  return params;
 }
 
 std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
@@ -128,9 +128,9 @@ std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
   Tensor out = fresh_like(launch, q),
          softmax = fresh(launch, q, {2, q.size(0), q.size(2), one_shot ? 0 : q.size(1)}, ScalarType::Float);
   if (out.numel() == 0) return {out, softmax};
-  const MaskedCrossAttention p =
+  const MaskedCrossAttention params =
       masked_params(q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
-  kernels::masked_cross_attention_fwd(p, launch.stream);
+  kernels::masked_cross_attention_fwd(params, launch.stream);
   return {out, softmax};
 }
 
@@ -142,14 +142,14 @@ Tensor parts_of(const Launch& launch, const Tensor& result, int64_t parts) {
 }
 
 void add_parts(const Launch& launch, const Tensor& parts, Tensor& total) {
-  kernels::sum(
+  kernels::sum_partials(
       {parts.const_data_ptr<float>(), total.mutable_data_ptr(), dtype_of(total), parts.size(0), total.numel()},
       launch.stream);
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor lo, Tensor hi, Tensor start, Tensor stop,
-    bool immediate, bool averages, double scale) {
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor lo, Tensor hi, Tensor start,
+    Tensor stop, bool immediate, bool averages, double scale) {
   const char* operation = "masked_cross_attention_bwd";
   const Checks checks = check_masked_cross_attention(operation, q, k, v, lo, hi, start, stop);
   expect_at_most(operation, "head_dim", q.size(3), kMostColumns);
@@ -158,21 +158,23 @@ std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
   const Launch launch(q);
   Tensor dq = fresh_like(launch, q), dk = fresh_like(launch, k), dv = fresh_like(launch, v);
   if (q.numel() == 0 || k.numel() == 0) return {zeroed(dq), zeroed(dk), zeroed(dv)};
-  MaskedCrossAttention p =
-      masked_params(q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
-  p.dout = rows_of(dout), p.dq = rows_of(dq);
-  p.dk = media_of(dk), p.dv = media_of(dv);
-  const Tensor delta = fresh(launch, q, {p.one_shot ? 0 : p.batch * p.heads * p.length}, ScalarType::Float),
-               share = fresh(launch, q, {averages ? p.batch * p.kv_heads * p.head_dim : 0}, ScalarType::Float);
-  p.delta = p.one_shot ? nullptr : delta.mutable_data_ptr<float>(), p.share = share.mutable_data_ptr<float>();
-  p.parts = kernels::parts_of_masked_cross_attention_bwd(p);
-  if (p.parts == 1) {
-    kernels::masked_cross_attention_bwd(p, launch.stream);
+  MaskedCrossAttention params = masked_params(q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
+  params.dout = rows_of(dout), params.dq = rows_of(dq);
+  params.dk = media_of(dk), params.dv = media_of(dv);
+  const Tensor delta = fresh(
+                   launch, q, {params.one_shot ? 0 : params.batch * params.heads * params.length}, ScalarType::Float),
+               averaged_dv = fresh(
+                   launch, q, {averages ? params.batch * params.kv_heads * params.head_dim : 0}, ScalarType::Float);
+  params.delta = params.one_shot ? nullptr : delta.mutable_data_ptr<float>(),
+  params.averaged_dv = averaged_dv.mutable_data_ptr<float>();
+  params.parts = kernels::count_masked_cross_attention_bwd_parts(params);
+  if (params.parts == 1) {
+    kernels::masked_cross_attention_bwd(params, launch.stream);
     return {dq, dk, dv};
   }
-  const Tensor dks = parts_of(launch, dk, p.parts), dvs = parts_of(launch, dv, p.parts);
-  p.partial_dk = dks.mutable_data_ptr<float>(), p.partial_dv = dvs.mutable_data_ptr<float>();
-  kernels::masked_cross_attention_bwd(p, launch.stream);
+  const Tensor dks = parts_of(launch, dk, params.parts), dvs = parts_of(launch, dv, params.parts);
+  params.partial_dk = dks.mutable_data_ptr<float>(), params.partial_dv = dvs.mutable_data_ptr<float>();
+  kernels::masked_cross_attention_bwd(params, launch.stream);
   add_parts(launch, dks, dk), add_parts(launch, dvs, dv);
   return {dq, dk, dv};
 }
@@ -180,14 +182,14 @@ std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
 PerceiverAttention perceiver_params(
     const Tensor& q, const Tensor& k_media, const Tensor& v_media, const Tensor& k_latents, const Tensor& v_latents,
     const std::optional<Tensor>& media_lengths, double scale, const Tensor& out, const Tensor& softmax) {
-  PerceiverAttention p = {};
-  static_cast<Attention&>(p) = attention_params(q, k_media.size(2), scale, out, softmax);
-  p.keys[0] = k_media.size(1), p.keys[1] = k_latents.size(1);
-  p.media_lengths = data_or_null(media_lengths);
-  p.k[0] = rows_of(k_media), p.k[1] = rows_of(k_latents);
-  p.v[0] = rows_of(v_media), p.v[1] = rows_of(v_latents);
-  p.parts = kernels::parts_of_perceiver_attention(p), p.whole = kernels::is_whole(p);
-  return p;
+  PerceiverAttention params = {};
+  static_cast<Attention&>(params) = attention_params(q, k_media.size(2), scale, out, softmax);
+  params.keys[0] = k_media.size(1), params.keys[1] = k_latents.size(1);
+  params.media_lengths = data_or_null(media_lengths);
+  params.k[0] = rows_of(k_media), params.k[1] = rows_of(k_latents);
+  params.v[0] = rows_of(v_media), params.v[1] = rows_of(v_latents);
+  params.parts = kernels::count_perceiver_attention_parts(params), params.whole = kernels::is_whole(params);
+  return params;
 }
 
 std::tuple<Tensor, Tensor> perceiver_attention_fwd(
@@ -200,48 +202,49 @@ std::tuple<Tensor, Tensor> perceiver_attention_fwd(
   Tensor out = fresh_like(launch, q),
          softmax = fresh(launch, q, {2, q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   if (out.numel() == 0) return {out, softmax};
-  PerceiverAttention p =
+  PerceiverAttention params =
       perceiver_params(q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
-  const bool divided = p.parts > 1;
-  const Tensor outs = parts_of(launch, out, divided ? p.parts : 0),
-               softmaxes = parts_of(launch, softmax, divided ? p.parts : 0);
-  p.partial_rows = outs.mutable_data_ptr<float>();
-  kernels::perceiver_attention_fwd(p, softmaxes.mutable_data_ptr<float>(), launch.stream);
+  const bool divided = params.parts > 1;
+  const Tensor outs = parts_of(launch, out, divided ? params.parts : 0),
+               softmaxes = parts_of(launch, softmax, divided ? params.parts : 0);
+  params.partial_rows = outs.mutable_data_ptr<float>();
+  kernels::perceiver_attention_fwd(params, softmaxes.mutable_data_ptr<float>(), launch.stream);
   return {out, softmax};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> perceiver_attention_bwd(
-    Tensor dout, Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor out, Tensor softmax,
-    std::optional<Tensor> media_lengths, double scale) {
+    Tensor dout, Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor out,
+    Tensor softmax, std::optional<Tensor> media_lengths, double scale) {
   const char* operation = "perceiver_attention_bwd";
-  const Checks checks =
-      check_perceiver_attention(operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
+  const Checks checks = check_perceiver_attention(operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
   expect_at_most(operation, "head_dim", q.size(3), kMostColumns);
   check_attention_bwd(checks, dout, q, out, softmax, q.size(1));
   const Launch launch(q);
   Tensor dq = fresh_like(launch, q), dk_media = fresh_like(launch, k_media), dv_media = fresh_like(launch, v_media),
          dk_latents = fresh_like(launch, k_latents), dv_latents = fresh_like(launch, v_latents);
   if (q.numel() == 0) return {dq, zeroed(dk_media), zeroed(dv_media), zeroed(dk_latents), zeroed(dv_latents)};
-  PerceiverAttention p =
+  PerceiverAttention params =
       perceiver_params(q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
-  p.dout = rows_of(dout), p.dq = rows_of(dq);
-  p.dk[0] = rows_of(dk_media), p.dk[1] = rows_of(dk_latents);
-  p.dv[0] = rows_of(dv_media), p.dv[1] = rows_of(dv_latents);
-  const Tensor delta = fresh(launch, q, {p.whole ? 0 : p.batch * p.heads * p.length}, ScalarType::Float),
-               dqs = parts_of(launch, dq, p.parts > 1 ? p.parts : 0);
-  p.delta = p.whole ? nullptr : delta.mutable_data_ptr<float>(), p.partial_rows = dqs.mutable_data_ptr<float>();
-  kernels::perceiver_attention_bwd(p, launch.stream);
-  if (p.parts > 1) add_parts(launch, dqs, dq);
+  params.dout = rows_of(dout), params.dq = rows_of(dq);
+  params.dk[0] = rows_of(dk_media), params.dk[1] = rows_of(dk_latents);
+  params.dv[0] = rows_of(dv_media), params.dv[1] = rows_of(dv_latents);
+  const Tensor delta = fresh(
+                   launch, q, {params.whole ? 0 : params.batch * params.heads * params.length}, ScalarType::Float),
+               dqs = parts_of(launch, dq, params.parts > 1 ? params.parts : 0);
+  params.delta = params.whole ? nullptr : delta.mutable_data_ptr<float>(),
+  params.partial_rows = dqs.mutable_data_ptr<float>();
+  kernels::perceiver_attention_bwd(params, launch.stream);
+  if (params.parts > 1) add_parts(launch, dqs, dq);
   return {dq, dk_media, dv_media, dk_latents, dv_latents};
 }
 
 GatedResidual residual_params(const Tensor& y, const Tensor& gate) {
-  GatedResidual p = {};
-  p.rows = y.size(0), p.columns = y.size(1);
-  p.per_channel = gate.numel() > 1;
-  p.gate = vector_of(gate);
-  p.y = matrix_of(y);
-  return p;
+  GatedResidual params = {};
+  params.rows = y.size(0), params.columns = y.size(1);
+  params.per_channel = gate.numel() > 1;
+  params.gate = vector_of(gate);
+  params.y = matrix_of(y);
+  return params;
 }
 
 // Partial sums of a parameter's gradient, and the gradient, which they are where there is one part.
@@ -251,7 +254,8 @@ struct Partials {
   float* data() { return parts.mutable_data_ptr<float>(); }
   Tensor added(const Launch& launch) {
     const int64_t size = total.numel(), count = parts.numel() / size;
-    if (count != 1) kernels::sum({data(), total.mutable_data_ptr(), dtype_of(total), count, size}, launch.stream);
+    if (count != 1)
+      kernels::sum_partials({data(), total.mutable_data_ptr(), dtype_of(total), count, size}, launch.stream);
     return total;
   }
 };
@@ -272,9 +276,9 @@ Tensor gated_residual_fwd(Tensor x, Tensor y, Tensor gate) {
   Tensor z = fresh(launch, x, {x.size(0), x.size(1)}, residual_dtype(x, y, gate));
   if (z.numel() == 0) return z;
   gate = torch::stable::contiguous(gate);
-  GatedResidual p = residual_params(y, gate);
-  p.x = matrix_of(x), p.z = matrix_of(z);
-  kernels::gated_residual_fwd(p, launch.stream);
+  GatedResidual params = residual_params(y, gate);
+  params.x = matrix_of(x), params.z = matrix_of(z);
+  kernels::gated_residual_fwd(params, launch.stream);
   return z;
 }
 
@@ -288,10 +292,10 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) 
   gate = torch::stable::contiguous(gate);
   const Division division = kernels::divide_gated_residual_bwd(y.size(0), y.size(1));
   Partials dgate = gate_partials_of(launch, gate, division);
-  GatedResidual p = residual_params(y, gate);
-  p.dz = matrix_of(dz), p.dy = matrix_of(dy);
-  p.parts = division.parts, p.part_rows = division.part_rows, p.dgate = dgate.data();
-  kernels::gated_residual_bwd(p, launch.stream);
+  GatedResidual params = residual_params(y, gate);
+  params.dz = matrix_of(dz), params.dy = matrix_of(dy);
+  params.parts = division.parts, params.part_rows = division.part_rows, params.dgate = dgate.data();
+  kernels::gated_residual_bwd(params, launch.stream);
   return {dy, dgate.added(launch)};
 }
 
@@ -307,14 +311,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_fwd(
   if (z.numel() == 0) return {z, n, mean, rstd};
   gate = torch::stable::contiguous(gate), weight = torch::stable::contiguous(weight);
   if (bias) bias = torch::stable::contiguous(*bias);
-  GatedResidualNorm p = {};
-  p.residual = residual_params(y, gate);
-  p.residual.x = matrix_of(x), p.residual.z = matrix_of(z);
-  p.rms = rms, p.eps = eps, p.weight = vector_of(weight);
-  if (bias) p.bias = vector_of(*bias);
-  p.n = matrix_of(n);
-  p.mean = mean.mutable_data_ptr<float>(), p.rstd = rstd.mutable_data_ptr<float>();
-  kernels::gated_residual_norm_fwd(p, launch.stream);
+  GatedResidualNorm params = {};
+  params.residual = residual_params(y, gate);
+  params.residual.x = matrix_of(x), params.residual.z = matrix_of(z);
+  params.rms = rms, params.eps = eps, params.weight = vector_of(weight);
+  if (bias) params.bias = vector_of(*bias);
+  params.n = matrix_of(n);
+  params.mean = mean.mutable_data_ptr<float>(), params.rstd = rstd.mutable_data_ptr<float>();
+  kernels::gated_residual_norm_fwd(params, launch.stream);
   return {z, n, mean, rstd};
 }
 
@@ -340,35 +344,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_bwd(
            dbias = partials_of(launch, weight, division.parts);
   std::optional<Tensor> means;  // of rows that are cut
   if (division.blocks > 1) means = fresh(launch, z, {2, z.size(0)}, ScalarType::Float);
-  GatedResidualNorm p = {};
-  p.residual = residual_params(y, gate);
-  p.residual.z = matrix_of(z), p.residual.dz = matrix_of(dz);
-  p.residual.dy = matrix_of(dy);
-  p.residual.parts = division.parts, p.residual.part_rows = division.part_rows;
-  p.residual.dgate = dgate.data(), p.dweight = dweight.data(), p.dbias = dbias.data();
-  p.rms = rms, p.weight = vector_of(weight);
-  p.dn = matrix_of(dn), p.dx = matrix_of(dx);
-  p.mean = mean.mutable_data_ptr<float>(), p.rstd = rstd.mutable_data_ptr<float>();
-  p.means = means ? means->mutable_data_ptr<float>() : nullptr;
-  kernels::gated_residual_norm_bwd(p, launch.stream);
+  GatedResidualNorm params = {};
+  params.residual = residual_params(y, gate);
+  params.residual.z = matrix_of(z), params.residual.dz = matrix_of(dz);
+  params.residual.dy = matrix_of(dy);
+  params.residual.parts = division.parts, params.residual.part_rows = division.part_rows;
+  params.residual.dgate = dgate.data(), params.dweight = dweight.data(), params.dbias = dbias.data();
+  params.rms = rms, params.weight = vector_of(weight);
+  params.dn = matrix_of(dn), params.dx = matrix_of(dx);
+  params.mean = mean.mutable_data_ptr<float>(), params.rstd = rstd.mutable_data_ptr<float>();
+  params.means = means ? means->mutable_data_ptr<float>() : nullptr;
+  kernels::gated_residual_norm_bwd(params, launch.stream);
   return {dx, dy, dgate.added(launch), dweight.added(launch), dbias.added(launch)};
 }
 
-WeightProduct product_of(const Tensor& input, const Tensor& weights, const Tensor& output) {
-  WeightProduct p = {};
-  p.dtype = dtype_of(input);
-  p.batch = input.size(0), p.rows = weights.size(0), p.columns = weights.size(1);
-  p.input = input.data_ptr(), p.weights = weights.data_ptr(), p.output = output.data_ptr();
-  return p;
+DecodeLinear linear_params(const Tensor& input, const Tensor& weight, const Tensor& output) {
+  DecodeLinear params = {};
+  params.dtype = dtype_of(input);
+  params.batch = input.size(0), params.rows = weight.size(0), params.columns = weight.size(1);
+  params.input = input.data_ptr(), params.weight = weight.data_ptr(), params.output = output.data_ptr();
+  return params;
 }
 
-void add_norm(WeightProduct& p, const Tensor& weight, const std::optional<Tensor>& bias, double eps) {
-  p.norm_weight = vector_of(weight), p.eps = eps;
-  if (bias) p.norm_bias = vector_of(*bias);
+void add_norm(DecodeLinear& params, const Tensor& weight, const std::optional<Tensor>& bias, double eps) {
+  params.norm_weight = vector_of(weight), params.eps = eps;
+  if (bias) params.norm_bias = vector_of(*bias);
 }
 
-void add_residual(WeightProduct& p, const Tensor& residual, const Tensor& gate) {
-  p.residual = residual.data_ptr(), p.gate = vector_of(gate), p.per_channel = gate.numel() > 1;
+void add_residual(DecodeLinear& params, const Tensor& residual, const Tensor& gate) {
+  params.residual = residual.data_ptr(), params.gate = vector_of(gate), params.per_channel = gate.numel() > 1;
 }
 
 void check_gated_block_decode(
@@ -420,23 +424,23 @@ Tensor gated_block_decode(
   Tensor out = fresh_like(launch, x);
   if (x.numel() == 0) return out;
 
-  WeightProduct query = product_of(x, to_q, q), widen = product_of(z, up, hidden),
-                narrow = product_of(hidden, down, out);
-  add_norm(query, norm, norm_bias, eps), add_norm(widen, ff_norm, ff_norm_bias, eps);
-  widen.activation = static_cast<Activation>(activation);
-  add_residual(narrow, z, ff_gate);
+  DecodeLinear q_proj = linear_params(x, to_q, q), up_proj = linear_params(z, up, hidden),
+               down_proj = linear_params(hidden, down, out);
+  add_norm(q_proj, norm, norm_bias, eps), add_norm(up_proj, ff_norm, ff_norm_bias, eps);
+  up_proj.activation = static_cast<Activation>(activation);
+  add_residual(down_proj, z, ff_gate);
   DecodeAttention attention = {};
-  attention.out = product_of(q, to_out, z);
+  attention.out = linear_params(q, to_out, z);
   add_residual(attention.out, x, gate);
   attention.heads = heads, attention.kv_heads = k.size(3), attention.head_dim = k.size(4);
   attention.media = k.size(1), attention.latents = k.size(2), attention.scale = scale;
   attention.lo = lo.const_data_ptr<int32_t>(), attention.hi = hi.const_data_ptr<int32_t>();
   attention.q = q.data_ptr(), attention.k = media_of(k), attention.v = media_of(v);
 
-  kernels::weight_product(query, launch.stream);
-  kernels::decode_attention(attention, launch.stream);
-  kernels::weight_product(widen, launch.stream);
-  kernels::weight_product(narrow, launch.stream);
+  kernels::gated_block_decode_linear(q_proj, launch.stream);
+  kernels::gated_block_decode_attention(attention, launch.stream);
+  kernels::gated_block_decode_linear(up_proj, launch.stream);
+  kernels::gated_block_decode_linear(down_proj, launch.stream);
   return out;
 }
 

@@ -11,29 +11,29 @@ namespace {
 constexpr unsigned kThreads = 256, kLanes = 8;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_kernel(Sum p) {
+__global__ void __launch_bounds__(kThreads) sum_partials_kernel(Sum params) {
   float* totals = static_cast<float*>(shared_memory());  // [lanes, columns]
   const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   float total = 0;
-  for (int64_t part = threadIdx.y; column < p.size && part < p.parts; part += blockDim.y)
-    total += p.partials[part * p.size + column];
+  for (int64_t part = threadIdx.y; column < params.size && part < params.parts; part += blockDim.y)
+    total += params.partials[part * params.size + column];
   totals[threadIdx.y * blockDim.x + threadIdx.x] = total;
   __syncthreads();
-  if (threadIdx.y != 0 || column >= p.size) return;
+  if (threadIdx.y != 0 || column >= params.size) return;
   for (unsigned lane = 1; lane < blockDim.y; ++lane) total += totals[lane * blockDim.x + threadIdx.x];
-  static_cast<T*>(p.total)[column] = from_float<T>(total);
+  static_cast<T*>(params.total)[column] = from_float<T>(total);
 }
 
 }  // namespace
 
 namespace kernels {
 
-void sum(const Sum& p, Stream stream) {
-  const unsigned lanes = p.parts > kLanes ? kLanes : 1;
+void sum_partials(const Sum& params, Stream stream) {
+  const unsigned lanes = params.parts > kLanes ? kLanes : 1;
   const dim3 block(kThreads / lanes, lanes);
-  by_type(p.dtype, [&](auto type) {
-    const dim3 grid = grid_of(divide_up(p.size, block.x));
-    launch(stream, sum_kernel<decltype(type)>, grid, block, kThreads * sizeof(float), p);
+  by_type(params.dtype, [&](auto type) {
+    const dim3 grid = make_grid(divide_up(params.size, block.x));
+    launch(stream, sum_partials_kernel<decltype(type)>, grid, block, kThreads * sizeof(float), params);
   });
 }
 
