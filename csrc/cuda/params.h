@@ -1,23 +1,14 @@
-// What crosses from the bindings to the kernels: plain structs of pointers, sizes and strides. No torch and no CUDA
+// What crosses from the bindings to the kernels: plain structs of views, pointers and sizes. No torch and no CUDA
 // here, so that every compiler sees the same layout.
 #pragma once
 
 #include <cstdint>
 
-#include "../dtype.h"
+#include "../views.h"
 
 namespace flamingo_kernels {
 
 using Stream = void*;  // a cudaStream_t
-
-// Strides count elements. The last dimension of every tensor is contiguous. `wide`: all rows begin at multiples of
-// 16 bytes and are multiples of 16 bytes long, so that threads may move 16 bytes at once.
-struct Matrix {  // [N, D]
-  void* data;
-  DType dtype;
-  int64_t row;
-  bool wide;
-};
 
 struct Vector {  // [D] or [1], contiguous
   const void* data;
@@ -46,18 +37,6 @@ struct GatedResidualNorm {
   Matrix dn, dx;
   float* means;            // [2, N]: of weight * dn and of weight * dn * zhat; null where a block owns whole rows
   float *dweight, *dbias;  // partial sums [parts, D]
-};
-
-struct Rows {  // [B, T, H, d], [N, R, H, d] or [N, S, Hkv, d]
-  void* data;
-  int64_t batch, row, head;
-  bool wide;
-};
-
-struct Media {  // [B, M, R, Hkv, d]
-  void* data;
-  int64_t batch, medium, latent, head;
-  bool wide;
 };
 
 // What both attentions have: rows that attend, and what is kept of their softmax.
