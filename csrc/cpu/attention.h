@@ -116,7 +116,7 @@ FK_INLINE float updated_max(const float* scores, int64_t keys, Scale scale, floa
   return largest(maxima);
 }
 
-// e^(scale s - row_max): P before it is divided by row_sum.
+// P before it is divided by row_sum.
 template <class Dot>
 FK_INLINE Floats scaled_exp(Floats scores, Scale scale, float row_max) {
   return exp_for<Dot>((scores * scale.sign - row_max) * scale.size);

@@ -71,8 +71,8 @@ class Memory {
   int64_t count_ = 0;
 };
 
-// As many threads as have a fair share of the work, which is counted in elements that are read or written; torch's own
-// loops go by the same share.
+// The number of threads that each get a fair share of the work, counted in elements that are read or written. torch's own
+// loops use the same share.
 int64_t threads_for(int64_t elements, int64_t tasks) {
   constexpr int64_t fair_share = 32768;
   return std::clamp<int64_t>(elements / fair_share, 1, std::min<int64_t>(tasks, torch::stable::get_num_threads()));
@@ -91,7 +91,7 @@ void run(const Call& call, const Kernel<Params>& kernel, const Params& params, i
   const int64_t floats = (kernel.scratch(params) + 15) / 16 * 16;
   const Memory<float> scratch(call, "working memory", threads * floats);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    // What one slot leaves undone the others take: its range says only which memory is its own.
+    // Any slot may take any task: the range only says which memory is the slot's own.
     for (int64_t first; (first = next.fetch_add(few)) < tasks;)
       for (int64_t task = first; task < std::min(first + few, tasks); ++task)
         kernel.run(params, task, scratch.data() + begin * floats);

@@ -1,7 +1,7 @@
 // z = x + tanh(gate) * y, and its gradients.
 //
 // Oracle: flamingo_kernels/ops/gated_residual/reference.py. Forward reads x and y and writes z; backward
-// reads dz and y and writes dy (dx is dz itself); 2 and 4 FLOPs an element: memory bound.
+// reads dz and y and writes dy (dx is dz itself); 2 and 3 FLOPs an element: memory bound.
 #pragma once
 
 #include <type_traits>

@@ -1,7 +1,8 @@
 // z = x + tanh(gate) * y and n = LayerNorm(z) or RMSNorm(z), and their gradients.
 //
 // Oracle: flamingo_kernels/ops/gated_residual_norm/reference.py. Forward reads x and y and writes z and n;
-// backward reads dz, dn, z and y and writes dx and dy. A row stays in the L1 cache between its passes.
+// backward reads dz, dn, z and y and writes dx and dy; 11 and 17 FLOPs an element. A row stays in the L1 cache between
+// its passes.
 #pragma once
 
 #include <cmath>
@@ -79,7 +80,7 @@ struct Backward {
     if (!r.per_channel) dgate[0] = sum_of_rows;
   }
 
-  // dx = dz + rstd * (wdn - mean(wdn) - zhat * mean(wdn * zhat)) with wdn = weight * dn; an RMSNorm subtracts no
+  // dx = dz + rstd * (wdn - mean(wdn) - zhat * mean(wdn * zhat)) where wdn = weight * dn; an RMSNorm has no
   // mean(wdn).
   void norm_gradient(const Params& params, int64_t i, float* dweight, float* dbias) {
     const int64_t columns = params.residual.columns;

@@ -1,13 +1,13 @@
-// Text rows attend to the media their span names.
+// Text rows attend to the media in their span.
 //
-// Oracle: flamingo_kernels/ops/masked_cross_attention/reference.py. Forward reads q, k, v and writes out
-// once; FLOPs are 4 per (row, visible key, channel), 10 backward (14 where rows see several media, and 4 more for those
-// that attend to one key almost alone).
+// Oracle: flamingo_kernels/ops/masked_cross_attention/reference.py. Forward reads q, k, v and writes out once; backward
+// reads q, k, v and dout once and writes dq, dk, dv once (where rows see several media it reads all of them twice, and
+// out). FLOPs are 4 per (row, visible key, channel) forward and 10 backward (14 where rows see several media, and 4 more
+// for rows in which one key has most of the weight).
 //
-// Where no row sees two media (`immediate`), a task is a medium of one head: its keys are packed once, each
-// row's softmax needs one pass, and the backward pass owns dk, dv and the rows of dq. Otherwise forward and
-// dq take a task for each block of rows and visit the media these rows name; dq comes first and leaves each row's delta
-// to dk and dv.
+// Where no row sees two media (`immediate`), a task is a medium of one head: its keys are packed once, each row's softmax
+// needs one pass, and the backward pass owns dk, dv and the rows of dq. Otherwise forward and dq take a task for each
+// block of rows and visit the media that these rows see; dq comes first and leaves each row's delta to dk and dv.
 #pragma once
 
 #include "attention.h"
@@ -43,7 +43,7 @@ FK_INLINE bool averages(const Params& params, int64_t b, int64_t t) {
   return params.averages && params.hi[b * params.length + t] < 0;
 }
 
-// Whether no medium there is visits a row; where rows see one, also because the mask keeps its medium from it.
+// Whether a row sees no medium. Where rows see one, the range of rows of that medium may leave this row out too.
 FK_INLINE bool fully_masked(const Params& params, int64_t b, int64_t t) {
   const int64_t lo = params.lo[b * params.length + t], hi = params.hi[b * params.length + t];
   const int64_t first = lo > 0 ? lo : 0, end = hi < params.media ? hi : params.media;
@@ -58,7 +58,7 @@ FK_INLINE void store_softmax(const Params& params, int64_t b, int64_t h, int64_t
   params.row_max[row] = row_max, params.row_sum[row] = row_sum;
 }
 
-// Call `visit(rows, count)` with every `most` rows of a range that see medium m.
+// Calls `visit(rows, count)` with every `most` rows of a range that see medium m.
 template <int64_t most, class Visit>
 FK_INLINE void visit_rows_seeing(const Params& params, int64_t b, int64_t m, Range range, Visit visit) {
   visit_rows<most>(range.begin, range.end, [&](int64_t t) { return sees(params, b, t, m); }, visit);
@@ -264,7 +264,7 @@ struct Backward {
   }
 };
 
-// dq of the rows that Backward leaves: those that see nothing and, where rows see several media, all, with their delta.
+// dq of the rows that Backward leaves: those that see nothing or, where rows see several media, all, and their delta.
 template <class T>
 struct QueryBackward {
   static constexpr int64_t most = backward_rows<T> * 4;

@@ -1,8 +1,9 @@
 // Latents attend to two segments of keys, media and latents, read where they lie.
 //
-// Oracle: flamingo_kernels/ops/perceiver_attention/reference.py. A task is one head of one clip: forward
-// reads k and v once per 96 latents (in tiles, 128) with an online softmax, 4 FLOPs per (latent, key,
-// channel); backward reads them once, writes dk and dv once and keeps dq in cache, 10 FLOPs.
+// Oracle: flamingo_kernels/ops/perceiver_attention/reference.py. A task is one head of one clip: forward reads k and v
+// once per 96 latents (in tiles, 128) with an online softmax, and q and writes out once, 4 FLOPs per (latent, visible
+// key, channel); backward reads q, k, v, out and dout and writes dq, dk and dv once, keeping dq in cache, 10 FLOPs (4
+// more for rows in which one key has most of the weight).
 #pragma once
 
 #include "attention.h"
@@ -31,7 +32,7 @@ FK_INLINE int64_t visible_keys(const Params& params, int64_t n, int segment) {
   return length < 0 ? 0 : length < all ? length : all;
 }
 
-// Call `visit(segment, first, count)` with the visible keys of a clip, `most_keys` at a time.
+// Calls `visit(segment, first, count)` with the visible keys of a clip, `most_keys` at a time.
 template <class T, class Visit>
 FK_INLINE void visit_keys(const Params& params, int64_t n, Visit visit) {
   for (int segment = 0; segment < 2; ++segment) {
@@ -89,8 +90,8 @@ struct Forward {
     }
   }
 
-  // The next block, while this one is computed: two keys and two values for each row. It is the segment's,
-  // or else the next segment's, or else the next head's.
+  // The next block of this segment, or of the next segment, or of the next head, while this one is computed: two keys and
+  // two values for each row.
   void prefetch_next_block(const Params& params, int64_t n, int64_t hk, int segment, int64_t first) {
     if (first >= visible_keys(params, n, segment)) {
       first = 0;
@@ -163,7 +164,7 @@ struct Backward {
     });
   }
 
-  // What the block of keys has of the deltas of saturated rows.
+  // Adds a block's terms to the delta of saturated rows.
   void add_saturated_deltas(const Params& params, int64_t n, int64_t h, float* head_delta) {
     const int64_t row = (n * params.heads + h) * params.length;
     const auto saturated = [&](int64_t t) { return is_saturated(params.row_sum[row + t]); };

@@ -207,8 +207,8 @@ FK_INLINE float reduce(Floats x) {
 FK_INLINE float sum(Floats x) { return reduce<Plus>(x); }
 FK_INLINE float largest(Floats x) { return reduce<Larger>(x); }
 
-// e^x for x <= 88, to an ulp or two; 0 below e^-87, NaN for NaN. Above, some number that nobody may use: powers are
-// made of unsigned bits, whose sum may wrap.
+// e^x for x <= 88, to an ulp or two; 0 below e^-87, NaN for NaN. Above 88 the result is wrong: powers are made of
+// unsigned bits, whose sum may wrap.
 FK_INLINE Floats exp(Floats x) {
   Floats clamped = x < -87.f ? splat(-87.f) : x;
   Floats shifted = clamped * 1.44269504f + 0x1.8p23f;  // rounds x / ln 2 to an integer, kept in the low bits

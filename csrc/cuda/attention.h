@@ -4,7 +4,8 @@
 //   dP = dout v^T,  delta = rowsum(dout out) = rowsum(P dP),  dS = P (dP - delta)
 //   dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout
 //
-// The rows in which one key weighs more than all others take delta = rowsum(P dP), from a pass over the keys before.
+// The rows in which one key weighs more than all others take delta = rowsum(P dP), from a pass over the keys before, with
+// 4 d more FLOPs a key.
 // Oracles, bytes and FLOPs: at the head of each operator's file.
 //
 // An operator's Params (MaskedCrossAttention, PerceiverAttention) say by overloads of these functions what there is:
@@ -87,7 +88,7 @@ struct Spans {
       media[i] = row < end ? load_span(params, batch, row) : Range{0, 0};
     }
   }
-  // The rows that see a medium, that see any, and that average all values: one bit each.
+  // The rows that see one medium, that see any, and that average all values: one bit each.
   __device__ uint64_t seeing(int medium) const {
     return ballot_rows<rows>([&](int i) { return media[i].holds(medium); });
   }
@@ -107,8 +108,8 @@ struct Spans {
   }
 };
 
-// Whether the two rows of a lane's fragment are among those of `bits`. What they mask is selected, never multiplied by 0:
-// 0 * NaN is NaN.
+// Whether the two rows of a lane's fragment are among those of `bits`. Masked results are selected, never multiplied by
+// 0, because 0 * NaN is NaN.
 struct RowMask {
   bool upper, lower;
   __device__ explicit RowMask(uint64_t bits)
@@ -185,7 +186,7 @@ __device__ inline void store_fragment(HeadRows<T> to, const float (&c)[n][4], ui
   }
 }
 
-// Writes the rows of a tile from `first` on, or where the keys are cut into parts what this part has of them.
+// Writes the rows of a tile from `first` on, or this part's terms of them where the keys are cut into parts.
 template <class T, int n>
 __device__ inline void store_rows(
     const Attention& params, const Place& place, const Rows& to, int64_t first, const float (&c)[n][4]) {
@@ -220,7 +221,7 @@ template <int columns>
 constexpr int kRowsBlocks = columns <= 64 ? 3 : 2;
 constexpr int kKeysBlocks = 2;
 
-// KiB of shared memory of a multiprocessor. Of the least, that of sm_86, 89 and 120, a block may have 99.
+// KiB of shared memory of a multiprocessor. On sm_86, 89 and 120, which have the least, a block may take 99.
 constexpr size_t kSharedOf80 = 164, kSharedOf90 = 228;
 constexpr size_t kLeastShared = 99 * 1024;
 
@@ -296,7 +297,8 @@ struct RowStats {
   float row_max[2], inv_sum[2], delta[2];
 
   // As the forward pass left them.
-  __device__ void read_softmax(const Attention& params, int64_t batch, int64_t head, int64_t first, const RowMask& mask) {
+  __device__ void read_softmax(
+      const Attention& params, int64_t batch, int64_t head, int64_t first, const RowMask& mask) {
     for (int half = 0; half < 2; ++half) {
       const int64_t at = index(params, batch, head, first, mask, half);
       row_max[half] = params.row_max[at] * params.sign, inv_sum[half] = 1 / params.row_sum[at];
@@ -317,7 +319,8 @@ struct RowStats {
 
 // The rows in which one key weighs more than all others, one bit each.
 template <int rows>
-__device__ inline uint64_t saturated_rows(const Attention& params, const Place& place, int64_t first, uint64_t seeing_any) {
+__device__ inline uint64_t saturated_rows(
+    const Attention& params, const Place& place, int64_t first, uint64_t seeing_any) {
   return ballot_rows<rows>([&](int i) {
     const int row = i * 32 + lane();
     return seeing_any >> row & 1 && params.row_sum[row_index(params, place.batch, place.head, first + row)] < 2;
@@ -373,8 +376,7 @@ __device__ inline void add_delta(
 
 // Puts dS in the place of dP. P comes rounded from its tile, as the products take it, because registers are short.
 template <class T, int n>
-__device__ inline void compute_ds(
-    float (&dp)[n][4], Tile<T, kTile<T>> p, const RowStats& stats, const RowMask& mask) {
+__device__ inline void compute_ds(float (&dp)[n][4], Tile<T, kTile<T>> p, const RowStats& stats, const RowMask& mask) {
   for (int j = 0; j < n; ++j)
     for (int i = 0; i < 4; ++i) {
       const float ds = element(p, j, i) * (dp[j][i] - stats.delta[i / 2]);
@@ -408,7 +410,7 @@ __device__ inline void store_product(
   }
 }
 
-// Writes dk and dv of the block's keys, or what its part of the rows adds to them.
+// Writes dk and dv of the block's keys, or this part's terms of them where the rows are cut into parts.
 template <class T, int columns, class Params>
 __device__ inline void store_key_gradients(
     const Params& params, const Place& place, const Keys<T>& keys, float (&dk)[columns][4], float (&dv)[columns][4]) {
@@ -544,7 +546,8 @@ __device__ __forceinline__ void attention_bwd_keys(const Params& params) {
 
   float dk[columns / 8][4] = {}, dv[columns / 8][4] = {};  // of the 16 keys of this warp
   start_dv(params, place, dv);
-  const Range range = keys.visible > 0 ? visiting_rows<kTile<T>>(params, place.batch, keys.medium, place.part) : Range{0, 0};
+  const Range range =
+      keys.visible > 0 ? visiting_rows<kTile<T>>(params, place.batch, keys.medium, place.part) : Range{0, 0};
   const int group = params.heads / params.kv_heads;
   for (int head = place.kv_head * group; head < (place.kv_head + 1) * group; ++head)
     for (int first = range.begin; first < range.end; first += kTile<T>) {

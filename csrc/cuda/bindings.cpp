@@ -53,7 +53,7 @@ Tensor zeroed(Tensor tensor) {
 
 Vector vector_of(const Tensor& t) { return {t.data_ptr(), element_type(t)}; }
 
-// What the kernels take; the shape of a tensor may ask for more.
+// The largest sizes that the kernels take.
 constexpr int64_t kMostColumns = 128, kMostSequences = 16, kMostInner = 16384;
 
 void expect_at_most(const char* operation, const char* name, int64_t size, int64_t most) {
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
   return {out, softmax};
 }
 
-// A result of each part of the work, in float32.
+// Memory for the results of every part of the work, in float32.
 Tensor fresh_partials(const Call& call, const Tensor& result, int64_t parts) {
   std::vector<int64_t> sizes = {parts};
   sizes.insert(sizes.end(), result.sizes().begin(), result.sizes().end());
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
                    q, {params.one_shot ? 0 : params.batch * params.heads * params.length}, ScalarType::Float),
                averaged_dv =
                    call.fresh(q, {averages ? params.batch * params.kv_heads * params.head_dim : 0}, ScalarType::Float);
-  params.delta = params.one_shot ? nullptr : delta.mutable_data_ptr<float>(),
+  params.delta = params.one_shot ? nullptr : delta.mutable_data_ptr<float>();
   params.averaged_dv = averaged_dv.mutable_data_ptr<float>();
   params.parts = kernels::count_masked_cross_attention_bwd_parts(params);
   if (params.parts == 1) {
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> perceiver_attention_bwd(
   const Tensor delta =
                    call.fresh(q, {params.whole ? 0 : params.batch * params.heads * params.length}, ScalarType::Float),
                dqs = fresh_partials(call, dq, params.parts > 1 ? params.parts : 0);
-  params.delta = params.whole ? nullptr : delta.mutable_data_ptr<float>(),
+  params.delta = params.whole ? nullptr : delta.mutable_data_ptr<float>();
   params.partial_rows = dqs.mutable_data_ptr<float>();
   kernels::perceiver_attention_bwd(params, call.stream);
   if (params.parts > 1) add_partials(call, dqs, dq);
@@ -318,7 +318,7 @@ void check_gated_block_decode(
   const Checks checks(operation, "x", x, 2);
   checks.expect_dimensions("k", k, 5), checks.expect_dimensions("up", up, 2);
   const int64_t batch = x.size(0), dim = x.size(1), inner = heads * k.size(4), hidden = up.size(0);
-  // What is contiguous here the caller makes so: copies of weights in every step would be most of the time.
+  // The caller makes all of it contiguous once: copying the weights in every step would take most of the time.
   const auto expect_matrix = [&](const char* name, const Tensor& matrix, int64_t rows, int64_t columns) {
     checks.expect_contiguous(name, matrix, x.scalar_type(), {rows, columns});
   };

@@ -28,11 +28,17 @@ __device__ inline float to_float(bf16 value) { return bf16_to_float(value.bits);
 template <class T>
 __device__ inline T from_float(float value);
 template <>
-__device__ inline float from_float<float>(float value) { return value; }
+__device__ inline float from_float<float>(float value) {
+  return value;
+}
 template <>
-__device__ inline f16 from_float<f16>(float value) { return {float_to_f16(value)}; }
+__device__ inline f16 from_float<f16>(float value) {
+  return {float_to_f16(value)};
+}
 template <>
-__device__ inline bf16 from_float<bf16>(float value) { return {float_to_bf16(value)}; }
+__device__ inline bf16 from_float<bf16>(float value) {
+  return {float_to_bf16(value)};
+}
 
 __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) { mma_bf16(c, a, b); }
 __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16) { mma_f16(c, a, b); }

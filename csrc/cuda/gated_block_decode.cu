@@ -1,14 +1,15 @@
 // The gated cross-attention block for one token of each of a few sequences, over cached media keys and values:
 //
-//   q = norm(x) Wq^T,  z = x + tanh(gate) * attention(q, k, v) Wo^T,  out = z + tanh(ff_gate) * act(norm(z) W1^T) W2^T
+//   q = norm(x) to_q^T
+//   z = x + tanh(gate) * attention(q, k, v) to_out^T
+//   out = z + tanh(ff_gate) * act(norm(z) up^T) down^T
 //
-// where W1 is up and W2 is down. Oracle: ops/gated_block_decode/reference.py. Four launches: linear (norm, Wq),
-// attention (attention, Wo, gate, residual), linear (norm, W1, activation), linear (W2, gate, residual).
+// Oracle: ops/gated_block_decode/reference.py. Four launches: linear (norm, to_q), attention (attention, to_out, gate,
+// residual), linear (norm, up, activation), linear (down, gate, residual).
 //
 // linear      A block computes 16 outputs of all sequences, and its warps divide the columns among them. Weights go
-// from
-//             memory into the registers of mma, 16 bytes a lane: any order of columns is right if weights and inputs
-//             have the same. Every block computes the norm again.
+//             from memory into the registers of mma, 16 bytes a lane: any order of columns is right if weights and
+//             inputs have the same. Every block computes the norm again.
 // attention   A block owns one sequence and a slice of the outputs. Its warps take a head each, a lane a key, and then
 //             an output each. Every slice computes the attention again: its keys lie in the cache by then.
 //
@@ -32,7 +33,7 @@ constexpr int kPitch = kChunk<T> + 16 / sizeof(T);  // rows begin in different b
 __device__ inline int lane() { return threadIdx.x % 32; }
 __device__ inline int warp() { return threadIdx.x / 32; }
 
-// 8 elements from `column` on of a row of so many; 0 beyond its end.
+// 8 elements of a row from `column` on, with 0 beyond its end.
 template <class T>
 __device__ inline void load_eight(float (&values)[kVector], const T* row, int64_t column, int64_t columns) {
   const bool wide = columns % kVector == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
@@ -42,7 +43,7 @@ __device__ inline void load_eight(float (&values)[kVector], const T* row, int64_
     load_typed<T, false>(values, row + column, {column, columns});
 }
 
-// The same as they are, for mma.
+// The same 8 elements in their own type, for mma.
 template <class T>
 __device__ inline uint4 load_words(const T* row, int64_t column, int64_t columns) {
   if (columns % kVector == 0 && column < columns && reinterpret_cast<uintptr_t>(row) % 16 == 0)
@@ -203,9 +204,9 @@ __device__ inline void attend(float* out, const DecodeAttention& params, int64_t
         for (int j = 0; j < kVector; ++j) score += values[j] * q[i + j];
       }
       const float new_max = fmaxf(row_max, warp_max(score)), alpha = scaled_exp2(row_max, new_max);
-      const float own = scaled_exp2(score, new_max);
-      p[lane()] = own;
-      row_sum = row_sum * alpha + warp_sum(own), row_max = new_max;
+      const float own_p = scaled_exp2(score, new_max);
+      p[lane()] = own_p;
+      row_sum = row_sum * alpha + warp_sum(own_p), row_max = new_max;
       __syncwarp();
       const T* values = latents_of<T>(params.v, b, medium, kv_head) + first * params.v.latent;
       for (int i = 0; i < most && lane() + 32 * i < columns; ++i) {

@@ -5,7 +5,7 @@
 
 namespace flamingo_kernels {
 
-// What is divided among the blocks of a grid: rows into parts, columns into blocks.
+// How the work of a grid is cut: rows into parts, columns into blocks.
 struct Division {
   int64_t parts, part_rows, blocks;
 };

@@ -3,13 +3,14 @@
 //
 // Forward, a block owns a tile of rows of one head, and visits the media that they see. Backward there are two ways.
 //
-// one shot    Every row sees one medium, whose keys are one tile. A block owns a medium of one head and goes through the
-//             rows that see it. They see no other, so it computes their softmax again, reads neither out nor row_max and
-//             row_sum, and writes their dq, once.
+// one shot    Every row sees one medium, whose keys are one tile. A block owns a medium of one head and goes through
+//             the rows that see it. They see no other, so it computes their softmax again, reads neither out nor what
+//             the forward pass kept of the softmax, and writes their dq, once.
 // spans       One kernel owns tiles of rows and visits the keys they see, for dq; another owns tiles of keys and visits
 //             the rows that see them, for dk and dv.
 //
-// Where there are too few keys to fill the device their rows are cut into parts, whose dk and dv `sum_partials` adds in order.
+// Where there are too few keys to fill the device, their rows are cut into parts, whose dk and dv `sum_partials` adds in
+// order.
 //
 // Bytes: forward q, k, v read once from memory (tiles of keys again from the cache) and out written once; one shot q,
 // dout, k, v read and dq, dk, dv written once; spans q, dout, k, v twice and out once. FLOPs a row and visible key:
@@ -36,8 +37,8 @@ __device__ inline Place place_of_rows(const MaskedCrossAttention& params) {
 template <int tile>
 __device__ inline Place place_of_keys(const MaskedCrossAttention& params) {
   const int kv_head = blockIdx.x % params.kv_heads, at = blockIdx.x / params.kv_heads;
-  const int part = at % params.parts, of_batch = at / params.parts;
-  return {of_batch % params.batch, 0, kv_head, int(of_batch / params.batch), part};
+  const int part = at % params.parts, rest = at / params.parts;
+  return {rest % params.batch, 0, kv_head, int(rest / params.batch), part};
 }
 
 template <int tile>
@@ -60,7 +61,11 @@ __device__ inline Keys<T> keys_of(const MaskedCrossAttention& params, int64_t ba
   const int count = min(int(params.latents) - first, kTile<T>);
   return {
       latents_of<const T>(params.k, batch, kv_head, medium, first, params.head_dim),
-      latents_of<const T>(params.v, batch, kv_head, medium, first, params.head_dim), medium, first, count, count};
+      latents_of<const T>(params.v, batch, kv_head, medium, first, params.head_dim),
+      medium,
+      first,
+      count,
+      count};
 }
 
 template <class T>
@@ -76,12 +81,15 @@ __device__ inline KeyGradients<T> gradients_of(
       latents_of<T>(params.dv, batch, kv_head, keys.medium, keys.first, params.head_dim)};
 }
 
-// In contiguous [parts, B, M, R, Hkv, d].
+// The same in contiguous [parts, B, M, R, Hkv, d].
 __device__ inline KeyGradients<float> partial_gradients_of(
     const MaskedCrossAttention& params, const Place& place, int64_t medium, int64_t first) {
   const int64_t row = ((place.part * params.batch + place.batch) * params.media + medium) * params.latents + first;
-  const int64_t at = (row * params.kv_heads + place.kv_head) * params.head_dim, stride = params.kv_heads * params.head_dim;
-  return {{params.partial_dk + at, stride, int(params.head_dim), false}, {params.partial_dv + at, stride, int(params.head_dim), false}};
+  const int64_t at = (row * params.kv_heads + place.kv_head) * params.head_dim,
+                stride = params.kv_heads * params.head_dim;
+  return {
+      {params.partial_dk + at, stride, int(params.head_dim), false},
+      {params.partial_dv + at, stride, int(params.head_dim), false}};
 }
 
 // One part of the rows from the first to the last that see a medium.
@@ -123,7 +131,8 @@ __device__ inline void start_dv(const MaskedCrossAttention& params, const Place&
   if (!params.averages || place.part != 0) return;
   const float* averaged_dv = params.averaged_dv + (place.batch * params.kv_heads + place.kv_head) * params.head_dim;
   for (int j = 0; j < n; ++j)
-    for (int i = 0; i < 4; ++i) dv[j][i] = fragment_column(j, i) < params.head_dim ? averaged_dv[fragment_column(j, i)] : 0.0f;
+    for (int i = 0; i < 4; ++i)
+      dv[j][i] = fragment_column(j, i) < params.head_dim ? averaged_dv[fragment_column(j, i)] : 0.0f;
 }
 
 // No block visits the rows that see no medium, so each clears dq of those in its slice of the text.
@@ -165,7 +174,8 @@ __global__ void __launch_bounds__(kThreads<T>, kKeysBlocks)
 // The sum of dout over the rows that average all values, divided by the number of values.
 template <class T>
 __global__ void __launch_bounds__(128) masked_cross_attention_bwd_averaged_dv_kernel(MaskedCrossAttention params) {
-  const int64_t batch = blockIdx.x / params.kv_heads, kv_head = blockIdx.x % params.kv_heads, group = params.heads / params.kv_heads;
+  const int64_t batch = blockIdx.x / params.kv_heads, kv_head = blockIdx.x % params.kv_heads,
+                group = params.heads / params.kv_heads;
   for (int column = threadIdx.x; column < params.head_dim; column += blockDim.x) {
     float sum = 0;
     for (int64_t row = 0; row < params.length; ++row) {
@@ -204,7 +214,10 @@ void masked_cross_attention_bwd(const MaskedCrossAttention& params, Stream strea
   by_tile(params, [&](auto type, auto columns) {
     using T = decltype(type);
     const dim3 block(kThreads<T>);
-    if (params.averages) launch(stream, masked_cross_attention_bwd_averaged_dv_kernel<T>, make_grid(params.batch * params.kv_heads), dim3(128), 0, params);
+    if (params.averages)
+      launch(
+          stream, masked_cross_attention_bwd_averaged_dv_kernel<T>, make_grid(params.batch * params.kv_heads),
+          dim3(128), 0, params);
     if (!params.one_shot) {
       MaskedCrossAttention by_rows = params;
       by_rows.parts = 1;
@@ -213,8 +226,10 @@ void masked_cross_attention_bwd(const MaskedCrossAttention& params, Stream strea
       launch(stream, kernel, grid, block, kBackwardBytes<T, columns(), false>, by_rows);
     }
     const auto kernel = params.one_shot ? masked_cross_attention_bwd_keys_kernel<T, columns(), true>
-                                   : masked_cross_attention_bwd_keys_kernel<T, columns(), false>;
-    launch(stream, kernel, make_grid(params.parts * count_key_tiles(params)), block, kBackwardBytes<T, columns(), true>, params);
+                                        : masked_cross_attention_bwd_keys_kernel<T, columns(), false>;
+    launch(
+        stream, kernel, make_grid(params.parts * count_key_tiles(params)), block, kBackwardBytes<T, columns(), true>,
+        params);
   });
 }
 

@@ -22,7 +22,7 @@ struct GatedResidual {
   Matrix x, y, z;
   // backward only
   Matrix dz, dy;
-  int64_t parts, part_rows;  // among how many blocks the rows are divided, and how many each takes
+  int64_t parts, part_rows;  // how many parts the rows are cut into, and the rows of each
   float* dgate;              // partial sums [parts, D], or one of every block
 };
 
@@ -44,13 +44,13 @@ struct Attention {
   DType dtype;
   int64_t batch, length, heads, head_dim, kv_heads;
   float scale;
-  float sign, scale_log2;  // of the scale, and |scale| log2(e), not 0
+  float sign, scale_log2;  // sign(scale) and |scale| log2(e), which is never 0
   Rows q, out;
   float *row_max, *row_sum;  // [B, H, T], of scores before their scale; null where the backward pass reads neither
   // backward only
   Rows dout, dq;
   float* delta;  // [B, H, T]: rowsum(dout * out), or rowsum(P * dP) where one key has most of the weight
-  // where work is cut into parts, each part writes its own results, in float32
+  // each part of the work writes results of its own, in float32
   int64_t parts;
   float* partial_rows;             // [parts, B, T, H, d] of out or dq
   float *partial_dk, *partial_dv;  // [parts, B, M, R, Hkv, d]
@@ -77,8 +77,7 @@ struct PerceiverAttention : Attention {
 
 enum class Activation : int { none, gelu, squared_relu, relu };
 
-// A linear layer with what surrounds it: output = act(weight norm(input)), or residual + tanh(gate) * weight
-// norm(input).
+// A linear layer and what surrounds it: output = act(weight norm(input)), or residual + tanh(gate) * weight input.
 struct DecodeLinear {
   DType dtype;
   int64_t batch, rows, columns;

@@ -23,8 +23,8 @@ __device__ inline Range load_span(const PerceiverAttention&, int64_t, int64_t) {
 template <int tile>
 __device__ inline Place place_of_rows(const PerceiverAttention& params) {
   const int tiles = divide_up(params.length, tile), group = params.heads / params.kv_heads;
-  const int head = blockIdx.x % params.heads, at = blockIdx.x / params.heads, of_clip = at / tiles;
-  return {of_clip / params.parts, head, head / group, at % tiles, int(of_clip % params.parts)};
+  const int head = blockIdx.x % params.heads, at = blockIdx.x / params.heads, rest = at / tiles;
+  return {rest / params.parts, head, head / group, at % tiles, int(rest % params.parts)};
 }
 
 // Tiles of the media, all S of them, and then of the latents.

@@ -1,7 +1,7 @@
 // Adds partial results in float32 and in a fixed order. Oracle: partials.sum(0).
 //
-// Few parts are added one after the other by one thread a column. Of many, each of kLanes threads adds every kLanes-th,
-// so that their latencies do not add up. Bytes: each partial sum read once, each total written once.
+// One thread a column adds few parts, one after the other. Where there are many, each of kLanes threads adds every
+// kLanes-th, so that their latencies overlap. Bytes: each partial sum read once, each total written once.
 #include "kernels.h"
 #include "rows.h"
 

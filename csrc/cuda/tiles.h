@@ -11,7 +11,7 @@
 
 namespace flamingo_kernels {
 
-// Rows of a tile, be they text or keys; of float32 half as many, so that all tiles fit into shared memory.
+// Rows of a tile, of text or of keys. In float32 they are half as many, so that all tiles fit into shared memory.
 template <class T>
 constexpr int kTile = sizeof(T) == 2 ? 64 : 32;
 template <class T>
