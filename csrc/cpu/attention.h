@@ -40,6 +40,11 @@ struct Strided {  // rows of head_dim contiguous elements
   T* operator[](int64_t i) const { return data + i * row; }
 };
 
+template <class T>
+FK_INLINE Strided<T> rows_of(const Rows& rows, int64_t b, int64_t h) {
+  return {(T*)rows.data + b * rows.batch + h * rows.head, rows.row};
+}
+
 // Rows wanted soon, fetched one at a time between rows of arithmetic: one head's rows lie a whole model
 // width apart, which the processor does not foresee (measured: 10% of a forward pass).
 template <class T>
@@ -272,15 +277,15 @@ struct KeyGradients {
 
   void reset() { empty = true; }
 
-  // Zeros where no row has sent anything.
-  void fill() {
+  // Writes zeros where no row has added anything.
+  void clear_if_empty() {
     if (!empty) return;
     for (int64_t i = 0; i < keys * channel_row; ++i) dk[i] = dv[i] = 0;
     empty = false;
   }
 
   void write(Strided<T> to_k, Strided<T> to_v) {
-    fill();
+    clear_if_empty();
     for (int64_t i = 0; i < keys; ++i) {
       write_row(to_k[i], dk + i * channel_row, head_dim, 1);
       write_row(to_v[i], dv + i * channel_row, head_dim, 1);

@@ -71,8 +71,8 @@ class Memory {
   int64_t count_ = 0;
 };
 
-// The number of threads that each get a fair share of the work, counted in elements that are read or written. torch's own
-// loops use the same share.
+// The number of threads that each get a fair share of the work, counted in elements that are read or written. The loops
+// of torch use the same share.
 int64_t threads_for(int64_t elements, int64_t tasks) {
   constexpr int64_t fair_share = 32768;
   return std::clamp<int64_t>(elements / fair_share, 1, std::min<int64_t>(tasks, torch::stable::get_num_threads()));

@@ -1,13 +1,14 @@
 // Text rows attend to the media in their span.
 //
-// Oracle: flamingo_kernels/ops/masked_cross_attention/reference.py. Forward reads q, k, v and writes out once; backward
-// reads q, k, v and dout once and writes dq, dk, dv once (where rows see several media it reads all of them twice, and
-// out). FLOPs are 4 per (row, visible key, channel) forward and 10 backward (14 where rows see several media, and 4 more
-// for rows in which one key has most of the weight).
+// Oracle: flamingo_kernels/ops/masked_cross_attention/reference.py. Forward reads q, k, v and writes out, each once.
+// Backward reads q, k, v, dout and writes dq, dk, dv, each once; where rows see several media it reads twice, and out
+// once. FLOPs are 4 per (row, visible key, channel) forward and 10 backward, 14 where rows see several media, and 4
+// more for rows in which one key has most of the weight.
 //
-// Where no row sees two media (`immediate`), a task is a medium of one head: its keys are packed once, each row's softmax
-// needs one pass, and the backward pass owns dk, dv and the rows of dq. Otherwise forward and dq take a task for each
-// block of rows and visit the media that these rows see; dq comes first and leaves each row's delta to dk and dv.
+// Where no row sees two media (`immediate`), a task is a medium of one head: its keys are packed once, each row's
+// softmax needs one pass, and the backward pass owns dk, dv and the rows of dq. Otherwise forward and dq take a task
+// for each block of rows and visit the media that these rows see; dq comes first and leaves each row's delta to dk and
+// dv.
 #pragma once
 
 #include "attention.h"
@@ -15,11 +16,6 @@
 namespace flamingo_kernels::FK_ISA::masked_cross_attention {
 
 using Params = MaskedCrossAttention;
-
-template <class T>
-FK_INLINE Strided<T> rows_of(const Rows& rows, int64_t b, int64_t h) {
-  return {(T*)rows.data + b * rows.batch + h * rows.head, rows.row};
-}
 
 template <class T>
 FK_INLINE Strided<T> latents_of(const Media& media, int64_t b, int64_t m, int64_t h) {
@@ -56,6 +52,12 @@ FK_INLINE int64_t kv_head(const Params& params, int64_t h) { return h / (params.
 FK_INLINE void store_softmax(const Params& params, int64_t b, int64_t h, int64_t t, float row_max, float row_sum) {
   const int64_t row = (b * params.heads + h) * params.length + t;
   params.row_max[row] = row_max, params.row_sum[row] = row_sum;
+}
+
+// Packs the keys and values of a medium.
+template <class T, class Block>
+FK_INLINE void pack(Block& block, const Params& params, int64_t b, int64_t hk, int64_t m) {
+  block.pack(latents_of<const T>(params.k, b, m, hk), latents_of<const T>(params.v, b, m, hk), params.latents);
 }
 
 // Calls `visit(rows, count)` with every `most` rows of a range that see medium m.
@@ -121,17 +123,11 @@ struct Forward {
     attend_medium(params, b, h, m);
   }
 
-  void pack(const Params& params, int64_t b, int64_t h, int64_t m) {
-    block.pack(
-        latents_of<const T>(params.k, b, m, kv_head(params, h)),
-        latents_of<const T>(params.v, b, m, kv_head(params, h)), params.latents);
-  }
-
   // All rows that see medium m, and see nothing else.
   void attend_medium(const Params& params, int64_t b, int64_t h, int64_t m) {
     const Range near = rows_near(params, b, m, {0, params.length});
     if (near.begin >= near.end) return;
-    pack(params, b, h, m);
+    pack<T>(block, params, b, kv_head(params, h), m);
     if (h + 1 < params.heads) {  // the next task's
       tile.prefetch.plan(0, latents_of<const T>(params.k, b, m, kv_head(params, h + 1)), params.latents);
       tile.prefetch.plan(1, latents_of<const T>(params.v, b, m, kv_head(params, h + 1)), params.latents);
@@ -159,7 +155,7 @@ struct Forward {
     for (int64_t m = 0; m < params.media; ++m) {
       const Range near = rows_near(params, b, m, {begin, end});
       if (near.begin >= near.end) continue;
-      pack(params, b, h, m);
+      pack<T>(block, params, b, kv_head(params, h), m);
       visit_rows_seeing<forward_rows<T>>(params, b, m, near, [&](const int64_t* rows, int64_t count) {
         int64_t members[forward_rows<T>];
         tile.count = 0;
@@ -179,12 +175,16 @@ struct Forward {
   }
 };
 
+// Fills a tile with rows, and with their softmax as the forward pass kept it.
 template <class T>
-FK_INLINE void add_row(const Params& params, GradientTile<T>& tile, int64_t b, int64_t h, int64_t t) {
-  const int64_t row = (b * params.heads + h) * params.length + t;
-  tile.add(
-      rows_of<const T>(params.q, b, h)[t], rows_of<const T>(params.dout, b, h)[t], params.delta[row],
-      params.row_max[row], params.row_sum[row]);
+FK_INLINE void fill(
+    GradientTile<T>& tile, const Params& params, int64_t b, int64_t h, const int64_t* rows, int64_t count) {
+  const Strided<const T> q = rows_of<const T>(params.q, b, h), dout = rows_of<const T>(params.dout, b, h);
+  tile.count = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = (b * params.heads + h) * params.length + rows[i];
+    tile.add(q[rows[i]], dout[rows[i]], params.delta[row], params.row_max[row], params.row_sum[row]);
+  }
 }
 
 // dk and dv of one medium; where rows see one medium only, also their dq.
@@ -205,7 +205,7 @@ struct Backward {
     const int64_t hk = task % params.kv_heads, m = task / params.kv_heads % params.media,
                   b = task / params.kv_heads / params.media;
     const int64_t group = params.heads / params.kv_heads;
-    block.pack(latents_of<const T>(params.k, b, m, hk), latents_of<const T>(params.v, b, m, hk), params.latents);
+    pack<T>(block, params, b, hk, m);
     block.reset();
     if (hk + 1 < params.kv_heads) {  // the next task's
       tile.prefetch.plan(0, latents_of<const T>(params.k, b, m, hk + 1), params.latents);
@@ -222,9 +222,8 @@ struct Backward {
     Strided<const T> q = rows_of<const T>(params.q, b, h), dout = rows_of<const T>(params.dout, b, h);
     Strided<T> dq = rows_of<T>(params.dq, b, h);
     visit_rows_seeing<backward_rows<T>>(params, b, m, near, [&](const int64_t* rows, int64_t count) {
-      tile.count = 0;
       if (!params.immediate) {
-        for (int64_t i = 0; i < count; ++i) add_row(params, tile, b, h, rows[i]);
+        fill(tile, params, b, h, rows, count);
         tile.compute_p_ds(block, params.scale);
         return tile.add_dk_dv(block);
       }
@@ -233,6 +232,7 @@ struct Backward {
       tile.prefetch.plan(2, {q[next], q.row}, left);
       tile.prefetch.plan(3, {dout[next], dout.row}, left);
       tile.prefetch.plan(4, {dq[rows[0]], dq.row}, count);
+      tile.count = 0;
       for (int64_t i = 0; i < count; ++i) tile.add(q[rows[i]], dout[rows[i]]);
       tile.compute_p_ds_one_shot(block, params.scale);
       tile.add_dk_dv(block);
@@ -255,7 +255,7 @@ struct Backward {
         store(averaged_dv + j, load(averaged_dv + j) + load(dout[t] + j, params.head_dim - j) * p);
     }
     if (!any) return;
-    block.fill();
+    block.clear_if_empty();
     for (int64_t r = 0; r < block.keys; ++r)
       for (int64_t j = 0; j < params.head_dim; j += width) {
         float* to = block.dv + r * block.channel_row + j;
@@ -306,28 +306,21 @@ struct QueryBackward {
       const auto wanted = [&](int64_t t) { return saturated(t) && sees(params, b, t, m); };
       bool packed = false;
       visit_rows<backward_rows<T>>(near.begin, near.end, wanted, [&](const int64_t* rows, int64_t count) {
-        if (!packed) pack(params, b, h, m), packed = true;
-        tile.count = 0;
-        for (int64_t i = 0; i < count; ++i) add_row(params, tile, b, h, rows[i]);
+        if (!packed) pack<T>(block, params, b, kv_head(params, h), m), packed = true;
+        fill(tile, params, b, h, rows, count);
         tile.add_delta(block, params.scale);
         for (int64_t i = 0; i < count; ++i) params.delta[row + rows[i]] = tile.delta[i];
       });
     }
   }
 
-  void pack(const Params& params, int64_t b, int64_t h, int64_t m) {
-    const int64_t hk = kv_head(params, h);
-    block.pack(latents_of<const T>(params.k, b, m, hk), latents_of<const T>(params.v, b, m, hk), params.latents);
-  }
-
   void collect(const Params& params, int64_t b, int64_t h, int64_t m, Range block_rows) {
     const int64_t row = padded(params.head_dim);
     const Range near = rows_near(params, b, m, block_rows);
     if (near.begin >= near.end) return;
-    pack(params, b, h, m);
+    pack<T>(block, params, b, kv_head(params, h), m);
     visit_rows_seeing<backward_rows<T>>(params, b, m, near, [&](const int64_t* rows, int64_t count) {
-      tile.count = 0;
-      for (int64_t i = 0; i < count; ++i) add_row(params, tile, b, h, rows[i]);
+      fill(tile, params, b, h, rows, count);
       tile.compute_p_ds(block, params.scale);
       tile.template multiply_dq<false>(block, tile.dq);
       for (int64_t i = 0; i < count; ++i)

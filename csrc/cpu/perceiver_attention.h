@@ -16,11 +16,6 @@ template <class T>
 constexpr int64_t most_keys = in_tiles<T> ? 256 : 128;  // in flight
 
 template <class T>
-FK_INLINE Strided<T> rows_of(const Rows& rows, int64_t n, int64_t h) {
-  return {(T*)rows.data + n * rows.batch + h * rows.head, rows.row};
-}
-
-template <class T>
 FK_INLINE Strided<T> keys_of(const Rows& keys, int64_t n, int64_t h, int64_t first) {
   return {rows_of<T>(keys, n, h)[first], keys.row};
 }
@@ -30,6 +25,14 @@ FK_INLINE int64_t visible_keys(const Params& params, int64_t n, int segment) {
   if (segment == 1 || !params.media_lengths) return all;
   const int64_t length = params.media_lengths[n];
   return length < 0 ? 0 : length < all ? length : all;
+}
+
+// Packs `count` keys of a segment and their values.
+template <class T, class Block>
+FK_INLINE void pack(
+    Block& block, const Params& params, int64_t n, int64_t hk, int segment, int64_t first, int64_t count) {
+  block.pack(
+      keys_of<const T>(params.k[segment], n, hk, first), keys_of<const T>(params.v[segment], n, hk, first), count);
 }
 
 // Calls `visit(segment, first, count)` with the visible keys of a clip, `most_keys` at a time.
@@ -68,8 +71,7 @@ struct Forward {
     Strided<T> out = rows_of<T>(params.out, n, h);
     online.reset(end - begin);
     visit_keys<T>(params, n, [&](int segment, int64_t first, int64_t count) {
-      block.pack(
-          keys_of<const T>(params.k[segment], n, hk, first), keys_of<const T>(params.v[segment], n, hk, first), count);
+      pack<T>(block, params, n, hk, segment, first, count);
       prefetch_next_block(params, n, hk, segment, first + count);
       for (int64_t t = begin; t < end; t += forward_rows<T>) {
         int64_t members[forward_rows<T>];
@@ -90,8 +92,8 @@ struct Forward {
     }
   }
 
-  // The next block of this segment, or of the next segment, or of the next head, while this one is computed: two keys and
-  // two values for each row.
+  // The next block of this segment, or of the next segment, or of the next head, while this one is computed: two keys
+  // and two values for each row.
   void prefetch_next_block(const Params& params, int64_t n, int64_t hk, int segment, int64_t first) {
     if (first >= visible_keys(params, n, segment)) {
       first = 0;
@@ -131,8 +133,7 @@ struct Backward {
     for (int64_t i = 0; i < group * head_rows * row; ++i) dq[i] = 0;
     find_delta(params, n, hk);
     visit_keys<T>(params, n, [&](int segment, int64_t first, int64_t count) {
-      block.pack(
-          keys_of<const T>(params.k[segment], n, hk, first), keys_of<const T>(params.v[segment], n, hk, first), count);
+      pack<T>(block, params, n, hk, segment, first, count);
       block.reset();
       for (int64_t g = 0; g < group; ++g)
         collect(params, n, hk * group + g, delta + g * head_rows, dq + g * head_rows * row);
@@ -158,8 +159,7 @@ struct Backward {
     }
     if (!any_saturated) return;
     visit_keys<T>(params, n, [&](int segment, int64_t first, int64_t count) {
-      block.pack(
-          keys_of<const T>(params.k[segment], n, hk, first), keys_of<const T>(params.v[segment], n, hk, first), count);
+      pack<T>(block, params, n, hk, segment, first, count);
       for (int64_t g = 0; g < group; ++g) add_saturated_deltas(params, n, hk * group + g, delta + g * head_rows);
     });
   }

@@ -4,9 +4,8 @@
 //   dP = dout v^T,  delta = rowsum(dout out) = rowsum(P dP),  dS = P (dP - delta)
 //   dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout
 //
-// The rows in which one key weighs more than all others take delta = rowsum(P dP), from a pass over the keys before, with
-// 4 d more FLOPs a key.
-// Oracles, bytes and FLOPs: at the head of each operator's file.
+// The rows in which one key weighs more than all others take delta = rowsum(P dP), from a pass over the keys before,
+// which costs 4 d more FLOPs a key. Each operator's file says its oracle, bytes and FLOPs.
 //
 // An operator's Params (MaskedCrossAttention, PerceiverAttention) say by overloads of these functions what there is:
 //

@@ -9,8 +9,8 @@
 // spans       One kernel owns tiles of rows and visits the keys they see, for dq; another owns tiles of keys and visits
 //             the rows that see them, for dk and dv.
 //
-// Where there are too few keys to fill the device, their rows are cut into parts, whose dk and dv `sum_partials` adds in
-// order.
+// Where there are too few keys to fill the device, their rows are cut into parts, whose dk and dv `sum_partials` adds
+// in order.
 //
 // Bytes: forward q, k, v read once from memory (tiles of keys again from the cache) and out written once; one shot q,
 // dout, k, v read and dq, dk, dv written once; spans q, dout, k, v twice and out once. FLOPs a row and visible key:
