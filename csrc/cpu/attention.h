@@ -92,7 +92,7 @@ FK_INLINE Floats exp_for(Floats x) {
     return exp_for_bf16(x);
 }
 
-// A row's elements beyond its keys that a product reads.
+// Writes zeros to the elements beyond a row's keys that a product reads.
 template <class Dot>
 FK_INLINE void clear_padding(typename Dot::Element* row, int64_t keys) {
   for (int64_t j = round_up(keys, width); j < words<Dot>(keys) * Dot::lanes; j += width)
@@ -109,7 +109,7 @@ struct Scale {
 // The maximum of no scores. It is finite, so that a score of -inf has the weight 0.
 constexpr float lowest = std::numeric_limits<float>::lowest();
 
-// What turns exponentials of a row into its softmax; NaN for scores that are all -inf, which have none.
+// 1 / row_sum; NaN for scores that are all -inf, which have no softmax.
 FK_INLINE float inverse_sum(float row_max, float row_sum) { return row_max > lowest ? 1 / row_sum : NAN; }
 
 // The larger of row_max and the largest of a row's scores, which have the scale's sign.

@@ -117,7 +117,7 @@ struct RowMask {
   __device__ bool operator[](int half) const { return half ? lower : upper; }
 };
 
-// Scores of a tile of keys before their scale, of whose sign they are; -inf for keys that are not visible.
+// Scores of a tile of keys, not scaled yet but with the sign of the scale; -inf for keys that are not visible.
 template <class T, int columns, int n>
 __device__ inline void compute_scores(
     float (&scores)[n][4], Tile<T, columns> q, Tile<T, columns> k, float sign, int visible) {
@@ -224,7 +224,7 @@ constexpr int kKeysBlocks = 2;
 constexpr size_t kSharedOf80 = 164, kSharedOf90 = 228;
 constexpr size_t kLeastShared = 99 * 1024;
 
-// How many blocks fit into it: each takes 1 KiB more than it asks for.
+// How many blocks fit into shared memory: each takes 1 KiB more than it asks for.
 __host__ __device__ constexpr int fitting(size_t shared, size_t bytes) { return int(shared * 1024 / (bytes + 1024)); }
 
 template <class T, int columns>
