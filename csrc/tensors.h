@@ -1,32 +1,29 @@
-// What the bindings of every backend ask of tensors; of torch only the stable ABI.
-// Anybody can call torch.ops.flamingo_kernels: whatever a kernel dereferences is checked here before.
+// Tensors as the bindings of every backend see them: their dtypes, and as what the kernels read them. Includes only the
+// stable ABI of torch.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
-#include "dtype.h"
+#include "views.h"
 
 namespace flamingo_kernels {
 
 using torch::headeronly::ScalarType;
 using torch::headeronly::toString;
 using torch::stable::Tensor;
-using Sizes = std::initializer_list<int64_t>;
 
-// Without the file and line that torch's own macro puts before a message.
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
+// Throws a message without the file and line that torch's own macro puts before it.
+template <class... Words>
+[[noreturn]] void refuse(const Words&... words) {
   std::ostringstream message;
-  (message << ... << parts);
+  (message << ... << words);
   throw std::runtime_error(message.str());
 }
 
@@ -39,7 +36,7 @@ inline std::optional<DType> kernel_dtype(ScalarType dtype) {
   }
 }
 
-inline DType dtype_of(const Tensor& tensor) {
+inline DType element_type(const Tensor& tensor) {
   const std::optional<DType> dtype = kernel_dtype(tensor.scalar_type());
   if (!dtype) refuse("flamingo_kernels: expected Float, BFloat16 or Half, got ", toString(tensor.scalar_type()), ".");
   return *dtype;
@@ -49,8 +46,8 @@ inline ScalarType wider(ScalarType a, ScalarType b) { return a == b ? a : Scalar
 
 // The dtype of x + tanh(gate) * y; as everywhere in torch, a gate without dimensions does not widen y.
 inline ScalarType residual_dtype(const Tensor& x, const Tensor& y, const Tensor& gate) {
-  const ScalarType product = gate.dim() == 0 ? y.scalar_type() : wider(y.scalar_type(), gate.scalar_type());
-  return wider(x.scalar_type(), product);
+  const ScalarType branch = gate.dim() == 0 ? y.scalar_type() : wider(y.scalar_type(), gate.scalar_type());
+  return wider(x.scalar_type(), branch);
 }
 
 template <class Numbers>
@@ -60,165 +57,34 @@ std::string in_brackets(const Numbers& numbers) {
   return "(" + text + ")";
 }
 
-inline std::string device_of(const Tensor& tensor) {
+inline std::string device_name(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
   return (tensor.is_cuda() ? "cuda:" : "another device, ") + std::to_string(tensor.get_device_index());
 }
 
-// The checks of one operation, whose first tensor says on which device all are.
-class Checks {
- public:
-  Checks(const char* operation, const char* first_name, const Tensor& first, int64_t dimensions)
-      : operation_(operation), first_name_(first_name), first_(first) {
-    expect_dimensions(first_name, first, dimensions);
-  }
+// A function `..._of` returns a view of its tensor: a pointer with sizes or strides, and nothing is copied.
 
-  void expect_dimensions(const char* name, const Tensor& tensor, int64_t dimensions) const {
-    if (tensor.dim() != dimensions)
-      refuse(
-          operation_, ": expected ", name, " with ", dimensions, " dimensions, got ", in_brackets(tensor.sizes()), ".");
-  }
-
-  // [..., D] in any dtype of the kernels, with elements of a row side by side.
-  void expect_rows(const char* name, const Tensor& tensor, Sizes sizes) const {
-    expect_number(name, tensor), expect_sizes(name, tensor, sizes), expect_device(name, tensor);
-    const int64_t last = tensor.dim() - 1;
-    if (tensor.numel() != 0 && tensor.size(last) != 1 && tensor.stride(last) != 1)
-      refuse(
-          operation_, ": expected ", name, " with a contiguous last dimension, got strides ",
-          in_brackets(tensor.strides()), ".");
-  }
-
-  // The same, in the dtype of the first tensor.
-  void expect_rows_like_first(const char* name, const Tensor& tensor, Sizes sizes) const {
-    expect_rows(name, tensor, sizes);
-    if (tensor.scalar_type() != first_.scalar_type())
-      refuse(
-          operation_, ": expected ", name, " in ", toString(first_.scalar_type()), " like ", first_name_, ", got ",
-          toString(tensor.scalar_type()), ".");
-  }
-
-  // A parameter with an element for each of D channels, or one for all, in any dtype of the kernels and any layout.
-  void expect_parameter(const char* name, const Tensor& tensor, int64_t channels, bool one_for_all) const {
-    expect_number(name, tensor), expect_device(name, tensor);
-    if (tensor.numel() != channels && !(one_for_all && tensor.numel() == 1))
-      refuse(
-          operation_, ": expected ", name, " with ", one_for_all ? "1 or " : "", channels, " elements, got shape ",
-          in_brackets(tensor.sizes()), ".");
-  }
-
-  // Contiguous, in one dtype.
-  void expect_contiguous(const char* name, const Tensor& tensor, ScalarType dtype, Sizes sizes) const {
-    if (tensor.scalar_type() != dtype)
-      refuse(
-          operation_, ": expected ", name, " in ", toString(dtype), ", got ", toString(tensor.scalar_type()), ".");
-    expect_sizes(name, tensor, sizes), expect_device(name, tensor);
-    if (!tensor.is_contiguous())
-      refuse(operation_, ": expected a contiguous ", name, ", got strides ", in_brackets(tensor.strides()), ".");
-  }
-
-  // Of no keys there is no softmax.
-  void expect_latents(const char* name, const Tensor& tensor, int64_t dimension) const {
-    if (tensor.size(dimension) == 0)
-      refuse(operation_, ": expected ", name, " with at least one latent, got ", in_brackets(tensor.sizes()), ".");
-  }
-
-  void expect_head_groups(int64_t heads, int64_t kv_heads) const {
-    if (kv_heads == 0 || heads % kv_heads != 0)
-      refuse(
-          operation_, ": expected the ", heads, " heads of q to be a multiple of the heads of the keys, got ", kv_heads,
-          ".");
-  }
-
- private:
-  void expect_number(const char* name, const Tensor& tensor) const {
-    if (!kernel_dtype(tensor.scalar_type()))
-      refuse(
-          operation_, ": expected ", name, " in Float, BFloat16 or Half, got ", toString(tensor.scalar_type()), ".");
-  }
-
-  void expect_sizes(const char* name, const Tensor& tensor, Sizes sizes) const {
-    const auto found = tensor.sizes();
-    if (!std::equal(sizes.begin(), sizes.end(), found.begin(), found.end()))
-      refuse(operation_, ": expected ", name, " with shape ", in_brackets(sizes), ", got ", in_brackets(found), ".");
-  }
-
-  void expect_device(const char* name, const Tensor& tensor) const {
-    if (tensor.is_cpu() != first_.is_cpu() || tensor.is_cuda() != first_.is_cuda() ||
-        tensor.get_device_index() != first_.get_device_index())
-      refuse(
-          operation_, ": expected ", name, " on ", device_of(first_), " with ", first_name_, ", got ",
-          device_of(tensor), ".");
-  }
-
-  const char *operation_, *first_name_;
-  const Tensor& first_;
-};
-
-inline Checks check_masked_cross_attention(
-    const char* operation, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi,
-    const Tensor& start, const Tensor& stop) {
-  const Checks checks(operation, "q", q, 4);
-  checks.expect_dimensions("k", k, 5);
-  const int64_t batch = q.size(0), length = q.size(1), heads = q.size(2), head_dim = q.size(3);
-  const int64_t media = k.size(1), latents = k.size(2), kv_heads = k.size(3);
-  checks.expect_rows_like_first("q", q, {batch, length, heads, head_dim});
-  checks.expect_rows_like_first("k", k, {batch, media, latents, kv_heads, head_dim});
-  checks.expect_rows_like_first("v", v, {batch, media, latents, kv_heads, head_dim});
-  checks.expect_latents("k", k, 2), checks.expect_head_groups(heads, kv_heads);
-  checks.expect_contiguous("lo", lo, ScalarType::Int, {batch, length});
-  checks.expect_contiguous("hi", hi, ScalarType::Int, {batch, length});
-  checks.expect_contiguous("start", start, ScalarType::Int, {batch, media});
-  checks.expect_contiguous("stop", stop, ScalarType::Int, {batch, media});
-  return checks;
+inline bool is_wide(const Tensor& tensor) {
+  const int64_t element = tensor.element_size(), last = tensor.dim() - 1;
+  bool wide = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0 && tensor.size(last) * element % 16 == 0;
+  for (int64_t i = 0; i < last; ++i) wide = wide && (tensor.size(i) <= 1 || tensor.stride(i) * element % 16 == 0);
+  return wide;
 }
 
-inline Checks check_perceiver_attention(
-    const char* operation, const Tensor& q, const Tensor& k_media, const Tensor& v_media, const Tensor& k_latents,
-    const Tensor& v_latents, const std::optional<Tensor>& media_lengths) {
-  const Checks checks(operation, "q", q, 4);
-  checks.expect_dimensions("k_media", k_media, 4), checks.expect_dimensions("k_latents", k_latents, 4);
-  const int64_t batch = q.size(0), heads = q.size(2), head_dim = q.size(3);
-  const int64_t features = k_media.size(1), latents = k_latents.size(1), kv_heads = k_media.size(2);
-  checks.expect_rows_like_first("q", q, {batch, q.size(1), heads, head_dim});
-  checks.expect_rows_like_first("k_media", k_media, {batch, features, kv_heads, head_dim});
-  checks.expect_rows_like_first("v_media", v_media, {batch, features, kv_heads, head_dim});
-  checks.expect_rows_like_first("k_latents", k_latents, {batch, latents, kv_heads, head_dim});
-  checks.expect_rows_like_first("v_latents", v_latents, {batch, latents, kv_heads, head_dim});
-  checks.expect_latents("k_latents", k_latents, 1), checks.expect_head_groups(heads, kv_heads);
-  if (media_lengths) checks.expect_contiguous("media_lengths", *media_lengths, ScalarType::Int, {batch});
-  return checks;
+inline Rows rows_of(const Tensor& t) {  // [B, T, H, d]
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), is_wide(t)};
 }
 
-// What the forward pass of either attention left for the backward pass, and the gradient of its output; `kept` are
-// the rows of which it left the softmax.
-inline void check_attention_bwd(
-    const Checks& checks, const Tensor& dout, const Tensor& q, const Tensor& out, const Tensor& softmax, int64_t kept) {
-  const int64_t batch = q.size(0), length = q.size(1), heads = q.size(2), head_dim = q.size(3);
-  checks.expect_rows_like_first("dout", dout, {batch, length, heads, head_dim});
-  checks.expect_rows_like_first("out", out, {batch, length, heads, head_dim});
-  checks.expect_contiguous("softmax", softmax, ScalarType::Float, {2, batch, heads, kept});
+inline Media media_of(const Tensor& t) {  // [B, M, R, Hkv, d]
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3), is_wide(t)};
 }
 
-// The branch y of a residual and its gate, of one element or one a channel; `first` is x, or z where there is no x.
-inline Checks check_residual(
-    const char* operation, const char* first_name, const Tensor& first, const Tensor& y, const Tensor& gate) {
-  const Checks checks(operation, first_name, first, 2);
-  const int64_t rows = first.size(0), columns = first.size(1);
-  checks.expect_rows(first_name, first, {rows, columns}), checks.expect_rows("y", y, {rows, columns});
-  checks.expect_parameter("gate", gate, columns, true);
-  return checks;
+inline Matrix matrix_of(const Tensor& t) {  // [N, D]
+  // a thread takes 8 elements, whatever their size
+  return {t.data_ptr(), element_type(t), t.stride(0), is_wide(t) && t.size(1) % 8 == 0};
 }
 
-// The gradient of a sum with y is in y's dtype or wider.
-inline void check_residual_bwd(const char* operation, const char* name, const Tensor& dz, const Tensor& y) {
-  if (wider(dz.scalar_type(), y.scalar_type()) != dz.scalar_type())
-    refuse(
-        operation, ": expected ", name, " in Float or in ", toString(y.scalar_type()), " like y, got ",
-        toString(dz.scalar_type()), ".");
-}
-
-// None is a null pointer: all are real.
+// None is a null pointer.
 inline const int32_t* data_or_null(const std::optional<Tensor>& integers) {
   return integers ? integers->const_data_ptr<int32_t>() : nullptr;
 }

@@ -1,6 +1,5 @@
-// The operators as PyTorch sees them: checks, outputs, parameters, and tasks spread over threads.
-// It and `tensors.h` alone include torch, and of torch only the stable ABI.
-#include <torch/csrc/stable/library.h>
+// The operators as PyTorch sees them: checks, outputs, parameters, and tasks spread over threads. Includes only the
+// stable ABI of torch.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -13,7 +12,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../tensors.h"
+#include "../checks.h"
+#include "../operators.h"
 #include "params.h"
 
 namespace flamingo_kernels {
@@ -26,37 +26,38 @@ void poison(void* memory, size_t bytes) {
   if (poisoned) std::memset(memory, 0xff, bytes);
 }
 
-[[noreturn]] void refuse_memory(const char* operation, const char* what, size_t bytes) {
-  refuse(
-      operation, ": out of memory, expected ", bytes, " bytes for ", what,
-      ", got none; use a smaller batch or fewer threads.");
-}
+// One call of an operation, whose name its messages carry.
+struct Call {
+  const char* operation;
 
-Tensor fresh(const char* operation, const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  try {
-    Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
-    poison(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
-    return tensor;
-  } catch (const std::exception&) {  // its message is lost at the C boundary
-    size_t bytes = dtype == ScalarType::Float ? 4 : 2;
-    for (int64_t size : sizes) bytes *= size;
-    refuse_memory(operation, "a result", bytes);
+  Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) const {
+    try {
+      Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
+      poison(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+      return tensor;
+    } catch (const std::exception&) {  // its message is lost at the C boundary
+      size_t bytes = dtype == ScalarType::Float ? 4 : 2;
+      for (int64_t size : sizes) bytes *= size;
+      refuse_memory("a result", bytes);
+    }
   }
-}
 
-Tensor fresh_like(const char* operation, const Tensor& tensor) {
-  return fresh(operation, tensor, {tensor.sizes().begin(), tensor.sizes().end()}, tensor.scalar_type());
-}
+  [[noreturn]] void refuse_memory(const char* what, size_t bytes) const {
+    refuse(
+        operation, ": out of memory, expected ", bytes, " bytes for ", what,
+        ", got none; use a smaller batch or fewer threads.");
+  }
+};
 
 // Memory of one operation, in whole cache lines. Kernels may read a line behind it.
 template <class T>
 class Memory {
  public:
   Memory() : data_(nullptr, std::free) {}
-  Memory(const char* operation, const char* what, int64_t count) : Memory() {
+  Memory(const Call& call, const char* what, int64_t count) : Memory() {
     const size_t bytes = (count * sizeof(T) + 63) / 64 * 64 + 64;
     data_.reset((T*)std::aligned_alloc(64, bytes));
-    if (!data_) refuse_memory(operation, what, bytes);
+    if (!data_) call.refuse_memory(what, bytes);
     poison(data_.get(), bytes);
     count_ = count;
   }
@@ -70,8 +71,8 @@ class Memory {
   int64_t count_ = 0;
 };
 
-// As many threads as have a fair share of the work, which is counted in elements that are read or written; torch's own
-// loops go by the same share.
+// The number of threads that each get a fair share of the work, counted in elements that are read or written. The loops
+// of torch use the same share.
 int64_t threads_for(int64_t elements, int64_t tasks) {
   constexpr int64_t fair_share = 32768;
   return std::clamp<int64_t>(elements / fair_share, 1, std::min<int64_t>(tasks, torch::stable::get_num_threads()));
@@ -81,16 +82,16 @@ std::atomic<int64_t> threads_of_latest_run{0};  // for tests
 
 // Every thread takes the next few tasks until none is left.
 template <class Params>
-void run(const char* operation, const Kernel<Params>& kernel, const Params& params, int64_t elements) {
+void run(const Call& call, const Kernel<Params>& kernel, const Params& params, int64_t elements) {
   const int64_t tasks = kernel.tasks(params);
   if (tasks == 0) return;
   std::atomic<int64_t> next{0};
   const int64_t threads = threads_of_latest_run = threads_for(elements, tasks);
   const int64_t few = std::max<int64_t>(1, tasks / (threads * 8));  // neighbours share cache lines and pages
   const int64_t floats = (kernel.scratch(params) + 15) / 16 * 16;
-  const Memory<float> scratch(operation, "working memory", threads * floats);
+  const Memory<float> scratch(call, "working memory", threads * floats);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    // What one slot leaves undone the others take: its range says only which memory is its own.
+    // Any slot may take any task: the range only says which memory is the slot's own.
     for (int64_t first; (first = next.fetch_add(few)) < tasks;)
       for (int64_t task = first; task < std::min(first + few, tasks); ++task)
         kernel.run(params, task, scratch.data() + begin * floats);
@@ -103,122 +104,79 @@ int64_t attention_work(int64_t rows, int64_t keys_of_a_row, int64_t keys, int64_
   return 2 * (rows + keys + rows * keys_of_a_row / 8) * head_dim;
 }
 
-int64_t work_of(const MaskedCrossAttention& p) {
-  const int64_t keys = p.media * p.latents, keys_of_a_row = p.immediate ? p.latents : keys;
-  return attention_work(p.batch * p.heads * p.length, keys_of_a_row, p.batch * p.kv_heads * keys, p.head_dim);
+int64_t count_elements(const MaskedCrossAttention& params) {
+  const int64_t keys = params.media * params.latents, keys_of_a_row = params.immediate ? params.latents : keys;
+  return attention_work(
+      params.batch * params.heads * params.length, keys_of_a_row, params.batch * params.kv_heads * keys,
+      params.head_dim);
 }
 
-int64_t work_of(const PerceiverAttention& p) {
-  const int64_t keys = p.keys[0] + p.keys[1];
-  return attention_work(p.batch * p.heads * p.length, keys, p.batch * p.kv_heads * keys, p.head_dim);
+int64_t count_elements(const PerceiverAttention& params) {
+  const int64_t keys = params.keys[0] + params.keys[1];
+  return attention_work(
+      params.batch * params.heads * params.length, keys, params.batch * params.kv_heads * keys, params.head_dim);
 }
 
-int64_t work_of(const GatedResidual& p) { return p.rows * p.columns; }
-int64_t work_of(const GatedResidualNorm& p) { return work_of(p.residual); }
-
-Rows rows_of(const Tensor& t) {  // [B, T, H, d]
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-Media media_of(const Tensor& t) {  // [B, M, R, Hkv, d]
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
-MaskedCrossAttention masked_params(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi, const Tensor& start,
-    const Tensor& stop, bool immediate, bool averages, double scale, const Tensor& out, const Tensor& softmax) {
-  MaskedCrossAttention p = {};
-  p.dtype = dtype_of(q);
-  p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
-  p.media = k.size(1), p.latents = k.size(2), p.kv_heads = k.size(3);
-  p.scale = scale, p.immediate = immediate, p.averages = averages;
-  p.lo = lo.const_data_ptr<int32_t>(), p.hi = hi.const_data_ptr<int32_t>();
-  p.start = start.const_data_ptr<int32_t>(), p.stop = stop.const_data_ptr<int32_t>();
-  p.q = rows_of(q), p.out = rows_of(out), p.k = media_of(k), p.v = media_of(v);
-  p.softmax_max = softmax.mutable_data_ptr<float>(), p.softmax_sum = p.softmax_max + softmax.numel() / 2;
-  return p;
-}
+int64_t count_elements(const GatedResidual& params) { return params.rows * params.columns; }
+int64_t count_elements(const GatedResidualNorm& params) { return count_elements(params.residual); }
 
 std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
     Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor start, Tensor stop, bool immediate, bool averages,
     double scale) {
-  const char* operation = "masked_cross_attention_fwd";
-  check_masked_cross_attention(operation, q, k, v, lo, hi, start, stop);
-  Tensor out = fresh_like(operation, q),
-         softmax = fresh(operation, q, {2, q.size(0), q.size(2), immediate ? 0 : q.size(1)}, ScalarType::Float);
-  const MaskedCrossAttention p =
-      masked_params(q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
-  run(operation, variant().masked_cross_attention_fwd(p.dtype), p, work_of(p));
+  const Call call = {"masked_cross_attention_fwd"};
+  check_masked_cross_attention(call.operation, q, k, v, lo, hi, start, stop);
+  Tensor out = fresh_like(call, q), softmax = fresh_softmax(call, q, immediate ? 0 : q.size(1));
+  auto params =
+      masked_cross_attention_params<MaskedCrossAttention>(q, k, v, lo, hi, start, stop, averages, scale, out, softmax);
+  params.immediate = immediate;
+  run(call, variant().masked_cross_attention_fwd(params.dtype), params, count_elements(params));
   return {out, softmax};
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor lo, Tensor hi, Tensor start, Tensor stop,
-    bool immediate, bool averages, double scale) {
-  const char* operation = "masked_cross_attention_bwd";
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor lo, Tensor hi, Tensor start,
+    Tensor stop, bool immediate, bool averages, double scale) {
+  const Call call = {"masked_cross_attention_bwd"};
   const int64_t kept = immediate ? 0 : q.size(1);
-  const Checks checks = check_masked_cross_attention(operation, q, k, v, lo, hi, start, stop);
+  const Checks checks = check_masked_cross_attention(call.operation, q, k, v, lo, hi, start, stop);
   check_attention_bwd(checks, dout, q, out, softmax, kept);
-  Tensor dq = fresh_like(operation, q), dk = fresh_like(operation, k), dv = fresh_like(operation, v);
-  MaskedCrossAttention p = masked_params(q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
-  const Memory<float> delta(operation, "working memory", p.batch * p.heads * kept);
-  p.dout = rows_of(dout), p.dq = rows_of(dq), p.dk = media_of(dk), p.dv = media_of(dv), p.delta = delta.data();
-  run(operation, variant().masked_cross_attention_dq(p.dtype), p, work_of(p));
-  run(operation, variant().masked_cross_attention_bwd(p.dtype), p, work_of(p));
+  Tensor dq = fresh_like(call, q), dk = fresh_like(call, k), dv = fresh_like(call, v);
+  auto params =
+      masked_cross_attention_params<MaskedCrossAttention>(q, k, v, lo, hi, start, stop, averages, scale, out, softmax);
+  params.immediate = immediate;
+  const Memory<float> delta(call, "working memory", params.batch * params.heads * kept);
+  set_gradients(params, dout, dq, dk, dv), params.delta = delta.data();
+  run(call, variant().masked_cross_attention_dq(params.dtype), params, count_elements(params));
+  run(call, variant().masked_cross_attention_bwd(params.dtype), params, count_elements(params));
   return {dq, dk, dv};
-}
-
-PerceiverAttention perceiver_params(
-    const Tensor& q, const Tensor& k_media, const Tensor& v_media, const Tensor& k_latents, const Tensor& v_latents,
-    const std::optional<Tensor>& media_lengths, double scale, const Tensor& out, const Tensor& softmax) {
-  PerceiverAttention p = {};
-  p.dtype = dtype_of(q);
-  p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
-  p.kv_heads = k_media.size(2);
-  p.keys[0] = k_media.size(1), p.keys[1] = k_latents.size(1);
-  p.media_lengths = data_or_null(media_lengths);
-  p.scale = scale;
-  p.q = rows_of(q), p.out = rows_of(out);
-  p.k[0] = rows_of(k_media), p.k[1] = rows_of(k_latents);
-  p.v[0] = rows_of(v_media), p.v[1] = rows_of(v_latents);
-  p.softmax_max = softmax.mutable_data_ptr<float>(), p.softmax_sum = p.softmax_max + softmax.numel() / 2;
-  return p;
 }
 
 std::tuple<Tensor, Tensor> perceiver_attention_fwd(
     Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, std::optional<Tensor> media_lengths,
     double scale) {
-  const char* operation = "perceiver_attention_fwd";
-  check_perceiver_attention(operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
-  Tensor out = fresh_like(operation, q),
-         softmax = fresh(operation, q, {2, q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
-  const PerceiverAttention p =
-      perceiver_params(q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
-  run(operation, variant().perceiver_attention_fwd(p.dtype), p, work_of(p));
+  const Call call = {"perceiver_attention_fwd"};
+  check_perceiver_attention(call.operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
+  Tensor out = fresh_like(call, q), softmax = fresh_softmax(call, q, q.size(1));
+  const auto params = perceiver_attention_params<PerceiverAttention>(
+      q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
+  run(call, variant().perceiver_attention_fwd(params.dtype), params, count_elements(params));
   return {out, softmax};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> perceiver_attention_bwd(
-    Tensor dout, Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor out, Tensor softmax,
-    std::optional<Tensor> media_lengths, double scale) {
-  const char* operation = "perceiver_attention_bwd";
+    Tensor dout, Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor out,
+    Tensor softmax, std::optional<Tensor> media_lengths, double scale) {
+  const Call call = {"perceiver_attention_bwd"};
   const Checks checks =
-      check_perceiver_attention(operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
+      check_perceiver_attention(call.operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
   check_attention_bwd(checks, dout, q, out, softmax, q.size(1));
-  const auto gradient = [&](const Tensor& of) { return fresh_like(operation, of); };
-  Tensor dq = gradient(q), dk_media = gradient(k_media), dv_media = gradient(v_media),
-         dk_latents = gradient(k_latents), dv_latents = gradient(v_latents);
-  PerceiverAttention p =
-      perceiver_params(q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
-  p.dout = rows_of(dout), p.dq = rows_of(dq);
-  p.dk[0] = rows_of(dk_media), p.dk[1] = rows_of(dk_latents);
-  p.dv[0] = rows_of(dv_media), p.dv[1] = rows_of(dv_latents);
-  run(operation, variant().perceiver_attention_bwd(p.dtype), p, work_of(p));
+  Tensor dq = fresh_like(call, q), dk_media = fresh_like(call, k_media), dv_media = fresh_like(call, v_media),
+         dk_latents = fresh_like(call, k_latents), dv_latents = fresh_like(call, v_latents);
+  auto params = perceiver_attention_params<PerceiverAttention>(
+      q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
+  set_gradients(params, dout, dq, dk_media, dv_media, dk_latents, dv_latents);
+  run(call, variant().perceiver_attention_bwd(params.dtype), params, count_elements(params));
   return {dq, dk_media, dv_media, dk_latents, dv_latents};
-}
-
-Matrix matrix_of(const Tensor& t) {  // [N, D]
-  return {t.data_ptr(), dtype_of(t), t.stride(0)};
 }
 
 float bits_to_float(uint32_t bits) {
@@ -236,10 +194,10 @@ float half_to_float(uint16_t half) {
 }
 
 // A vector of parameters as floats.
-Memory<float> floats_of(const char* operation, const Tensor& tensor) {
+Memory<float> load_floats(const Call& call, const Tensor& tensor) {
   const Tensor flat = torch::stable::contiguous(tensor);
-  const DType dtype = dtype_of(flat);
-  Memory<float> values(operation, "a parameter", flat.numel());
+  const DType dtype = element_type(flat);
+  Memory<float> values(call, "a parameter", flat.numel());
   const uint16_t* halves = (const uint16_t*)flat.data_ptr();
   for (int64_t i = 0; i < flat.numel(); ++i)
     values.data()[i] = dtype == DType::f32    ? ((const float*)flat.data_ptr())[i]
@@ -248,40 +206,31 @@ Memory<float> floats_of(const char* operation, const Tensor& tensor) {
   return values;
 }
 
-Memory<float> tanh_of(const char* operation, const Tensor& gate) {
-  Memory<float> values = floats_of(operation, gate);
+Memory<float> load_tanh(const Call& call, const Tensor& gate) {
+  Memory<float> values = load_floats(call, gate);
   for (float& value : values) value = std::tanh(value);
   return values;
 }
 
-GatedResidual residual_params(const Tensor& y, const Tensor& gate, const Memory<float>& tanh_gate) {
-  GatedResidual p = {};
-  p.rows = y.size(0), p.columns = y.size(1);
-  p.per_channel = gate.numel() != 1;  // none for no channels
-  p.gate = tanh_gate.data();
-  p.y = matrix_of(y);
-  return p;
-}
-
-// The gradient of a parameter from partial sums, which each task has of its own.
+// The gradient of a parameter, from partial sums of every task.
 class ParameterGradient {
  public:
-  ParameterGradient(const char* operation, const Tensor& parameter, int64_t tasks)
-      : total_(fresh(
-            operation, parameter, {parameter.sizes().begin(), parameter.sizes().end()}, ScalarType::Float)),
-        partial_(operation, "partial sums", tasks * parameter.numel()),
-        sums_(operation, "partial sums", parameter.numel()) {}
+  ParameterGradient(const Call& call, const Tensor& parameter, int64_t tasks)
+      : gradient_(fresh_gradient(call, parameter)),
+        partials_(call, "partial sums", tasks * parameter.numel()),
+        sums_(call, "partial sums", parameter.numel()) {}
 
-  float* partial() const { return partial_.data(); }
+  float* partials() const { return partials_.data(); }
 
   // The sums of all tasks, added in their order.
-  Tensor added() const {
-    return added_and([](double sum, int64_t) { return sum; });
+  Tensor add() const {
+    return add_and([](double sum, int64_t) { return sum; });
   }
 
-  // Of sums of dz * y, times d tanh(gate) / d gate: 1 - tanh(gate)^2 = 1 / cosh(gate)^2, where nothing cancels.
-  Tensor added_times_slope(const Memory<float>& gate) const {
-    return added_and([&](double sum, int64_t j) {
+  // The same for a gate, from sums of dz * y. d tanh(gate) / d gate is 1 / cosh(gate)^2, where nothing cancels as it
+  // does in 1 - tanh(gate)^2.
+  Tensor add_through_tanh(const Memory<float>& gate) const {
+    return add_and([&](double sum, int64_t j) {
       const double cosh = std::cosh(double(gate.data()[j]));
       return sum / cosh / cosh;
     });
@@ -289,114 +238,96 @@ class ParameterGradient {
 
  private:
   template <class Finish>
-  Tensor added_and(Finish finish) const {
-    const int64_t columns = total_.numel();
-    float* total = total_.mutable_data_ptr<float>();
+  Tensor add_and(Finish finish) const {
+    const int64_t columns = gradient_.numel();
+    float* gradient = gradient_.mutable_data_ptr<float>();
     std::fill(sums_.begin(), sums_.end(), 0);
-    for (const float* row = partial_.begin(); row < partial_.end(); row += columns)
+    for (const float* row = partials_.begin(); row < partials_.end(); row += columns)
       for (int64_t j = 0; j < columns; ++j) sums_.data()[j] += row[j];
-    for (int64_t j = 0; j < columns; ++j) total[j] = finish(sums_.data()[j], j);
-    return total_;
+    for (int64_t j = 0; j < columns; ++j) gradient[j] = finish(sums_.data()[j], j);
+    return gradient_;
   }
 
-  Tensor total_;
-  Memory<float> partial_;
+  Tensor gradient_;
+  Memory<float> partials_;
   Memory<double> sums_;
 };
 
 Tensor gated_residual_fwd(Tensor x, Tensor y, Tensor gate) {
-  const char* operation = "gated_residual_fwd";
-  check_residual(operation, "x", x, y, gate);
-  Tensor z = fresh(operation, x, {x.size(0), x.size(1)}, residual_dtype(x, y, gate));
-  const Memory<float> tanh_gate = tanh_of(operation, gate);
-  GatedResidual p = residual_params(y, gate, tanh_gate);
-  p.x = matrix_of(x), p.z = matrix_of(z);
-  run(operation, variant().gated_residual_fwd(p.x.dtype, p.y.dtype, p.z.dtype), p, work_of(p));
+  const Call call = {"gated_residual_fwd"};
+  check_residual(call.operation, "x", x, y, gate);
+  Tensor z = call.fresh(x, {x.size(0), x.size(1)}, residual_dtype(x, y, gate));
+  const Memory<float> tanh_gate = load_tanh(call, gate);
+  auto params = gated_residual_params<GatedResidual>(y, gate);
+  params.tanh_gate = tanh_gate.data();
+  params.x = matrix_of(x), params.z = matrix_of(z);
+  run(call, variant().gated_residual_fwd(params.x.dtype, params.y.dtype, params.z.dtype), params,
+      count_elements(params));
   return z;
 }
 
 std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) {
-  const char* operation = "gated_residual_bwd";
-  check_residual(operation, "dz", dz, y, gate);
-  check_residual_bwd(operation, "dz", dz, y);
-  Tensor dy = fresh_like(operation, y);
-  const Memory<float> tanh_gate = tanh_of(operation, gate);
-  GatedResidual p = residual_params(y, gate, tanh_gate);
-  p.dz = matrix_of(dz), p.dy = matrix_of(dy);
-  const Kernel<GatedResidual> kernel = variant().gated_residual_bwd(p.dz.dtype, p.y.dtype, p.dz.dtype);
-  const ParameterGradient dgate(operation, gate, kernel.tasks(p));
-  p.dgate = dgate.partial();
-  run(operation, kernel, p, work_of(p));
-  return {dy, dgate.added_times_slope(floats_of(operation, gate))};
+  const Call call = {"gated_residual_bwd"};
+  check_residual(call.operation, "dz", dz, y, gate);
+  check_residual_bwd(call.operation, "dz", dz, y);
+  Tensor dy = fresh_like(call, y);
+  const Memory<float> tanh_gate = load_tanh(call, gate);
+  auto params = gated_residual_params<GatedResidual>(y, gate);
+  params.tanh_gate = tanh_gate.data();
+  params.dz = matrix_of(dz), params.dy = matrix_of(dy);
+  const Kernel<GatedResidual> kernel = variant().gated_residual_bwd(params.dz.dtype, params.y.dtype, params.dz.dtype);
+  const ParameterGradient dgate(call, gate, kernel.tasks(params));
+  params.dgate = dgate.partials();
+  run(call, kernel, params, count_elements(params));
+  return {dy, dgate.add_through_tanh(load_floats(call, gate))};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_fwd(
     Tensor x, Tensor y, Tensor gate, Tensor weight, std::optional<Tensor> bias, double eps, bool rms) {
-  const char* operation = "gated_residual_norm_fwd";
-  const Checks checks = check_residual(operation, "x", x, y, gate);
+  const Call call = {"gated_residual_norm_fwd"};
+  check_gated_residual_norm(call.operation, x, y, gate, weight, bias);
   const int64_t rows = x.size(0), columns = x.size(1);
-  checks.expect_parameter("weight", weight, columns, false);
-  if (bias) checks.expect_parameter("bias", *bias, columns, false);
   const ScalarType dtype = residual_dtype(x, y, gate);
-  Tensor z = fresh(operation, x, {rows, columns}, dtype), n = fresh(operation, x, {rows, columns}, dtype),
-         mean = fresh(operation, x, {rows}, ScalarType::Float), rstd = fresh(operation, x, {rows}, ScalarType::Float);
-  const Memory<float> tanh_gate = tanh_of(operation, gate), scale = floats_of(operation, weight),
-                      offset = bias ? floats_of(operation, *bias) : Memory<float>();
-  GatedResidualNorm p = {};
-  p.residual = residual_params(y, gate, tanh_gate);
-  p.residual.x = matrix_of(x), p.residual.z = matrix_of(z);
-  p.rms = rms, p.eps = eps, p.weight = scale.data(), p.bias = offset.data();
-  p.n = matrix_of(n);
-  p.mean = mean.mutable_data_ptr<float>(), p.rstd = rstd.mutable_data_ptr<float>();
-  run(operation, variant().gated_residual_norm_fwd(p.residual.x.dtype, p.residual.y.dtype, p.n.dtype), p, work_of(p));
+  Tensor z = call.fresh(x, {rows, columns}, dtype), n = fresh_like(call, z),
+         mean = call.fresh(x, {rows}, ScalarType::Float), rstd = fresh_like(call, mean);
+  const Memory<float> tanh_gate = load_tanh(call, gate), weights = load_floats(call, weight),
+                      biases = bias ? load_floats(call, *bias) : Memory<float>();
+  GatedResidualNorm params = {};
+  params.residual = gated_residual_params<GatedResidual>(y, gate);
+  params.residual.tanh_gate = tanh_gate.data(), params.residual.x = matrix_of(x);
+  set_norm(params, rms, z, mean, rstd);
+  params.eps = eps, params.weight = weights.data(), params.bias = biases.data(), params.n = matrix_of(n);
+  run(call, variant().gated_residual_norm_fwd(params.residual.x.dtype, params.residual.y.dtype, params.n.dtype), params,
+      count_elements(params));
   return {z, n, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_bwd(
     Tensor dz, Tensor dn, Tensor y, Tensor gate, Tensor weight, Tensor z, Tensor mean, Tensor rstd, bool rms) {
-  const char* operation = "gated_residual_norm_bwd";
-  const Checks checks = check_residual(operation, "z", z, y, gate);
-  const int64_t rows = z.size(0), columns = z.size(1);
-  check_residual_bwd(operation, "z", z, y);
-  checks.expect_rows_like_first("dz", dz, {rows, columns}), checks.expect_rows_like_first("dn", dn, {rows, columns});
-  checks.expect_parameter("weight", weight, columns, false);
-  checks.expect_contiguous("mean", mean, ScalarType::Float, {rows});
-  checks.expect_contiguous("rstd", rstd, ScalarType::Float, {rows});
-  Tensor dx = fresh_like(operation, z), dy = fresh_like(operation, y);
-  const Memory<float> tanh_gate = tanh_of(operation, gate), scale = floats_of(operation, weight);
-  GatedResidualNorm p = {};
-  p.residual = residual_params(y, gate, tanh_gate);
-  p.residual.z = matrix_of(z), p.residual.dz = matrix_of(dz), p.residual.dy = matrix_of(dy);
-  p.rms = rms, p.weight = scale.data();
-  p.dn = matrix_of(dn), p.dx = matrix_of(dx);
-  p.mean = mean.mutable_data_ptr<float>(), p.rstd = rstd.mutable_data_ptr<float>();
+  const Call call = {"gated_residual_norm_bwd"};
+  check_gated_residual_norm_bwd(call.operation, dz, dn, y, gate, weight, z, mean, rstd);
+  Tensor dx = fresh_like(call, z), dy = fresh_like(call, y);
+  const Memory<float> tanh_gate = load_tanh(call, gate), weights = load_floats(call, weight);
+  GatedResidualNorm params = {};
+  params.residual = gated_residual_params<GatedResidual>(y, gate);
+  params.residual.tanh_gate = tanh_gate.data(), params.weight = weights.data();
+  set_norm(params, rms, z, mean, rstd), set_norm_gradients(params, dz, dn, dx, dy);
   const Kernel<GatedResidualNorm> kernel =
-      variant().gated_residual_norm_bwd(p.residual.z.dtype, p.residual.y.dtype, p.residual.z.dtype);
-  const int64_t tasks = kernel.tasks(p);
-  const ParameterGradient dgate(operation, gate, tasks), dweight(operation, weight, tasks),
-      dbias(operation, weight, tasks);
-  p.residual.dgate = dgate.partial(), p.dweight = dweight.partial(), p.dbias = dbias.partial();
-  run(operation, kernel, p, work_of(p));
-  return {dx, dy, dgate.added_times_slope(floats_of(operation, gate)), dweight.added(), dbias.added()};
+      variant().gated_residual_norm_bwd(params.residual.z.dtype, params.residual.y.dtype, params.residual.z.dtype);
+  const int64_t tasks = kernel.tasks(params);
+  const ParameterGradient dgate(call, gate, tasks), dweight(call, weight, tasks), dbias(call, weight, tasks);
+  params.residual.dgate = dgate.partials(), params.dweight = dweight.partials(), params.dbias = dbias.partials();
+  run(call, kernel, params, count_elements(params));
+  return {dx, dy, dgate.add_through_tanh(load_floats(call, gate)), dweight.add(), dbias.add()};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CPU, m) {
-  m.impl("masked_cross_attention_fwd", TORCH_BOX(&masked_cross_attention_fwd));
-  m.impl("masked_cross_attention_bwd", TORCH_BOX(&masked_cross_attention_bwd));
-  m.impl("perceiver_attention_fwd", TORCH_BOX(&perceiver_attention_fwd));
-  m.impl("perceiver_attention_bwd", TORCH_BOX(&perceiver_attention_bwd));
-  m.impl("gated_residual_fwd", TORCH_BOX(&gated_residual_fwd));
-  m.impl("gated_residual_bwd", TORCH_BOX(&gated_residual_bwd));
-  m.impl("gated_residual_norm_fwd", TORCH_BOX(&gated_residual_norm_fwd));
-  m.impl("gated_residual_norm_bwd", TORCH_BOX(&gated_residual_norm_bwd));
-}
+STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CPU, library) { FK_REGISTER_OPERATORS(library, ""); }
 
 }  // namespace flamingo_kernels
 
 // What flamingo_kernels/_backends/cpu.py asks through ctypes.
-#define FK_EXPORT extern "C" __attribute__((visibility("default")))
 FK_EXPORT int flamingo_kernels_select(const char* name) { return flamingo_kernels::select(name); }
 FK_EXPORT const char* flamingo_kernels_variant() { return flamingo_kernels::variant().name; }
 FK_EXPORT const char* flamingo_kernels_variants() { return flamingo_kernels::variants(); }

@@ -1,7 +1,7 @@
 // z = x + tanh(gate) * y, and its gradients.
 //
 // Oracle: flamingo_kernels/ops/gated_residual/reference.py. Forward reads x and y and writes z; backward
-// reads dz and y and writes dy (dx is dz itself); 2 and 4 FLOPs an element: memory bound.
+// reads dz and y and writes dy (dx is dz itself); 2 and 3 FLOPs an element: memory bound.
 #pragma once
 
 #include <type_traits>
@@ -26,69 +26,70 @@ FK_INLINE T* row_of(const Matrix& matrix, int64_t i) {
   return (T*)matrix.data + i * matrix.row;
 }
 
-FK_INLINE Floats gate_at(const Params& p, int64_t j) {
-  return p.per_channel ? load(p.gate + j, p.columns - j) : splat(p.gate[0]);
+FK_INLINE Floats tanh_gate_at(const Params& params, int64_t j) {
+  return params.per_channel ? load(params.tanh_gate + j, params.columns - j) : splat(params.tanh_gate[0]);
 }
 
 template <class X, class Y, class Z>
-FK_INLINE void forward_row(const Params& p, int64_t i) {
-  const X* x = row_of<const X>(p.x, i);
-  const Y* y = row_of<const Y>(p.y, i);
-  Z* z = row_of<Z>(p.z, i);
+FK_INLINE void forward_row(const Params& params, int64_t i) {
+  const X* x = row_of<const X>(params.x, i);
+  const Y* y = row_of<const Y>(params.y, i);
+  Z* z = row_of<Z>(params.z, i);
   int64_t j = 0;
-  for (; j + width <= p.columns; j += width) store(z + j, load(x + j) + gate_at(p, j) * load(y + j));
-  if (const int64_t rest = p.columns - j; rest > 0)
-    store(z + j, load(x + j, rest) + gate_at(p, j) * load(y + j, rest), rest);
+  for (; j + width <= params.columns; j += width) store(z + j, load(x + j) + tanh_gate_at(params, j) * load(y + j));
+  if (const int64_t left = params.columns - j; left > 0)
+    store(z + j, load(x + j, left) + tanh_gate_at(params, j) * load(y + j, left), left);
 }
 
-// dy = tanh(gate) * dz, and the sum of dz * y over the row (scalar gate) or added to `sums` (a gate a channel).
+// dy = tanh(gate) * dz. Returns the sum of dz * y over the row where there is one gate; where each channel has its own,
+// adds dz * y to `dgate`.
 template <class Y, class Z>
-FK_INLINE double backward_row(const Params& p, int64_t i, float* sums) {
-  const Z* dz = row_of<const Z>(p.dz, i);
-  const Y* y = row_of<const Y>(p.y, i);
-  Y* dy = row_of<Y>(p.dy, i);
-  double total = 0;
-  for (int64_t block = 0; block < p.columns; block += 32 * width) {  // short sums in float, long ones in double
+FK_INLINE double backward_row(const Params& params, int64_t i, float* dgate) {
+  const Z* dz = row_of<const Z>(params.dz, i);
+  const Y* y = row_of<const Y>(params.y, i);
+  Y* dy = row_of<Y>(params.dy, i);
+  double sum_of_row = 0;
+  for (int64_t block = 0; block < params.columns; block += 32 * width) {  // short sums in float, long ones in double
     Floats short_sum = {};
-    for (int64_t j = block; j < block + 32 * width && j < p.columns; j += width) {
-      const int64_t rest = p.columns - j;
-      Floats gradient = load(dz + j, rest);
-      store(dy + j, gradient * gate_at(p, j), rest);
-      Floats product = gradient * load(y + j, rest);
-      if (p.per_channel)
-        store(sums + j, load(sums + j, rest) + product, rest);
+    for (int64_t j = block; j < block + 32 * width && j < params.columns; j += width) {
+      const int64_t left = params.columns - j;
+      Floats dz_j = load(dz + j, left);
+      store(dy + j, dz_j * tanh_gate_at(params, j), left);
+      Floats dz_y = dz_j * load(y + j, left);
+      if (params.per_channel)
+        store(dgate + j, load(dgate + j, left) + dz_y, left);
       else
-        short_sum += product;
+        short_sum += dz_y;
     }
-    total += sum(short_sum);
+    sum_of_row += sum(short_sum);
   }
-  return total;
+  return sum_of_row;
 }
 
 template <class X, class Y, class Z>
 struct Forward {
   Forward(Scratch&, const Params&) {}
-  static int64_t tasks(const Params& p) { return task_count(p.rows); }
+  static int64_t tasks(const Params& params) { return task_count(params.rows); }
 
-  void run(const Params& p, int64_t task) {
-    const int64_t step = rows_per_task(p.rows);
-    for (int64_t i = task * step; i < (task + 1) * step && i < p.rows; ++i) forward_row<X, Y, Z>(p, i);
+  void run(const Params& params, int64_t task) {
+    const int64_t step = rows_per_task(params.rows);
+    for (int64_t i = task * step; i < (task + 1) * step && i < params.rows; ++i) forward_row<X, Y, Z>(params, i);
   }
 };
 
 template <class X, class Y, class Z>
 struct Backward {
   Backward(Scratch&, const Params&) {}
-  static int64_t tasks(const Params& p) { return task_count(p.rows); }
+  static int64_t tasks(const Params& params) { return task_count(params.rows); }
 
-  void run(const Params& p, int64_t task) {
-    const int64_t step = rows_per_task(p.rows), gates = p.per_channel ? p.columns : 1;
-    float* sums = p.dgate + task * gates;
-    for (int64_t j = 0; j < gates; ++j) sums[j] = 0;
-    double total = 0;
-    for (int64_t i = task * step; i < (task + 1) * step && i < p.rows; ++i)
-      total += backward_row<Y, Z>(p, i, sums);
-    if (!p.per_channel) sums[0] = total;
+  void run(const Params& params, int64_t task) {
+    const int64_t step = rows_per_task(params.rows), gates = params.per_channel ? params.columns : 1;
+    float* dgate = params.dgate + task * gates;
+    for (int64_t j = 0; j < gates; ++j) dgate[j] = 0;
+    double sum_of_rows = 0;
+    for (int64_t i = task * step; i < (task + 1) * step && i < params.rows; ++i)
+      sum_of_rows += backward_row<Y, Z>(params, i, dgate);
+    if (!params.per_channel) dgate[0] = sum_of_rows;
   }
 };
 

@@ -112,21 +112,18 @@ FK_INLINE void multiply_panel(
 
 template <class Dot, bool accumulate>
 __attribute__((noinline)) void multiply_block(
-    int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t b_row, float* c,
-    int64_t c_row) {
+    int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t b_row, float* c, int64_t c_row) {
   int64_t j = 0;
   for (; j + tile_vectors * width <= round_up(columns, width); j += tile_vectors * width)
     multiply_panel<Dot, accumulate, tile_vectors>(rows, depth, a, b + j, b_row, c + j, c_row);
-  for (; j < columns; j += width)
-    multiply_panel<Dot, accumulate, 1>(rows, depth, a, b + j, b_row, c + j, c_row);
+  for (; j < columns; j += width) multiply_panel<Dot, accumulate, 1>(rows, depth, a, b + j, b_row, c + j, c_row);
 }
 
 // C[rows][columns] = or += A[rows][depth words] B[depth words][columns]; columns are rounded up to vectors.
 // A long sum is made of shorter ones: its rounding errors grow with the length of each.
 template <class Dot, bool accumulate>
 FK_INLINE void multiply(
-    int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t b_row, float* c,
-    int64_t c_row) {
+    int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t b_row, float* c, int64_t c_row) {
   if constexpr (Dot::depth > 1) {
     multiply_in_tiles<accumulate>(rows, columns, depth, a.words, a.row, b, b_row, c, c_row);
   } else {
@@ -195,8 +192,7 @@ __attribute__((noinline)) void pack_transposed(
     for (int64_t k = 0; k < words<Dot>(columns); k += width) {
       Floats block[width];
       for (int r = 0; r < width; ++r)
-        block[r] = i + r < rows ? load_words<Dot>(from + (i + r) * stride + k * lanes, columns - k * lanes)
-                                : Floats{};
+        block[r] = i + r < rows ? load_words<Dot>(from + (i + r) * stride + k * lanes, columns - k * lanes) : Floats{};
       transpose(block);
       for (int r = 0; r < width && k + r < words<Dot>(columns); ++r) store(to + (k + r) * to_row + i, block[r]);
     }

@@ -8,22 +8,22 @@ namespace flamingo_kernels {
 namespace FK_ISA {
 
 template <class Implementation, class Params>
-void run_task(const Params& p, int64_t task, float* base) {
+void run_task(const Params& params, int64_t task, float* base) {
   Scratch scratch{base};
-  Implementation(scratch, p).run(p, task);
+  Implementation(scratch, params).run(params, task);
 }
 
 template <class Implementation, class Params>
-int64_t scratch_size(const Params& p) {
+int64_t scratch_size(const Params& params) {
   Scratch scratch{nullptr};
-  Implementation(scratch, p);
+  Implementation(scratch, params);
   return scratch.used;
 }
 
 template <class Implementation, class Registers, class Params>
-void run_attention(const Params& p, int64_t task, float* base) {
+void run_attention(const Params& params, int64_t task, float* base) {
   [[maybe_unused]] const Registers registers;
-  run_task<Implementation>(p, task, base);
+  run_task<Implementation>(params, task, base);
 }
 
 // Attention: one element type.
@@ -31,7 +31,7 @@ template <template <class> class Implementation, class Params>
 Kernel<Params> attention(DType dtype) {
   auto kernel = []<class T>(T) {
     using I = Implementation<T>;
-    using Registers = typename DotOf<T>::type::Registers;
+    using Registers = typename DotFor<T>::Registers;
     return Kernel<Params>{I::tasks, scratch_size<I, Params>, run_attention<I, Registers, Params>};
   };
   if (dtype == DType::f32) return kernel(float());

@@ -1,69 +1,48 @@
-// What crosses from the bindings to the kernels: plain structs of pointers, sizes and strides.
+// What crosses from the bindings to the kernels: plain structs of views, pointers and sizes.
 // No torch and no instruction set here, so every source file sees the same layout.
 #pragma once
 
 #include <cstdint>
 
-#include "../dtype.h"
+#include "../views.h"
 
 namespace flamingo_kernels {
 
-// Strides count elements. The last dimension of every tensor is contiguous.
-struct Rows {  // [B, T, H, d], [N, R, H, d] or [N, S, Hkv, d]
-  void* data;
-  int64_t batch, row, head;
-};
-
-struct Media {  // [B, M, R, Hkv, d]
-  void* data;
-  int64_t batch, medium, latent, head;
-};
-
-struct MaskedCrossAttention {
-  DType dtype;
-  int64_t batch, length, heads, head_dim, media, latents, kv_heads;
-  float scale;
-  bool immediate;       // no row sees more than one medium
-  bool averages;        // rows with hi < 0 may be there: they average all values
-  const int32_t* lo;    // [B, T] contiguous
-  const int32_t* hi;    // [B, T]
-  const int32_t* start; // [B, M]
-  const int32_t* stop;  // [B, M]
-  Rows q, out;
-  Media k, v;
-  // [B, H, T] of each row: its largest score, before the scale and of its sign, and the sum of the weights relative to
-  // it; none if immediate: the backward pass needs them not
-  float *softmax_max, *softmax_sum;
-  // backward only
-  Rows dout, dq;
-  float* delta;  // [B, H, T], none if immediate
-  Media dk, dv;
-};
-
-struct PerceiverAttention {
+// What both attentions have: rows that attend, and what is kept of their softmax.
+struct Attention {
   DType dtype;
   int64_t batch, length, heads, head_dim, kv_heads;
-  int64_t keys[2];               // S media keys, L latent keys
-  const int32_t* media_lengths;  // [N] or null
   float scale;
   Rows q, out;
-  Rows k[2], v[2];
-  float *softmax_max, *softmax_sum;  // [N, H, R], as of MaskedCrossAttention
+  // [B, H, T]: the largest score of a row, before the scale but of its sign, and the sum of e^(scale (s - max)); null
+  // where the backward pass reads neither
+  float *row_max, *row_sum;
   // backward only
   Rows dout, dq;
-  Rows dk[2], dv[2];
+  float* delta;  // [B, H, T]
 };
 
-struct Matrix {  // [N, D]
-  void* data;
-  DType dtype;
-  int64_t row;
+struct MaskedCrossAttention : Attention {
+  int64_t media, latents;
+  bool immediate;        // no row sees more than one medium; then row_max, row_sum and delta are null
+  bool averages;         // rows with hi < 0 may be there: they average all values
+  const int32_t* lo;     // [B, T] contiguous
+  const int32_t* hi;     // [B, T]
+  const int32_t* start;  // [B, M]
+  const int32_t* stop;   // [B, M]
+  Media k, v, dk, dv;
+};
+
+struct PerceiverAttention : Attention {
+  int64_t keys[2];               // S media keys, L latent keys
+  const int32_t* media_lengths;  // [N] or null
+  Rows k[2], v[2], dk[2], dv[2];
 };
 
 struct GatedResidual {
   int64_t rows, columns;
-  bool per_channel;   // the gate has D elements, not 1
-  const float* gate;  // tanh(gate)
+  bool per_channel;  // the gate has D elements, not 1
+  const float* tanh_gate;
   Matrix x, y, z;
   // backward only
   Matrix dz, dy;
@@ -96,16 +75,17 @@ struct Kernel {
 
 // One instruction set's kernels, by element type.
 template <class Params>
-using Attention = Kernel<Params> (*)(DType);
+using AttentionKernel = Kernel<Params> (*)(DType);
 template <class Params>
-using Residual = Kernel<Params> (*)(DType x, DType y, DType z);
+using ResidualKernel = Kernel<Params> (*)(DType x, DType y, DType z);
 
 struct Variant {
   const char* name;
-  Attention<MaskedCrossAttention> masked_cross_attention_fwd, masked_cross_attention_bwd, masked_cross_attention_dq;
-  Attention<PerceiverAttention> perceiver_attention_fwd, perceiver_attention_bwd;
-  Residual<GatedResidual> gated_residual_fwd, gated_residual_bwd;
-  Residual<GatedResidualNorm> gated_residual_norm_fwd, gated_residual_norm_bwd;
+  AttentionKernel<MaskedCrossAttention> masked_cross_attention_fwd, masked_cross_attention_bwd,
+      masked_cross_attention_dq;
+  AttentionKernel<PerceiverAttention> perceiver_attention_fwd, perceiver_attention_bwd;
+  ResidualKernel<GatedResidual> gated_residual_fwd, gated_residual_bwd;
+  ResidualKernel<GatedResidualNorm> gated_residual_norm_fwd, gated_residual_norm_bwd;
 };
 
 // The variant in use: the widest this processor has, unless select() chose another.

@@ -62,12 +62,8 @@ FK_INLINE V repeat(Element value, std::integer_sequence<int, lane...>) {
 }
 
 // Moves bits and does no arithmetic: a word may hold two bfloat16.
-FK_INLINE Floats splat(float value) {
-  return repeat<Floats>(value, std::make_integer_sequence<int, width>());
-}
-FK_INLINE Bits splat_bits(uint32_t value) {
-  return repeat<Bits>(value, std::make_integer_sequence<int, width>());
-}
+FK_INLINE Floats splat(float value) { return repeat<Floats>(value, std::make_integer_sequence<int, width>()); }
+FK_INLINE Bits splat_bits(uint32_t value) { return repeat<Bits>(value, std::make_integer_sequence<int, width>()); }
 
 template <int... lane>
 FK_INLINE Ints count_lanes(std::integer_sequence<int, lane...>) {
@@ -176,11 +172,15 @@ FK_INLINE void store(T* to, V x, int64_t count) {
 
 struct Plus {
   template <class V>
-  FK_INLINE V operator()(V a, V b) const { return a + b; }
+  FK_INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
 };
 struct Larger {
   template <class V>
-  FK_INLINE V operator()(V a, V b) const { return a > b ? a : b; }
+  FK_INLINE V operator()(V a, V b) const {
+    return a > b ? a : b;
+  }
 };
 
 template <int... lane>
@@ -195,25 +195,25 @@ FK_INLINE Floats swap_lanes(Floats x, int distance, std::integer_sequence<int, l
 #endif
 }
 
-// Reduce by folding the upper half of the vector onto the lower, in registers throughout.
-template <class Fold>
-FK_INLINE float fold(Floats x) {
+// Combines the upper half of the vector with the lower, again and again, in registers throughout.
+template <class Operation>
+FK_INLINE float reduce(Floats x) {
 #pragma GCC unroll 4
   for (int distance = width / 2; distance > 0; distance /= 2)
-    x = Fold()(x, swap_lanes(x, distance, std::make_integer_sequence<int, width>()));
+    x = Operation()(x, swap_lanes(x, distance, std::make_integer_sequence<int, width>()));
   return x[0];
 }
 
-FK_INLINE float sum(Floats x) { return fold<Plus>(x); }
-FK_INLINE float largest(Floats x) { return fold<Larger>(x); }
+FK_INLINE float sum(Floats x) { return reduce<Plus>(x); }
+FK_INLINE float largest(Floats x) { return reduce<Larger>(x); }
 
-// e^x for x <= 88, to an ulp or two; 0 below e^-87, NaN for NaN. Above, some number that nobody may use: powers are
-// made of unsigned bits, whose sum may wrap.
+// e^x for x <= 88, to an ulp or two; 0 below e^-87, NaN for NaN. Above 88 the result is wrong: powers are made of
+// unsigned bits, whose sum may wrap.
 FK_INLINE Floats exp(Floats x) {
   Floats clamped = x < -87.f ? splat(-87.f) : x;
   Floats shifted = clamped * 1.44269504f + 0x1.8p23f;  // rounds x / ln 2 to an integer, kept in the low bits
   Floats n = shifted - 0x1.8p23f;
-  Floats f = clamped - n * 0.693359375f;  // exact: ln 2 in two parts, the first of few bits
+  Floats f = clamped - n * 0.693359375f;  // exact: ln 2 is a sum of two numbers, the first of few bits
   f = f - n * -2.12194440e-4f;
   Floats p = splat(1.381446694e-03f);  // minimax on half an octave, exact at 0
   p = p * f + 8.368780515e-03f;

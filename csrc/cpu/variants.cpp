@@ -11,8 +11,7 @@
 
 namespace flamingo_kernels {
 
-extern const Variant variant_portable, variant_avx2, variant_avx512, variant_avx512_bf16,
-    variant_avx512_amx;
+extern const Variant variant_portable, variant_avx2, variant_avx512, variant_avx512_bf16, variant_avx512_amx;
 
 namespace {
 

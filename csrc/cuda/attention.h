@@ -1,21 +1,26 @@
-// The three kernels that both attentions are made of: forward, backward by rows, backward by keys.
+// The bodies of the kernels of both attentions: forward, backward by rows, backward by keys.
 //
-//   P = softmax(scale q k^T),  out = P v,  delta = rowsum(dout out),  dS = P (dout v^T - delta)
+//   S = scale q k^T,  P = softmax(S),  out = P v
+//   dP = dout v^T,  delta = rowsum(dout out) = rowsum(P dP),  dS = P (dP - delta)
 //   dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout
 //
-// Rows in which one key weighs more than all others have delta = rowsum(P dP), by a pass over the keys before.
+// The rows in which one key weighs more than all others take delta = rowsum(P dP), from a pass over the keys before,
+// which costs 4 d more FLOPs a key. Each operator's file says its oracle, bytes and FLOPs.
 //
-// A problem (MaskedCrossAttention, PerceiverAttention) says by overloads of these functions what there is:
+// An operator's Params (MaskedCrossAttention, PerceiverAttention) say by overloads of these functions what there is:
 //
-//   span_of(p, batch, row)                   the media that a row sees
-//   place_of_rows(p), place_of_keys(p)       what a block owns
-//   key_tiles(p, place, media)               all tiles of keys that a block of rows sees
-//   keys_of(p, batch, kv_head, tile)         such a tile
-//   owned_keys(p, place)                     the tile of keys that a block owns
-//   gradients_of(p, batch, kv_head, keys)    where the gradients of a tile of keys go
-//   partial_gradients_of(p, place, ...)      the same of a part, where the rows of a tile of keys are divided
-//   rows_of(p, batch, medium, part)          the rows that a block of keys visits
-//   finish(p, place, ...)                    what is left to do for rows, or keys, that nothing above has reached
+//   load_span(params, batch, row)               the media that a row sees
+//   place_of_rows(params)                       the tile of rows that a block owns
+//   place_of_keys(params)                       the tile of keys that a block owns
+//   key_tiles(params, place, media)             all tiles of keys that a block of rows sees
+//   keys_of(params, batch, kv_head, tile)       one of these tiles
+//   owned_keys(params, place)                   the tile of keys that a block owns
+//   visiting_rows(params, batch, medium, part)  the rows that a block of keys goes through
+//   gradients_of(params, batch, kv_head, keys)  where the gradients of a tile of keys go
+//   partial_gradients_of(params, place, ...)    where a part of them goes, if the rows are cut into parts
+//   finish_fwd(params, place, ...)              the output of rows that see no key
+//   start_dv(params, place, dv)                 what dv starts with
+//   finish_bwd(params, place)                   the gradients of rows, or keys, that no block has visited
 #pragma once
 
 #include "tiles.h"
@@ -33,11 +38,11 @@ struct Place {
   int head, kv_head, tile, part;
 };
 
-// A tile of keys of a medium, from `first` on, and their values; of its `count` keys the first `real` are to be seen.
+// A tile of keys of a medium, from `first` on, and their values. The first `visible` of its `count` keys may be seen.
 template <class T>
 struct Keys {
   HeadRows<const T> k, v;
-  int medium, first, count, real;
+  int medium, first, count, visible;
 };
 
 template <class T>
@@ -46,51 +51,51 @@ struct KeyGradients {
 };
 
 template <class T>
-__device__ inline HeadRows<T> rows_from(const Rows& rows, int64_t batch, int64_t head, int64_t row, int columns) {
+__device__ inline HeadRows<T> rows_of(const Rows& rows, int64_t batch, int64_t head, int64_t row, int columns) {
   T* data = static_cast<T*>(rows.data) + batch * rows.batch + head * rows.head + row * rows.row;
   return {data, rows.row, columns, rows.wide};
 }
 
 // Rows of a contiguous [B, T, H, d] in float32.
-__device__ inline HeadRows<float> partial_rows(const Attention& p, const Place& place, int64_t row) {
-  const int64_t first = ((place.part * p.batch + place.batch) * p.length + row) * p.heads + place.head;
-  return {p.partial_rows + first * p.head_dim, p.heads * p.head_dim, int(p.head_dim), false};
+__device__ inline HeadRows<float> partial_rows_of(const Attention& params, const Place& place, int64_t row) {
+  const int64_t first = ((place.part * params.batch + place.batch) * params.length + row) * params.heads + place.head;
+  return {params.partial_rows + first * params.head_dim, params.heads * params.head_dim, int(params.head_dim), false};
 }
 
-// Where the one number that a row has lies in [B, H, T].
-__device__ inline int64_t number_of(const Attention& p, int64_t batch, int64_t head, int64_t row) {
-  return (batch * p.heads + head) * p.length + row;
+// The index of a row in [B, H, T].
+__device__ inline int64_t row_index(const Attention& params, int64_t batch, int64_t head, int64_t row) {
+  return (batch * params.heads + head) * params.length + row;
 }
 
-// What the rows of a tile see. Every warp knows it of all of them: lane i of rows i and i + 32.
+// One bit for each row of a tile: whether `holds(i)` is true in the lane of row lane() + 32 i.
+template <int rows, class Predicate>
+__device__ inline uint64_t ballot_rows(Predicate holds) {
+  uint64_t bits = 0;
+  for (int i = 0; i < rows / 32; ++i) bits |= uint64_t(__ballot_sync(~0u, holds(i))) << i * 32;
+  return bits;
+}
+
+// What the rows of a tile see. Every warp has all of them: lane i holds the spans of rows i and i + 32.
 template <int rows>
 struct Spans {
   Range media[rows / 32];
 
   template <class Params>
-  __device__ Spans(const Params& p, int64_t batch, int64_t first, int64_t end) {
+  __device__ Spans(const Params& params, int64_t batch, int64_t first, int64_t end) {
     for (int i = 0; i < rows / 32; ++i) {
       const int64_t row = first + i * 32 + lane();
-      media[i] = row < end ? span_of(p, batch, row) : Range{0, 0};
+      media[i] = row < end ? load_span(params, batch, row) : Range{0, 0};
     }
   }
-  // The rows that see a medium, one bit each.
+  // The rows that see one medium, that see any, and that average all values: one bit each.
   __device__ uint64_t seeing(int medium) const {
-    uint64_t bits = 0;
-    for (int i = 0; i < rows / 32; ++i) bits |= uint64_t(__ballot_sync(~0u, media[i].holds(medium))) << i * 32;
-    return bits;
+    return ballot_rows<rows>([&](int i) { return media[i].holds(medium); });
   }
-  __device__ uint64_t sighted() const {
-    uint64_t bits = 0;
-    for (int i = 0; i < rows / 32; ++i)
-      bits |= uint64_t(__ballot_sync(~0u, media[i].begin < media[i].end)) << i * 32;
-    return bits;
+  __device__ uint64_t seeing_any() const {
+    return ballot_rows<rows>([&](int i) { return media[i].begin < media[i].end; });
   }
-  // Those that average all values.
   __device__ uint64_t averaging() const {
-    uint64_t bits = 0;
-    for (int i = 0; i < rows / 32; ++i) bits |= uint64_t(__ballot_sync(~0u, media[i].end < 0)) << i * 32;
-    return bits;
+    return ballot_rows<rows>([&](int i) { return media[i].end < 0; });
   }
   // From the first medium that any of them sees to the last.
   __device__ Range all() const {
@@ -102,69 +107,71 @@ struct Spans {
   }
 };
 
-// Whether the rows of a fragment are among those of `bits`.
-struct Here {
+// Whether the two rows of a lane's fragment are among those of `bits`. Masked results are selected, never multiplied by
+// 0, because 0 * NaN is NaN.
+struct RowMask {
   bool upper, lower;
-  __device__ explicit Here(uint64_t bits)
+  __device__ explicit RowMask(uint64_t bits)
       : upper(bits >> (first_row_of_warp() + fragment_row(0)) & 1),
         lower(bits >> (first_row_of_warp() + fragment_row(2)) & 1) {}
   __device__ bool operator[](int half) const { return half ? lower : upper; }
 };
 
-// Turns scores, which are not scaled yet, so that the highest weighs the most; of keys that are not real they are -inf.
-template <int n>
-__device__ inline void turn_scores(float (&scores)[n][4], float sign, int real) {
+// Scores of a tile of keys, not scaled yet but with the sign of the scale; -inf for keys that are not visible.
+template <class T, int columns, int n>
+__device__ inline void compute_scores(
+    float (&scores)[n][4], Tile<T, columns> q, Tile<T, columns> k, float sign, int visible) {
+  multiply<false, true>(scores, q, k);
   for (int j = 0; j < n; ++j)
-    for (int i = 0; i < 4; ++i) scores[j][i] = fragment_column(j, i) < real ? scores[j][i] * sign : -kInfinity;
+    for (int i = 0; i < 4; ++i) scores[j][i] = fragment_column(j, i) < visible ? scores[j][i] * sign : -kInfinity;
 }
 
 // The tiles that one of equal parts visits.
-__device__ inline Range part_of(Range tiles, int part, int parts) {
+__device__ inline Range part_range(Range tiles, int part, int parts) {
   const int each = divide_up(tiles.end - tiles.begin, parts), begin = tiles.begin + part * each;
   return {begin, min(begin + each, tiles.end)};
 }
 
-// The softmax of 16 rows over the tiles of keys seen so far, and its product with their values.
+// The softmax of 16 rows over the tiles of keys seen so far, and its product with their values, not divided by row_sum.
 template <int columns>
 struct OnlineSoftmax {
-  float highest[2] = {-kInfinity, -kInfinity}, total[2] = {}, shrink[2];
-  float product[columns / 8][4] = {};
+  float row_max[2] = {-kInfinity, -kInfinity}, row_sum[2] = {}, alpha[2];
+  float acc[columns / 8][4] = {};
 
-  // Makes weights of the scores of another tile. Rows that are not here keep what they have.
+  // Takes in the scores of another tile, and puts P in their place. Rows outside the mask stay as they are.
   template <int n>
-  __device__ void weigh(float (&scores)[n][4], float scale, Here here) {
+  __device__ void update(float (&scores)[n][4], float scale_log2, RowMask mask) {
     for (int half = 0; half < 2; ++half) {
-      const float higher = fmaxf(highest[half], row_max(scores, half));
-      shrink[half] = power_below(highest[half], higher, scale);
+      const float new_max = fmaxf(row_max[half], reduce_max(scores, half));
+      alpha[half] = scaled_exp2(row_max[half], new_max, scale_log2);
       for (int j = 0; j < n; ++j)
-        for (int i = 2 * half; i < 2 * half + 2; ++i) scores[j][i] = power_below(scores[j][i], higher, scale);
-      const float sum = row_sum(scores, half);
-      if (!here[half]) continue;
-      total[half] = total[half] * shrink[half] + sum;
-      highest[half] = higher;
+        for (int i = 2 * half; i < 2 * half + 2; ++i) scores[j][i] = scaled_exp2(scores[j][i], new_max, scale_log2);
+      const float sum = reduce_sum(scores, half);
+      if (!mask[half]) continue;
+      row_sum[half] = row_sum[half] * alpha[half] + sum;
+      row_max[half] = new_max;
     }
   }
-  // Takes in 32 columns of the product of those weights. Selected, not multiplied by 0: 0 * NaN is NaN.
-  __device__ void add(const float (&added)[4][4], int column, Here here) {
+  // Takes in 32 columns of P v.
+  __device__ void add(const float (&pv)[4][4], int column, RowMask mask) {
     for (int j = 0; j < 4; ++j)
       for (int i = 0; i < 4; ++i)
-        if (here[i / 2])
-          product[column / 8 + j][i] = product[column / 8 + j][i] * shrink[i / 2] + added[j][i];
+        if (mask[i / 2]) acc[column / 8 + j][i] = acc[column / 8 + j][i] * alpha[i / 2] + pv[j][i];
   }
 };
 
 // The next tile of keys, from `tile` on, that a row of these sees.
 template <class T, class Params, int rows>
-__device__ inline int next_seen(const Params& p, const Place& place, const Spans<rows>& spans, int tile, int end) {
-  while (tile < end && !spans.seeing(keys_of<T>(p, place.batch, place.kv_head, tile).medium)) ++tile;
+__device__ inline int next_seen(const Params& params, const Place& place, const Spans<rows>& spans, int tile, int end) {
+  while (tile < end && !spans.seeing(keys_of<T>(params, place.batch, place.kv_head, tile).medium)) ++tile;
   return tile;
 }
 
-// Multiplies the rows of a fragment that are `kept`, and makes the others 0 (selected: 0 * NaN is NaN).
+// Multiplies the rows of a fragment that are in the mask, and makes the others 0.
 template <int n>
-__device__ inline void scale_rows(float (&c)[n][4], float factor, const Here& kept) {
+__device__ inline void scale_rows(float (&c)[n][4], float factor, const RowMask& mask) {
   for (int j = 0; j < n; ++j)
-    for (int i = 0; i < 4; ++i) c[j][i] = kept[i / 2] ? c[j][i] * factor : 0.0f;
+    for (int i = 0; i < 4; ++i) c[j][i] = mask[i / 2] ? c[j][i] * factor : 0.0f;
 }
 
 // Writes a fragment to the rows of `real`.
@@ -172,32 +179,38 @@ template <class T, int n>
 __device__ inline void store_fragment(HeadRows<T> to, const float (&c)[n][4], uint64_t real) {
 #pragma unroll
   for (int j = 0; j < n; j += 4) {
-    float part[4][4];
-    memcpy(part, c[j], sizeof part);
-    store(to, part, j * 8, real);
+    float four[4][4];
+    memcpy(four, c[j], sizeof four);
+    store(to, four, j * 8, real);
   }
 }
 
-// Divides by the sums of the softmax, and writes the rows and what the backward pass needs of their softmax.
-template <class T, int columns, class Params>
+// Writes the rows of a tile from `first` on, or this part's terms of them where the keys are cut into parts.
+template <class T, int n>
+__device__ inline void store_rows(
+    const Attention& params, const Place& place, const Rows& to, int64_t first, const float (&c)[n][4]) {
+  const uint64_t real = first_rows(min(params.length - first, int64_t(64)));
+  if (params.parts > 1)
+    store_fragment(partial_rows_of(params, place, first), c, real);
+  else
+    store_fragment(rows_of<T>(to, place.batch, place.head, first, params.head_dim), c, real);
+}
+
+// Divides acc by row_sum, and writes the rows and what the backward pass needs of their softmax.
+template <class T, int columns>
 __device__ inline void store_out(
-    const Params& p, const Place& place, int64_t first, const Here& sees, OnlineSoftmax<columns>& softmax) {
+    const Attention& params, const Place& place, int64_t first, const RowMask& sees, OnlineSoftmax<columns>& softmax) {
   for (int half = 0; half < 2; ++half) {
     const int64_t row = first + first_row_of_warp() + fragment_row(2 * half);
-    const float total = sees[half] ? softmax.total[half] : 1.0f, share = 1 / total;
+    const float row_sum = sees[half] ? softmax.row_sum[half] : 1.0f, inv_sum = 1 / row_sum;
     for (int j = 0; j < columns / 8; ++j)
-      for (int i = 2 * half; i < 2 * half + 2; ++i) softmax.product[j][i] *= share;
-    if (!p.softmax_max || lane() % 4 || row >= p.length) continue;
-    const int64_t at = number_of(p, place.part * p.batch + place.batch, place.head, row);
-    p.softmax_max[at] = sees[half] ? softmax.highest[half] * p.sign : 0.0f;
-    p.softmax_sum[at] = total;
+      for (int i = 2 * half; i < 2 * half + 2; ++i) softmax.acc[j][i] *= inv_sum;
+    if (!params.row_max || lane() % 4 || row >= params.length) continue;
+    const int64_t at = row_index(params, place.part * params.batch + place.batch, place.head, row);
+    params.row_max[at] = sees[half] ? softmax.row_max[half] * params.sign : 0.0f;
+    params.row_sum[at] = row_sum;
   }
-  const uint64_t rows = first_rows(min(p.length - first, int64_t(64)));
-  if (p.parts > 1)
-    store_fragment(partial_rows(p, place, first), softmax.product, rows);
-  else
-    store_fragment(
-        rows_from<T>(p.out, place.batch, place.head, first, p.head_dim), softmax.product, rows);
+  store_rows<T>(params, place, params.out, first, softmax.acc);
 }
 
 // How many blocks the registers of a multiprocessor hold at least: as many as spill nothing.
@@ -207,11 +220,11 @@ template <int columns>
 constexpr int kRowsBlocks = columns <= 64 ? 3 : 2;
 constexpr int kKeysBlocks = 2;
 
-// KiB of shared memory of a multiprocessor. Of the least, that of sm_86, 89 and 120, a block may have 99.
+// KiB of shared memory of a multiprocessor. On sm_86, 89 and 120, which have the least, a block may take 99.
 constexpr size_t kSharedOf80 = 164, kSharedOf90 = 228;
 constexpr size_t kLeastShared = 99 * 1024;
 
-// How many blocks fit into it: each takes 1 KiB more than it asks for.
+// How many blocks fit into shared memory: each takes 1 KiB more than it asks for.
 __host__ __device__ constexpr int fitting(size_t shared, size_t bytes) { return int(shared * 1024 / (bytes + 1024)); }
 
 template <class T, int columns>
@@ -219,54 +232,53 @@ constexpr size_t kForwardBytes = 3 * Tile<T, columns>::kBytes + Tile<T, kTile<T>
 
 // A block takes a tile of rows through the keys that they see. Those of the next tile are under way meanwhile.
 template <class T, int columns, class Params>
-__global__ void __launch_bounds__(kThreads<T>, kForwardBlocks<columns>) attention_fwd_kernel(Params p) {
+__device__ __forceinline__ void attention_fwd(const Params& params) {
   static_assert(kForwardBytes<T, columns> <= kLeastShared);
   static_assert(fitting(kSharedOf80, kForwardBytes<T, columns>) >= kForwardBlocks<columns>);
   Arena arena = {static_cast<char*>(shared_memory())};
   const auto q = arena.take<Tile<T, columns>>(), k = arena.take<Tile<T, columns>>(), v = arena.take<Tile<T, columns>>();
-  const auto weights = arena.take<Tile<T, kTile<T>>>();
-  const Place place = place_of_rows<kTile<T>>(p);
+  const auto p = arena.take<Tile<T, kTile<T>>>();
+  const Place place = place_of_rows<kTile<T>>(params);
   const int64_t first = int64_t(place.tile) * kTile<T>;
-  const Spans<kTile<T>> spans(p, place.batch, first, p.length);
-  const Range tiles = part_of(key_tiles<kTile<T>>(p, place, spans.all()), place.part, p.parts);
-  load(q, rows_from<const T>(p.q, place.batch, place.head, first, p.head_dim), spans.sighted());
+  const Spans<kTile<T>> spans(params, place.batch, first, params.length);
+  const Range tiles = part_range(key_tiles<kTile<T>>(params, place, spans.all()), place.part, params.parts);
+  load(q, rows_of<const T>(params.q, place.batch, place.head, first, params.head_dim), spans.seeing_any());
 
   OnlineSoftmax<columns> softmax;
-  int tile = next_seen<T>(p, place, spans, tiles.begin, tiles.end);
-  Keys<T> keys = keys_of<T>(p, place.batch, place.kv_head, tile);
-  if (tile < tiles.end) load(k, keys.k, first_rows(keys.real));
+  int tile = next_seen<T>(params, place, spans, tiles.begin, tiles.end);
+  Keys<T> keys = keys_of<T>(params, place.batch, place.kv_head, tile);
+  if (tile < tiles.end) load(k, keys.k, first_rows(keys.visible));
   commit_copies();
-  if (tile < tiles.end) load(v, keys.v, first_rows(keys.real));
+  if (tile < tiles.end) load(v, keys.v, first_rows(keys.visible));
   commit_copies();
   while (tile < tiles.end) {
-    const Here here(spans.seeing(keys.medium));
-    const int real = keys.real;
-    tile = next_seen<T>(p, place, spans, tile + 1, tiles.end);
-    keys = keys_of<T>(p, place.batch, place.kv_head, tile);
+    const RowMask mask(spans.seeing(keys.medium));
+    const int visible = keys.visible;
+    tile = next_seen<T>(params, place, spans, tile + 1, tiles.end);
+    keys = keys_of<T>(params, place.batch, place.kv_head, tile);
     wait_for_copies<1>();
     __syncthreads();  // k is there
     float scores[kTile<T> / 8][4] = {};
-    multiply<false, true>(scores, q, k);
-    turn_scores(scores, p.sign, real);
-    softmax.weigh(scores, p.base2_scale, here);
-    put(weights, scores);
+    compute_scores(scores, q, k, params.sign, visible);
+    softmax.update(scores, params.scale_log2, mask);
+    store(p, scores);
     wait_for_copies<0>();
     __syncthreads();  // v is there, and k is free
-    if (tile < tiles.end) load(k, keys.k, first_rows(keys.real));
+    if (tile < tiles.end) load(k, keys.k, first_rows(keys.visible));
     commit_copies();
 #pragma unroll
     for (int column = 0; column < columns; column += 32) {
-      float added[4][4] = {};
-      multiply<false, false>(added, weights, v, column);
-      softmax.add(added, column, here);
+      float pv[4][4] = {};
+      multiply<false, false>(pv, p, v, column);
+      softmax.add(pv, column, mask);
     }
     __syncthreads();  // v is free
-    if (tile < tiles.end) load(v, keys.v, first_rows(keys.real));
+    if (tile < tiles.end) load(v, keys.v, first_rows(keys.visible));
     commit_copies();
   }
-  wait_for_copies<0>();  // of q, where no tile was visited: `finish` takes its place
-  finish<T>(p, place, spans, softmax);
-  store_out<T>(p, place, first, Here(spans.sighted()), softmax);
+  wait_for_copies<0>();  // of q, where no tile was visited: finish_fwd takes its place
+  finish_fwd<T>(params, place, spans, softmax);
+  store_out<T>(params, place, first, RowMask(spans.seeing_any()), softmax);
 }
 
 // rowsum(a b) of the 16 rows of a warp; in double for float32: what a subtraction leaves of it must be right.
@@ -279,115 +291,112 @@ __device__ inline float row_dot(Tile<T, columns> a, Tile<T, columns> b, int half
   return float(quad_sum(sum));
 }
 
-// What the backward pass needs of the two rows that a lane has a part of.
-struct RowNumbers {
-  float highest[2], share[2], delta[2];
+// What the backward pass needs of the two rows of a lane's fragment.
+struct RowStats {
+  float row_max[2], inv_sum[2], delta[2];
 
   // As the forward pass left them.
-  __device__ void read_softmax(const Attention& p, int64_t batch, int64_t head, int64_t first, const Here& here) {
+  __device__ void read_softmax(
+      const Attention& params, int64_t batch, int64_t head, int64_t first, const RowMask& mask) {
     for (int half = 0; half < 2; ++half) {
-      const int64_t at = place_of(p, batch, head, first, here, half);
-      highest[half] = p.softmax_max[at] * p.sign, share[half] = 1 / p.softmax_sum[at];
+      const int64_t at = index(params, batch, head, first, mask, half);
+      row_max[half] = params.row_max[at] * params.sign, inv_sum[half] = 1 / params.row_sum[at];
     }
   }
   // As the kernel by rows left it.
-  __device__ void read_delta(const Attention& p, int64_t batch, int64_t head, int64_t first, const Here& here) {
-    for (int half = 0; half < 2; ++half) delta[half] = p.delta[place_of(p, batch, head, first, here, half)];
+  __device__ void read_delta(const Attention& params, int64_t batch, int64_t head, int64_t first, const RowMask& mask) {
+    for (int half = 0; half < 2; ++half) delta[half] = params.delta[index(params, batch, head, first, mask, half)];
   }
 
  private:
-  // Of a row that is not here, any that exists.
-  __device__ static int64_t place_of(
-      const Attention& p, int64_t batch, int64_t head, int64_t first, const Here& here, int half) {
-    return number_of(p, batch, head, here[half] ? first + first_row_of_warp() + fragment_row(2 * half) : 0);
+  // A row outside the mask reads another that exists.
+  __device__ static int64_t index(
+      const Attention& params, int64_t batch, int64_t head, int64_t first, const RowMask& mask, int half) {
+    return row_index(params, batch, head, mask[half] ? first + first_row_of_warp() + fragment_row(2 * half) : 0);
   }
 };
 
-// The rows in which one key weighs more than all others, one bit each. Every warp knows it of all of them.
+// The rows in which one key weighs more than all others, one bit each.
 template <int rows>
-__device__ inline uint64_t saturated_rows(const Attention& p, const Place& place, int64_t first, uint64_t sighted) {
-  uint64_t bits = 0;
-  for (int i = 0; i < rows / 32; ++i) {
+__device__ inline uint64_t saturated_rows(
+    const Attention& params, const Place& place, int64_t first, uint64_t seeing_any) {
+  return ballot_rows<rows>([&](int i) {
     const int row = i * 32 + lane();
-    // relative to the weight of the highest
-    const bool saturated = sighted >> row & 1 && p.softmax_sum[number_of(p, place.batch, place.head, first + row)] < 2;
-    bits |= uint64_t(__ballot_sync(~0u, saturated)) << i * 32;
-  }
-  return bits;
+    return seeing_any >> row & 1 && params.row_sum[row_index(params, place.batch, place.head, first + row)] < 2;
+  });
 }
 
-// Makes weights P of scores; in rows that are not here they are 0.
+// Puts P in the place of scores; rows outside the mask get 0.
 template <int n>
-__device__ inline void weigh(float (&scores)[n][4], float scale, const RowNumbers& numbers, const Here& here) {
+__device__ inline void compute_p(float (&scores)[n][4], float scale_log2, const RowStats& stats, const RowMask& mask) {
   for (int j = 0; j < n; ++j)
     for (int i = 0; i < 4; ++i) {
-      const float weight = exp2f((scores[j][i] - numbers.highest[i / 2]) * scale) * numbers.share[i / 2];
-      scores[j][i] = here[i / 2] ? weight : 0.0f;
+      const float p = exp2f((scores[j][i] - stats.row_max[i / 2]) * scale_log2) * stats.inv_sum[i / 2];
+      scores[j][i] = mask[i / 2] ? p : 0.0f;
     }
 }
 
 // The same where these keys are all that the rows see.
 template <int n>
-__device__ inline void weigh_alone(float (&scores)[n][4], float scale, const Here& here) {
-  RowNumbers numbers;
+__device__ inline void compute_p_one_shot(float (&scores)[n][4], float scale_log2, const RowMask& mask) {
+  RowStats stats;
   for (int half = 0; half < 2; ++half) {
     float sum = 0;
-    numbers.highest[half] = row_max(scores, half);
+    stats.row_max[half] = reduce_max(scores, half);
     for (int j = 0; j < n; ++j)
-      for (int i = 2 * half; i < 2 * half + 2; ++i) sum += exp2f((scores[j][i] - numbers.highest[half]) * scale);
-    numbers.share[half] = 1 / quad_sum(sum);
+      for (int i = 2 * half; i < 2 * half + 2; ++i) sum += exp2f((scores[j][i] - stats.row_max[half]) * scale_log2);
+    stats.inv_sum[half] = 1 / quad_sum(sum);
   }
-  weigh(scores, scale, numbers, here);
+  compute_p(scores, scale_log2, stats, mask);
 }
 
-// delta = rowsum(P dP), where these keys are all that the rows see. A lane reads the weights that it has put there.
+// delta = rowsum(P dP), where these keys are all that the rows see. A lane reads the P that it has stored.
 template <class T, int n>
-__device__ inline void sum_along(RowNumbers& numbers, Tile<T, kTile<T>> weights, const float (&dweights)[n][4]) {
+__device__ inline void compute_delta(RowStats& stats, Tile<T, kTile<T>> p, const float (&dp)[n][4]) {
   for (int half = 0; half < 2; ++half) {
     float sum = 0;
     for (int j = 0; j < n; ++j)
-      for (int i = 2 * half; i < 2 * half + 2; ++i) sum += got(weights, j, i) * dweights[j][i];
-    numbers.delta[half] = quad_sum(sum);
+      for (int i = 2 * half; i < 2 * half + 2; ++i) sum += element(p, j, i) * dp[j][i];
+    stats.delta[half] = quad_sum(sum);
   }
 }
 
-// Adds a tile's share of rowsum(P dP), what this lane has of it, for the rows that are here: 0 * NaN is NaN.
+// Adds a tile's terms of rowsum(P dP) that this lane has, for the rows in the mask.
 template <int n>
-__device__ inline void add_along(
-    float (&sums)[2], const float (&weights)[n][4], const float (&dweights)[n][4], const Here& here) {
+__device__ inline void add_delta(
+    float (&delta)[2], const float (&p)[n][4], const float (&dp)[n][4], const RowMask& mask) {
   for (int half = 0; half < 2; ++half) {
     float sum = 0;
     for (int j = 0; j < n; ++j)
-      for (int i = 2 * half; i < 2 * half + 2; ++i) sum += weights[j][i] * dweights[j][i];
-    if (here[half]) sums[half] += sum;
+      for (int i = 2 * half; i < 2 * half + 2; ++i) sum += p[j][i] * dp[j][i];
+    if (mask[half]) delta[half] += sum;
   }
 }
 
-// Makes dS of dout v^T. From the tile, as registers are short, the weights come as the products take them.
+// Puts dS in the place of dP. P comes rounded from its tile, as the products take it, because registers are short.
 template <class T, int n>
-__device__ inline void differentiate(
-    float (&dweights)[n][4], Tile<T, kTile<T>> weights, const RowNumbers& numbers, const Here& here) {
+__device__ inline void compute_ds(float (&dp)[n][4], Tile<T, kTile<T>> p, const RowStats& stats, const RowMask& mask) {
   for (int j = 0; j < n; ++j)
     for (int i = 0; i < 4; ++i) {
-      const float dscore = got(weights, j, i) * (dweights[j][i] - numbers.delta[i / 2]);
-      dweights[j][i] = here[i / 2] ? dscore : 0.0f;
+      const float ds = element(p, j, i) * (dp[j][i] - stats.delta[i / 2]);
+      dp[j][i] = mask[i / 2] ? ds : 0.0f;
     }
 }
 
-// dq += dS k for the rows that are here: not multiplied by 0, as 0 * NaN is NaN.
+// dq += dS k for the rows in the mask.
 template <class T, int columns>
-__device__ inline void add_product(
-    float (&dq)[columns / 8][4], Tile<T, kTile<T>> dscores, Tile<T, columns> k, const Here& here) {
+__device__ inline void add_dq(
+    float (&dq)[columns / 8][4], Tile<T, kTile<T>> ds, Tile<T, columns> k, const RowMask& mask) {
 #pragma unroll
   for (int j = 0; j < columns / 8; j += 4) {
     float added[4][4] = {};
-    multiply<false, false>(added, dscores, k, j * 8);
+    multiply<false, false>(added, ds, k, j * 8);
     for (int m = 0; m < 4; ++m)
-      for (int i = 0; i < 4; ++i) dq[j + m][i] = here[i / 2] ? dq[j + m][i] + added[m][i] : dq[j + m][i];
+      for (int i = 0; i < 4; ++i) dq[j + m][i] = mask[i / 2] ? dq[j + m][i] + added[m][i] : dq[j + m][i];
   }
 }
 
-// Writes the warp's rows of factor * a b (of a^T b), or 0 where they are not `kept`; only `real` rows are written.
+// Writes the warp's rows of factor * a b (or a^T b), with 0 for those outside `kept`; only `real` rows are written.
 template <bool a_transposed, class T, int columns>
 __device__ inline void store_product(
     HeadRows<T> to, Tile<T, kTile<T>> a, Tile<T, columns> b, float factor, uint64_t kept, uint64_t real) {
@@ -395,27 +404,28 @@ __device__ inline void store_product(
   for (int column = 0; column < columns; column += 32) {
     float product[4][4] = {};
     multiply<a_transposed, false>(product, a, b, column);
-    scale_rows(product, factor, Here(kept));
+    scale_rows(product, factor, RowMask(kept));
     store(to, product, column, real);
   }
 }
 
-// Writes dk and dv of the block's keys, or its part of them.
+// Writes dk and dv of the block's keys, or this part's terms of them where the rows are cut into parts.
 template <class T, int columns, class Params>
 __device__ inline void store_key_gradients(
-    const Params& p, const Place& place, const Keys<T>& keys, float (&dk)[columns][4], float (&dv)[columns][4]) {
+    const Params& params, const Place& place, const Keys<T>& keys, float (&dk)[columns][4], float (&dv)[columns][4]) {
   const uint64_t count = first_rows(keys.count);
-  scale_rows(dk, p.scale, Here(first_rows(keys.real)));
-  scale_rows(dv, 1.0f, Here(first_rows(keys.real)));
-  if constexpr (requires { partial_gradients_of(p, place, 0, 0); }) {
-    if (p.parts > 1) {
-      const KeyGradients<float> to = partial_gradients_of(p, place, keys.medium, keys.first);
+  const RowMask visible(first_rows(keys.visible));
+  scale_rows(dk, params.scale, visible);
+  scale_rows(dv, 1.0f, visible);
+  if constexpr (requires { partial_gradients_of(params, place, 0, 0); }) {
+    if (params.parts > 1) {
+      const KeyGradients<float> to = partial_gradients_of(params, place, keys.medium, keys.first);
       store_fragment(to.dk, dk, count);
       store_fragment(to.dv, dv, count);
       return;
     }
   }
-  const KeyGradients<T> to = gradients_of<T>(p, place.batch, place.kv_head, keys);
+  const KeyGradients<T> to = gradients_of<T>(params, place.batch, place.kv_head, keys);
   store_fragment(to.dk, dk, count);
   store_fragment(to.dv, dv, count);
 }
@@ -423,11 +433,11 @@ __device__ inline void store_key_gradients(
 template <class T, int columns, bool apart>
 constexpr size_t kBackwardBytes = 4 * Tile<T, columns>::kBytes + (apart ? 2 : 1) * Tile<T, kTile<T>>::kBytes;
 
-// What a block of either backward kernel has in shared memory. `apart`: the weights are needed after dS is there.
+// What a block of either backward kernel has in shared memory. `apart`: P is needed after dS is there.
 template <class T, int columns>
 struct BackwardTiles {
   Tile<T, columns> q, dout, k, v;
-  Tile<T, kTile<T>> weights, dscores;
+  Tile<T, kTile<T>> p, ds;
 };
 
 template <class T, int columns, bool apart>
@@ -437,165 +447,160 @@ __device__ inline BackwardTiles<T, columns> backward_tiles() {
   using Wide = Tile<T, columns>;
   using Square = Tile<T, kTile<T>>;
   const Wide q = arena.take<Wide>(), dout = arena.take<Wide>(), k = arena.take<Wide>(), v = arena.take<Wide>();
-  const Square weights = arena.take<Square>();
-  return {q, dout, k, v, weights, apart ? arena.take<Square>() : weights};
+  const Square p = arena.take<Square>();
+  return {q, dout, k, v, p, apart ? arena.take<Square>() : p};
 }
 
 // A block takes a tile of rows through the keys that they see, for dq. `whole`: no other block has rows that see these
 // keys, so it writes dk and dv on the way.
 template <class T, int columns, bool whole, class Params>
-__global__ void __launch_bounds__(kThreads<T>, kRowsBlocks<columns>) attention_bwd_rows_kernel(Params p) {
+__device__ __forceinline__ void attention_bwd_rows(const Params& params) {
   static_assert(fitting(whole ? kSharedOf90 : kSharedOf80, kBackwardBytes<T, columns, whole>) >= kRowsBlocks<columns>);
-  const auto [q, dout, k, v, weights, dscores] = backward_tiles<T, columns, whole>();
-  const Place place = place_of_rows<kTile<T>>(p);
+  const auto [q, dout, k, v, p, ds] = backward_tiles<T, columns, whole>();
+  const Place place = place_of_rows<kTile<T>>(params);
   const int64_t first = int64_t(place.tile) * kTile<T>;
-  const Spans<kTile<T>> spans(p, place.batch, first, p.length);
-  const Range all = key_tiles<kTile<T>>(p, place, spans.all()), tiles = part_of(all, place.part, p.parts);
-  const uint64_t rows = first_rows(min(p.length - first, int64_t(64))), sighted = spans.sighted();
+  const Spans<kTile<T>> spans(params, place.batch, first, params.length);
+  const Range all = key_tiles<kTile<T>>(params, place, spans.all()), tiles = part_range(all, place.part, params.parts);
+  const uint64_t seeing_any = spans.seeing_any();
 
-  load(q, rows_from<const T>(p.q, place.batch, place.head, first, p.head_dim), sighted);
-  load(dout, rows_from<const T>(p.dout, place.batch, place.head, first, p.head_dim), sighted);
-  load(k, rows_from<const T>(p.out, place.batch, place.head, first, p.head_dim), sighted);
+  load(q, rows_of<const T>(params.q, place.batch, place.head, first, params.head_dim), seeing_any);
+  load(dout, rows_of<const T>(params.dout, place.batch, place.head, first, params.head_dim), seeing_any);
+  load(k, rows_of<const T>(params.out, place.batch, place.head, first, params.head_dim), seeing_any);
   commit_copies();
   wait_for_copies<0>();
   __syncthreads();
-  RowNumbers numbers;
-  numbers.read_softmax(p, place.batch, place.head, first, Here(sighted));
-  for (int half = 0; half < 2; ++half) numbers.delta[half] = row_dot(dout, k, half);
+  RowStats stats;
+  stats.read_softmax(params, place.batch, place.head, first, RowMask(seeing_any));
+  for (int half = 0; half < 2; ++half) stats.delta[half] = row_dot(dout, k, half);
   const auto load_keys = [&](const Keys<T>& keys) {
     __syncthreads();  // k and v are free
-    load(k, keys.k, first_rows(keys.real));
-    load(v, keys.v, first_rows(keys.real));
+    load(k, keys.k, first_rows(keys.visible));
+    load(v, keys.v, first_rows(keys.visible));
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
   };
 
-  // Where one key has most of a row's weight its dP cancels against delta: from the rounded out it would not.
-  if (const uint64_t saturated = saturated_rows<kTile<T>>(p, place, first, sighted)) {
-    float sums[2] = {};
-    for (int tile = all.begin; (tile = next_seen<T>(p, place, spans, tile, all.end)) < all.end; ++tile) {
-      const Keys<T> keys = keys_of<T>(p, place.batch, place.kv_head, tile);
-      const Here here(spans.seeing(keys.medium));
+  // Where one key has most of a row's weight, its dP nearly cancels with delta: one from the rounded out would not do.
+  if (const uint64_t saturated = saturated_rows<kTile<T>>(params, place, first, seeing_any)) {
+    float delta[2] = {};
+    for (int tile = all.begin; (tile = next_seen<T>(params, place, spans, tile, all.end)) < all.end; ++tile) {
+      const Keys<T> keys = keys_of<T>(params, place.batch, place.kv_head, tile);
+      const RowMask mask(spans.seeing(keys.medium));
       load_keys(keys);
-      float scores[kTile<T> / 8][4] = {}, dweights[kTile<T> / 8][4] = {};
-      multiply<false, true>(scores, q, k);
-      turn_scores(scores, p.sign, keys.real);
-      weigh(scores, p.base2_scale, numbers, here);
-      multiply<false, true>(dweights, dout, v);
-      add_along(sums, scores, dweights, here);
+      float scores[kTile<T> / 8][4] = {}, dp[kTile<T> / 8][4] = {};
+      compute_scores(scores, q, k, params.sign, keys.visible);
+      compute_p(scores, params.scale_log2, stats, mask);
+      multiply<false, true>(dp, dout, v);
+      add_delta(delta, scores, dp, mask);
     }
-    const Here exact(saturated);
+    const RowMask mask(saturated);
     for (int half = 0; half < 2; ++half) {
-      const float sum = quad_sum(sums[half]);
-      if (exact[half]) numbers.delta[half] = sum;
+      const float sum = quad_sum(delta[half]);
+      if (mask[half]) stats.delta[half] = sum;
     }
   }
   for (int half = 0; half < 2; ++half) {
     const int row = first_row_of_warp() + fragment_row(2 * half);
-    if (!whole && place.part == 0 && lane() % 4 == 0 && (rows >> row & 1))
-      p.delta[number_of(p, place.batch, place.head, first + row)] = numbers.delta[half];
+    if (!whole && place.part == 0 && lane() % 4 == 0 && first + row < params.length)
+      params.delta[row_index(params, place.batch, place.head, first + row)] = stats.delta[half];
   }
 
   float dq[columns / 8][4] = {};
-  for (int tile = tiles.begin; (tile = next_seen<T>(p, place, spans, tile, tiles.end)) < tiles.end; ++tile) {
-    const Keys<T> keys = keys_of<T>(p, place.batch, place.kv_head, tile);
-    const Here here(spans.seeing(keys.medium));
+  for (int tile = tiles.begin; (tile = next_seen<T>(params, place, spans, tile, tiles.end)) < tiles.end; ++tile) {
+    const Keys<T> keys = keys_of<T>(params, place.batch, place.kv_head, tile);
+    const RowMask mask(spans.seeing(keys.medium));
     load_keys(keys);
-    float scores[kTile<T> / 8][4] = {}, dweights[kTile<T> / 8][4] = {};
-    multiply<false, true>(scores, q, k);
-    turn_scores(scores, p.sign, keys.real);
-    weigh(scores, p.base2_scale, numbers, here);
-    put(weights, scores);
-    multiply<false, true>(dweights, dout, v);
-    differentiate(dweights, weights, numbers, here);
-    put(dscores, dweights);
+    float scores[kTile<T> / 8][4] = {}, dp[kTile<T> / 8][4] = {};
+    compute_scores(scores, q, k, params.sign, keys.visible);
+    compute_p(scores, params.scale_log2, stats, mask);
+    store(p, scores);
+    multiply<false, true>(dp, dout, v);
+    compute_ds(dp, p, stats, mask);
+    store(ds, dp);
     whole ? __syncthreads() : __syncwarp();
-    add_product(dq, dscores, k, here);
+    add_dq(dq, ds, k, mask);
     if constexpr (whole) {
-      const KeyGradients<T> to = gradients_of<T>(p, place.batch, place.kv_head, keys);
-      const uint64_t real = first_rows(keys.real), count = first_rows(keys.count);
-      store_product<true>(to.dv, weights, dout, 1.0f, real, count);
-      store_product<true>(to.dk, dscores, q, p.scale, real, count);
+      const KeyGradients<T> to = gradients_of<T>(params, place.batch, place.kv_head, keys);
+      const uint64_t visible = first_rows(keys.visible), count = first_rows(keys.count);
+      store_product<true>(to.dv, p, dout, 1.0f, visible, count);
+      store_product<true>(to.dk, ds, q, params.scale, visible, count);
     }
   }
-  scale_rows(dq, p.scale, Here(~0ull));
-  if (p.parts > 1)
-    store_fragment(partial_rows(p, place, first), dq, rows);
-  else
-    store_fragment(rows_from<T>(p.dq, place.batch, place.head, first, p.head_dim), dq, rows);
-  if constexpr (whole) finish<T>(p, place);
+  scale_rows(dq, params.scale, RowMask(~0ull));
+  store_rows<T>(params, place, params.dq, first, dq);
+  if constexpr (whole) finish_bwd<T>(params, place);
 }
 
 // A block takes a tile of keys through the rows that see it, for dk and dv. `one_shot`: the rows see nothing else, so
-// it makes their softmax anew and writes their dq.
+// it computes their softmax again and writes their dq.
 template <class T, int columns, bool one_shot, class Params>
-__global__ void __launch_bounds__(kThreads<T>, kKeysBlocks) attention_bwd_keys_kernel(Params p) {
+__device__ __forceinline__ void attention_bwd_keys(const Params& params) {
   static_assert(fitting(kSharedOf90, kBackwardBytes<T, columns, true>) >= kKeysBlocks);
-  const auto [q, dout, k, v, weights, dscores] = backward_tiles<T, columns, true>();
-  const Place place = place_of_keys<kTile<T>>(p);
-  const Keys<T> keys = owned_keys<T>(p, place);
-  load(k, keys.k, first_rows(keys.real));
-  load(v, keys.v, first_rows(keys.real));
+  const auto [q, dout, k, v, p, ds] = backward_tiles<T, columns, true>();
+  const Place place = place_of_keys<kTile<T>>(params);
+  const Keys<T> keys = owned_keys<T>(params, place);
+  load(k, keys.k, first_rows(keys.visible));
+  load(v, keys.v, first_rows(keys.visible));
 
   float dk[columns / 8][4] = {}, dv[columns / 8][4] = {};  // of the 16 keys of this warp
-  first_gradients(p, place, dv);
-  const Range range = keys.real > 0 ? rows_of<kTile<T>>(p, place.batch, keys.medium, place.part) : Range{0, 0};
-  const int group = p.heads / p.kv_heads;
+  start_dv(params, place, dv);
+  const Range range =
+      keys.visible > 0 ? visiting_rows<kTile<T>>(params, place.batch, keys.medium, place.part) : Range{0, 0};
+  const int group = params.heads / params.kv_heads;
   for (int head = place.kv_head * group; head < (place.kv_head + 1) * group; ++head)
     for (int first = range.begin; first < range.end; first += kTile<T>) {
-      const uint64_t rows = Spans<kTile<T>>(p, place.batch, first, range.end).seeing(keys.medium);
-      const Here here(rows);
-      __syncthreads();  // q, dout, weights and dscores are free
-      load(q, rows_from<const T>(p.q, place.batch, head, first, p.head_dim), rows);
-      load(dout, rows_from<const T>(p.dout, place.batch, head, first, p.head_dim), rows);
+      const uint64_t rows = Spans<kTile<T>>(params, place.batch, first, range.end).seeing(keys.medium);
+      const RowMask mask(rows);
+      __syncthreads();  // q, dout, p and ds are free
+      load(q, rows_of<const T>(params.q, place.batch, head, first, params.head_dim), rows);
+      load(dout, rows_of<const T>(params.dout, place.batch, head, first, params.head_dim), rows);
       commit_copies();
       wait_for_copies<0>();
       __syncthreads();
-      float scores[kTile<T> / 8][4] = {}, dweights[kTile<T> / 8][4] = {};
-      multiply<false, true>(scores, q, k);
-      turn_scores(scores, p.sign, keys.real);
-      RowNumbers numbers;
+      float scores[kTile<T> / 8][4] = {}, dp[kTile<T> / 8][4] = {};
+      compute_scores(scores, q, k, params.sign, keys.visible);
+      RowStats stats;
       if constexpr (one_shot) {
-        weigh_alone(scores, p.base2_scale, here);
+        compute_p_one_shot(scores, params.scale_log2, mask);
       } else {
-        numbers.read_softmax(p, place.batch, head, first, here);
-        numbers.read_delta(p, place.batch, head, first, here);
-        weigh(scores, p.base2_scale, numbers, here);
+        stats.read_softmax(params, place.batch, head, first, mask);
+        stats.read_delta(params, place.batch, head, first, mask);
+        compute_p(scores, params.scale_log2, stats, mask);
       }
-      put(weights, scores);
-      multiply<false, true>(dweights, dout, v);
-      if constexpr (one_shot) sum_along(numbers, weights, dweights);
-      differentiate(dweights, weights, numbers, here);
-      put(dscores, dweights);
+      store(p, scores);
+      multiply<false, true>(dp, dout, v);
+      if constexpr (one_shot) compute_delta(stats, p, dp);
+      compute_ds(dp, p, stats, mask);
+      store(ds, dp);
       __syncthreads();
       if constexpr (one_shot) {
-        const auto dq = rows_from<T>(p.dq, place.batch, head, first, p.head_dim);
-        store_product<false>(dq, dscores, k, p.scale, ~0ull, rows);
+        const auto dq = rows_of<T>(params.dq, place.batch, head, first, params.head_dim);
+        store_product<false>(dq, ds, k, params.scale, ~0ull, rows);
       }
-      multiply<true, false>(dv, weights, dout);
-      multiply<true, false>(dk, dscores, q);
+      multiply<true, false>(dv, p, dout);
+      multiply<true, false>(dk, ds, q);
     }
   commit_copies();
   wait_for_copies<0>();  // of k and v, where no row sees them
-  store_key_gradients<T>(p, place, keys, dk, dv);
-  if constexpr (one_shot) finish<T>(p, place);
+  store_key_gradients<T>(params, place, keys, dk, dv);
+  if constexpr (one_shot) finish_bwd<T>(params, place);
 }
 
-inline int tile_of(DType dtype) { return dtype == DType::f32 ? kTile<float> : kTile<bf16>; }
+inline int tile_rows(DType dtype) { return dtype == DType::f32 ? kTile<float> : kTile<bf16>; }
 
 // Calls a function with an element type and the columns of the tiles that hold a head.
 template <class Function>
-void by_tile(const Attention& p, Function function) {
-  by_type(p.dtype, [&](auto type) {
-    if (p.head_dim <= 64) return function(type, std::integral_constant<int, 64>());
-    if (p.head_dim <= 96) return function(type, std::integral_constant<int, 96>());
+void by_tile(const Attention& params, Function function) {
+  by_type(params.dtype, [&](auto type) {
+    if (params.head_dim <= 64) return function(type, std::integral_constant<int, 64>());
+    if (params.head_dim <= 96) return function(type, std::integral_constant<int, 96>());
     function(type, std::integral_constant<int, 128>());
   });
 }
 
 // How many parts to cut each of `programs` equal tasks into, at most `most`, to fill the device twice.
-inline int64_t parts_of(int64_t programs, int64_t most) {
+inline int64_t count_parts(int64_t programs, int64_t most) {
   const int64_t wanted = 2 * multiprocessors() / max(programs, int64_t(1));
   return max(int64_t(1), min(wanted, most));
 }

@@ -1,8 +1,7 @@
-// The operators as PyTorch sees them: checks, outputs, parameters, the device and its stream.
-// It and `tensors.h` alone include torch, and of torch only the stable ABI.
+// The operators as PyTorch sees them: checks, outputs, parameters, the device and its stream. Includes only the stable
+// ABI of torch.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -14,7 +13,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../tensors.h"
+#include "../checks.h"
+#include "../operators.h"
 #include "kernels.h"
 
 namespace flamingo_kernels {
@@ -22,17 +22,23 @@ namespace {
 
 bool poisoned = false;  // a test aid: outputs and working memory start as NaN
 
-// Makes the device of a tensor the current one, while an operator runs, and finds its current stream.
-class Launch {
+// One call of an operation: makes the device of a tensor the current one, finds its stream, and allocates.
+class Call {
  public:
 #if defined(FK_EMULATE)
-  explicit Launch(const Tensor&) {}
+  explicit Call(const Tensor&) {}
 #else
-  explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit Call(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   }
 #endif
   Stream stream = nullptr;
+
+  Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) const {
+    Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
+    if (poisoned) kernels::fill_with_nan(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size(), stream);
+    return tensor;
+  }
 
  private:
 #if !defined(FK_EMULATE)
@@ -40,81 +46,34 @@ class Launch {
 #endif
 };
 
-Tensor fresh(const Launch& launch, const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
-  if (poisoned) kernels::fill_with_nan(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size(), launch.stream);
-  return tensor;
-}
-
-Tensor fresh_like(const Launch& launch, const Tensor& tensor) {
-  return fresh(launch, tensor, {tensor.sizes().begin(), tensor.sizes().end()}, tensor.scalar_type());
-}
-
-Tensor gradient_of_parameter(const Launch& launch, const Tensor& parameter) {
-  return fresh(launch, parameter, {parameter.sizes().begin(), parameter.sizes().end()}, ScalarType::Float);
-}
-
 Tensor zeroed(Tensor tensor) {
   torch::stable::zero_(tensor);
   return tensor;
 }
 
-// Whether all rows begin at multiples of 16 bytes and are multiples of 16 bytes long.
-bool is_wide(const Tensor& tensor) {
-  const int64_t element = tensor.element_size(), last = tensor.dim() - 1;
-  bool wide = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0 && tensor.size(last) * element % 16 == 0;
-  for (int64_t i = 0; i < last; ++i) wide = wide && (tensor.size(i) <= 1 || tensor.stride(i) * element % 16 == 0);
-  return wide;
-}
+Vector vector_of(const Tensor& t) { return {t.data_ptr(), element_type(t)}; }
 
-Matrix matrix_of(const Tensor& t) {  // [N, D]
-  // a thread takes 8 elements, whatever their size
-  return {t.data_ptr(), dtype_of(t), t.stride(0), is_wide(t) && t.size(1) % 8 == 0};
-}
-
-Vector vector_of(const Tensor& t) { return {t.data_ptr(), dtype_of(t)}; }
-
-Rows rows_of(const Tensor& t) {  // [B, T, H, d]
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), is_wide(t)};
-}
-
-Media media_of(const Tensor& t) {  // [B, M, R, Hkv, d]
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3), is_wide(t)};
-}
-
-// What the kernels take; the shape of a tensor may ask for more.
+// The largest sizes that the kernels take.
 constexpr int64_t kMostColumns = 128, kMostSequences = 16, kMostInner = 16384;
 
 void expect_at_most(const char* operation, const char* name, int64_t size, int64_t most) {
   if (size > most) refuse(operation, ": expected ", name, " of at most ", most, ", got ", size, ".");
 }
 
-Attention attention_params(
-    const Tensor& q, int64_t kv_heads, double scale, const Tensor& out, const Tensor& softmax) {
-  Attention p = {};
-  p.dtype = dtype_of(q);
-  p.batch = q.size(0), p.length = q.size(1), p.heads = q.size(2), p.head_dim = q.size(3);
-  p.kv_heads = kv_heads, p.scale = scale, p.parts = 1;
-  p.sign = std::signbit(scale) ? -1 : 1;
-  // not 0, as 0 times the -inf of a key that is not real is NaN
-  p.base2_scale = std::max(float(std::abs(scale) * std::numbers::log2e), std::numeric_limits<float>::min());
-  p.q = rows_of(q), p.out = rows_of(out);
-  if (softmax.numel() == 0) return p;
-  p.softmax_max = softmax.mutable_data_ptr<float>(), p.softmax_sum = p.softmax_max + softmax.numel() / 2;
-  return p;
+void set_scale(Attention& params, double scale) {
+  params.sign = std::signbit(scale) ? -1 : 1;
+  // not 0, as 0 times the -inf of a key that is not visible is NaN
+  params.scale_log2 = std::max(float(std::abs(scale) * std::numbers::log2e), std::numeric_limits<float>::min());
 }
 
 MaskedCrossAttention masked_params(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi, const Tensor& start,
     const Tensor& stop, bool immediate, bool averages, double scale, const Tensor& out, const Tensor& softmax) {
-  MaskedCrossAttention p = {};
-  static_cast<Attention&>(p) = attention_params(q, k.size(3), scale, out, softmax);
-  p.media = k.size(1), p.latents = k.size(2);
-  p.one_shot = kernels::is_one_shot(p.dtype, immediate, p.latents), p.averages = averages;
-  p.lo = lo.const_data_ptr<int32_t>(), p.hi = hi.const_data_ptr<int32_t>();
-  p.start = start.const_data_ptr<int32_t>(), p.stop = stop.const_data_ptr<int32_t>();
-  p.k = media_of(k), p.v = media_of(v);
-  return p;
+  auto params =
+      masked_cross_attention_params<MaskedCrossAttention>(q, k, v, lo, hi, start, stop, averages, scale, out, softmax);
+  params.one_shot = kernels::is_one_shot(params.dtype, immediate, params.latents), params.parts = 1;
+  set_scale(params, scale);
+  return params;
 }
 
 std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
@@ -123,71 +82,69 @@ std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
   const char* operation = "masked_cross_attention_fwd";
   check_masked_cross_attention(operation, q, k, v, lo, hi, start, stop);
   expect_at_most(operation, "head_dim", q.size(3), kMostColumns);
-  const Launch launch(q);
-  const bool one_shot = kernels::is_one_shot(dtype_of(q), immediate, k.size(2));
-  Tensor out = fresh_like(launch, q),
-         softmax = fresh(launch, q, {2, q.size(0), q.size(2), one_shot ? 0 : q.size(1)}, ScalarType::Float);
+  const Call call(q);
+  const bool one_shot = kernels::is_one_shot(element_type(q), immediate, k.size(2));
+  Tensor out = fresh_like(call, q), softmax = fresh_softmax(call, q, one_shot ? 0 : q.size(1));
   if (out.numel() == 0) return {out, softmax};
-  const MaskedCrossAttention p =
+  const MaskedCrossAttention params =
       masked_params(q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
-  kernels::masked_cross_attention_fwd(p, launch.stream);
+  kernels::masked_cross_attention_fwd(params, call.stream);
   return {out, softmax};
 }
 
-// Results of which each part of the work has its own, in float32.
-Tensor parts_of(const Launch& launch, const Tensor& result, int64_t parts) {
+// Memory for the results of every part of the work, in float32.
+Tensor fresh_partials(const Call& call, const Tensor& result, int64_t parts) {
   std::vector<int64_t> sizes = {parts};
   sizes.insert(sizes.end(), result.sizes().begin(), result.sizes().end());
-  return fresh(launch, result, sizes, ScalarType::Float);
+  return call.fresh(result, sizes, ScalarType::Float);
 }
 
-void add_parts(const Launch& launch, const Tensor& parts, Tensor& total) {
-  kernels::sum(
-      {parts.const_data_ptr<float>(), total.mutable_data_ptr(), dtype_of(total), parts.size(0), total.numel()},
-      launch.stream);
+void add_partials(const Call& call, const Tensor& partials, Tensor& total) {
+  kernels::sum_partials(
+      {partials.const_data_ptr<float>(), total.mutable_data_ptr(), element_type(total), partials.size(0),
+       total.numel()},
+      call.stream);
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor lo, Tensor hi, Tensor start, Tensor stop,
-    bool immediate, bool averages, double scale) {
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor lo, Tensor hi, Tensor start,
+    Tensor stop, bool immediate, bool averages, double scale) {
   const char* operation = "masked_cross_attention_bwd";
   const Checks checks = check_masked_cross_attention(operation, q, k, v, lo, hi, start, stop);
   expect_at_most(operation, "head_dim", q.size(3), kMostColumns);
-  const int64_t kept = kernels::is_one_shot(dtype_of(q), immediate, k.size(2)) ? 0 : q.size(1);
+  const int64_t kept = kernels::is_one_shot(element_type(q), immediate, k.size(2)) ? 0 : q.size(1);
   check_attention_bwd(checks, dout, q, out, softmax, kept);
-  const Launch launch(q);
-  Tensor dq = fresh_like(launch, q), dk = fresh_like(launch, k), dv = fresh_like(launch, v);
+  const Call call(q);
+  Tensor dq = fresh_like(call, q), dk = fresh_like(call, k), dv = fresh_like(call, v);
   if (q.numel() == 0 || k.numel() == 0) return {zeroed(dq), zeroed(dk), zeroed(dv)};
-  MaskedCrossAttention p =
-      masked_params(q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
-  p.dout = rows_of(dout), p.dq = rows_of(dq);
-  p.dk = media_of(dk), p.dv = media_of(dv);
-  const Tensor delta = fresh(launch, q, {p.one_shot ? 0 : p.batch * p.heads * p.length}, ScalarType::Float),
-               share = fresh(launch, q, {averages ? p.batch * p.kv_heads * p.head_dim : 0}, ScalarType::Float);
-  p.delta = p.one_shot ? nullptr : delta.mutable_data_ptr<float>(), p.share = share.mutable_data_ptr<float>();
-  p.parts = kernels::parts_of_masked_cross_attention_bwd(p);
-  if (p.parts == 1) {
-    kernels::masked_cross_attention_bwd(p, launch.stream);
+  MaskedCrossAttention params = masked_params(q, k, v, lo, hi, start, stop, immediate, averages, scale, out, softmax);
+  set_gradients(params, dout, dq, dk, dv);
+  const Tensor delta = call.fresh(
+                   q, {params.one_shot ? 0 : params.batch * params.heads * params.length}, ScalarType::Float),
+               averaged_dv =
+                   call.fresh(q, {averages ? params.batch * params.kv_heads * params.head_dim : 0}, ScalarType::Float);
+  params.delta = params.one_shot ? nullptr : delta.mutable_data_ptr<float>();
+  params.averaged_dv = averaged_dv.mutable_data_ptr<float>();
+  params.parts = kernels::count_masked_cross_attention_bwd_parts(params);
+  if (params.parts == 1) {
+    kernels::masked_cross_attention_bwd(params, call.stream);
     return {dq, dk, dv};
   }
-  const Tensor dks = parts_of(launch, dk, p.parts), dvs = parts_of(launch, dv, p.parts);
-  p.partial_dk = dks.mutable_data_ptr<float>(), p.partial_dv = dvs.mutable_data_ptr<float>();
-  kernels::masked_cross_attention_bwd(p, launch.stream);
-  add_parts(launch, dks, dk), add_parts(launch, dvs, dv);
+  const Tensor dks = fresh_partials(call, dk, params.parts), dvs = fresh_partials(call, dv, params.parts);
+  params.partial_dk = dks.mutable_data_ptr<float>(), params.partial_dv = dvs.mutable_data_ptr<float>();
+  kernels::masked_cross_attention_bwd(params, call.stream);
+  add_partials(call, dks, dk), add_partials(call, dvs, dv);
   return {dq, dk, dv};
 }
 
 PerceiverAttention perceiver_params(
     const Tensor& q, const Tensor& k_media, const Tensor& v_media, const Tensor& k_latents, const Tensor& v_latents,
     const std::optional<Tensor>& media_lengths, double scale, const Tensor& out, const Tensor& softmax) {
-  PerceiverAttention p = {};
-  static_cast<Attention&>(p) = attention_params(q, k_media.size(2), scale, out, softmax);
-  p.keys[0] = k_media.size(1), p.keys[1] = k_latents.size(1);
-  p.media_lengths = data_or_null(media_lengths);
-  p.k[0] = rows_of(k_media), p.k[1] = rows_of(k_latents);
-  p.v[0] = rows_of(v_media), p.v[1] = rows_of(v_latents);
-  p.parts = kernels::parts_of_perceiver_attention(p), p.whole = kernels::is_whole(p);
-  return p;
+  auto params = perceiver_attention_params<PerceiverAttention>(
+      q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
+  set_scale(params, scale);
+  params.parts = kernels::count_perceiver_attention_parts(params), params.whole = kernels::is_whole(params);
+  return params;
 }
 
 std::tuple<Tensor, Tensor> perceiver_attention_fwd(
@@ -196,85 +153,80 @@ std::tuple<Tensor, Tensor> perceiver_attention_fwd(
   const char* operation = "perceiver_attention_fwd";
   check_perceiver_attention(operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
   expect_at_most(operation, "head_dim", q.size(3), kMostColumns);
-  const Launch launch(q);
-  Tensor out = fresh_like(launch, q),
-         softmax = fresh(launch, q, {2, q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
+  const Call call(q);
+  Tensor out = fresh_like(call, q), softmax = fresh_softmax(call, q, q.size(1));
   if (out.numel() == 0) return {out, softmax};
-  PerceiverAttention p =
+  PerceiverAttention params =
       perceiver_params(q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
-  const bool divided = p.parts > 1;
-  const Tensor outs = parts_of(launch, out, divided ? p.parts : 0),
-               softmaxes = parts_of(launch, softmax, divided ? p.parts : 0);
-  p.partial_rows = outs.mutable_data_ptr<float>();
-  kernels::perceiver_attention_fwd(p, softmaxes.mutable_data_ptr<float>(), launch.stream);
+  const bool divided = params.parts > 1;
+  const Tensor outs = fresh_partials(call, out, divided ? params.parts : 0),
+               softmaxes = fresh_partials(call, softmax, divided ? params.parts : 0);
+  params.partial_rows = outs.mutable_data_ptr<float>();
+  kernels::perceiver_attention_fwd(params, softmaxes.mutable_data_ptr<float>(), call.stream);
   return {out, softmax};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> perceiver_attention_bwd(
-    Tensor dout, Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor out, Tensor softmax,
-    std::optional<Tensor> media_lengths, double scale) {
+    Tensor dout, Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor out,
+    Tensor softmax, std::optional<Tensor> media_lengths, double scale) {
   const char* operation = "perceiver_attention_bwd";
-  const Checks checks =
-      check_perceiver_attention(operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
+  const Checks checks = check_perceiver_attention(operation, q, k_media, v_media, k_latents, v_latents, media_lengths);
   expect_at_most(operation, "head_dim", q.size(3), kMostColumns);
   check_attention_bwd(checks, dout, q, out, softmax, q.size(1));
-  const Launch launch(q);
-  Tensor dq = fresh_like(launch, q), dk_media = fresh_like(launch, k_media), dv_media = fresh_like(launch, v_media),
-         dk_latents = fresh_like(launch, k_latents), dv_latents = fresh_like(launch, v_latents);
+  const Call call(q);
+  Tensor dq = fresh_like(call, q), dk_media = fresh_like(call, k_media), dv_media = fresh_like(call, v_media),
+         dk_latents = fresh_like(call, k_latents), dv_latents = fresh_like(call, v_latents);
   if (q.numel() == 0) return {dq, zeroed(dk_media), zeroed(dv_media), zeroed(dk_latents), zeroed(dv_latents)};
-  PerceiverAttention p =
+  PerceiverAttention params =
       perceiver_params(q, k_media, v_media, k_latents, v_latents, media_lengths, scale, out, softmax);
-  p.dout = rows_of(dout), p.dq = rows_of(dq);
-  p.dk[0] = rows_of(dk_media), p.dk[1] = rows_of(dk_latents);
-  p.dv[0] = rows_of(dv_media), p.dv[1] = rows_of(dv_latents);
-  const Tensor delta = fresh(launch, q, {p.whole ? 0 : p.batch * p.heads * p.length}, ScalarType::Float),
-               dqs = parts_of(launch, dq, p.parts > 1 ? p.parts : 0);
-  p.delta = p.whole ? nullptr : delta.mutable_data_ptr<float>(), p.partial_rows = dqs.mutable_data_ptr<float>();
-  kernels::perceiver_attention_bwd(p, launch.stream);
-  if (p.parts > 1) add_parts(launch, dqs, dq);
+  set_gradients(params, dout, dq, dk_media, dv_media, dk_latents, dv_latents);
+  const Tensor delta =
+                   call.fresh(q, {params.whole ? 0 : params.batch * params.heads * params.length}, ScalarType::Float),
+               dqs = fresh_partials(call, dq, params.parts > 1 ? params.parts : 0);
+  params.delta = params.whole ? nullptr : delta.mutable_data_ptr<float>();
+  params.partial_rows = dqs.mutable_data_ptr<float>();
+  kernels::perceiver_attention_bwd(params, call.stream);
+  if (params.parts > 1) add_partials(call, dqs, dq);
   return {dq, dk_media, dv_media, dk_latents, dv_latents};
 }
 
 GatedResidual residual_params(const Tensor& y, const Tensor& gate) {
-  GatedResidual p = {};
-  p.rows = y.size(0), p.columns = y.size(1);
-  p.per_channel = gate.numel() > 1;
-  p.gate = vector_of(gate);
-  p.y = matrix_of(y);
-  return p;
+  auto params = gated_residual_params<GatedResidual>(y, gate);
+  params.gate = vector_of(gate);
+  return params;
 }
 
-// Partial sums of a parameter's gradient, and the gradient, which they are where there is one part.
-struct Partials {
-  Tensor total, parts;
+// The gradient of a parameter and the partial sums of its parts, which are the gradient itself if there is one part.
+struct ParameterGradient {
+  Tensor gradient, partials;
 
-  float* data() { return parts.mutable_data_ptr<float>(); }
-  Tensor added(const Launch& launch) {
-    const int64_t size = total.numel(), count = parts.numel() / size;
-    if (count != 1) kernels::sum({data(), total.mutable_data_ptr(), dtype_of(total), count, size}, launch.stream);
-    return total;
+  ParameterGradient(const Call& call, const Tensor& parameter, int64_t parts)
+      : gradient(fresh_gradient(call, parameter)), partials(gradient) {
+    if (parts != 1) partials = call.fresh(gradient, {parts, gradient.numel()}, ScalarType::Float);
+  }
+
+  float* data() { return partials.mutable_data_ptr<float>(); }
+
+  Tensor add(const Call& call) {
+    if (partials.numel() != gradient.numel()) add_partials(call, partials, gradient);
+    return gradient;
   }
 };
 
-Partials partials_of(const Launch& launch, const Tensor& parameter, int64_t count) {
-  const Tensor total = gradient_of_parameter(launch, parameter);
-  return {total, count == 1 ? total : fresh(launch, total, {count, total.numel()}, ScalarType::Float)};
-}
-
-// Of one gate for all columns every block has a partial sum.
-Partials gate_partials_of(const Launch& launch, const Tensor& gate, const Division& division) {
-  return partials_of(launch, gate, gate.numel() > 1 ? division.parts : division.parts * division.blocks);
+// Where all columns have one gate, every block has a partial sum.
+int64_t count_gate_parts(const Tensor& gate, const Division& division) {
+  return gate.numel() > 1 ? division.parts : division.parts * division.blocks;
 }
 
 Tensor gated_residual_fwd(Tensor x, Tensor y, Tensor gate) {
   check_residual("gated_residual_fwd", "x", x, y, gate);
-  const Launch launch(x);
-  Tensor z = fresh(launch, x, {x.size(0), x.size(1)}, residual_dtype(x, y, gate));
+  const Call call(x);
+  Tensor z = call.fresh(x, {x.size(0), x.size(1)}, residual_dtype(x, y, gate));
   if (z.numel() == 0) return z;
   gate = torch::stable::contiguous(gate);
-  GatedResidual p = residual_params(y, gate);
-  p.x = matrix_of(x), p.z = matrix_of(z);
-  kernels::gated_residual_fwd(p, launch.stream);
+  GatedResidual params = residual_params(y, gate);
+  params.x = matrix_of(x), params.z = matrix_of(z);
+  kernels::gated_residual_fwd(params, call.stream);
   return z;
 }
 
@@ -282,93 +234,80 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) 
   const char* operation = "gated_residual_bwd";
   check_residual(operation, "dz", dz, y, gate);
   check_residual_bwd(operation, "dz", dz, y);
-  const Launch launch(y);
-  Tensor dy = fresh_like(launch, y);
-  if (dy.numel() == 0) return {dy, zeroed(gradient_of_parameter(launch, gate))};
+  const Call call(y);
+  Tensor dy = fresh_like(call, y);
+  if (dy.numel() == 0) return {dy, zeroed(fresh_gradient(call, gate))};
   gate = torch::stable::contiguous(gate);
   const Division division = kernels::divide_gated_residual_bwd(y.size(0), y.size(1));
-  Partials dgate = gate_partials_of(launch, gate, division);
-  GatedResidual p = residual_params(y, gate);
-  p.dz = matrix_of(dz), p.dy = matrix_of(dy);
-  p.parts = division.parts, p.part_rows = division.part_rows, p.dgate = dgate.data();
-  kernels::gated_residual_bwd(p, launch.stream);
-  return {dy, dgate.added(launch)};
+  ParameterGradient dgate(call, gate, count_gate_parts(gate, division));
+  GatedResidual params = residual_params(y, gate);
+  params.dz = matrix_of(dz), params.dy = matrix_of(dy);
+  params.parts = division.parts, params.part_rows = division.part_rows, params.dgate = dgate.data();
+  kernels::gated_residual_bwd(params, call.stream);
+  return {dy, dgate.add(call)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_fwd(
     Tensor x, Tensor y, Tensor gate, Tensor weight, std::optional<Tensor> bias, double eps, bool rms) {
-  const Checks checks = check_residual("gated_residual_norm_fwd", "x", x, y, gate);
-  checks.expect_parameter("weight", weight, x.size(1), false);
-  if (bias) checks.expect_parameter("bias", *bias, x.size(1), false);
-  const Launch launch(x);
+  check_gated_residual_norm("gated_residual_norm_fwd", x, y, gate, weight, bias);
+  const Call call(x);
   const ScalarType dtype = residual_dtype(x, y, gate);
-  Tensor z = fresh(launch, x, {x.size(0), x.size(1)}, dtype), n = fresh_like(launch, z),
-         mean = fresh(launch, x, {x.size(0)}, ScalarType::Float), rstd = fresh_like(launch, mean);
+  Tensor z = call.fresh(x, {x.size(0), x.size(1)}, dtype), n = fresh_like(call, z),
+         mean = call.fresh(x, {x.size(0)}, ScalarType::Float), rstd = fresh_like(call, mean);
   if (z.numel() == 0) return {z, n, mean, rstd};
   gate = torch::stable::contiguous(gate), weight = torch::stable::contiguous(weight);
   if (bias) bias = torch::stable::contiguous(*bias);
-  GatedResidualNorm p = {};
-  p.residual = residual_params(y, gate);
-  p.residual.x = matrix_of(x), p.residual.z = matrix_of(z);
-  p.rms = rms, p.eps = eps, p.weight = vector_of(weight);
-  if (bias) p.bias = vector_of(*bias);
-  p.n = matrix_of(n);
-  p.mean = mean.mutable_data_ptr<float>(), p.rstd = rstd.mutable_data_ptr<float>();
-  kernels::gated_residual_norm_fwd(p, launch.stream);
+  GatedResidualNorm params = {};
+  params.residual = residual_params(y, gate);
+  params.residual.x = matrix_of(x);
+  set_norm(params, rms, z, mean, rstd);
+  params.eps = eps, params.weight = vector_of(weight), params.n = matrix_of(n);
+  if (bias) params.bias = vector_of(*bias);
+  kernels::gated_residual_norm_fwd(params, call.stream);
   return {z, n, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_bwd(
     Tensor dz, Tensor dn, Tensor y, Tensor gate, Tensor weight, Tensor z, Tensor mean, Tensor rstd, bool rms) {
-  const char* operation = "gated_residual_norm_bwd";
-  const Checks checks = check_residual(operation, "z", z, y, gate);
-  const int64_t rows = z.size(0), columns = z.size(1);
-  check_residual_bwd(operation, "z", z, y);
-  checks.expect_rows_like_first("dz", dz, {rows, columns}), checks.expect_rows_like_first("dn", dn, {rows, columns});
-  checks.expect_parameter("weight", weight, columns, false);
-  checks.expect_contiguous("mean", mean, ScalarType::Float, {rows});
-  checks.expect_contiguous("rstd", rstd, ScalarType::Float, {rows});
-  const Launch launch(z);
-  Tensor dx = fresh_like(launch, z), dy = fresh_like(launch, y);
+  check_gated_residual_norm_bwd("gated_residual_norm_bwd", dz, dn, y, gate, weight, z, mean, rstd);
+  const Call call(z);
+  Tensor dx = fresh_like(call, z), dy = fresh_like(call, y);
   if (dx.numel() == 0) {
-    const auto none = [&](const Tensor& parameter) { return zeroed(gradient_of_parameter(launch, parameter)); };
+    const auto none = [&](const Tensor& parameter) { return zeroed(fresh_gradient(call, parameter)); };
     return {dx, dy, none(gate), none(weight), none(weight)};
   }
   gate = torch::stable::contiguous(gate), weight = torch::stable::contiguous(weight);
-  const Division division = kernels::divide_gated_residual_norm_bwd(rows, columns);
-  Partials dgate = gate_partials_of(launch, gate, division), dweight = partials_of(launch, weight, division.parts),
-           dbias = partials_of(launch, weight, division.parts);
+  const Division division = kernels::divide_gated_residual_norm_bwd(z.size(0), z.size(1));
+  ParameterGradient dgate(call, gate, count_gate_parts(gate, division)), dweight(call, weight, division.parts),
+      dbias(call, weight, division.parts);
   std::optional<Tensor> means;  // of rows that are cut
-  if (division.blocks > 1) means = fresh(launch, z, {2, z.size(0)}, ScalarType::Float);
-  GatedResidualNorm p = {};
-  p.residual = residual_params(y, gate);
-  p.residual.z = matrix_of(z), p.residual.dz = matrix_of(dz);
-  p.residual.dy = matrix_of(dy);
-  p.residual.parts = division.parts, p.residual.part_rows = division.part_rows;
-  p.residual.dgate = dgate.data(), p.dweight = dweight.data(), p.dbias = dbias.data();
-  p.rms = rms, p.weight = vector_of(weight);
-  p.dn = matrix_of(dn), p.dx = matrix_of(dx);
-  p.mean = mean.mutable_data_ptr<float>(), p.rstd = rstd.mutable_data_ptr<float>();
-  p.means = means ? means->mutable_data_ptr<float>() : nullptr;
-  kernels::gated_residual_norm_bwd(p, launch.stream);
-  return {dx, dy, dgate.added(launch), dweight.added(launch), dbias.added(launch)};
+  if (division.blocks > 1) means = call.fresh(z, {2, z.size(0)}, ScalarType::Float);
+  GatedResidualNorm params = {};
+  params.residual = residual_params(y, gate);
+  params.residual.parts = division.parts, params.residual.part_rows = division.part_rows;
+  params.residual.dgate = dgate.data(), params.dweight = dweight.data(), params.dbias = dbias.data();
+  params.weight = vector_of(weight);
+  set_norm(params, rms, z, mean, rstd), set_norm_gradients(params, dz, dn, dx, dy);
+  params.means = means ? means->mutable_data_ptr<float>() : nullptr;
+  kernels::gated_residual_norm_bwd(params, call.stream);
+  return {dx, dy, dgate.add(call), dweight.add(call), dbias.add(call)};
 }
 
-WeightProduct product_of(const Tensor& input, const Tensor& weights, const Tensor& output) {
-  WeightProduct p = {};
-  p.dtype = dtype_of(input);
-  p.batch = input.size(0), p.rows = weights.size(0), p.columns = weights.size(1);
-  p.input = input.data_ptr(), p.weights = weights.data_ptr(), p.output = output.data_ptr();
-  return p;
+DecodeLinear linear_params(const Tensor& input, const Tensor& weight, const Tensor& output) {
+  DecodeLinear params = {};
+  params.dtype = element_type(input);
+  params.batch = input.size(0), params.rows = weight.size(0), params.columns = weight.size(1);
+  params.input = input.data_ptr(), params.weight = weight.data_ptr(), params.output = output.data_ptr();
+  return params;
 }
 
-void add_norm(WeightProduct& p, const Tensor& weight, const std::optional<Tensor>& bias, double eps) {
-  p.norm_weight = vector_of(weight), p.eps = eps;
-  if (bias) p.norm_bias = vector_of(*bias);
+void add_norm(DecodeLinear& params, const Tensor& weight, const std::optional<Tensor>& bias, double eps) {
+  params.norm_weight = vector_of(weight), params.eps = eps;
+  if (bias) params.norm_bias = vector_of(*bias);
 }
 
-void add_residual(WeightProduct& p, const Tensor& residual, const Tensor& gate) {
-  p.residual = residual.data_ptr(), p.gate = vector_of(gate), p.per_channel = gate.numel() > 1;
+void add_residual(DecodeLinear& params, const Tensor& residual, const Tensor& gate) {
+  params.residual = residual.data_ptr(), params.gate = vector_of(gate), params.per_channel = gate.numel() > 1;
 }
 
 void check_gated_block_decode(
@@ -379,7 +318,7 @@ void check_gated_block_decode(
   const Checks checks(operation, "x", x, 2);
   checks.expect_dimensions("k", k, 5), checks.expect_dimensions("up", up, 2);
   const int64_t batch = x.size(0), dim = x.size(1), inner = heads * k.size(4), hidden = up.size(0);
-  // What is contiguous here the caller makes so: copies of weights in every step would be most of the time.
+  // The caller makes all of it contiguous once: copying the weights in every step would take most of the time.
   const auto expect_matrix = [&](const char* name, const Tensor& matrix, int64_t rows, int64_t columns) {
     checks.expect_contiguous(name, matrix, x.scalar_type(), {rows, columns});
   };
@@ -413,55 +352,47 @@ Tensor gated_block_decode(
   check_gated_block_decode(
       operation, x, k, v, lo, hi, norm, norm_bias, to_q, to_out, gate, ff_norm, ff_norm_bias, up, down, ff_gate, heads,
       activation);
-  const Launch launch(x);
+  const Call call(x);
   const int64_t batch = x.size(0);
-  const Tensor q = fresh(launch, x, {batch, to_q.size(0)}, x.scalar_type()), z = fresh_like(launch, x),
-               hidden = fresh(launch, x, {batch, up.size(0)}, x.scalar_type());
-  Tensor out = fresh_like(launch, x);
+  const Tensor q = call.fresh(x, {batch, to_q.size(0)}, x.scalar_type()), z = fresh_like(call, x),
+               hidden = call.fresh(x, {batch, up.size(0)}, x.scalar_type());
+  Tensor out = fresh_like(call, x);
   if (x.numel() == 0) return out;
 
-  WeightProduct query = product_of(x, to_q, q), widen = product_of(z, up, hidden),
-                narrow = product_of(hidden, down, out);
-  add_norm(query, norm, norm_bias, eps), add_norm(widen, ff_norm, ff_norm_bias, eps);
-  widen.activation = static_cast<Activation>(activation);
-  add_residual(narrow, z, ff_gate);
+  DecodeLinear q_proj = linear_params(x, to_q, q), up_proj = linear_params(z, up, hidden),
+               down_proj = linear_params(hidden, down, out);
+  add_norm(q_proj, norm, norm_bias, eps), add_norm(up_proj, ff_norm, ff_norm_bias, eps);
+  up_proj.activation = static_cast<Activation>(activation);
+  add_residual(down_proj, z, ff_gate);
   DecodeAttention attention = {};
-  attention.out = product_of(q, to_out, z);
+  attention.out = linear_params(q, to_out, z);
   add_residual(attention.out, x, gate);
   attention.heads = heads, attention.kv_heads = k.size(3), attention.head_dim = k.size(4);
   attention.media = k.size(1), attention.latents = k.size(2), attention.scale = scale;
   attention.lo = lo.const_data_ptr<int32_t>(), attention.hi = hi.const_data_ptr<int32_t>();
   attention.q = q.data_ptr(), attention.k = media_of(k), attention.v = media_of(v);
 
-  kernels::weight_product(query, launch.stream);
-  kernels::decode_attention(attention, launch.stream);
-  kernels::weight_product(widen, launch.stream);
-  kernels::weight_product(narrow, launch.stream);
+  kernels::gated_block_decode_linear(q_proj, call.stream);
+  kernels::gated_block_decode_attention(attention, call.stream);
+  kernels::gated_block_decode_linear(up_proj, call.stream);
+  kernels::gated_block_decode_linear(down_proj, call.stream);
   return out;
 }
 
 }  // namespace
 
 #if defined(FK_EMULATE)
-STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CPU, library) {
 #else
-STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CUDA, library) {
 #endif
-  m.impl("masked_cross_attention_fwd.cuda", TORCH_BOX(&masked_cross_attention_fwd));
-  m.impl("masked_cross_attention_bwd.cuda", TORCH_BOX(&masked_cross_attention_bwd));
-  m.impl("perceiver_attention_fwd.cuda", TORCH_BOX(&perceiver_attention_fwd));
-  m.impl("perceiver_attention_bwd.cuda", TORCH_BOX(&perceiver_attention_bwd));
-  m.impl("gated_residual_fwd.cuda", TORCH_BOX(&gated_residual_fwd));
-  m.impl("gated_residual_bwd.cuda", TORCH_BOX(&gated_residual_bwd));
-  m.impl("gated_residual_norm_fwd.cuda", TORCH_BOX(&gated_residual_norm_fwd));
-  m.impl("gated_residual_norm_bwd.cuda", TORCH_BOX(&gated_residual_norm_bwd));
-  m.impl("gated_block_decode.cuda", TORCH_BOX(&gated_block_decode));
+  FK_REGISTER_OPERATORS(library, ".cuda");
+  library.impl("gated_block_decode.cuda", TORCH_BOX(&gated_block_decode));
 }
 
 }  // namespace flamingo_kernels
 
 // What flamingo_kernels/_backends/cuda.py asks through ctypes.
-#define FK_EXPORT extern "C" __attribute__((visibility("default")))
 FK_EXPORT int flamingo_kernels_cuda_emulated() { return flamingo_kernels::kernels::emulated(); }
 extern "C" __attribute__((visibility("default"), used)) const char flamingo_kernels_cuda_build[] =
     "flamingo_kernels_cuda_build: " FK_BUILD;

@@ -28,11 +28,17 @@ __device__ inline float to_float(bf16 value) { return bf16_to_float(value.bits);
 template <class T>
 __device__ inline T from_float(float value);
 template <>
-__device__ inline float from_float<float>(float value) { return value; }
+__device__ inline float from_float<float>(float value) {
+  return value;
+}
 template <>
-__device__ inline f16 from_float<f16>(float value) { return {float_to_f16(value)}; }
+__device__ inline f16 from_float<f16>(float value) {
+  return {float_to_f16(value)};
+}
 template <>
-__device__ inline bf16 from_float<bf16>(float value) { return {float_to_bf16(value)}; }
+__device__ inline bf16 from_float<bf16>(float value) {
+  return {float_to_bf16(value)};
+}
 
 __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) { mma_bf16(c, a, b); }
 __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16) { mma_f16(c, a, b); }
@@ -41,8 +47,8 @@ constexpr float kInfinity = __builtin_huge_valf();
 
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A grid of so many blocks. More than there can be would be cut off, and the results with them.
-inline dim3 grid_of(int64_t x, int64_t y = 1) {
+// A grid of so many blocks. CUDA would drop those beyond its limits, and their results.
+inline dim3 make_grid(int64_t x, int64_t y = 1) {
   if (x > INT32_MAX || y > 65535)
     throw std::length_error(
         "flamingo_kernels: a grid of " + std::to_string(x) + " x " + std::to_string(y) +
@@ -68,10 +74,10 @@ __device__ inline int warp_min(int value) {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// 2 ** (scale * (score - highest)); 0 where both are -inf, as in a row that has seen nothing yet. Scaled after the
-// subtraction: the highest score weighs exactly 1, however large it is.
-__device__ inline float power_below(float score, float highest, float scale = 1) {
-  return exp2f((score - (highest == -kInfinity ? 0.0f : highest)) * scale);
+// 2 ** (scale * (score - row_max)); 0 where both are -inf, as in a row that has seen nothing yet. The scale comes after
+// the subtraction, so that the largest score has the weight 1, however large it is.
+__device__ inline float scaled_exp2(float score, float row_max, float scale = 1) {
+  return exp2f((score - (row_max == -kInfinity ? 0.0f : row_max)) * scale);
 }
 
 // Calls a function with a value of an element type: by_type(dtype, [&](auto type) { using T = decltype(type); ... }).

@@ -5,7 +5,7 @@
 
 namespace flamingo_kernels {
 
-// What is divided among the blocks of a grid: rows into parts, columns into blocks.
+// How the work of a grid is cut: rows into parts, columns into blocks.
 struct Division {
   int64_t parts, part_rows, blocks;
 };
@@ -23,18 +23,18 @@ Division divide_gated_residual_norm_bwd(int64_t rows, int64_t columns);
 bool is_one_shot(DType, bool immediate, int64_t latents);
 void masked_cross_attention_fwd(const MaskedCrossAttention&, Stream);
 void masked_cross_attention_bwd(const MaskedCrossAttention&, Stream);
-int64_t parts_of_masked_cross_attention_bwd(const MaskedCrossAttention&);
+int64_t count_masked_cross_attention_bwd_parts(const MaskedCrossAttention&);
 
-int64_t parts_of_perceiver_attention(const PerceiverAttention&);
+int64_t count_perceiver_attention_parts(const PerceiverAttention&);
 bool is_whole(const PerceiverAttention&);
-void perceiver_attention_fwd(const PerceiverAttention&, float* softmax_of_parts, Stream);
+void perceiver_attention_fwd(const PerceiverAttention&, float* partial_softmax, Stream);
 void perceiver_attention_bwd(const PerceiverAttention&, Stream);
 
 // The two kernels of gated_block_decode.
-void weight_product(const WeightProduct&, Stream);
-void decode_attention(const DecodeAttention&, Stream);
+void gated_block_decode_linear(const DecodeLinear&, Stream);
+void gated_block_decode_attention(const DecodeAttention&, Stream);
 
-void sum(const Sum&, Stream);
+void sum_partials(const Sum&, Stream);
 void fill_with_nan(void* memory, int64_t bytes, Stream);  // a test aid
 
 bool emulated();  // whether the kernels were compiled for the processor

@@ -1,23 +1,14 @@
-// What crosses from the bindings to the kernels: plain structs of pointers, sizes and strides. No torch and no CUDA
+// What crosses from the bindings to the kernels: plain structs of views, pointers and sizes. No torch and no CUDA
 // here, so that every compiler sees the same layout.
 #pragma once
 
 #include <cstdint>
 
-#include "../dtype.h"
+#include "../views.h"
 
 namespace flamingo_kernels {
 
 using Stream = void*;  // a cudaStream_t
-
-// Strides count elements. The last dimension of every tensor is contiguous. `wide`: all rows begin at multiples of
-// 16 bytes and are multiples of 16 bytes long, so that threads may move 16 bytes at once.
-struct Matrix {  // [N, D]
-  void* data;
-  DType dtype;
-  int64_t row;
-  bool wide;
-};
 
 struct Vector {  // [D] or [1], contiguous
   const void* data;
@@ -31,7 +22,7 @@ struct GatedResidual {
   Matrix x, y, z;
   // backward only
   Matrix dz, dy;
-  int64_t parts, part_rows;  // among how many blocks the rows are divided, and how many each takes
+  int64_t parts, part_rows;  // how many parts the rows are cut into, and the rows of each
   float* dgate;              // partial sums [parts, D], or one of every block
 };
 
@@ -39,25 +30,13 @@ struct GatedResidualNorm {
   GatedResidual residual;
   bool rms;
   float eps;
-  Vector weight, bias;  // of no bias the data is null
+  Vector weight, bias;  // the data is null where there is no bias
   Matrix n;
   float *mean, *rstd;  // [N]
   // backward only
   Matrix dn, dx;
-  float* means;            // [2, N]: of weight * dn and of weight * dn * zhat; null where a block has whole rows
+  float* means;            // [2, N]: of weight * dn and of weight * dn * zhat; null where a block owns whole rows
   float *dweight, *dbias;  // partial sums [parts, D]
-};
-
-struct Rows {  // [B, T, H, d], [N, R, H, d] or [N, S, Hkv, d]
-  void* data;
-  int64_t batch, row, head;
-  bool wide;
-};
-
-struct Media {  // [B, M, R, Hkv, d]
-  void* data;
-  int64_t batch, medium, latent, head;
-  bool wide;
 };
 
 // What both attentions have: rows that attend, and what is kept of their softmax.
@@ -65,28 +44,28 @@ struct Attention {
   DType dtype;
   int64_t batch, length, heads, head_dim, kv_heads;
   float scale;
-  float sign, base2_scale;  // of the scale; and the scale without it, in base 2 and not 0
+  float sign, scale_log2;  // sign(scale) and |scale| log2(e), which is never 0
   Rows q, out;
-  float *softmax_max, *softmax_sum;  // [B, H, T], of scores not scaled; null where the backward pass needs them not
+  float *row_max, *row_sum;  // [B, H, T], of scores before their scale; null where the backward pass reads neither
   // backward only
   Rows dout, dq;
-  float* delta;   // [B, H, T]: rowsum(dout * out), or rowsum(P * dP) where one key has most of the weight
-  // where the work of one result is divided, each part writes its own, in float32
-  int64_t parts;  // 1: no division
-  float* partial_rows;                // [parts, B, T, H, d] of out or dq
-  float *partial_dk, *partial_dv;     // [parts, B, M, R, Hkv, d]
+  float* delta;  // [B, H, T]: rowsum(dout * out), or rowsum(P * dP) where one key has most of the weight
+  // each part of the work writes results of its own, in float32
+  int64_t parts;
+  float* partial_rows;             // [parts, B, T, H, d] of out or dq
+  float *partial_dk, *partial_dv;  // [parts, B, M, R, Hkv, d]
 };
 
 struct MaskedCrossAttention : Attention {
   int64_t media, latents;
-  bool one_shot;        // every row sees one medium, whose keys are one tile
-  bool averages;        // rows with hi < 0 may be there: they average all values
-  const int32_t* lo;    // [B, T] contiguous
-  const int32_t* hi;    // [B, T]
-  const int32_t* start; // [B, M]
-  const int32_t* stop;  // [B, M]
+  bool one_shot;         // every row sees one medium, whose keys are one tile
+  bool averages;         // rows with hi < 0 may be there: they average all values
+  const int32_t* lo;     // [B, T] contiguous
+  const int32_t* hi;     // [B, T]
+  const int32_t* start;  // [B, M]
+  const int32_t* stop;   // [B, M]
   Media k, v, dk, dv;
-  float* share;  // [B, Hkv, d]: what averaging rows send to every value
+  float* averaged_dv;  // [B, Hkv, d]: what rows that average all values add to the dv of each
 };
 
 struct PerceiverAttention : Attention {
@@ -98,23 +77,23 @@ struct PerceiverAttention : Attention {
 
 enum class Activation : int { none, gelu, squared_relu, relu };
 
-// A row of weights for each of `rows` outputs: output[b] = weights norm(input[b]), and what follows from it.
-struct WeightProduct {
+// A linear layer and what surrounds it: output = act(weight norm(input)), or residual + tanh(gate) * weight input.
+struct DecodeLinear {
   DType dtype;
   int64_t batch, rows, columns;
-  const void *input, *weights;      // [B, columns], [rows, columns], contiguous
-  Vector norm_weight, norm_bias;    // of no norm the data is null
+  const void *input, *weight;     // [B, columns], [rows, columns], contiguous
+  Vector norm_weight, norm_bias;  // the data is null where there is no norm
   float eps;
   Activation activation;
-  const void* residual;             // [B, rows] or null: output = residual + tanh(gate) * product
+  const void* residual;  // [B, rows] or null
   Vector gate;
   bool per_channel;
-  void* output;                     // [B, rows]
+  void* output;  // [B, rows]
 };
 
-// One token of every sequence attends to its media, and the result goes through weights [D, H d] into the residual.
+// One token of every sequence attends to its media, and the result goes through a linear layer [D, H d].
 struct DecodeAttention {
-  WeightProduct out;         // its input is what the attention makes
+  DecodeLinear out;                                          // its input is the attention's output
   int64_t heads, kv_heads, head_dim, media, latents, slice;  // slice: rows of a block
   float scale;
   const int32_t *lo, *hi;  // [B]

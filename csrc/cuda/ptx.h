@@ -27,7 +27,7 @@ __device__ inline uint16_t float_to_f16(float value) { return __half_as_ushort(_
 __device__ inline uint4 load_128(const void* address) { return *static_cast<const uint4*>(address); }
 __device__ inline void store_128(void* address, uint4 value) { *static_cast<uint4*>(address) = value; }
 
-// Of two 16-bit elements: as bytes, for the compiler to know that these may be read back as what they are.
+// Stores two 16-bit elements, as bytes: so the compiler knows that they may be read back as what they are.
 __device__ inline void store_32(void* address, uint32_t value) {
   memcpy(__builtin_assume_aligned(address, 4), &value, sizeof value);
 }
@@ -81,7 +81,7 @@ inline void check(cudaError_t error, const char* call) {
     throw std::runtime_error(std::string("flamingo_kernels: ") + call + ": " + cudaGetErrorString(error));
 }
 
-// Of the current device.
+// Counts those of the current device.
 inline int multiprocessors() {
   int device = 0, count = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
@@ -96,8 +96,9 @@ inline void fill(void* memory, int byte, int64_t bytes, Stream stream) {
 template <class Params>
 void launch(Stream stream, void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, const Params& params) {
   if (shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
-          "cudaFuncSetAttribute");
+    check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
+        "cudaFuncSetAttribute");
   cudaLaunchConfig_t config = {};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);

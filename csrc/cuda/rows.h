@@ -99,14 +99,14 @@ __device__ inline void load(float (&values)[kVector], const Vector& vector, Colu
 }
 
 // tanh(gate) of the thread's columns.
-__device__ inline void load_tanh(float (&values)[kVector], const GatedResidual& p, Columns columns) {
-  if (p.per_channel) load(values, p.gate, columns);
-  const float one = p.per_channel ? 0.0f : tanhf(element(p.gate, 0));
-  for (float& value : values) value = p.per_channel ? tanhf(value) : one;
+__device__ inline void load_tanh(float (&values)[kVector], const GatedResidual& params, Columns columns) {
+  if (params.per_channel) load(values, params.gate, columns);
+  const float one = params.per_channel ? 0.0f : tanhf(element(params.gate, 0));
+  for (float& value : values) value = params.per_channel ? tanhf(value) : one;
 }
 
-// d tanh(a) / da = 1 - tanh(a)^2, without the cancellation where tanh is near 1.
-__device__ inline float tanh_slope(float a) {
+// d tanh(a) / da = 1 - tanh(a)^2, computed so that nothing cancels where tanh is near 1.
+__device__ inline float tanh_derivative(float a) {
   const float t = expf(-2 * fabsf(a));
   return 4 * t / ((1 + t) * (1 + t));
 }
@@ -144,24 +144,24 @@ __device__ inline void store_partial(float* partials, const float (&sums)[kVecto
       partials[blockIdx.x * columns.count + columns.first + i] = sums[i];
 }
 
-// The same for a gate, from sums of dz * y: of one gate for all columns every block writes one number.
+// The same for a gate, from sums of dz * y. Where all columns have one gate, every block writes one number.
 __device__ inline void store_gate_partial(
-    const GatedResidual& p, float (&sums)[kVector], Columns columns, float* scratch) {
+    const GatedResidual& params, float (&sums)[kVector], Columns columns, float* scratch) {
   sum_over_rows(sums, scratch);
-  if (p.per_channel) {
+  if (params.per_channel) {
     for (int i = 0; i < kVector; ++i)
-      if (columns.first + i < columns.count) sums[i] *= tanh_slope(element(p.gate, columns.first + i));
-    store_partial(p.dgate, sums, columns);
+      if (columns.first + i < columns.count) sums[i] *= tanh_derivative(element(params.gate, columns.first + i));
+    store_partial(params.dgate, sums, columns);
     return;
   }
   float own = 0;
   for (float sum : sums) own += sum;
-  const float total = block_sum(own, scratch) * tanh_slope(element(p.gate, 0));
-  if (threadIdx.x == 0 && threadIdx.y == 0) p.dgate[blockIdx.x * gridDim.y + blockIdx.y] = total;
+  const float total = block_sum(own, scratch) * tanh_derivative(element(params.gate, 0));
+  if (threadIdx.x == 0 && threadIdx.y == 0) params.dgate[blockIdx.x * gridDim.y + blockIdx.y] = total;
 }
 
 // How the threads of a block share rows: `width` of them side by side, each with kVector columns.
-inline unsigned width_of(int64_t columns, unsigned most) {
+inline unsigned threads_across(int64_t columns, unsigned most) {
   unsigned width = 32;
   while (width < most && width * kVector < columns) width *= 2;
   return width;
@@ -180,9 +180,7 @@ void by_layout(std::initializer_list<Matrix> matrices, Function function) {
   const DType dtype = matrices.begin()->dtype;
   bool same = true, wide = true;
   for (const Matrix& matrix : matrices) same = same && matrix.dtype == dtype, wide = wide && matrix.wide;
-  const auto by_width = [&](auto type) {
-    wide ? function(type, std::true_type()) : function(type, std::false_type());
-  };
+  const auto by_width = [&](auto type) { wide ? function(type, std::true_type()) : function(type, std::false_type()); };
   if (!same) return by_width(Mixed());
   by_type(dtype, by_width);
 }

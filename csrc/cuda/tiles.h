@@ -11,7 +11,7 @@
 
 namespace flamingo_kernels {
 
-// Rows of a tile, be they text or keys; of float32 half as many, so that all tiles fit into shared memory.
+// Rows of a tile, of text or of keys. In float32 they are half as many, so that all tiles fit into shared memory.
 template <class T>
 constexpr int kTile = sizeof(T) == 2 ? 64 : 32;
 template <class T>
@@ -71,26 +71,26 @@ __device__ inline void load(Tile<T, columns> tile, HeadRows<const T> from, uint6
 __device__ inline uint64_t first_rows(int count) { return count >= 64 ? ~0ull : (1ull << max(count, 0)) - 1; }
 
 template <class T>
-__device__ inline uint32_t pair_of(float first, float second) {
+__device__ inline uint32_t pack_pair(float first, float second) {
   return from_float<T>(first).bits | uint32_t(from_float<T>(second).bits) << 16;
 }
 
 // Writes a fragment into the warp's rows of a tile, rounded.
 template <class T, int columns, int n>
-__device__ inline void put(Tile<T, columns> tile, const float (&c)[n][4]) {
+__device__ inline void store(Tile<T, columns> tile, const float (&c)[n][4]) {
   for (int j = 0; j < n; ++j)
     for (int i = 0; i < 4; i += 2) {
       T* at = tile.at(first_row_of_warp() + fragment_row(i), fragment_column(j, i));
       if constexpr (std::is_same_v<T, float>)
         at[0] = c[j][i], at[1] = c[j][i + 1];
       else
-        store_32(at, pair_of<T>(c[j][i], c[j][i + 1]));
+        store_32(at, pack_pair<T>(c[j][i], c[j][i + 1]));
     }
 }
 
-// What this lane has put there of its fragment.
+// An element that this lane has stored there.
 template <class T, int columns>
-__device__ inline float got(Tile<T, columns> tile, int j, int i) {
+__device__ inline float element(Tile<T, columns> tile, int j, int i) {
   return to_float(*tile.at(first_row_of_warp() + fragment_row(i), fragment_column(j, i)));
 }
 
@@ -140,7 +140,7 @@ __device__ inline void multiply(float (&c)[n][4], Tile<T, a_columns> a, Tile<T, 
 
 // Reductions over the columns of a fragment, for its upper rows (half 0) and its lower ones (half 1).
 template <int n>
-__device__ inline float row_max(const float (&c)[n][4], int half) {
+__device__ inline float reduce_max(const float (&c)[n][4], int half) {
   float most = -kInfinity;
   for (int j = 0; j < n; ++j) most = fmaxf(most, fmaxf(c[j][2 * half], c[j][2 * half + 1]));
   for (int mask = 1; mask <= 2; mask *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, mask));
@@ -154,7 +154,7 @@ __device__ inline Value quad_sum(Value value) {
 }
 
 template <int n>
-__device__ inline float row_sum(const float (&c)[n][4], int half) {
+__device__ inline float reduce_sum(const float (&c)[n][4], int half) {
   float sum = 0;
   for (int j = 0; j < n; ++j) sum += c[j][2 * half] + c[j][2 * half + 1];
   return quad_sum(sum);
@@ -166,8 +166,8 @@ __device__ inline void transpose_quad(uint32_t (&words)[4]) {
     for (int k = 0; k < 4; ++k) {
       if (k & step) continue;
       const bool upper = lane() & step;
-      const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? words[k] : words[k | step], step);
-      (upper ? words[k] : words[k | step]) = got;
+      const uint32_t received = __shfl_xor_sync(0xffffffffu, upper ? words[k] : words[k | step], step);
+      (upper ? words[k] : words[k | step]) = received;
     }
 }
 
@@ -182,7 +182,7 @@ __device__ inline void store(HeadRows<T> to, const float (&c)[4][4], int column,
     if constexpr (sizeof(T) == 2) {
       if (to.wide) {
         uint32_t words[4];
-        for (int j = 0; j < 4; ++j) words[j] = pair_of<T>(c[j][i], c[j][i + 1]);
+        for (int j = 0; j < 4; ++j) words[j] = pack_pair<T>(c[j][i], c[j][i + 1]);
         transpose_quad(words);
         const int first = lane() % 4 * 8;
         if (write && column + first < to.columns) store_128(into + first, {words[0], words[1], words[2], words[3]});

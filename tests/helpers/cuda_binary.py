@@ -14,7 +14,7 @@ from typing import NamedTuple
 class Kernel(NamedTuple):
     """One kernel for one architecture."""
 
-    name: str  # with its template arguments, as in "attention_fwd_kernel<bf16, 64, MaskedCrossAttention>"
+    name: str  # with its template arguments, as in "masked_cross_attention_fwd_kernel<bf16, 64>"
     registers: int
     stack: int  # bytes of spilled registers, and of arrays that found none
     spills: int  # instructions that access them

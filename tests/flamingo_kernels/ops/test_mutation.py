@@ -12,13 +12,13 @@ pytestmark = pytest.mark.slow
 
 SOURCE = "csrc/cpu/masked_cross_attention.h"
 FLIPS = {
-    "the medium after the last": ("m < p.hi[", "m <= p.hi["),
-    "not the first medium": ("p.lo[b * p.length + t] <= m", "p.lo[b * p.length + t] < m"),
-    "averaging rows return zero": ("p.hi[b * p.length + t] < 0;", "false;"),
+    "the medium after the last": ("m < params.hi[", "m <= params.hi["),
+    "not the first medium": ("params.lo[b * params.length + t] <= m", "params.lo[b * params.length + t] < m"),
+    "averaging rows return zero": ("params.hi[b * params.length + t] < 0;", "false;"),
     # only poisoned memory gives this one away
     "rows that see nothing get no gradient written": (
-        "if (!p.immediate || blind(",
-        "if (!p.immediate && blind(",
+        "if (!params.immediate || fully_masked(",
+        "if (!params.immediate && fully_masked(",
     ),
 }
 

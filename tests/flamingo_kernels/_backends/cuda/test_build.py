@@ -31,7 +31,7 @@ BLOCKS = {
     r"attention_fwd_kernel<\w+, 64": 3,
     r"attention_bwd_rows_kernel<\w+, 64": 3,
     r"attention_\w+_kernel": 2,
-    r"(weight_product|decode_attention)_kernel": 2,
+    r"gated_block_decode_\w+_kernel": 2,
     r"gated_residual_(bwd|norm_fwd)_kernel<Mixed": 3,
     r"gated_residual_(fwd|bwd)_kernel": 4,
     r"gated_residual_norm_fwd_kernel": 4,
@@ -39,7 +39,7 @@ BLOCKS = {
     r"gated_residual_norm_\w+_kernel": 2,
 }
 THREADS = {
-    r"decode_attention": 256,
+    r"gated_block_decode": 256,
     r"attention_\w+_kernel<float": 64,
     r"attention_": 128,
     r", 512u>": 512,
@@ -47,7 +47,13 @@ THREADS = {
 }
 REGISTERS = 65536  # of a multiprocessor
 # Kernels that move single numbers: sums of few columns, rows in no order, float32 where it is not fast.
-NARROW = ("sum_kernel", "share_kernel", "combine_kernel", "means_kernel", "weight_product_kernel<float")
+NARROW = (
+    "sum_partials_kernel",
+    "masked_cross_attention_bwd_averaged_dv_kernel",
+    "perceiver_attention_fwd_combine_kernel",
+    "gated_residual_norm_bwd_means_kernel",
+    "gated_block_decode_linear_kernel<float",
+)
 
 
 @functools.cache
@@ -86,7 +92,7 @@ def enough_blocks_fit(kernel: Kernel) -> bool:
 
 def tensor_cores_multiply(kernel: Kernel) -> bool:
     """But not in float32, whose products are exact."""
-    multiplies = re.match(r"attention_|weight_product", kernel.name) is not None
+    multiplies = re.search(r"attention_(fwd|bwd_rows|bwd_keys)_kernel|decode_linear", kernel.name) is not None
     return not multiplies or "float" in kernel.name or kernel.products > 0
 
 
@@ -94,7 +100,7 @@ def accesses_are_wide(kernel: Kernel) -> bool:
     """Where all rows are: a kernel of odd ones says `false`, one of mixed dtypes decides as it runs."""
     if any(name in kernel.name for name in NARROW) or (", false" in kernel.name and "gated" in kernel.name):
         return True
-    decoding = re.match(r"decode_attention|weight_product", kernel.name) is not None  # few numbers leave it
+    decoding = kernel.name.startswith("gated_block_decode")  # few numbers leave it
     return kernel.wide_loads > 0 and (kernel.wide_stores > 0 or decoding or "float" in kernel.name)
 
 
@@ -113,7 +119,7 @@ def test_kernels(check, arch):
 
 
 def test_the_gates_can_fail():
-    good = Kernel("attention_fwd_kernel<bf16, 64, Any>", 168, 0, 0, 8, 1, 1)
+    good = Kernel("masked_cross_attention_fwd_kernel<bf16, 64>", 168, 0, 0, 8, 1, 1)
     assert all(check(good) for check in CHECKS)
     bad = {"stack": 8, "spills": 1, "registers": 176, "products": 0, "wide_loads": 0, "wide_stores": 0}
     for field, value in bad.items():
