@@ -88,7 +88,7 @@ template <class Params>
 static const char* run(
     void (*kernel)(Params), int threads, size_t shared, const Params& params, int64_t blocks = 1) {
   try {
-    launch(nullptr, kernel, grid_of(blocks), dim3(threads), shared, params);
+    launch(nullptr, kernel, make_grid(blocks), dim3(threads), shared, params);
     return "";
   } catch (const std::exception& error) {
     std::strncpy(message, error.what(), sizeof message - 1);
