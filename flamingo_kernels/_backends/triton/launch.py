@@ -26,17 +26,20 @@ def launch(
         kernel: a `triton.jit` function; it writes each result once and reads none, so that it may run twice.
         programs: the size of the one-dimensional grid under a configuration.
         choice: of the configuration.
-        arguments: of the kernel, a tensor first.
+        arguments: of the kernel. The first is a tuple of tensors, or a tensor. Sizes that change from call to
+            call are arguments of their own: within a tuple Triton compiles a kernel anew for 1 and for
+            multiples of 16, whatever `do_not_specialize` says.
         constants: its compile-time arguments beside the configuration's.
     """
+    first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
 
     def run(config: C) -> Any:
         count = programs(config)
         keywords = {**constants, **config.keywords, **_OPTIONS}
         return start(kernel, count, arguments, keywords) if count else None
 
-    with _on(arguments[0].device):
-        run(tuning.choose(kernel, choice, run, arguments[0].device) if env.AUTOTUNE else choice.default)
+    with _on(first.device):
+        run(tuning.choose(kernel, choice, run, first.device) if env.AUTOTUNE else choice.default)
 
 
 # Named because Triton's default is about to change: products and sums are fused.
@@ -52,7 +55,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def base2(scale: float) -> float:
+def scale_log2(scale: float) -> float:
     """A softmax's scale in base 2 and without its sign; not 0, as 0 times the -inf of a masked key is NaN."""
     return max(abs(scale) * log2(e), 2.0**-126)
 
