@@ -65,26 +65,24 @@ def row_index(batch, rows, head, length, H):
 
 
 @triton.jit
-def load_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, mask, length, H, SIGN: tl.constexpr):
-    """The maximum of each row's scores, turned by SIGN, and the sum of its weights; 0 and 1 where masked out."""
+def load_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, mask, length, H, sign):
+    """The maximum of each row's scores, times the scale's sign, and the sum of its weights; masked out 0 and 1."""
     index = row_index(batch, rows, head, length, H)
-    row_max = tl.load(row_max_ptr + index, mask=mask, other=0.0) * SIGN
+    row_max = tl.load(row_max_ptr + index, mask=mask, other=0.0) * sign
     return row_max, tl.load(row_sum_ptr + index, mask=mask, other=1.0)
 
 
 @triton.jit
-def store_softmax(
-    row_max_ptr, row_sum_ptr, batch, rows, head, row_max, row_sum, length, H, SIGN: tl.constexpr
-):
+def store_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, row_max, row_sum, length, H, sign):
     index = row_index(batch, rows, head, length, H)
-    tl.store(row_max_ptr + index, row_max * SIGN, mask=rows < length)
+    tl.store(row_max_ptr + index, row_max * sign, mask=rows < length)
     tl.store(row_sum_ptr + index, row_sum, mask=rows < length)
 
 
 @triton.jit
-def scores(q, k, seen, SIGN: tl.constexpr, PRECISION: tl.constexpr):  # [rows of q, rows of k]
+def scores(q, k, seen, sign, PRECISION: tl.constexpr):  # [rows of q, rows of k]
     """`q k^T`, not scaled yet, but turned so that the highest weighs the most; -inf where it is not seen."""
-    return tl.where(seen, dot(q, tl.trans(k), PRECISION) * SIGN, float("-inf"))
+    return tl.where(seen, dot(q, tl.trans(k), PRECISION) * sign, float("-inf"))
 
 
 @triton.jit

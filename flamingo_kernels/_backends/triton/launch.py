@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from math import e, log2
+from math import copysign, e, log2
 from typing import Any, TypeVar
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from .. import env
@@ -55,9 +56,12 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def scale_log2(scale: float) -> float:
-    """A softmax's scale in base 2 and without its sign; not 0, as 0 times the -inf of a masked key is NaN."""
-    return max(abs(scale) * log2(e), 2.0**-126)
+def scales(scale: float) -> tuple[float, float, tl.constexpr]:
+    """A softmax's scale; the same in base 2 and without its sign; the sign.
+
+    In base 2 it is never 0, as 0 times the -inf of a masked key is NaN.
+    """
+    return scale, max(abs(scale) * log2(e), 2.0**-126), tl.constexpr(copysign(1, scale))
 
 
 def precision(tensor: Tensor) -> str:

@@ -60,7 +60,7 @@ def _gated_residual_bwd_kernel(
     inputs,  # dz, y [N, D]
     strides,  # of each input's rows, in units
     gate_ptr,  # [1] or [D]
-    grads,  # dy [N, D]; partial dgate [programs, 1] or [programs, D]
+    grads,  # dy [N, D]; sums of each program: dgate [programs, 1 or D]
     N,
     program_rows,
     D: tl.constexpr,

@@ -20,7 +20,7 @@ def forward(columns: int, dtype: torch.dtype, device: Device) -> Choice[Rows]:
 
 
 def block_d(columns: int, per_channel: bool) -> int:
-    """The width of a tile of the backward pass: a row, or a block of one whose sums would fill the registers."""
+    """The width of a tile of the backward pass: a row, or less where its sums would fill the registers."""
     row = power_of_two(columns)
     return row if row <= (4096 if per_channel or columns % 8 else 8192) else BLOCK
 

@@ -112,7 +112,7 @@ def _gated_residual_norm_bwd_kernel(
     weight_ptr,  # [D]
     stats,  # mean, rstd [N]
     means_ptr,  # c1, c2 [2, N] or None
-    grads,  # dx, dy [N, D]; partial dgate [programs, 1] or [programs, D]; partial dweight, dbias [programs, D]
+    grads,  # dx, dy [N, D]; sums of each program: dgate [programs, 1 or D], dweight, dbias [programs, D]
     N,
     program_rows,
     D: tl.constexpr,

@@ -11,16 +11,14 @@ one shot    A program has a medium of one head. k, v, dk and dv stay with it whi
 spans       Rows belong to several media. One kernel has a tile of rows and visits the keys they see, for dq;
             one has a tile of keys and visits the rows that see it, for dk and dv.
 
-Where there are too few keys to fill the device, the rows of each are split among programs, whose dk and dv are
-added in order.
+Where there are too few keys to fill the device, the rows of each are split among programs, whose sums for dk
+and dv are added in order.
 
 Bytes: one shot reads q, dout, k, v and writes dq, dk, dv, each once; spans read q, dout, k, v twice and out
 once. FLOPs: one shot 10 d a row and visible key, spans 14 d.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
@@ -44,7 +42,7 @@ from ..._backends.triton.language import (
     store_tile,
     wide,
 )
-from ..._backends.triton.launch import launch, precision, scale_log2
+from ..._backends.triton.launch import launch, precision, scales
 from ..._backends.triton.reduction import add_in_order
 from .config import AVERAGES, FEW_ROWS, Static, backward_keys, backward_rows, block_r, is_one_shot
 from .triton_fwd import (
@@ -88,12 +86,11 @@ def masked_cross_attention_bwd(
     static = Static(latents, head_dim, q.dtype, length <= FEW_ROWS, device_of(q.device))
     stats = (*softmax, softmax.new_empty(softmax.shape[1:]))  # row_max, row_sum, delta
     inputs = ((q, k, v, dout), strides(q, k, v, dout))
-    options = ((heads, heads // kv_heads), (scale, scale_log2(scale)))
+    options = ((heads, heads // kv_heads), scales(scale))
     constants = {
         "R": latents,
         "D": head_dim,
         "BLOCK_R": block_r(one_shot, latents, head_dim, q.dtype),
-        "SIGN": math.copysign(1, scale),
         "PRECISION": precision(q),
     }
     if not one_shot:
@@ -136,11 +133,10 @@ def _masked_xattn_bwd_one_shot_kernel(
     M,
     splits,
     heads,  # H, GROUP
-    scales,  # scale, scale_log2
+    scales,  # scale, scale_log2, sign
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -148,7 +144,7 @@ def _masked_xattn_bwd_one_shot_kernel(
     q_strides, k_strides, v_strides, dout_strides = strides
     dq_ptr, dk_ptr, dv_ptr = grads
     H, GROUP = heads
-    scale, scale_log2 = scales
+    scale, scale_log2, sign = scales
     kv_heads = H // GROUP
     batch, medium, kv_head, split = program_medium(M, kv_heads, splits)
     latents = tl.arange(0, BLOCK_R)
@@ -165,7 +161,7 @@ def _masked_xattn_bwd_one_shot_kernel(
             q = load_head(q_ptr, q_strides, batch, rows, head, here, D)
             dout = load_head(dout_ptr, dout_strides, batch, rows, head, here, D)
 
-            s = scores(q, k, (latents < R)[None, :], SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
+            s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
             p = scaled_exp2(s, tl.max(s, 1)[:, None], scale_log2)
             p = p / tl.sum(p, 1)[:, None]
             dp = dot(dout, tl.trans(v), PRECISION)
@@ -196,11 +192,10 @@ def _masked_xattn_bwd_rows_kernel(
     T,
     M,
     heads,  # H, GROUP
-    scales,  # scale, scale_log2
+    scales,  # scale, scale_log2, sign
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -208,7 +203,7 @@ def _masked_xattn_bwd_rows_kernel(
     q_strides, k_strides, v_strides, dout_strides = strides
     row_max_ptr, row_sum_ptr, delta_ptr = stats
     H, GROUP = heads
-    scale, scale_log2 = scales
+    scale, scale_log2, sign = scales
     batch, rows, head = program_rows(T, H, BLOCK_T)
     lo, hi = load_spans(spans, batch, rows, T, M)
     sees = lo < hi
@@ -217,7 +212,7 @@ def _masked_xattn_bwd_rows_kernel(
     q = load_head(q_ptr, q_strides, batch, rows, head, sees, D)
     dout = load_head(dout_ptr, dout_strides, batch, rows, head, sees, D)
     delta = row_dot(dout, load_rows(out_ptr, batch, rows, head, sees, T, H, D))
-    row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, sees, T, H, SIGN)
+    row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, sees, T, H, sign)
     begin, end = tiles_seen(lo, hi, R, BLOCK_R)
 
     saturated = is_saturated(sees, row_sum)
@@ -229,7 +224,7 @@ def _masked_xattn_bwd_rows_kernel(
             medium, latents = latents_in_tile(tile, R, BLOCK_R)
             k = load_latents(k_ptr, k_strides, medium, latents, R, D)
             v = load_latents(v_ptr, v_strides, medium, latents, R, D)
-            s = scores(q, k, (latents < R)[None, :], SIGN, PRECISION)
+            s = scores(q, k, (latents < R)[None, :], sign, PRECISION)
             p = scaled_exp2_saved(s, row_max, scale_log2) / row_sum
             added = tl.sum(p * dot(dout, tl.trans(v), PRECISION), 1)
             exact = tl.where((lo <= medium) & (medium < hi), exact + added, exact)
@@ -241,7 +236,7 @@ def _masked_xattn_bwd_rows_kernel(
         medium, latents = latents_in_tile(tile, R, BLOCK_R)
         k = load_latents(k_ptr, k_strides, medium, latents, R, D)
         v = load_latents(v_ptr, v_strides, medium, latents, R, D)
-        s = scores(q, k, (latents < R)[None, :], SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
+        s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
         p = scaled_exp2_saved(s, row_max, scale_log2) / row_sum
         ds = p * (dot(dout, tl.trans(v), PRECISION) - delta[:, None])
         here = (lo <= medium) & (medium < hi)
@@ -262,11 +257,10 @@ def _masked_xattn_bwd_keys_kernel(
     M,
     splits,
     heads,  # H, GROUP
-    scales,  # scale, scale_log2
+    scales,  # scale, scale_log2, sign
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -275,7 +269,7 @@ def _masked_xattn_bwd_keys_kernel(
     row_max_ptr, row_sum_ptr, delta_ptr = stats
     _, dk_ptr, dv_ptr = grads
     H, GROUP = heads
-    scale, scale_log2 = scales
+    scale, scale_log2, sign = scales
     kv_heads = H // GROUP
     batch, tile, kv_head, split = program_keys(B, kv_heads, splits)
     medium, latents = latents_in_tile(tile, R, BLOCK_R)
@@ -291,10 +285,10 @@ def _masked_xattn_bwd_keys_kernel(
             rows, here = rows_that_see(medium, spans, batch, first, end, T, M, BLOCK_T)
             q = load_head(q_ptr, q_strides, batch, rows, head, here, D)
             dout = load_head(dout_ptr, dout_strides, batch, rows, head, here, D)
-            row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, here, T, H, SIGN)
+            row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, here, T, H, sign)
             delta = tl.load(delta_ptr + row_index(batch, rows, head, T, H), mask=here, other=0.0)
 
-            s = scores(q, k, (latents < R)[None, :], SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
+            s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
             p = scaled_exp2_saved(s, row_max[:, None], scale_log2) / row_sum[:, None]
             p = tl.where(here[:, None], p, 0.0)
             dp = dot(dout, tl.trans(v), PRECISION)

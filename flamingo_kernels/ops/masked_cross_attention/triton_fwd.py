@@ -13,8 +13,6 @@ numbers a row. FLOPs: 4 d a row and key, for all keys of the media that the tile
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -35,7 +33,7 @@ from ..._backends.triton.language import (
     store_softmax,
     wide,
 )
-from ..._backends.triton.launch import launch, precision, scale_log2
+from ..._backends.triton.launch import launch, precision, scales
 from .config import FEW_ROWS, Static, block_r, forward, is_one_shot
 
 
@@ -62,12 +60,11 @@ def masked_cross_attention_fwd(
         lambda config: batch * triton.cdiv(length, config.block_t) * heads,
         forward(Static(latents, head_dim, q.dtype, length <= FEW_ROWS, device_of(q.device))),
         *((q, k, v), strides(q, k, v), (lo, hi), (out, *softmax)),
-        *(length, media, (heads, heads // kv_heads), scale_log2(scale)),
+        *(length, media, (heads, heads // kv_heads), scales(scale)),
         R=latents,
         D=head_dim,
         BLOCK_R=block_r(one_shot, latents, head_dim, q.dtype),
         AVERAGES=averages,
-        SIGN=math.copysign(1, scale),
         PRECISION=precision(q),
     )
     return out, softmax
@@ -109,12 +106,11 @@ def _masked_xattn_fwd_one_shot_kernel(
     T,
     M,
     heads,  # H, GROUP
-    scale_log2,
+    scales,  # scale, scale_log2, sign
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     AVERAGES: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -122,6 +118,7 @@ def _masked_xattn_fwd_one_shot_kernel(
     q_strides, k_strides, v_strides = strides
     out_ptr, _, _ = outputs
     H, GROUP = heads
+    _, scale_log2, sign = scales
     batch, rows, head = program_rows(T, H, BLOCK_T)
     lo, hi = load_spans(spans, batch, rows, T, M)  # [BLOCK_T] each
     sees = lo < hi
@@ -136,7 +133,7 @@ def _masked_xattn_fwd_one_shot_kernel(
     while medium < NOWHERE:
         k = load_latents(k_ptr, k_strides, medium, latents, R, D)
         v = load_latents(v_ptr, v_strides, medium, latents, R, D)
-        s = scores(q, k, (latents < R)[None, :], SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
+        s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
         p = scaled_exp2(s, tl.max(s, 1)[:, None], scale_log2)
         here = sees & (lo == medium)
         row_sum = tl.where(here, tl.sum(p, 1), row_sum)
@@ -158,12 +155,11 @@ def _masked_xattn_fwd_spans_kernel(
     T,
     M,
     heads,  # H, GROUP
-    scale_log2,
+    scales,  # scale, scale_log2, sign
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     AVERAGES: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -171,6 +167,7 @@ def _masked_xattn_fwd_spans_kernel(
     q_strides, k_strides, v_strides = strides
     out_ptr, row_max_ptr, row_sum_ptr = outputs
     H, GROUP = heads
+    _, scale_log2, sign = scales
     batch, rows, head = program_rows(T, H, BLOCK_T)
     lo, hi = load_spans(spans, batch, rows, T, M)  # [BLOCK_T] each
     sees = lo < hi
@@ -186,7 +183,7 @@ def _masked_xattn_fwd_spans_kernel(
         medium, latents = latents_in_tile(tile, R, BLOCK_R)
         k = load_latents(k_ptr, k_strides, medium, latents, R, D)
         v = load_latents(v_ptr, v_strides, medium, latents, R, D)
-        s = scores(q, k, (latents < R)[None, :], SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
+        s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
         new_acc, new_max, new_sum = online_softmax(acc, row_max, row_sum, s, v, scale_log2, PRECISION)
         here = (lo <= medium) & (medium < hi)
         acc = tl.where(here[:, None], new_acc, acc)
@@ -195,7 +192,7 @@ def _masked_xattn_fwd_spans_kernel(
 
     row_max = tl.where(sees, row_max, 0.0)
     row_sum = tl.where(sees, row_sum, 1.0)
-    store_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, row_max, row_sum, T, H, SIGN)
+    store_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, row_max, row_sum, T, H, sign)
     acc = acc / row_sum[:, None]
     if AVERAGES:
         acc = average_blind_rows(acc, hi, v_ptr, v_strides, M, R, D, BLOCK_R)

@@ -16,8 +16,6 @@ twice. FLOPs: 10 d a query and real key the first way, 14 d the second.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +35,7 @@ from ..._backends.triton.language import (
     scores,
     store_rows,
 )
-from ..._backends.triton.launch import launch, precision, scale_log2
+from ..._backends.triton.launch import launch, precision, scales
 from ..._backends.triton.reduction import add_in_order
 from .config import Tiles, backward_keys, backward_queries, count_key_splits, is_whole
 from .triton_fwd import (
@@ -78,14 +76,15 @@ def perceiver_attention_bwd(
     group, device = heads // kv_heads, device_of(q.device)
     whole = is_whole(queries, head_dim, q.dtype, group)
     stats = (*softmax, softmax.new_empty(softmax.shape[1:]))  # row_max, row_sum, delta
-    options = ((heads, group), (scale, scale_log2(scale)))
-    constants = {"D": head_dim, "SIGN": math.copysign(1, scale), "PRECISION": precision(q)}
+    options = ((heads, group), scales(scale))
+    constants = {"D": head_dim, "PRECISION": precision(q)}
 
     def programs(tiles: Tiles) -> int:
         return clips * triton.cdiv(queries, tiles.block_r) * heads
 
     choice = backward_queries(whole, queries, head_dim, q.dtype, device)
     splits = count_key_splits(programs(choice.default), features + latents, device)
+    dkv = ((dk_media, dk_latents), (dv_media, dv_latents)) if whole else (None, None)
     partial_dq = dq if splits == 1 else q.new_empty(splits, *q.shape, dtype=torch.float32)
     launch(
         _perceiver_bwd_queries_kernel,
@@ -93,10 +92,9 @@ def perceiver_attention_bwd(
         choice,
         (q, (k_media, k_latents), (v_media, v_latents), dout, out),
         (*strides(q), strides(k_media, k_latents), strides(v_media, v_latents), *strides(dout)),
-        *(media_lengths, stats, (partial_dq, (dk_media, dk_latents), (dv_media, dv_latents))),
+        *(media_lengths, stats, (partial_dq, *dkv)),
         *(clips, queries, features, latents, splits, *options),
         **constants,
-        WHOLE=whole,
     )
     if splits > 1:
         dq = add_in_order(partial_dq, q.dtype)
@@ -123,18 +121,16 @@ def _perceiver_bwd_queries_kernel(
     strides,  # of each input but out
     media_lengths_ptr,  # [N] or None
     stats,  # row_max, row_sum, delta [N, H, R]; delta is written
-    grads,  # dq [splits, N, R, H, d]; dk, dv like k, v
+    grads,  # dq [splits, N, R, H, d]; dk, dv like k, v, or None: another kernel makes them
     N,
     R,
     S,
     L,
     splits,
     heads,  # H, GROUP
-    scales,  # scale, scale_log2
+    scales,  # scale, scale_log2, sign
     D: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
-    WHOLE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -143,13 +139,13 @@ def _perceiver_bwd_queries_kernel(
     row_max_ptr, row_sum_ptr, delta_ptr = stats
     dq_ptr, dk_ptrs, dv_ptrs = grads
     H, GROUP = heads
-    scale, scale_log2 = scales
+    scale, scale_log2, sign = scales
     clip, split, rows, head = program_tile(R, H, splits, BLOCK_R)
     inside = rows < R
     q = load_head(q_ptr, q_strides, clip, rows, head, inside, D)
     dout = load_head(dout_ptr, dout_strides, clip, rows, head, inside, D)
     delta = row_dot(dout, load_rows(out_ptr, clip, rows, head, inside, R, H, D))
-    row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, clip, rows, head, inside, R, H, SIGN)
+    row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, clip, rows, head, inside, R, H, sign)
     row_max, row_share = row_max[:, None], 1 / row_sum[:, None]
     length = load_length(media_lengths_ptr, clip, S)
 
@@ -161,7 +157,7 @@ def _perceiver_bwd_queries_kernel(
             media, keys, real = keys_in_block(block, length, L, BLOCK_S)
             k = load_keys(k_ptrs, k_strides, media, clip, keys, head // GROUP, real, D)
             v = load_keys(v_ptrs, v_strides, media, clip, keys, head // GROUP, real, D)
-            s = scores(q, k, inside[:, None] & real[None, :], SIGN, PRECISION)
+            s = scores(q, k, inside[:, None] & real[None, :], sign, PRECISION)
             p = scaled_exp2_saved(s, row_max, scale_log2) * row_share
             exact += tl.sum(p * dot(dout, tl.trans(v), PRECISION), 1)
         delta = tl.where(saturated, exact, delta)
@@ -172,11 +168,12 @@ def _perceiver_bwd_queries_kernel(
         media, keys, real = keys_in_block(block, length, L, BLOCK_S)
         k = load_keys(k_ptrs, k_strides, media, clip, keys, head // GROUP, real, D)
         v = load_keys(v_ptrs, v_strides, media, clip, keys, head // GROUP, real, D)
-        s = scores(q, k, inside[:, None] & real[None, :], SIGN, PRECISION)  # [BLOCK_R, BLOCK_S]
+        s = scores(q, k, inside[:, None] & real[None, :], sign, PRECISION)  # [BLOCK_R, BLOCK_S]
         p = scaled_exp2_saved(s, row_max, scale_log2) * row_share
         ds = p * (dot(dout, tl.trans(v), PRECISION) - delta[:, None])
         p, ds = p.to(v.dtype), ds.to(k.dtype)
-        if WHOLE:  # transposed, so that the first factor is what is kept: it takes the fewest registers
+        if dk_ptrs is not None:
+            # transposed, so that the first factor is what is kept: it takes the fewest registers
             dk = tl.trans(dot(tl.trans(q), ds, PRECISION)) * scale
             dv = tl.trans(dot(tl.trans(dout), p, PRECISION))
             store_keys(dk_ptrs, media, clip, keys, head, dk, real, S, L, H, D)
@@ -184,7 +181,7 @@ def _perceiver_bwd_queries_kernel(
         dq += dot(ds, k, PRECISION)
     store_rows(dq_ptr, split * N + clip, rows, head, dq * scale, inside, R, H, D)
 
-    if WHOLE:
+    if dk_ptrs is not None:
         zeros = tl.zeros([BLOCK_S, power_of_two(D)], tl.float32)
         for first in range(length + split * BLOCK_S, S, splits * BLOCK_S):
             keys = first + tl.arange(0, BLOCK_S)
@@ -204,9 +201,8 @@ def _perceiver_bwd_keys_kernel(
     R,
     S,
     heads,  # H, GROUP
-    scales,  # scale, scale_log2
+    scales,  # scale, scale_log2, sign
     D: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -216,7 +212,7 @@ def _perceiver_bwd_keys_kernel(
     row_max_ptr, row_sum_ptr, delta_ptr = stats
     dk_ptr, dv_ptr = grads
     H, GROUP = heads
-    scale, scale_log2 = scales
+    scale, scale_log2, sign = scales
     kv_heads = H // GROUP
     clip, _, keys, kv_head = program_tile(S, kv_heads, 1, BLOCK_S)
     length = load_length(lengths_ptr, clip, S)
@@ -233,9 +229,9 @@ def _perceiver_bwd_keys_kernel(
         inside = rows < R
         q = load_head(q_ptr, q_strides, clip, rows, head, inside, D)
         dout = load_head(dout_ptr, dout_strides, clip, rows, head, inside, D)
-        row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, clip, rows, head, inside, R, H, SIGN)
+        row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, clip, rows, head, inside, R, H, sign)
         delta = tl.load(delta_ptr + row_index(clip, rows, head, R, H), mask=inside, other=0.0)
-        s = scores(k, q, real[:, None] & inside[None, :], SIGN, PRECISION)  # [BLOCK_S, BLOCK_R]
+        s = scores(k, q, real[:, None] & inside[None, :], sign, PRECISION)  # [BLOCK_S, BLOCK_R]
         p = scaled_exp2_saved(s, row_max[None, :], scale_log2) / row_sum[None, :]
         ds = p * (dot(v, tl.trans(dout), PRECISION) - delta[None, :])
         dk += dot(ds.to(q.dtype), q, PRECISION)

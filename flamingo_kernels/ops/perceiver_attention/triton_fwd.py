@@ -12,8 +12,6 @@ float32, to be read once more. FLOPs: 4 d a query and real key.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -36,7 +34,7 @@ from ..._backends.triton.language import (
     store_softmax,
     wide,
 )
-from ..._backends.triton.launch import launch, precision, scale_log2
+from ..._backends.triton.launch import launch, precision, scales
 from .config import COMBINE, Queries, count_key_splits, forward
 
 
@@ -54,7 +52,6 @@ def perceiver_attention_fwd(
     features, latents, kv_heads = k_media.shape[1], k_latents.shape[1], k_media.shape[2]
     out = q.new_empty(q.shape)
     softmax = q.new_empty(2, clips, heads, queries, dtype=torch.float32)
-    options = {"D": head_dim, "SIGN": math.copysign(1, scale)}
 
     def programs(tiles: Queries) -> int:
         return clips * triton.cdiv(queries, tiles.block_r) * heads
@@ -74,13 +71,13 @@ def perceiver_attention_fwd(
         (q, (k_media, k_latents), (v_media, v_latents)),
         (*strides(q), strides(k_media, k_latents), strides(v_media, v_latents)),
         *(media_lengths, partials),
-        *(clips, queries, features, latents, splits, (heads, heads // kv_heads), scale_log2(scale)),
-        **options,
+        *(clips, queries, features, latents, splits, (heads, heads // kv_heads), scales(scale)),
+        D=head_dim,
         PRECISION=precision(q),
     )
     if splits > 1:
-        sizes = (clips, queries, splits, heads, scale_log2(scale))
-        launch(_perceiver_fwd_combine_kernel, programs, COMBINE, partials, outputs, *sizes, **options)
+        sizes = (clips, queries, splits, heads, scales(scale))
+        launch(_perceiver_fwd_combine_kernel, programs, COMBINE, partials, outputs, *sizes, D=head_dim)
     return out, softmax
 
 
@@ -127,9 +124,8 @@ def _perceiver_fwd_kernel(
     L,
     splits,
     heads,  # H, GROUP
-    scale_log2,
+    scales,  # scale, scale_log2, sign
     D: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -138,6 +134,7 @@ def _perceiver_fwd_kernel(
     q_strides, k_strides, v_strides = strides
     out_ptr, row_max_ptr, row_sum_ptr = outputs
     H, GROUP = heads
+    _, scale_log2, sign = scales
     clip, split, rows, head = program_tile(R, H, splits, BLOCK_R)
     q = load_head(q_ptr, q_strides, clip, rows, head, rows < R, D)
 
@@ -150,12 +147,12 @@ def _perceiver_fwd_kernel(
         media, keys, real = keys_in_block(block, length, L, BLOCK_S)
         k = load_keys(k_ptrs, k_strides, media, clip, keys, head // GROUP, real, D)
         v = load_keys(v_ptrs, v_strides, media, clip, keys, head // GROUP, real, D)
-        s = scores(q, k, real[None, :], SIGN, PRECISION)  # [BLOCK_R, BLOCK_S]
+        s = scores(q, k, real[None, :], sign, PRECISION)  # [BLOCK_R, BLOCK_S]
         acc, row_max, row_sum = online_softmax(acc, row_max, row_sum, s, v, scale_log2, PRECISION)
 
     clip += split * N
     store_rows(out_ptr, clip, rows, head, acc / row_sum[:, None], rows < R, R, H, D)
-    store_softmax(row_max_ptr, row_sum_ptr, clip, rows, head, row_max, row_sum, R, H, SIGN)
+    store_softmax(row_max_ptr, row_sum_ptr, clip, rows, head, row_max, row_sum, R, H, sign)
 
 
 @triton.jit(do_not_specialize=["N", "R", "splits"])
@@ -166,13 +163,13 @@ def _perceiver_fwd_combine_kernel(
     R,
     splits,
     H,
-    scale_log2,
+    scales,  # scale, scale_log2, sign
     D: tl.constexpr,
-    SIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     partial_out_ptr, partial_max_ptr, partial_sum_ptr = partials
     out_ptr, row_max_ptr, row_sum_ptr = outputs
+    _, scale_log2, sign = scales
     clip, _, rows, head = program_tile(R, H, 1, BLOCK_R)
 
     acc = tl.zeros([BLOCK_R, power_of_two(D)], tl.float32)
@@ -181,7 +178,7 @@ def _perceiver_fwd_combine_kernel(
     for split in range(splits):
         index = split * N + clip
         partial_max, partial_sum = load_softmax(
-            partial_max_ptr, partial_sum_ptr, index, rows, head, rows < R, R, H, SIGN
+            partial_max_ptr, partial_sum_ptr, index, rows, head, rows < R, R, H, sign
         )
         has_keys = (rows < R) & (partial_sum != 0)  # a split without keys has no average
         partial_out = load_rows(partial_out_ptr, index, rows, head, has_keys, R, H, D)
@@ -193,7 +190,7 @@ def _perceiver_fwd_combine_kernel(
         row_max = new_max
 
     store_rows(out_ptr, clip, rows, head, acc / row_sum[:, None], rows < R, R, H, D)
-    store_softmax(row_max_ptr, row_sum_ptr, clip, rows, head, row_max, row_sum, R, H, SIGN)
+    store_softmax(row_max_ptr, row_sum_ptr, clip, rows, head, row_max, row_sum, R, H, sign)
 
 
 @triton.jit
