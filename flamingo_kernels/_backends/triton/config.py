@@ -79,6 +79,6 @@ def power_of_two(size: int, least: int = 16) -> int:
 
 
 def count_splits(programs: int, most: int, device: Device) -> int:
-    """How many programs to split the work of one among, at most `most`, so that they fill the device twice."""
+    """How many programs, at most `most`, share the work of each, so that they fill the device twice."""
     wanted = 2 * device.multiprocessors // max(programs, 1)
     return max(1, min(wanted, most))

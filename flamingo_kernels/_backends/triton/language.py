@@ -1,8 +1,8 @@
 """Device functions that the kernels share.
 
-A tile of attention is `[rows, BLOCK_D]`: rows of one head, whose elements lie side by side. BLOCK_D is the power
-of two that holds D; what lies beyond D, and rows that are masked out, read as 0. Batch and head are 64-bit
-numbers, for offsets past 2^31.
+A tile of attention is `[rows, BLOCK_D]`: rows of one head, whose elements lie side by side. BLOCK_D is the
+power of two that holds D; what lies beyond D, and rows that are masked out, read as 0. Batch and head are
+64-bit numbers, for offsets past 2^31.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def row_index(batch, rows, head, length, H):
 
 @triton.jit
 def load_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, mask, length, H, sign):
-    """The maximum of each row's scores, times the scale's sign, and the sum of its weights; masked out 0 and 1."""
+    """The maximum of each row's scores, times the scale's sign, and the sum of its weights; else 0 and 1."""
     index = row_index(batch, rows, head, length, H)
     row_max = tl.load(row_max_ptr + index, mask=mask, other=0.0) * sign
     return row_max, tl.load(row_sum_ptr + index, mask=mask, other=1.0)
@@ -95,8 +95,8 @@ def scaled_exp2(s, row_max, scale_log2):
 
 @triton.jit
 def scaled_exp2_saved(s, row_max, scale_log2):
-    """The same for a maximum that the forward pass has saved. A score may lie above it, as products are summed
-    in another order now; it counts as the maximum.
+    """The same with a maximum that the forward pass has saved. Its products may have been summed in another
+    order, so a score may lie above it, and counts as the maximum.
     """
     below = tl.minimum(s - row_max, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.exp2(below * scale_log2)
@@ -149,7 +149,7 @@ def wide(index):
 
 @triton.jit
 def is_saturated(seen, row_sum):
-    """Rows in which one key weighs more than all others: `row_sum` is relative to the weight of the highest."""
+    """Rows in which one key weighs more than all others: in `row_sum` the heaviest weighs 1."""
     return seen & (row_sum < 2)
 
 

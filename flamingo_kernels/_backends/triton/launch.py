@@ -56,6 +56,11 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Those of every dimension but the last, in which elements lie side by side."""
+    return tuple(tensor.stride()[:-1] for tensor in tensors)
+
+
 def scales(scale: float) -> tuple[float, float, tl.constexpr]:
     """A softmax's scale; the same in base 2 and without its sign; the sign.
 

@@ -1,6 +1,6 @@
 """Adds partial results in float32 and in a fixed order: few of them one after the other, many in blocks.
 
-Oracle: `partials.sum(0)`. Bytes: every partial result read once, every sum written once. FLOPs: 1 a number read.
+Oracle: `partials.sum(0)`. Bytes: every partial result read once, every sum written once. FLOPs: 1 a number.
 """
 
 from __future__ import annotations

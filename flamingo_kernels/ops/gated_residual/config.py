@@ -40,8 +40,8 @@ def backward(columns: int, dtype: torch.dtype) -> Choice[Rows]:
 
 
 def rows_per_program(rows: int, step: int, blocks: int, programs: int) -> int:
-    """How many rows a program of the backward pass adds up, a multiple of `step`, where `blocks` of columns and
-    all rows are divided among at most so many programs.
+    """How many rows a program of the backward pass adds up, a multiple of `step`: at most so many programs
+    share the rows of all `blocks` of columns.
     """
     steps = -(-rows // step)
     return step * max(1, -(-steps // max(1, programs // max(1, blocks))))

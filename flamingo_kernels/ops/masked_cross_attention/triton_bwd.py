@@ -42,7 +42,7 @@ from ..._backends.triton.language import (
     store_tile,
     wide,
 )
-from ..._backends.triton.launch import launch, precision, scales
+from ..._backends.triton.launch import launch, precision, scales, strides
 from ..._backends.triton.reduction import add_in_order
 from .config import AVERAGES, FEW_ROWS, Static, backward_keys, backward_rows, block_r, is_one_shot
 from .triton_fwd import (
@@ -52,7 +52,6 @@ from .triton_fwd import (
     load_spans,
     media_ptr,
     program_rows,
-    strides,
     tiles_seen,
 )
 

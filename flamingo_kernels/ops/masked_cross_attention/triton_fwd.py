@@ -33,7 +33,7 @@ from ..._backends.triton.language import (
     store_softmax,
     wide,
 )
-from ..._backends.triton.launch import launch, precision, scales
+from ..._backends.triton.launch import launch, precision, scales, strides
 from .config import FEW_ROWS, Static, block_r, forward, is_one_shot
 
 
@@ -87,11 +87,6 @@ def check(
     for name, span in (("start", start), ("stop", stop)):
         checks.whole(name, span, (batch, media), torch.int32)
     return checks
-
-
-def strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Those of every dimension but the last, in which elements lie side by side."""
-    return tuple(tensor.stride()[:-1] for tensor in tensors)
 
 
 NOWHERE = tl.constexpr(2**31 - 1)  # the medium after the last

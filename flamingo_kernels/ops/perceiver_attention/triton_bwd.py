@@ -35,7 +35,7 @@ from ..._backends.triton.language import (
     scores,
     store_rows,
 )
-from ..._backends.triton.launch import launch, precision, scales
+from ..._backends.triton.launch import launch, precision, scales, strides
 from ..._backends.triton.reduction import add_in_order
 from .config import Tiles, backward_keys, backward_queries, count_key_splits, is_whole
 from .triton_fwd import (
@@ -45,7 +45,6 @@ from .triton_fwd import (
     load_keys,
     load_length,
     program_tile,
-    strides,
 )
 
 

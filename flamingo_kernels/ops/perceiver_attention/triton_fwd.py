@@ -34,7 +34,7 @@ from ..._backends.triton.language import (
     store_softmax,
     wide,
 )
-from ..._backends.triton.launch import launch, precision, scales
+from ..._backends.triton.launch import launch, precision, scales, strides
 from .config import COMBINE, Queries, count_key_splits, forward
 
 
@@ -105,11 +105,6 @@ def check(
     if media_lengths is not None:
         checks.whole("media_lengths", media_lengths, (clips,), torch.int32)
     return checks
-
-
-def strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
-    """How far clips, rows and heads lie apart."""
-    return tuple(tensor.stride()[:3] for tensor in tensors)
 
 
 @triton.jit(do_not_specialize=["N", "R", "S", "L", "splits"])
