@@ -24,7 +24,7 @@ class Rows(Config):
 
 @dataclass(frozen=True)
 class Static:
-    """What a launch depends on: of the length of the text no more than whether it is a tile or less."""
+    """What a launch depends on. `few_rows` is all that it knows of the length of the text."""
 
     latents: int
     head_dim: int

@@ -60,7 +60,7 @@ def forward(queries: int, head_dim: int, dtype: torch.dtype, device: Device) -> 
 def backward_queries(
     whole: bool, queries: int, head_dim: int, dtype: torch.dtype, device: Device
 ) -> Choice[Tiles]:
-    """Of the kernel that keeps queries; where it keeps all, the gradients of the keys need room too."""
+    """The kernel that keeps queries; where it keeps all, the gradients of the keys need room too."""
     kept = power_of_two(queries) if whole else min(power_of_two(queries), _kept(64, head_dim, dtype))
     tiles = Tiles(
         block_r=kept,
@@ -77,7 +77,7 @@ def backward_queries(
 
 @cache
 def backward_keys(head_dim: int, dtype: torch.dtype, device: Device) -> Choice[Tiles]:
-    """Of the kernel that keeps keys, where no program keeps all queries."""
+    """The kernel that keeps keys, where no program keeps all queries."""
     kept = _kept(64, head_dim, dtype)
     tiles = Tiles(
         block_r=_passing(32, head_dim, dtype, device),
