@@ -27,9 +27,9 @@ def launch(
         kernel: a `triton.jit` function; it writes each result once and reads none, so that it may run twice.
         programs: the size of the one-dimensional grid under a configuration.
         choice: the configurations it may have.
-        arguments: those of the kernel, first a tensor or a tuple of tensors. A size that changes from call to call
-            is an argument of its own: within a tuple Triton compiles a kernel anew for 1 and for multiples of
-            16, whatever `do_not_specialize` says.
+        arguments: those of the kernel, first a tensor or a tuple of tensors. A size that changes from call to
+            call is an argument of its own: within a tuple Triton compiles a kernel anew for 1 and for
+            multiples of 16, whatever `do_not_specialize` says.
         constants: its compile-time arguments beside the configuration's.
     """
     first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
