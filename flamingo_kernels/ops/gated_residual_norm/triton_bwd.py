@@ -8,6 +8,7 @@
 An RMSNorm subtracts neither mean nor c2. A program takes many rows in turn and writes one partial sum a
 parameter; a second kernel adds these in order. Where a row's sums would fill the registers, rows are cut into
 blocks of columns and another kernel makes c1 and c2.
+
 Bytes: dz, dn, y and z read once, dx and dy written once; where rows are cut, dn and z are read twice.
 FLOPs: about 17 an element.
 """
