@@ -103,13 +103,21 @@ def scaled_exp2_saved(s, row_max, scale_log2):
 
 
 @triton.jit
-def online_softmax(acc, row_max, row_sum, s, v, scale_log2, PRECISION: tl.constexpr):
-    """Takes one more tile of keys into an online softmax: their scores `[rows, keys]` and their values."""
+def online_softmax(acc, row_max, row_sum, s, v, here, scale_log2, PRECISION: tl.constexpr):
+    """Takes a tile of keys, by its scores `[rows, keys]` and its values, into the online softmax of the rows
+    that are `here`, or of all where that is None.
+    """
     new_max = tl.maximum(row_max, tl.max(s, 1))
+    if here is not None:
+        new_max = tl.where(here, new_max, row_max)
     alpha = scaled_exp2(row_max, new_max, scale_log2)
     p = scaled_exp2(s, new_max[:, None], scale_log2)
-    acc = acc * alpha[:, None] + dot(p.to(v.dtype), v, PRECISION)
-    return acc, new_max, row_sum * alpha + tl.sum(p, 1)
+    new_acc = acc * alpha[:, None] + dot(p.to(v.dtype), v, PRECISION)
+    new_sum = row_sum * alpha + tl.sum(p, 1)
+    if here is not None:
+        new_acc = tl.where(here[:, None], new_acc, acc)
+        new_sum = tl.where(here, new_sum, row_sum)
+    return new_acc, new_max, new_sum
 
 
 @triton.jit

@@ -179,11 +179,8 @@ def _masked_xattn_fwd_spans_kernel(
         k = load_latents(k_ptr, k_strides, medium, latents, R, D)
         v = load_latents(v_ptr, v_strides, medium, latents, R, D)
         s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
-        new_acc, new_max, new_sum = online_softmax(acc, row_max, row_sum, s, v, scale_log2, PRECISION)
         here = (lo <= medium) & (medium < hi)
-        acc = tl.where(here[:, None], new_acc, acc)
-        row_max = tl.where(here, new_max, row_max)
-        row_sum = tl.where(here, new_sum, row_sum)
+        acc, row_max, row_sum = online_softmax(acc, row_max, row_sum, s, v, here, scale_log2, PRECISION)
 
     row_max = tl.where(sees, row_max, 0.0)
     row_sum = tl.where(sees, row_sum, 1.0)

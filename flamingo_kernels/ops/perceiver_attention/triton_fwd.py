@@ -143,7 +143,7 @@ def _perceiver_fwd_kernel(
         k = load_keys(k_ptrs, k_strides, media, clip, keys, head // GROUP, real, D)
         v = load_keys(v_ptrs, v_strides, media, clip, keys, head // GROUP, real, D)
         s = scores(q, k, real[None, :], sign, PRECISION)  # [BLOCK_R, BLOCK_S]
-        acc, row_max, row_sum = online_softmax(acc, row_max, row_sum, s, v, scale_log2, PRECISION)
+        acc, row_max, row_sum = online_softmax(acc, row_max, row_sum, s, v, None, scale_log2, PRECISION)
 
     clip += split * N
     store_rows(out_ptr, clip, rows, head, acc / row_sum[:, None], rows < R, R, H, D)
