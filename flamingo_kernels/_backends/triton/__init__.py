@@ -2,7 +2,7 @@
 
 This file says whether Triton can run here and needs torch alone; the others import Triton.
 
-language    device functions: tiles, dots, tanh
+language    device functions: tiles, softmax, dots, tanh
 checks      what the host functions ask of tensors
 config      how a kernel is cut into programs, and what a device offers
 launch      starts a kernel on the device of its tensors

@@ -1,4 +1,4 @@
-"""What host functions check before a kernel dereferences it: anybody can call torch.ops.flamingo_kernels."""
+"""Checks of the tensors that a kernel dereferences, as anybody can call torch.ops.flamingo_kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Checks:
-    """The checks of one operation, whose first tensor says on which device all are.
+    """The checks of one operation. All tensors must lie on the device of the first.
 
     Example:
         >>> Checks("gated_residual_fwd", "x", torch.ones(2, 4), 2).rows("y", torch.ones(2, 5), (2, 4))
@@ -57,7 +57,7 @@ class Checks:
             self._refuse(ValueError, f"a contiguous {name}", f"strides {tensor.stride()}")
 
     def latents(self, name: str, tensor: Tensor, dim: int) -> None:
-        """Of no keys there is no softmax."""
+        """A softmax needs at least one key."""
         if tensor.shape[dim] == 0:
             self._refuse(ValueError, f"{name} with at least one latent", tuple(tensor.shape))
 

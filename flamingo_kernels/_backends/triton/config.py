@@ -78,7 +78,7 @@ def power_of_two(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def splits(programs: int, most: int, device: Device) -> int:
-    """How many parts to cut each of `programs` equal tasks into, at most `most`, to fill the device twice."""
+def count_splits(programs: int, most: int, device: Device) -> int:
+    """How many programs, at most `most`, share the work of each, so that they fill the device twice."""
     wanted = 2 * device.multiprocessors // max(programs, 1)
     return max(1, min(wanted, most))

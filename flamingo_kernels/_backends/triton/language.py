@@ -1,6 +1,6 @@
 """Device functions that the kernels share.
 
-Attention tiles are `[rows, COLUMNS]` blocks of a matrix with a unit stride along its columns. COLUMNS is the
+A tile of attention is `[rows, BLOCK_D]`: rows of one head, whose elements lie side by side. BLOCK_D is the
 power of two that holds D; what lies beyond D, and rows that are masked out, read as 0. Batch and head are
 64-bit numbers, for offsets past 2^31.
 """
@@ -12,85 +12,112 @@ import triton
 import triton.language as tl
 
 from .. import env
+from . import config
 
 INTERPRET = tl.constexpr(env.INTERPRET)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # a maximum starts with it: from -inf, -inf is NaN
 
-
-@triton.jit
-def load_tile(base, rows, stride, mask, D: tl.constexpr, COLUMNS: tl.constexpr):  # [rows, COLUMNS]
-    columns = tl.arange(0, COLUMNS)
-    at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
-    return tl.load(at, mask=mask[:, None] & (columns < D)[None, :], other=0.0)
+power_of_two = triton.constexpr_function(config.power_of_two)
 
 
 @triton.jit
-def store_tile(base, rows, stride, tile, mask, D: tl.constexpr, COLUMNS: tl.constexpr):
-    columns = tl.arange(0, COLUMNS)
-    at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
-    tl.store(at, tile.to(base.dtype.element_ty), mask=mask[:, None] & (columns < D)[None, :])
+def load_tile(base_ptr, rows, stride, mask, D: tl.constexpr):  # [rows, BLOCK_D]
+    columns = tl.arange(0, power_of_two(D))
+    ptrs = base_ptr + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    return tl.load(ptrs, mask=mask[:, None] & (columns < D)[None, :], other=0.0)
 
 
 @triton.jit
-def head_of(tensor, strides, batch, head):
+def store_tile(base_ptr, rows, stride, tile, mask, D: tl.constexpr):
+    columns = tl.arange(0, power_of_two(D))
+    ptrs = base_ptr + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    tl.store(ptrs, tile.to(base_ptr.dtype.element_ty), mask=mask[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
+def head_ptr(ptr, strides, batch, head):
     """Where a head begins in `[batch, rows, heads, d]` with any strides."""
-    return tensor + batch * strides[0] + head * strides[2]
+    return ptr + batch * strides[0] + head * strides[2]
 
 
 @triton.jit
-def load_head(tensor, strides, batch, rows, head, mask, D: tl.constexpr, COLUMNS: tl.constexpr):
+def load_head(ptr, strides, batch, rows, head, mask, D: tl.constexpr):  # [rows, BLOCK_D]
     """Rows of a head from `[batch, rows, heads, d]` with any strides."""
-    return load_tile(head_of(tensor, strides, batch, head), rows, strides[1], mask, D, COLUMNS)
+    return load_tile(head_ptr(ptr, strides, batch, head), rows, strides[1], mask, D)
 
 
 @triton.jit
-def load_rows(tensor, batch, rows, head, mask, length, H, D: tl.constexpr, COLUMNS: tl.constexpr):
+def load_rows(ptr, batch, rows, head, mask, length, H, D: tl.constexpr):  # [rows, BLOCK_D]
     """Rows of a head from contiguous `[batch, length, H, d]`."""
-    return load_tile(tensor + (batch * length * H + head) * D, rows, H * D, mask, D, COLUMNS)
+    return load_tile(ptr + (batch * length * H + head) * D, rows, H * D, mask, D)
 
 
 @triton.jit
-def store_rows(tensor, batch, rows, head, tile, mask, length, H, D: tl.constexpr, COLUMNS: tl.constexpr):
+def store_rows(ptr, batch, rows, head, tile, mask, length, H, D: tl.constexpr):
     """Rows of a head to contiguous `[batch, length, H, d]`."""
-    store_tile(tensor + (batch * length * H + head) * D, rows, H * D, tile, mask, D, COLUMNS)
+    store_tile(ptr + (batch * length * H + head) * D, rows, H * D, tile, mask, D)
 
 
 @triton.jit
-def row_of(batch, rows, head, length, H):
-    """Where the one number that a row has lies in `[batch, H, length]`."""
+def row_index(batch, rows, head, length, H):
+    """The place of each row in contiguous `[batch, H, length]`."""
     return (batch * H + head) * length + rows
 
 
 @triton.jit
-def load_softmax(softmax_max, softmax_sum, batch, rows, head, mask, length, H, SIGN: tl.constexpr):
-    """The highest score of each row, turned by SIGN, and the sum of its weights; 0 and 1 where masked out."""
-    at = row_of(batch, rows, head, length, H)
-    highest = tl.load(softmax_max + at, mask=mask, other=0.0) * SIGN
-    return highest, tl.load(softmax_sum + at, mask=mask, other=1.0)
+def load_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, mask, length, H, sign):
+    """The maximum of each row's scores, times the scale's sign, and the sum of its weights; else 0 and 1."""
+    index = row_index(batch, rows, head, length, H)
+    row_max = tl.load(row_max_ptr + index, mask=mask, other=0.0) * sign
+    return row_max, tl.load(row_sum_ptr + index, mask=mask, other=1.0)
 
 
 @triton.jit
-def store_softmax(softmax_max, softmax_sum, batch, rows, head, highest, total, length, H, SIGN: tl.constexpr):
-    at = row_of(batch, rows, head, length, H)
-    tl.store(softmax_max + at, highest * SIGN, mask=rows < length)
-    tl.store(softmax_sum + at, total, mask=rows < length)
+def store_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, row_max, row_sum, length, H, sign):
+    index = row_index(batch, rows, head, length, H)
+    tl.store(row_max_ptr + index, row_max * sign, mask=rows < length)
+    tl.store(row_sum_ptr + index, row_sum, mask=rows < length)
 
 
 @triton.jit
-def power_below(scores, highest, base2_scale):
-    """The weights `2 ** (base2_scale * (scores - highest))`. Scores are scaled after the subtraction, so that
-    the highest weighs exactly 1, however large it is.
+def scores(q, k, seen, sign, PRECISION: tl.constexpr):  # [rows of q, rows of k]
+    """`q k^T`, not scaled yet, but turned so that the highest weighs the most; -inf where it is not seen."""
+    return tl.where(seen, dot(q, tl.trans(k), PRECISION) * sign, float("-inf"))
+
+
+@triton.jit
+def scaled_exp2(s, row_max, scale_log2):
+    """`2 ** (scale_log2 * (s - row_max))`: scaled after the subtraction, so that the highest score weighs
+    exactly 1, however large it is.
     """
-    return tl.exp2((scores - highest) * base2_scale)
+    return tl.exp2((s - row_max) * scale_log2)
 
 
 @triton.jit
-def kept_weights(scores, highest, base2_scale):
-    """The weights of a row whose highest score was kept. A score above it, as the forward pass has summed in
-    another order, counts as the highest.
+def scaled_exp2_saved(s, row_max, scale_log2):
+    """The same with a maximum that the forward pass has saved. Its products may have been summed in another
+    order, so a score may lie above it, and counts as the maximum.
     """
-    below = tl.minimum(scores - highest, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.exp2(below * base2_scale)
+    below = tl.minimum(s - row_max, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(below * scale_log2)
+
+
+@triton.jit
+def online_softmax(acc, row_max, row_sum, s, v, here, scale_log2, PRECISION: tl.constexpr):
+    """Takes a tile of keys, by its scores `[rows, keys]` and its values, into the online softmax of the rows
+    that are `here`, or of all where that is None.
+    """
+    new_max = tl.maximum(row_max, tl.max(s, 1))
+    if here is not None:
+        new_max = tl.where(here, new_max, row_max)
+    alpha = scaled_exp2(row_max, new_max, scale_log2)
+    p = scaled_exp2(s, new_max[:, None], scale_log2)
+    new_acc = acc * alpha[:, None] + dot(p.to(v.dtype), v, PRECISION)
+    new_sum = row_sum * alpha + tl.sum(p, 1)
+    if here is not None:
+        new_acc = tl.where(here[:, None], new_acc, acc)
+        new_sum = tl.where(here, new_sum, row_sum)
+    return new_acc, new_max, new_sum
 
 
 @triton.jit
@@ -116,8 +143,8 @@ def tanh(a):
 
 
 @triton.jit
-def tanh_slope(a):
-    """`1 - tanh(a) ** 2`, without the cancellation where tanh is near 1."""
+def dtanh(a):
+    """The derivative `1 - tanh(a) ** 2`, without the cancellation where tanh is near 1."""
     t = tl.exp(-2 * tl.abs(a))
     return 4 * t / ((1 + t) * (1 + t))
 
@@ -129,9 +156,9 @@ def wide(index):
 
 
 @triton.jit
-def is_saturated(seen, total):
-    """Rows in which one key weighs more than all others: `total` is relative to the weight of the highest."""
-    return seen & (total < 2)
+def is_saturated(seen, row_sum):
+    """Rows in which one key weighs more than all others: in `row_sum` the heaviest weighs 1."""
+    return seen & (row_sum < 2)
 
 
 @triton.jit

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from math import e, log2
+from math import copysign, e, log2
 from typing import Any, TypeVar
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from .. import env
@@ -25,18 +26,21 @@ def launch(
     Args:
         kernel: a `triton.jit` function; it writes each result once and reads none, so that it may run twice.
         programs: the size of the one-dimensional grid under a configuration.
-        choice: of the configuration.
-        arguments: of the kernel, a tensor first.
+        choice: the configurations it may have.
+        arguments: those of the kernel, first a tensor or a tuple of tensors. A size that changes from call to
+            call is an argument of its own: within a tuple Triton compiles a kernel anew for 1 and for
+            multiples of 16, whatever `do_not_specialize` says.
         constants: its compile-time arguments beside the configuration's.
     """
+    first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
 
     def run(config: C) -> Any:
         count = programs(config)
         keywords = {**constants, **config.keywords, **_OPTIONS}
         return start(kernel, count, arguments, keywords) if count else None
 
-    with _on(arguments[0].device):
-        run(tuning.choose(kernel, choice, run, arguments[0].device) if env.AUTOTUNE else choice.default)
+    with _on(first.device):
+        run(tuning.choose(kernel, choice, run, first.device) if env.AUTOTUNE else choice.default)
 
 
 # Named because Triton's default is about to change: products and sums are fused.
@@ -52,9 +56,17 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def base2(scale: float) -> float:
-    """A softmax's scale in base 2 and without its sign; not 0, as 0 times the -inf of a masked key is NaN."""
-    return max(abs(scale) * log2(e), 2.0**-126)
+def strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Those of every dimension but the last, in which elements lie side by side."""
+    return tuple(tensor.stride()[:-1] for tensor in tensors)
+
+
+def scales(scale: float) -> tuple[float, float, tl.constexpr]:
+    """A softmax's scale; the same in base 2 and without its sign; the sign.
+
+    In base 2 it is never 0, as 0 times the -inf of a masked key is NaN.
+    """
+    return scale, max(abs(scale) * log2(e), 2.0**-126), tl.constexpr(copysign(1, scale))
 
 
 def precision(tensor: Tensor) -> str:

@@ -7,19 +7,19 @@ from functools import cache
 
 import torch
 
-from ..._backends.triton.config import Choice, Config, Device, power_of_two
+from ..._backends.triton.config import Choice, Config, power_of_two
 
 _WIDEST = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows(Config):
-    """A program takes this many rows at a time."""
+    """A program takes `block_n` rows at a time."""
 
-    rows: int = 1
+    block_n: int = 1
 
 
-def block_of_columns(columns: int) -> int:
+def block_d(columns: int) -> int:
     """The width of a tile."""
     return min(power_of_two(columns), _WIDEST)
 
@@ -39,18 +39,15 @@ def backward(columns: int, dtype: torch.dtype) -> Choice[Rows]:
     return Choice.of(*loops, key=(columns, str(dtype)))
 
 
-def parts_of(blocks: int, device: Device) -> int:
-    """Among how many programs the backward pass divides the rows."""
-    return 2 * device.multiprocessors // max(blocks, 1)
-
-
-def rows_of_a_part(rows: int, step: int, parts: int) -> int:
-    """How many rows a program adds up, a multiple of `step`, where there are at most so many parts."""
+def rows_per_program(rows: int, step: int, blocks: int, programs: int) -> int:
+    """How many rows a program of the backward pass adds up, a multiple of `step`: at most so many programs
+    share the rows of all `blocks` of columns.
+    """
     steps = -(-rows // step)
-    return step * max(1, -(-steps // max(1, parts)))
+    return step * max(1, -(-steps // max(1, programs // max(1, blocks))))
 
 
 def _tile(size: int, num_warps: int, columns: int, dtype: torch.dtype, num_stages: int = 1) -> Rows:
-    """Of so many bytes of each tensor."""
-    rows = max(1, size // (block_of_columns(columns) * dtype.itemsize))
-    return Rows(rows=rows, num_warps=num_warps, num_stages=num_stages)
+    """So many bytes of each tensor."""
+    rows = max(1, size // (block_d(columns) * dtype.itemsize))
+    return Rows(block_n=rows, num_warps=num_warps, num_stages=num_stages)

@@ -6,5 +6,9 @@ import torch
 from torch import Tensor
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def gated_residual(
+    x: Tensor,  # [..., D]
+    y: Tensor,  # [..., D]
+    gate: Tensor,  # [], [1] or [D]
+) -> Tensor:  # [..., D]
     return x + torch.tanh(gate) * y

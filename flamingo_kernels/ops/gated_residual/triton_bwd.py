@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._backends.triton.config import device_of
-from ..._backends.triton.language import tanh, tanh_slope
+from ..._backends.triton.language import dtanh, tanh
 from ..._backends.triton.launch import launch
 from ..._backends.triton.reduction import add_many_in_order
-from .config import backward, block_of_columns, parts_of, rows_of_a_part
-from .triton_fwd import check, load, load_gate, store, strides_of, tile_of
+from .config import backward, block_d, rows_per_program
+from .triton_fwd import check, load, load_gate, program_tile, row_strides, store
 
 
 def gated_residual_bwd(
@@ -28,74 +28,76 @@ def gated_residual_bwd(
     check("gated_residual_bwd", "dz", dz, y, gate)
     rows, columns = y.shape
     dy = y.new_empty(y.shape)
-    block = block_of_columns(columns)
+    block = block_d(columns)
     blocks = triton.cdiv(columns, block)
     choice = backward(columns, y.dtype)
-    part_rows = rows_of_a_part(rows, choice.default.rows, parts_of(blocks, device_of(y.device)))
-    parts = triton.cdiv(rows, part_rows)
-    dgate = gate_partials(gate, parts, blocks)
-    strides, unit = strides_of(dz, y)
+    most = 2 * device_of(y.device).multiprocessors
+    program_rows = rows_per_program(rows, choice.default.block_n, blocks, most)
+    programs = triton.cdiv(rows, program_rows)  # for each block of columns
+    partial_dgate = gate_partials(gate, programs, blocks)
+    strides, unit = row_strides(dz, y)
     launch(
         _gated_residual_bwd_kernel,
-        lambda _: parts * blocks,
+        lambda _: programs * blocks,
         choice,
-        *(dz, y, gate.contiguous(), dy, dgate, strides, rows, part_rows),
+        *((dz, y), strides, gate.contiguous(), (dy, partial_dgate), rows, program_rows),
         D=columns,
-        COLUMNS=block,
+        BLOCK_D=block,
         PER_CHANNEL=gate.numel() > 1,
         UNIT=unit,
     )
-    return dy, add_many_in_order(dgate)
+    return dy, add_many_in_order(partial_dgate)
 
 
-def gate_partials(gate: Tensor, parts: int, blocks: int) -> Tensor:  # [parts or programs, *gate.shape]
-    """Where programs write their shares of the gradient; of one gate for all columns each program has one."""
-    count = parts if gate.numel() > 1 else parts * blocks
+def gate_partials(gate: Tensor, programs: int, blocks: int) -> Tensor:  # [programs, *gate.shape]
+    """Where programs write their sums for the gradient: one for all columns has a sum from each block too."""
+    count = programs if gate.numel() > 1 else programs * blocks
     return gate.new_empty(count, *gate.shape, dtype=torch.float32)
 
 
-@triton.jit(do_not_specialize=["rows", "part_rows"])
+@triton.jit(do_not_specialize=["N", "program_rows"])
 def _gated_residual_bwd_kernel(
-    dz,
-    y,
-    gate,
-    dy,
-    dgate,
-    strides,
-    rows,
-    part_rows,
+    inputs,  # dz, y [N, D]
+    strides,  # of each input's rows, in units
+    gate_ptr,  # [1] or [D]
+    grads,  # dy [N, D]; sums of each program: dgate [programs, 1 or D]
+    N,
+    program_rows,
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     num_stages: tl.constexpr,
 ):
-    part, columns = tile_of(D, COLUMNS)
-    alpha = load_gate(gate, columns, D, PER_CHANNEL)
-    factor = tanh(alpha)
-    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    first = part * part_rows
-    end = tl.minimum(first + part_rows, rows)
-    for start in tl.range(first, end, ROWS, num_stages=num_stages):
-        row = start + tl.arange(0, ROWS)
-        inside = (row < end)[:, None] & (columns < D)[None, :]
-        gradient = load(dz, row * UNIT, strides[0], columns, inside)
-        branch = load(y, row * UNIT, strides[1], columns, inside)
-        store(dy, row, D, columns, inside, gradient * factor)
-        sums += gradient * branch
-    store_gate_partial(dgate, part, columns, sums * tanh_slope(alpha), D, PER_CHANNEL)
+    dz_ptr, y_ptr = inputs
+    dy_ptr, dgate_ptr = grads
+    program, columns = program_tile(D, BLOCK_D)
+    gate = load_gate(gate_ptr, columns, D, PER_CHANNEL)
+    tanh_gate = tanh(gate)
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    begin = program * program_rows
+    end = tl.minimum(begin + program_rows, N)
+    for first in tl.range(begin, end, BLOCK_N, num_stages=num_stages):
+        rows = first + tl.arange(0, BLOCK_N)
+        inside = (rows < end)[:, None] & (columns < D)[None, :]
+        dz = load(dz_ptr, rows * UNIT, strides[0], columns, inside)
+        y = load(y_ptr, rows * UNIT, strides[1], columns, inside)
+        store(dy_ptr, rows, D, columns, inside, dz * tanh_gate)
+        acc += dz * y
+    store_dgate(dgate_ptr, program, columns, acc * dtanh(gate), D, PER_CHANNEL)
 
 
 @triton.jit
-def store_gate_partial(dgate, part, columns, sums, D: tl.constexpr, PER_CHANNEL: tl.constexpr):
+def store_dgate(dgate_ptr, program, columns, acc, D: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """A program's sum for each gate, or for the one gate of all columns."""
     if PER_CHANNEL:
-        store_partial(dgate, part, columns, sums, D)
+        store_partial(dgate_ptr, program, columns, acc, D)
     else:
-        tl.store(dgate + tl.program_id(0), tl.sum(tl.sum(sums, 1), 0))
+        tl.store(dgate_ptr + tl.program_id(0), tl.sum(tl.sum(acc, 1), 0))
 
 
 @triton.jit
-def store_partial(partials, part, columns, sums, D: tl.constexpr):
-    """The sums over the rows of a tile."""
-    tl.store(partials + part * D + columns, tl.sum(sums, 0), mask=columns < D)
+def store_partial(ptr, program, columns, acc, D: tl.constexpr):
+    """A program's sums over the rows of a tile, to `[programs, D]`."""
+    tl.store(ptr + program * D + columns, tl.sum(acc, 0), mask=columns < D)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..._backends.triton.checks import Checks
 from ..._backends.triton.language import tanh
 from ..._backends.triton.launch import launch
-from .config import block_of_columns, forward
+from .config import block_d, forward
 from .schema import residual_dtype
 
 
@@ -24,15 +24,15 @@ def gated_residual_fwd(
     check("gated_residual_fwd", "x", x, y, gate)
     rows, columns = x.shape
     z = x.new_empty(x.shape, dtype=residual_dtype(x, y, gate))
-    block = block_of_columns(columns)
-    strides, unit = strides_of(x, y)
+    block = block_d(columns)
+    strides, unit = row_strides(x, y)
     launch(
         _gated_residual_fwd_kernel,
-        lambda config: triton.cdiv(rows, config.rows) * triton.cdiv(columns, block),
+        lambda config: triton.cdiv(rows, config.block_n) * triton.cdiv(columns, block),
         forward(columns, z.dtype),
-        *(x, y, gate.contiguous(), z, strides, rows),
+        *((x, y), strides, gate.contiguous(), z, rows),
         D=columns,
-        COLUMNS=block,
+        BLOCK_D=block,
         PER_CHANNEL=gate.numel() > 1,
         UNIT=unit,
     )
@@ -48,65 +48,66 @@ def check(operation: str, first_name: str, first: Tensor, y: Tensor, gate: Tenso
     return checks
 
 
-def strides_of(*tensors: Tensor) -> tuple[tuple[int, ...], int]:
+def row_strides(*tensors: Tensor) -> tuple[tuple[int, ...], int]:
     """Row strides in units, and the unit: where it is 8 elements, threads may move 16 bytes at once."""
     unit = 1 if any(tensor.stride(0) % 8 for tensor in tensors) else 8
     return tuple(tensor.stride(0) // unit for tensor in tensors), unit
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["N"])
 def _gated_residual_fwd_kernel(
-    x,
-    y,
-    gate,
-    z,
-    strides,
-    rows,
+    inputs,  # x, y [N, D]
+    strides,  # of each input's rows, in units
+    gate_ptr,  # [1] or [D]
+    z_ptr,  # [N, D]
+    N,
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    tile, columns = tile_of(D, COLUMNS)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    inside = (row < rows)[:, None] & (columns < D)[None, :]
-    total = gated_sum(x, y, gate, strides, row * UNIT, columns, inside, D, PER_CHANNEL)
-    store(z, row, D, columns, inside, total)
+    tile, columns = program_tile(D, BLOCK_D)
+    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (rows < N)[:, None] & (columns < D)[None, :]
+    z = gated_sum(inputs, strides, gate_ptr, rows * UNIT, columns, inside, D, PER_CHANNEL)
+    store(z_ptr, rows, D, columns, inside, z)
 
 
 @triton.jit
-def gated_sum(x, y, gate, strides, row, columns, inside, D: tl.constexpr, PER_CHANNEL: tl.constexpr):
-    """A tile of `x + tanh(gate) * y`."""
-    residual = load(x, row, strides[0], columns, inside)
-    branch = load(y, row, strides[1], columns, inside)
-    return residual + tanh(load_gate(gate, columns, D, PER_CHANNEL)) * branch
-
-
-@triton.jit
-def tile_of(D: tl.constexpr, COLUMNS: tl.constexpr):
+def program_tile(D: tl.constexpr, BLOCK_D: tl.constexpr):
     """A program's place among the rows, as a 64-bit number, and its columns: neighbours share rows."""
-    BLOCKS: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0)
-    return (program // BLOCKS).to(tl.int64), program % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
+    return (program // BLOCKS).to(tl.int64), program % BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
 
 
 @triton.jit
-def load(base, rows, stride, columns, inside):  # [rows, columns]
+def gated_sum(
+    inputs, strides, gate_ptr, rows, columns, inside, D: tl.constexpr, PER_CHANNEL: tl.constexpr
+):  # [rows, columns]
+    """A tile of `x + tanh(gate) * y`."""
+    x = load(inputs[0], rows, strides[0], columns, inside)
+    y = load(inputs[1], rows, strides[1], columns, inside)
+    return x + tanh(load_gate(gate_ptr, columns, D, PER_CHANNEL)) * y
+
+
+@triton.jit
+def load(ptr, rows, stride, columns, inside):  # [rows, columns]
     """A tile in float32, 0 outside."""
-    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store(base, rows, stride, columns, inside, tile):
-    tl.store(base + rows[:, None] * stride + columns[None, :], tile.to(base.dtype.element_ty), mask=inside)
+def store(ptr, rows, stride, columns, inside, tile):
+    tl.store(ptr + rows[:, None] * stride + columns[None, :], tile.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def load_gate(gate, columns, D: tl.constexpr, PER_CHANNEL: tl.constexpr):  # [1, columns] or [1, 1]
-    return load_vector(gate, columns if PER_CHANNEL else tl.arange(0, 1), D)
+def load_gate(gate_ptr, columns, D: tl.constexpr, PER_CHANNEL: tl.constexpr):  # [1, columns] or [1, 1]
+    return load_vector(gate_ptr, columns if PER_CHANNEL else tl.arange(0, 1), D)
 
 
 @triton.jit
-def load_vector(vector, columns, D: tl.constexpr):  # [1, columns]
-    return tl.load(vector + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+def load_vector(ptr, columns, D: tl.constexpr):  # [1, columns]
+    return tl.load(ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]

@@ -19,15 +19,15 @@ def forward(columns: int, dtype: torch.dtype, device: Device) -> Choice[Rows]:
     return Choice.of(_tile(block, 16, device), _tile(block, 8, device), key=(columns, str(dtype)))
 
 
-def block_of_columns(columns: int, per_channel: bool) -> int:
-    """The width of a tile of the backward pass: a row, or part of one whose sums would fill the registers."""
+def block_d(columns: int, per_channel: bool) -> int:
+    """The width of a tile of the backward pass: a row, or less where its sums would fill the registers."""
     row = power_of_two(columns)
     return row if row <= (4096 if per_channel or columns % 8 else 8192) else BLOCK
 
 
-def parts_of(block: int, blocks: int, device: Device) -> int:
-    """Among how many programs the backward pass divides the rows: as many as the device holds at once."""
-    return device.multiprocessors * (2 if block <= BLOCK else 1) // max(blocks, 1)
+def most_programs(block: int, device: Device) -> int:
+    """Among how many programs the backward pass divides its work: as many as the device holds at once."""
+    return device.multiprocessors * (2 if block <= BLOCK else 1)
 
 
 @cache
@@ -55,7 +55,7 @@ def _tile(block: int, per_thread: int, device: Device, num_stages: int = 1) -> R
     elements = max(block, BLOCK)
     threads = min(elements // per_thread, 1024)
     lanes = 64 if _is_amd(device) else 32  # of a warp
-    return Rows(rows=elements // block, num_warps=threads // lanes, num_stages=num_stages)
+    return Rows(block_n=elements // block, num_warps=threads // lanes, num_stages=num_stages)
 
 
 def _is_amd(device: Device) -> bool:

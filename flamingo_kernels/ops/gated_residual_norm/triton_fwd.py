@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._backends.triton.config import device_of, power_of_two
+from ..._backends.triton.config import device_of
+from ..._backends.triton.language import power_of_two
 from ..._backends.triton.launch import launch
 from ..gated_residual.schema import residual_dtype
-from ..gated_residual.triton_fwd import check, gated_sum, load_vector, store, strides_of
+from ..gated_residual.triton_fwd import check, gated_sum, load_vector, row_strides, store
 from .config import forward
 
 
@@ -37,15 +38,15 @@ def gated_residual_norm_fwd(
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if columns == 0:  # no channels have no mean
         return z, n, mean, rstd
-    strides, unit = strides_of(x, y)
+    strides, unit = row_strides(x, y)
     launch(
         _gated_residual_norm_fwd_kernel,
-        lambda config: triton.cdiv(rows, config.rows),
+        lambda config: triton.cdiv(rows, config.block_n),
         forward(columns, z.dtype, device_of(z.device)),
-        *(x, y, gate.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()),
-        *(z, n, mean, rstd, strides, rows, eps),
+        *((x, y), strides, gate.contiguous()),
+        *(weight.contiguous(), None if bias is None else bias.contiguous()),
+        *((z, n, mean, rstd), rows, eps),
         D=columns,
-        COLUMNS=power_of_two(columns),
         PER_CHANNEL=gate.numel() > 1,
         RMS=rms,
         UNIT=unit,
@@ -53,59 +54,55 @@ def gated_residual_norm_fwd(
     return z, n, mean, rstd
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["N"])
 def _gated_residual_norm_fwd_kernel(
-    x,
-    y,
-    gate,
-    weight,
-    bias,
-    z,
-    n,
-    mean,
-    rstd,
-    strides,
-    rows,
+    inputs,  # x, y [N, D]
+    strides,  # of each input's rows, in units
+    gate_ptr,  # [1] or [D]
+    weight_ptr,  # [D]
+    bias_ptr,  # [D] or None
+    outputs,  # z, n [N, D]; mean, rstd [N]
+    N,
     eps,
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     RMS: tl.constexpr,
     UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    inside = (row < rows)[:, None] & (columns < D)[None, :]
-    total = gated_sum(x, y, gate, strides, row * UNIT, columns, inside, D, PER_CHANNEL)
-    total = total.to(z.dtype.element_ty)
-    store(z, row, D, columns, inside, total)
-    centre, centred, scale = normalise(total.to(tl.float32), columns, eps, D, RMS)
-    tl.store(mean + row, centre, mask=row < rows)
-    tl.store(rstd + row, scale, mask=row < rows)
-    normed = centred * scale[:, None] * load_vector(weight, columns, D)
-    if bias is not None:
-        normed += load_vector(bias, columns, D)
-    store(n, row, D, columns, inside, normed)
+    z_ptr, n_ptr, mean_ptr, rstd_ptr = outputs
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, power_of_two(D))
+    inside = (rows < N)[:, None] & (columns < D)[None, :]
+    z = gated_sum(inputs, strides, gate_ptr, rows * UNIT, columns, inside, D, PER_CHANNEL)
+    z = z.to(z_ptr.dtype.element_ty)
+    store(z_ptr, rows, D, columns, inside, z)
+    mean, centred, rstd = normalise(z.to(tl.float32), columns, eps, D, RMS)
+    tl.store(mean_ptr + rows, mean, mask=rows < N)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < N)
+    n = centred * rstd[:, None] * load_vector(weight_ptr, columns, D)
+    if bias_ptr is not None:
+        n += load_vector(bias_ptr, columns, D)
+    store(n_ptr, rows, D, columns, inside, n)
 
 
 @triton.jit
-def normalise(rows, columns, eps, D: tl.constexpr, RMS: tl.constexpr):
-    """The mean of each row (of an RMSNorm 0), the row without it, and one over its standard deviation."""
+def normalise(z, columns, eps, D: tl.constexpr, RMS: tl.constexpr):
+    """The mean of each row (0 for an RMSNorm), the row without it, and one over its standard deviation."""
     if RMS:
-        mean = tl.zeros([rows.shape[0]], tl.float32)
-        variance = mean_of(rows * rows, D)
+        mean = tl.zeros([z.shape[0]], tl.float32)
+        variance = row_mean(z * z, D)
     else:
-        rough = mean_of(rows, D)
-        rows = tl.where((columns < D)[None, :], rows - rough[:, None], 0.0)
+        rough = row_mean(z, D)
+        z = tl.where((columns < D)[None, :], z - rough[:, None], 0.0)
         # what the rough mean missed: a large mean loses the low bits of its sum
-        rest = mean_of(rows, D)
+        rest = row_mean(z, D)
         mean = rough + rest
-        variance = mean_of(rows * rows, D) - rest * rest
-        rows -= rest[:, None]
-    return mean, rows, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+        variance = row_mean(z * z, D) - rest * rest
+        z -= rest[:, None]
+    return mean, z, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
 
 
 @triton.jit
-def mean_of(rows, D: tl.constexpr):
-    return tl.sum(rows, 1) * (1 / D)
+def row_mean(tile, D: tl.constexpr):  # [rows]
+    return tl.sum(tile, 1) * (1 / D)

@@ -24,7 +24,7 @@ class Rows(Config):
 
 @dataclass(frozen=True)
 class Static:
-    """What a launch depends on: of the length of the text no more than whether it is a tile or less."""
+    """What a launch depends on. `few_rows` is all that it knows of the length of the text."""
 
     latents: int
     head_dim: int
@@ -53,7 +53,7 @@ def is_one_shot(immediate: bool, latents: int, head_dim: int, dtype: torch.dtype
     return immediate and power_of_two(latents) <= _most_keys(head_dim, dtype)
 
 
-def block_of_latents(one_shot: bool, latents: int, head_dim: int, dtype: torch.dtype) -> int:
+def block_r(one_shot: bool, latents: int, head_dim: int, dtype: torch.dtype) -> int:
     """How many keys of a medium make a tile."""
     return power_of_two(latents) if one_shot else min(power_of_two(latents), 64, _most_keys(head_dim, dtype))
 

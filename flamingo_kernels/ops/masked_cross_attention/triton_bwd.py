@@ -1,9 +1,9 @@
 """Backward of masked cross-attention in Triton. Oracle: autograd through `reference.py`.
 
-    P = softmax(scale q k^T),  delta = rowsum(dout out),  dS = P (dout v^T - delta)
-    dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout
+    p = softmax(scale q k^T)    dp = dout v^T    delta = rowsum(dout out)    ds = p (dp - delta)
+    dq = scale ds k             dk = scale ds^T q                            dv = p^T dout
 
-Rows in which one key weighs more than all others have delta = rowsum(P dP), by a pass over the keys before.
+Rows in which one key weighs more than all others have delta = rowsum(p dp), by a pass over the keys before.
 
 one shot    A program has a medium of one head. k, v, dk and dv stay with it while it goes through the rows
             that see the medium. They see no other, so it makes their softmax anew, needs neither out nor sums
@@ -11,8 +11,8 @@ one shot    A program has a medium of one head. k, v, dk and dv stay with it whi
 spans       Rows belong to several media. One kernel has a tile of rows and visits the keys they see, for dq;
             one has a tile of keys and visits the rows that see it, for dk and dv.
 
-Where there are too few keys to fill the device, their rows are cut into parts, whose dk and dv are added in
-order.
+Where there are too few keys to fill the device, the rows of each are split among programs, whose sums for dk
+and dv are added in order.
 
 Bytes: one shot reads q, dout, k, v and writes dq, dk, dv, each once; spans read q, dout, k, v twice and out
 once. FLOPs: one shot 10 d a row and visible key, spans 14 d.
@@ -20,42 +20,38 @@ once. FLOPs: one shot 10 d a row and visible key, spans 14 d.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._backends.triton.config import device_of, power_of_two, splits
+from ..._backends.triton.config import count_splits, device_of
 from ..._backends.triton.language import (
     dot,
-    head_of,
     is_saturated,
-    kept_weights,
     load_head,
     load_rows,
     load_softmax,
-    load_tile,
-    power_below,
+    power_of_two,
     row_dot,
-    row_of,
+    row_index,
+    scaled_exp2,
+    scaled_exp2_saved,
+    scores,
     store_rows,
     store_tile,
     wide,
 )
-from ..._backends.triton.launch import base2, launch, precision
+from ..._backends.triton.launch import launch, precision, scales, strides
 from ..._backends.triton.reduction import add_in_order
-from .config import AVERAGES, FEW_ROWS, Static, backward_keys, backward_rows, block_of_latents, is_one_shot
+from .config import AVERAGES, FEW_ROWS, Static, backward_keys, backward_rows, block_r, is_one_shot
 from .triton_fwd import (
-    SIZES,
     check,
-    keys_of,
+    latents_in_tile,
     load_latents,
-    media_of,
-    scores_of,
-    spans_of,
-    tile_of,
+    load_spans,
+    media_ptr,
+    program_rows,
     tiles_seen,
 )
 
@@ -86,409 +82,336 @@ def masked_cross_attention_bwd(
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
 
-    block_r = block_of_latents(one_shot, latents, head_dim, q.dtype)
     static = Static(latents, head_dim, q.dtype, length <= FEW_ROWS, device_of(q.device))
-    inputs = (q, k, v, dout, q.stride()[:3], k.stride()[:4], v.stride()[:4], dout.stride()[:3], lo, hi)
-    sizes = (length, media, heads, heads // kv_heads, base2(scale))
+    stats = (*softmax, softmax.new_empty(softmax.shape[1:]))  # row_max, row_sum, delta
+    inputs = ((q, k, v, dout), strides(q, k, v, dout))
+    options = ((heads, heads // kv_heads), scales(scale))
     constants = {
         "R": latents,
         "D": head_dim,
-        "BLOCK_R": block_r,
-        "COLUMNS": power_of_two(head_dim),
-        "SIGN": math.copysign(1, scale),
+        "BLOCK_R": block_r(one_shot, latents, head_dim, q.dtype),
         "PRECISION": precision(q),
     }
-
-    delta = softmax.new_empty(softmax.shape[1:])
     if not one_shot:
         launch(
-            _rows_kernel,
+            _masked_xattn_bwd_rows_kernel,
             lambda config: batch * triton.cdiv(length, config.block_t) * heads,
             backward_rows(static),
-            *(*inputs, out, *softmax, delta, dq, *sizes, scale),
+            *(*inputs, (lo, hi), out, stats, dq, length, media, *options),
             **constants,
         )
 
-    share = _share_of_averages(dout, hi, k) if averages else delta
-    programs = batch * media * triton.cdiv(latents, block_r) * kv_heads
+    programs = batch * media * triton.cdiv(latents, constants["BLOCK_R"]) * kv_heads
     choice = backward_keys(static, one_shot)
-    parts = splits(programs, triton.cdiv(length, media * choice.default.block_t), static.device)
-    partial_dk, partial_dv = (
-        (dk, dv) if parts == 1 else torch.empty(2, parts, *k.shape, dtype=torch.float32, device=k.device)
-    )
+    splits = count_splits(programs, triton.cdiv(length, media * choice.default.block_t), static.device)
+    if splits > 1:
+        dk, dv = torch.empty(2, splits, *k.shape, dtype=torch.float32, device=k.device)
     launch(
-        _one_shot_kernel if one_shot else _keys_kernel,
-        lambda config: parts * programs,
+        _masked_xattn_bwd_one_shot_kernel if one_shot else _masked_xattn_bwd_keys_kernel,
+        lambda config: splits * programs,
         choice,
-        *(*inputs, start, stop, *softmax, delta, share, dq, partial_dk, partial_dv),
-        *(batch, *sizes, scale, parts),
+        *(*inputs, (lo, hi, start, stop), stats, _dv_share(dout, hi, k) if averages else None),
+        *((dq, dk, dv), batch, length, media, splits, *options),
         **constants,
-        AVERAGES=averages,
     )
-    if parts > 1:
-        dk, dv = add_in_order(partial_dk, k.dtype), add_in_order(partial_dv, v.dtype)
+    if splits > 1:
+        dk, dv = add_in_order(dk, k.dtype), add_in_order(dv, v.dtype)
     return dq, dk, dv
 
 
-@triton.jit(do_not_specialize=["B", *SIZES, "parts"])
-def _one_shot_kernel(
-    q,
-    k,
-    v,
-    dout,
-    q_strides,
-    k_strides,
-    v_strides,
-    dout_strides,
-    lo,
-    hi,
-    start,
-    stop,
-    softmax_max,
-    softmax_sum,
-    delta,
-    share,
-    dq,
-    dk,
-    dv,
+@triton.jit(do_not_specialize=["B", "T", "M", "splits"])
+def _masked_xattn_bwd_one_shot_kernel(
+    inputs,  # q [B, T, H, d]; k, v [B, M, R, Hkv, d]; dout like q
+    strides,  # of each input
+    spans,  # lo, hi [B, T]; start, stop [B, M]
+    stats,  # row_max, row_sum, delta, all empty
+    dv_share_ptr,  # [B, Hkv, d] or None
+    grads,  # dq [B, T, H, d]; dk, dv [splits, B, M, R, Hkv, d]
     B,
     T,
     M,
-    H,
-    GROUP,
-    base2_scale,
-    scale,
-    parts,
+    splits,
+    heads,  # H, GROUP
+    scales,  # scale, scale_log2, sign
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    AVERAGES: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    q_ptr, k_ptr, v_ptr, dout_ptr = inputs
+    q_strides, k_strides, v_strides, dout_strides = strides
+    dq_ptr, dk_ptr, dv_ptr = grads
+    H, GROUP = heads
+    scale, scale_log2, sign = scales
     kv_heads = H // GROUP
-    batch, medium, kv_head, part = medium_of(M, kv_heads, parts)
+    batch, medium, kv_head, split = program_medium(M, kv_heads, splits)
     latents = tl.arange(0, BLOCK_R)
-    inside = latents < R
-    keys = load_latents(media_of(k, k_strides, batch, kv_head), k_strides, medium, latents, R, D, COLUMNS)
-    values = load_latents(media_of(v, v_strides, batch, kv_head), v_strides, medium, latents, R, D, COLUMNS)
+    k = load_latents(media_ptr(k_ptr, k_strides, batch, kv_head), k_strides, medium, latents, R, D)
+    v = load_latents(media_ptr(v_ptr, v_strides, batch, kv_head), v_strides, medium, latents, R, D)
 
-    dkeys = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
-    dvalues = first_dvalues(share, batch, kv_head, part, kv_heads, BLOCK_R, D, COLUMNS, AVERAGES)
-    begin, after = part_of(start, stop, batch * M + medium, part, parts, T, BLOCK_T)
+    dk = tl.zeros([BLOCK_R, power_of_two(D)], tl.float32)
+    dv = initial_dv(dv_share_ptr, batch, kv_head, split, kv_heads, BLOCK_R, D)
+    begin, end = rows_in_split(spans, batch * M + medium, split, splits, T, BLOCK_T)
     for index in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         head = wide(index)
-        q_head = head_of(q, q_strides, batch, head)
-        dout_head = head_of(dout, dout_strides, batch, head)
-        for at in range(begin, after, BLOCK_T):
-            rows = at + tl.arange(0, BLOCK_T)
-            first, end = spans_of(lo, hi, batch, rows, T, M)
-            here = (first <= medium) & (medium < end) & (rows < after)
-            queries = load_tile(q_head, rows, q_strides[1], here, D, COLUMNS)
-            douts = load_tile(dout_head, rows, dout_strides[1], here, D, COLUMNS)
+        for first in range(begin, end, BLOCK_T):
+            rows, here = rows_that_see(medium, spans, batch, first, end, T, M, BLOCK_T)
+            q = load_head(q_ptr, q_strides, batch, rows, head, here, D)
+            dout = load_head(dout_ptr, dout_strides, batch, rows, head, here, D)
 
-            scores = scores_of(queries, keys, inside, SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
-            weights = power_below(scores, tl.max(scores, 1)[:, None], base2_scale)
-            weights = weights / tl.sum(weights, 1)[:, None]
-            dweights = dot(douts, tl.trans(values), PRECISION)
-            difference = dweights - tl.sum(weights * dweights, 1)[:, None]
-            weights = tl.where(here[:, None], weights, 0.0)
-            dscores = tl.where(here[:, None], weights * difference, 0.0).to(queries.dtype)
+            s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
+            p = scaled_exp2(s, tl.max(s, 1)[:, None], scale_log2)
+            p = p / tl.sum(p, 1)[:, None]
+            dp = dot(dout, tl.trans(v), PRECISION)
+            delta = tl.sum(p * dp, 1)
+            ds = tl.where(here[:, None], p * (dp - delta[:, None]), 0.0).to(q.dtype)
+            p = tl.where(here[:, None], p, 0.0)
 
-            dvalues += dot(tl.trans(weights.to(douts.dtype)), douts, PRECISION)
-            dkeys += dot(tl.trans(dscores), queries, PRECISION)
-            dqueries = dot(dscores, keys, PRECISION) * scale
-            store_rows(dq, batch, rows, head, dqueries, here, T, H, D, COLUMNS)
+            dv += dot(tl.trans(p.to(dout.dtype)), dout, PRECISION)
+            dk += dot(tl.trans(ds), q, PRECISION)
+            dq = dot(ds, k, PRECISION) * scale
+            store_rows(dq_ptr, batch, rows, head, dq, here, T, H, D)
 
-    store_keys(dk, dkeys * scale, batch, medium, latents, kv_head, part, B, M, R, kv_heads, D, COLUMNS)
-    store_keys(dv, dvalues, batch, medium, latents, kv_head, part, B, M, R, kv_heads, D, COLUMNS)
+    store_latents(dk_ptr, dk * scale, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
+    store_latents(dv_ptr, dv, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
     clear_blind_rows(
-        dq, lo, hi, batch, medium * parts + part, M * parts, kv_head, T, M, H, GROUP, D, COLUMNS, BLOCK_T
+        dq_ptr, spans, batch, medium * splits + split, M * splits, kv_head, T, M, heads, D, BLOCK_T
     )
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _rows_kernel(
-    q,
-    k,
-    v,
-    dout,
-    q_strides,
-    k_strides,
-    v_strides,
-    dout_strides,
-    lo,
-    hi,
-    out,
-    softmax_max,
-    softmax_sum,
-    delta,
-    dq,
+@triton.jit(do_not_specialize=["T", "M"])
+def _masked_xattn_bwd_rows_kernel(
+    inputs,  # q [B, T, H, d]; k, v [B, M, R, Hkv, d]; dout like q
+    strides,  # of each input
+    spans,  # lo, hi [B, T]
+    out_ptr,  # [B, T, H, d]
+    stats,  # row_max, row_sum, delta [B, H, T]; delta is written
+    dq_ptr,  # [B, T, H, d]
     T,
     M,
-    H,
-    GROUP,
-    base2_scale,
-    scale,
+    heads,  # H, GROUP
+    scales,  # scale, scale_log2, sign
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    batch, rows, head = tile_of(T, H, BLOCK_T)
-    first, end = spans_of(lo, hi, batch, rows, T, M)
-    sees = first < end
-    k = media_of(k, k_strides, batch, head // GROUP)
-    v = media_of(v, v_strides, batch, head // GROUP)
-    queries = load_head(q, q_strides, batch, rows, head, sees, D, COLUMNS)
-    douts = load_head(dout, dout_strides, batch, rows, head, sees, D, COLUMNS)
-    deltas = row_dot(douts, load_rows(out, batch, rows, head, sees, T, H, D, COLUMNS))
-    highest, total = load_softmax(softmax_max, softmax_sum, batch, rows, head, sees, T, H, SIGN)
-    begin, after = tiles_seen(first, end, R, BLOCK_R)
+    q_ptr, k_ptr, v_ptr, dout_ptr = inputs
+    q_strides, k_strides, v_strides, dout_strides = strides
+    row_max_ptr, row_sum_ptr, delta_ptr = stats
+    H, GROUP = heads
+    scale, scale_log2, sign = scales
+    batch, rows, head = program_rows(T, H, BLOCK_T)
+    lo, hi = load_spans(spans, batch, rows, T, M)
+    sees = lo < hi
+    k_ptr = media_ptr(k_ptr, k_strides, batch, head // GROUP)
+    v_ptr = media_ptr(v_ptr, v_strides, batch, head // GROUP)
+    q = load_head(q_ptr, q_strides, batch, rows, head, sees, D)
+    dout = load_head(dout_ptr, dout_strides, batch, rows, head, sees, D)
+    delta = row_dot(dout, load_rows(out_ptr, batch, rows, head, sees, T, H, D))
+    row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, sees, T, H, sign)
+    begin, end = tiles_seen(lo, hi, R, BLOCK_R)
 
-    saturated = is_saturated(sees, total)
-    highest, total = highest[:, None], total[:, None]
-    if (
-        tl.max(saturated.to(tl.int32)) > 0
-    ):  # there dP cancels against delta: from the rounded out it would not
-        sums = tl.zeros([BLOCK_T], tl.float32)
-        for tile in range(begin, after):
-            medium, latents = keys_of(tile, R, BLOCK_R)
-            keys = load_latents(k, k_strides, medium, latents, R, D, COLUMNS)
-            values = load_latents(v, v_strides, medium, latents, R, D, COLUMNS)
-            scores = scores_of(queries, keys, latents < R, SIGN, PRECISION)
-            weights = kept_weights(scores, highest, base2_scale) / total
-            added = tl.sum(weights * dot(douts, tl.trans(values), PRECISION), 1)
-            sums = tl.where((first <= medium) & (medium < end), sums + added, sums)
-        deltas = tl.where(saturated, sums, deltas)
-    tl.store(delta + row_of(batch, rows, head, T, H), deltas, mask=rows < T)
+    saturated = is_saturated(sees, row_sum)
+    row_max, row_sum = row_max[:, None], row_sum[:, None]
+    # There dp cancels against delta, which the rounded out would spoil.
+    if tl.max(saturated.to(tl.int32)) > 0:
+        exact = tl.zeros([BLOCK_T], tl.float32)
+        for tile in range(begin, end):
+            medium, latents = latents_in_tile(tile, R, BLOCK_R)
+            k = load_latents(k_ptr, k_strides, medium, latents, R, D)
+            v = load_latents(v_ptr, v_strides, medium, latents, R, D)
+            s = scores(q, k, (latents < R)[None, :], sign, PRECISION)
+            p = scaled_exp2_saved(s, row_max, scale_log2) / row_sum
+            added = tl.sum(p * dot(dout, tl.trans(v), PRECISION), 1)
+            exact = tl.where((lo <= medium) & (medium < hi), exact + added, exact)
+        delta = tl.where(saturated, exact, delta)
+    tl.store(delta_ptr + row_index(batch, rows, head, T, H), delta, mask=rows < T)
 
-    dqueries = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
-    for tile in range(begin, after):
-        medium, latents = keys_of(tile, R, BLOCK_R)
-        keys = load_latents(k, k_strides, medium, latents, R, D, COLUMNS)
-        values = load_latents(v, v_strides, medium, latents, R, D, COLUMNS)
-        scores = scores_of(queries, keys, latents < R, SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
-        weights = kept_weights(scores, highest, base2_scale) / total
-        dscores = weights * (dot(douts, tl.trans(values), PRECISION) - deltas[:, None])
-        here = (first <= medium) & (medium < end)
-        added = dqueries + dot(dscores.to(keys.dtype), keys, PRECISION)
-        dqueries = tl.where(here[:, None], added, dqueries)
-    store_rows(dq, batch, rows, head, dqueries * scale, rows < T, T, H, D, COLUMNS)
+    dq = tl.zeros([BLOCK_T, power_of_two(D)], tl.float32)
+    for tile in range(begin, end):
+        medium, latents = latents_in_tile(tile, R, BLOCK_R)
+        k = load_latents(k_ptr, k_strides, medium, latents, R, D)
+        v = load_latents(v_ptr, v_strides, medium, latents, R, D)
+        s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
+        p = scaled_exp2_saved(s, row_max, scale_log2) / row_sum
+        ds = p * (dot(dout, tl.trans(v), PRECISION) - delta[:, None])
+        here = (lo <= medium) & (medium < hi)
+        dq = tl.where(here[:, None], dq + dot(ds.to(k.dtype), k, PRECISION), dq)
+    store_rows(dq_ptr, batch, rows, head, dq * scale, rows < T, T, H, D)
 
 
-@triton.jit(do_not_specialize=["B", *SIZES, "parts"])
-def _keys_kernel(
-    q,
-    k,
-    v,
-    dout,
-    q_strides,
-    k_strides,
-    v_strides,
-    dout_strides,
-    lo,
-    hi,
-    start,
-    stop,
-    softmax_max,
-    softmax_sum,
-    delta,
-    share,
-    dq,
-    dk,
-    dv,
+@triton.jit(do_not_specialize=["B", "T", "M", "splits"])
+def _masked_xattn_bwd_keys_kernel(
+    inputs,  # q [B, T, H, d]; k, v [B, M, R, Hkv, d]; dout like q
+    strides,  # of each input
+    spans,  # lo, hi [B, T]; start, stop [B, M]
+    stats,  # row_max, row_sum, delta [B, H, T]
+    dv_share_ptr,  # [B, Hkv, d] or None
+    grads,  # dq [B, T, H, d]; dk, dv [splits, B, M, R, Hkv, d]
     B,
     T,
     M,
-    H,
-    GROUP,
-    base2_scale,
-    scale,
-    parts,
+    splits,
+    heads,  # H, GROUP
+    scales,  # scale, scale_log2, sign
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    AVERAGES: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    q_ptr, k_ptr, v_ptr, dout_ptr = inputs
+    q_strides, k_strides, v_strides, dout_strides = strides
+    row_max_ptr, row_sum_ptr, delta_ptr = stats
+    _, dk_ptr, dv_ptr = grads
+    H, GROUP = heads
+    scale, scale_log2, sign = scales
     kv_heads = H // GROUP
-    batch, tile, kv_head, part = tile_of_keys(B, kv_heads, parts)
-    medium, latents = keys_of(tile, R, BLOCK_R)
-    inside = latents < R
-    keys = load_latents(media_of(k, k_strides, batch, kv_head), k_strides, medium, latents, R, D, COLUMNS)
-    values = load_latents(media_of(v, v_strides, batch, kv_head), v_strides, medium, latents, R, D, COLUMNS)
+    batch, tile, kv_head, split = program_keys(B, kv_heads, splits)
+    medium, latents = latents_in_tile(tile, R, BLOCK_R)
+    k = load_latents(media_ptr(k_ptr, k_strides, batch, kv_head), k_strides, medium, latents, R, D)
+    v = load_latents(media_ptr(v_ptr, v_strides, batch, kv_head), v_strides, medium, latents, R, D)
 
-    dkeys = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
-    dvalues = first_dvalues(share, batch, kv_head, part, kv_heads, BLOCK_R, D, COLUMNS, AVERAGES)
-    begin, after = part_of(start, stop, batch * M + medium, part, parts, T, BLOCK_T)
+    dk = tl.zeros([BLOCK_R, power_of_two(D)], tl.float32)
+    dv = initial_dv(dv_share_ptr, batch, kv_head, split, kv_heads, BLOCK_R, D)
+    begin, end = rows_in_split(spans, batch * M + medium, split, splits, T, BLOCK_T)
     for index in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         head = wide(index)
-        q_head = head_of(q, q_strides, batch, head)
-        dout_head = head_of(dout, dout_strides, batch, head)
-        for at in range(begin, after, BLOCK_T):
-            rows = at + tl.arange(0, BLOCK_T)
-            first, end = spans_of(lo, hi, batch, rows, T, M)
-            here = (first <= medium) & (medium < end) & (rows < after)
-            queries = load_tile(q_head, rows, q_strides[1], here, D, COLUMNS)
-            douts = load_tile(dout_head, rows, dout_strides[1], here, D, COLUMNS)
-            highest, total = load_softmax(softmax_max, softmax_sum, batch, rows, head, here, T, H, SIGN)
-            deltas = tl.load(delta + row_of(batch, rows, head, T, H), mask=here, other=0.0)
+        for first in range(begin, end, BLOCK_T):
+            rows, here = rows_that_see(medium, spans, batch, first, end, T, M, BLOCK_T)
+            q = load_head(q_ptr, q_strides, batch, rows, head, here, D)
+            dout = load_head(dout_ptr, dout_strides, batch, rows, head, here, D)
+            row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, here, T, H, sign)
+            delta = tl.load(delta_ptr + row_index(batch, rows, head, T, H), mask=here, other=0.0)
 
-            scores = scores_of(queries, keys, inside, SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
-            weights = kept_weights(scores, highest[:, None], base2_scale) / total[:, None]
-            weights = tl.where(here[:, None], weights, 0.0)
-            dweights = dot(douts, tl.trans(values), PRECISION)
-            dscores = tl.where(here[:, None], weights * (dweights - deltas[:, None]), 0.0)
-            dvalues += dot(tl.trans(weights.to(douts.dtype)), douts, PRECISION)
-            dkeys += dot(tl.trans(dscores.to(queries.dtype)), queries, PRECISION)
+            s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
+            p = scaled_exp2_saved(s, row_max[:, None], scale_log2) / row_sum[:, None]
+            p = tl.where(here[:, None], p, 0.0)
+            dp = dot(dout, tl.trans(v), PRECISION)
+            ds = tl.where(here[:, None], p * (dp - delta[:, None]), 0.0)
+            dv += dot(tl.trans(p.to(dout.dtype)), dout, PRECISION)
+            dk += dot(tl.trans(ds.to(q.dtype)), q, PRECISION)
 
-    store_keys(dk, dkeys * scale, batch, medium, latents, kv_head, part, B, M, R, kv_heads, D, COLUMNS)
-    store_keys(dv, dvalues, batch, medium, latents, kv_head, part, B, M, R, kv_heads, D, COLUMNS)
+    store_latents(dk_ptr, dk * scale, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
+    store_latents(dv_ptr, dv, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
 
 
 @triton.jit
-def medium_of(M, kv_heads, parts):
-    """Sequence, medium, head and part of this program; heads first, which lie side by side in memory."""
+def program_medium(M, kv_heads, splits):
+    """Sequence, medium, head and split of this program; heads first, which lie side by side in memory."""
     program = tl.program_id(0)
-    medium = program // kv_heads // parts
-    return wide(medium // M), wide(medium % M), program % kv_heads, program // kv_heads % parts
+    medium = program // kv_heads // splits
+    return wide(medium // M), wide(medium % M), program % kv_heads, program // kv_heads % splits
 
 
 @triton.jit
-def tile_of_keys(B, kv_heads, parts):
-    """Sequence, key tile, head and part of this program; the first media, which most rows see, come first."""
+def program_keys(B, kv_heads, splits):
+    """Sequence, tile of keys, head and split of this program; the media that most rows see, the first, come
+    first.
+    """
     program = tl.program_id(0)
-    tile = program // kv_heads // parts
-    return wide(tile % B), wide(tile // B), program % kv_heads, program // kv_heads % parts
+    tile = program // kv_heads // splits
+    return wide(tile % B), wide(tile // B), program % kv_heads, program // kv_heads % splits
 
 
 @triton.jit
-def part_of(start, stop, at, part, parts, T, BLOCK_T: tl.constexpr):
-    """The rows this program goes through: its part of those from the first to the last that see a medium."""
-    begin, after = tl.maximum(tl.load(start + at), 0), tl.minimum(tl.load(stop + at), T)
-    each = tl.cdiv(tl.cdiv(after - begin, parts), BLOCK_T) * BLOCK_T
-    return begin + part * each, tl.minimum(begin + (part + 1) * each, after)
+def rows_in_split(spans, index, split, splits, T, BLOCK_T: tl.constexpr):
+    """The first row of this split, and the one after its last, among those from the first that sees a medium
+    to the last; `index` is the medium's in `[B, M]`.
+    """
+    begin, end = tl.maximum(tl.load(spans[2] + index), 0), tl.minimum(tl.load(spans[3] + index), T)
+    size = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_T) * BLOCK_T
+    return begin + split * size, tl.minimum(begin + (split + 1) * size, end)
 
 
 @triton.jit
-def first_dvalues(
-    share,
-    batch,
-    kv_head,
-    part,
-    kv_heads,
-    BLOCK_R: tl.constexpr,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    AVERAGES: tl.constexpr,
-):  # [BLOCK_R, COLUMNS]
-    """What dv starts with: the share that every value has in the rows that average all."""
-    dvalues = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
-    if AVERAGES:
-        columns = tl.arange(0, COLUMNS)
-        if part == 0:
-            at = share + (batch * kv_heads + kv_head) * D + columns
-            dvalues += tl.load(at, mask=columns < D, other=0.0)[None, :]
-    return dvalues
+def rows_that_see(medium, spans, batch, first, end, T, M, BLOCK_T: tl.constexpr):
+    """The tile of rows from `first` on, and which of those before `end` see a medium."""
+    rows = first + tl.arange(0, BLOCK_T)
+    lo, hi = load_spans(spans, batch, rows, T, M)
+    return rows, (lo <= medium) & (medium < hi) & (rows < end)
 
 
 @triton.jit
-def store_keys(
-    into,
-    tile,
-    batch,
-    medium,
-    latents,
-    kv_head,
-    part,
-    B,
-    M,
-    R,
-    kv_heads,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
+def initial_dv(
+    dv_share_ptr, batch, kv_head, split, kv_heads, BLOCK_R: tl.constexpr, D: tl.constexpr
+):  # [BLOCK_R, BLOCK_D]
+    """What the rows that average all values send to each value, once, or 0."""
+    dv = tl.zeros([BLOCK_R, power_of_two(D)], tl.float32)
+    if dv_share_ptr is not None:
+        columns = tl.arange(0, power_of_two(D))
+        if split == 0:
+            ptrs = dv_share_ptr + (batch * kv_heads + kv_head) * D + columns
+            dv += tl.load(ptrs, mask=columns < D, other=0.0)[None, :]
+    return dv
+
+
+@triton.jit
+def store_latents(
+    ptr, tile, split, batch, medium, latents, kv_head, B, M, R: tl.constexpr, kv_heads, D: tl.constexpr
 ):
-    """To `[part, B, M, R, Hkv, d]`."""
-    row = ((wide(part) * B + batch) * M + medium) * R * kv_heads + kv_head
-    store_tile(into + row * D, latents, kv_heads * D, tile, latents < R, D, COLUMNS)
+    """To contiguous `[splits, B, M, R, Hkv, d]`."""
+    row = ((wide(split) * B + batch) * M + medium) * R * kv_heads + kv_head
+    store_tile(ptr + row * D, latents, kv_heads * D, tile, latents < R, D)
 
 
 @triton.jit
 def clear_blind_rows(
-    dq,
-    lo,
-    hi,
-    batch,
-    slice,
-    slices,
-    kv_head,
-    T,
-    M,
-    H,
-    GROUP,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    dq_ptr, spans, batch, slice, slices, kv_head, T, M, heads, D: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     """No program has the rows that see no medium, so each clears those in its slice of the text."""
-    each = tl.cdiv(T, slices)
-    after = tl.minimum((slice + 1) * each, T)
-    for at in range(slice * each, after, BLOCK_T):
-        rows = at + tl.arange(0, BLOCK_T)
-        first, end = spans_of(lo, hi, batch, rows, T, M)
-        blind = (first >= end) & (rows < after)
+    H, GROUP = heads
+    size = tl.cdiv(T, slices)
+    end = tl.minimum((slice + 1) * size, T)
+    for first in range(slice * size, end, BLOCK_T):
+        rows = first + tl.arange(0, BLOCK_T)
+        lo, hi = load_spans(spans, batch, rows, T, M)
+        blind = (lo >= hi) & (rows < end)
         for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-            zeros = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
-            store_rows(dq, batch, rows, wide(head), zeros, blind, T, H, D, COLUMNS)
+            zeros = tl.zeros([BLOCK_T, power_of_two(D)], tl.float32)
+            store_rows(dq_ptr, batch, rows, wide(head), zeros, blind, T, H, D)
 
 
-def _share_of_averages(dout: Tensor, hi: Tensor, k: Tensor) -> Tensor:  # [B, Hkv, d]
+def _dv_share(dout: Tensor, hi: Tensor, k: Tensor) -> Tensor:  # [B, Hkv, d]
     """What the rows that average all values of their sequence send to each of them."""
     batch, length, heads, head_dim = dout.shape
     _, media, latents, kv_heads, _ = k.shape
-    share = dout.new_empty(batch, kv_heads, head_dim, dtype=torch.float32)
+    dv_share = dout.new_empty(batch, kv_heads, head_dim, dtype=torch.float32)
     launch(
-        _share_kernel,
+        _masked_xattn_bwd_averages_kernel,
         lambda config: batch * kv_heads,
         AVERAGES,
-        *(dout, hi, share, dout.stride()[:3], length, media * latents, heads, heads // kv_heads),
+        *(dout, *strides(dout), hi, dv_share, length, media * latents, (heads, heads // kv_heads)),
         D=head_dim,
-        COLUMNS=power_of_two(head_dim),
     )
-    return share
+    return dv_share
 
 
-@triton.jit(do_not_specialize=["T", "H", "GROUP", "values"])
-def _share_kernel(
-    dout,
-    hi,
-    share,
-    strides,
+@triton.jit(do_not_specialize=["T", "values"])
+def _masked_xattn_bwd_averages_kernel(
+    dout_ptr,  # [B, T, H, d]
+    dout_strides,
+    hi_ptr,  # [B, T]
+    dv_share_ptr,  # [B, Hkv, d]
     T,
-    values,
-    H,
-    GROUP,
+    values,  # M * R
+    heads,  # H, GROUP
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    batch, kv_head = wide(tl.program_id(0) // (H // GROUP)), tl.program_id(0) % (H // GROUP)
-    total = tl.zeros([COLUMNS], tl.float32)
-    for at in range(0, T, BLOCK_T):
-        rows = at + tl.arange(0, BLOCK_T)
-        averages = tl.load(hi + batch * T + rows, mask=rows < T, other=0) < 0
+    H, GROUP = heads
+    program = tl.program_id(0)
+    batch, kv_head = wide(program // (H // GROUP)), program % (H // GROUP)
+    total = tl.zeros([power_of_two(D)], tl.float32)
+    for first in range(0, T, BLOCK_T):
+        rows = first + tl.arange(0, BLOCK_T)
+        averages = tl.load(hi_ptr + batch * T + rows, mask=rows < T, other=0) < 0
         if tl.max(averages.to(tl.int32)) > 0:  # rarely
             for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-                douts = load_head(dout, strides, batch, rows, wide(head), averages, D, COLUMNS)
-                total += tl.sum(douts.to(tl.float32), 0)
-    columns = tl.arange(0, COLUMNS)
-    tl.store(share + wide(tl.program_id(0)) * D + columns, total / values, mask=columns < D)
+                dout = load_head(dout_ptr, dout_strides, batch, rows, wide(head), averages, D)
+                total += tl.sum(dout.to(tl.float32), 0)
+    columns = tl.arange(0, power_of_two(D))
+    tl.store(dv_share_ptr + wide(program) * D + columns, total / values, mask=columns < D)

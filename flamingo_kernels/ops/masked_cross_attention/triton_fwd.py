@@ -13,27 +13,28 @@ numbers a row. FLOPs: 4 d a row and key, for all keys of the media that the tile
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..._backends.triton.checks import Checks
-from ..._backends.triton.config import device_of, power_of_two
+from ..._backends.triton.config import device_of
 from ..._backends.triton.language import (
     LOWEST,
     dot,
     load_head,
     load_tile,
-    power_below,
+    online_softmax,
+    power_of_two,
+    scaled_exp2,
+    scores,
     store_rows,
     store_softmax,
     wide,
 )
-from ..._backends.triton.launch import base2, launch, precision
-from .config import FEW_ROWS, Static, block_of_latents, forward, is_one_shot
+from ..._backends.triton.launch import launch, precision, scales, strides
+from .config import FEW_ROWS, Static, block_r, forward, is_one_shot
 
 
 def masked_cross_attention_fwd(
@@ -55,18 +56,15 @@ def masked_cross_attention_fwd(
     out = q.new_empty(q.shape)
     softmax = q.new_empty(2, batch, heads, 0 if one_shot else length, dtype=torch.float32)
     launch(
-        _one_shot_kernel if one_shot else _spans_kernel,
+        _masked_xattn_fwd_one_shot_kernel if one_shot else _masked_xattn_fwd_spans_kernel,
         lambda config: batch * triton.cdiv(length, config.block_t) * heads,
         forward(Static(latents, head_dim, q.dtype, length <= FEW_ROWS, device_of(q.device))),
-        *(q, k, v, out, *softmax, lo, hi),
-        *(q.stride()[:3], k.stride()[:4], v.stride()[:4]),
-        *(length, media, heads, heads // kv_heads, base2(scale)),
+        *((q, k, v), strides(q, k, v), (lo, hi), (out, *softmax)),
+        *(length, media, (heads, heads // kv_heads), scales(scale)),
         R=latents,
         D=head_dim,
-        BLOCK_R=block_of_latents(one_shot, latents, head_dim, q.dtype),
-        COLUMNS=power_of_two(head_dim),
+        BLOCK_R=block_r(one_shot, latents, head_dim, q.dtype),
         AVERAGES=averages,
-        SIGN=math.copysign(1, scale),
         PRECISION=precision(q),
     )
     return out, softmax
@@ -91,127 +89,110 @@ def check(
     return checks
 
 
-SIZES = ["T", "M", "H", "GROUP"]
 NOWHERE = tl.constexpr(2**31 - 1)  # the medium after the last
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _one_shot_kernel(
-    q,
-    k,
-    v,
-    out,
-    softmax_max,
-    softmax_sum,
-    lo,
-    hi,
-    q_strides,
-    k_strides,
-    v_strides,
+@triton.jit(do_not_specialize=["T", "M"])
+def _masked_xattn_fwd_one_shot_kernel(
+    inputs,  # q [B, T, H, d]; k, v [B, M, R, Hkv, d]
+    strides,  # of each input
+    spans,  # lo, hi [B, T]
+    outputs,  # out [B, T, H, d]; row_max, row_sum, both empty
     T,
     M,
-    H,
-    GROUP,
-    base2_scale,
+    heads,  # H, GROUP
+    scales,  # scale, scale_log2, sign
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    COLUMNS: tl.constexpr,
     AVERAGES: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    batch, rows, head = tile_of(T, H, BLOCK_T)
-    first, end = spans_of(lo, hi, batch, rows, T, M)  # [BLOCK_T] each
-    sees = first < end
-    k = media_of(k, k_strides, batch, head // GROUP)
-    v = media_of(v, v_strides, batch, head // GROUP)
-    queries = load_head(q, q_strides, batch, rows, head, sees, D, COLUMNS)
+    q_ptr, k_ptr, v_ptr = inputs
+    q_strides, k_strides, v_strides = strides
+    out_ptr, _, _ = outputs
+    H, GROUP = heads
+    _, scale_log2, sign = scales
+    batch, rows, head = program_rows(T, H, BLOCK_T)
+    lo, hi = load_spans(spans, batch, rows, T, M)  # [BLOCK_T] each
+    sees = lo < hi
+    k_ptr = media_ptr(k_ptr, k_strides, batch, head // GROUP)
+    v_ptr = media_ptr(v_ptr, v_strides, batch, head // GROUP)
+    q = load_head(q_ptr, q_strides, batch, rows, head, sees, D)
     latents = tl.arange(0, BLOCK_R)
 
-    product = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
-    total = tl.full([BLOCK_T], 1.0, tl.float32)
-    medium = tl.min(tl.where(sees, first, NOWHERE))
+    acc = tl.zeros([BLOCK_T, power_of_two(D)], tl.float32)
+    row_sum = tl.full([BLOCK_T], 1.0, tl.float32)
+    medium = tl.min(tl.where(sees, lo, NOWHERE))
     while medium < NOWHERE:
-        keys = load_latents(k, k_strides, medium, latents, R, D, COLUMNS)
-        values = load_latents(v, v_strides, medium, latents, R, D, COLUMNS)
-        scores = scores_of(queries, keys, latents < R, SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
-        weights = power_below(scores, tl.max(scores, 1)[:, None], base2_scale)
-        here = sees & (first == medium)
-        total = tl.where(here, tl.sum(weights, 1), total)
-        product = tl.where(here[:, None], dot(weights.to(values.dtype), values, PRECISION), product)
-        medium = tl.min(tl.where(sees & (first > medium), first, NOWHERE))
+        k = load_latents(k_ptr, k_strides, medium, latents, R, D)
+        v = load_latents(v_ptr, v_strides, medium, latents, R, D)
+        s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
+        p = scaled_exp2(s, tl.max(s, 1)[:, None], scale_log2)
+        here = sees & (lo == medium)
+        row_sum = tl.where(here, tl.sum(p, 1), row_sum)
+        acc = tl.where(here[:, None], dot(p.to(v.dtype), v, PRECISION), acc)
+        medium = tl.min(tl.where(sees & (lo > medium), lo, NOWHERE))
 
-    product = product / total[:, None]
+    acc = acc / row_sum[:, None]
     if AVERAGES:
-        product = average_blind_rows(product, end, v, v_strides, M, R, D, BLOCK_R, COLUMNS)
-    store_rows(out, batch, rows, head, product, rows < T, T, H, D, COLUMNS)
+        acc = average_blind_rows(acc, hi, v_ptr, v_strides, M, R, D, BLOCK_R)
+    store_rows(out_ptr, batch, rows, head, acc, rows < T, T, H, D)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _spans_kernel(
-    q,
-    k,
-    v,
-    out,
-    softmax_max,
-    softmax_sum,
-    lo,
-    hi,
-    q_strides,
-    k_strides,
-    v_strides,
+@triton.jit(do_not_specialize=["T", "M"])
+def _masked_xattn_fwd_spans_kernel(
+    inputs,  # q [B, T, H, d]; k, v [B, M, R, Hkv, d]
+    strides,  # of each input
+    spans,  # lo, hi [B, T]
+    outputs,  # out [B, T, H, d]; row_max, row_sum [B, H, T]
     T,
     M,
-    H,
-    GROUP,
-    base2_scale,
+    heads,  # H, GROUP
+    scales,  # scale, scale_log2, sign
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    COLUMNS: tl.constexpr,
     AVERAGES: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    batch, rows, head = tile_of(T, H, BLOCK_T)
-    first, end = spans_of(lo, hi, batch, rows, T, M)  # [BLOCK_T] each
-    sees = first < end
-    k = media_of(k, k_strides, batch, head // GROUP)
-    v = media_of(v, v_strides, batch, head // GROUP)
-    queries = load_head(q, q_strides, batch, rows, head, sees, D, COLUMNS)
+    q_ptr, k_ptr, v_ptr = inputs
+    q_strides, k_strides, v_strides = strides
+    out_ptr, row_max_ptr, row_sum_ptr = outputs
+    H, GROUP = heads
+    _, scale_log2, sign = scales
+    batch, rows, head = program_rows(T, H, BLOCK_T)
+    lo, hi = load_spans(spans, batch, rows, T, M)  # [BLOCK_T] each
+    sees = lo < hi
+    k_ptr = media_ptr(k_ptr, k_strides, batch, head // GROUP)
+    v_ptr = media_ptr(v_ptr, v_strides, batch, head // GROUP)
+    q = load_head(q_ptr, q_strides, batch, rows, head, sees, D)
 
-    product = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
-    total = tl.zeros([BLOCK_T], tl.float32)
-    highest = tl.full([BLOCK_T], LOWEST, tl.float32)
-    begin, after = tiles_seen(first, end, R, BLOCK_R)
-    for tile in range(begin, after):
-        medium, latents = keys_of(tile, R, BLOCK_R)
-        keys = load_latents(k, k_strides, medium, latents, R, D, COLUMNS)
-        values = load_latents(v, v_strides, medium, latents, R, D, COLUMNS)
-        scores = scores_of(queries, keys, latents < R, SIGN, PRECISION)  # [BLOCK_T, BLOCK_R]
-        here = (first <= medium) & (medium < end)
-        higher = tl.where(here, tl.maximum(highest, tl.max(scores, 1)), highest)
-        shrink = power_below(highest, higher, base2_scale)
-        weights = power_below(scores, higher[:, None], base2_scale)
-        added = product * shrink[:, None] + dot(weights.to(values.dtype), values, PRECISION)
-        total = tl.where(here, total * shrink + tl.sum(weights, 1), total)
-        product = tl.where(here[:, None], added, product)
-        highest = higher
+    acc = tl.zeros([BLOCK_T, power_of_two(D)], tl.float32)
+    row_sum = tl.zeros([BLOCK_T], tl.float32)
+    row_max = tl.full([BLOCK_T], LOWEST, tl.float32)
+    begin, end = tiles_seen(lo, hi, R, BLOCK_R)
+    for tile in range(begin, end):
+        medium, latents = latents_in_tile(tile, R, BLOCK_R)
+        k = load_latents(k_ptr, k_strides, medium, latents, R, D)
+        v = load_latents(v_ptr, v_strides, medium, latents, R, D)
+        s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
+        here = (lo <= medium) & (medium < hi)
+        acc, row_max, row_sum = online_softmax(acc, row_max, row_sum, s, v, here, scale_log2, PRECISION)
 
-    highest = tl.where(sees, highest, 0.0)
-    total = tl.where(sees, total, 1.0)
-    store_softmax(softmax_max, softmax_sum, batch, rows, head, highest, total, T, H, SIGN)
-    product = product / total[:, None]
+    row_max = tl.where(sees, row_max, 0.0)
+    row_sum = tl.where(sees, row_sum, 1.0)
+    store_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, row_max, row_sum, T, H, sign)
+    acc = acc / row_sum[:, None]
     if AVERAGES:
-        product = average_blind_rows(product, end, v, v_strides, M, R, D, BLOCK_R, COLUMNS)
-    store_rows(out, batch, rows, head, product, rows < T, T, H, D, COLUMNS)
+        acc = average_blind_rows(acc, hi, v_ptr, v_strides, M, R, D, BLOCK_R)
+    store_rows(out_ptr, batch, rows, head, acc, rows < T, T, H, D)
 
 
 @triton.jit
-def tile_of(T, H, BLOCK_T: tl.constexpr):
+def program_rows(T, H, BLOCK_T: tl.constexpr):
     """Sequence, rows and head of this program: heads first, which lie side by side in memory, then tiles from
     the end of the text, where rows may see the most media.
     """
@@ -222,64 +203,48 @@ def tile_of(T, H, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def spans_of(lo, hi, batch, rows, T, M):
+def load_spans(spans, batch, rows, T, M):  # lo, hi [rows]
     """The first medium that each row sees, and the one after its last; rows beyond the text see none."""
-    at = batch * T + rows
-    first = tl.load(lo + at, mask=rows < T, other=0)
-    return tl.maximum(first, 0), tl.minimum(tl.load(hi + at, mask=rows < T, other=0), M)
+    index = batch * T + rows
+    lo = tl.load(spans[0] + index, mask=rows < T, other=0)
+    return tl.maximum(lo, 0), tl.minimum(tl.load(spans[1] + index, mask=rows < T, other=0), M)
 
 
 @triton.jit
-def tiles_seen(first, end, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The range of key tiles that some row sees."""
-    each: tl.constexpr = tl.cdiv(R, BLOCK_R)
-    after = tl.max(tl.where(first < end, end, 0))
-    return tl.min(tl.where(first < end, first, after)) * each, after * each
+def tiles_seen(lo, hi, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The first tile of keys that some row sees, and the one after the last."""
+    TILES: tl.constexpr = tl.cdiv(R, BLOCK_R)  # of a medium
+    end = tl.max(tl.where(lo < hi, hi, 0))
+    return tl.min(tl.where(lo < hi, lo, end)) * TILES, end * TILES
 
 
 @triton.jit
-def keys_of(tile, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The medium of a key tile, and its latents there."""
-    each: tl.constexpr = tl.cdiv(R, BLOCK_R)
-    return tile // each, tile % each * BLOCK_R + tl.arange(0, BLOCK_R)
+def latents_in_tile(tile, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The medium of a tile of keys, and its latents there."""
+    TILES: tl.constexpr = tl.cdiv(R, BLOCK_R)  # of a medium
+    return tile // TILES, tile % TILES * BLOCK_R + tl.arange(0, BLOCK_R)
 
 
 @triton.jit
-def media_of(tensor, strides, batch, kv_head):
+def media_ptr(ptr, strides, batch, kv_head):
     """Where the media of a head begin in `[B, M, R, Hkv, d]` with any strides."""
-    return tensor + batch * strides[0] + kv_head * strides[3]
+    return ptr + batch * strides[0] + kv_head * strides[3]
 
 
 @triton.jit
-def load_latents(media, strides, medium, latents, R: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr):
-    """Keys or values of a medium; `media` as `media_of` gives it."""
-    return load_tile(media + wide(medium) * strides[1], latents, strides[2], latents < R, D, COLUMNS)
+def load_latents(ptr, strides, medium, latents, R: tl.constexpr, D: tl.constexpr):  # [latents, BLOCK_D]
+    """Keys or values of a medium; `ptr` is a `media_ptr`."""
+    return load_tile(ptr + wide(medium) * strides[1], latents, strides[2], latents < R, D)
 
 
 @triton.jit
-def scores_of(queries, keys, inside, SIGN: tl.constexpr, PRECISION: tl.constexpr):  # [BLOCK_T, BLOCK_R]
-    """Scores, not scaled yet, turned so that the highest weighs the most; -inf where there is no key."""
-    return tl.where(inside[None, :], dot(queries, tl.trans(keys), PRECISION) * SIGN, float("-inf"))
-
-
-@triton.jit
-def average_blind_rows(
-    product,
-    end,
-    v,
-    v_strides,
-    M,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def average_blind_rows(acc, hi, v_ptr, v_strides, M, R: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr):
     """Rows whose span ends at -1 get the mean of all values of their sequence."""
-    if tl.min(end) < 0:
-        total = tl.zeros([COLUMNS], tl.float32)
+    if tl.min(hi) < 0:
+        total = tl.zeros([power_of_two(D)], tl.float32)
         for tile in range(0, M * tl.cdiv(R, BLOCK_R)):
-            medium, latents = keys_of(tile, R, BLOCK_R)
-            values = load_latents(v, v_strides, medium, latents, R, D, COLUMNS)
-            total += tl.sum(values.to(tl.float32), 0)
-        product = tl.where((end < 0)[:, None], (total / (M * R))[None, :], product)
-    return product
+            medium, latents = latents_in_tile(tile, R, BLOCK_R)
+            v = load_latents(v_ptr, v_strides, medium, latents, R, D)
+            total += tl.sum(v.to(tl.float32), 0)
+        acc = tl.where((hi < 0)[:, None], (total / (M * R))[None, :], acc)
+    return acc

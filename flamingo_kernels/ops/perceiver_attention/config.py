@@ -11,29 +11,29 @@ from functools import cache
 
 import torch
 
-from ..._backends.triton.config import Choice, Config, Device, power_of_two, splits
+from ..._backends.triton.config import Choice, Config, Device, count_splits, power_of_two
 
 _TILE = 16384  # bytes of the largest tile that a program keeps; those it goes through are half as large
-_LEAST_KEYS = 256  # of a part: with fewer, what a part reads and writes besides outweighs its keys
+_LEAST_KEYS = 256  # of a split: with fewer, what it reads and writes besides outweighs its keys
 
 
 @dataclass(frozen=True, kw_only=True)
 class Queries(Config):
     """A program takes a block of queries."""
 
-    block_queries: int = 16
+    block_r: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles(Queries):
     """A program takes blocks of queries and blocks of keys."""
 
-    block_keys: int = 16
+    block_s: int = 16
 
 
-def parts_of(programs: int, keys: int, device: Device) -> int:
-    """How many parts to cut the keys of a clip into."""
-    return splits(programs, keys // _LEAST_KEYS, device)
+def count_key_splits(programs: int, keys: int, device: Device) -> int:
+    """Among how many programs to split the keys of a clip."""
+    return count_splits(programs, keys // _LEAST_KEYS, device)
 
 
 def is_whole(queries: int, head_dim: int, dtype: torch.dtype, group: int) -> bool:
@@ -45,43 +45,43 @@ def is_whole(queries: int, head_dim: int, dtype: torch.dtype, group: int) -> boo
 def forward(queries: int, head_dim: int, dtype: torch.dtype, device: Device) -> Choice[Tiles]:
     kept = min(power_of_two(queries), _kept(64, head_dim, dtype))
     tiles = Tiles(
-        block_queries=kept,
-        block_keys=_passing(64, head_dim, dtype, device),
+        block_r=kept,
+        block_s=_passing(64, head_dim, dtype, device),
         num_warps=_warps(kept, head_dim, dtype, device),
     )
     key = (queries, head_dim, str(dtype))
     if dtype == torch.float32:
         return Choice.of(tiles, key=key)
     deep = replace(tiles, num_stages=3)
-    return Choice.of(deep, tiles, replace(deep, block_keys=max(tiles.block_keys // 2, 16)), key=key)
+    return Choice.of(deep, tiles, replace(deep, block_s=max(tiles.block_s // 2, 16)), key=key)
 
 
 @cache
 def backward_queries(
     whole: bool, queries: int, head_dim: int, dtype: torch.dtype, device: Device
 ) -> Choice[Tiles]:
-    """Of the kernel that keeps queries; where it keeps all, the gradients of the keys need room too."""
+    """The kernel that keeps queries; where it keeps all, the gradients of the keys need room too."""
     kept = power_of_two(queries) if whole else min(power_of_two(queries), _kept(64, head_dim, dtype))
     tiles = Tiles(
-        block_queries=kept,
-        block_keys=_passing(32 if whole else 64, head_dim, dtype, device),
+        block_r=kept,
+        block_s=_passing(32 if whole else 64, head_dim, dtype, device),
         num_warps=_warps(kept, head_dim, dtype, device),
     )
     key = (whole, queries, head_dim, str(dtype))
     if dtype == torch.float32 or not whole:
         return Choice.of(tiles, key=key)
     factor = 2 if kept >= 64 and device.architecture in _FROM_SHARED_MEMORY else 1
-    more_keys = replace(tiles, block_keys=factor * tiles.block_keys)
+    more_keys = replace(tiles, block_s=factor * tiles.block_s)
     return Choice.of(tiles, replace(tiles, num_stages=1), more_keys, key=key)
 
 
 @cache
 def backward_keys(head_dim: int, dtype: torch.dtype, device: Device) -> Choice[Tiles]:
-    """Of the kernel that keeps keys, where no program keeps all queries."""
+    """The kernel that keeps keys, where no program keeps all queries."""
     kept = _kept(64, head_dim, dtype)
     tiles = Tiles(
-        block_queries=_passing(32, head_dim, dtype, device),
-        block_keys=kept,
+        block_r=_passing(32, head_dim, dtype, device),
+        block_s=kept,
         num_warps=_warps(kept, head_dim, dtype, device),
     )
     return Choice.of(tiles, key=(head_dim, str(dtype)))

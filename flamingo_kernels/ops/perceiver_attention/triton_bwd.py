@@ -1,14 +1,14 @@
 """Backward of perceiver attention in Triton. Oracle: autograd through `reference.py`.
 
-    P = softmax(scale q k^T),  delta = rowsum(dout out),  dS = P (dout v^T - delta)
-    dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout
+    p = softmax(scale q k^T)    dp = dout v^T    delta = rowsum(dout out)    ds = p (dp - delta)
+    dq = scale ds k             dk = scale ds^T q                            dv = p^T dout
 
-Rows in which one key weighs more than all others have delta = rowsum(P dP), by a pass over the keys before.
+Rows in which one key weighs more than all others have delta = rowsum(p dp), by a pass over the keys before.
 
 One kernel keeps queries and goes through the keys, media then latents, for dq. Where it keeps all queries of
 a head, and no other head shares the keys, it writes dk and dv of every key on the way. Elsewhere a second
-kernel keeps keys and goes through the queries. Where there are too few programs to fill the device the keys
-of a clip are cut into parts, whose dq are added in order. Keys that are not real get gradients of 0.
+kernel keeps keys and goes through the queries. Where there are too few programs to fill the device, the keys
+of a clip are split among several, whose dq are added in order. Keys that are not real get gradients of 0.
 
 Bytes: the first way reads q, dout, out, k, v and writes dq, dk, dv, each once; the second reads q, dout, k, v
 twice. FLOPs: 10 d a query and real key the first way, 14 d the second.
@@ -16,29 +16,36 @@ twice. FLOPs: 10 d a query and real key the first way, 14 d the second.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._backends.triton.config import device_of, power_of_two
+from ..._backends.triton.config import device_of
 from ..._backends.triton.language import (
     dot,
     is_saturated,
-    kept_weights,
     load_head,
     load_rows,
     load_softmax,
+    power_of_two,
     row_dot,
-    row_of,
+    row_index,
+    scaled_exp2_saved,
+    scores,
     store_rows,
 )
-from ..._backends.triton.launch import base2, launch, precision
+from ..._backends.triton.launch import launch, precision, scales, strides
 from ..._backends.triton.reduction import add_in_order
-from .config import Tiles, backward_keys, backward_queries, is_whole, parts_of
-from .triton_fwd import SIZES, check, keys_of, length_of, load_keys, part_of_keys, strides_of, tile_of
+from .config import Tiles, backward_keys, backward_queries, count_key_splits, is_whole
+from .triton_fwd import (
+    blocks_in_split,
+    check,
+    keys_in_block,
+    load_keys,
+    load_length,
+    program_tile,
+)
 
 
 def perceiver_attention_bwd(
@@ -67,42 +74,37 @@ def perceiver_attention_bwd(
 
     group, device = heads // kv_heads, device_of(q.device)
     whole = is_whole(queries, head_dim, q.dtype, group)
-    delta = softmax.new_empty(softmax.shape[1:])
-    scales = (scale, base2(scale))
-    constants = {
-        "D": head_dim,
-        "COLUMNS": power_of_two(head_dim),
-        "SIGN": math.copysign(1, scale),
-        "PRECISION": precision(q),
-    }
+    stats = (*softmax, softmax.new_empty(softmax.shape[1:]))  # row_max, row_sum, delta
+    options = ((heads, group), scales(scale))
+    constants = {"D": head_dim, "PRECISION": precision(q)}
 
     def programs(tiles: Tiles) -> int:
-        return clips * triton.cdiv(queries, tiles.block_queries) * heads
+        return clips * triton.cdiv(queries, tiles.block_r) * heads
 
     choice = backward_queries(whole, queries, head_dim, q.dtype, device)
-    parts = parts_of(programs(choice.default), features + latents, device)
-    dqs = dq if parts == 1 else q.new_empty(parts, *q.shape, dtype=torch.float32)
+    splits = count_key_splits(programs(choice.default), features + latents, device)
+    dkv = ((dk_media, dk_latents), (dv_media, dv_latents)) if whole else (None, None)
+    partial_dq = dq if splits == 1 else q.new_empty(splits, *q.shape, dtype=torch.float32)
     launch(
-        _queries_kernel,
-        lambda tiles: parts * programs(tiles),
+        _perceiver_bwd_queries_kernel,
+        lambda tiles: splits * programs(tiles),
         choice,
-        *(dout, q, (k_media, k_latents), (v_media, v_latents), out, *softmax, media_lengths),
-        *(dqs, (dk_media, dk_latents), (dv_media, dv_latents), delta),
-        *(*strides_of(dout, q), strides_of(k_media, k_latents), strides_of(v_media, v_latents)),
-        *(clips, queries, features, latents, heads, group, parts, *scales),
+        (q, (k_media, k_latents), (v_media, v_latents), dout, out),
+        (*strides(q), strides(k_media, k_latents), strides(v_media, v_latents), *strides(dout)),
+        *(media_lengths, stats, (partial_dq, *dkv)),
+        *(clips, queries, features, latents, splits, *options),
         **constants,
-        WHOLE=whole,
     )
-    if parts > 1:
-        dq = add_in_order(dqs, q.dtype)
+    if splits > 1:
+        dq = add_in_order(partial_dq, q.dtype)
 
     def collect(k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, lengths: Tensor | None) -> None:
         launch(
-            _keys_kernel,
-            lambda tiles: clips * triton.cdiv(k.shape[1], tiles.block_keys) * kv_heads,
+            _perceiver_bwd_keys_kernel,
+            lambda tiles: clips * triton.cdiv(k.shape[1], tiles.block_s) * kv_heads,
             backward_keys(head_dim, q.dtype, device),
-            *(dout, q, k, v, *softmax, delta, lengths, dk, dv, *strides_of(dout, q, k, v)),
-            *(queries, k.shape[1], heads, group, *scales),
+            *((q, k, v, dout), strides(q, k, v, dout), lengths, stats, (dk, dv)),
+            *(queries, k.shape[1], *options),
             **constants,
         )
 
@@ -112,159 +114,136 @@ def perceiver_attention_bwd(
     return dq, dk_media, dv_media, dk_latents, dv_latents
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _queries_kernel(
-    dout,
-    q,
-    k,
-    v,
-    out,
-    softmax_max,
-    softmax_sum,
-    media_lengths,
-    dq,
-    dk,
-    dv,
-    delta,
-    dout_strides,
-    q_strides,
-    k_strides,
-    v_strides,
+@triton.jit(do_not_specialize=["N", "R", "S", "L", "splits"])
+def _perceiver_bwd_queries_kernel(
+    inputs,  # q [N, R, H, d]; k, v: [N, S, Hkv, d] of media, [N, L, Hkv, d] of latents; dout, out like q
+    strides,  # of each input but out
+    media_lengths_ptr,  # [N] or None
+    stats,  # row_max, row_sum, delta [N, H, R]; delta is written
+    grads,  # dq [splits, N, R, H, d]; dk, dv like k, v, or None: another kernel makes them
     N,
     R,
     S,
     L,
-    H,
-    GROUP,
-    parts,
-    scale,
-    base2_scale,
+    splits,
+    heads,  # H, GROUP
+    scales,  # scale, scale_log2, sign
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    clip, part, rows, head = tile_of(R, H, parts, BLOCK_QUERIES)
+    q_ptr, k_ptrs, v_ptrs, dout_ptr, out_ptr = inputs
+    q_strides, k_strides, v_strides, dout_strides = strides
+    row_max_ptr, row_sum_ptr, delta_ptr = stats
+    dq_ptr, dk_ptrs, dv_ptrs = grads
+    H, GROUP = heads
+    scale, scale_log2, sign = scales
+    clip, split, rows, head = program_tile(R, H, splits, BLOCK_R)
     inside = rows < R
-    queries = load_head(q, q_strides, clip, rows, head, inside, D, COLUMNS)
-    douts = load_head(dout, dout_strides, clip, rows, head, inside, D, COLUMNS)
-    deltas = row_dot(douts, load_rows(out, clip, rows, head, inside, R, H, D, COLUMNS))
-    highest, total = load_softmax(softmax_max, softmax_sum, clip, rows, head, inside, R, H, SIGN)
-    highest, share = highest[:, None], 1 / total[:, None]
-    length = length_of(media_lengths, clip, S)
+    q = load_head(q_ptr, q_strides, clip, rows, head, inside, D)
+    dout = load_head(dout_ptr, dout_strides, clip, rows, head, inside, D)
+    delta = row_dot(dout, load_rows(out_ptr, clip, rows, head, inside, R, H, D))
+    row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, clip, rows, head, inside, R, H, sign)
+    row_max, row_share = row_max[:, None], 1 / row_sum[:, None]
+    length = load_length(media_lengths_ptr, clip, S)
 
-    saturated = is_saturated(inside, total)
-    if (
-        tl.max(saturated.to(tl.int32)) > 0
-    ):  # there dP cancels against delta: from the rounded out it would not
-        sums = tl.zeros([BLOCK_QUERIES], tl.float32)
-        for block in range(0, tl.cdiv(length, BLOCK_KEYS) + tl.cdiv(L, BLOCK_KEYS)):
-            media, at, real = keys_of(block, length, L, BLOCK_KEYS)
-            keys = load_keys(k, k_strides, media, clip, at, head // GROUP, real, D, COLUMNS)
-            values = load_keys(v, v_strides, media, clip, at, head // GROUP, real, D, COLUMNS)
-            scores = dot(queries, tl.trans(keys), PRECISION) * SIGN
-            seen = inside[:, None] & real[None, :]
-            weights = kept_weights(tl.where(seen, scores, float("-inf")), highest, base2_scale) * share
-            sums += tl.sum(weights * dot(douts, tl.trans(values), PRECISION), 1)
-        deltas = tl.where(saturated, sums, deltas)
+    saturated = is_saturated(inside, row_sum)
+    # There dp cancels against delta, which the rounded out would spoil.
+    if tl.max(saturated.to(tl.int32)) > 0:
+        exact = tl.zeros([BLOCK_R], tl.float32)
+        for block in range(0, tl.cdiv(length, BLOCK_S) + tl.cdiv(L, BLOCK_S)):
+            media, keys, real = keys_in_block(block, length, L, BLOCK_S)
+            k = load_keys(k_ptrs, k_strides, media, clip, keys, head // GROUP, real, D)
+            v = load_keys(v_ptrs, v_strides, media, clip, keys, head // GROUP, real, D)
+            s = scores(q, k, inside[:, None] & real[None, :], sign, PRECISION)
+            p = scaled_exp2_saved(s, row_max, scale_log2) * row_share
+            exact += tl.sum(p * dot(dout, tl.trans(v), PRECISION), 1)
+        delta = tl.where(saturated, exact, delta)
 
-    dqueries = tl.zeros([BLOCK_QUERIES, COLUMNS], tl.float32)
-    begin, end = part_of_keys(part, parts, length, L, BLOCK_KEYS)
+    dq = tl.zeros([BLOCK_R, power_of_two(D)], tl.float32)
+    begin, end = blocks_in_split(split, splits, length, L, BLOCK_S)
     for block in range(begin, end):
-        media, at, real = keys_of(block, length, L, BLOCK_KEYS)
-        keys = load_keys(k, k_strides, media, clip, at, head // GROUP, real, D, COLUMNS)
-        values = load_keys(v, v_strides, media, clip, at, head // GROUP, real, D, COLUMNS)
-        scores = dot(queries, tl.trans(keys), PRECISION) * SIGN
-        seen = inside[:, None] & real[None, :]
-        weights = kept_weights(tl.where(seen, scores, float("-inf")), highest, base2_scale) * share
-        dscores = weights * (dot(douts, tl.trans(values), PRECISION) - deltas[:, None])
-        weights, dscores = weights.to(values.dtype), dscores.to(keys.dtype)
-        if WHOLE:  # turned around, so that the first factor is what is kept: it takes the fewest registers
-            dkeys = tl.trans(dot(tl.trans(queries), dscores, PRECISION)) * scale
-            dvalues = tl.trans(dot(tl.trans(douts), weights, PRECISION))
-            store_keys(dk, media, clip, at, head, dkeys, real, S, L, H, D, COLUMNS)
-            store_keys(dv, media, clip, at, head, dvalues, real, S, L, H, D, COLUMNS)
-        dqueries += dot(dscores, keys, PRECISION)
-    store_rows(dq, part * N + clip, rows, head, dqueries * scale, inside, R, H, D, COLUMNS)
+        media, keys, real = keys_in_block(block, length, L, BLOCK_S)
+        k = load_keys(k_ptrs, k_strides, media, clip, keys, head // GROUP, real, D)
+        v = load_keys(v_ptrs, v_strides, media, clip, keys, head // GROUP, real, D)
+        s = scores(q, k, inside[:, None] & real[None, :], sign, PRECISION)  # [BLOCK_R, BLOCK_S]
+        p = scaled_exp2_saved(s, row_max, scale_log2) * row_share
+        ds = p * (dot(dout, tl.trans(v), PRECISION) - delta[:, None])
+        p, ds = p.to(v.dtype), ds.to(k.dtype)
+        if dk_ptrs is not None:
+            # transposed, so that the first factor is what is kept: it takes the fewest registers
+            dk = tl.trans(dot(tl.trans(q), ds, PRECISION)) * scale
+            dv = tl.trans(dot(tl.trans(dout), p, PRECISION))
+            store_keys(dk_ptrs, media, clip, keys, head, dk, real, S, L, H, D)
+            store_keys(dv_ptrs, media, clip, keys, head, dv, real, S, L, H, D)
+        dq += dot(ds, k, PRECISION)
+    store_rows(dq_ptr, split * N + clip, rows, head, dq * scale, inside, R, H, D)
 
-    if WHOLE:
-        zeros = tl.zeros([BLOCK_KEYS, COLUMNS], tl.float32)
-        for first in range(length + part * BLOCK_KEYS, S, parts * BLOCK_KEYS):
-            at = first + tl.arange(0, BLOCK_KEYS)
-            store_rows(dk[0], clip, at, head, zeros, at < S, S, H, D, COLUMNS)
-            store_rows(dv[0], clip, at, head, zeros, at < S, S, H, D, COLUMNS)
-    elif part == 0:
-        tl.store(delta + row_of(clip, rows, head, R, H), deltas, mask=inside)
+    if dk_ptrs is not None:
+        zeros = tl.zeros([BLOCK_S, power_of_two(D)], tl.float32)
+        for first in range(length + split * BLOCK_S, S, splits * BLOCK_S):
+            keys = first + tl.arange(0, BLOCK_S)
+            store_rows(dk_ptrs[0], clip, keys, head, zeros, keys < S, S, H, D)
+            store_rows(dv_ptrs[0], clip, keys, head, zeros, keys < S, S, H, D)
+    elif split == 0:
+        tl.store(delta_ptr + row_index(clip, rows, head, R, H), delta, mask=inside)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _keys_kernel(
-    dout,
-    q,
-    k,
-    v,
-    softmax_max,
-    softmax_sum,
-    delta,
-    lengths,
-    dk,
-    dv,
-    dout_strides,
-    q_strides,
-    k_strides,
-    v_strides,
+@triton.jit(do_not_specialize=["R", "S"])
+def _perceiver_bwd_keys_kernel(
+    inputs,  # q [N, R, H, d]; k, v [N, S, Hkv, d], of media or of latents; dout like q
+    strides,  # of each input
+    lengths_ptr,  # [N] or None
+    stats,  # row_max, row_sum, delta [N, H, R]
+    grads,  # dk, dv [N, S, Hkv, d]
     R,
     S,
-    H,
-    GROUP,
-    scale,
-    base2_scale,
+    heads,  # H, GROUP
+    scales,  # scale, scale_log2, sign
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
+    q_ptr, k_ptr, v_ptr, dout_ptr = inputs
+    q_strides, k_strides, v_strides, dout_strides = strides
+    row_max_ptr, row_sum_ptr, delta_ptr = stats
+    dk_ptr, dv_ptr = grads
+    H, GROUP = heads
+    scale, scale_log2, sign = scales
     kv_heads = H // GROUP
-    clip, _, at, kv_head = tile_of(S, kv_heads, 1, BLOCK_KEYS)
-    length = length_of(lengths, clip, S)
-    real = at < length
-    keys = load_head(k, k_strides, clip, at, kv_head, real, D, COLUMNS)
-    values = load_head(v, v_strides, clip, at, kv_head, real, D, COLUMNS)
+    clip, _, keys, kv_head = program_tile(S, kv_heads, 1, BLOCK_S)
+    length = load_length(lengths_ptr, clip, S)
+    real = keys < length
+    k = load_head(k_ptr, k_strides, clip, keys, kv_head, real, D)
+    v = load_head(v_ptr, v_strides, clip, keys, kv_head, real, D)
 
-    dkeys = tl.zeros([BLOCK_KEYS, COLUMNS], tl.float32)
-    dvalues = tl.zeros([BLOCK_KEYS, COLUMNS], tl.float32)
-    blocks = tl.cdiv(R, BLOCK_QUERIES)
-    for step in range(tl.where(tl.min(at) < length, GROUP * blocks, 0)):
+    dk = tl.zeros([BLOCK_S, power_of_two(D)], tl.float32)
+    dv = tl.zeros([BLOCK_S, power_of_two(D)], tl.float32)
+    blocks = tl.cdiv(R, BLOCK_R)
+    for step in range(tl.where(tl.min(keys) < length, GROUP * blocks, 0)):
         head = kv_head * GROUP + step // blocks
-        rows = step % blocks * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+        rows = step % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = rows < R
-        queries = load_head(q, q_strides, clip, rows, head, inside, D, COLUMNS)
-        douts = load_head(dout, dout_strides, clip, rows, head, inside, D, COLUMNS)
-        highest, total = load_softmax(softmax_max, softmax_sum, clip, rows, head, inside, R, H, SIGN)
-        deltas = tl.load(delta + row_of(clip, rows, head, R, H), mask=inside, other=0.0)
-        scores = dot(keys, tl.trans(queries), PRECISION) * SIGN
-        seen = real[:, None] & inside[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
-        weights = kept_weights(scores, highest[None, :], base2_scale) / total[None, :]
-        dscores = weights * (dot(values, tl.trans(douts), PRECISION) - deltas[None, :])
-        dkeys += dot(dscores.to(queries.dtype), queries, PRECISION)
-        dvalues += dot(weights.to(douts.dtype), douts, PRECISION)
+        q = load_head(q_ptr, q_strides, clip, rows, head, inside, D)
+        dout = load_head(dout_ptr, dout_strides, clip, rows, head, inside, D)
+        row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, clip, rows, head, inside, R, H, sign)
+        delta = tl.load(delta_ptr + row_index(clip, rows, head, R, H), mask=inside, other=0.0)
+        s = scores(k, q, real[:, None] & inside[None, :], sign, PRECISION)  # [BLOCK_S, BLOCK_R]
+        p = scaled_exp2_saved(s, row_max[None, :], scale_log2) / row_sum[None, :]
+        ds = p * (dot(v, tl.trans(dout), PRECISION) - delta[None, :])
+        dk += dot(ds.to(q.dtype), q, PRECISION)
+        dv += dot(p.to(dout.dtype), dout, PRECISION)
 
-    dkeys = tl.where(real[:, None], dkeys * scale, 0.0)
-    dvalues = tl.where(real[:, None], dvalues, 0.0)
-    store_rows(dk, clip, at, kv_head, dkeys, at < S, S, kv_heads, D, COLUMNS)
-    store_rows(dv, clip, at, kv_head, dvalues, at < S, S, kv_heads, D, COLUMNS)
+    dk = tl.where(real[:, None], dk * scale, 0.0)
+    dv = tl.where(real[:, None], dv, 0.0)
+    store_rows(dk_ptr, clip, keys, kv_head, dk, keys < S, S, kv_heads, D)
+    store_rows(dv_ptr, clip, keys, kv_head, dv, keys < S, S, kv_heads, D)
 
 
 @triton.jit
-def store_keys(
-    segments, media, clip, keys, head, tile, real, S, L, H, D: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """To contiguous `[N, S, H, d]` or `[N, L, H, d]`."""
-    into = tl.where(media, segments[0], segments[1])
-    store_rows(into, clip, keys, head, tile, real, tl.where(media, S, L), H, D, COLUMNS)
+def store_keys(ptrs, media, clip, keys, head, tile, real, S, L, H, D: tl.constexpr):
+    """To contiguous `[N, S, H, d]` of the media or `[N, L, H, d]` of the latents."""
+    ptr = tl.where(media, ptrs[0], ptrs[1])
+    store_rows(ptr, clip, keys, head, tile, real, tl.where(media, S, L), H, D)

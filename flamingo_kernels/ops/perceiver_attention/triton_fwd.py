@@ -2,17 +2,15 @@
 
 A program takes a block of queries of one head of one clip through an online softmax over blocks of keys: the
 clip's media as far as they are real, then its latents, two segments that are read where they lie. Where there
-are too few programs to fill the device the keys of a clip are cut into parts, each with a softmax of its own,
-which a second kernel combines in order.
+are too few programs to fill the device, the keys of a clip are split among several. Each has a softmax of its
+own, and a second kernel combines these in order.
 
 Bytes: q and every real key and value read once from memory (again from the cache by further blocks of
-queries and by heads that share them), out and two numbers a query written once. Parts write theirs in
+queries and by heads that share them), out and two numbers a query written once. Splits write theirs in
 float32, to be read once more. FLOPs: 4 d a query and real key.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
@@ -20,22 +18,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._backends.triton.checks import Checks
-from ..._backends.triton.config import device_of, power_of_two
+from ..._backends.triton.config import device_of
 from ..._backends.triton.language import (
     LOWEST,
-    dot,
-    head_of,
+    head_ptr,
     load_head,
     load_rows,
     load_softmax,
     load_tile,
-    power_below,
+    online_softmax,
+    power_of_two,
+    scaled_exp2,
+    scores,
     store_rows,
     store_softmax,
     wide,
 )
-from ..._backends.triton.launch import base2, launch, precision
-from .config import COMBINE, Queries, forward, parts_of
+from ..._backends.triton.launch import launch, precision, scales, strides
+from .config import COMBINE, Queries, count_key_splits, forward
 
 
 def perceiver_attention_fwd(
@@ -52,31 +52,32 @@ def perceiver_attention_fwd(
     features, latents, kv_heads = k_media.shape[1], k_latents.shape[1], k_media.shape[2]
     out = q.new_empty(q.shape)
     softmax = q.new_empty(2, clips, heads, queries, dtype=torch.float32)
-    constants = {"D": head_dim, "COLUMNS": power_of_two(head_dim), "SIGN": math.copysign(1, scale)}
 
     def programs(tiles: Queries) -> int:
-        return clips * triton.cdiv(queries, tiles.block_queries) * heads
+        return clips * triton.cdiv(queries, tiles.block_r) * heads
 
     device = device_of(q.device)
     choice = forward(queries, head_dim, q.dtype, device)
-    parts = parts_of(programs(choice.default), features + latents, device)
-    outs, softmaxes = out, softmax
-    if parts > 1:
-        outs = q.new_empty(parts, *q.shape, dtype=torch.float32)
-        softmaxes = q.new_empty(2, parts, clips, heads, queries, dtype=torch.float32)
+    splits = count_key_splits(programs(choice.default), features + latents, device)
+    outputs = (out, *softmax)
+    partials = outputs
+    if splits > 1:
+        partial_out = q.new_empty(splits, *q.shape, dtype=torch.float32)
+        partials = (partial_out, *q.new_empty(2, splits, clips, heads, queries, dtype=torch.float32))
     launch(
-        _attention_kernel,
-        lambda tiles: parts * programs(tiles),
+        _perceiver_fwd_kernel,
+        lambda tiles: splits * programs(tiles),
         choice,
-        *(q, (k_media, k_latents), (v_media, v_latents), media_lengths, outs, *softmaxes),
-        *(*strides_of(q), strides_of(k_media, k_latents), strides_of(v_media, v_latents)),
-        *(clips, queries, features, latents, heads, heads // kv_heads, parts, base2(scale)),
-        **constants,
+        (q, (k_media, k_latents), (v_media, v_latents)),
+        (*strides(q), strides(k_media, k_latents), strides(v_media, v_latents)),
+        *(media_lengths, partials),
+        *(clips, queries, features, latents, splits, (heads, heads // kv_heads), scales(scale)),
+        D=head_dim,
         PRECISION=precision(q),
     )
-    if parts > 1:
-        sizes = (clips, queries, heads, parts, base2(scale))
-        launch(_combine_kernel, programs, COMBINE, outs, *softmaxes, out, *softmax, *sizes, **constants)
+    if splits > 1:
+        sizes = (clips, queries, splits, heads, scales(scale))
+        launch(_perceiver_fwd_combine_kernel, programs, COMBINE, partials, outputs, *sizes, D=head_dim)
     return out, softmax
 
 
@@ -106,149 +107,132 @@ def check(
     return checks
 
 
-def strides_of(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
-    """How far clips, rows and heads lie apart."""
-    return tuple(tensor.stride()[:3] for tensor in tensors)
-
-
-SIZES = ["N", "R", "S", "L", "H", "GROUP", "parts"]
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _attention_kernel(
-    q,
-    k,
-    v,
-    media_lengths,
-    out,
-    softmax_max,
-    softmax_sum,
-    q_strides,
-    k_strides,
-    v_strides,
+@triton.jit(do_not_specialize=["N", "R", "S", "L", "splits"])
+def _perceiver_fwd_kernel(
+    inputs,  # q [N, R, H, d]; k, v: [N, S, Hkv, d] of media, [N, L, Hkv, d] of latents
+    strides,  # of each input
+    media_lengths_ptr,  # [N] or None
+    outputs,  # out [splits, N, R, H, d]; row_max, row_sum [splits, N, H, R]
     N,
     R,
     S,
     L,
-    H,
-    GROUP,
-    parts,
-    base2_scale,
+    splits,
+    heads,  # H, GROUP
+    scales,  # scale, scale_log2, sign
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    clip, part, rows, head = tile_of(R, H, parts, BLOCK_QUERIES)
-    queries = load_head(q, q_strides, clip, rows, head, rows < R, D, COLUMNS)
+    q_ptr, k_ptrs, v_ptrs = inputs
+    q_strides, k_strides, v_strides = strides
+    out_ptr, row_max_ptr, row_sum_ptr = outputs
+    H, GROUP = heads
+    _, scale_log2, sign = scales
+    clip, split, rows, head = program_tile(R, H, splits, BLOCK_R)
+    q = load_head(q_ptr, q_strides, clip, rows, head, rows < R, D)
 
-    product = tl.zeros([BLOCK_QUERIES, COLUMNS], tl.float32)
-    total = tl.zeros([BLOCK_QUERIES], tl.float32)
-    highest = tl.full([BLOCK_QUERIES], LOWEST, tl.float32)
-    length = length_of(media_lengths, clip, S)
-    begin, end = part_of_keys(part, parts, length, L, BLOCK_KEYS)
+    acc = tl.zeros([BLOCK_R, power_of_two(D)], tl.float32)
+    row_sum = tl.zeros([BLOCK_R], tl.float32)
+    row_max = tl.full([BLOCK_R], LOWEST, tl.float32)
+    length = load_length(media_lengths_ptr, clip, S)
+    begin, end = blocks_in_split(split, splits, length, L, BLOCK_S)
     for block in range(begin, end):
-        media, at, real = keys_of(block, length, L, BLOCK_KEYS)
-        keys = load_keys(k, k_strides, media, clip, at, head // GROUP, real, D, COLUMNS)
-        values = load_keys(v, v_strides, media, clip, at, head // GROUP, real, D, COLUMNS)
-        scores = dot(queries, tl.trans(keys), PRECISION) * SIGN
-        scores = tl.where(real[None, :], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        shrink = power_below(highest, higher, base2_scale)
-        weights = power_below(scores, higher[:, None], base2_scale)
-        total = total * shrink + tl.sum(weights, 1)
-        product = product * shrink[:, None] + dot(weights.to(values.dtype), values, PRECISION)
-        highest = higher
+        media, keys, real = keys_in_block(block, length, L, BLOCK_S)
+        k = load_keys(k_ptrs, k_strides, media, clip, keys, head // GROUP, real, D)
+        v = load_keys(v_ptrs, v_strides, media, clip, keys, head // GROUP, real, D)
+        s = scores(q, k, real[None, :], sign, PRECISION)  # [BLOCK_R, BLOCK_S]
+        acc, row_max, row_sum = online_softmax(acc, row_max, row_sum, s, v, None, scale_log2, PRECISION)
 
-    clip += part * N
-    store_rows(out, clip, rows, head, product / total[:, None], rows < R, R, H, D, COLUMNS)
-    store_softmax(softmax_max, softmax_sum, clip, rows, head, highest, total, R, H, SIGN)
+    clip += split * N
+    store_rows(out_ptr, clip, rows, head, acc / row_sum[:, None], rows < R, R, H, D)
+    store_softmax(row_max_ptr, row_sum_ptr, clip, rows, head, row_max, row_sum, R, H, sign)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _combine_kernel(
-    outs,
-    maxima,
-    sums,
-    out,
-    softmax_max,
-    softmax_sum,
+@triton.jit(do_not_specialize=["N", "R", "splits"])
+def _perceiver_fwd_combine_kernel(
+    partials,  # out [splits, N, R, H, d]; row_max, row_sum [splits, N, H, R]
+    outputs,  # the same without splits
     N,
     R,
+    splits,
     H,
-    parts,
-    base2_scale,
+    scales,  # scale, scale_log2, sign
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SIGN: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
-    clip, _, rows, head = tile_of(R, H, 1, BLOCK_QUERIES)
+    partial_out_ptr, partial_max_ptr, partial_sum_ptr = partials
+    out_ptr, row_max_ptr, row_sum_ptr = outputs
+    _, scale_log2, sign = scales
+    clip, _, rows, head = program_tile(R, H, 1, BLOCK_R)
 
-    product = tl.zeros([BLOCK_QUERIES, COLUMNS], tl.float32)
-    total = tl.zeros([BLOCK_QUERIES], tl.float32)
-    highest = tl.full([BLOCK_QUERIES], LOWEST, tl.float32)
-    for part in range(parts):
-        at = part * N + clip
-        part_highest, part_total = load_softmax(maxima, sums, at, rows, head, rows < R, R, H, SIGN)
-        has_keys = (rows < R) & (part_total != 0)  # without any a part has no average
-        part_out = load_rows(outs, at, rows, head, has_keys, R, H, D, COLUMNS)
-        higher = tl.maximum(highest, part_highest)
-        shrink = power_below(highest, higher, base2_scale)
-        weight = part_total * power_below(part_highest, higher, base2_scale)
-        total = total * shrink + weight
-        product = product * shrink[:, None] + part_out * weight[:, None]
-        highest = higher
+    acc = tl.zeros([BLOCK_R, power_of_two(D)], tl.float32)
+    row_sum = tl.zeros([BLOCK_R], tl.float32)
+    row_max = tl.full([BLOCK_R], LOWEST, tl.float32)
+    for split in range(splits):
+        index = split * N + clip
+        partial_max, partial_sum = load_softmax(
+            partial_max_ptr, partial_sum_ptr, index, rows, head, rows < R, R, H, sign
+        )
+        has_keys = (rows < R) & (partial_sum != 0)  # a split without keys has no average
+        partial_out = load_rows(partial_out_ptr, index, rows, head, has_keys, R, H, D)
+        new_max = tl.maximum(row_max, partial_max)
+        alpha = scaled_exp2(row_max, new_max, scale_log2)
+        weight = partial_sum * scaled_exp2(partial_max, new_max, scale_log2)
+        row_sum = row_sum * alpha + weight
+        acc = acc * alpha[:, None] + partial_out * weight[:, None]
+        row_max = new_max
 
-    store_rows(out, clip, rows, head, product / total[:, None], rows < R, R, H, D, COLUMNS)
-    store_softmax(softmax_max, softmax_sum, clip, rows, head, highest, total, R, H, SIGN)
+    store_rows(out_ptr, clip, rows, head, acc / row_sum[:, None], rows < R, R, H, D)
+    store_softmax(row_max_ptr, row_sum_ptr, clip, rows, head, row_max, row_sum, R, H, sign)
 
 
 @triton.jit
-def tile_of(R, H, parts, BLOCK_QUERIES: tl.constexpr):
-    """Clip, part of its keys, queries and head of this program: heads first, which lie side by side, then the
-    blocks of queries that read the same keys.
+def program_tile(length, H, splits, BLOCK: tl.constexpr):
+    """Clip, split, rows and head of this program: heads first, which lie side by side in memory, then blocks
+    of rows, which meet the same rows of the other side.
     """
     program = tl.program_id(0)
-    blocks = tl.cdiv(R, BLOCK_QUERIES)
+    blocks = tl.cdiv(length, BLOCK)
     block = program // H % blocks
-    part = program // H // blocks % parts
-    clip = program // H // blocks // parts
-    return wide(clip), part, block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES), wide(program % H)
+    split = program // H // blocks % splits
+    clip = program // H // blocks // splits
+    return wide(clip), split, block * BLOCK + tl.arange(0, BLOCK), wide(program % H)
 
 
 @triton.jit
-def length_of(media_lengths, clip, S):
-    """How many of the media keys of a clip are real."""
-    if media_lengths is None:
+def load_length(lengths_ptr, clip, S):
+    """How many of the S keys of a clip are real."""
+    if lengths_ptr is None:
         return S
     else:
-        return tl.minimum(tl.maximum(tl.load(media_lengths + clip), 0), S)
+        return tl.minimum(tl.maximum(tl.load(lengths_ptr + clip), 0), S)
 
 
 @triton.jit
-def part_of_keys(part, parts, length, L, BLOCK_KEYS: tl.constexpr):
-    """The first block of keys of one of equal parts, and the one after its last."""
-    blocks = tl.cdiv(length, BLOCK_KEYS) + tl.cdiv(L, BLOCK_KEYS)
-    each = tl.cdiv(blocks, parts)
-    return part * each, tl.minimum((part + 1) * each, blocks)
+def blocks_in_split(split, splits, length, L, BLOCK_S: tl.constexpr):
+    """The first block of keys of one of equal splits, and the one after its last."""
+    blocks = tl.cdiv(length, BLOCK_S) + tl.cdiv(L, BLOCK_S)
+    size = tl.cdiv(blocks, splits)
+    return split * size, tl.minimum((split + 1) * size, blocks)
 
 
 @triton.jit
-def keys_of(block, length, L, BLOCK_KEYS: tl.constexpr):
+def keys_in_block(block, length, L, BLOCK_S: tl.constexpr):
     """Whether a block of keys is of the media, which come first; its keys there; which of them are real."""
-    blocks = tl.cdiv(length, BLOCK_KEYS)
+    blocks = tl.cdiv(length, BLOCK_S)
     media = block < blocks
-    at = tl.where(media, block, block - blocks) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    return media, at, at < tl.where(media, length, L)
+    keys = tl.where(media, block, block - blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
+    return media, keys, keys < tl.where(media, length, L)
 
 
 @triton.jit
-def load_keys(segments, strides, media, clip, keys, head, real, D: tl.constexpr, COLUMNS: tl.constexpr):
-    """From `[N, S, Hkv, d]` or `[N, L, Hkv, d]`, with any strides."""
-    base = tl.where(
-        media, head_of(segments[0], strides[0], clip, head), head_of(segments[1], strides[1], clip, head)
+def load_keys(ptrs, strides, media, clip, keys, head, real, D: tl.constexpr):  # [keys, BLOCK_D]
+    """From `[N, S, Hkv, d]` of the media or `[N, L, Hkv, d]` of the latents, with any strides."""
+    media_ptr, latents_ptr = (
+        head_ptr(ptrs[0], strides[0], clip, head),
+        head_ptr(ptrs[1], strides[1], clip, head),
     )
-    return load_tile(base, keys, tl.where(media, strides[0][1], strides[1][1]), real, D, COLUMNS)
+    stride = tl.where(media, strides[0][1], strides[1][1])
+    return load_tile(tl.where(media, media_ptr, latents_ptr), keys, stride, real, D)

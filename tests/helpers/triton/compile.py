@@ -59,7 +59,7 @@ def prepare(target: Target) -> list[tuple[str, dict[str, Any], Any]]:
     for operator in filter(has_triton, dispatch.operators()):
         folder = f"flamingo_kernels.ops.{operator}"
         api = import_module(f"{folder}.api")
-        for way, calls in (("fwd", api._FWD), ("bwd", api._BWD)):
+        for way, calls in (("fwd", api.FWD), ("bwd", api.BWD)):
             calls["triton"] = getattr(import_module(f"{folder}.triton_{way}"), f"{operator}_{way}")
     for module in modules_that_ask():
         module.device_of = lambda device: target.device

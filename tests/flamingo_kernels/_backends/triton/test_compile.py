@@ -19,9 +19,14 @@ pytest.importorskip("triton", reason="the Triton backend is optional")
 OLDEST = Path(sys.prefix) / "triton-oldest"  # the Triton of torch 2.10 and 2.11; `make test` installs it
 DOTS = ("masked_cross_attention", "perceiver_attention")
 # The kernels around the products: they add or average what others made.
-WITHOUT_DOTS = ("_share_kernel", "_combine_kernel", "_sum_kernel", "_sum_many_kernel")
+WITHOUT_DOTS = (
+    "_masked_xattn_bwd_averages_kernel",
+    "_perceiver_fwd_combine_kernel",
+    "_sum_kernel",
+    "_sum_many_kernel",
+)
 # Those that write no more than two numbers a row.
-OF_ROWS = ("_gated_residual_norm_means_kernel",)
+OF_ROWS = ("_gated_residual_norm_bwd_means_kernel",)
 
 
 @functools.cache
@@ -104,7 +109,7 @@ def test_the_oldest_triton_compiles_the_same_source(target):
 def test_the_gates_can_fail():
     good = {
         "case": "masked_cross_attention: dtype=bfloat16",
-        "kernel": "_one_shot_kernel",
+        "kernel": "_masked_xattn_bwd_one_shot_kernel",
         **{"spilled": 0, "shared": 1, "matrix": 8, "wide_loads": 1, "wide_stores": 1},
     }
     for check, bad in (

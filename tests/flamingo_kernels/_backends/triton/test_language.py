@@ -12,33 +12,33 @@ import triton.language as tl  # noqa: E402
 from flamingo_kernels._backends.triton import language  # noqa: E402
 from flamingo_kernels._backends.triton.reduction import add_in_order  # noqa: E402
 
-tanh, tanh_slope, dot, row_dot = language.tanh, language.tanh_slope, language.dot, language.row_dot
+tanh, dtanh, dot, row_dot = language.tanh, language.dtanh, language.dot, language.row_dot
 
 
 @triton.jit
-def _tanh_kernel(a, values, slopes, BLOCK: tl.constexpr):
+def _tanh_kernel(a, values, derivatives, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(values + at, tanh(tl.load(a + at)))
-    tl.store(slopes + at, tanh_slope(tl.load(a + at)))
+    tl.store(derivatives + at, dtanh(tl.load(a + at)))
 
 
-def test_tanh_and_its_slope_are_accurate_everywhere():
+def test_tanh_and_its_derivative_are_accurate_everywhere():
     powers = torch.logspace(-30, 1.3, 2045)
     a = torch.cat([torch.tensor([0.0, torch.inf, 200.0]), powers])
     a = torch.cat([a, -a])
-    values, slopes = torch.empty_like(a), torch.empty_like(a)
-    _tanh_kernel[(1,)](a, values, slopes, BLOCK=a.numel())
+    values, derivatives = torch.empty_like(a), torch.empty_like(a)
+    _tanh_kernel[(1,)](a, values, derivatives, BLOCK=a.numel())
     exact = a.double().tanh()
     assert ((values.double() - exact).abs() <= 3.5 * torch.finfo(torch.float32).eps / 2 * exact.abs()).all()
-    slope = 1 / a.double().cosh() ** 2
-    assert ((slopes.double() - slope).abs() <= 1e-6 * slope + 1e-37).all()
+    derivative = 1 / a.double().cosh() ** 2
+    assert ((derivatives.double() - derivative).abs() <= 1e-6 * derivative + 1e-37).all()
 
 
 def test_tanh_of_nan_is_nan():
     a = torch.tensor([torch.nan, 0.0])
-    values, slopes = torch.empty_like(a), torch.empty_like(a)
-    _tanh_kernel[(1,)](a, values, slopes, BLOCK=2)
-    assert values.isnan().tolist() == slopes.isnan().tolist() == [True, False]
+    values, derivatives = torch.empty_like(a), torch.empty_like(a)
+    _tanh_kernel[(1,)](a, values, derivatives, BLOCK=2)
+    assert values.isnan().tolist() == derivatives.isnan().tolist() == [True, False]
 
 
 @triton.jit

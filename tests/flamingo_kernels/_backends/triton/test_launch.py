@@ -1,0 +1,66 @@
+"""What kernels are launched with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from flamingo_kernels.testing import (
+    Case,
+    GatedResidualCase,
+    GatedResidualNormCase,
+    MaskedCrossAttentionCase,
+    PerceiverAttentionCase,
+)
+
+pytest.importorskip("triton", reason="the Triton backend is optional")
+
+from flamingo_kernels._backends.triton import launch
+
+MASKED = MaskedCrossAttentionCase(policy="open_flamingo")
+# Calls of one model: texts and batches of other sizes, some of which are 1 or multiples of 16.
+CALLS: list[tuple[Case, ...]] = [
+    tuple(
+        replace(MASKED, immediate=immediate, batch=batch, length=length, media=media)
+        for batch, length, media in ((1, 1, 1), (2, 64, 3), (16, 33, 16))
+    )
+    for immediate in (True, False)
+]
+CALLS += [
+    tuple(
+        PerceiverAttentionCase(queries=queries, clips=clips, features=features)
+        for clips, features in ((1, 600), (2, 21), (16, 160))
+    )
+    for queries in (9, 300)
+]
+CALLS += [
+    tuple(case(shape=(rows, 40)) for rows in (1, 7, 640))
+    for case in (GatedResidualCase, GatedResidualNormCase)
+]
+
+
+def specialised(value: Any) -> Any:
+    """What Triton compiles a kernel for: of numbers in a tuple, whether they are 1 or multiples of 16."""
+    if isinstance(value, tuple):
+        return tuple(map(specialised, value))
+    return (value == 1, value % 16 == 0) if isinstance(value, int) else None
+
+
+@pytest.mark.parametrize("calls", CALLS, ids=lambda calls: f"{calls[0].operator}-{calls[0]}")
+def test_other_sizes_take_the_same_kernels(calls, monkeypatch):
+    seen: dict[str, set[Any]] = {}
+
+    def start(kernel: Any, count: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        tuples = tuple(each for each in arguments if isinstance(each, tuple))
+        seen.setdefault(kernel.__name__, set()).add(specialised(tuples))
+
+    monkeypatch.setattr(launch, "start", start)
+    for case in calls:
+        leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors().items()}
+        outputs = case.kernel("triton", **leaves)
+        torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(out) for out in outputs])
+    assert len(seen) > 1
+    assert {name: len(kinds) for name, kinds in seen.items()} == dict.fromkeys(seen, 1)
