@@ -1,6 +1,7 @@
 """Every size and choice of a Flamingo, and the presets of the published models."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from flamingo.language.decoder import PositionKind
 from flamingo.modules import Policy
@@ -110,25 +111,29 @@ class FlamingoConfig:
         return replace(PRESETS[name], **changes)
 
 
+def sizes(part: str, **values: int) -> dict[str, Any]:
+    """The sizes of one part, by the names of their fields in `FlamingoConfig`.
+
+    >>> sizes("language", dim=64, layers=4, heads=4)
+    {'language_dim': 64, 'language_layers': 4, 'language_heads': 4}
+    """
+    return {f"{part}_{name}": value for name, value in values.items()}
+
+
 # The paper's: NFNet-F6 at 320 pixels, a 10 x 10 grid of 3072 features, 8 training frames.
 _FLAMINGO_3B = FlamingoConfig(
     vision="nfnet-f6",
     image_size=320,
     vision_dim=3072,
-    resampler_dim=1536,
-    resampler_heads=16,
     # 128 is v1's Table 13 and gives the 194M of Table 5; appendix A.1.4 of v2 says dim / heads = 96.
-    resampler_dim_head=128,
+    **sizes("resampler", dim=1536, heads=16, dim_head=128),
     max_num_frames=8,
-    cross_attn_heads=16,
-    cross_attn_dim_head=128,
+    **sizes("cross_attn", heads=16, dim_head=128),
     norm_media=True,
     activation="squared_relu",
-    vocab_size=32000,
-    language_dim=2048,
-    language_layers=24,
-    language_heads=16,
+    **sizes("language", dim=2048, layers=24, heads=16),
     language_positions="relative",
+    vocab_size=32000,
 )
 
 # The released ones: a ViT of CLIP ViT-L/14's shape at 224, 8 heads of 64 whatever the language model, no time
@@ -137,20 +142,27 @@ _FLAMINGO_3B = FlamingoConfig(
 _OPEN_FLAMINGO_3B = FlamingoConfig(
     image_size=224,
     patch_size=14,
-    vision_dim=1024,
-    vision_layers=24,
-    vision_heads=16,
-    resampler_dim=1024,
-    resampler_heads=8,
-    resampler_dim_head=64,
-    cross_attn_heads=8,
-    cross_attn_dim_head=64,
+    **sizes("vision", dim=1024, layers=24, heads=16),
+    **sizes("resampler", dim=1024, heads=8, dim_head=64),
+    **sizes("cross_attn", heads=8, dim_head=64),
     policy="open_flamingo",
+    **sizes("language", dim=2048, layers=24, heads=16),
     vocab_size=50280,
-    language_dim=2048,
-    language_layers=24,
-    language_heads=16,
     media_token_id=50278,
+)
+
+_TINY = FlamingoConfig(
+    image_size=32,
+    patch_size=8,
+    **sizes("vision", dim=48, layers=2, heads=3),
+    **sizes("resampler", dim=40, heads=2, dim_head=16, depth=2),
+    num_latents=8,
+    max_num_frames=4,
+    **sizes("cross_attn", heads=2, dim_head=24, every=2),
+    norm_media=True,
+    activation="squared_relu",
+    **sizes("language", dim=64, layers=4, heads=4),
+    vocab_size=261,
 )
 
 PRESETS = {
@@ -158,57 +170,24 @@ PRESETS = {
     # Table 4's 40 layers and 10 blocks; the 7.1B and 1.6B parameters of Table 5 fit 32 layers and 8 blocks.
     "flamingo-9b": replace(
         _FLAMINGO_3B,
-        language_dim=4096,
-        language_layers=40,
-        language_heads=32,
-        cross_attn_heads=32,
-        cross_attn_every=4,
+        **sizes("language", dim=4096, layers=40, heads=32),
+        **sizes("cross_attn", heads=32, every=4),
     ),
     "flamingo-80b": replace(
         _FLAMINGO_3B,
-        language_dim=8192,
-        language_layers=80,
-        language_heads=64,
-        cross_attn_heads=64,
-        cross_attn_every=7,
+        **sizes("language", dim=8192, layers=80, heads=64),
+        **sizes("cross_attn", heads=64, every=7),
     ),
     "openflamingo-3b": _OPEN_FLAMINGO_3B,
     "openflamingo-4b": replace(
         _OPEN_FLAMINGO_3B,
-        language_dim=2560,
-        language_layers=32,
-        language_heads=32,
-        cross_attn_every=2,
-        cross_attn_first=1,
+        **sizes("language", dim=2560, layers=32, heads=32),
+        **sizes("cross_attn", every=2, first=1),
     ),
     "openflamingo-9b": replace(
         _OPEN_FLAMINGO_3B,
-        language_dim=4096,
-        language_layers=32,
-        language_heads=32,
-        cross_attn_every=4,
-        cross_attn_first=3,
+        **sizes("language", dim=4096, layers=32, heads=32),
+        **sizes("cross_attn", every=4, first=3),
     ),
-    "tiny": FlamingoConfig(
-        image_size=32,
-        patch_size=8,
-        vision_dim=48,
-        vision_layers=2,
-        vision_heads=3,
-        resampler_dim=40,
-        resampler_heads=2,
-        resampler_dim_head=16,
-        resampler_depth=2,
-        num_latents=8,
-        max_num_frames=4,
-        cross_attn_heads=2,
-        cross_attn_dim_head=24,
-        cross_attn_every=2,
-        norm_media=True,
-        activation="squared_relu",
-        vocab_size=261,
-        language_dim=64,
-        language_layers=4,
-        language_heads=4,
-    ),
+    "tiny": _TINY,
 }
