@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flamingo.language.new_tokens import NewTokens
 from flamingo.language.positions import Places, positions_of, rotary_angles, rotate, sinusoids
+from flamingo.self_attention import SelfAttention
 
 PositionKind = Literal["rotary", "relative"]
 
@@ -63,24 +64,17 @@ class KVCache:
             self.distances = [r[:, :tokens_to_remove] for r in self.distances]
 
 
-class SelfAttention(nn.Module):
-    """Causal multi-head self-attention without biases, with rotary positions."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.to_out = nn.Linear(dim, dim, bias=False)
+class CausalSelfAttention(SelfAttention):
+    """Each token sees itself and those before it, with rotary positions."""
 
     def forward(self, x: Tensor, places: Places, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """x `[B, T, D]`, new tokens of texts whose earlier ones the cache holds, to `[B, T, D]`."""
-        q, k, v = rearrange(self.to_qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        q, k, v = self.split(x)
         if places.angles is not None:
             q, k = rotate(q, places.angles), rotate(k, places.angles)
         if cache is not None:
             k, v = cache.update(k, v, layer)
-        out = self.attend(q, k, v, places, cache, layer)
-        return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
+        return self.merge(self.attend(q, k, v, places, cache, layer))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, places: Places, cache: KVCache | None, layer: int
@@ -90,7 +84,7 @@ class SelfAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=places.visible, is_causal=causal)
 
 
-class RelativeSelfAttention(SelfAttention):
+class RelativeSelfAttention(CausalSelfAttention):
     """The same, with the relative positions of Transformer-XL.
 
     ::
@@ -129,7 +123,8 @@ class DecoderLayer(nn.Module):
     def __init__(self, dim: int, heads: int, positions: PositionKind = "rotary"):
         super().__init__()
         self.norm = nn.RMSNorm(dim, eps=1e-6)
-        self.attn = SelfAttention(dim, heads) if positions == "rotary" else RelativeSelfAttention(dim, heads)
+        attention = CausalSelfAttention if positions == "rotary" else RelativeSelfAttention
+        self.attn = attention(dim, heads)
         self.ff = nn.Sequential(
             nn.RMSNorm(dim, eps=1e-6),
             nn.Linear(dim, 4 * dim, bias=False),

@@ -6,23 +6,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flamingo.modules import FeedForward
+from flamingo.self_attention import SelfAttention
 from flamingo.vision.frames import expect_frames
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention without biases; every patch sees every other."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.to_out = nn.Linear(dim, dim, bias=False)
+class FullSelfAttention(SelfAttention):
+    """Every patch sees every other."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[B, T, D]` to `[B, T, D]`."""
-        q, k, v = rearrange(self.to_qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
+        q, k, v = self.split(x)
+        return self.merge(F.scaled_dot_product_attention(q, k, v))
 
 
 class TransformerLayer(nn.Module):
@@ -31,7 +25,7 @@ class TransformerLayer(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.attn = SelfAttention(dim, heads)
+        self.attn = FullSelfAttention(dim, heads)
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor) -> Tensor:
