@@ -165,21 +165,7 @@ class PretrainedLanguage(nn.Module):
         before_layer: BeforeLayer | None = None,
         logits_to_keep: int = 0,
     ) -> Tensor:
-        """
-        Args:
-            input_ids: int64 `[B, T]`, new tokens.
-            attention_mask: `[B, K]`, 0 at padding, of the tokens in the cache and the new ones; None for no
-                padding.
-            cache: a cache of transformers with the K - T tokens before; the new ones are added.
-            before_layer: what to make of the input x `[B, T, D]` of a layer, from its index and x.
-            logits_to_keep: n, to compute the logits of the last n tokens alone; 0 for all T.
-
-        Returns:
-            logits `[B, T or n, vocab_size]`.
-
-        Raises:
-            ValueError: if attention_mask has another shape.
-        """
+        """Tokens to logits, as `LanguageModel.forward`, with a cache of transformers."""
         batch, length = input_ids.shape
         options: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
         if attention_mask is not None:
