@@ -60,7 +60,7 @@ class Flamingo(nn.Module):
     ):
         super().__init__()
         self.config = config
-        self.vision = _vision_encoder(config) if vision is None else vision
+        self.vision = vision_encoder(config) if vision is None else vision
         if getattr(self.vision, "dim", None) != config.vision_dim:
             raise ValueError(
                 f"Flamingo: expected a vision encoder whose attribute dim is vision_dim={config.vision_dim}, "
@@ -80,7 +80,7 @@ class Flamingo(nn.Module):
             dim_input=None if config.vision_dim == config.resampler_dim else config.vision_dim,
         )
         self.language: LanguageModel | PretrainedLanguage
-        self.language = _language_model(config) if language is None else _fitting(language, config)
+        self.language = language_model(config) if language is None else _fitting(language, config)
         # Keyed by the language model layer each block stands in front of.
         self.cross_attn = nn.ModuleDict(
             {
@@ -181,12 +181,6 @@ class Flamingo(nn.Module):
             logits_to_keep=logits_to_keep,
         )
 
-    def freeze(self) -> "Flamingo":
-        """Freezes the vision encoder and the language model but for new tokens, as in training."""
-        self.vision.requires_grad_(False)
-        self.language.freeze()
-        return self
-
     def generate(
         self,
         input_ids: Tensor,
@@ -203,8 +197,14 @@ class Flamingo(nn.Module):
         """
         return generation.generate(self, input_ids, pixels, attention_mask, num_frames, **options)
 
+    def freeze(self) -> "Flamingo":
+        """Freezes the vision encoder and the language model but for new tokens, as in training."""
+        self.vision.requires_grad_(False)
+        self.language.freeze()
+        return self
 
-def _vision_encoder(config: FlamingoConfig) -> NFNet | VisionEncoder:
+
+def vision_encoder(config: FlamingoConfig) -> NFNet | VisionEncoder:
     """The vision encoder that a configuration names."""
     if config.vision != "vit":
         return NFNet.preset(config.vision)
@@ -217,7 +217,7 @@ def _vision_encoder(config: FlamingoConfig) -> NFNet | VisionEncoder:
     )
 
 
-def _language_model(config: FlamingoConfig) -> LanguageModel:
+def language_model(config: FlamingoConfig) -> LanguageModel:
     """The language model that a configuration describes."""
     return LanguageModel(
         vocab_size=config.vocab_size,

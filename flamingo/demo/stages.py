@@ -8,33 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flamingo.config import FlamingoConfig
+from flamingo.config import FlamingoConfig, sizes
 from flamingo.contrastive import ContrastiveModel, Pairs, training_step, zero_shot
 from flamingo.demo.digits import MEAN, STD, TEMPLATES, Digits, episode
 from flamingo.demo.words import NAMES, WordTokenizer, facts, lists
 from flamingo.language import LanguageModel
-from flamingo.model import Flamingo
+from flamingo.model import Flamingo, language_model, vision_encoder
 from flamingo.processor import Batch, Processor
-from flamingo.vision import VisionEncoder
 
 CONFIG = FlamingoConfig(
     image_size=8,
     patch_size=2,
-    vision_dim=64,
-    vision_layers=1,
-    vision_heads=4,
-    resampler_dim=64,
-    resampler_heads=4,
-    resampler_dim_head=16,
-    resampler_depth=2,
+    **sizes("vision", dim=64, layers=1, heads=4),
+    **sizes("resampler", dim=64, heads=4, dim_head=16, depth=2),
     num_latents=8,
-    cross_attn_heads=4,
-    cross_attn_dim_head=32,
+    **sizes("cross_attn", heads=4, dim_head=32),
     norm_media=True,
+    **sizes("language", dim=96, layers=4, heads=4),
     vocab_size=WordTokenizer.vocab_size,
-    language_dim=96,
-    language_layers=4,
-    language_heads=4,
     media_token_id=WordTokenizer.image_id,
 )
 LENGTH = 9  # digits of a document, nouns of a list: eight shots and one that is asked
@@ -57,16 +48,10 @@ class NameEncoder(nn.Module):
 
 def pretrain_vision(
     digits: Digits, held_out: Digits, *, steps: int = 400, seed: int = 0
-) -> tuple[VisionEncoder, float]:
+) -> tuple[nn.Module, float]:
     """A vision encoder, taught which digit goes with which name, and its zero-shot accuracy."""
     generator = torch.Generator().manual_seed(seed)
-    vision = VisionEncoder(
-        image_size=CONFIG.image_size,
-        patch_size=CONFIG.patch_size,
-        dim=CONFIG.vision_dim,
-        layers=CONFIG.vision_layers,
-        heads=CONFIG.vision_heads,
-    )
+    vision = vision_encoder(CONFIG)
     model = ContrastiveModel(vision, NameEncoder(64), dim=32)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
@@ -88,12 +73,7 @@ def pretrain_vision(
 def pretrain_language(*, steps: int, seed: int = 0, report: Report = lambda *_: None) -> LanguageModel:
     """A language model that has read lists of nouns and numbers, and facts about numbers."""
     generator = torch.Generator().manual_seed(seed)
-    model = LanguageModel(
-        vocab_size=CONFIG.vocab_size,
-        dim=CONFIG.language_dim,
-        layers=CONFIG.language_layers,
-        heads=CONFIG.language_heads,
-    )
+    model = language_model(CONFIG)
     optimizer, schedule = _optimizer([{"params": list(model.parameters())}], 3e-3, steps)
     for step in range(steps):
         texts = lists(64, LENGTH, generator), facts(4, FACTS_LENGTH, generator)
