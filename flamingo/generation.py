@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -102,23 +103,10 @@ def generate(
     """
     _check(max_new_tokens, temperature, top_k, top_p, num_beams)
     context = Context(model) if context is None else context
-    if num_beams == 1:
-        tokens = stream(
-            model,
-            input_ids,
-            pixels,
-            attention_mask,
-            num_frames,
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=stop_token_ids,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            generator=generator,
-            context=context,
-        )
-        return torch.stack(list(tokens), dim=1)
     logits = context.read(input_ids, pixels, attention_mask, num_frames)
+    if num_beams == 1:
+        pick = partial(choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        return torch.stack(list(_one_by_one(context, logits, pick, max_new_tokens, stop_token_ids)), dim=1)
     return beam_search(
         context,
         logits,
@@ -129,7 +117,6 @@ def generate(
     )
 
 
-@torch.no_grad()
 def stream(
     model: Model,
     input_ids: Tensor,
@@ -163,8 +150,21 @@ def stream(
     _check(max_new_tokens, temperature, top_k, top_p)
     context = Context(model) if context is None else context
     logits = context.read(input_ids, pixels, attention_mask, num_frames)
+    pick = partial(choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    yield from _one_by_one(context, logits, pick, max_new_tokens, stop_token_ids)
+
+
+@torch.no_grad()
+def _one_by_one(
+    context: Context,
+    logits: Tensor,
+    pick: Callable[[Tensor], Tensor],
+    max_new_tokens: int,
+    stop_token_ids: Collection[int],
+) -> Iterator[Tensor]:
+    """The tokens `[B]` that follow what was read, the first picked from logits `[B, V]`."""
     stops = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=logits.device)
-    token = choose(logits, temperature, top_k, top_p, generator)
+    token = pick(logits)
     context.add(token[:, None])
     yield token
     ended = torch.isin(token, stops)
@@ -172,7 +172,7 @@ def stream(
         num_ended = int(ended.sum())
         if num_ended == len(ended):
             return
-        new = choose(context.step(), temperature, top_k, top_p, generator)
+        new = pick(context.step())
         token = torch.where(ended, token, new)
         # What a document repeats after its end is padding to a later turn.
         context.add(token[:, None], ~ended[:, None] if num_ended else None)
