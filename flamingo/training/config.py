@@ -74,28 +74,34 @@ class Documents(DatasetConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pairs(DatasetConfig):
-    """Images with captions, the paper's ALIGN and LTIP.
+class Captioned(DatasetConfig):
+    """Images or clips with captions; what both kinds have.
 
     Args:
         weight, batch_size, length: as in `DatasetConfig`. The end of a longer caption is left out.
         space: probability of a space in front of a caption.
     """
 
-    kind: ClassVar[str] = "pairs"
-
-    weight: float = 0.2
-    batch_size: int = 512
     length: int = 64
     space: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clips(DatasetConfig):
+class Pairs(Captioned):
+    """Images with captions, the paper's ALIGN and LTIP; arguments as in `Captioned`."""
+
+    kind: ClassVar[str] = "pairs"
+
+    weight: float = 0.2
+    batch_size: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips(Captioned):
     """Clips with captions, the paper's VTP.
 
     Args:
-        weight, batch_size, length, space: as in `Pairs`.
+        weight, batch_size, length, space: as in `Captioned`.
         frames: of a clip; the first are kept.
         fps: frames a second that are read of a video file.
     """
@@ -104,8 +110,6 @@ class Clips(DatasetConfig):
 
     weight: float = 0.03
     batch_size: int = 64
-    length: int = 64
-    space: float = 0.5
     frames: int = 8
     fps: float = 1.0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flamingo.media import VIDEOS, read_image, read_video
 from flamingo.training.augment import augment
-from flamingo.training.config import Clips, DatasetConfig, Documents, Pairs
+from flamingo.training.config import Captioned, Clips, DatasetConfig, Documents, Pairs
 from flamingo.training.shards import Sample
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
@@ -119,7 +119,7 @@ def _join(units: Iterable[Any], max_images: int) -> list[Any]:
     return parts
 
 
-def _caption(config: Pairs | Clips, sample: Sample, encode: Encode, draw: random.Random) -> str:
+def _caption(config: Captioned, sample: Sample, encode: Encode, draw: random.Random) -> str:
     if "txt" not in sample:
         raise ValueError(f"to_document: expected a caption's txt, got {', '.join(sample)}.")
     space = " " if draw.random() < config.space else ""
