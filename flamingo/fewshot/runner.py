@@ -155,11 +155,11 @@ def prepare(
     support: Sequence[Sample],
     output: Path,
     *,
-    shots: int = 4,
-    select: str = "random",
-    seed: int = 0,
-    num_beams: int = 3,
-    settings: dict[str, Any] | None = None,
+    shots: int,
+    select: str,
+    seed: int,
+    num_beams: int,
+    settings: dict[str, Any] | None,
 ) -> Plan:
     """All that `evaluate` does before it needs a model; arguments and errors are its own."""
     _check(queries, support, shots or ZERO_SHOT, select)
