@@ -165,7 +165,10 @@ class PretrainedLanguage(nn.Module):
         before_layer: BeforeLayer | None = None,
         logits_to_keep: int = 0,
     ) -> Tensor:
-        """Tokens to logits, as `LanguageModel.forward`, with a cache of transformers."""
+        """input_ids `[B, T]` to logits `[B, T or n, vocab_size]`.
+
+        Arguments and errors are those of `LanguageModel.forward`; the cache is one of transformers.
+        """
         batch, length = input_ids.shape
         options: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
         if attention_mask is not None:
