@@ -24,12 +24,10 @@ struct Attention {
 
 struct MaskedCrossAttention : Attention {
   int64_t media, latents;
-  bool immediate;        // no row sees more than one medium; then row_max, row_sum and delta are null
-  bool averages;         // rows with hi < 0 may be there: they average all values
-  const int32_t* lo;     // [B, T] contiguous
-  const int32_t* hi;     // [B, T]
-  const int32_t* start;  // [B, M]
-  const int32_t* stop;   // [B, M]
+  bool immediate;               // no row sees more than one medium; then row_max, row_sum and delta are null
+  bool averages;                // rows with hi < 0 may be there: they average all values
+  const int32_t *lo, *hi;       // [B, T] contiguous
+  const int32_t *start, *stop;  // [B, M] contiguous
   Media k, v, dk, dv;
 };
 

@@ -472,13 +472,16 @@ __device__ __forceinline__ void attention_bwd_rows(const Params& params) {
   RowStats stats;
   stats.read_softmax(params, place.batch, place.head, first, RowMask(seeing_any));
   for (int half = 0; half < 2; ++half) stats.delta[half] = row_dot(dout, k, half);
-  const auto load_keys = [&](const Keys<T>& keys) {
+  // Loads keys and values, and makes the scores of the rows that see them P.
+  const auto attend = [&](float (&scores)[kTile<T> / 8][4], const Keys<T>& keys, const RowMask& mask) {
     __syncthreads();  // k and v are free
     load(k, keys.k, first_rows(keys.visible));
     load(v, keys.v, first_rows(keys.visible));
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
+    compute_scores(scores, q, k, params.sign, keys.visible);
+    compute_p(scores, params.scale_log2, stats, mask);
   };
 
   // Where one key has most of a row's weight, its dP nearly cancels with delta: one from the rounded out would not do.
@@ -487,10 +490,8 @@ __device__ __forceinline__ void attention_bwd_rows(const Params& params) {
     for (int tile = all.begin; (tile = next_seen<T>(params, place, spans, tile, all.end)) < all.end; ++tile) {
       const Keys<T> keys = keys_of<T>(params, place.batch, place.kv_head, tile);
       const RowMask mask(spans.seeing(keys.medium));
-      load_keys(keys);
       float scores[kTile<T> / 8][4] = {}, dp[kTile<T> / 8][4] = {};
-      compute_scores(scores, q, k, params.sign, keys.visible);
-      compute_p(scores, params.scale_log2, stats, mask);
+      attend(scores, keys, mask);
       multiply<false, true>(dp, dout, v);
       add_delta(delta, scores, dp, mask);
     }
@@ -510,10 +511,8 @@ __device__ __forceinline__ void attention_bwd_rows(const Params& params) {
   for (int tile = tiles.begin; (tile = next_seen<T>(params, place, spans, tile, tiles.end)) < tiles.end; ++tile) {
     const Keys<T> keys = keys_of<T>(params, place.batch, place.kv_head, tile);
     const RowMask mask(spans.seeing(keys.medium));
-    load_keys(keys);
     float scores[kTile<T> / 8][4] = {}, dp[kTile<T> / 8][4] = {};
-    compute_scores(scores, q, k, params.sign, keys.visible);
-    compute_p(scores, params.scale_log2, stats, mask);
+    attend(scores, keys, mask);
     store(p, scores);
     multiply<false, true>(dp, dout, v);
     compute_ds(dp, p, stats, mask);

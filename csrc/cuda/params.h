@@ -58,12 +58,10 @@ struct Attention {
 
 struct MaskedCrossAttention : Attention {
   int64_t media, latents;
-  bool one_shot;         // every row sees one medium, whose keys are one tile
-  bool averages;         // rows with hi < 0 may be there: they average all values
-  const int32_t* lo;     // [B, T] contiguous
-  const int32_t* hi;     // [B, T]
-  const int32_t* start;  // [B, M]
-  const int32_t* stop;   // [B, M]
+  bool one_shot;                // every row sees one medium, whose keys are one tile
+  bool averages;                // rows with hi < 0 may be there: they average all values
+  const int32_t *lo, *hi;       // [B, T] contiguous
+  const int32_t *start, *stop;  // [B, M] contiguous
   Media k, v, dk, dv;
   float* averaged_dv;  // [B, Hkv, d]: what rows that average all values add to the dv of each
 };
