@@ -102,7 +102,7 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
         {**skipped, **namesakes},
         _policies(model),
         tuple(fixed),
-        tuple(map(weakref.ref, found.values())),
+        _modules=tuple(map(weakref.ref, found.values())),
     )
 
 
