@@ -104,7 +104,7 @@ def gated_cross_attention(
         >>> torch.equal(z[:, 0], x[:, 0]), z.shape
         (True, torch.Size([1, 3, 32]))
     """
-    _validate(x, k, v, mask, CrossAttention(norm, to_q, to_out, q_norm), gate)
+    _validate(x, k, v, mask, gate, CrossAttention(norm, to_q, to_out, q_norm))
     (k, v), to_q, to_out = autocast(k, v), to_q.autocast(), to_out.autocast()
     expect_one_dtype(_NAME, x, {"to_q": to_q, "to_out": to_out}, k=k, v=v)
     scale = expect_scale(_NAME, scale, k.shape[-1])
@@ -112,7 +112,7 @@ def gated_cross_attention(
     backend = dispatch.resolve("masked_cross_attention", backend, x, k, v, *parameters)
     if backend == "reference" or 0 in to_q.weight.shape:  # without a feature there is nothing to fuse
         weights = CrossAttention(norm, to_q, to_out, q_norm)
-        return reference.gated_cross_attention(x, k, v, mask, weights, gate, scale)
+        return reference.gated_cross_attention(x, k, v, mask, gate, weights, scale)
     options = _Options(
         backend,
         scale,
@@ -129,7 +129,7 @@ def gated_cross_attention(
 
 
 def _validate(
-    x: Tensor, k: Tensor, v: Tensor, mask: MediaMask, weights: CrossAttention, gate: Tensor | None
+    x: Tensor, k: Tensor, v: Tensor, mask: MediaMask, gate: Tensor | None, weights: CrossAttention
 ) -> None:
     norm, to_q, to_out, q_norm = weights
     expect_tensors(_NAME, x=x, k=k, v=v)

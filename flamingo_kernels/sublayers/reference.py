@@ -23,8 +23,8 @@ def gated_cross_attention(
     k: Tensor,  # [B, M, R, Hkv, d]
     v: Tensor,  # [B, M, R, Hkv, d]
     mask: MediaMask,
-    weights: CrossAttention,
     gate: Tensor | None,
+    weights: CrossAttention,
     scale: float,
 ) -> Tensor:  # [B, T, D]
     norm, to_q, to_out, q_norm = weights
