@@ -1,4 +1,4 @@
-"""What the gated cross-attention layers of transformers share: they have the names of Llama's decoder layers."""
+"""What the gated cross-attention layers of transformers share: the names of Llama's decoder layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..layers import Fused
 
 
 class DecoderLayer(Fused):
-    """Base class of the layers: norm and attention, norm and gated linear unit. Subclasses add their gates."""
+    """Base class of the layers, of a norm and attention, a norm and a gated linear unit; gates are added."""
 
     anatomy: Mapping[str, Kind] = {
         "input_layernorm": Norm("D"),

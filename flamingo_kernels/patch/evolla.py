@@ -145,6 +145,6 @@ def _read_spans(rows: Tensor, batch: Tensor, keys: int) -> MediaMask | None:
 FAMILY = Family(
     "transformers Evolla",
     _HOME,
-    {cls.__name__: cls for cls in (EvollaSequenceCompressorAttention, EvollaSequenceAlignerCrossAttention)},
+    (EvollaSequenceCompressorAttention, EvollaSequenceAlignerCrossAttention),
     TRANSFORMERS,
 )

@@ -35,11 +35,10 @@ class PerceiverResampler(open_flamingo.PerceiverResampler):
         return x + self.media_pos_emb[: x.shape[1]]
 
 
-_CLASSES = (MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention, PerceiverResampler)
 FAMILY = Family(
     "flamingo_pytorch",
     "flamingo_pytorch.flamingo_pytorch",
-    {cls.__name__: cls for cls in _CLASSES},
+    (MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention, PerceiverResampler),
     "flamingo-pytorch 0.1.2",
     FIXES,
 )

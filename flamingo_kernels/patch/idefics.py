@@ -166,12 +166,12 @@ class IdeficsPerceiverAttention(Fused):
 FAMILY = Family(
     "transformers Idefics",
     f"{_HOME}.modeling_idefics",
-    {"IdeficsGatedCrossAttentionLayer": IdeficsGatedCrossAttentionLayer},
+    (IdeficsGatedCrossAttentionLayer,),
     TRANSFORMERS,
 )
 RESAMPLER = Family(
     "transformers Idefics, resampler",
     f"{_HOME}.perceiver",
-    {"IdeficsPerceiverAttention": IdeficsPerceiverAttention},
+    (IdeficsPerceiverAttention,),
     TRANSFORMERS,
 )

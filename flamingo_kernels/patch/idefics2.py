@@ -62,6 +62,6 @@ class Idefics2PerceiverAttention(GroupedAttention):
 FAMILY = Family(
     "transformers Idefics2, resampler",
     "transformers.models.idefics2.modeling_idefics2",
-    {"Idefics2PerceiverAttention": Idefics2PerceiverAttention},
+    (Idefics2PerceiverAttention,),
     TRANSFORMERS,
 )

@@ -177,7 +177,7 @@ def _where_seeing(rows: Tensor | None, z: Tensor, x: Tensor) -> Tensor:
 FAMILY = Family(
     "transformers Mllama",
     _HOME,
-    {cls.__name__: cls for cls in (MllamaTextCrossAttention, MllamaCrossAttentionDecoderLayer)},
+    (MllamaTextCrossAttention, MllamaCrossAttentionDecoderLayer),
     TRANSFORMERS,
     {
         "row_leak": "text before the first image attends to every image and its padding (transformers#39379)",

@@ -12,15 +12,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from .._anatomy import Norm, Part, Weight
-from ..layers.cross_attention import (
-    ATTENTION_ANATOMY,
-    BLOCK_ANATOMY,
-    FusedCrossAttention,
-    Media,
-    attend,
-    attend_to_media,
-    gated_block,
-)
+from ..layers import cross_attention
+from ..layers.cross_attention import ATTENTION_ANATOMY, BLOCK_ANATOMY, FusedCrossAttention, Media
 from ..layers.fused import ATTENTION_FOLDS, BLOCK_FOLDS, Fused
 from ..layers.resampler import LatentAttention, perceive, resample
 from ..mask import Policy
@@ -47,13 +40,8 @@ class MaskedCrossAttention(FusedCrossAttention):
     def original_takes(self, media: Media) -> bool:
         return media.locations is not None and not isinstance(media.features, MediaCache)
 
-    def compute(self, x: Tensor, media: Media) -> Tensor:
-        return attend_to_media(self, x, media)
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, media_locations: Tensor | None, use_cached_media: bool
-    ) -> Tensor:
-        return attend(self, q, k, v, media_locations, use_cached_media)
+    compute = cross_attention.attend_to_media
+    attend = cross_attention.attend
 
     def media_source(self) -> Source:
         return Source(self.to_kv, self.heads)
@@ -68,8 +56,7 @@ class GatedCrossAttentionBlock(FusedCrossAttention):
     ff: nn.Sequential
     ff_gate: nn.Parameter
 
-    def compute(self, x: Tensor, media: Media) -> Tensor:
-        return gated_block(self, x, media)
+    compute = cross_attention.gated_block
 
 
 class PerceiverAttention(LatentAttention):
@@ -115,11 +102,10 @@ class PerceiverResampler(Fused):
 
 
 FIXES = {"uniform_rows": "text whose image was not passed averages all images"}
-_CLASSES = (MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention, PerceiverResampler)
 FAMILY = Family(
     "open_flamingo",
     "open_flamingo.src.helpers",
-    {cls.__name__: cls for cls in _CLASSES},
+    (MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention, PerceiverResampler),
     "open-flamingo 2.0.1",
     FIXES,
 )

@@ -14,7 +14,7 @@ _SDPA = "transformers.integrations.sdpa_attention"
 
 
 class GroupedAttention(Fused):
-    """Base class of the attentions with grouped heads, under the names that transformers gives their parts."""
+    """Base class of the attentions with grouped heads, their parts under the names of transformers."""
 
     anatomy: Mapping[str, Kind] = {
         "num_key_value_heads": Number("G"),
