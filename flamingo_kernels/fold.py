@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ._backends.dispatch import UnsupportedError
 from ._predicates import is_ordinary, is_plain
-from ._report import table
+from ._report import Report, listing
 from .sublayers import arguments
 
 
@@ -99,7 +99,7 @@ class Scale(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FoldReport:
+class FoldReport(Report):
     """What `fold` changed and what it did not; as a context manager, it unfolds the model at the end.
 
     Attributes:
@@ -117,23 +117,14 @@ class FoldReport:
 
     folded: Mapping[str, tuple[str, ...]]
     skipped: Mapping[str, str]
-    # Weak, so that a report that outlives its model does not keep it in memory.
-    _modules: tuple[ref[nn.Module], ...] = field(repr=False, compare=False)
 
     def __str__(self) -> str:
-        lines = [f"fold: {len(self.folded)} module{'s' * (len(self.folded) != 1)} folded"]
-        lines += table({path: ", ".join(names) for path, names in self.folded.items()})
-        if self.skipped:
-            lines += [f"{len(self.skipped)} skipped", *table(self.skipped)]
-        return "\n".join(lines)
+        title = f"fold: {len(self.folded)} module{'s' * (len(self.folded) != 1)} folded"
+        return listing(title, {path: ", ".join(names) for path, names in self.folded.items()}, self.skipped)
 
-    def __enter__(self) -> FoldReport:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        for reference in self._modules:
-            if (module := reference()) is not None:
-                _restore(module)
+    def _undo(self, modules: Iterator[nn.Module]) -> None:
+        for module in modules:
+            _restore(module)
 
 
 def fold(model: nn.Module, *, int8: bool = False) -> FoldReport:
@@ -202,7 +193,7 @@ def fold(model: nn.Module, *, int8: bool = False) -> FoldReport:
     return FoldReport(
         {path: tuple(folding.values) for path, folding in changed.items()},
         skipped,
-        tuple(ref(folding.module) for folding in changed.values()),
+        _modules=tuple(ref(folding.module) for folding in changed.values()),
     )
 
 

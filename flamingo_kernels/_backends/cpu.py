@@ -18,11 +18,8 @@ def path() -> Path:
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    if not path().exists():
-        return None, failed_build(path()) or (
-            "the C++ extension is not built; install a C++ compiler and run "
-            "`FLAMINGO_KERNELS_BUILD=cpu pip install --no-build-isolation .`"
-        )
+    if why := why_missing(path(), "the C++ extension is", compiler="a C++ compiler", build="cpu"):
+        return None, why
     try:
         library = ctypes.CDLL(str(path()))
         library.flamingo_kernels_select.argtypes = [ctypes.c_char_p]
@@ -51,6 +48,16 @@ def failed_build(path: Path) -> str:
     """Why the latest build of a library failed, or an empty string."""
     record = record_of_failure(path)
     return " ".join(record.read_text().split()) if record.exists() else ""
+
+
+def why_missing(path: Path, name: str, *, compiler: str, build: str) -> str:
+    """Why there is no library at a path, and how to get it; empty if there is one."""
+    if path.exists():
+        return ""
+    return failed_build(path) or (
+        f"{name} not built; install {compiler} and run "
+        f"`FLAMINGO_KERNELS_BUILD={build} pip install --no-build-isolation .`"
+    )
 
 
 def why_not() -> str:

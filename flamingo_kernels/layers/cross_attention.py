@@ -49,7 +49,46 @@ BLOCK_ANATOMY: Mapping[str, Kind] = {
 }
 
 
-class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):
+class Media(NamedTuple):
+    """The media of a text, as the forward of a layer takes them.
+
+    Attributes:
+        features: `[B, M, R, D_visual]`, or the keys and values made of them.
+        locations: `[B, T]`, where the text has its media; None if all of it sees every medium.
+        cached: whether the text follows these locations.
+    """
+
+    features: Tensor | MediaCache
+    locations: Tensor | None
+    cached: bool
+
+
+class FusedCrossAttention(Fused):
+    """Base class of the fused layers that read a text and its media, over the class of the original."""
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+        media: Tensor | MediaCache,  # [B, M, R, D_visual]
+        media_locations: Tensor | None = None,  # [B, T]
+        use_cached_media: bool = False,
+    ) -> Tensor:  # [B, T, D]
+        given = Media(media, media_locations, use_cached_media)
+        if self.is_watched() and self.original_takes(given):
+            cached = (True,) if use_cached_media else ()  # not every original has this argument
+            return cast(Tensor, super().forward(x, media, media_locations, *cached))
+        return self.compute(x, given)
+
+    def original_takes(self, media: Media) -> bool:
+        """Whether the original's forward can compute a call with these media."""
+        return True
+
+    def compute(self, x: Tensor, media: Media) -> Tensor:
+        """The result by this library's operators."""
+        raise NotImplementedError
+
+
+class MaskedCrossAttention(FusedCrossAttention, modules.MaskedCrossAttention):
     """Text attends to the media that come before it, and no other scores are computed.
 
     ::
@@ -85,18 +124,13 @@ class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):
     folds = (*ATTENTION_FOLDS, Affine("norm_media", ("to_kv",)))
     anatomy = {**ATTENTION_ANATOMY, "norm_media": Norm("V", identity=True)}
 
-    def forward(
-        self,
-        x: Tensor,
-        media: Tensor | MediaCache,
-        media_locations: Tensor | None = None,
-        use_cached_media: bool = False,
-    ) -> Tensor:
-        if self.is_watched() and not isinstance(media, MediaCache):
-            return super().forward(x, media, media_locations, use_cached_media)
-        if not isinstance(media, MediaCache):
-            modules.check_cross_attention_inputs(x, media, media_locations)
-        return attend_to_media(self, x, media, media_locations, use_cached_media)
+    def original_takes(self, media: Media) -> bool:
+        return not isinstance(media.features, MediaCache)
+
+    def compute(self, x: Tensor, media: Media) -> Tensor:
+        if not isinstance(media.features, MediaCache):
+            modules.check_cross_attention_inputs(x, media.features, media.locations)
+        return attend_to_media(self, x, media)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, media_locations: Tensor | None, use_cached_media: bool
@@ -108,7 +142,7 @@ class MaskedCrossAttention(Fused, modules.MaskedCrossAttention):
         return Source(self.to_kv, self.heads, norm)
 
 
-class GatedCrossAttentionBlock(Fused, modules.GatedCrossAttentionBlock):
+class GatedCrossAttentionBlock(FusedCrossAttention, modules.GatedCrossAttentionBlock):
     """GATED XATTN-DENSE, each of its two sublayers as one node of autograd.
 
     ::
@@ -140,29 +174,15 @@ class GatedCrossAttentionBlock(Fused, modules.GatedCrossAttentionBlock):
         super().__init__(**kwargs)
         self.attn.__class__ = MaskedCrossAttention
 
-    def forward(
-        self,
-        x: Tensor,
-        media: Tensor | MediaCache,
-        media_locations: Tensor | None = None,
-        use_cached_media: bool = False,
-    ) -> Tensor:
-        if self.is_watched():
-            return super().forward(x, cast(Tensor, media), media_locations, use_cached_media)
-        return gated_block(self, x, media, media_locations, use_cached_media)
+    def compute(self, x: Tensor, media: Media) -> Tensor:
+        return gated_block(self, x, media)
 
 
-def attend_to_media(
-    attn: MediaAttention,
-    x: Tensor,  # [B, T, D]
-    media: Tensor | MediaCache,  # [B, M, R, D_visual]
-    media_locations: Tensor | None,  # [B, T]
-    use_cached_media: bool,
-) -> Tensor:  # [B, T, D]
+def attend_to_media(attn: MediaAttention, x: Tensor, media: Media) -> Tensor:  # [B, T, D]
     """A masked cross-attention module, operator by operator."""
-    k, v = load_or_project(attn, x, media, follows=use_cached_media)
+    k, v = load_or_project(attn, x, media.features, follows=media.cached)
     q = attn.to_q(attn.norm(x)).unflatten(-1, (attn.heads, -1))  # [B, T, H, d]
-    return attn.to_out(attn.attend(q, k, v, media_locations, use_cached_media).flatten(-2))
+    return attn.to_out(attn.attend(q, k, v, media.locations, media.cached).flatten(-2))
 
 
 def attend(
@@ -178,35 +198,21 @@ def attend(
     return masked_cross_attention(_join(q, k), k, v, mask, scale=attn.scale).view(q.shape)
 
 
-def gated_block(
-    block: GatedBlock,
-    x: Tensor,  # [B, T, D]
-    media: Tensor | MediaCache,  # [B, M, R, D_visual]
-    media_locations: Tensor | None,  # [B, T]
-    use_cached_media: bool,
-) -> Tensor:  # [B, T, D]
+def gated_block(block: GatedBlock, x: Tensor, media: Media) -> Tensor:  # [B, T, D]
     """A gated cross-attention block: one operator if it can decode, else sublayers where they are plain."""
-    given = (x, media, media_locations, use_cached_media)
-    inputs = _gather(block.attn, *given)
+    inputs = _gather(block.attn, x, media)
     if inputs is not None and may_decode(x):
         decoded = _decoded(block, x, inputs)
         if decoded is not None:
             return decoded
-    z = _add_attended(block, inputs, *given)
+    z = _add_attended(block, inputs, x, media)
     ff = sequential_feed_forward(block.ff, z)
     return add_feed_forward(z, ff, block.ff, gate_unless_open(block, "ff_gate"))
 
 
-def add_attended(
-    block: GatedBlock,
-    x: Tensor,  # [B, T, D]
-    media: Tensor | MediaCache,  # [B, M, R, D_visual]
-    media_locations: Tensor | None,  # [B, T]
-    use_cached_media: bool,
-) -> Tensor:  # [B, T, D]
+def add_attended(block: GatedBlock, x: Tensor, media: Media) -> Tensor:  # [B, T, D]
     """`x + tanh(attn_gate) * attn(x, media)`, as one sublayer where attn is plain."""
-    given = (x, media, media_locations, use_cached_media)
-    return _add_attended(block, _gather(block.attn, *given), *given)
+    return _add_attended(block, _gather(block.attn, x, media), x, media)
 
 
 class _Inputs(NamedTuple):
@@ -219,13 +225,7 @@ class _Inputs(NamedTuple):
     scale: float
 
 
-def _gather(
-    module: nn.Module,
-    x: Tensor,  # [B, T, D]
-    media: Tensor | MediaCache,  # [B, M, R, D_visual]
-    media_locations: Tensor | None,  # [B, T]
-    use_cached_media: bool,
-) -> _Inputs | None:
+def _gather(module: nn.Module, x: Tensor, media: Media) -> _Inputs | None:
     """The inputs of a fused attention of plain parts; None for any other module."""
     if not is_fused(module):
         return None
@@ -233,8 +233,8 @@ def _gather(
     plain = arguments.as_cross_attention(x, attn.norm, attn.to_q, attn.to_out)
     if plain is None:
         return None
-    k, v = load_or_project(attn, x, media, follows=use_cached_media)
-    return _Inputs(plain, k, v, media_mask(attn, x, k, media_locations, use_cached_media), attn.scale)
+    k, v = load_or_project(attn, x, media.features, follows=media.cached)
+    return _Inputs(plain, k, v, media_mask(attn, x, k, media.locations, media.cached), attn.scale)
 
 
 def _decoded(block: GatedBlock, x: Tensor, inputs: _Inputs) -> Tensor | None:  # [B, 1, D]
@@ -249,15 +249,13 @@ def _decoded(block: GatedBlock, x: Tensor, inputs: _Inputs) -> Tensor | None:  #
 def _add_attended(
     block: GatedBlock,
     inputs: _Inputs | None,
-    x: Tensor,  # [B, T, D]
-    media: Tensor | MediaCache,
-    media_locations: Tensor | None,
-    use_cached_media: bool,
+    x: Tensor,
+    media: Media,
 ) -> Tensor:  # [B, T, D]
     gate = gate_unless_open(block, "attn_gate")
     if inputs is None:
-        cached = (True,) if use_cached_media else ()
-        return add_gated(x, block.attn(x, media, media_locations, *cached), gate)
+        cached = (True,) if media.cached else ()
+        return add_gated(x, block.attn(x, media.features, media.locations, *cached), gate)
     plain, k, v, mask, scale = inputs
     z = gated_cross_attention(_join(x, k), k, v, mask, gate=gate, scale=scale, **plain._asdict())
     return z.view(x.shape)

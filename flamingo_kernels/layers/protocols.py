@@ -64,31 +64,3 @@ class GatedBlock(Protocol):
     def ff(self) -> nn.Module: ...
     @property
     def ff_gate(self) -> Tensor: ...
-
-
-class LatentAttention(Protocol):
-    """A perceiver attention with open_flamingo's names.
-
-    Attributes:
-        heads: the number of heads H.
-        scale: factor on the scores.
-        norm_media: over the features.
-        norm_latents: over the latents.
-        to_q: the projection to queries.
-        to_kv: the projection to keys and values side by side.
-        to_out: the projection behind the heads.
-    """
-
-    heads: int
-    scale: float
-
-    @property
-    def norm_media(self) -> nn.Module: ...
-    @property
-    def norm_latents(self) -> nn.Module: ...
-    @property
-    def to_q(self) -> nn.Module: ...
-    @property
-    def to_kv(self) -> nn.Module: ...
-    @property
-    def to_out(self) -> nn.Module: ...

@@ -13,19 +13,40 @@ from .._anatomy import Kind, Linear, Norm, Number, Part, Weight
 from ..media_cache import Source, keys_and_values
 from ..ops import perceiver_attention
 from .fused import Fused, add_feed_forward, is_fused, sequential_feed_forward
-from .protocols import LatentAttention
-
-PERCEIVER_ANATOMY: Mapping[str, Kind] = {
-    "heads": Number("H"),
-    "norm_media": Norm("D"),
-    "norm_latents": Norm("D"),
-    "to_q": Linear("D", "H*d"),
-    "to_kv": Linear("D", "2*H*d"),
-    "to_out": Linear("H*d", "D"),
-}
 
 
-class PerceiverAttention(Fused, modules.PerceiverAttention):
+class LatentAttention(Fused):
+    """Base class of the perceiver attentions with open_flamingo's names.
+
+    Attributes:
+        heads: the number of heads H.
+        scale: factor on the scores.
+        norm_media: over the features.
+        norm_latents: over the latents.
+        to_q: the projection to queries.
+        to_kv: the projection to keys and values side by side.
+        to_out: the projection behind the heads.
+    """
+
+    anatomy: Mapping[str, Kind] = {
+        "heads": Number("H"),
+        "norm_media": Norm("D"),
+        "norm_latents": Norm("D"),
+        "to_q": Linear("D", "H*d"),
+        "to_kv": Linear("D", "2*H*d"),
+        "to_out": Linear("H*d", "D"),
+    }
+
+    heads: int
+    scale: float
+    norm_media: nn.LayerNorm
+    norm_latents: nn.LayerNorm
+    to_q: nn.Linear
+    to_kv: nn.Linear
+    to_out: nn.Linear
+
+
+class PerceiverAttention(LatentAttention, modules.PerceiverAttention):
     """Latents attend to the features of their medium and to themselves, without concatenating the two.
 
     Args: those of `flamingo.modules.PerceiverAttention`, also those of `forward`.
@@ -39,8 +60,6 @@ class PerceiverAttention(Fused, modules.PerceiverAttention):
         >>> attn(torch.randn(2, 1, 9, 16), torch.randn(2, 1, 4, 16)).shape
         torch.Size([2, 1, 4, 16])
     """
-
-    anatomy = PERCEIVER_ANATOMY
 
     def attend(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 
 import torch
@@ -102,7 +102,7 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
         {**skipped, **namesakes},
         _policies(model),
         tuple(fixed),
-        tuple(map(weakref.ref, found.values())),
+        _modules=tuple(map(weakref.ref, found.values())),
     )
 
 
@@ -143,8 +143,7 @@ def _why_not(module: nn.Module, known: Match, unknown: Callable[..., str]) -> st
     cls = type(module)
     if has_other_forward(module):
         return f"{cls.__name__} has a forward set on the instance"
-    replaced = ["forward", *(name for name in vars(known.fused) if not name.startswith("__"))]
-    for name in replaced:
+    for name in ["forward", *_replaced(known.fused)]:
         if unwrapped(getattr(cls, name, None)) is not unwrapped(getattr(known.known, name, None)):
             return f"{cls.__name__} overrides {name} of {known.known.__name__}"
     if (changed_by := known.known.forward.__module__) != known.known.__module__:
@@ -158,6 +157,14 @@ def _why_not(module: nn.Module, known: Match, unknown: Callable[..., str]) -> st
         if name in KNOWN and not match(type(part)) and (reason := unknown(type(part), name)):
             return f"{cls.__name__}: {path} is a {type(part).__name__}, and {reason}"
     return ""
+
+
+def _replaced(fused: type[nn.Module]) -> Iterator[str]:
+    """The attributes that a fused class puts in the place of its original's."""
+    from ..layers import Fused  # as above
+
+    bases = (base for base in fused.__mro__ if issubclass(base, Fused) and base is not Fused)
+    yield from (name for base in bases for name in vars(base) if not name.startswith("__"))
 
 
 def _known_fixes(fixes: Iterable[str]) -> frozenset[str]:

@@ -15,7 +15,7 @@ from .._kept import once
 from .._predicates import is_plain, is_recording
 from ..fold import Affine, Gate, Scale
 from ..layers.fused import Fused, add_feed_forward, add_gated, gate_unless_open
-from ..layers.resampler import PERCEIVER_ANATOMY, perceive
+from ..layers.resampler import LatentAttention, perceive
 from ..mask import MediaMask
 from ..media_cache import Source
 from ..ops import masked_cross_attention
@@ -27,17 +27,7 @@ _HOME = "transformers.models.evolla.modeling_evolla"
 _FEED_FORWARD = f"{_HOME}.EvollaFeedForward"
 
 
-class EvollaSequenceCompressorAttention(Fused):
-    anatomy = PERCEIVER_ANATOMY
-
-    heads: int
-    scale: float
-    norm_media: nn.Module
-    norm_latents: nn.Module
-    to_q: nn.Module
-    to_kv: nn.Module
-    to_out: nn.Module
-
+class EvollaSequenceCompressorAttention(LatentAttention):
     def forward(
         self,
         x: Tensor,  # [N, S, D]
@@ -155,6 +145,6 @@ def _read_spans(rows: Tensor, batch: Tensor, keys: int) -> MediaMask | None:
 FAMILY = Family(
     "transformers Evolla",
     _HOME,
-    {cls.__name__: cls for cls in (EvollaSequenceCompressorAttention, EvollaSequenceAlignerCrossAttention)},
+    (EvollaSequenceCompressorAttention, EvollaSequenceAlignerCrossAttention),
     TRANSFORMERS,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
@@ -17,13 +18,18 @@ class Family:
     Attributes:
         name: the name of the library or model.
         module: the module that defines the classes.
-        fused: the class that replaces each, by class name.
+        classes: the fused classes, each of the name of the class that it replaces.
         versions: the versions of the library that the tests run with.
         fixes: the known bugs of the originals by name; a patch repeats them unless it is told to fix them.
     """
 
     name: str
     module: str
-    fused: Mapping[str, type[nn.Module]]
+    classes: tuple[type[nn.Module], ...]
     versions: str
     fixes: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def fused(self) -> Mapping[str, type[nn.Module]]:
+        """The class that replaces each, by class name."""
+        return {cls.__name__: cls for cls in self.classes}

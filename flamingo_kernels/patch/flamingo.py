@@ -8,11 +8,11 @@ from .family import Family
 FAMILY = Family(
     "flamingo",
     "flamingo.modules",
-    {
-        "MaskedCrossAttention": layers.MaskedCrossAttention,
-        "GatedCrossAttentionBlock": layers.GatedCrossAttentionBlock,
-        "PerceiverAttention": layers.PerceiverAttention,
-        "PerceiverResampler": layers.PerceiverResampler,
-    },
+    (
+        layers.MaskedCrossAttention,
+        layers.GatedCrossAttentionBlock,
+        layers.PerceiverAttention,
+        layers.PerceiverResampler,
+    ),
     "this one",
 )

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from .._anatomy import Alpha, Linear, Norm, Number, Part
 from .._kept import kept_kv
 from .._predicates import is_plain
-from ..fold import Affine, Gate, Scale
 from ..layers.fused import Fused, add_feed_forward, add_gated, gate_unless_open
 from ..mask import Policy
 from ..ops import masked_cross_attention, perceiver_attention
 from ..sublayers import arguments, gated_cross_attention
+from .decoder_layer import DecoderLayer, folds_of
 from .dense import key_spans
 from .family import TRANSFORMERS, Family
 from .softmax import is_softmax
@@ -29,21 +29,13 @@ _ATTENTION = f"{_HOME}.modeling_idefics.IdeficsAttention"
 _MLP = f"{_HOME}.modeling_idefics.IdeficsMLP"
 
 
-class IdeficsGatedCrossAttentionLayer(Fused):
+class IdeficsGatedCrossAttentionLayer(DecoderLayer):
     policy: Policy = "zero"
-    folds = (
-        Affine("input_layernorm", ("cross_attn.q_proj",)),
-        Scale("cross_attn.scaling", ("cross_attn.q_layer_norm", "cross_attn.q_proj")),
-        Gate("alpha_cross_attn", "cross_attn.o_proj"),
-        Affine("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-        Gate("alpha_dense", "mlp.down_proj"),
+    folds = folds_of(
+        "alpha_cross_attn", "alpha_dense", queries=("cross_attn.q_layer_norm", "cross_attn.q_proj")
     )
-
     anatomy = {
-        "input_layernorm": Norm("D"),
-        "post_attention_layernorm": Norm("D"),
-        "cross_attn": Part(),
-        "mlp": Part(),
+        **DecoderLayer.anatomy,
         "alpha_cross_attn": Alpha("D"),
         "alpha_dense": Alpha("D"),
         "act_cross_attn": Part(nn.Tanh),
@@ -51,10 +43,6 @@ class IdeficsGatedCrossAttentionLayer(Fused):
     }
 
     config: float  # the model's dropout, by this name
-    cross_attn: Any
-    mlp: Any
-    input_layernorm: nn.Module
-    post_attention_layernorm: nn.Module
     alpha_cross_attn: nn.Parameter  # [1] or [1, 1, D]
     alpha_dense: nn.Parameter
 
@@ -178,12 +166,12 @@ class IdeficsPerceiverAttention(Fused):
 FAMILY = Family(
     "transformers Idefics",
     f"{_HOME}.modeling_idefics",
-    {"IdeficsGatedCrossAttentionLayer": IdeficsGatedCrossAttentionLayer},
+    (IdeficsGatedCrossAttentionLayer,),
     TRANSFORMERS,
 )
 RESAMPLER = Family(
     "transformers Idefics, resampler",
     f"{_HOME}.perceiver",
-    {"IdeficsPerceiverAttention": IdeficsPerceiverAttention},
+    (IdeficsPerceiverAttention,),
     TRANSFORMERS,
 )

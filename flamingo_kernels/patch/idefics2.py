@@ -9,38 +9,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._anatomy import Linear, Number
-from ..layers import Fused
+from .._anatomy import Linear
 from ..ops import perceiver_attention
 from .dense import in_order, media_first
 from .family import TRANSFORMERS, Family
-from .softmax import must_stay
+from .softmax import GroupedAttention
 
 
-class Idefics2PerceiverAttention(Fused):
+class Idefics2PerceiverAttention(GroupedAttention):
     anatomy = {
-        "num_key_value_heads": Number("G"),
-        "num_key_value_groups": Number("n"),
-        "num_heads": Number("G*n"),
-        "head_dim": Number("d"),
-        "q_proj": Linear("D", "G*n*d"),
+        **GroupedAttention.anatomy,
         "k_proj": Linear("D", "G*d"),
         "v_proj": Linear("D", "G*d"),
-        "o_proj": Linear("G*n*d", "D"),
     }
 
-    config: Any
-    num_heads: int
-    num_key_value_heads: int
-    scaling: float
     attention_dropout: float
     is_causal: bool  # False, unless somebody changes it; with a mask, transformers 4 adds it and 5 drops it
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    o_proj: nn.Module
 
     def forward(
         self,
@@ -56,7 +42,7 @@ class Idefics2PerceiverAttention(Fused):
             first = media_first(attention_mask, context, latents, layer=self)
         dense = self.is_causal or (attention_mask is not None and first is None)
         cached = past_key_values is not None or getattr(self, "past_key_values", None) is not None
-        if dense or cached or must_stay(self, self.attention_dropout, kwargs):
+        if dense or cached or self.must_stay(self.attention_dropout, kwargs):
             rest = (attention_mask, position_ids, past_key_values)
             return super().forward(latents, context, *rest, **kwargs)
         lengths = None
@@ -76,6 +62,6 @@ class Idefics2PerceiverAttention(Fused):
 FAMILY = Family(
     "transformers Idefics2, resampler",
     "transformers.models.idefics2.modeling_idefics2",
-    {"Idefics2PerceiverAttention": Idefics2PerceiverAttention},
+    (Idefics2PerceiverAttention,),
     TRANSFORMERS,
 )

@@ -14,45 +14,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._anatomy import Alpha, Linear, Norm, Number, Part
+from .._anatomy import Alpha, Norm
 from .._predicates import is_unhooked
-from ..fold import Affine, Gate, Scale
-from ..layers.fused import Fused, add_feed_forward, add_gated, gate_unless_open
+from ..layers.fused import add_feed_forward, add_gated, gate_unless_open
 from ..ops import masked_cross_attention
 from ..sublayers import arguments, gated_cross_attention
+from .decoder_layer import DecoderLayer, folds_of
 from .dense import KeySpans, key_spans
 from .family import TRANSFORMERS, Family
-from .softmax import must_stay
+from .softmax import GroupedAttention
 
 _HOME = "transformers.models.mllama.modeling_mllama"
 _MLP = f"{_HOME}.MllamaTextMLP"
 _FEW = 2**20  # numbers in a layer's keys: reading them takes no longer than reading a mask
 
 
-class MllamaTextCrossAttention(Fused):
-    anatomy = {
-        "num_key_value_heads": Number("G"),
-        "num_key_value_groups": Number("n"),
-        "num_heads": Number("G*n"),
-        "head_dim": Number("d"),
-        "q_proj": Linear("D", "G*n*d"),
-        "k_proj": Linear("V", "G*d"),
-        "v_proj": Linear("V", "G*d"),
-        "o_proj": Linear("G*n*d", "D"),
-        "q_norm": Norm("d"),
-        "k_norm": Norm("d"),
-    }
+class MllamaTextCrossAttention(GroupedAttention):
+    anatomy = {**GroupedAttention.anatomy, "q_norm": Norm("d"), "k_norm": Norm("d")}
 
-    config: Any
-    num_heads: int
-    num_key_value_heads: int
     layer_idx: int
-    scaling: float
     dropout: float
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    o_proj: nn.Module
     q_norm: nn.Module
     k_norm: Any
 
@@ -71,7 +52,7 @@ class MllamaTextCrossAttention(Fused):
         spans = self.spans(hidden_states, *media, kwargs, layer=self)
         sees_all = attention_mask is None and "causal" in self.fixes
         has_media = cross_attention_states is not None or past_key_values is not None
-        if spans is None and not (sees_all and has_media and not must_stay(self, self.dropout, kwargs)):
+        if spans is None and not (sees_all and has_media and not self.must_stay(self.dropout, kwargs)):
             if cache_position is not None:
                 kwargs["cache_position"] = cache_position
             return super().forward(hidden_states, *media, use_cache, **kwargs)
@@ -99,7 +80,7 @@ class MllamaTextCrossAttention(Fused):
             mask is None
             or no_media
             or _is_short_step(x, states, mask)
-            or must_stay(self, self.dropout, kwargs)
+            or self.must_stay(self.dropout, kwargs)
         ):
             return None
         return key_spans(mask, x, layer=layer)
@@ -120,28 +101,14 @@ class MllamaTextCrossAttention(Fused):
         return k.transpose(1, 2), v.transpose(1, 2)
 
 
-class MllamaCrossAttentionDecoderLayer(Fused):
-    folds = (
-        Affine("input_layernorm", ("cross_attn.q_proj",)),
-        Scale("cross_attn.scaling", ("cross_attn.q_norm",)),
-        Gate("cross_attn_attn_gate", "cross_attn.o_proj"),
-        Affine("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-        Gate("cross_attn_mlp_gate", "mlp.down_proj"),
-    )
-
+class MllamaCrossAttentionDecoderLayer(DecoderLayer):
+    folds = folds_of("cross_attn_attn_gate", "cross_attn_mlp_gate", queries=("cross_attn.q_norm",))
     anatomy = {
-        "input_layernorm": Norm("D"),
-        "post_attention_layernorm": Norm("D"),
-        "cross_attn": Part(),
-        "mlp": Part(),
+        **DecoderLayer.anatomy,
         "cross_attn_attn_gate": Alpha("D"),
         "cross_attn_mlp_gate": Alpha("D"),
     }
 
-    cross_attn: Any
-    mlp: Any
-    input_layernorm: nn.Module
-    post_attention_layernorm: nn.Module
     cross_attn_attn_gate: nn.Parameter  # [1]
     cross_attn_mlp_gate: nn.Parameter
 
@@ -210,7 +177,7 @@ def _where_seeing(rows: Tensor | None, z: Tensor, x: Tensor) -> Tensor:
 FAMILY = Family(
     "transformers Mllama",
     _HOME,
-    {cls.__name__: cls for cls in (MllamaTextCrossAttention, MllamaCrossAttentionDecoderLayer)},
+    (MllamaTextCrossAttention, MllamaCrossAttentionDecoderLayer),
     TRANSFORMERS,
     {
         "row_leak": "text before the first image attends to every image and its padding (transformers#39379)",

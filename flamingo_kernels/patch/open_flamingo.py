@@ -12,15 +12,16 @@ from typing import cast
 from torch import Tensor, nn
 
 from .._anatomy import Norm, Part, Weight
-from ..layers.cross_attention import ATTENTION_ANATOMY, BLOCK_ANATOMY, attend, attend_to_media, gated_block
+from ..layers import cross_attention
+from ..layers.cross_attention import ATTENTION_ANATOMY, BLOCK_ANATOMY, FusedCrossAttention, Media
 from ..layers.fused import ATTENTION_FOLDS, BLOCK_FOLDS, Fused
-from ..layers.resampler import PERCEIVER_ANATOMY, perceive, resample
+from ..layers.resampler import LatentAttention, perceive, resample
 from ..mask import Policy
 from ..media_cache import MediaCache, Source
 from .family import Family
 
 
-class MaskedCrossAttention(Fused):
+class MaskedCrossAttention(FusedCrossAttention):
     folds = ATTENTION_FOLDS
     anatomy = ATTENTION_ANATOMY
 
@@ -36,28 +37,17 @@ class MaskedCrossAttention(Fused):
     def policy(self) -> Policy:
         return "zero" if "uniform_rows" in self.fixes else "open_flamingo"
 
-    def forward(
-        self,
-        x: Tensor,  # [B, T, D]
-        media: Tensor | MediaCache,  # [B, M, R, D_visual]
-        media_locations: Tensor | None = None,  # [B, T]
-        use_cached_media: bool = False,
-    ) -> Tensor:  # [B, T, D]
-        if self.is_watched() and media_locations is not None and not isinstance(media, MediaCache):
-            cached = (True,) if use_cached_media else ()
-            return cast(Tensor, super().forward(x, media, media_locations, *cached))
-        return attend_to_media(self, x, media, media_locations, use_cached_media)
+    def original_takes(self, media: Media) -> bool:
+        return media.locations is not None and not isinstance(media.features, MediaCache)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, media_locations: Tensor | None, use_cached_media: bool
-    ) -> Tensor:
-        return attend(self, q, k, v, media_locations, use_cached_media)
+    compute = cross_attention.attend_to_media
+    attend = cross_attention.attend
 
     def media_source(self) -> Source:
         return Source(self.to_kv, self.heads)
 
 
-class GatedCrossAttentionBlock(Fused):
+class GatedCrossAttentionBlock(FusedCrossAttention):
     folds = BLOCK_FOLDS
     anatomy = BLOCK_ANATOMY
 
@@ -66,29 +56,10 @@ class GatedCrossAttentionBlock(Fused):
     ff: nn.Sequential
     ff_gate: nn.Parameter
 
-    def forward(
-        self,
-        x: Tensor,
-        media: Tensor | MediaCache,
-        media_locations: Tensor | None = None,
-        use_cached_media: bool = False,
-    ) -> Tensor:
-        if self.is_watched():
-            return cast(Tensor, super().forward(x, media, media_locations, use_cached_media))
-        return gated_block(self, x, media, media_locations, use_cached_media)
+    compute = cross_attention.gated_block
 
 
-class PerceiverAttention(Fused):
-    anatomy = PERCEIVER_ANATOMY
-
-    heads: int
-    scale: float
-    norm_media: nn.LayerNorm
-    norm_latents: nn.LayerNorm
-    to_q: nn.Linear
-    to_kv: nn.Linear
-    to_out: nn.Linear
-
+class PerceiverAttention(LatentAttention):
     def forward(
         self,
         x: Tensor,  # [B, M, S, D]
@@ -121,20 +92,20 @@ class PerceiverResampler(Fused):
     ) -> Tensor:  # [B, M, R, D]
         if self.is_watched():
             return cast(Tensor, super().forward(x))
+        return self.norm(resample(self.latents, self.layers, self.add_positions(x), None))
+
+    def add_positions(self, x: Tensor) -> Tensor:  # [B, M, S, D]
         if self.frame_embs is not None:
             x = x + self.frame_embs[: x.shape[2], None]
         x = x.flatten(2, 3)
-        if self.media_time_embs is not None:
-            x = x + self.media_time_embs[: x.shape[1]]
-        return self.norm(resample(self.latents, self.layers, x, None))
+        return x if self.media_time_embs is None else x + self.media_time_embs[: x.shape[1]]
 
 
 FIXES = {"uniform_rows": "text whose image was not passed averages all images"}
-_CLASSES = (MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention, PerceiverResampler)
 FAMILY = Family(
     "open_flamingo",
     "open_flamingo.src.helpers",
-    {cls.__name__: cls for cls in _CLASSES},
+    (MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention, PerceiverResampler),
     "open-flamingo 2.0.1",
     FIXES,
 )

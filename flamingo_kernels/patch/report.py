@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
-from .._report import table
+from .._report import Report, listing
 from .swap import restore
 
 
 @dataclass(frozen=True)
-class PatchReport:
+class PatchReport(Report):
     """What `patch` swapped and what it did not; as a context manager, it unpatches the model at the end.
 
     Attributes:
@@ -36,26 +34,16 @@ class PatchReport:
     skipped: Mapping[str, str]
     policies: tuple[str, ...]
     fixes: tuple[str, ...]
-    # Weak, so that a report that outlives its model does not keep it in memory.
-    _modules: tuple[weakref.ref[nn.Module], ...] = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         policies = " and ".join(f'"{policy}"' for policy in self.policies)
-        lines = [
+        title = (
             f"patch: {len(self.replaced)} module{'s' * (len(self.replaced) != 1)} replaced"
             + (f", mask policy {policies}" if policies else "")
             + (f", fixed: {', '.join(self.fixes)}" if self.fixes else "")
-        ]
-        lines += table(
-            {path: f"{old.__module__}.{old.__qualname__}" for path, (old, _) in self.replaced.items()}
         )
-        if self.skipped:
-            lines += [f"{len(self.skipped)} skipped", *table(self.skipped)]
-        return "\n".join(lines)
+        old = {path: f"{old.__module__}.{old.__qualname__}" for path, (old, _) in self.replaced.items()}
+        return listing(title, old, self.skipped)
 
-    def __enter__(self) -> PatchReport:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        modules = (reference() for reference in self._modules)
-        restore(module for module in modules if module is not None)
+    def _undo(self, modules: Iterator[nn.Module]) -> None:
+        restore(modules)

@@ -1,31 +1,50 @@
-"""Whether an attention of transformers is a plain softmax, which is all that the kernels compute."""
+"""Attentions of transformers, fused where they are a plain softmax: the kernels compute nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
+
+from torch import nn
+
+from .._anatomy import Kind, Linear, Number
+from ..layers import Fused
 
 _SDPA = "transformers.integrations.sdpa_attention"
 
 
-class Attention(Protocol):
-    """A fused attention of a model of transformers."""
+class GroupedAttention(Fused):
+    """Base class of the attentions with grouped heads, their parts under the names of transformers."""
+
+    anatomy: Mapping[str, Kind] = {
+        "num_key_value_heads": Number("G"),
+        "num_key_value_groups": Number("n"),
+        "num_heads": Number("G*n"),
+        "head_dim": Number("d"),
+        "q_proj": Linear("D", "G*n*d"),
+        "k_proj": Linear("V", "G*d"),
+        "v_proj": Linear("V", "G*d"),
+        "o_proj": Linear("G*n*d", "D"),
+    }
 
     config: Any
-    training: bool
+    num_heads: int
+    num_key_value_heads: int
+    scaling: float
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
 
-    def is_watched(self) -> bool: ...
+    def must_stay(self, dropout: float, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the original's forward must compute a call.
 
-
-def must_stay(attn: Attention, dropout: float, kwargs: Mapping[str, Any]) -> bool:
-    """Whether the original's forward must compute a call.
-
-    It must if the call or the configuration asks for attention weights, if the attention is no softmax, if
-    hooks watch it, and in training with dropout.
-    """
-    asks = kwargs.get("output_attentions") or attn.config.output_attentions
-    other = not is_softmax(attn.config._attn_implementation)
-    return bool(asks or other or attn.is_watched() or (dropout and attn.training))
+        It must if the call or the configuration asks for attention weights, if the attention is no softmax,
+        if hooks watch it, and in training with dropout.
+        """
+        asks = kwargs.get("output_attentions") or self.config.output_attentions
+        other = not is_softmax(self.config._attn_implementation)
+        return bool(asks or other or self.is_watched() or (dropout and self.training))
 
 
 def is_softmax(implementation: str) -> bool:

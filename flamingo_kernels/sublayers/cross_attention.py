@@ -31,8 +31,9 @@ from ..ops.masked_cross_attention.schema import BWD, FWD
 from ..ops.once_differentiable import once_differentiable
 from . import gated_linear, normed_linear, reference
 from . import norm as norms
+from .arguments import CrossAttention
 from .gated_linear import Linear, expect_gate, expect_linear, expect_one_dtype, named_parameters
-from .gradients import in_order, pair
+from .gradients import in_order, pair, unpack
 from .labels import PROJECTIONS, labelled
 from .norm import Norm, Statistics, expect_norm
 
@@ -103,14 +104,15 @@ def gated_cross_attention(
         >>> torch.equal(z[:, 0], x[:, 0]), z.shape
         (True, torch.Size([1, 3, 32]))
     """
-    _validate(x, k, v, mask, norm, to_q, to_out, gate, q_norm)
+    _validate(x, k, v, mask, gate, CrossAttention(norm, to_q, to_out, q_norm))
     (k, v), to_q, to_out = autocast(k, v), to_q.autocast(), to_out.autocast()
     expect_one_dtype(_NAME, x, {"to_q": to_q, "to_out": to_out}, k=k, v=v)
     scale = expect_scale(_NAME, scale, k.shape[-1])
     parameters = (gate, norm.weight, norm.bias, *(q_norm or (None, None))[:2], *to_q, *to_out)
     backend = dispatch.resolve("masked_cross_attention", backend, x, k, v, *parameters)
     if backend == "reference" or 0 in to_q.weight.shape:  # without a feature there is nothing to fuse
-        return reference.gated_cross_attention(x, k, v, mask, norm, to_q, to_out, gate, q_norm, scale)
+        weights = CrossAttention(norm, to_q, to_out, q_norm)
+        return reference.gated_cross_attention(x, k, v, mask, gate, weights, scale)
     options = _Options(
         backend,
         scale,
@@ -127,16 +129,9 @@ def gated_cross_attention(
 
 
 def _validate(
-    x: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: MediaMask,
-    norm: Norm,
-    to_q: Linear,
-    to_out: Linear,
-    gate: Tensor | None,
-    q_norm: Norm | None,
+    x: Tensor, k: Tensor, v: Tensor, mask: MediaMask, gate: Tensor | None, weights: CrossAttention
 ) -> None:
+    norm, to_q, to_out, q_norm = weights
     expect_tensors(_NAME, x=x, k=k, v=v)
     expect_shape(_NAME, "x", x, ("B", "T", "D"), "")
     batch, length, width = x.shape
@@ -244,10 +239,9 @@ class _GatedCrossAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable(_NAME, batched=False)
     def backward(ctx, saved, dz):
-        options, count = ctx.options, len(_Inputs._fields)
-        needed = dict(zip(_Inputs._fields, ctx.needs_input_grad[1:], strict=True))
-        t = _Inputs(*saved[:count])
-        u, out, softmax, mean, rstd, *q_statistics = saved[count:]
+        options = ctx.options
+        t, needed, kept = unpack(_Inputs, ctx, saved)
+        u, out, softmax, mean, rstd, *q_statistics = kept
         q_norm = t.q_norm(options)
         x, dz = (unit_stride(each.reshape(-1, each.shape[-1])) for each in (t.x, dz))
 

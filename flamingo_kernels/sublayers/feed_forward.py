@@ -26,7 +26,7 @@ from ..ops.once_differentiable import once_differentiable
 from . import gated_linear, normed_linear, reference
 from .activation import ACTIVATIONS
 from .gated_linear import Linear, expect_gate, expect_linear, expect_one_dtype, named_parameters
-from .gradients import in_order, pair
+from .gradients import in_order, pair, unpack
 from .labels import FEED_FORWARD, labelled
 from .norm import Norm, Statistics, expect_norm
 from .scratch import scratch
@@ -197,10 +197,8 @@ class _GatedFeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable(_NAME, batched=False)
     def backward(ctx, saved, dz):
-        options, count = ctx.options, len(_Inputs._fields)
-        needed = dict(zip(_Inputs._fields, ctx.needs_input_grad[1:], strict=True))
-        t = _Inputs(*saved[:count])
-        mean, rstd, *us = saved[count:]
+        options = ctx.options
+        t, needed, (mean, rstd, *us) = unpack(_Inputs, ctx, saved)
         dz = unit_stride(dz)
 
         with scratch(*us[0].shape, like=us[0]) as memory:

@@ -1,11 +1,24 @@
-"""Gradients by name, and in the order that autograd expects."""
+"""What a backward pass takes from autograd by name, and gives to it in the order of the inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+
+
+def unpack(kind: Any, ctx: Any, saved: Sequence[Any]) -> tuple[Any, dict[str, bool], Sequence[Any]]:
+    """The inputs, which of them need a gradient by name, and what the forward pass saved behind the inputs.
+
+    Args:
+        kind: the NamedTuple of the tensors that follow the first argument of `apply`.
+        ctx: the context of the autograd function.
+        saved: the tensors it has saved, the inputs first.
+    """
+    names = kind._fields
+    needed = dict(zip(names, ctx.needs_input_grad[1:], strict=True))
+    return kind(*saved[: len(names)]), needed, saved[len(names) :]
 
 
 def pair(name: str, gradients: Iterable[Tensor | None]) -> dict[str, Tensor | None]:

@@ -9,6 +9,7 @@ from ..mask import MediaMask
 from ..ops.gated_residual.api import gated_residual
 from ..ops.masked_cross_attention.api import masked_cross_attention
 from .activation import ACTIVATIONS
+from .arguments import CrossAttention
 from .gated_linear import Linear
 from .labels import ATTENTION, GATE, labelled
 from .norm import Norm
@@ -22,13 +23,11 @@ def gated_cross_attention(
     k: Tensor,  # [B, M, R, Hkv, d]
     v: Tensor,  # [B, M, R, Hkv, d]
     mask: MediaMask,
-    norm: Norm,
-    to_q: Linear,
-    to_out: Linear,
     gate: Tensor | None,
-    q_norm: Norm | None,
+    weights: CrossAttention,
     scale: float,
 ) -> Tensor:  # [B, T, D]
+    norm, to_q, to_out, q_norm = weights
     q = F.linear(norm(x), *to_q).unflatten(-1, (-1, k.shape[-1]))  # [B, T, H, d]
     q = q if q_norm is None else q_norm(q)
     out = _attend(q, k, v, mask, scale=scale, backend="reference")

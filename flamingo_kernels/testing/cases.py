@@ -17,15 +17,8 @@ from torch import Tensor
 
 from flamingo.modules import dense_masked_attention, text_time
 
+from .. import ops
 from ..mask import MediaMask, Policy
-from ..ops import (
-    GatedBlockWeights,
-    gated_block_decode,
-    gated_residual,
-    gated_residual_norm,
-    masked_cross_attention,
-    perceiver_attention,
-)
 
 Layout = Literal["contiguous", "slice", "transposed", "strided", "expanded"]
 Outputs = tuple[Tensor, ...]
@@ -125,7 +118,7 @@ class MaskedCrossAttentionCase(Case):
     """
 
     operator: ClassVar[str] = "masked_cross_attention"
-    function: ClassVar[Callable[..., Any]] = staticmethod(masked_cross_attention)
+    function: ClassVar[Callable[..., Any]] = staticmethod(ops.masked_cross_attention)
 
     batch: int = 2
     length: int = 19
@@ -195,7 +188,7 @@ class PerceiverAttentionCase(Case):
     """
 
     operator: ClassVar[str] = "perceiver_attention"
-    function: ClassVar[Callable[..., Any]] = staticmethod(perceiver_attention)
+    function: ClassVar[Callable[..., Any]] = staticmethod(ops.perceiver_attention)
 
     clips: int = 2
     queries: int = 9
@@ -256,7 +249,7 @@ class GatedResidualCase(Case):
     """
 
     operator: ClassVar[str] = "gated_residual"
-    function: ClassVar[Callable[..., Any]] = staticmethod(gated_residual)
+    function: ClassVar[Callable[..., Any]] = staticmethod(ops.gated_residual)
     mean: ClassVar[float] = 1.0  # the gradient of a gate is one long sum, which must not cancel by chance
 
     shape: tuple[int, ...] = (3, 7, 40)
@@ -294,7 +287,7 @@ class GatedResidualNormCase(GatedResidualCase):
     """
 
     operator: ClassVar[str] = "gated_residual_norm"
-    function: ClassVar[Callable[..., Any]] = staticmethod(gated_residual_norm)
+    function: ClassVar[Callable[..., Any]] = staticmethod(ops.gated_residual_norm)
     outputs: ClassVar[tuple[str, ...]] = ("z", "n")
 
     norm: Literal["layer", "rms"] = "layer"
@@ -334,7 +327,7 @@ class GatedBlockDecodeCase(Case):
     """
 
     operator: ClassVar[str] = "gated_block_decode"
-    function: ClassVar[Callable[..., Any]] = staticmethod(gated_block_decode)
+    function: ClassVar[Callable[..., Any]] = staticmethod(ops.gated_block_decode)
     differentiable: ClassVar[bool] = False
 
     batch: int = 2
@@ -385,7 +378,8 @@ class GatedBlockDecodeCase(Case):
         return {"mask": mask, "activation": self.activation}
 
     def call(self, tensors: Tensors, options: dict[str, Any], backend: str = "auto") -> Outputs:
-        weights = GatedBlockWeights(*(tensors.get(name) for name in GatedBlockWeights._fields))  # type: ignore[arg-type]
+        names = ops.GatedBlockWeights._fields
+        weights = ops.GatedBlockWeights(*map(tensors.get, names))  # type: ignore[arg-type]
         x, k, v = (tensors[name] for name in ("x", "k", "v"))
         return (self.function(x, k, v, weights=weights, **options, backend=backend),)
 

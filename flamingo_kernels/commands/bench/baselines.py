@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 import flamingo_kernels as fk
 from flamingo import modules
 from flamingo_kernels import layers
-from flamingo_kernels.layers.cross_attention import add_attended
+from flamingo_kernels.layers.cross_attention import Media, add_attended
 from flamingo_kernels.layers.protocols import GatedBlock
 
 from .shapes import ALL_MODES, Case, Mode
@@ -198,7 +198,7 @@ def _cross_attention_sublayer(
 
     def call(block: Any) -> Tensor:
         if isinstance(block, layers.Fused):
-            return add_attended(cast(GatedBlock, block), x, media, locations, False)
+            return add_attended(cast(GatedBlock, block), x, Media(media, locations, cached=False))
         return x + torch.tanh(block.attn_gate) * block.attn(x, media, locations)
 
     made = _layer(block, randn, (x, media), call=call, attend=sdpa)

@@ -328,6 +328,13 @@ class Uniform(modules.MaskedCrossAttention):
         return v.mean((1, 2))[:, None].expand_as(q)
 
 
+class Namer(modules.GatedCrossAttentionBlock):
+    """Has a method that by chance is named like one of the fused class's base."""
+
+    def original_takes(self):
+        return "everything"
+
+
 class GatedCrossAttentionBlock(nn.Module):
     """A namesake."""
 
@@ -359,6 +366,7 @@ class TestRecognition:
         [
             (Doubled, "Doubled overrides forward of GatedCrossAttentionBlock"),
             (Uniform, "Uniform overrides attend of MaskedCrossAttention"),
+            (Namer, "Namer overrides original_takes of GatedCrossAttentionBlock"),
         ],
     )
     def test_a_subclass_that_overrides(self, cls, reason):
