@@ -19,10 +19,7 @@ def path() -> Path:
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if not path().exists():
-        return None, failed_build(path()) or (
-            "the C++ extension is not built; install a C++ compiler and run "
-            "`FLAMINGO_KERNELS_BUILD=cpu pip install --no-build-isolation .`"
-        )
+        return None, why_missing(path(), "the C++ extension is", "a C++ compiler", build="cpu")
     try:
         library = ctypes.CDLL(str(path()))
         library.flamingo_kernels_select.argtypes = [ctypes.c_char_p]
@@ -51,6 +48,12 @@ def failed_build(path: Path) -> str:
     """Why the latest build of a library failed, or an empty string."""
     record = record_of_failure(path)
     return " ".join(record.read_text().split()) if record.exists() else ""
+
+
+def why_missing(path: Path, what: str, needs: str, build: str) -> str:
+    """Why there is no library at a path, and how to get it."""
+    command = f"FLAMINGO_KERNELS_BUILD={build} pip install --no-build-isolation ."
+    return failed_build(path) or f"{what} not built; install {needs} and run `{command}`"
 
 
 def why_not() -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from . import env
-from .cpu import failed_build
+from .cpu import why_missing
 
 OLDEST_CAPABILITY = (8, 0)
 TORCH_FOLDER = Path(torch.__file__).with_name("lib")
@@ -38,10 +38,7 @@ def build() -> str:
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if not path().exists():
-        return None, failed_build(path()) or (
-            "the CUDA kernels are not built; install nvcc and run "
-            "`FLAMINGO_KERNELS_BUILD=cuda pip install --no-build-isolation .`"
-        )
+        return None, why_missing(path(), "the CUDA kernels are", "nvcc", build="cuda")
     if not env.CUDA_EXTENSION and (why := _no_gpu()):
         return None, why
     try:
