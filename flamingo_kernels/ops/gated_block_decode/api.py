@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ... import _checks as checks
 from ..._backends import dispatch
-from ..._checks import (
-    expect_floating_point,
-    expect_head_groups,
-    expect_number,
-    expect_same_device,
-    expect_same_dtype,
-    expect_scale,
-    expect_shape,
-    expect_tensors,
-    unit_stride,
-)
 from ..._predicates import needs_grad
 from ...mask import MediaMask
 from ..masked_cross_attention.api import expect_media
@@ -81,13 +71,13 @@ def gated_block_decode(
         torch.Size([2, 16])
     """
     scale = _validate(x, k, v, mask, weights, activation, scale)
-    eps = expect_number(_NAME, "eps", eps, least=0)
+    eps = checks.expect_number(_NAME, "eps", eps, least=0)
     backend = dispatch.resolve(_NAME, backend, x, k, v, *weights)
     if backend == "reference":
         return reference.gated_block_decode(x, k, v, mask, weights, scale, eps, activation)
     if reason := _why_not(x, k, v, weights):
         raise dispatch.UnsupportedError(f"{_NAME}: {reason}.", {backend: [reason]})
-    x, k, v = x.contiguous(), unit_stride(k), unit_stride(v)
+    x, k, v = x.contiguous(), checks.unit_stride(k), checks.unit_stride(v)
     weights = GatedBlockWeights(*(None if t is None else t.contiguous() for t in weights))  # type: ignore[arg-type]
     heads = weights.to_q.shape[0] // k.shape[-1]
     options = (heads, scale, eps, ACTIVATIONS.index(activation))
@@ -115,28 +105,30 @@ def _validate(
         for name, weight in weights._asdict().items()
         if name not in _OPTIONAL or weight is not None
     }
-    expect_tensors(_NAME, x=x, k=k, v=v, **given)
-    expect_shape(_NAME, "x", x, ("B", "D"), "")
+    checks.expect_tensors(_NAME, x=x, k=k, v=v, **given)
+    checks.expect_shape(_NAME, "x", x, ("B", "D"), "")
     batch, dim = x.shape
     expect_media(_NAME, k, v, mask, (batch, 1, "d"), of="x")
-    scale = expect_scale(_NAME, scale, k.shape[-1])
-    expect_shape(_NAME, "to_q", weights.to_q, ("H * d", dim), "to match x")
-    expect_shape(_NAME, "up", weights.up, ("F", dim), "to match x")
+    scale = checks.expect_scale(_NAME, scale, k.shape[-1])
+    checks.expect_shape(_NAME, "to_q", weights.to_q, ("H * d", dim), "to match x")
+    checks.expect_shape(_NAME, "up", weights.up, ("F", dim), "to match x")
     inner, hidden = weights.to_q.shape[0], weights.up.shape[0]
-    expect_head_groups(_NAME, inner // k.shape[-1], k.shape[3])
-    expect_shape(_NAME, "to_q", weights.to_q, (inner // k.shape[-1] * k.shape[-1], dim), "to match x and k")
-    expect_shape(_NAME, "to_out", weights.to_out, (dim, inner), "to match to_q")
-    expect_shape(_NAME, "down", weights.down, (dim, hidden), "to match up")
+    checks.expect_head_groups(_NAME, inner // k.shape[-1], k.shape[3])
+    checks.expect_shape(
+        _NAME, "to_q", weights.to_q, (inner // k.shape[-1] * k.shape[-1], dim), "to match x and k"
+    )
+    checks.expect_shape(_NAME, "to_out", weights.to_out, (dim, inner), "to match to_q")
+    checks.expect_shape(_NAME, "down", weights.down, (dim, hidden), "to match up")
     for name in ("norm", "norm_bias", "ff_norm", "ff_norm_bias"):
         if (vector := getattr(weights, name)) is not None:
-            expect_shape(_NAME, name, vector, (dim,), "to match x")
+            checks.expect_shape(_NAME, name, vector, (dim,), "to match x")
     for name in ("gate", "ff_gate"):
         if getattr(weights, name).numel() not in (1, dim):
             shape = tuple(getattr(weights, name).shape)
             raise ValueError(f"{_NAME}: expected {name} of 1 or D={dim} elements, got {shape}.")
-    expect_same_dtype(_NAME, x=x, k=k, v=v, **{name: getattr(weights, name) for name in _MATRICES})
-    expect_floating_point(_NAME, **given)
-    expect_same_device(_NAME, x=x, k=k, v=v, mask=mask.lo, **given)
+    checks.expect_same_dtype(_NAME, x=x, k=k, v=v, **{name: getattr(weights, name) for name in _MATRICES})
+    checks.expect_floating_point(_NAME, **given)
+    checks.expect_same_device(_NAME, x=x, k=k, v=v, mask=mask.lo, **given)
     return scale
 
 

@@ -5,15 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import _checks as checks
 from ..._backends import dispatch
-from ..._checks import (
-    as_rows,
-    expect_floating_point,
-    expect_same_device,
-    expect_shape,
-    expect_tensors,
-    unit_stride,
-)
 from ..._predicates import needs_grad
 from ..once_differentiable import once_differentiable
 from . import reference
@@ -61,7 +54,7 @@ def gated_residual(
     backend = dispatch.resolve(_NAME, backend, x, y, gate)
     if backend == "reference" or x.shape[-1] == 0:  # without a channel kernels have nothing to do
         return reference.gated_residual(x, y, gate.flatten() if gate.ndim > 1 else gate).contiguous()
-    rows = as_rows(x), as_rows(y)
+    rows = checks.as_rows(x), checks.as_rows(y)
     if needs_grad(x, y, gate):
         return _GatedResidual.apply(backend, *rows, gate).view(x.shape)
     return FWD[backend](*rows, gate).view(x.shape)
@@ -73,16 +66,16 @@ def _validate(x: Tensor, y: Tensor, gate: Tensor) -> None:
 
 def expect_branch(operator: str, x: Tensor, y: Tensor, gate: Tensor) -> None:
     """The checks shared with gated_residual_norm."""
-    expect_tensors(operator, x=x, y=y, gate=gate)
+    checks.expect_tensors(operator, x=x, y=y, gate=gate)
     if x.ndim == 0:
         raise ValueError(f"{operator}: expected x with shape (..., D), got ().")
-    expect_shape(operator, "y", y, tuple(x.shape), "to match x")
+    checks.expect_shape(operator, "y", y, tuple(x.shape), "to match x")
     if gate.numel() not in (1, x.shape[-1]) or gate.shape[:-1].numel() != 1:
         raise ValueError(
             f"{operator}: expected a gate of 1 or D={x.shape[-1]} elements, got {tuple(gate.shape)}."
         )
-    expect_floating_point(operator, x=x, y=y, gate=gate)
-    expect_same_device(operator, x=x, y=y, gate=gate)
+    checks.expect_floating_point(operator, x=x, y=y, gate=gate)
+    checks.expect_same_device(operator, x=x, y=y, gate=gate)
 
 
 dispatch.register(_NAME, sizes=lambda *_: {}, cuda={}, triton={}, cpu={}, reference={})
@@ -99,5 +92,5 @@ class _GatedResidual(torch.autograd.Function):
     @once_differentiable(_NAME)
     def backward(ctx, saved, dz):
         y, gate = saved
-        dy, dgate = BWD[ctx.backend](unit_stride(dz), y, gate)
+        dy, dgate = BWD[ctx.backend](checks.unit_stride(dz), y, gate)
         return None, dz.to(ctx.dtype), dy, dgate.to(gate.dtype)

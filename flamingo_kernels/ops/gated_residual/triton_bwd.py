@@ -73,19 +73,31 @@ def _gated_residual_bwd_kernel(
     dz_ptr, y_ptr = inputs
     dy_ptr, dgate_ptr = grads
     program, columns = program_tile(D, BLOCK_D)
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     gate = load_gate(gate_ptr, columns, D, PER_CHANNEL)
     tanh_gate = tanh(gate)
-    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    begin = program * program_rows
-    end = tl.minimum(begin + program_rows, N)
+    begin, end = rows_of_program(program, program_rows, N)
     for first in tl.range(begin, end, BLOCK_N, num_stages=num_stages):
-        rows = first + tl.arange(0, BLOCK_N)
-        inside = (rows < end)[:, None] & (columns < D)[None, :]
+        rows, inside = rows_from(first, end, columns, D, BLOCK_N)
         dz = load(dz_ptr, rows * UNIT, strides[0], columns, inside)
         y = load(y_ptr, rows * UNIT, strides[1], columns, inside)
         store(dy_ptr, rows, D, columns, inside, dz * tanh_gate)
         acc += dz * y
     store_dgate(dgate_ptr, program, columns, acc * dtanh(gate), D, PER_CHANNEL)
+
+
+@triton.jit
+def rows_of_program(program, program_rows, N):
+    """The first row of a program, and the one after its last."""
+    begin = program * program_rows
+    return begin, tl.minimum(begin + program_rows, N)
+
+
+@triton.jit
+def rows_from(first, end, columns, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The tile of rows from `first` on, and what of it lies before `end` and within D."""
+    rows = first + tl.arange(0, BLOCK_N)
+    return rows, (rows < end)[:, None] & (columns < D)[None, :]
 
 
 @triton.jit

@@ -7,16 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ... import _checks as checks
 from ..._backends import dispatch
-from ..._checks import (
-    as_rows,
-    expect_floating_point,
-    expect_number,
-    expect_same_device,
-    expect_shape,
-    expect_tensors,
-    unit_stride,
-)
 from ..._predicates import needs_grad
 from ..gated_residual.api import expect_branch
 from ..once_differentiable import once_differentiable
@@ -78,13 +70,13 @@ def gated_residual_norm(
         True
     """
     _validate(x, y, gate, weight, bias, norm)
-    eps = expect_number(_NAME, "eps", eps, least=0)
+    eps = checks.expect_number(_NAME, "eps", eps, least=0)
     backend = dispatch.resolve(_NAME, backend, x, y, gate, weight, bias)
     if backend == "reference" or x.shape[-1] == 0:  # without a channel kernels have nothing to do
         gate = gate.flatten() if gate.ndim > 1 else gate
         z, n = reference.gated_residual_norm(x, y, gate, weight, bias, eps, norm)
         return z.contiguous(), n.contiguous()
-    inputs = (as_rows(x), as_rows(y), gate, weight, bias, eps, norm == "rms")
+    inputs = (checks.as_rows(x), checks.as_rows(y), gate, weight, bias, eps, norm == "rms")
     if needs_grad(x, y, gate, weight, bias):
         z, n = _GatedResidualNorm.apply(backend, *inputs)
     else:
@@ -96,14 +88,14 @@ def _validate(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor |
     expect_branch(_NAME, x, y, gate)
     if norm not in ("layer", "rms"):
         raise ValueError(f"{_NAME}: norm={norm!r} is not one of 'layer', 'rms'.")
-    expect_tensors(_NAME, weight=weight, **({} if bias is None else {"bias": bias}))
-    expect_shape(_NAME, "weight", weight, (x.shape[-1],), "to match x[..., D]")
+    checks.expect_tensors(_NAME, weight=weight, **({} if bias is None else {"bias": bias}))
+    checks.expect_shape(_NAME, "weight", weight, (x.shape[-1],), "to match x[..., D]")
     if bias is not None:
         if norm == "rms":
             raise ValueError(f"{_NAME}: expected no bias with norm='rms', got {tuple(bias.shape)}.")
-        expect_shape(_NAME, "bias", bias, (x.shape[-1],), "to match x[..., D]")
-    expect_floating_point(_NAME, weight=weight, bias=bias)
-    expect_same_device(_NAME, x=x, weight=weight, bias=bias)
+        checks.expect_shape(_NAME, "bias", bias, (x.shape[-1],), "to match x[..., D]")
+    checks.expect_floating_point(_NAME, weight=weight, bias=bias)
+    checks.expect_same_device(_NAME, x=x, weight=weight, bias=bias)
 
 
 dispatch.register(
@@ -129,7 +121,7 @@ class _GatedResidualNorm(torch.autograd.Function):
     @once_differentiable(_NAME)
     def backward(ctx, saved, dz, dn):
         _, gate, weight, *_ = saved
-        dz, dn = unit_stride(dz), unit_stride(dn)
+        dz, dn = checks.unit_stride(dz), checks.unit_stride(dn)
         dx, dy, dgate, dweight, dbias = BWD[ctx.backend](dz, dn, *saved, ctx.rms)
         dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
         return None, dx.to(ctx.dtype), dy, dgate.to(gate.dtype), dweight.to(weight.dtype), dbias, None, None

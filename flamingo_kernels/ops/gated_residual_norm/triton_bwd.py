@@ -25,7 +25,7 @@ from ..._backends.triton.language import dtanh, tanh
 from ..._backends.triton.launch import launch
 from ..._backends.triton.reduction import add_many_in_order
 from ..gated_residual.config import rows_per_program
-from ..gated_residual.triton_bwd import gate_partials, store_dgate, store_partial
+from ..gated_residual.triton_bwd import gate_partials, rows_from, rows_of_program, store_dgate, store_partial
 from ..gated_residual.triton_fwd import (
     check,
     load,
@@ -133,11 +133,9 @@ def _gated_residual_norm_bwd_kernel(
     dgate = tl.zeros([BLOCK_N, BLOCK_D if PER_CHANNEL else BLOCK_D // 4], tl.float32)
     dweight = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dbias = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    begin = program * program_rows
-    end = tl.minimum(begin + program_rows, N)
+    begin, end = rows_of_program(program, program_rows, N)
     for first in tl.range(begin, end, BLOCK_N, num_stages=num_stages):
-        rows = first + tl.arange(0, BLOCK_N)
-        inside = (rows < end)[:, None] & (columns < D)[None, :]
+        rows, inside = rows_from(first, end, columns, D, BLOCK_N)
         dn = load(dn_ptr, rows * UNIT, strides[1], columns, inside)
         dx = load(dz_ptr, rows * UNIT, strides[0], columns, inside)
         y = load(y_ptr, rows * UNIT, strides[2], columns, inside)

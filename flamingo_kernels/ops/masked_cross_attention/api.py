@@ -5,19 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import _checks as checks
 from ..._backends import dispatch
-from ..._checks import (
-    autocast,
-    expect_head_groups,
-    expect_latents,
-    expect_same_device,
-    expect_same_dtype,
-    expect_scale,
-    expect_shape,
-    expect_tensors,
-    unit_stride,
-    without_autocast,
-)
 from ..._predicates import needs_grad
 from ...mask import MediaMask
 from ..once_differentiable import once_differentiable
@@ -83,28 +72,36 @@ def masked_cross_attention(
         >>> out.shape, out[:, 0].any().item()
         (torch.Size([1, 4, 8, 64]), False)
     """
-    expect_tensors(_NAME, q=q, k=k, v=v)
-    q, k, v = autocast(q, k, v)
+    checks.expect_tensors(_NAME, q=q, k=k, v=v)
+    q, k, v = checks.autocast(q, k, v)
     _validate(q, k, v, mask)
-    scale = expect_scale(_NAME, scale, q.shape[-1])
+    scale = checks.expect_scale(_NAME, scale, q.shape[-1])
     backend = dispatch.resolve(_NAME, backend, q, k, v)
     if backend == "reference":
-        with without_autocast(q):  # it accumulates in float32 itself
+        with checks.without_autocast(q):  # it accumulates in float32 itself
             return reference.masked_cross_attention(q, k, v, mask, scale).contiguous()
     averages = mask.policy == "open_flamingo"
-    inputs = (unit_stride(q), unit_stride(k), unit_stride(v), *mask.spans, mask.immediate, averages, scale)
+    inputs = (
+        checks.unit_stride(q),
+        checks.unit_stride(k),
+        checks.unit_stride(v),
+        *mask.spans,
+        mask.immediate,
+        averages,
+        scale,
+    )
     if needs_grad(q, k, v):
         return _MaskedCrossAttention.apply(backend, *inputs)
     return FWD[backend](*inputs)[0]
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, mask: MediaMask) -> None:
-    expect_shape(_NAME, "q", q, ("B", "T", "H", "d"), "")
+    checks.expect_shape(_NAME, "q", q, ("B", "T", "H", "d"), "")
     batch, length, heads, head_dim = q.shape
     expect_media(_NAME, k, v, mask, (batch, length, head_dim), of="q")
-    expect_head_groups(_NAME, heads, k.shape[3])
-    expect_same_dtype(_NAME, q=q, k=k, v=v)
-    expect_same_device(_NAME, q=q, k=k, v=v, mask=mask.lo)
+    checks.expect_head_groups(_NAME, heads, k.shape[3])
+    checks.expect_same_dtype(_NAME, q=q, k=k, v=v)
+    checks.expect_same_device(_NAME, q=q, k=k, v=v, mask=mask.lo)
 
 
 def expect_media(
@@ -117,11 +114,11 @@ def expect_media(
             f"{operator}: expected a MediaMask, got {type(mask).__name__}; build one with "
             "MediaMask.last_preceding(media_locations, num_media)."
         )
-    expect_shape(operator, "k", k, (batch, "M", "R", "Hkv", head_dim), f"to match {of}")
-    expect_shape(operator, "v", v, tuple(k.shape), "to match k")
-    expect_latents(operator, "k", k, 2)
-    expect_shape(operator, "a mask", mask.lo, (batch, length), f"to match {of}[:, :T]")
-    expect_shape(operator, "a mask over media", mask.start, (batch, k.shape[1]), "to match k[:, :M]")
+    checks.expect_shape(operator, "k", k, (batch, "M", "R", "Hkv", head_dim), f"to match {of}")
+    checks.expect_shape(operator, "v", v, tuple(k.shape), "to match k")
+    checks.expect_latents(operator, "k", k, 2)
+    checks.expect_shape(operator, "a mask", mask.lo, (batch, length), f"to match {of}[:, :T]")
+    checks.expect_shape(operator, "a mask over media", mask.start, (batch, k.shape[1]), "to match k[:, :M]")
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> dict[str, int]:
@@ -149,5 +146,5 @@ class _MaskedCrossAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable(_NAME)
     def backward(ctx, saved, dout):
-        gradients = BWD[ctx.backend](unit_stride(dout), *saved, *ctx.options)
+        gradients = BWD[ctx.backend](checks.unit_stride(dout), *saved, *ctx.options)
         return None, *gradients, None, None, None, None, None, None, None

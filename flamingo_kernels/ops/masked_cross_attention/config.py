@@ -53,9 +53,9 @@ def is_one_shot(immediate: bool, latents: int, head_dim: int, dtype: torch.dtype
     return immediate and power_of_two(latents) <= _most_keys(head_dim, dtype)
 
 
-def block_r(one_shot: bool, latents: int, head_dim: int, dtype: torch.dtype) -> int:
-    """How many keys of a medium make a tile."""
-    return power_of_two(latents) if one_shot else min(power_of_two(latents), 64, _most_keys(head_dim, dtype))
+def block_r(latents: int, head_dim: int, dtype: torch.dtype) -> int:
+    """How many keys of a medium make a tile, where its softmax is no single one."""
+    return min(power_of_two(latents), 64, _most_keys(head_dim, dtype))
 
 
 def _most_keys(head_dim: int, dtype: torch.dtype) -> int:

@@ -26,51 +26,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._backends.triton.config import count_splits, device_of
-from ..._backends.triton.language import (
-    dot,
+from ..._backends.triton.language import dot, power_of_two, row_dot, wide
+from ..._backends.triton.launch import launch, precision, scales, strides
+from ..._backends.triton.reduction import add_in_order
+from ..._backends.triton.softmax import (
     is_saturated,
-    load_head,
-    load_rows,
     load_softmax,
-    power_of_two,
-    row_dot,
-    row_index,
+    load_stats,
     scaled_exp2,
     scaled_exp2_saved,
     scores,
-    store_rows,
-    store_tile,
-    wide,
+    store_delta,
 )
-from ..._backends.triton.launch import launch, precision, scales, strides
-from ..._backends.triton.reduction import add_in_order
+from ..._backends.triton.tiles import load_head, load_q_and_dout, load_rows, store_rows, store_tile
 from .config import AVERAGES, FEW_ROWS, Static, backward_keys, backward_rows, block_r, is_one_shot
-from .triton_fwd import (
-    check,
-    latents_in_tile,
-    load_latents,
-    load_spans,
-    media_ptr,
-    program_rows,
-    tiles_seen,
-)
+from .triton_fwd import check, latents_in_tile, load_keys, load_spans, media_ptrs, program_rows, tiles_seen
 
 
-def masked_cross_attention_bwd(
-    dout: Tensor,  # [B, T, H, d]
-    q: Tensor,  # [B, T, H, d]
-    k: Tensor,  # [B, M, R, Hkv, d]
-    v: Tensor,  # [B, M, R, Hkv, d]
-    out: Tensor,  # [B, T, H, d]
-    softmax: Tensor,  # [2, B, H, T]
-    lo: Tensor,  # [B, T]
-    hi: Tensor,  # [B, T]
-    start: Tensor,  # [B, M]
-    stop: Tensor,  # [B, M]
-    immediate: bool,
-    averages: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # dq [B, T, H, d], dk and dv [B, M, R, Hkv, d]
+def masked_cross_attention_bwd(dout, q, k, v, out, softmax, lo, hi, start, stop, immediate, averages, scale):
     checks = check("masked_cross_attention_bwd", q, k, v, lo, hi, start, stop)
     batch, length, heads, head_dim = q.shape
     _, media, latents, kv_heads, _ = k.shape
@@ -84,24 +57,20 @@ def masked_cross_attention_bwd(
 
     static = Static(latents, head_dim, q.dtype, length <= FEW_ROWS, device_of(q.device))
     stats = (*softmax, softmax.new_empty(softmax.shape[1:]))  # row_max, row_sum, delta
-    inputs = ((q, k, v, dout), strides(q, k, v, dout))
-    options = ((heads, heads // kv_heads), scales(scale))
-    constants = {
-        "R": latents,
-        "D": head_dim,
-        "BLOCK_R": block_r(one_shot, latents, head_dim, q.dtype),
-        "PRECISION": precision(q),
-    }
+    inputs = ((q, k, v, dout), strides(q, k, v, dout), ((heads, heads // kv_heads), scales(scale)))
+    constants = {"R": latents, "D": head_dim, "PRECISION": precision(q)}
+    programs = batch * media * kv_heads  # that keep a tile of keys
     if not one_shot:
+        constants["BLOCK_R"] = block_r(latents, head_dim, q.dtype)
+        programs *= triton.cdiv(latents, constants["BLOCK_R"])
         launch(
             _masked_xattn_bwd_rows_kernel,
             lambda config: batch * triton.cdiv(length, config.block_t) * heads,
             backward_rows(static),
-            *(*inputs, (lo, hi), out, stats, dq, length, media, *options),
+            *(*inputs, (lo, hi), out, stats, dq, length, media),
             **constants,
         )
 
-    programs = batch * media * triton.cdiv(latents, constants["BLOCK_R"]) * kv_heads
     choice = backward_keys(static, one_shot)
     splits = count_splits(programs, triton.cdiv(length, media * choice.default.block_t), static.device)
     if splits > 1:
@@ -111,7 +80,7 @@ def masked_cross_attention_bwd(
         lambda config: splits * programs,
         choice,
         *(*inputs, (lo, hi, start, stop), stats, _dv_share(dout, hi, k) if averages else None),
-        *((dq, dk, dv), batch, length, media, splits, *options),
+        *((dq, dk, dv), batch, length, media, splits),
         **constants,
     )
     if splits > 1:
@@ -123,6 +92,7 @@ def masked_cross_attention_bwd(
 def _masked_xattn_bwd_one_shot_kernel(
     inputs,  # q [B, T, H, d]; k, v [B, M, R, Hkv, d]; dout like q
     strides,  # of each input
+    settings,  # (H, GROUP), (scale, scale_log2, sign)
     spans,  # lo, hi [B, T]; start, stop [B, M]
     stats,  # row_max, row_sum, delta, all empty
     dv_share_ptr,  # [B, Hkv, d] or None
@@ -131,34 +101,24 @@ def _masked_xattn_bwd_one_shot_kernel(
     T,
     M,
     splits,
-    heads,  # H, GROUP
-    scales,  # scale, scale_log2, sign
     R: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    q_ptr, k_ptr, v_ptr, dout_ptr = inputs
-    q_strides, k_strides, v_strides, dout_strides = strides
-    dq_ptr, dk_ptr, dv_ptr = grads
-    H, GROUP = heads
-    scale, scale_log2, sign = scales
+    (H, GROUP), (scale, scale_log2, sign) = settings
     kv_heads = H // GROUP
     batch, medium, kv_head, split = program_medium(M, kv_heads, splits)
+    BLOCK_R: tl.constexpr = power_of_two(R)
     latents = tl.arange(0, BLOCK_R)
-    k = load_latents(media_ptr(k_ptr, k_strides, batch, kv_head), k_strides, medium, latents, R, D)
-    v = load_latents(media_ptr(v_ptr, v_strides, batch, kv_head), v_strides, medium, latents, R, D)
+    k, v = load_keys(media_ptrs(inputs, strides, batch, kv_head), strides, medium, latents, R, D)
 
-    dk = tl.zeros([BLOCK_R, power_of_two(D)], tl.float32)
-    dv = initial_dv(dv_share_ptr, batch, kv_head, split, kv_heads, BLOCK_R, D)
+    dk, dv = initial_sums(dv_share_ptr, batch, kv_head, split, kv_heads, BLOCK_R, D)
     begin, end = rows_in_split(spans, batch * M + medium, split, splits, T, BLOCK_T)
-    for index in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-        head = wide(index)
+    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         for first in range(begin, end, BLOCK_T):
             rows, here = rows_that_see(medium, spans, batch, first, end, T, M, BLOCK_T)
-            q = load_head(q_ptr, q_strides, batch, rows, head, here, D)
-            dout = load_head(dout_ptr, dout_strides, batch, rows, head, here, D)
+            q, dout = load_q_and_dout(inputs, strides, batch, rows, head, here, D)
 
             s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
             p = scaled_exp2(s, tl.max(s, 1)[:, None], scale_log2)
@@ -171,47 +131,38 @@ def _masked_xattn_bwd_one_shot_kernel(
             dv += dot(tl.trans(p.to(dout.dtype)), dout, PRECISION)
             dk += dot(tl.trans(ds), q, PRECISION)
             dq = dot(ds, k, PRECISION) * scale
-            store_rows(dq_ptr, batch, rows, head, dq, here, T, H, D)
+            store_rows(grads[0], batch, rows, head, dq, here, T, H, D)
 
-    store_latents(dk_ptr, dk * scale, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
-    store_latents(dv_ptr, dv, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
-    clear_blind_rows(
-        dq_ptr, spans, batch, medium * splits + split, M * splits, kv_head, T, M, heads, D, BLOCK_T
-    )
+    store_latents(grads[1], dk * scale, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
+    store_latents(grads[2], dv, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
+    place = medium * splits + split
+    clear_blind_rows(grads[0], spans, batch, place, M * splits, kv_head, T, M, H, GROUP, D, BLOCK_T)
 
 
 @triton.jit(do_not_specialize=["T", "M"])
 def _masked_xattn_bwd_rows_kernel(
     inputs,  # q [B, T, H, d]; k, v [B, M, R, Hkv, d]; dout like q
     strides,  # of each input
+    settings,  # (H, GROUP), (scale, scale_log2, sign)
     spans,  # lo, hi [B, T]
     out_ptr,  # [B, T, H, d]
     stats,  # row_max, row_sum, delta [B, H, T]; delta is written
     dq_ptr,  # [B, T, H, d]
     T,
     M,
-    heads,  # H, GROUP
-    scales,  # scale, scale_log2, sign
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    q_ptr, k_ptr, v_ptr, dout_ptr = inputs
-    q_strides, k_strides, v_strides, dout_strides = strides
-    row_max_ptr, row_sum_ptr, delta_ptr = stats
-    H, GROUP = heads
-    scale, scale_log2, sign = scales
-    batch, rows, head = program_rows(T, H, BLOCK_T)
-    lo, hi = load_spans(spans, batch, rows, T, M)
+    (H, GROUP), (scale, scale_log2, sign) = settings
+    batch, rows, head, lo, hi = program_rows(spans, T, M, H, BLOCK_T)
     sees = lo < hi
-    k_ptr = media_ptr(k_ptr, k_strides, batch, head // GROUP)
-    v_ptr = media_ptr(v_ptr, v_strides, batch, head // GROUP)
-    q = load_head(q_ptr, q_strides, batch, rows, head, sees, D)
-    dout = load_head(dout_ptr, dout_strides, batch, rows, head, sees, D)
+    media = media_ptrs(inputs, strides, batch, head // GROUP)
+    q, dout = load_q_and_dout(inputs, strides, batch, rows, head, sees, D)
     delta = row_dot(dout, load_rows(out_ptr, batch, rows, head, sees, T, H, D))
-    row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, sees, T, H, sign)
+    row_max, row_sum = load_softmax(stats, batch, rows, head, sees, T, H, sign)
     begin, end = tiles_seen(lo, hi, R, BLOCK_R)
 
     saturated = is_saturated(sees, row_sum)
@@ -221,20 +172,18 @@ def _masked_xattn_bwd_rows_kernel(
         exact = tl.zeros([BLOCK_T], tl.float32)
         for tile in range(begin, end):
             medium, latents = latents_in_tile(tile, R, BLOCK_R)
-            k = load_latents(k_ptr, k_strides, medium, latents, R, D)
-            v = load_latents(v_ptr, v_strides, medium, latents, R, D)
+            k, v = load_keys(media, strides, medium, latents, R, D)
             s = scores(q, k, (latents < R)[None, :], sign, PRECISION)
             p = scaled_exp2_saved(s, row_max, scale_log2) / row_sum
             added = tl.sum(p * dot(dout, tl.trans(v), PRECISION), 1)
             exact = tl.where((lo <= medium) & (medium < hi), exact + added, exact)
         delta = tl.where(saturated, exact, delta)
-    tl.store(delta_ptr + row_index(batch, rows, head, T, H), delta, mask=rows < T)
+    store_delta(stats, batch, rows, head, delta, T, H)
 
     dq = tl.zeros([BLOCK_T, power_of_two(D)], tl.float32)
     for tile in range(begin, end):
         medium, latents = latents_in_tile(tile, R, BLOCK_R)
-        k = load_latents(k_ptr, k_strides, medium, latents, R, D)
-        v = load_latents(v_ptr, v_strides, medium, latents, R, D)
+        k, v = load_keys(media, strides, medium, latents, R, D)
         s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
         p = scaled_exp2_saved(s, row_max, scale_log2) / row_sum
         ds = p * (dot(dout, tl.trans(v), PRECISION) - delta[:, None])
@@ -247,45 +196,34 @@ def _masked_xattn_bwd_rows_kernel(
 def _masked_xattn_bwd_keys_kernel(
     inputs,  # q [B, T, H, d]; k, v [B, M, R, Hkv, d]; dout like q
     strides,  # of each input
+    settings,  # (H, GROUP), (scale, scale_log2, sign)
     spans,  # lo, hi [B, T]; start, stop [B, M]
     stats,  # row_max, row_sum, delta [B, H, T]
     dv_share_ptr,  # [B, Hkv, d] or None
-    grads,  # dq [B, T, H, d]; dk, dv [splits, B, M, R, Hkv, d]
+    grads,  # dq, not written here; dk, dv [splits, B, M, R, Hkv, d]
     B,
     T,
     M,
     splits,
-    heads,  # H, GROUP
-    scales,  # scale, scale_log2, sign
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    q_ptr, k_ptr, v_ptr, dout_ptr = inputs
-    q_strides, k_strides, v_strides, dout_strides = strides
-    row_max_ptr, row_sum_ptr, delta_ptr = stats
-    _, dk_ptr, dv_ptr = grads
-    H, GROUP = heads
-    scale, scale_log2, sign = scales
+    (H, GROUP), (scale, scale_log2, sign) = settings
     kv_heads = H // GROUP
     batch, tile, kv_head, split = program_keys(B, kv_heads, splits)
     medium, latents = latents_in_tile(tile, R, BLOCK_R)
-    k = load_latents(media_ptr(k_ptr, k_strides, batch, kv_head), k_strides, medium, latents, R, D)
-    v = load_latents(media_ptr(v_ptr, v_strides, batch, kv_head), v_strides, medium, latents, R, D)
+    k, v = load_keys(media_ptrs(inputs, strides, batch, kv_head), strides, medium, latents, R, D)
 
-    dk = tl.zeros([BLOCK_R, power_of_two(D)], tl.float32)
-    dv = initial_dv(dv_share_ptr, batch, kv_head, split, kv_heads, BLOCK_R, D)
+    dk, dv = initial_sums(dv_share_ptr, batch, kv_head, split, kv_heads, BLOCK_R, D)
     begin, end = rows_in_split(spans, batch * M + medium, split, splits, T, BLOCK_T)
-    for index in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-        head = wide(index)
+    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         for first in range(begin, end, BLOCK_T):
             rows, here = rows_that_see(medium, spans, batch, first, end, T, M, BLOCK_T)
-            q = load_head(q_ptr, q_strides, batch, rows, head, here, D)
-            dout = load_head(dout_ptr, dout_strides, batch, rows, head, here, D)
-            row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, here, T, H, sign)
-            delta = tl.load(delta_ptr + row_index(batch, rows, head, T, H), mask=here, other=0.0)
+            q, dout = load_q_and_dout(inputs, strides, batch, rows, head, here, D)
+            row_max, row_sum, delta = load_stats(stats, batch, rows, head, here, T, H, sign)
 
             s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
             p = scaled_exp2_saved(s, row_max[:, None], scale_log2) / row_sum[:, None]
@@ -295,8 +233,8 @@ def _masked_xattn_bwd_keys_kernel(
             dv += dot(tl.trans(p.to(dout.dtype)), dout, PRECISION)
             dk += dot(tl.trans(ds.to(q.dtype)), q, PRECISION)
 
-    store_latents(dk_ptr, dk * scale, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
-    store_latents(dv_ptr, dv, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
+    store_latents(grads[1], dk * scale, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
+    store_latents(grads[2], dv, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
 
 
 @triton.jit
@@ -336,17 +274,18 @@ def rows_that_see(medium, spans, batch, first, end, T, M, BLOCK_T: tl.constexpr)
 
 
 @triton.jit
-def initial_dv(
+def initial_sums(
     dv_share_ptr, batch, kv_head, split, kv_heads, BLOCK_R: tl.constexpr, D: tl.constexpr
-):  # [BLOCK_R, BLOCK_D]
-    """What the rows that average all values send to each value, once, or 0."""
+):  # dk, dv [BLOCK_R, BLOCK_D]
+    """0, and for dv what the rows that average all values send to each value, once."""
+    dk = tl.zeros([BLOCK_R, power_of_two(D)], tl.float32)
     dv = tl.zeros([BLOCK_R, power_of_two(D)], tl.float32)
     if dv_share_ptr is not None:
         columns = tl.arange(0, power_of_two(D))
         if split == 0:
             ptrs = dv_share_ptr + (batch * kv_heads + kv_head) * D + columns
             dv += tl.load(ptrs, mask=columns < D, other=0.0)[None, :]
-    return dv
+    return dk, dv
 
 
 @triton.jit
@@ -360,10 +299,9 @@ def store_latents(
 
 @triton.jit
 def clear_blind_rows(
-    dq_ptr, spans, batch, slice, slices, kv_head, T, M, heads, D: tl.constexpr, BLOCK_T: tl.constexpr
+    dq_ptr, spans, batch, slice, slices, kv_head, T, M, H, GROUP, D: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     """No program has the rows that see no medium, so each clears those in its slice of the text."""
-    H, GROUP = heads
     size = tl.cdiv(T, slices)
     end = tl.minimum((slice + 1) * size, T)
     for first in range(slice * size, end, BLOCK_T):
@@ -372,7 +310,7 @@ def clear_blind_rows(
         blind = (lo >= hi) & (rows < end)
         for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
             zeros = tl.zeros([BLOCK_T, power_of_two(D)], tl.float32)
-            store_rows(dq_ptr, batch, rows, wide(head), zeros, blind, T, H, D)
+            store_rows(dq_ptr, batch, rows, head, zeros, blind, T, H, D)
 
 
 def _dv_share(dout: Tensor, hi: Tensor, k: Tensor) -> Tensor:  # [B, Hkv, d]
@@ -411,7 +349,7 @@ def _masked_xattn_bwd_averages_kernel(
         averages = tl.load(hi_ptr + batch * T + rows, mask=rows < T, other=0) < 0
         if tl.max(averages.to(tl.int32)) > 0:  # rarely
             for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-                dout = load_head(dout_ptr, dout_strides, batch, rows, wide(head), averages, D)
+                dout = load_head(dout_ptr, dout_strides, batch, rows, head, averages, D)
                 total += tl.sum(dout.to(tl.float32), 0)
     columns = tl.arange(0, power_of_two(D))
     tl.store(dv_share_ptr + wide(program) * D + columns, total / values, mask=columns < D)

@@ -20,52 +20,30 @@ from torch import Tensor
 
 from ..._backends.triton.checks import Checks
 from ..._backends.triton.config import device_of
-from ..._backends.triton.language import (
-    LOWEST,
-    dot,
-    load_head,
-    load_tile,
-    online_softmax,
-    power_of_two,
-    scaled_exp2,
-    scores,
-    store_rows,
-    store_softmax,
-    wide,
-)
+from ..._backends.triton.language import dot, power_of_two, wide
 from ..._backends.triton.launch import launch, precision, scales, strides
+from ..._backends.triton.softmax import empty_softmax, online_softmax, scaled_exp2, scores, store_softmax
+from ..._backends.triton.tiles import load_head, load_tile, store_rows
 from .config import FEW_ROWS, Static, block_r, forward, is_one_shot
 
 
-def masked_cross_attention_fwd(
-    q: Tensor,  # [B, T, H, d]
-    k: Tensor,  # [B, M, R, Hkv, d]
-    v: Tensor,  # [B, M, R, Hkv, d]
-    lo: Tensor,  # [B, T]
-    hi: Tensor,  # [B, T]
-    start: Tensor,  # [B, M]
-    stop: Tensor,  # [B, M]
-    immediate: bool,
-    averages: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # out [B, T, H, d], softmax [2, B, H, T]
+def masked_cross_attention_fwd(q, k, v, lo, hi, start, stop, immediate, averages, scale):
     check("masked_cross_attention_fwd", q, k, v, lo, hi, start, stop)
     batch, length, heads, head_dim = q.shape
     _, media, latents, kv_heads, _ = k.shape
     one_shot = is_one_shot(immediate, latents, head_dim, q.dtype)
     out = q.new_empty(q.shape)
     softmax = q.new_empty(2, batch, heads, 0 if one_shot else length, dtype=torch.float32)
+    constants = {"R": latents, "D": head_dim, "AVERAGES": averages, "PRECISION": precision(q)}
+    if not one_shot:
+        constants["BLOCK_R"] = block_r(latents, head_dim, q.dtype)
     launch(
         _masked_xattn_fwd_one_shot_kernel if one_shot else _masked_xattn_fwd_spans_kernel,
         lambda config: batch * triton.cdiv(length, config.block_t) * heads,
         forward(Static(latents, head_dim, q.dtype, length <= FEW_ROWS, device_of(q.device))),
-        *((q, k, v), strides(q, k, v), (lo, hi), (out, *softmax)),
-        *(length, media, (heads, heads // kv_heads), scales(scale)),
-        R=latents,
-        D=head_dim,
-        BLOCK_R=block_r(one_shot, latents, head_dim, q.dtype),
-        AVERAGES=averages,
-        PRECISION=precision(q),
+        *((q, k, v), strides(q, k, v), ((heads, heads // kv_heads), scales(scale))),
+        *((out, tuple(softmax)), (lo, hi), length, media),
+        **constants,
     )
     return out, softmax
 
@@ -96,38 +74,30 @@ NOWHERE = tl.constexpr(2**31 - 1)  # the medium after the last
 def _masked_xattn_fwd_one_shot_kernel(
     inputs,  # q [B, T, H, d]; k, v [B, M, R, Hkv, d]
     strides,  # of each input
+    settings,  # (H, GROUP), (scale, scale_log2, sign)
+    outputs,  # out [B, T, H, d]; stats, which are empty
     spans,  # lo, hi [B, T]
-    outputs,  # out [B, T, H, d]; row_max, row_sum, both empty
     T,
     M,
-    heads,  # H, GROUP
-    scales,  # scale, scale_log2, sign
     R: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     AVERAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    q_ptr, k_ptr, v_ptr = inputs
-    q_strides, k_strides, v_strides = strides
-    out_ptr, _, _ = outputs
-    H, GROUP = heads
-    _, scale_log2, sign = scales
-    batch, rows, head = program_rows(T, H, BLOCK_T)
-    lo, hi = load_spans(spans, batch, rows, T, M)  # [BLOCK_T] each
+    BLOCK_R: tl.constexpr = power_of_two(R)
+    (H, GROUP), (_, scale_log2, sign) = settings
+    batch, rows, head, lo, hi = program_rows(spans, T, M, H, BLOCK_T)
     sees = lo < hi
-    k_ptr = media_ptr(k_ptr, k_strides, batch, head // GROUP)
-    v_ptr = media_ptr(v_ptr, v_strides, batch, head // GROUP)
-    q = load_head(q_ptr, q_strides, batch, rows, head, sees, D)
+    media = media_ptrs(inputs, strides, batch, head // GROUP)
+    q = load_head(inputs[0], strides[0], batch, rows, head, sees, D)
     latents = tl.arange(0, BLOCK_R)
 
     acc = tl.zeros([BLOCK_T, power_of_two(D)], tl.float32)
     row_sum = tl.full([BLOCK_T], 1.0, tl.float32)
     medium = tl.min(tl.where(sees, lo, NOWHERE))
     while medium < NOWHERE:
-        k = load_latents(k_ptr, k_strides, medium, latents, R, D)
-        v = load_latents(v_ptr, v_strides, medium, latents, R, D)
+        k, v = load_keys(media, strides, medium, latents, R, D)
         s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
         p = scaled_exp2(s, tl.max(s, 1)[:, None], scale_log2)
         here = sees & (lo == medium)
@@ -137,20 +107,19 @@ def _masked_xattn_fwd_one_shot_kernel(
 
     acc = acc / row_sum[:, None]
     if AVERAGES:
-        acc = average_blind_rows(acc, hi, v_ptr, v_strides, M, R, D, BLOCK_R)
-    store_rows(out_ptr, batch, rows, head, acc, rows < T, T, H, D)
+        acc = average_blind_rows(acc, hi, media[1], strides[2], M, R, D, BLOCK_R)
+    store_rows(outputs[0], batch, rows, head, acc, rows < T, T, H, D)
 
 
 @triton.jit(do_not_specialize=["T", "M"])
 def _masked_xattn_fwd_spans_kernel(
     inputs,  # q [B, T, H, d]; k, v [B, M, R, Hkv, d]
     strides,  # of each input
+    settings,  # (H, GROUP), (scale, scale_log2, sign)
+    outputs,  # out [B, T, H, d]; stats, row_max and row_sum [B, H, T]
     spans,  # lo, hi [B, T]
-    outputs,  # out [B, T, H, d]; row_max, row_sum [B, H, T]
     T,
     M,
-    heads,  # H, GROUP
-    scales,  # scale, scale_log2, sign
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -158,48 +127,41 @@ def _masked_xattn_fwd_spans_kernel(
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    q_ptr, k_ptr, v_ptr = inputs
-    q_strides, k_strides, v_strides = strides
-    out_ptr, row_max_ptr, row_sum_ptr = outputs
-    H, GROUP = heads
-    _, scale_log2, sign = scales
-    batch, rows, head = program_rows(T, H, BLOCK_T)
-    lo, hi = load_spans(spans, batch, rows, T, M)  # [BLOCK_T] each
+    acc, row_max, row_sum = empty_softmax(BLOCK_T, D)
+    (H, GROUP), (_, scale_log2, sign) = settings
+    batch, rows, head, lo, hi = program_rows(spans, T, M, H, BLOCK_T)
     sees = lo < hi
-    k_ptr = media_ptr(k_ptr, k_strides, batch, head // GROUP)
-    v_ptr = media_ptr(v_ptr, v_strides, batch, head // GROUP)
-    q = load_head(q_ptr, q_strides, batch, rows, head, sees, D)
+    media = media_ptrs(inputs, strides, batch, head // GROUP)
+    q = load_head(inputs[0], strides[0], batch, rows, head, sees, D)
 
-    acc = tl.zeros([BLOCK_T, power_of_two(D)], tl.float32)
-    row_sum = tl.zeros([BLOCK_T], tl.float32)
-    row_max = tl.full([BLOCK_T], LOWEST, tl.float32)
     begin, end = tiles_seen(lo, hi, R, BLOCK_R)
     for tile in range(begin, end):
         medium, latents = latents_in_tile(tile, R, BLOCK_R)
-        k = load_latents(k_ptr, k_strides, medium, latents, R, D)
-        v = load_latents(v_ptr, v_strides, medium, latents, R, D)
+        k, v = load_keys(media, strides, medium, latents, R, D)
         s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
         here = (lo <= medium) & (medium < hi)
         acc, row_max, row_sum = online_softmax(acc, row_max, row_sum, s, v, here, scale_log2, PRECISION)
 
     row_max = tl.where(sees, row_max, 0.0)
     row_sum = tl.where(sees, row_sum, 1.0)
-    store_softmax(row_max_ptr, row_sum_ptr, batch, rows, head, row_max, row_sum, T, H, sign)
+    store_softmax(outputs[1], batch, rows, head, row_max, row_sum, T, H, sign)
     acc = acc / row_sum[:, None]
     if AVERAGES:
-        acc = average_blind_rows(acc, hi, v_ptr, v_strides, M, R, D, BLOCK_R)
-    store_rows(out_ptr, batch, rows, head, acc, rows < T, T, H, D)
+        acc = average_blind_rows(acc, hi, media[1], strides[2], M, R, D, BLOCK_R)
+    store_rows(outputs[0], batch, rows, head, acc, rows < T, T, H, D)
 
 
 @triton.jit
-def program_rows(T, H, BLOCK_T: tl.constexpr):
-    """Sequence, rows and head of this program: heads first, which lie side by side in memory, then tiles from
-    the end of the text, where rows may see the most media.
+def program_rows(spans, T, M, H, BLOCK_T: tl.constexpr):
+    """Sequence, rows and head of this program, and the spans of the rows: heads first, which lie side by side
+    in memory, then tiles from the end of the text, where rows may see the most media.
     """
     program = tl.program_id(0)
     tiles = tl.cdiv(T, BLOCK_T)
     tile = tiles - 1 - program // H % tiles
-    return wide(program // H // tiles), tile * BLOCK_T + tl.arange(0, BLOCK_T), wide(program % H)
+    batch, rows = wide(program // H // tiles), tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    lo, hi = load_spans(spans, batch, rows, T, M)
+    return batch, rows, program % H, lo, hi
 
 
 @triton.jit
@@ -226,14 +188,24 @@ def latents_in_tile(tile, R: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def media_ptr(ptr, strides, batch, kv_head):
-    """Where the media of a head begin in `[B, M, R, Hkv, d]` with any strides."""
-    return ptr + batch * strides[0] + kv_head * strides[3]
+def media_ptrs(inputs, strides, batch, kv_head):  # of k, of v
+    """Where the media of a head begin in k and v, `[B, M, R, Hkv, d]` with any strides."""
+    head = wide(kv_head)
+    return (
+        inputs[1] + batch * strides[1][0] + head * strides[1][3],
+        inputs[2] + batch * strides[2][0] + head * strides[2][3],
+    )
+
+
+@triton.jit
+def load_keys(media, strides, medium, latents, R: tl.constexpr, D: tl.constexpr):  # k, v [latents, BLOCK_D]
+    """Keys and values of a medium; `media` are `media_ptrs`."""
+    k = load_latents(media[0], strides[1], medium, latents, R, D)
+    return k, load_latents(media[1], strides[2], medium, latents, R, D)
 
 
 @triton.jit
 def load_latents(ptr, strides, medium, latents, R: tl.constexpr, D: tl.constexpr):  # [latents, BLOCK_D]
-    """Keys or values of a medium; `ptr` is a `media_ptr`."""
     return load_tile(ptr + wide(medium) * strides[1], latents, strides[2], latents < R, D)
 
 

@@ -5,20 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import _checks as checks
 from ..._backends import dispatch
-from ..._checks import (
-    INTEGERS,
-    autocast,
-    expect_head_groups,
-    expect_latents,
-    expect_same_device,
-    expect_same_dtype,
-    expect_scale,
-    expect_shape,
-    expect_tensors,
-    unit_stride,
-    without_autocast,
-)
 from ..._predicates import needs_grad
 from ..once_differentiable import once_differentiable
 from . import reference
@@ -82,19 +70,19 @@ def perceiver_attention(
         torch.Size([2, 64, 8, 64])
     """
     given = {"q": q, "k_media": k_media, "v_media": v_media, "k_latents": k_latents, "v_latents": v_latents}
-    expect_tensors(_NAME, **given)
-    tensors = autocast(*given.values())
+    checks.expect_tensors(_NAME, **given)
+    tensors = checks.autocast(*given.values())
     _validate(*tensors, media_lengths=media_lengths)
-    scale = expect_scale(_NAME, scale, q.shape[-1])
+    scale = checks.expect_scale(_NAME, scale, q.shape[-1])
     if media_lengths is not None:
         media_lengths = media_lengths.long().clamp(0, k_media.shape[1]).int()
     backend = dispatch.resolve(_NAME, backend, *tensors)
     if backend == "reference":
-        with without_autocast(q):  # it accumulates in float32 itself
+        with checks.without_autocast(q):  # it accumulates in float32 itself
             return reference.perceiver_attention(
                 *tensors, media_lengths=media_lengths, scale=scale
             ).contiguous()
-    inputs = (*map(unit_stride, tensors), media_lengths, scale)
+    inputs = (*map(checks.unit_stride, tensors), media_lengths, scale)
     return _PerceiverAttention.apply(backend, *inputs) if needs_grad(*tensors) else FWD[backend](*inputs)[0]
 
 
@@ -107,22 +95,24 @@ def _validate(
     *,
     media_lengths: Tensor | None,
 ) -> None:
-    expect_shape(_NAME, "q", q, ("N", "R", "H", "d"), "")
+    checks.expect_shape(_NAME, "q", q, ("N", "R", "H", "d"), "")
     clips, _, heads, head_dim = q.shape
-    expect_shape(_NAME, "k_media", k_media, (clips, "S", "Hkv", head_dim), "to match q")
-    expect_shape(_NAME, "v_media", v_media, tuple(k_media.shape), "to match k_media")
+    checks.expect_shape(_NAME, "k_media", k_media, (clips, "S", "Hkv", head_dim), "to match q")
+    checks.expect_shape(_NAME, "v_media", v_media, tuple(k_media.shape), "to match k_media")
     kv_heads = k_media.shape[2]
-    expect_shape(_NAME, "k_latents", k_latents, (clips, "L", kv_heads, head_dim), "to match k_media")
-    expect_shape(_NAME, "v_latents", v_latents, tuple(k_latents.shape), "to match k_latents")
-    expect_head_groups(_NAME, heads, kv_heads)
-    expect_latents(_NAME, "k_latents", k_latents, 1)
-    expect_same_dtype(_NAME, q=q, k_media=k_media, v_media=v_media, k_latents=k_latents, v_latents=v_latents)
+    checks.expect_shape(_NAME, "k_latents", k_latents, (clips, "L", kv_heads, head_dim), "to match k_media")
+    checks.expect_shape(_NAME, "v_latents", v_latents, tuple(k_latents.shape), "to match k_latents")
+    checks.expect_head_groups(_NAME, heads, kv_heads)
+    checks.expect_latents(_NAME, "k_latents", k_latents, 1)
+    checks.expect_same_dtype(
+        _NAME, q=q, k_media=k_media, v_media=v_media, k_latents=k_latents, v_latents=v_latents
+    )
     if media_lengths is not None:
-        expect_tensors(_NAME, media_lengths=media_lengths)
-        expect_shape(_NAME, "media_lengths", media_lengths, (clips,), "to match q[:N]")
-        if media_lengths.dtype not in INTEGERS:
+        checks.expect_tensors(_NAME, media_lengths=media_lengths)
+        checks.expect_shape(_NAME, "media_lengths", media_lengths, (clips,), "to match q[:N]")
+        if media_lengths.dtype not in checks.INTEGERS:
             raise TypeError(f"{_NAME}: expected integer media_lengths, got {media_lengths.dtype}.")
-    expect_same_device(
+    checks.expect_same_device(
         _NAME,
         q=q,
         k_media=k_media,
@@ -155,5 +145,5 @@ class _PerceiverAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable(_NAME)
     def backward(ctx, saved, dout):
-        gradients = BWD[ctx.backend](unit_stride(dout), *saved, ctx.scale)
+        gradients = BWD[ctx.backend](checks.unit_stride(dout), *saved, ctx.scale)
         return None, *gradients, None, None

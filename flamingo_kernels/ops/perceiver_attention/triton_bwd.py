@@ -22,45 +22,27 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._backends.triton.config import device_of
-from ..._backends.triton.language import (
-    dot,
-    is_saturated,
-    load_head,
-    load_rows,
-    load_softmax,
-    power_of_two,
-    row_dot,
-    row_index,
-    scaled_exp2_saved,
-    scores,
-    store_rows,
-)
+from ..._backends.triton.language import dot, power_of_two, row_dot
 from ..._backends.triton.launch import launch, precision, scales, strides
 from ..._backends.triton.reduction import add_in_order
-from .config import Tiles, backward_keys, backward_queries, count_key_splits, is_whole
-from .triton_fwd import (
-    blocks_in_split,
-    check,
-    keys_in_block,
-    load_keys,
-    load_length,
-    program_tile,
+from ..._backends.triton.softmax import (
+    is_saturated,
+    load_softmax,
+    load_stats,
+    scaled_exp2_saved,
+    scores,
+    store_delta,
 )
+from ..._backends.triton.tiles import load_head, load_q_and_dout, load_rows, store_rows
+from .config import Tiles, backward_keys, backward_queries, count_key_splits, is_whole
+from .triton_fwd import blocks_in_split, check, keys_in_block, load_keys, load_length, program_tile
 
 
 def perceiver_attention_bwd(
-    dout: Tensor,  # [N, R, H, d]
-    q: Tensor,  # [N, R, H, d]
-    k_media: Tensor,  # [N, S, Hkv, d]
-    v_media: Tensor,  # [N, S, Hkv, d]
-    k_latents: Tensor,  # [N, L, Hkv, d]
-    v_latents: Tensor,  # [N, L, Hkv, d]
-    out: Tensor,  # [N, R, H, d]
-    softmax: Tensor,  # [2, N, H, R]
-    media_lengths: Tensor | None,  # [N]
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # dq, dk_media, dv_media, dk_latents, dv_latents
-    checks = check("perceiver_attention_bwd", q, k_media, v_media, k_latents, v_latents, media_lengths)
+    dout, q, k_media, v_media, k_latents, v_latents, out, softmax, media_lengths, scale
+):
+    k, v = (k_media, k_latents), (v_media, v_latents)
+    checks = check("perceiver_attention_bwd", q, k, v, media_lengths)
     clips, queries, heads, head_dim = q.shape
     features, latents, kv_heads = k_media.shape[1], k_latents.shape[1], k_media.shape[2]
     checks.rows_like_first("dout", dout, q.shape)
@@ -75,7 +57,7 @@ def perceiver_attention_bwd(
     group, device = heads // kv_heads, device_of(q.device)
     whole = is_whole(queries, head_dim, q.dtype, group)
     stats = (*softmax, softmax.new_empty(softmax.shape[1:]))  # row_max, row_sum, delta
-    options = ((heads, group), scales(scale))
+    settings = ((heads, group), scales(scale))
     constants = {"D": head_dim, "PRECISION": precision(q)}
 
     def programs(tiles: Tiles) -> int:
@@ -89,10 +71,8 @@ def perceiver_attention_bwd(
         _perceiver_bwd_queries_kernel,
         lambda tiles: splits * programs(tiles),
         choice,
-        (q, (k_media, k_latents), (v_media, v_latents), dout, out),
-        (*strides(q), strides(k_media, k_latents), strides(v_media, v_latents), *strides(dout)),
-        *(media_lengths, stats, (partial_dq, *dkv)),
-        *(clips, queries, features, latents, splits, *options),
+        *((q, k, v, dout), (*strides(q), strides(*k), strides(*v), *strides(dout)), settings),
+        *(media_lengths, out, stats, (partial_dq, *dkv), clips, queries, features, latents, splits),
         **constants,
     )
     if splits > 1:
@@ -103,8 +83,8 @@ def perceiver_attention_bwd(
             _perceiver_bwd_keys_kernel,
             lambda tiles: clips * triton.cdiv(k.shape[1], tiles.block_s) * kv_heads,
             backward_keys(head_dim, q.dtype, device),
-            *((q, k, v, dout), strides(q, k, v, dout), lengths, stats, (dk, dv)),
-            *(queries, k.shape[1], *options),
+            *((q, k, v, dout), strides(q, k, v, dout), settings, lengths, stats, (dk, dv)),
+            *(queries, k.shape[1]),
             **constants,
         )
 
@@ -116,9 +96,11 @@ def perceiver_attention_bwd(
 
 @triton.jit(do_not_specialize=["N", "R", "S", "L", "splits"])
 def _perceiver_bwd_queries_kernel(
-    inputs,  # q [N, R, H, d]; k, v: [N, S, Hkv, d] of media, [N, L, Hkv, d] of latents; dout, out like q
-    strides,  # of each input but out
+    inputs,  # q [N, R, H, d]; k, v: [N, S, Hkv, d] of media, [N, L, Hkv, d] of latents; dout like q
+    strides,  # of each input
+    settings,  # (H, GROUP), (scale, scale_log2, sign)
     media_lengths_ptr,  # [N] or None
+    out_ptr,  # [N, R, H, d]
     stats,  # row_max, row_sum, delta [N, H, R]; delta is written
     grads,  # dq [splits, N, R, H, d]; dk, dv like k, v, or None: another kernel makes them
     N,
@@ -126,25 +108,18 @@ def _perceiver_bwd_queries_kernel(
     S,
     L,
     splits,
-    heads,  # H, GROUP
-    scales,  # scale, scale_log2, sign
     D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    q_ptr, k_ptrs, v_ptrs, dout_ptr, out_ptr = inputs
-    q_strides, k_strides, v_strides, dout_strides = strides
-    row_max_ptr, row_sum_ptr, delta_ptr = stats
     dq_ptr, dk_ptrs, dv_ptrs = grads
-    H, GROUP = heads
-    scale, scale_log2, sign = scales
+    (H, GROUP), (scale, scale_log2, sign) = settings
     clip, split, rows, head = program_tile(R, H, splits, BLOCK_R)
     inside = rows < R
-    q = load_head(q_ptr, q_strides, clip, rows, head, inside, D)
-    dout = load_head(dout_ptr, dout_strides, clip, rows, head, inside, D)
+    q, dout = load_q_and_dout(inputs, strides, clip, rows, head, inside, D)
     delta = row_dot(dout, load_rows(out_ptr, clip, rows, head, inside, R, H, D))
-    row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, clip, rows, head, inside, R, H, sign)
+    row_max, row_sum = load_softmax(stats, clip, rows, head, inside, R, H, sign)
     row_max, row_share = row_max[:, None], 1 / row_sum[:, None]
     length = load_length(media_lengths_ptr, clip, S)
 
@@ -154,8 +129,7 @@ def _perceiver_bwd_queries_kernel(
         exact = tl.zeros([BLOCK_R], tl.float32)
         for block in range(0, tl.cdiv(length, BLOCK_S) + tl.cdiv(L, BLOCK_S)):
             media, keys, real = keys_in_block(block, length, L, BLOCK_S)
-            k = load_keys(k_ptrs, k_strides, media, clip, keys, head // GROUP, real, D)
-            v = load_keys(v_ptrs, v_strides, media, clip, keys, head // GROUP, real, D)
+            k, v = load_keys(inputs, strides, media, clip, keys, head // GROUP, real, D)
             s = scores(q, k, inside[:, None] & real[None, :], sign, PRECISION)
             p = scaled_exp2_saved(s, row_max, scale_log2) * row_share
             exact += tl.sum(p * dot(dout, tl.trans(v), PRECISION), 1)
@@ -165,8 +139,7 @@ def _perceiver_bwd_queries_kernel(
     begin, end = blocks_in_split(split, splits, length, L, BLOCK_S)
     for block in range(begin, end):
         media, keys, real = keys_in_block(block, length, L, BLOCK_S)
-        k = load_keys(k_ptrs, k_strides, media, clip, keys, head // GROUP, real, D)
-        v = load_keys(v_ptrs, v_strides, media, clip, keys, head // GROUP, real, D)
+        k, v = load_keys(inputs, strides, media, clip, keys, head // GROUP, real, D)
         s = scores(q, k, inside[:, None] & real[None, :], sign, PRECISION)  # [BLOCK_R, BLOCK_S]
         p = scaled_exp2_saved(s, row_max, scale_log2) * row_share
         ds = p * (dot(dout, tl.trans(v), PRECISION) - delta[:, None])
@@ -187,37 +160,32 @@ def _perceiver_bwd_queries_kernel(
             store_rows(dk_ptrs[0], clip, keys, head, zeros, keys < S, S, H, D)
             store_rows(dv_ptrs[0], clip, keys, head, zeros, keys < S, S, H, D)
     elif split == 0:
-        tl.store(delta_ptr + row_index(clip, rows, head, R, H), delta, mask=inside)
+        store_delta(stats, clip, rows, head, delta, R, H)
 
 
 @triton.jit(do_not_specialize=["R", "S"])
 def _perceiver_bwd_keys_kernel(
     inputs,  # q [N, R, H, d]; k, v [N, S, Hkv, d], of media or of latents; dout like q
     strides,  # of each input
+    settings,  # (H, GROUP), (scale, scale_log2, sign)
     lengths_ptr,  # [N] or None
     stats,  # row_max, row_sum, delta [N, H, R]
     grads,  # dk, dv [N, S, Hkv, d]
     R,
     S,
-    heads,  # H, GROUP
-    scales,  # scale, scale_log2, sign
     D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    q_ptr, k_ptr, v_ptr, dout_ptr = inputs
-    q_strides, k_strides, v_strides, dout_strides = strides
-    row_max_ptr, row_sum_ptr, delta_ptr = stats
     dk_ptr, dv_ptr = grads
-    H, GROUP = heads
-    scale, scale_log2, sign = scales
+    (H, GROUP), (scale, scale_log2, sign) = settings
     kv_heads = H // GROUP
     clip, _, keys, kv_head = program_tile(S, kv_heads, 1, BLOCK_S)
     length = load_length(lengths_ptr, clip, S)
     real = keys < length
-    k = load_head(k_ptr, k_strides, clip, keys, kv_head, real, D)
-    v = load_head(v_ptr, v_strides, clip, keys, kv_head, real, D)
+    k = load_head(inputs[1], strides[1], clip, keys, kv_head, real, D)
+    v = load_head(inputs[2], strides[2], clip, keys, kv_head, real, D)
 
     dk = tl.zeros([BLOCK_S, power_of_two(D)], tl.float32)
     dv = tl.zeros([BLOCK_S, power_of_two(D)], tl.float32)
@@ -226,10 +194,8 @@ def _perceiver_bwd_keys_kernel(
         head = kv_head * GROUP + step // blocks
         rows = step % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = rows < R
-        q = load_head(q_ptr, q_strides, clip, rows, head, inside, D)
-        dout = load_head(dout_ptr, dout_strides, clip, rows, head, inside, D)
-        row_max, row_sum = load_softmax(row_max_ptr, row_sum_ptr, clip, rows, head, inside, R, H, sign)
-        delta = tl.load(delta_ptr + row_index(clip, rows, head, R, H), mask=inside, other=0.0)
+        q, dout = load_q_and_dout(inputs, strides, clip, rows, head, inside, D)
+        row_max, row_sum, delta = load_stats(stats, clip, rows, head, inside, R, H, sign)
         s = scores(k, q, real[:, None] & inside[None, :], sign, PRECISION)  # [BLOCK_S, BLOCK_R]
         p = scaled_exp2_saved(s, row_max[None, :], scale_log2) / row_sum[None, :]
         ds = p * (dot(v, tl.trans(dout), PRECISION) - delta[None, :])
