@@ -76,7 +76,8 @@ def forward(static: Static) -> Choice[Rows]:
         return _choose(static, Rows(block_t=64), Rows(block_t=32), Rows(block_t=32, num_warps=8))
     if static.head_dim <= 128 and static.wide_tiles:
         return _choose(static, Rows(block_t=64, num_warps=8), Rows(block_t=32, num_warps=8))
-    return _choose(static, Rows(block_t=32, num_warps=8), Rows(block_t=16))
+    few_warps = static.head_dim > 128 and static.device.architecture == "sm_90"  # where eight spill
+    return _choose(static, Rows(block_t=32, num_warps=4 if few_warps else 8), Rows(block_t=16))
 
 
 @cache
