@@ -2,7 +2,9 @@
 
 This file says whether Triton can run here and needs torch alone; the others import Triton.
 
-language    device functions: tiles, softmax, dots, tanh
+language    device functions: dots, tanh
+tiles       device functions: rows of a head, loaded and stored
+softmax     device functions: scores, their weights, and what is kept of them
 checks      what the host functions ask of tensors
 config      how a kernel is cut into programs, and what a device offers
 launch      starts a kernel on the device of its tensors

@@ -64,7 +64,7 @@ def _most_keys(head_dim: int, dtype: torch.dtype) -> int:
 
 
 @cache
-def forward(static: Static) -> Choice[Rows]:
+def forward(static: Static, one_shot: bool) -> Choice[Rows]:
     """Small tiles, as a tile multiplies every medium that its rows name with all of them."""
     if static.amd:
         return _choose(static, *([] if static.exact else [replace(_AMD, block_t=64, num_warps=2)]), _AMD)
@@ -76,6 +76,8 @@ def forward(static: Static) -> Choice[Rows]:
         return _choose(static, Rows(block_t=64), Rows(block_t=32), Rows(block_t=32, num_warps=8))
     if static.head_dim <= 128 and static.wide_tiles:
         return _choose(static, Rows(block_t=64, num_warps=8), Rows(block_t=32, num_warps=8))
+    if static.head_dim > 128 and static.device.architecture == "sm_90" and not one_shot:  # eight warps spill
+        return _choose(static, Rows(block_t=32, num_warps=4), Rows(block_t=16))
     return _choose(static, Rows(block_t=32, num_warps=8), Rows(block_t=16))
 
 
@@ -84,7 +86,7 @@ def backward_rows(static: Static) -> Choice[Rows]:
     """The kernel that owns rows, where they see several media."""
     if static.exact and not static.amd:
         return _choose(static, Rows(block_t=16, num_warps=16 if static.head_dim > 128 else 8))
-    return forward(static)
+    return forward(static, one_shot=False)
 
 
 @cache

@@ -40,7 +40,7 @@ def masked_cross_attention_fwd(q, k, v, lo, hi, start, stop, immediate, averages
     launch(
         _masked_xattn_fwd_one_shot_kernel if one_shot else _masked_xattn_fwd_spans_kernel,
         lambda config: batch * triton.cdiv(length, config.block_t) * heads,
-        forward(Static(latents, head_dim, q.dtype, length <= FEW_ROWS, device_of(q.device))),
+        forward(Static(latents, head_dim, q.dtype, length <= FEW_ROWS, device_of(q.device)), one_shot),
         *((q, k, v), strides(q, k, v), ((heads, heads // kv_heads), scales(scale))),
         *((out, tuple(softmax)), (lo, hi), length, media),
         **constants,

@@ -68,6 +68,8 @@ def backward_queries(
         num_warps=_warps(kept, head_dim, dtype, device),
     )
     key = (whole, queries, head_dim, str(dtype))
+    if dtype == torch.float32 and whole and device.architecture == "sm_90":
+        return Choice.of(replace(tiles, num_stages=1), key=key)  # loads ahead would spill
     if dtype == torch.float32 or not whole:
         return Choice.of(tiles, key=key)
     factor = 2 if kept >= 64 and device.architecture in _FROM_SHARED_MEMORY else 1
