@@ -138,7 +138,7 @@ def test_the_library_needs_only_the_stable_abi():
 
 
 def test_the_library_finds_its_symbols():
-    """In what it is linked to, or in what `_cuda` opens before."""
+    """In what it is linked to, or in what `_backends/cuda.py` opens before."""
     abi.assert_found(library(), {"libtorch_cpu.so", "libtorch_cuda.so"})
 
 
@@ -154,8 +154,8 @@ def test_beside_a_torch_for_cuda_it_loads(tmp_path):
         compiler = abi.load_setup().COMPILER
         command = [*compiler, "-shared", "-fPIC", tmp_path / "cuda.cpp", "-o", tmp_path / "libtorch_cuda.so"]
         subprocess.run(command, check=True)
-        folder = f"_cuda.TORCH_FOLDER = pathlib.Path({str(tmp_path)!r})\n"
-    said = python(f"import pathlib\nfrom flamingo_kernels import _cuda\n{folder}print(_cuda.why_not())")
+        folder = f"cuda.TORCH_FOLDER = pathlib.Path({str(tmp_path)!r})\n"
+    said = python(f"import pathlib\nfrom flamingo_kernels._backends import cuda\n{folder}print(cuda.why_not())")
     assert said.strip() in ("there is no GPU that torch can use", "")
 
 
@@ -177,8 +177,8 @@ def test_a_library_that_cannot_run_here_is_a_reason_and_loads_only_when_asked():
     if torch.cuda.is_available():
         pytest.skip("it can run here")
     said = python(
-        "import flamingo_kernels as fk; from flamingo_kernels import _cuda\n"
-        "print(_cuda._load.cache_info().misses)\n"
+        "import flamingo_kernels as fk; from flamingo_kernels._backends import cuda\n"
+        "print(cuda._load.cache_info().misses)\n"
         "print(fk.available_backends('gated_residual')['cuda'])"
     ).splitlines()
     assert said[0] == "0"
