@@ -155,7 +155,9 @@ def test_beside_a_torch_for_cuda_it_loads(tmp_path):
         command = [*compiler, "-shared", "-fPIC", tmp_path / "cuda.cpp", "-o", tmp_path / "libtorch_cuda.so"]
         subprocess.run(command, check=True)
         folder = f"cuda.TORCH_FOLDER = pathlib.Path({str(tmp_path)!r})\n"
-    said = python(f"import pathlib\nfrom flamingo_kernels._backends import cuda\n{folder}print(cuda.why_not())")
+    said = python(
+        f"import pathlib\nfrom flamingo_kernels._backends import cuda\n{folder}print(cuda.why_not())"
+    )
     assert said.strip() in ("there is no GPU that torch can use", "")
 
 
@@ -186,7 +188,7 @@ def test_a_library_that_cannot_run_here_is_a_reason_and_loads_only_when_asked():
 
 
 def test_info_says_what_was_built():
-    page = python("from flamingo_kernels import info; print(info.render(info.collect()))")
+    page = python("from flamingo_kernels.commands import info; print(info.render(info.collect()))")
     assert re.search(
         r"cuda extension .*_C_cuda\.abi3\.so, built .* \(nvcc [\d.]+; -std=c\+\+20 -O3 .*; ", page
     )
