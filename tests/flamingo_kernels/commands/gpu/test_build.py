@@ -118,7 +118,10 @@ def test_a_build_for_one_gpu(folder):
     assert built("90", seconds=600).startswith("CUDA kernels built for sm_90 in ")
     if binary.tool() is not None:
         assert len(binary.kernels(module.LIBRARY, "90")) > 60
-    code = "from flamingo_kernels._backends import cuda\nprint(cuda.build())\nprint(cuda.why_not() or 'it loads')"
+    code = (
+        "from flamingo_kernels._backends import cuda\n"
+        "print(cuda.build())\nprint(cuda.why_not() or 'it loads')"
+    )
     said = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout
     build, able = said.splitlines()
     assert build.endswith("; sm_90 and PTX of 90")
