@@ -14,6 +14,7 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import pytest
 import torch
+from torch._dynamo import trace_rules
 
 if not torch.cuda.is_available():
     os.environ.setdefault(
@@ -28,10 +29,12 @@ from flamingo_kernels._backends import cpu, cuda
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Torch learns which functions obey `torch.device("meta")` on first use. Let that be here, before the fixture
-# below replaces torch.empty: the largest presets would be allocated for real.
+# Torch learns on first use which functions obey `torch.device("meta")`, and which torch.compile knows. Let that
+# be here, before the fixture below replaces torch.empty: the largest presets would be allocated for real, and
+# a compiled function could not call what the fixture wraps.
 with torch.device("meta"):
     torch.empty(0)
+trace_rules.get_torch_obj_rule_map()
 
 # The shapes are small: threads would only wait for each other. test_threads_change_nothing sets its own.
 torch.set_num_threads(1)

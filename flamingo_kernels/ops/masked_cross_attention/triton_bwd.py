@@ -106,7 +106,8 @@ def _masked_xattn_bwd_one_shot_kernel(
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    (H, GROUP), (scale, scale_log2, sign) = settings
+    H, GROUP = settings[0]
+    scale, scale_log2, sign = settings[1]
     kv_heads = H // GROUP
     batch, medium, kv_head, split = program_medium(M, kv_heads, splits)
     BLOCK_R: tl.constexpr = power_of_two(R)
@@ -156,7 +157,8 @@ def _masked_xattn_bwd_rows_kernel(
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    (H, GROUP), (scale, scale_log2, sign) = settings
+    H, GROUP = settings[0]
+    scale, scale_log2, sign = settings[1]
     batch, rows, head, lo, hi = program_rows(spans, T, M, H, BLOCK_T)
     sees = lo < hi
     media = media_ptrs(inputs, strides, batch, head // GROUP)
@@ -211,7 +213,8 @@ def _masked_xattn_bwd_keys_kernel(
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    (H, GROUP), (scale, scale_log2, sign) = settings
+    H, GROUP = settings[0]
+    scale, scale_log2, sign = settings[1]
     kv_heads = H // GROUP
     batch, tile, kv_head, split = program_keys(B, kv_heads, splits)
     medium, latents = latents_in_tile(tile, R, BLOCK_R)

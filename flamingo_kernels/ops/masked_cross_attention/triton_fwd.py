@@ -86,7 +86,8 @@ def _masked_xattn_fwd_one_shot_kernel(
     BLOCK_T: tl.constexpr,
 ):
     BLOCK_R: tl.constexpr = power_of_two(R)
-    (H, GROUP), (_, scale_log2, sign) = settings
+    H, GROUP = settings[0]
+    _, scale_log2, sign = settings[1]
     batch, rows, head, lo, hi = program_rows(spans, T, M, H, BLOCK_T)
     sees = lo < hi
     media = media_ptrs(inputs, strides, batch, head // GROUP)
@@ -128,7 +129,8 @@ def _masked_xattn_fwd_spans_kernel(
     BLOCK_T: tl.constexpr,
 ):
     acc, row_max, row_sum = empty_softmax(BLOCK_T, D)
-    (H, GROUP), (_, scale_log2, sign) = settings
+    H, GROUP = settings[0]
+    _, scale_log2, sign = settings[1]
     batch, rows, head, lo, hi = program_rows(spans, T, M, H, BLOCK_T)
     sees = lo < hi
     media = media_ptrs(inputs, strides, batch, head // GROUP)

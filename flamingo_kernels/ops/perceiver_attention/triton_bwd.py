@@ -114,7 +114,8 @@ def _perceiver_bwd_queries_kernel(
     BLOCK_S: tl.constexpr,
 ):
     dq_ptr, dk_ptrs, dv_ptrs = grads
-    (H, GROUP), (scale, scale_log2, sign) = settings
+    H, GROUP = settings[0]
+    scale, scale_log2, sign = settings[1]
     clip, split, rows, head = program_tile(R, H, splits, BLOCK_R)
     inside = rows < R
     q, dout = load_q_and_dout(inputs, strides, clip, rows, head, inside, D)
@@ -179,7 +180,8 @@ def _perceiver_bwd_keys_kernel(
     BLOCK_S: tl.constexpr,
 ):
     dk_ptr, dv_ptr = grads
-    (H, GROUP), (scale, scale_log2, sign) = settings
+    H, GROUP = settings[0]
+    scale, scale_log2, sign = settings[1]
     kv_heads = H // GROUP
     clip, _, keys, kv_head = program_tile(S, kv_heads, 1, BLOCK_S)
     length = load_length(lengths_ptr, clip, S)

@@ -106,7 +106,8 @@ def _perceiver_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    (H, GROUP), (_, scale_log2, sign) = settings
+    H, GROUP = settings[0]
+    _, scale_log2, sign = settings[1]
     clip, split, rows, head = program_tile(R, H, splits, BLOCK_R)
     q = load_head(inputs[0], strides[0], clip, rows, head, rows < R, D)
 

@@ -20,7 +20,7 @@ from flamingo_kernels._backends import cpu, env
 from tests.helpers.build import ROOT, build_extension, run_tests
 
 FILES = [
-    f"tests/ops/test_{name}.py"
+    f"tests/flamingo_kernels/ops/test_{name}.py"
     for name in ("masked_cross_attention", "perceiver_attention", "gated_residual", "gated_residual_norm")
 ]
 
