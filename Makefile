@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PIP := $(INSTALL) --constraint constraints.txt
 
-# A worker for every core; the tests of one file stay together, as some build the same files.
-PARALLEL := --numprocesses auto --dist loadfile
+# A worker for every core; the tests of one file stay together, as some build the same files. In their order:
+# files of few tests, the slowest, would else come last.
+PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # Models the tests compare with, LoRA and int8 weights for them. Without their dependencies: open-flamingo pins an old torch.
 PEERS := open-flamingo flamingo-pytorch einops-exts peft accelerate psutil torchao

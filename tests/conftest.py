@@ -14,7 +14,6 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import pytest
 import torch
-from torch._dynamo import trace_rules
 
 if not torch.cuda.is_available():
     os.environ.setdefault(
@@ -24,14 +23,16 @@ if not torch.cuda.is_available():
     if emulated.exists():  # so do the CUDA kernels, as `make emulated` has compiled them for it
         os.environ.setdefault("FLAMINGO_KERNELS_CUDA_EXTENSION", str(emulated))
 
+from torch._dynamo import trace_rules
+
 from flamingo_kernels import available_backends
 from flamingo_kernels._backends import cpu, cuda
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Torch learns on first use which functions obey `torch.device("meta")`, and which torch.compile knows. Let that
-# be here, before the fixture below replaces torch.empty: the largest presets would be allocated for real, and
-# a compiled function could not call what the fixture wraps.
+# Torch learns on first use which functions obey `torch.device("meta")`, and which of them compile knows.
+# Let that be here, before the fixture below replaces torch.empty: the largest presets would be allocated for
+# real, and a compiled function could not call what the fixture wraps.
 with torch.device("meta"):
     torch.empty(0)
 trace_rules.get_torch_obj_rule_map()

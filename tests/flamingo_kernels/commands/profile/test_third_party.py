@@ -46,7 +46,13 @@ def pair(request):
     return subject, {run.BEFORE: subject.model, run.AFTER: after}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("idefics2-tiny", "evolla-tiny") else [])
+        for name in NAMES
+    ],
+)
 def test_a_profile(name, monkeypatch, tmp_path, capsys):
     plan(name)
     whole = run.run
