@@ -193,4 +193,4 @@ def test_info_says_what_was_built():
     assert re.search(
         r"cuda extension .*_C_cuda\.abi3\.so, built .* \(nvcc [\d.]+; -std=c\+\+20 -O3 .*; ", page
     )
-    assert f"sm_{', sm_'.join(ARCHS)} and PTX of 90" in page
+    assert f"sm_{', sm_'.join(ARCHS)} and PTX of 80" in page
