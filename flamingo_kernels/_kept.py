@@ -124,7 +124,7 @@ class MaskKey(NamedTuple):
         else:
             build = MediaMask.last_preceding if immediate else MediaMask.all_preceding
             mask = build(locations, num_media, policy=policy)
-        return mask if texts == 1 else mask.join(texts)
+        return mask if texts == 1 else mask.fold(texts)
 
 
 def kept_mask(locations: Tensor, key: MaskKey, layer: object) -> MediaMask:

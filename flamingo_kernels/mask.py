@@ -233,7 +233,7 @@ class MediaMask:
         visible = (self.lo[..., None] <= media) & (media < self.hi[..., None])  # [B, T, M]
         return visible.repeat_interleave(num_latents, dim=-1)[:, None]
 
-    def join(self, texts: int) -> MediaMask:
+    def fold(self, texts: int) -> MediaMask:
         """The mask `[B / texts, texts * T]` of texts that share their media, joined one after the other.
 
         Args:
@@ -241,7 +241,7 @@ class MediaMask:
 
         Example:
             >>> locations = torch.tensor([[True, False], [False, True]])
-            >>> MediaMask.last_preceding(locations, num_media=1).join(2).hi.tolist()
+            >>> MediaMask.last_preceding(locations, num_media=1).fold(2).hi.tolist()
             [[1, 1, 0, 1]]
         """
         batch, length = self.lo.shape

@@ -173,8 +173,8 @@ LOCATIONS = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0]])
             r"bool averages, got torch\.float32",
         ),
         (lambda: MediaMask.from_dense((LOCATIONS > 0).to("meta")[None]), ValueError, "got a tensor on meta"),
-        (lambda: MediaMask.last_preceding(LOCATIONS, 2).join(3), ValueError, "a divisor of B=2, got 3"),
-        (lambda: MediaMask.last_preceding(LOCATIONS, 2).join(0), ValueError, "texts >= 1, got 0"),
+        (lambda: MediaMask.last_preceding(LOCATIONS, 2).fold(3), ValueError, "a divisor of B=2, got 3"),
+        (lambda: MediaMask.last_preceding(LOCATIONS, 2).fold(0), ValueError, "texts >= 1, got 0"),
         (lambda: MediaMask.last_preceding(LOCATIONS, 2).dense(-1), ValueError, "num_latents >= 0, got -1"),
         (lambda: by_hand(lo=LOCATIONS), TypeError, r"lo in torch\.int32, got torch\.int64"),
         (

@@ -177,7 +177,7 @@ class TestDtype:
 def test_a_joined_mask_is_that_of_each_text(rule):
     locations = torch.rand(6, 9, generator=torch.Generator().manual_seed(3)) < 0.3
     mask = getattr(MediaMask, rule)(locations, 3)
-    joined = mask.join(3)
+    joined = mask.fold(3)
     assert torch.equal(joined.dense(2), mask.dense(2).view(2, 1, 27, 6))
     for b in range(2):
         for medium in range(3):
