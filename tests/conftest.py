@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import shutil
+from collections.abc import Callable
 
 from tests.helpers import ROOT
 
@@ -72,6 +73,18 @@ def kernels(request: pytest.FixtureRequest) -> str:
 def compiled() -> str:
     """The name of the backend in C++."""
     return _running("cpu")
+
+
+@pytest.fixture(name="cuda")
+def cuda_kernels() -> str:
+    """The name of the backend in CUDA."""
+    return _running("cuda")
+
+
+@pytest.fixture
+def running() -> Callable[[str], str]:
+    """Gives the name of a backend back if it runs here; for other lists of backends than above."""
+    return _running
 
 
 def _running(backend: str) -> str:

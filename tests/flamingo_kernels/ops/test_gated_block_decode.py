@@ -9,7 +9,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flamingo_kernels import GatedBlockWeights, UnsupportedError, gated_block_decode, use_backend
-from flamingo_kernels._backends.cuda import why_not
 from flamingo_kernels.testing import DTYPES, GatedBlockDecodeCase, assert_within_budget
 
 Case = GatedBlockDecodeCase
@@ -28,10 +27,8 @@ CASES = [
 
 
 @pytest.fixture(params=["reference", "cuda"])
-def backend(request) -> str:
-    if request.param == "cuda" and why_not():
-        pytest.skip(f"cuda: {why_not()}")
-    return request.param
+def backend(request, running) -> str:
+    return running(request.param)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -63,13 +60,6 @@ def test_no_host_sync(backend):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, use_backend(backend):
         tensors = {name: mode.from_tensor(tensor) for name, tensor in case.tensors().items()}
         assert case.kernel("auto", **tensors)[0].shape == (2, 64)
-
-
-@pytest.fixture
-def cuda() -> str:
-    if why_not():
-        pytest.skip(f"cuda: {why_not()}")
-    return "cuda"
 
 
 def test_a_gradient_is_refused(cuda):

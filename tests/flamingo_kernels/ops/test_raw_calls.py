@@ -11,7 +11,6 @@ import torch
 
 from flamingo_kernels import MediaMask, available_backends
 from flamingo_kernels._backends import library
-from flamingo_kernels._backends.cuda import why_not
 from flamingo_kernels.testing import GatedBlockDecodeCase, lay_out
 
 T, M, S = 7, 3, 6
@@ -129,13 +128,6 @@ def test_every_tensor_is_checked(operation, gpu_kernels):
     arguments = OPERATIONS[operation]()
     call(operation, gpu_kernels, arguments)
     assert_refused(operation, gpu_kernels, arguments)
-
-
-@pytest.fixture
-def cuda() -> str:
-    if why_not():
-        pytest.skip(f"cuda: {why_not()}")
-    return "cuda"
 
 
 def test_every_tensor_of_a_decoding_step_is_checked(cuda):

@@ -9,6 +9,7 @@ import copy
 import importlib
 import os
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from flamingo_kernels import layers, patch, unpatch
 from flamingo_kernels.patch import dense
 from flamingo_kernels.testing import tiny
 from tests.flamingo_kernels.patch.test_models import count_calls
+from tests.helpers import slow_unless
 from tests.helpers.parity import assert_parity, hold
 
 transformers = pytest.importorskip("transformers")
@@ -226,11 +228,7 @@ class TestEveryModel:
 
     @pytest.mark.parametrize(
         ("name", "backend"),
-        [
-            pytest.param(name, backend, marks=[] if (name, backend) in COMPILED else pytest.mark.slow)
-            for name in REPLACED
-            for backend in ("aot_eager", "inductor")
-        ],
+        slow_unless(COMPILED, product(REPLACED, ("aot_eager", "inductor"))),
     )
     @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
     def test_compiled(self, name, backend):

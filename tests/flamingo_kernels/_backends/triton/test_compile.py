@@ -7,11 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, slow_unless
 from tests.helpers.triton.cases import TARGETS
 
 pytest.importorskip("triton", reason="the Triton backend is optional")
@@ -45,16 +46,12 @@ def name(binary: dict) -> str:
     return f"{binary['kernel']} {binary['constants']} of {binary['case']}"
 
 
-NEWEST = ("sm_90", "gfx942")  # one of each maker
+USUAL = (("sm_90", "usual"), ("gfx942", "usual"))  # the newest of each maker
 
 
 @pytest.mark.parametrize(
     ("target", "group"),
-    [
-        pytest.param(target, group, marks=[] if group == "usual" and target in NEWEST else pytest.mark.slow)
-        for target in TARGETS
-        for group in ("usual", "rest")
-    ],
+    slow_unless(USUAL, product(TARGETS, ("usual", "rest"))),
 )
 def test_what_is_launched(group, target):
     binaries = compiled(target, group)

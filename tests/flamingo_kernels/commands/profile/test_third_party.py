@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from flamingo_kernels import patch
 from flamingo_kernels.commands.profile import models, parts, run, third_party
 from flamingo_kernels.testing import tiny
 from tests.flamingo_kernels.testing.test_tiny import build
+from tests.helpers import slow_unless
 
 SWAPPED = {
     "open_flamingo-tiny": "open_flamingo.src.helpers.GatedCrossAttentionBlock",
@@ -124,11 +126,7 @@ def test_an_operator_counts_for_the_part_that_calls_it(pair, monkeypatch, operat
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        pytest.param(name, dtype, marks=[] if (name, dtype) in USUAL else pytest.mark.slow)
-        for name in NAMES
-        for dtype in (torch.bfloat16, torch.float16)
-    ],
+    slow_unless(USUAL, product(NAMES, (torch.bfloat16, torch.float16))),
     ids=str,
 )
 def test_half_precision(name, dtype):
