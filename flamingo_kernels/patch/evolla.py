@@ -94,7 +94,7 @@ class EvollaSequenceAlignerCrossAttention(Fused):
         protein_batch_mask: Tensor | None = None,  # [B], 0 without a protein
         structure_batch_mask: Tensor | None = None,
         msa_batch_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,  # not used
     ) -> Tensor:  # [B, T, D]
         others = (structure_kv_states, msa_kv_states, protein_kv_attn_mask)
         spans = None
@@ -105,7 +105,7 @@ class EvollaSequenceAlignerCrossAttention(Fused):
             states = (query_states, protein_kv_states, structure_kv_states, msa_kv_states, query_attn_mask)
             masks = (protein_kv_attn_mask, structure_kv_attn_mask, msa_kv_attn_mask)
             batch_masks = (protein_batch_mask, structure_batch_mask, msa_batch_mask)
-            return cast(Tensor, super().forward(*states, *masks, *batch_masks, past_key_values))
+            return cast(Tensor, super().forward(*states, *masks, *batch_masks, cache))
         if spans.num_media == 0:
             return query_states  # no sequence of the batch has a protein
         z = self._add_attended(query_states, cast(Tensor, protein_kv_states).to(query_states), spans)

@@ -53,13 +53,13 @@ class IdeficsGatedCrossAttentionLayer(DecoderLayer):
         image_hidden_states: Tensor | None = None,  # [B, M * R, D_visual]
         image_attention_mask: Tensor | None = None,  # [B, 1, T, M * R], added to the scores
         cross_attention_gate: Tensor | None = None,  # [B, T], 0 where a token sees no image
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Tensor:  # [B, T, D]
         media, sees = image_hidden_states, cross_attention_gate
-        if media is None or sees is None or past_key_values is not None or self.is_watched():
+        if media is None or sees is None or cache is not None or self.is_watched():
             given = (attention_mask, media, image_attention_mask, sees)
-            return cast(Tensor, super().forward(hidden_states, *given, past_key_values, **kwargs))
+            return cast(Tensor, super().forward(hidden_states, *given, cache, **kwargs))
         z = self._add_attended(hidden_states, media, image_attention_mask, sees, kwargs)
         norm, mlp, drops = self.post_attention_layernorm, self.mlp, self._drops()
         plain = None if drops else arguments.as_glu(z, norm, mlp, _MLP)

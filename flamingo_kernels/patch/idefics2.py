@@ -26,6 +26,7 @@ class Idefics2PerceiverAttention(GroupedAttention):
     }
 
     attention_dropout: float
+    cache_keyword: str
     is_causal: bool  # False, unless somebody changes it; with a mask, transformers 4 adds it and 5 drops it
 
     def forward(
@@ -34,16 +35,16 @@ class Idefics2PerceiverAttention(GroupedAttention):
         context: Tensor,  # [N, S, D]
         attention_mask: Tensor | None = None,  # [N, 1, R, S + R]
         position_ids: Tensor | None = None,  # not used
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # [N, R, D], and no weights
         first = None
         if attention_mask is not None:
             first = media_first(attention_mask, context, latents, layer=self)
         dense = self.is_causal or (attention_mask is not None and first is None)
-        cached = past_key_values is not None or getattr(self, "past_key_values", None) is not None
+        cached = cache is not None or getattr(self, self.cache_keyword, None) is not None
         if dense or cached or self.must_stay(self.attention_dropout, kwargs):
-            rest = (attention_mask, position_ids, past_key_values)
+            rest = (attention_mask, position_ids, cache)
             return super().forward(latents, context, *rest, **kwargs)
         lengths = None
         if first is not None:

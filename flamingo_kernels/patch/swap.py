@@ -11,6 +11,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from .cache_keyword import with_cache_keyword
+
 _ORIGINAL = "_unpatched_class"
 _FIXES = "fixes"
 
@@ -73,7 +75,7 @@ def fused_class(original: type[nn.Module], fused: type[nn.Module]) -> type[nn.Mo
 
 
 def _combine(original: type[nn.Module], fused: type[nn.Module]) -> type[nn.Module]:
-    members = {"__module__": fused.__module__, "_fused": fused}
+    members = {"__module__": fused.__module__, "_fused": fused, **with_cache_keyword(fused, original)}
     return type(fused.__name__, (_Combined, fused, original), members)
 
 

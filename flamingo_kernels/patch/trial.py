@@ -28,7 +28,7 @@ _SEEDS = (0, 1)
 # Some originals compute parts of it in float32, whatever the dtype.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 _SOFTMAX_SCALES = ("scale", "scaling", "qk_scale")
-_RENAMED = {"cache": "past_key_values"}  # in transformers 5.24
+_RENAMED = {"past_key_values": "cache"}  # in transformers 5.24
 
 _Flags = frozenset[tuple[str, Any]]
 
