@@ -139,7 +139,7 @@ class Recogniser:
 
     def _try(self, module: nn.Module, known: Match, build: Callable[[], nn.Module] | None) -> str:
         """What a trial has compared. Raises `trial.Disagreement`, also when asked again."""
-        key = (type(module), known.fused, build, trial.flags_of(module))
+        key = (type(module), known.fused, build, trial.values_of(module))
         if key not in self._trials:
             self._trials[key] = "as itself"  # a class may be a part of itself
             try:

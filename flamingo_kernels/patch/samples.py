@@ -21,10 +21,14 @@ class Call(NamedTuple):
     Attributes:
         title: what is special about it.
         make: its arguments in a dtype, the same random numbers whenever the seed is the same.
+        exact: whether the rounding of float16 and bfloat16 would decide the result.
+        shape: of a result on which somebody may rely. Default: any.
     """
 
     title: str
     make: Callable[[torch.dtype], Arguments]
+    exact: bool = False
+    shape: tuple[int, ...] | None = None
 
 
 class Sample(NamedTuple):
@@ -39,13 +43,15 @@ class Sample(NamedTuple):
     calls: Callable[[nn.Module], Iterator[Call]]
 
 
+# No two sizes that meet are equal, so that none is taken for another.
 _SIZES = {
     "dim": 12,
-    "dim_head": 4,
-    "heads": 2,
-    "ff_mult": 2,
+    "dim_head": 8,
+    "heads": 3,
+    "ff_mult": 3,
     "depth": 2,
-    "num_latents": 3,
+    "num_latents": 4,
+    "dim_visual": 10,
 }
 
 
@@ -60,14 +66,19 @@ def _build(cls: type[nn.Module], module: nn.Module) -> nn.Module:
         sizes["num_media_embeds"] = 4
     if getattr(module, "frame_embs", None) is not None:
         sizes["max_num_frames"] = 3
-    sizes["dim_visual"] = 8
     takes = inspect.signature(cls).parameters
     return cls(**{name: size for name, size in sizes.items() if name in takes})
 
 
-_PLACES = torch.tensor([[0, 1, 0, 0, 1, 0, 1], [0, 0, 0, 1, 0, 0, 0]]).bool()  # text has 7 tokens, 3 media
-_MORE_IMAGES = torch.tensor([[1, 0, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 0, 0]]).bool()
+def _places(*rows: str) -> Tensor:
+    """Rows of text as locations, an `i` for every image."""
+    return torch.tensor([[token == "i" for token in row] for row in rows])
+
+
+_PLACES = _places(".i..i.i..i..", "...i........")
+_MORE_IMAGES = _places("i.i.ii..i.i.", "iiiii.......")
 _NO_IMAGE = torch.zeros_like(_PLACES)
+_MANY = _places(".i." * 14, "i." * 21, "." * 41 + "i")
 
 
 def _masked_calls(module: nn.Module) -> Iterator[Call]:
@@ -76,21 +87,35 @@ def _masked_calls(module: nn.Module) -> Iterator[Call]:
     width, visual = attn.to_q.in_features, attn.to_kv.in_features
 
     def call(
-        title: str, places: Tensor | None, *, text: int = 7, media: int = 3, size: float = 1, **flags: bool
+        title: str,
+        places: Tensor | None,
+        *,
+        batch: int = 2,
+        text: int = 12,
+        media: int = 4,
+        latents: int = 5,
+        size: float = 1,
+        exact: bool = False,
+        **flags: bool,
     ) -> Call:
         def make(dtype: torch.dtype) -> Arguments:
-            x, features = _randn(dtype, 2, text, width), _randn(dtype, 2, media, 5, visual, size=size)
+            x = _randn(dtype, batch, text, width, size=min(size, 1))
+            features = _randn(dtype, batch, media, latents, visual, size=size)
             return (x, features, None if places is None else places.clone()), flags
 
-        return Call(title, make)
+        return Call(title, make, exact, (batch, text, width))
 
     yield call("text before, at and after images", _PLACES)
-    yield call("more images than media", _MORE_IMAGES)
+    yield call("more images than media", _MORE_IMAGES, media=2)
     yield call("no image", _NO_IMAGE)
     yield call("one medium", _PLACES, media=1)
+    yield call("one sequence", _PLACES[:1], batch=1)
+    yield call("many images", _MANY, batch=3, text=42, media=14)
+    yield call("long text", _PLACES[:1].repeat(1, 25), batch=1, text=300, media=3, latents=70)
     yield call("locations as numbers", _PLACES.long())
     yield call("no locations", None)
-    yield call("scores beyond the range of exp", _PLACES, size=1e4)
+    yield call("large media", _PLACES, size=100, exact=True)
+    yield call("small numbers", _PLACES, size=0.01)
     yield call("one token", _PLACES[:, 1:2], text=1)
     yield call("fewer tokens than locations", _PLACES, text=4)
     yield call("one token of more", _PLACES, text=1)
@@ -102,6 +127,7 @@ def _masked_calls(module: nn.Module) -> Iterator[Call]:
         ):
             yield call(f"a step after {name}", places, text=1, use_cached_media=True)
             yield call(f"text after {name}", places, text=4, use_cached_media=True)
+        yield call("a step of one sequence", _PLACES[:1], batch=1, text=1, use_cached_media=True)
         yield call("a step without locations", None, text=1, use_cached_media=True)
 
 
@@ -109,12 +135,12 @@ def _perceiver_calls(module: nn.Module) -> Iterator[Call]:
     attn: Any = module
     width = attn.to_q.in_features
 
-    def call(title: str, *, features: int = 5, latents: int = 3, size: float = 1) -> Call:
+    def call(
+        title: str, *, batch: int = 2, media: int = 2, features: int = 5, latents: int = 3, size: float = 1
+    ) -> Call:
         def make(dtype: torch.dtype) -> Arguments:
-            return (
-                _randn(dtype, 2, 2, features, width, size=size),
-                _randn(dtype, 2, 2, latents, width, size=size),
-            ), {}
+            x = _randn(dtype, batch, media, features, width, size=size)
+            return (x, _randn(dtype, batch, media, latents, width, size=size)), {}
 
         return Call(title, make)
 
@@ -122,7 +148,11 @@ def _perceiver_calls(module: nn.Module) -> Iterator[Call]:
     yield call("fewer features than latents", features=2, latents=4)
     yield call("one feature", features=1)
     yield call("one latent", latents=1)
+    yield call("one medium", batch=1, media=1)
+    yield call("many media", batch=3, media=7)
+    yield call("many features and latents", media=1, features=300, latents=70)
     yield call("large features", size=1e3)
+    yield call("small features", size=0.01)
 
 
 def _resampler_calls(module: nn.Module) -> Iterator[Call]:
@@ -131,9 +161,12 @@ def _resampler_calls(module: nn.Module) -> Iterator[Call]:
     shapes = {
         "media of one frame": (2, 3, 1, 5, width),
         "one medium": (2, 1, 1, 5, width),
+        "one medium of one sequence": (1, 1, 1, 5, width),
         "one feature": (1, 2, 1, 1, width),
         "media of frames": (2, 2, 3, 4, width),
         "media of few frames": (1, 4, 2, 4, width),
+        "many media": (3, 7, 1, 5, width),
+        "many frames": (1, 2, 9, 30, width),
         "media without frames": (2, 3, 5, width),
         "one medium without its axis": (2, 5, width),
     }

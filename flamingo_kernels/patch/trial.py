@@ -2,8 +2,9 @@
 
 The source of a class is a proof, a trial is none: it is for source that is not known, and compares what is
 likely to differ. It takes a new instance of the class, never the user's module, and gives it random weights,
-also for gates and output projections. The outputs, the gradients of inputs and weights, and the calls that
-raise must agree, in training and in evaluation, in float64 and then in the dtype of the user's weights.
+also for gates and output projections. Results, gradients of inputs and weights, random numbers drawn and
+attributes written must agree, in training and in evaluation, in every dtype and under autocast. Attributes of
+the module that its forward reads must be those that the fused class reads, or flags that were turned.
 """
 
 from __future__ import annotations
@@ -12,34 +13,145 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .._anatomy import contents, measure
 from .registry import Match
 from .samples import SAMPLES, Call, Sample
 from .source import unwrapped
 
-_SEEDS = (0, 1)
 # Some originals compute parts of it in float32, whatever the dtype.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_COARSE = (torch.float16, torch.bfloat16)
 _SOFTMAX_SCALES = ("scale", "scaling", "qk_scale")
 _RENAMED = {"past_key_values": "cache"}  # in transformers 5.24
+_OWN = frozenset(dir(nn.Module()))  # what every module has
+_PLACE = "layer_idx"  # where a layer stands in its model
 
-_Flags = frozenset[tuple[str, Any]]
+_Values = frozenset[tuple[str, str, Any]]
 
 
 class Disagreement(Exception):
     """What differs, or why nothing could be compared."""
 
 
-class _Result(NamedTuple):
-    outputs: list[Tensor]
-    gradients: dict[str, Tensor]
+class _Round(NamedTuple):
+    """One way in which all calls are compared.
+
+    Attributes:
+        seed: of weights and inputs.
+        dtype: of both; gradients are compared in float64 alone.
+        training: the mode.
+        autocast: whether the calls are made under autocast.
+        spread: how much larger than usual the weights are.
+        turned: the flags that are turned.
+    """
+
+    seed: int = 0
+    dtype: torch.dtype = torch.float64
+    training: bool = False
+    autocast: bool = False
+    spread: float = 1
+    turned: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        mode = "training" if self.training else "evaluation"
+        words = [f"in {mode} and {str(self.dtype).removeprefix('torch.')}"]
+        words += ["under autocast"] * self.autocast + ["with large weights"] * (self.spread > 1)
+        words += [f"with {' and '.join(self.turned)} turned"] * bool(self.turned)
+        return " ".join(words)
+
+    @property
+    def tolerance(self) -> float:
+        return _TOLERANCE[torch.bfloat16 if self.autocast else self.dtype]
+
+    @property
+    def with_gradients(self) -> bool:
+        return self.dtype == torch.float64
+
+    def makes(self, call: Call) -> bool:
+        return not (call.exact and (self.autocast or self.dtype in _COARSE))
+
+
+_ROUNDS = (
+    _Round(),
+    _Round(seed=1, training=True),
+    _Round(spread=15),  # scores of some hundreds
+    *(_Round(dtype=dtype) for dtype in _TOLERANCE if dtype != torch.float64),
+    _Round(dtype=torch.float32, autocast=True),
+)
+
+
+@dataclass
+class _Trial:
+    """A small module of the user's class, compared in one way after another with the fused class.
+
+    Attributes:
+        module: the user's module.
+        small: the small one, which itself is never called.
+        known: the class, and the class that is to replace it.
+        sample: the calls.
+        swap: gives a module and its parts the fused classes.
+        read: the attributes that the original's forward has read, and those that the fused one has.
+    """
+
+    module: nn.Module
+    small: nn.Module
+    known: Match
+    sample: Sample
+    swap: Callable[[nn.Module, Match], None]
+    read: tuple[set[str], set[str]] = field(default_factory=lambda: (set(), set()))
+
+    def run(self) -> int:
+        """The number of calls that were compared. Raises Disagreement if one differs."""
+        calls = sum(map(self._compare, _ROUNDS))
+        if not calls:
+            raise Disagreement("it computes none of the calls of a trial")
+        if unknown := sorted(filter(self._is_unknown, self.read[0] - self.read[1])):
+            raise Disagreement(f"its forward reads {', '.join(unknown)}, which the fused class does not")
+        flags = sorted(filter(self._is_flag, self.read[0] | self.read[1]))
+        pairs = itertools.combinations(flags, 2)
+        return calls + sum(self._compare(_Round(turned=each)) for each in [*zip(flags), *pairs])
+
+    def _is_flag(self, name: str) -> bool:
+        """Whether an attribute is one that somebody may turn after the swap."""
+        return isinstance(getattr(self.small, name, None), bool)
+
+    def _is_unknown(self, name: str) -> bool:
+        """Whether an attribute that the fused class does not read may choose what the original computes."""
+        method = inspect.getattr_static(type(self.small), name, None)
+        if name in self.known.fused.anatomy or self._is_flag(name) or callable(method):
+            return False
+        return not isinstance(method, (property, staticmethod, classmethod)) and not self._is_size(name)
+
+    def _is_size(self, name: str) -> bool:
+        small, users = (getattr(each, name, None) for each in (self.small, self.module))
+        return (small, users) in _sizes(self.small, self.module, self.known)
+
+    def _compare(self, how: _Round) -> int:
+        """Compare all calls in one way; the number of those that the original computes."""
+        original = _randomised(copy.deepcopy(self.small), how).to(how.dtype).train(how.training)
+        for name in how.turned:
+            setattr(original, name, not getattr(original, name))
+        fused = copy.deepcopy(original)
+        self.swap(fused, self.known)
+        for module, names in zip((original, fused), self.read, strict=True):
+            _note_reads(module, names)
+        before = _state(original)
+        calls = sum(_agree(original, fused, call, how) for call in self.sample.calls(self.small))
+        if written := _changed(before, _state(original)):
+            raise Disagreement(f"its forward writes {', '.join(written)} on the module")
+        return calls
 
 
 def compare(
@@ -63,19 +175,17 @@ def compare(
     if sample is None:
         raise Disagreement(f"no trial is written for {known.fused.__name__}")
     with _apart():
-        original = _small(module, known, build or functools.partial(sample.build, type(module), module))
-        calls = sum(
-            _compare(original, known, sample, swap, each) for each in _rounds(original, _dtype(module))
-        )
-    if not calls:
-        raise Disagreement("it computes none of the calls of a trial")
+        small = _small(module, known, build or functools.partial(sample.build, type(module), module))
+        calls = _Trial(module, small, known, sample, swap).run()
     return f"a trial of {calls} calls agrees, with gradients"
 
 
 @contextlib.contextmanager
 def _apart() -> Iterator[None]:
     """Nothing outside changes what happens inside, and nothing inside changes random numbers outside."""
-    state, threads = random.getstate(), torch.get_num_threads()
+    threads = torch.get_num_threads()
+    numpy: Any = sys.modules.get("numpy")
+    states = random.getstate(), numpy and numpy.random.get_state()
     torch.set_num_threads(1)  # for small tensors, waking others takes longer than the work
     try:
         with (
@@ -84,113 +194,166 @@ def _apart() -> Iterator[None]:
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
             torch.device("cpu"),
+            warnings.catch_warnings(action="ignore"),
         ):
             yield
     finally:
-        random.setstate(state)
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
         torch.set_num_threads(threads)
 
 
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed)  # type: ignore[attr-defined]
+
+
+def _drawn() -> tuple[Any, ...]:
+    """What differs if random numbers were drawn since the seed was set."""
+    numpy: Any = sys.modules.get("numpy")
+    of_numpy = numpy and numpy.random.get_state()[2]
+    return torch.default_generator.get_state().numpy().tobytes(), random.getstate(), of_numpy
+
+
 def _small(module: nn.Module, known: Match, build: Callable[[], nn.Module]) -> nn.Module:
-    """A new small module of the user's class, with random weights and the flags of the user's module."""
+    """A new small module of the user's class, with the flags and parts of the user's module."""
     try:
         small = build()
+        shared = {*map(id, _tensors(small))} & {*map(id, _tensors(module))}
+        small = copy.deepcopy(small)
     except Exception as error:
         raise Disagreement(
             f"no small one can be made for a trial ({type(error).__name__}: {error})"
         ) from error
     if type(small) is not type(module):
         raise Disagreement(f"the one made for a trial is a {type(small).__name__}")
-    if set(map(id, small.parameters())) & set(map(id, module.parameters())):
+    if shared:
         raise Disagreement("a new one shares weights with the others")
-    (sizes, reason), (user_sizes, _) = (measure(each, known.fused.anatomy) for each in (small, module))
-    if reason or set(contents(small)) != set(contents(module)):
-        raise Disagreement(f"a new one has other parts{reason and f': {reason}'}")
-    users = dict(module.named_modules())
-    for path, part in small.named_modules():
-        if path in users:
-            for name, value in flags_of(users[path]):
-                if name in _SOFTMAX_SCALES and "d" in sizes:
-                    value *= (user_sizes["d"] / sizes["d"]) ** 0.5
-                setattr(part, name, value)
+    if reason := _other_parts(small, module, known):
+        raise Disagreement(f"a new one has other parts: {reason}")
+    _copy_values(small, module, known)
     return small
 
 
-def flags_of(module: nn.Module) -> _Flags:
-    """The plain values of a module that are no sizes: they may choose what its forward computes."""
-    values = vars(module).items()
-    plain = (bool, float, str, type(None))
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _other_parts(small: nn.Module, module: nn.Module, known: Match) -> str:
+    """The first part in which a small module and the user's differ by more than sizes."""
+    if reason := measure(small, known.fused.anatomy)[1]:
+        return reason
+    if differ := {*contents(small)} ^ {*contents(module)}:
+        return min(differ)
+    users = dict(module.named_modules())
+    for path, part in small.named_modules():
+        if path in users and _is_torchs(part) and _is_torchs(users[path]):
+            if type(part) is not type(users[path]):
+                return f"{path} is a {type(part).__name__}, not a {type(users[path]).__name__}"
+            if not part._modules and (differ := {*part.state_dict()} ^ {*users[path].state_dict()}):
+                return f"{path}.{min(differ)}"
+    return ""
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
+def _copy_values(small: nn.Module, module: nn.Module, known: Match) -> None:
+    """Give a small module the values of the user's that are no sizes."""
+    sizes, parts = _sizes(small, module, known), dict(small.named_modules())
+    small_d, users_d = (measure(each, known.fused.anatomy)[0].get("d", 1) for each in (small, module))
+    for path, name, value in values_of(module):
+        if path not in parts or (getattr(parts[path], name, None), value) in sizes:
+            continue
+        if name in _SOFTMAX_SCALES and isinstance(value, float):
+            value *= (users_d / small_d) ** 0.5
+        setattr(parts[path], name, value)
+
+
+def _sizes(small: nn.Module, module: nn.Module, known: Match) -> set[tuple[Any, Any]]:
+    """The sizes of a small module, each with that of the user's."""
+    letters, others = (measure(each, known.fused.anatomy)[0] for each in (small, module))
+    sizes = {(letters[each], others[each]) for each in letters.keys() & others.keys()}
+    weights, others = (dict(each.named_parameters()) for each in (small, module))
+    for path in weights.keys() & others.keys():
+        sizes |= {*zip(weights[path].shape, others[path].shape, strict=False)}
+    parts, others = (dict(each.named_modules()) for each in (small, module))
+    for path in parts.keys() & others.keys():
+        sizes.add((len(parts[path]._modules), len(others[path]._modules)))
+    return sizes
+
+
+def values_of(module: nn.Module) -> _Values:
+    """The plain values of a module and its parts, which may choose what its forward computes."""
+    plain = (bool, int, float, str, type(None))
     return frozenset(
-        (name, value)
-        for name, value in values
-        if isinstance(value, plain) and not name.startswith("_") and name not in ("training", "fixes")
+        (path, name, value)
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, plain) and name not in _OWN and name != _PLACE
     )
 
 
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _randomised(module: nn.Module, how: _Round) -> nn.Module:
+    """Random weights, gates and output projections too: at zero they would hide what differs."""
+    torch.default_generator.manual_seed(how.seed)
+    with torch.no_grad():
+        for weight in module.parameters():
+            if weight.is_floating_point():
+                weight.normal_(std=how.spread * (weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.5))
+    return module
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    dtypes = [each.dtype for each in module.parameters() if each.dtype in _TOLERANCE]
-    return dtypes[0] if dtypes else torch.float32
+def _note_reads(module: nn.Module, names: set[str]) -> None:
+    """Add to names what is read from a module from now on."""
+    cls = type(module)
+
+    def read(self: nn.Module, name: str) -> Any:
+        if name not in _OWN:
+            names.add(name)
+        return cls.__getattribute__(self, name)
+
+    module.__class__ = type(cls.__name__, (cls,), {"__getattribute__": read, "__module__": cls.__module__})
 
 
-class _Round(NamedTuple):
-    """One way in which all calls are compared.
-
-    Attributes:
-        seed: of weights and inputs.
-        dtype: of both; gradients are compared in float64 alone.
-        training: the mode.
-        flag: one that is turned, or None.
-    """
-
-    seed: int
-    dtype: torch.dtype = torch.float64
-    training: bool = False
-    flag: str | None = None
-
-    def __str__(self) -> str:
-        mode = "training" if self.training else "evaluation"
-        return f"in {mode} and {_word(self.dtype)}{f' with {self.flag} turned' if self.flag else ''}"
+def _state(module: nn.Module) -> dict[str, Any]:
+    """What a forward may leave on a module."""
+    return {
+        f"{path}.{name}".lstrip("."): _content(value)
+        for path, part in module.named_modules()
+        for name, value in (vars(part) | part._parameters | part._buffers).items()
+    }
 
 
-def _rounds(small: nn.Module, dtype: torch.dtype) -> Iterator[_Round]:
-    for seed in _SEEDS:
-        yield _Round(seed)
-        yield _Round(seed, training=True)
-    for name, value in sorted(flags_of(small)):
-        if isinstance(value, bool):
-            yield _Round(0, flag=name)  # somebody may turn it after the swap
-    if dtype != torch.float64:
-        yield _Round(0, dtype)
+def _content(value: Any) -> Any:
+    """A value, or what tells an object from another and shows most changes of it."""
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if isinstance(value, Tensor):
+        return id(value), value.tolist()
+    return id(value), len(value) if isinstance(value, Sized) else 0
 
 
-def _compare(
-    small: nn.Module, known: Match, sample: Sample, swap: Callable[[nn.Module, Match], None], how: _Round
-) -> int:
-    """Compare all calls in one way; the number of those that the original computes."""
-    original = _randomised(copy.deepcopy(small), how.seed).to(how.dtype).train(how.training)
-    if how.flag:
-        setattr(original, how.flag, not getattr(original, how.flag))
-    fused = copy.deepcopy(original)
-    swap(fused, known)
-    return sum(_agree(original, fused, call, how) for call in sample.calls(original))
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    same = {name for name in before.keys() & after.keys() if before[name] == after[name]}
+    return sorted((before.keys() | after.keys()) - same)
 
 
 def _agree(original: nn.Module, fused: nn.Module, call: Call, how: _Round) -> bool:
     """Whether a call could be compared. Raises Disagreement where the results differ."""
-    before = _state(original)
+    if not how.makes(call):
+        return False
     try:
         expected = _run(original, call, how)
     except Exception:
         return False  # nobody relies on a call that the original refuses
-    if (written := _state(original)) != before:
-        names = sorted({path for path, _ in before.symmetric_difference(written)})
-        raise Disagreement(f"its forward writes {', '.join(names)} on the module")
-    if not original.training and _differs(_run(original, call, how, luck=1), expected, how.dtype):
-        raise Disagreement(f'it is random: two calls "{call.title}" differ')
+    if call.shape and [each.shape for each in expected.outputs] != [call.shape]:
+        return False
     try:
         got = _run(fused, call, how)
     except Exception as error:
@@ -198,102 +361,113 @@ def _agree(original: nn.Module, fused: nn.Module, call: Call, how: _Round) -> bo
         raise Disagreement(
             f'the call "{call.title}" is one that the fused class refuses ({reason})'
         ) from error
-    if differs := _differs(got, expected, how.dtype):
+    if differs := _differs(got, expected, how.tolerance):
         raise Disagreement(f'in the call "{call.title}" of a trial {how}, {differs}')
     return True
 
 
-def _run(module: nn.Module, call: Call, how: _Round, luck: int = 0) -> _Result:
-    """One call with its gradients.
+class _Result(NamedTuple):
+    """What a call has done.
 
-    Args:
-        luck: seed of what the forward draws.
+    Attributes:
+        form: of its result: all that is no number.
+        outputs: the tensors of the result.
+        gradients: of inputs and weights.
+        drawn: the state of the random numbers after it.
+        written: the inputs that it has changed, by number.
     """
-    torch.default_generator.manual_seed(how.seed)
+
+    form: list[str]
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+    drawn: tuple[Any, ...]
+    written: list[int]
+
+
+def _run(module: nn.Module, call: Call, how: _Round) -> _Result:
+    """One call with its gradients."""
+    _seed(how.seed)
     arguments, options = call.make(how.dtype)
-    torch.default_generator.manual_seed(luck)
-    random.seed(luck)
-    outputs = list(_tensors(module(*arguments, **options)))
-    leaves = {
-        f"input {i}": each for i, each in enumerate(_tensors((arguments, options))) if each.requires_grad
-    }
+    inputs = _flat((arguments, options))
+    versions = [each._version for each in inputs]
+    _seed(0)
+    with (
+        torch.set_grad_enabled(how.with_gradients),
+        torch.autocast("cpu", torch.bfloat16, enabled=how.autocast),
+    ):
+        result = module(*arguments, **options)
+    drawn = _drawn()
+    written = [i for i, each in enumerate(inputs) if each._version != versions[i]]
+    outputs = _flat(result)
+    leaves = {f"input {i}": each for i, each in enumerate(inputs) if each.requires_grad}
     leaves |= {f"weight {name}": each for name, each in module.named_parameters() if each.requires_grad}
+    gradients = _gradients(outputs, leaves, how)
+    return _Result(_form(result), [each.detach() for each in outputs], gradients, drawn, written)
+
+
+def _gradients(outputs: list[Tensor], leaves: dict[str, Tensor], how: _Round) -> dict[str, Tensor]:
+    """The gradients of a random sum of outputs."""
     torch.default_generator.manual_seed(how.seed)
     terms = [(out * torch.randn_like(out)).sum() for out in outputs if out.requires_grad]
-    if not terms or how.dtype != torch.float64:
-        return _Result([out.detach() for out in outputs], {})
+    if not terms:
+        return {}
     total = functools.reduce(torch.add, terms)
-    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    zeros = (
-        torch.zeros_like(leaf) if grad is None else grad
-        for leaf, grad in zip(leaves.values(), gradients, strict=True)
-    )
-    return _Result([out.detach() for out in outputs], dict(zip(leaves, zeros, strict=True)))
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _tensors(each)
+def _flat(value: Any) -> list[Tensor]:
+    return [each for each in pytree.tree_leaves(value) if isinstance(each, Tensor)]
 
 
-def _differs(got: _Result, expected: _Result, dtype: torch.dtype) -> str:
+def _form(value: Any) -> list[str]:
+    """A result without its numbers, in words."""
+    leaves, spec = pytree.tree_flatten(value)
+    return [str(spec), *map(_leaf_form, leaves)]
+
+
+def _leaf_form(leaf: Any) -> str:
+    if not isinstance(leaf, Tensor):
+        return type(leaf).__name__
+    return f"{leaf.dtype} {tuple(leaf.shape)}{'' if leaf.requires_grad else ' without gradient'}"
+
+
+def _differs(got: _Result, expected: _Result, tolerance: float) -> str:
     """The first difference between two results in words; empty if there is none."""
-    if [each.shape for each in got.outputs] != [each.shape for each in expected.outputs]:
-        return "the outputs have other shapes"
+    if got.form != expected.form:
+        forms = (", ".join(each.form[1:]) for each in (expected, got))
+        return "the result is {}, and by the fused class {}".format(*forms)
+    if got.drawn != expected.drawn:
+        return "it draws random numbers"
+    if got.written != expected.written:
+        return "it writes into its inputs"
     pairs = [("the result", *pair) for pair in zip(got.outputs, expected.outputs, strict=True)]
     pairs += [
         (f"the gradient of {name}", got.gradients[name], grad) for name, grad in expected.gradients.items()
     ]
     for name, a, b in pairs:
-        if a.dtype != b.dtype:
-            return f"{name} is {a.dtype}, expected {b.dtype}"
         a, b = a.double(), b.double()
-        bound = _TOLERANCE[dtype] * (b.abs().nan_to_num().max().item() if b.numel() else 0)
+        bound = tolerance * (b.abs().nan_to_num().max().item() if b.numel() else 0)
         if not torch.allclose(a, b, rtol=0, atol=bound + 1e-9, equal_nan=True):
             return f"{name} differs by {(a - b).abs().max().item():.2g}"
     return ""
 
 
-def _randomised(module: nn.Module, seed: int) -> nn.Module:
-    """Random weights, gates and output projections too: at zero they would hide what differs."""
-    torch.default_generator.manual_seed(seed)
-    with torch.no_grad():
-        for weight in module.parameters():
-            if weight.is_floating_point():
-                weight.normal_(std=weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.5)
-    return module
-
-
-def _state(module: nn.Module) -> set[tuple[str, Any]]:
-    """What a forward may leave on a module: values by name, tensors and objects by identity."""
-    found: set[tuple[str, Any]] = set()
-    for path, part in module.named_modules():
-        for name, value in (vars(part) | part._buffers).items():
-            plain = isinstance(value, (bool, int, float, str, type(None)))
-            found.add((f"{path}.{name}".lstrip("."), value if plain else id(value)))
-    return found
-
-
 def why_other_arguments(cls: type[nn.Module], fused: type[nn.Module]) -> str:
     """Why a forward of unknown source may be called as the fused one may not; empty if it may not."""
-    names = {name: _RENAMED.get(name, name) for name in _arguments(cls)}
-    ours = list(_arguments(fused))
-    for place, (name, known) in enumerate(names.items()):
+    ours = _arguments(fused)
+    for place, (name, each) in enumerate(_arguments(cls).items()):
+        known = _RENAMED.get(name, name)
         if known not in ours:
-            return f"its forward takes {name}, which is not known"
-        positional = _arguments(cls)[name].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
-        if positional and ours.index(known) != place:
+            return f"its forward takes {'any names' if name == '**' else name}, which is not known"
+        if each.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD and list(ours).index(known) != place:
             return f"its forward takes {name} in another place"
+        if each.default not in (inspect.Parameter.empty, ours[known].default):
+            return f"its forward takes {name}={each.default!r} by default"
     return ""
 
 
 def _arguments(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
     forward: Any = unwrapped(cls.forward)
-    parameters = list(inspect.signature(forward).parameters.items())[1:]
-    return {name: each for name, each in parameters if each.kind != inspect.Parameter.VAR_KEYWORD}
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    return {"**" if each.kind == each.VAR_KEYWORD else each.name: each for each in parameters}
