@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -71,11 +71,9 @@ class Recogniser:
 
     Attributes:
         claims: what the caller says that classes are.
-        used: the claims that were about a module.
     """
 
     claims: list[_Claim]
-    used: set[int] = field(default_factory=set)
     _trials: dict[Any, str | trial.Disagreement] = field(default_factory=dict)
     _code: Callable[..., str] = field(default_factory=lambda: cache(code_hash))
 
@@ -104,9 +102,8 @@ class Recogniser:
 
     def _claimed(self, cls: type) -> tuple[Match, _Claim] | None:
         for base in cls.__mro__:
-            for index, claim in enumerate(self.claims):
+            for claim in self.claims:
                 if claim.fits(base):
-                    self.used.add(index)
                     return Match(base, *targets()[claim.target]), claim
         return None
 
@@ -176,15 +173,15 @@ class Recogniser:
                 continue
             for target, (fused, family) in targets().items():
                 known = Match(base, fused, family)
-                if not misfit(module, fused.anatomy) and self._is_copy(known):
+                if not misfit(module, fused.anatomy) and self._is_copy(module, known):
                     reason = _why_not_swap(module, known)
                     return Left(reason) if reason else Found(known, f"a copy of {target}")
         return None
 
-    def _is_copy(self, known: Match) -> bool:
-        cls = known.known
+    def _is_copy(self, module: nn.Module, known: Match) -> bool:
+        home, origin = known.known.__module__, known.family.module
         try:
-            return self._code(cls, cls.__module__, origin=known.family.module) in KNOWN[known.name]
+            return self._code(type(module), home, origin=origin) in KNOWN[known.name]
         except Unreadable:
             return False
 
@@ -197,9 +194,10 @@ class Recogniser:
                 swap(part, found.match.fused)
 
     def expect_all_used(self, model: nn.Module) -> None:
-        """Raise ValueError if the caller speaks of a class that no module has."""
-        for index, claim in enumerate(self.claims):
-            if index not in self.used:
+        """Raise ValueError if the caller speaks of a class that no module has or had before a swap."""
+        classes = {base for module in model.modules() for base in type(module).__mro__}
+        for claim in self.claims:
+            if not any(map(claim.fits, classes)):
                 raise ValueError(
                     f"patch: expected like to name classes of the modules in {type(model).__name__}, got "
                     f"{_key_name(claim.key)!r}, which none of them has."
@@ -208,7 +206,8 @@ class Recogniser:
 
 def _claim(key: Any, value: Any) -> _Claim:
     target, build = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
-    if not isinstance(key, (str, type)) or not (build is None or callable(build)):
+    words = isinstance(key, (str, type)) and isinstance(target, str)
+    if not words or not (build is None or callable(build)):
         raise TypeError(
             "patch: expected like={class: known class} or like={class: (known class, function that builds a "
             f"small one)}}, got {{{key!r}: {value!r}}}."
@@ -217,7 +216,7 @@ def _claim(key: Any, value: Any) -> _Claim:
         raise ValueError(
             f"patch: expected like[{_key_name(key)!r}] to be one of {', '.join(targets())}, got {target!r}."
         )
-    return _Claim(key, cast(str, target), build)
+    return _Claim(key, target, build)
 
 
 def _key_name(key: Any) -> str:

@@ -49,7 +49,6 @@ _SIZES = {
     "dim_head": 8,
     "heads": 3,
     "ff_mult": 3,
-    "depth": 2,
     "num_latents": 4,
     "dim_visual": 10,
 }
@@ -64,10 +63,22 @@ def _build(cls: type[nn.Module], module: nn.Module) -> nn.Module:
         sizes["max_num_media"] = 4
     if getattr(module, "media_pos_emb", None) is not None:
         sizes["num_media_embeds"] = 4
+    if isinstance(layers := getattr(module, "layers", None), nn.ModuleList):
+        sizes["depth"] = len(layers)
     if getattr(module, "frame_embs", None) is not None:
         sizes["max_num_frames"] = 3
-    takes = inspect.signature(cls).parameters
+    takes = set(_constructor(cls))
     return cls(**{name: size for name, size in sizes.items() if name in takes})
+
+
+def _constructor(cls: type[nn.Module]) -> Iterator[str]:
+    """The names of a constructor's arguments, with those of its bases if it takes any names."""
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+            yield from (each.name for each in parameters)
+            if all(each.kind != each.VAR_KEYWORD for each in parameters):
+                return
 
 
 def _places(*rows: str) -> Tensor:
@@ -168,6 +179,8 @@ def _resampler_calls(module: nn.Module) -> Iterator[Call]:
         "many media": (3, 7, 1, 5, width),
         "many frames": (1, 2, 9, 30, width),
         "media without frames": (2, 3, 5, width),
+        "one medium without frames": (1, 1, 5, width),
+        "many features without frames": (1, 4, 90, width),
         "one medium without its axis": (2, 5, width),
     }
     for title, shape in shapes.items():
