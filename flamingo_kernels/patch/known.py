@@ -36,22 +36,24 @@ KNOWN: Mapping[str, Mapping[str, str]] = {
         "c13e63bfbd1095ee": "open-flamingo 2.0.0 to 2.0.1",
     },
     "open_flamingo.src.helpers.PerceiverAttention": {
-        "fc7f9122dc2a592f": "open-flamingo 2.0.0 to 2.0.1",
+        "fc7f9122dc2a592f": "open-flamingo 0.0.2 to 2.0.1",
+        "57919814209b2820": "mmpretrain 1.2.0",
     },
     "open_flamingo.src.helpers.PerceiverResampler": {
-        "1e08ed73f12b15c7": "open-flamingo 2.0.0 to 2.0.1",
+        "1e08ed73f12b15c7": "open-flamingo 0.0.2 to 2.0.1",
+        "f50d4cdba35a0052": "mmpretrain 1.2.0",
     },
     "flamingo_pytorch.flamingo_pytorch.MaskedCrossAttention": {
         "3ca1bb121539714f": "flamingo-pytorch 0.1.2",
     },
     "flamingo_pytorch.flamingo_pytorch.GatedCrossAttentionBlock": {
-        "c2589dae700cd693": "flamingo-pytorch 0.1.2",
+        "c2589dae700cd693": "flamingo-pytorch 0.1.0 to 0.1.2",
     },
     "flamingo_pytorch.flamingo_pytorch.PerceiverAttention": {
-        "540657ba1ada1652": "flamingo-pytorch 0.1.2",
+        "540657ba1ada1652": "flamingo-pytorch 0.1.0 to 0.1.2",
     },
     "flamingo_pytorch.flamingo_pytorch.PerceiverResampler": {
-        "3ef74601e0d7986e": "flamingo-pytorch 0.1.2",
+        "3ef74601e0d7986e": "flamingo-pytorch 0.1.0 to 0.1.2",
     },
     "transformers.models.idefics.modeling_idefics.IdeficsGatedCrossAttentionLayer": {
         "694f25f00d138d3c": "transformers 4.57.6",

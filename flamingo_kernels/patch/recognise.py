@@ -7,6 +7,7 @@ Where the source is another, and where the caller says so, a trial of a small in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .._anatomy import misfit
+from .._anatomy import contents, misfit
 from .._backends.dispatch import UnsupportedError
 from . import trial
 from .known import KNOWN, full_name
@@ -168,14 +169,16 @@ class Recogniser:
 
     def _by_code(self, module: nn.Module) -> Found | Left | None:
         """A module whose class, or a base of it, is an exact copy of a known class."""
-        for base in type(module).__mro__:
-            if "forward" not in vars(base) or base.__module__.startswith("torch."):
-                continue
-            for target, (fused, family) in targets().items():
-                known = Match(base, fused, family)
-                if not misfit(module, fused.anatomy) and self._is_copy(module, known):
-                    reason = _why_not_swap(module, known)
-                    return Left(reason) if reason else Found(known, f"a copy of {target}")
+        bases = [
+            base
+            for base in type(module).__mro__
+            if "forward" in vars(base) and not base.__module__.startswith("torch.")
+        ]
+        for target, base in itertools.product(_with_the_same_parts(module) if bases else (), bases):
+            known = Match(base, *targets()[target])
+            if self._is_copy(module, known):
+                reason = _why_not_swap(module, known)
+                return Left(reason) if reason else Found(known, f"a copy of {target}")
         return None
 
     def _is_copy(self, module: nn.Module, known: Match) -> bool:
@@ -267,16 +270,24 @@ def _why_own(module: nn.Module, known: Match) -> str:
     return trial.why_other_arguments(cls, known.fused)
 
 
+def _with_the_same_parts(module: nn.Module) -> Iterator[str]:
+    """The known classes that are made of the same parts."""
+    names = frozenset(contents(module))
+    for target, (fused, _) in targets().items():
+        if names <= fused.anatomy.keys() and not misfit(module, fused.anatomy):
+            yield target
+
+
 def _namesake(module: nn.Module) -> Left | None:
     """A module that shares the name of a known class, with what it resembles and what differs."""
     cls = type(module)
+    if cls.__name__ not in class_names():
+        return None
     same = {
         target: misfit(module, fused.anatomy)
         for target, (fused, _) in targets().items()
         if fused.__name__ == cls.__name__
     }
-    if not same:
-        return None
     target = min(same, key=lambda each: (bool(same[each]), targets()[each][0] not in SAMPLES))
     what = f"{cls.__name__} of {cls.__module__} is not a known one: "
     if same[target]:

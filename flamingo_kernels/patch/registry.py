@@ -50,12 +50,21 @@ def families() -> tuple[Family, ...]:
 def match(cls: type) -> Match | None:
     """The nearest class of a family, by name and place, that `cls` is or derives from."""
     for base in cls.__mro__:
-        for family in families():
-            if base.__module__ == family.module and base.__name__ in family.fused:
-                return Match(base, family.fused[base.__name__], family)
+        if known := _places().get((base.__module__, base.__name__)):
+            return Match(base, *known)
     return None
 
 
+@cache
+def _places() -> dict[tuple[str, str], tuple[type[Any], Family]]:
+    return {
+        (family.module, name): (fused, family)
+        for family in families()
+        for name, fused in family.fused.items()
+    }
+
+
+@cache
 def targets() -> dict[str, tuple[type[Any], Family]]:
     """Every fused class with its family, by library and class, as "open_flamingo.PerceiverResampler"."""
     return {

@@ -20,13 +20,14 @@ import linecache
 import sys
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 _CALLS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
 _CHECKPOINTING = "transformers.modeling_layers.forward_with_checkpointing"
+_Place = tuple[str, int]
 _WORDS = ("annotation", "returns", "type_comment", "type_params", "ctx", "kind")
 
 
@@ -88,7 +89,7 @@ def _walk(cls: type[nn.Module], home: str, origin: str = "") -> _Walk:
 
 def _imports(scope: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """The names that a module imports: the module each comes from, and its name there, empty for a module."""
-    tree, _ = _index("".join(linecache.getlines(scope["__file__"], scope)))
+    tree = _index("".join(linecache.getlines(scope["__file__"], scope))).tree
     package = scope.get("__package__") or ""
     found: dict[str, tuple[str, str]] = {}
     for node in ast.walk(tree):
@@ -209,29 +210,49 @@ def _source(code: CodeType, scope: dict[str, Any]) -> str:
     return source
 
 
+class _Index(NamedTuple):
+    """A source, and what is defined in it by name and first line.
+
+    Attributes:
+        tree: all of it.
+        definitions: the parts of the tree.
+        codes: what they compile to.
+    """
+
+    tree: ast.Module
+    definitions: dict[_Place, list[ast.AST]]
+    codes: dict[_Place, list[CodeType]]
+
+
 @functools.lru_cache(maxsize=1)  # callers ask for the functions of one file in a row
-def _index(source: str) -> tuple[ast.Module, CodeType]:
+def _index(source: str) -> _Index:
     tree = ast.parse(source)
-    return tree, compile(tree, "", "exec", dont_inherit=True)
+    index = _Index(tree, {}, {})
+    for node in ast.walk(tree):
+        if place := _place(node):
+            index.definitions.setdefault(place, []).append(node)
+    for code in _codes(compile(tree, "", "exec", dont_inherit=True)):
+        index.codes.setdefault((code.co_name, code.co_firstlineno), []).append(code)
+    return index
 
 
 @functools.lru_cache(maxsize=256)
 def _definition(code: CodeType, source: str) -> ast.AST:
     """The definition in a source that this code was compiled from."""
     try:
-        tree, compiled = _index(source)
+        index = _index(source)
     except SyntaxError as error:
         raise Unreadable(f"the source of {code.co_name} in {code.co_filename} is not Python") from error
     place = (code.co_name, code.co_firstlineno)
-    found = [node for node in ast.walk(tree) if _place(node) == place]
-    if len(found) != 1 or not any(_is_same(code, each) for each in _codes(compiled)):
+    found = index.definitions.get(place, [])
+    if len(found) != 1 or not any(_is_same(code, each) for each in index.codes.get(place, [])):
         raise Unreadable(f"the source of {code.co_name} in {code.co_filename} is not what runs")
     definition = copy.copy(found[0])
     definition.decorator_list = []  # type: ignore[attr-defined]  # the walk meets their result where it is used
     return definition
 
 
-def _place(node: ast.AST) -> tuple[str, int] | None:
+def _place(node: ast.AST) -> _Place | None:
     """The name and first line of a definition as in its code object: decorators belong to it."""
     if isinstance(node, ast.Lambda):
         return "<lambda>", node.lineno
