@@ -115,14 +115,14 @@ class _Trial:
 
     def run(self) -> int:
         """The number of calls that were compared. Raises Disagreement if one differs."""
-        calls = sum(map(self._compare, _ROUNDS))
-        if not calls:
-            raise Disagreement("it computes none of the calls of a trial")
+        calls = [self._compare(how) for how in _ROUNDS]
+        if not calls[0]:
+            raise Disagreement(f"it computes none of the calls of a trial {_ROUNDS[0]}")
         if unknown := sorted(filter(self._is_unknown, self.read[0] - self.read[1])):
             raise Disagreement(f"its forward reads {', '.join(unknown)}, which the fused class does not")
-        flags = sorted(filter(self._is_flag, self.read[0] | self.read[1]))
-        pairs = itertools.combinations(flags, 2)
-        return calls + sum(self._compare(_Round(turned=each)) for each in [*zip(flags), *pairs])
+        flags = sorted({*filter(self._is_flag, self.read[0] | self.read[1]), *self._flags_of_parts()})
+        turned = [*itertools.combinations(flags, 1), *itertools.combinations(flags, 2)]
+        return sum(calls) + sum(self._compare(_Round(turned=each)) for each in turned)
 
     def _is_unknown(self, name: str) -> bool:
         """Whether an attribute that the fused class does not read may choose what the original computes."""
@@ -136,6 +136,11 @@ class _Trial:
         """Whether an attribute is one that somebody may turn after the swap."""
         return self._is_value(name) and isinstance(getattr(self.small, name, None), bool)
 
+    def _flags_of_parts(self) -> Iterator[str]:
+        for path, name, value in values_of(self.small):
+            if isinstance(value, bool) and not _is_torchs(self.small.get_submodule(path)):
+                yield name
+
     def _is_value(self, name: str) -> bool:
         """Whether an attribute is no method, and nothing that every module has."""
         value = inspect.getattr_static(self.small, name, None)
@@ -145,9 +150,10 @@ class _Trial:
 
     def _compare(self, how: _Round) -> int:
         """Compare all calls in one way; the number of those that the original computes."""
-        original = _randomised(copy.deepcopy(self.small), how).to(how.dtype).train(how.training)
-        for name in how.turned:
-            setattr(original, name, not getattr(original, name))
+        original = _randomised(copy.deepcopy(self.small), how).to("cpu", how.dtype).train(how.training)
+        for part, name in itertools.product(original.modules(), how.turned):
+            if isinstance(flag := getattr(part, name, None), bool) and not _is_torchs(part):
+                setattr(part, name, not flag)
         fused = copy.deepcopy(original)
         self.swap(fused, self.known)
         for module, names in zip((original, fused), self.read, strict=True):
@@ -259,7 +265,7 @@ def _other_parts(small: nn.Module, module: nn.Module, known: Match) -> str:
     for path, ours, theirs in _in_both(small.named_modules(), module.named_modules()):
         if _is_torchs(ours) and _is_torchs(theirs):
             if type(ours) is not type(theirs):
-                return f"{path} is a {type(ours).__name__}, not a {type(theirs).__name__}"
+                return f"{path} is of class {type(ours).__name__}, not {type(theirs).__name__}"
             if not ours._modules and (differ := {*ours.state_dict()} ^ {*theirs.state_dict()}):
                 return f"{path}.{min(differ)}"
     return ""
@@ -398,7 +404,7 @@ def _run(module: nn.Module, call: Call, how: _Round) -> _Result:
     _seed(how.seed)
     arguments, options = call.make(how.dtype)
     inputs = _flat((arguments, options))
-    versions = [each._version for each in inputs]
+    before = [each.detach().clone() for each in inputs]
     _seed(0)
     with (
         torch.set_grad_enabled(how.with_gradients),
@@ -406,7 +412,7 @@ def _run(module: nn.Module, call: Call, how: _Round) -> _Result:
     ):
         result = module(*arguments, **options)
     drawn = _drawn()
-    written = [i for i, each in enumerate(inputs) if each._version != versions[i]]
+    written = [i for i, each in enumerate(inputs) if not torch.equal(each, before[i])]
     outputs = _flat(result)
     leaves = {f"input {i}": each for i, each in enumerate(inputs) if each.requires_grad}
     leaves |= {f"weight {name}": each for name, each in module.named_parameters() if each.requires_grad}

@@ -41,7 +41,7 @@ def refused(cls, **options):
     assert torch.equal(torch.get_rng_state(), luck[0])
     assert random.getstate() == luck[1]
     start, _, reason = str(raised.value).partition(", but ")
-    assert start == f"patch: like says that {__name__}.{cls.__qualname__} is a {target(cls)}"
+    assert start == f"patch: like says that {cls.__module__}.{cls.__qualname__} is a {target(cls)}"
     return reason
 
 
@@ -247,7 +247,7 @@ class ShrinksItsWeights(LooksAtMedia):
 
 class MarksTheFirst(LooksAtMedia):
     def times(self, x, places, follows):
-        places[:, 0] = True
+        places.data[:, 0] = True
         return super().times(x, places, follows)
 
 
@@ -350,6 +350,19 @@ class OtherInHalf(LooksAtMedia):
 class OtherWithoutGradients(LooksAtMedia):
     def scores(self, q, k):
         return super().scores(q, k) * (1 if torch.is_grad_enabled() else 2)
+
+
+class OnlyInHalf(LooksAtMedia):
+    """As with kernels that take no other dtype; there too little can be seen."""
+
+    def scores(self, q, k):
+        assert q.dtype in (torch.float16, torch.bfloat16)
+        return super().scores(q, k) * 1.01
+
+
+class WritesOverTheText(LooksAtMedia):
+    def queries(self, x):
+        return super().queries(x.mul_(2))
 
 
 class FullPrecision(LooksAtMedia):
@@ -479,15 +492,12 @@ class NeverFollows(Gated):
         return super().add_media(x, media, places[:, : x.shape[1]] if follows else places, False)
 
 
-class SkipsWithoutImages(Gated):
-    """As wrappers do that leave a block out while there is no medium."""
+class SkipsTheAttention(Gated):
+    """Right while text sees the last image only: without one its attention is zero."""
 
     def add_media(self, x, media, places, follows):
         skip = places is not None and not places.any()
         return x if skip else super().add_media(x, media, places, follows)
-
-    def add_feed_forward(self, x):
-        return super().add_feed_forward(x)
 
 
 class SkipsTheRest(Gated):
@@ -755,6 +765,9 @@ FRAMES = differs("media of one frame")
         (Parallel, USUAL),
         (NeverFollows, differs("a step after images")),
         (SkipsTheRest, differs("no image")),
+        (SkipsTheAttention, "with only_attend_immediate_media turned, the result differs"),
+        (OnlyInHalf, "it computes none of the calls of a trial in evaluation and float64"),
+        (WritesOverTheText, "it writes into its inputs"),
         (LatentsNotAmongKeys, LATENTS),
         (ScaleUnusedAndOther, LATENTS),
         (OneNorm, LATENTS),
@@ -776,6 +789,82 @@ FRAMES = differs("media of one frame")
 )
 def test_refused(cls, reason):
     assert reason in refused(cls)
+
+
+def test_gates_at_zero_hide_nothing():
+    """A fresh block adds nothing yet, and computes the same as any other."""
+    block = PlainGate(dim=16, dim_visual=12, dim_head=8, heads=2)
+    assert not block.attn_gate.any()
+    with pytest.raises(UnsupportedError, match="the result differs"):
+        patch(block, like={PlainGate: target(PlainGate)})
+
+
+def test_sizes_of_the_user_hide_nothing():
+    """As many features as latents, of one width: whoever exchanges them gets a result of the right shape."""
+    attn = make(RolesExchanged)
+    x, latents = torch.randn(2, 1, 2, 3, 16)
+    assert attn(x, latents).shape == latents.shape
+    assert "the result is torch.float64 (2, 2, 5, 12)" in refused(RolesExchanged)
+
+
+def test_a_scale_that_somebody_has_changed():
+    module = make(ScaleUnused)
+    module.scale *= 2
+    with pytest.raises(UnsupportedError, match="the result differs"):
+        patch(module, like={ScaleUnused: target(ScaleUnused)})
+    module = make(Reads)
+    module.scale *= 2
+    original = copy.deepcopy(module)
+    patch(module, like={Reads: target(Reads)})
+    assert_same(module, original)
+
+
+class TestWithoutNetworks:
+    """A resampler whose layers have none adds its latents twice, or leaves them."""
+
+    def small(self, cls):
+        return lambda: cls(dim=12, dim_head=8, heads=3, depth=2, num_latents=4, ff_mult=0)
+
+    @pytest.mark.parametrize("cls", [Sums, SkipsTheIdentity])
+    def test_by_the_usual_arguments(self, cls):
+        reason = refused(cls, ff_mult=0)
+        assert reason == "a new one has other parts: layers.0.1 is of class Sequential, not Identity."
+
+    def test_twice(self):
+        module = make(Sums, ff_mult=0)
+        original = copy.deepcopy(module)
+        patch(module, like={Sums: (target(Sums), self.small(Sums))})
+        assert_same(module, original)
+
+    def test_once(self):
+        module = make(SkipsTheIdentity, ff_mult=0)
+        with pytest.raises(UnsupportedError, match="the result differs"):
+            patch(module, like={SkipsTheIdentity: (target(SkipsTheIdentity), self.small(SkipsTheIdentity))})
+
+
+def test_positions():
+    assert FRAMES in refused(PositionsLast, max_num_media=5)
+    assert_same(*swapped(PositionsLast))
+
+
+def test_a_forward_on_the_instance():
+    module = make(Reads)
+    module.forward = lambda x, latents: latents
+    with pytest.raises(UnsupportedError, match="Reads has a forward set on the instance"):
+        patch(module, like={Reads: target(Reads)})
+
+
+@pytest.mark.parametrize("cls", [Dropout, HasAFlag, KeepsTheWeights, MayGetABias, StepsForgetTheText])
+def test_another_release(cls):
+    """At the place of a known class a trap is left alone, and the caller is told."""
+    place = {"__module__": "open_flamingo.src.helpers", "__qualname__": "MaskedCrossAttention"}
+    module = make(type("MaskedCrossAttention", (cls,), place))
+    before = type(module)
+    with pytest.warns(UserWarning, match="left modules of MaskedCrossAttention as they are") as caught:
+        report = patch(module)
+    assert len(caught) == 1
+    assert type(module) is before
+    assert list(report.skipped) == [""]
 
 
 class TestHarmless:
