@@ -77,7 +77,8 @@ def patch(
         UnsupportedError: nothing in the model is known, or a class is not what `like` says, and why. The
             model is then unchanged.
 
-    Limits: a trial compares the calls that are likely to differ; only known source is a proof.
+    Limits: a trial runs on the CPU and compares the calls that are likely to differ; only known source is a
+    proof.
 
     Source: Flamingo (arXiv 2204.14198), section 2.
 

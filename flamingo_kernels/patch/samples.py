@@ -107,11 +107,12 @@ def _masked_calls(module: nn.Module) -> Iterator[Call]:
         latents: int = 5,
         size: float = 1,
         exact: bool = False,
+        blank: bool = False,
         **flags: bool,
     ) -> Call:
         def make(dtype: torch.dtype) -> Arguments:
             x = _randn(dtype, batch, text, width, size=min(size, 1))
-            features = _randn(dtype, batch, media, latents, visual, size=size)
+            features = _randn(dtype, batch, media, latents, visual, size=size, blank=blank)
             return (x, features, None if places is None else places.clone()), flags
 
         return Call(title, make, exact, (batch, text, width))
@@ -120,6 +121,7 @@ def _masked_calls(module: nn.Module) -> Iterator[Call]:
     yield call("more images than media", _MORE_IMAGES, media=2)
     yield call("no image", _NO_IMAGE)
     yield call("one medium", _PLACES, media=1)
+    yield call("a blank medium", _MORE_IMAGES, blank=True)
     yield call("one sequence", _PLACES[:1], batch=1)
     yield call("many images", _MANY, batch=3, text=42, media=14)
     yield call("long text", _PLACES[:1].repeat(1, 25), batch=1, text=300, media=3, latents=70)
@@ -147,10 +149,17 @@ def _perceiver_calls(module: nn.Module) -> Iterator[Call]:
     width = attn.to_q.in_features
 
     def call(
-        title: str, *, batch: int = 2, media: int = 2, features: int = 5, latents: int = 3, size: float = 1
+        title: str,
+        *,
+        batch: int = 2,
+        media: int = 2,
+        features: int = 5,
+        latents: int = 3,
+        size: float = 1,
+        blank: bool = False,
     ) -> Call:
         def make(dtype: torch.dtype) -> Arguments:
-            x = _randn(dtype, batch, media, features, width, size=size)
+            x = _randn(dtype, batch, media, features, width, size=size, blank=blank)
             return (x, _randn(dtype, batch, media, latents, width, size=size)), {}
 
         return Call(title, make)
@@ -161,6 +170,7 @@ def _perceiver_calls(module: nn.Module) -> Iterator[Call]:
     yield call("one latent", latents=1)
     yield call("one medium", batch=1, media=1)
     yield call("many media", batch=3, media=7)
+    yield call("a blank medium", blank=True)
     yield call("many features and latents", media=1, features=300, latents=70)
     yield call("large features", size=1e3)
     yield call("small features", size=0.01)
@@ -177,7 +187,7 @@ def _resampler_calls(module: nn.Module) -> Iterator[Call]:
         "media of frames": (2, 2, 3, 4, width),
         "media of few frames": (1, 4, 2, 4, width),
         "many media": (3, 7, 1, 5, width),
-        "many frames": (1, 2, 9, 30, width),
+        "many frames": (1, 2, 20, 15, width),
         "media without frames": (2, 3, 5, width),
         "one medium without frames": (1, 1, 5, width),
         "many features without frames": (1, 4, 90, width),
@@ -185,14 +195,19 @@ def _resampler_calls(module: nn.Module) -> Iterator[Call]:
     }
     for title, shape in shapes.items():
         yield Call(title, functools.partial(_features, shape))
+    yield Call("a blank medium", functools.partial(_features, (2, 3, 1, 5, width), blank=True))
 
 
-def _features(shape: tuple[int, ...], dtype: torch.dtype) -> Arguments:
-    return (_randn(dtype, *shape),), {}
+def _features(shape: tuple[int, ...], dtype: torch.dtype, blank: bool = False) -> Arguments:
+    return (_randn(dtype, *shape, blank=blank),), {}
 
 
-def _randn(dtype: torch.dtype, *shape: int, size: float = 1) -> Tensor:
-    return (torch.randn(*shape, dtype=torch.float64) * size).to(dtype).requires_grad_()
+def _randn(dtype: torch.dtype, *shape: int, size: float = 1, blank: bool = False) -> Tensor:
+    """Random numbers of a size; `blank` has the last medium of every sequence zero, as padding is."""
+    numbers = torch.randn(*shape, dtype=torch.float64) * size
+    if blank:
+        numbers[:, -1] = 0
+    return numbers.to(dtype).requires_grad_()
 
 
 SAMPLES: Mapping[type[nn.Module], Sample] = {

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._anatomy import contents, measure
+from .._backends.dispatch import UnsupportedError
 from .registry import Match
 from .samples import SAMPLES, Call, Sample
 from .source import unwrapped
@@ -187,7 +188,12 @@ def compare(
         raise Disagreement(f"no trial is written for {known.fused.__name__}")
     with _apart():
         small = _small(module, known, build or functools.partial(sample.build, type(module), module))
-        calls = _Trial(module, small, known, sample, swap).run()
+        try:
+            calls = _Trial(module, small, known, sample, swap).run()
+        except (Disagreement, UnsupportedError):
+            raise
+        except Exception as error:
+            raise Disagreement(f"a trial of it fails ({type(error).__name__}: {error})") from error
     return f"a trial of {calls} calls agrees, with gradients"
 
 

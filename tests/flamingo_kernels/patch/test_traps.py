@@ -156,6 +156,14 @@ class SameImageAlways(LooksAtMedia):
         return times[..., None] == number
 
 
+class HidesBlankMedia(LooksAtMedia):
+    """Takes media of zeros for padding."""
+
+    def visible(self, times, media):
+        there = media.abs().sum((-1, -2)) > 0
+        return super().visible(times, media) & there.repeat_interleave(media.shape[2], 1)[:, None]
+
+
 class NormedValues(LooksAtMedia):
     def values(self, media):
         return super().values(F.layer_norm(media, media.shape[-1:]))
@@ -416,6 +424,21 @@ class CannotBeCopied(LooksAtMedia):
         self.lock = threading.Lock()
 
 
+class Registered(LooksAtMedia):
+    """Its subclasses must have names of their own."""
+
+    names = set()
+
+    def __init_subclass__(cls):
+        if cls.__name__ in Registered.names:
+            raise KeyError(f"{cls.__name__} is taken")
+        Registered.names.add(cls.__name__)
+
+
+class RegisteredToo(Registered):
+    pass
+
+
 class OneMore(LooksAtMedia):
     def __init__(self, **sizes):
         super().__init__(**sizes)
@@ -596,6 +619,15 @@ class LatentsComeFirst(Reads):
         return super().forward(x, latents)
 
 
+class HidesBlankFeatures(Reads):
+    """Takes features of zeros for padding."""
+
+    def forward(self, x, latents):
+        return super().forward(
+            torch.where(x.abs().sum(-1, keepdim=True) > 0, x, torch.arange(x.shape[-1])), latents
+        )
+
+
 class RolesExchanged(Reads):
     def forward(self, x, latents):
         return super().forward(latents, x)
@@ -713,6 +745,7 @@ FRAMES = differs("media of one frame")
         (HidesBySomeNumber, 'in the call "large media"'),
         (OnlyBooleans, differs("locations as numbers")),
         (SameImageAlways, "with only_attend_immediate_media turned, the result differs"),
+        (HidesBlankMedia, differs("a blank medium")),
         (NormedValues, USUAL),
         (NormedKeys, USUAL),
         (RawQueries, USUAL),
@@ -751,6 +784,7 @@ FRAMES = differs("media of one frame")
         (OtherForManyLatents, differs("long text")),
         (GivesAPair, "NoneType, and by the fused class"),
         (CannotBeCopied, "no small one can be made for a trial (TypeError: "),
+        (RegisteredToo, "a trial of it fails (KeyError: "),
         (OneMore, "projection is not one of its parts"),
         (OneMoreTensor, "shift is not one of its parts"),
         (AttendPrevious, "its forward takes attend_previous, which is not known"),
@@ -774,6 +808,7 @@ FRAMES = differs("media of one frame")
         (ResidualAfterTheNorm, LATENTS),
         (SoftCapOfLatents, "with large weights, the result differs"),
         (NormOfItsOwn, LATENTS),
+        (HidesBlankFeatures, differs("a blank medium")),
         (LatentsComeFirst, "its forward takes latents in another place"),
         (RolesExchanged, "the result is torch.float64 (2, 2, 5, 12)"),
         (WithAMask, "its forward takes vision_attn_masks, which is not known"),
