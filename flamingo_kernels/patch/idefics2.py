@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .._anatomy import Linear
 from ..ops import perceiver_attention
-from .dense import in_order, media_first
+from .dense import in_order, media_first, reads_padding_when_run
+from .dense_attention import dense_perceiver_attention
 from .family import TRANSFORMERS, Family
 from .softmax import GroupedAttention
 
@@ -37,10 +38,13 @@ class Idefics2PerceiverAttention(GroupedAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # [N, R, D], and no weights
-        first = None
+        first, late = None, False
         if attention_mask is not None:
             first = media_first(attention_mask, context, latents, layer=self)
-        dense = self.is_causal or (attention_mask is not None and first is None)
+            late = first is None and reads_padding_when_run(
+                attention_mask, context, latents, sdpa=self.is_sdpa()
+            )
+        dense = self.is_causal or (attention_mask is not None and first is None and not late)
         cached = past_key_values is not None or getattr(self, "past_key_values", None) is not None
         if dense or cached or self.must_stay(self.attention_dropout, kwargs):
             rest = (attention_mask, position_ids, past_key_values)
@@ -51,7 +55,11 @@ class Idefics2PerceiverAttention(GroupedAttention):
             context = in_order(context, order)
         q = self.q_proj(latents).unflatten(-1, (self.num_heads, -1))  # [N, R, H, d]
         keys_and_values = (*self._kv(context), *self._kv(latents))
-        out = perceiver_attention(q, *keys_and_values, media_lengths=lengths, scale=self.scaling)
+        if attention_mask is not None and late:
+            options = {"scale": self.scaling, "sdpa": self.is_sdpa()}
+            out = dense_perceiver_attention(q, *keys_and_values, attention_mask, **options)
+        else:
+            out = perceiver_attention(q, *keys_and_values, media_lengths=lengths, scale=self.scaling)
         return self.o_proj(out.flatten(-2)), None
 
     def _kv(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [N, ., Hkv, d] each

@@ -20,7 +20,8 @@ from ..layers.fused import add_feed_forward, add_gated, gate_unless_open
 from ..ops import masked_cross_attention
 from ..sublayers import arguments, gated_cross_attention
 from .decoder_layer import DecoderLayer, folds_of
-from .dense import KeySpans, key_spans
+from .dense import KeySpans, key_spans, reads_when_run
+from .dense_attention import dense_cross_attention
 from .family import TRANSFORMERS, Family
 from .softmax import GroupedAttention
 
@@ -50,15 +51,20 @@ class MllamaTextCrossAttention(GroupedAttention):
     ) -> tuple[Tensor, Tensor | None]:  # [B, T, D], and no weights
         media = (cross_attention_states, past_key_values, attention_mask)
         spans = self.spans(hidden_states, *media, kwargs, layer=self)
+        late = spans is None and self.reads_when_run(hidden_states, *media, kwargs)
         sees_all = attention_mask is None and "causal" in self.fixes
         has_media = cross_attention_states is not None or past_key_values is not None
-        if spans is None and not (sees_all and has_media and not self.must_stay(self.dropout, kwargs)):
+        sees_all = sees_all and has_media and not self.must_stay(self.dropout, kwargs)
+        if spans is None and not late and not sees_all:
             if cache_position is not None:
                 kwargs["cache_position"] = cache_position
             return super().forward(hidden_states, *media, use_cache, **kwargs)
         q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)))  # [B, T, H, d]
         k, v = self.kv(len(q), cross_attention_states, past_key_values, cache_position)
-        if spans is None:
+        if late:
+            options = {"scale": self.scaling, "sdpa": self.is_sdpa()}
+            out = dense_cross_attention(q, k, v, cast(Tensor, attention_mask), **options)
+        elif spans is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scaling, enable_gqa=True).transpose(1, 2)
         else:
@@ -75,15 +81,24 @@ class MllamaTextCrossAttention(GroupedAttention):
         layer: object,
     ) -> KeySpans | None:
         """Which keys the text sees, read for `layer`; None if no kernel can take the mask or the call."""
-        no_media = states is None and cache is None
-        if (
-            mask is None
-            or no_media
-            or _is_short_step(x, states, mask)
-            or self.must_stay(self.dropout, kwargs)
-        ):
+        if mask is None or not self._may_read(x, states, cache, mask, kwargs):
             return None
         return key_spans(mask, x, layer=layer)
+
+    def reads_when_run(
+        self, x: Tensor, states: Tensor | None, cache: Any, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether a compiled model reads the mask when it runs; arguments as for `spans`."""
+        if mask is None or not self._may_read(x, states, cache, mask, kwargs):
+            return False
+        return reads_when_run(mask, x, sdpa=self.is_sdpa())
+
+    def _may_read(
+        self, x: Tensor, states: Tensor | None, cache: Any, mask: Tensor, kwargs: dict[str, Any]
+    ) -> bool:
+        no_media = states is None and cache is None
+        short = _is_short_step(x, states, mask)
+        return not (no_media or short or self.must_stay(self.dropout, kwargs))
 
     def kv(
         self, batch: int, states: Tensor | None, cache: Any, position: Tensor | None
