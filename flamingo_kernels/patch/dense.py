@@ -89,7 +89,7 @@ def reads_when_run(mask: Tensor, text: Tensor, rows: Tensor | None = None, *, sd
     if not _is_compiled(mask, sdpa) or text.shape[1] == 1 or not _fits(mask, text, rows):
         return False
     keys = mask.shape[-1]
-    return not (has_static_value(keys) and _are_small(largest_divisor(keys, LARGEST_LATENTS), keys))
+    return not (has_static_value(keys) and are_small(largest_divisor(keys, LARGEST_LATENTS), keys))
 
 
 def _is_compiled(mask: Tensor, sdpa: bool) -> bool:
@@ -105,7 +105,7 @@ def _fits(mask: Tensor, text: Tensor, rows: Tensor | None) -> bool:
     return one_each and (rows is None or rows.shape == (batch, length))
 
 
-def _are_small(latents: int, keys: int) -> bool:
+def are_small(latents: int, keys: int) -> bool:
     """Whether media of so many latents are too small for a kernel, among so many keys."""
     return keys > _FEW_KEYS and latents < _FEWEST_LATENTS
 
@@ -140,7 +140,7 @@ def read_mask(seen: Tensor, averages: Tensor | None = None) -> MediaMask | None:
     except ValueError:
         return None
     keys = seen.shape[-1]
-    return None if mask.num_media > 0 and _are_small(keys // mask.num_media, keys) else mask
+    return None if mask.num_media > 0 and are_small(keys // mask.num_media, keys) else mask
 
 
 def _used_first(seen: Tensor) -> Tensor:
@@ -167,8 +167,7 @@ def media_first(
         latents: `[N, L, D]`.
         layer: the layer that asks.
     """
-    clips, keys = len(media), media.shape[1] + latents.shape[1]
-    if is_recording(mask) or not (mask.shape == (clips, keys) or _fits_latents(mask, media, latents)):
+    if is_recording(mask) or not _fits_latents(mask, media, latents):
         return None
     return cast(
         "tuple[Tensor | None, Tensor] | None", once(read_padding, (mask,), latents.shape[1], layer=layer)
@@ -176,14 +175,23 @@ def media_first(
 
 
 def reads_padding_when_run(mask: Tensor, media: Tensor, latents: Tensor, *, sdpa: bool) -> bool:
-    """Whether a compiled model reads this mask, of four dimensions, by `dense_perceiver_attention`."""
-    return _is_compiled(mask, sdpa) and _fits_latents(mask, media, latents)
+    """Whether a compiled model reads this mask when it runs, by `dense_perceiver_attention`.
+
+    Args:
+        mask: as for `media_first`.
+        media: as for `media_first`.
+        latents: as for `media_first`.
+        sdpa: as for `reads_when_run`.
+    """
+    flat = mask.ndim == 2 and torch.compiler.is_compiling()
+    return (flat or _is_compiled(mask, sdpa)) and _fits_latents(mask, media, latents)
 
 
 def _fits_latents(mask: Tensor, media: Tensor, latents: Tensor) -> bool:
-    """Whether a mask `[N, 1, R, S + L]` is for these keys."""
-    keys = media.shape[1] + latents.shape[1]
-    return mask.ndim == 4 and (*mask.shape[:2], mask.shape[3]) == (len(media), 1, keys)
+    """Whether a mask is for the keys `[media ; latents]`."""
+    clips, keys = len(media), media.shape[1] + latents.shape[1]
+    added = mask.ndim == 4 and (*mask.shape[:2], mask.shape[3]) == (clips, 1, keys)
+    return added or mask.shape == (clips, keys)
 
 
 def read_padding(mask: Tensor, latents: int) -> tuple[Tensor | None, Tensor] | None:

@@ -1,19 +1,19 @@
-"""Attention with a dense mask, for traced models: the mask is read when the model runs.
+"""Attention with a dense mask, for compiled models: the mask is read when the model runs.
 
 Tracing has no numbers, so it cannot know whether a mask is one of spans. These operators find out when they
-run, and take a kernel if it is, else the attention that the original has. A graph holds the operator for both.
+run, and take a kernel if it is, else the attention that the original has.
 
     dense_cross_attention       text attends to the keys that its mask shows
     dense_perceiver_attention   latents attend to the media that their mask shows, and to themselves
 
-Reading a mask waits for a GPU; a step of generation does not take these operators (`dense.reads_when_run`).
-Each layer reads it, or compares it with the last one that was read: which tensor it is says nothing in a
-compiled model, as its memory serves many tensors in turn.
+Reading a mask waits for a GPU. Each call reads its own, or compares it with the last one: that it is the same
+tensor says nothing in a compiled model, where memory serves many tensors in turn and no change is counted.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,6 @@ from ..ops.perceiver_attention import schema as perceiver
 from .dense import KeySpans, in_order, read_padding, read_spans
 
 _LARGEST_COPY = 2**22  # numbers in a mask that is kept to compare the next one with
-
-Options = tuple[str, bool, float]  # backend, sdpa, scale
 
 
 def dense_cross_attention(
@@ -51,16 +49,17 @@ def dense_cross_attention(
         k: keys `[B, S, Hkv, d]`, same dtype; Hkv divides H.
         v: values, like k.
         mask: `[B, 1, T, S]`, added to the scores, or bool.
-        rows: `[B, T]`, zero where a row sees nothing and gets 0. Default: no row.
+        rows: `[B, T]`, zero where a row must see nothing, and gets 0. Default: no row must.
         scale: factor on the scores.
-        sdpa: whether other masks go to `F.scaled_dot_product_attention`, or to a softmax in float32.
+        sdpa: whether a mask that is no spans goes to torch's own attention, as in transformers' "sdpa"; if
+            not, to products and a softmax in float32, as in its "eager".
     """
     q, k, v = checks.autocast(q, k, v)
     _expect_cross(q, k, v, mask, rows)
-    backend = dispatch.resolve("masked_cross_attention", "auto", q, k[:, None], v[:, None])
+    backend = dispatch.resolve("masked_cross_attention", "auto", q, k[:, :, None], v[:, :, None])
     with checks.without_autocast(q):
         if backend == "reference":
-            return _only(rows, _dense(q, k, v, mask, sdpa, scale))
+            return _blanked(_dense(q, k, v, mask, sdpa, scale), rows)
         return _call(_CROSS, (q, k, v), (mask, rows), (backend, sdpa, scale))
 
 
@@ -75,7 +74,7 @@ def dense_perceiver_attention(
     scale: float,
     sdpa: bool,
 ) -> Tensor:  # [N, R, H, d]
-    """`dense_cross_attention` to `[media ; latents]`, by a kernel where the mask is the padding of media.
+    """Attention to `[media ; latents]`, by a kernel where the mask is padding among the media.
 
     Args:
         q: queries `[N, R, H, d]`.
@@ -83,16 +82,18 @@ def dense_perceiver_attention(
         v_media: values, like k_media.
         k_latents: keys of the latents `[N, L, Hkv, d]`.
         v_latents: values, like k_latents.
-        mask: `[N, 1, R, S + L]` or `[N, 1, 1, S + L]`, added to the scores, or bool.
+        mask: `[N, 1, R, S + L]` or `[N, 1, 1, S + L]`, added to the scores, or bool; or `[N, S + L]`, 1 where
+            a key is seen.
         scale: factor on the scores.
         sdpa: as in `dense_cross_attention`.
     """
     tensors = checks.autocast(q, k_media, v_media, k_latents, v_latents)
-    _expect_perceiver(*tensors, mask)
+    q, k_media, v_media, k_latents, v_latents = tensors
+    _expect_perceiver(q, k_media, v_media, k_latents, v_latents, mask)
     backend = dispatch.resolve("perceiver_attention", "auto", *tensors)
     with checks.without_autocast(q):
         if backend == "reference":
-            return _dense(tensors[0], *_joined(*tensors[1:]), mask, sdpa, scale)
+            return _dense(q, *_joined(k_media, v_media, k_latents, v_latents), mask, sdpa, scale)
         return _call(_PERCEIVER, tensors, (mask,), (backend, sdpa, scale))
 
 
@@ -117,21 +118,22 @@ def _expect_perceiver(
     checks.expect_shape(name, "q", q, ("N", "R", "H", "d"), "")
     clips, length, heads, head_dim = q.shape
     checks.expect_shape(name, "k_media", k_media, (clips, "S", "Hkv", head_dim), "to match q")
-    kv_heads = k_media.shape[2]
+    kv_heads, keys = k_media.shape[2], k_media.shape[1] + k_latents.shape[1]
     checks.expect_head_groups(name, heads, kv_heads)
     checks.expect_shape(name, "v_media", v_media, tuple(k_media.shape), "to match k_media")
     checks.expect_shape(name, "k_latents", k_latents, (clips, "L", kv_heads, head_dim), "to match k_media")
     checks.expect_shape(name, "v_latents", v_latents, tuple(k_latents.shape), "to match k_latents")
-    rows = 1 if mask.ndim == 4 and mask.shape[2] == 1 else length
-    keys = k_media.shape[1] + k_latents.shape[1]
-    checks.expect_shape(name, "mask", mask, (clips, 1, rows, keys), "to match q and the keys")
+    one_row = mask.ndim == 4 and mask.shape[2] == 1
+    expected = (clips, keys) if mask.ndim == 2 else (clips, 1, 1 if one_row else length, keys)
+    checks.expect_shape(name, "mask", mask, expected, "to match q and the keys")
     given = {"q": q, "k_media": k_media, "v_media": v_media, "k_latents": k_latents, "v_latents": v_latents}
     checks.expect_same_dtype(name, **given)
     checks.expect_same_device(name, **given, mask=mask)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sdpa: bool, scale: float) -> Tensor:
-    """The attention of transformers: "sdpa", or else "eager"."""
+    """What the original computes, whatever the mask."""
+    mask = _added(mask, q.dtype) if mask.ndim == 2 else mask
     group = q.shape[2] // k.shape[2]
     k, v = (x if group == 1 else x.repeat_interleave(group, dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, ., d]
@@ -144,16 +146,24 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sdpa: bool, scale: flo
     return out.transpose(1, 2).contiguous()
 
 
-def _dense_gradients(dout: Tensor, tensors: tuple[Tensor, ...], *rest: Any) -> tuple[Tensor, ...]:
-    """Of `_dense` in its q, k and v; `rest` are its other arguments."""
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:  # [N, 1, 1, S]
+    """A mask `[N, S]`, 1 where a key is seen, as it is added to scores."""
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return added.masked_fill(mask != 1, torch.finfo(dtype).min)[:, None, None]
+
+
+def _dense_gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `_dense` in q, k and v; `rest` are its other arguments."""
     with torch.enable_grad():
-        leaves = [each.detach().requires_grad_() for each in tensors]
-        grads = torch.autograd.grad(_dense(*leaves, *rest), leaves, dout)
-    return tuple(each.contiguous() for each in grads)
+        q, k, v = (each.detach().requires_grad_() for each in (q, k, v))
+        dq, dk, dv = torch.autograd.grad(_dense(q, k, v, *rest), (q, k, v), dout)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-def _only(rows: Tensor | None, x: Tensor) -> Tensor:
-    """x `[B, T, H, d]`, and 0 in the rows that see nothing."""
+def _blanked(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x `[B, T, H, d]`, and 0 in the rows that must see nothing."""
     return x if rows is None else x.masked_fill((rows == 0)[..., None, None], 0)
 
 
@@ -161,7 +171,7 @@ def _joined(k_media: Tensor, v_media: Tensor, k_latents: Tensor, v_latents: Tens
     return torch.cat([k_media, k_latents], dim=1), torch.cat([v_media, v_latents], dim=1)
 
 
-def _read(read: Any, tensors: tuple[Tensor, ...], *options: Any) -> Any:
+def _read(read: Callable[..., Any], tensors: tuple[Tensor, ...], *options: Any) -> Any:
     """What a reader finds in a mask; None where nothing may be read, as while a CUDA graph is captured."""
     if is_recording(tensors[0]):
         return None
@@ -171,22 +181,23 @@ def _read(read: Any, tensors: tuple[Tensor, ...], *options: Any) -> Any:
 
 
 def _spans(mask: Tensor, rows: Tensor | None) -> KeySpans | None:
-    return cast("KeySpans | None", _read(read_spans, (mask,) if rows is None else (mask, rows)))
+    found: KeySpans | None = _read(read_spans, (mask,) if rows is None else (mask, rows))
+    return found
+
+
+def _padding(mask: Tensor, k_latents: Tensor) -> tuple[Tensor | None, Tensor] | None:
+    """An order of the media, and how many of them are seen, see `media_first`."""
+    found = _read(read_padding, (mask,), k_latents.shape[1])
+    return None if found is None else (found[0], found[1].int())
 
 
 def _no_softmax(q: Tensor) -> Tensor:
-    """In the place of a softmax that was not kept; a kernel that read it would show."""
+    """In the place of a softmax that is not kept; a kernel that read it would give NaN."""
     batch, length, heads, _ = q.shape
     return q.new_full((2, batch, heads, length), torch.nan, dtype=torch.float32)
 
 
-def _media(spans: KeySpans, *kv: Tensor) -> tuple[Tensor, ...]:
-    """Keys and values in the order of the spans, as the kernels take them."""
-    shape = (spans.mask.num_media, -1)
-    return tuple(checks.unit_stride(in_order(x, spans.order).unflatten(1, shape)) for x in kv)
-
-
-def _back_in_order(dx: Tensor, order: Tensor | None, x: Tensor) -> Tensor:
+def _gradient_of(x: Tensor, dx: Tensor, order: Tensor | None) -> Tensor:
     """The gradient of x `[N, S, ...]` from that of `in_order(x, order)`."""
     if order is None:
         return dx
@@ -196,16 +207,23 @@ def _back_in_order(dx: Tensor, order: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _cross_fwd(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rows: Tensor | None, *options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    rows: Tensor | None,
+    backend: str,
+    sdpa: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     _expect_cross(q, k, v, mask, rows)
-    backend, sdpa, scale = options
     spans = _spans(mask, rows)
     if spans is None:
-        return _only(rows, _dense(q, k, v, mask, sdpa, scale)), _no_softmax(q)
-    inputs = (checks.unit_stride(q), *_media(spans, k, v), *spans.mask.spans)
-    out, softmax = masked.FWD[backend](*inputs, spans.mask.immediate, False, scale)
-    return out, softmax if softmax.shape[-1] == q.shape[1] else _no_softmax(q)
+        return _blanked(_dense(q, k, v, mask, sdpa, scale), rows), _no_softmax(q)
+    kv = _media(spans, k, v)
+    settings = (*spans.mask.spans, spans.mask.immediate, False, scale)
+    out, softmax = masked.FWD[backend](checks.unit_stride(q), *kv, *settings)
+    return out, _no_softmax(q) if masked.makes_anew(backend, spans.mask.immediate, kv[0]) else softmax
 
 
 def _cross_bwd(
@@ -217,19 +235,28 @@ def _cross_bwd(
     rows: Tensor | None,
     out: Tensor,
     softmax: Tensor,
-    *options: Any,
-) -> tuple[Tensor, ...]:
+    backend: str,
+    sdpa: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     _expect_cross(q, k, v, mask, rows)
-    backend, sdpa, scale = options
     spans = _spans(mask, rows)
     if spans is None:
-        return _dense_gradients(_only(rows, dout), (q, k, v), mask, sdpa, scale)
-    immediate, (k_media, v_media) = spans.mask.immediate, _media(spans, k, v)
-    if masked.makes_anew(backend, immediate, k_media):
+        return _dense_gradients(_blanked(dout, rows), q, k, v, mask, sdpa, scale)
+    kv = _media(spans, k, v)
+    if masked.makes_anew(backend, spans.mask.immediate, kv[0]):
         softmax = softmax[..., :0].contiguous()
-    inputs = (checks.unit_stride(dout), checks.unit_stride(q), k_media, v_media, out, softmax)
-    dq, *dkv = masked.BWD[backend](*inputs, *spans.mask.spans, immediate, False, scale)
-    return dq, *(_back_in_order(dx.flatten(1, 2), spans.order, k) for dx in dkv)
+    settings = (*spans.mask.spans, spans.mask.immediate, False, scale)
+    inputs = (checks.unit_stride(dout), checks.unit_stride(q), *kv, out, softmax)
+    dq, dk, dv = masked.BWD[backend](*inputs, *settings)
+    dk, dv = (_gradient_of(k, dx.flatten(1, 2), spans.order) for dx in (dk, dv))
+    return dq, dk, dv
+
+
+def _media(spans: KeySpans, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:  # [B, M, R, Hkv, d] each
+    """Keys and values as the kernels take them."""
+    shape = (spans.mask.num_media, -1)
+    return tuple(checks.unit_stride(in_order(x, spans.order).unflatten(1, shape)) for x in (k, v))
 
 
 def _perceiver_fwd(
@@ -239,19 +266,19 @@ def _perceiver_fwd(
     k_latents: Tensor,
     v_latents: Tensor,
     mask: Tensor,
-    *options: Any,
+    backend: str,
+    sdpa: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    tensors = (q, k_media, v_media, k_latents, v_latents)
-    _expect_perceiver(*tensors, mask)
-    backend, sdpa, scale = options
-    found = _read(read_padding, (mask,), k_latents.shape[1])
-    if found is None:
-        return _dense(q, *_joined(*tensors[1:]), mask, sdpa, scale), _no_softmax(q)
-    order, lengths = found
+    _expect_perceiver(q, k_media, v_media, k_latents, v_latents, mask)
+    padding = _padding(mask, k_latents)
+    if padding is None:
+        kv = _joined(k_media, v_media, k_latents, v_latents)
+        return _dense(q, *kv, mask, sdpa, scale), _no_softmax(q)
+    order, lengths = padding
     tensors = (q, in_order(k_media, order), in_order(v_media, order), k_latents, v_latents)
-    return cast(
-        "tuple[Tensor, Tensor]", perceiver.FWD[backend](*map(checks.unit_stride, tensors), lengths.int(), scale)
-    )
+    out, softmax = perceiver.FWD[backend](*map(checks.unit_stride, tensors), lengths, scale)
+    return out, softmax
 
 
 def _perceiver_bwd(
@@ -264,21 +291,22 @@ def _perceiver_bwd(
     mask: Tensor,
     out: Tensor,
     softmax: Tensor,
-    *options: Any,
+    backend: str,
+    sdpa: bool,
+    scale: float,
 ) -> tuple[Tensor, ...]:
-    tensors = (q, k_media, v_media, k_latents, v_latents)
-    _expect_perceiver(*tensors, mask)
-    backend, sdpa, scale = options
-    found = _read(read_padding, (mask,), k_latents.shape[1])
-    if found is None:
-        dq, dk, dv = _dense_gradients(dout, (q, *_joined(*tensors[1:])), mask, sdpa, scale)
-        parts = [x.split([k_media.shape[1], k_latents.shape[1]], dim=1) for x in (dk, dv)]
-        return dq, *(x.clone() for pair in zip(*parts, strict=True) for x in pair)
-    order, lengths = found
-    tensors = (q, in_order(k_media, order), in_order(v_media, order), k_latents, v_latents)
-    inputs = (*map(checks.unit_stride, (dout, *tensors)), out, softmax, lengths.int(), scale)
-    dq, dk, dv, *rest = perceiver.BWD[backend](*inputs)
-    return dq, *(_back_in_order(dx, order, k_media) for dx in (dk, dv)), *rest
+    _expect_perceiver(q, k_media, v_media, k_latents, v_latents, mask)
+    padding = _padding(mask, k_latents)
+    if padding is None:
+        kv, media = _joined(k_media, v_media, k_latents, v_latents), k_media.shape[1]
+        dq, *dkv = _dense_gradients(dout, q, *kv, mask, sdpa, scale)
+        parts = [dx[:, part] for part in (slice(media), slice(media, None)) for dx in dkv]
+        return dq, *(part.clone(memory_format=torch.contiguous_format) for part in parts)
+    order, lengths = padding
+    tensors = (dout, q, in_order(k_media, order), in_order(v_media, order), k_latents, v_latents)
+    inputs = (*map(checks.unit_stride, tensors), out, softmax, lengths, scale)
+    grads = perceiver.BWD[backend](*inputs)
+    return grads[0], *(_gradient_of(k_media, dx, order) for dx in grads[1:3]), *grads[3:]
 
 
 def _forward_shapes(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -286,71 +314,69 @@ def _forward_shapes(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return fresh(q), q.new_empty(2, batch, heads, length, dtype=torch.float32)
 
 
-def _cross_gradients(dout: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-    return tuple(fresh(each) for each in tensors[:3])
+class _Operator(NamedTuple):
+    fwd: Any
+    bwd: Any
 
 
-def _perceiver_gradients(dout: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-    return tuple(fresh(each) for each in tensors[:5])
+def _operator(
+    name: str, tensors: list[str], masks: str, fwd: Callable[..., Any], bwd: Callable[..., Any]
+) -> _Operator:
+    """Make an operator known, whose gradients are those of `tensors`."""
+    given = ", ".join(f"Tensor {each}" for each in tensors) + f", {masks}"
+    options, saved = "str backend, bool sdpa, float scale", "Tensor out, Tensor softmax"
+    gradients = ", ".join(f"Tensor d{each}" for each in tensors)
+
+    def gradient_shapes(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(fresh(each) for each in arguments[: len(tensors)])
+
+    return _Operator(
+        compose(f"{name}_fwd", f"({given}, {options}) -> ({saved})", fwd, _forward_shapes),
+        compose(
+            f"{name}_bwd",
+            f"(Tensor dout, {given}, {saved}, {options}) -> ({gradients})",
+            bwd,
+            gradient_shapes,
+        ),
+    )
 
 
-_OPTIONS = "str backend, bool sdpa, float scale"
-_CROSS_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? rows"
-_PERCEIVER_TENSORS = (
-    "Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor mask"
+_CROSS = _operator(
+    "dense_cross_attention", ["q", "k", "v"], "Tensor mask, Tensor? rows", _cross_fwd, _cross_bwd
 )
-_CROSS, _PERCEIVER = "dense_cross_attention", "dense_perceiver_attention"
-_FWD = {
-    _CROSS: compose(
-        f"{_CROSS}_fwd",
-        f"({_CROSS_TENSORS}, {_OPTIONS}) -> (Tensor out, Tensor softmax)",
-        _cross_fwd,
-        _forward_shapes,
-    ),
-    _PERCEIVER: compose(
-        f"{_PERCEIVER}_fwd",
-        f"({_PERCEIVER_TENSORS}, {_OPTIONS}) -> (Tensor out, Tensor softmax)",
-        _perceiver_fwd,
-        _forward_shapes,
-    ),
-}
-_BWD = {
-    _CROSS: compose(
-        f"{_CROSS}_bwd",
-        f"(Tensor dout, {_CROSS_TENSORS}, Tensor out, Tensor softmax, {_OPTIONS}) "
-        "-> (Tensor dq, Tensor dk, Tensor dv)",
-        _cross_bwd,
-        _cross_gradients,
-    ),
-    _PERCEIVER: compose(
-        f"{_PERCEIVER}_bwd",
-        f"(Tensor dout, {_PERCEIVER_TENSORS}, Tensor out, Tensor softmax, {_OPTIONS}) "
-        "-> (Tensor dq, Tensor dk_media, Tensor dv_media, Tensor dk_latents, Tensor dv_latents)",
-        _perceiver_bwd,
-        _perceiver_gradients,
-    ),
-}
+_PERCEIVER = _operator(
+    "dense_perceiver_attention",
+    ["q", "k_media", "v_media", "k_latents", "v_latents"],
+    "Tensor mask",
+    _perceiver_fwd,
+    _perceiver_bwd,
+)
 
 
 def _call(
-    operator: str, tensors: tuple[Tensor, ...], masks: tuple[Tensor | None, ...], options: Options
+    operator: _Operator,
+    tensors: tuple[Tensor, ...],
+    masks: tuple[Tensor | None, ...],
+    options: tuple[str, bool, float],
 ) -> Tensor:
-    if needs_grad(*tensors):
-        return cast(Tensor, _DenseAttention.apply(operator, len(tensors), options, *tensors, *masks))
-    return cast(Tensor, _FWD[operator](*tensors, *masks, *options)[0])
+    if not needs_grad(*tensors):
+        out, _ = operator.fwd(*tensors, *masks, *options)
+    else:
+        out = _DenseAttention.apply(operator, options, *tensors, *masks)
+    return out
 
 
 class _DenseAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, operator, count, options, *tensors):
-        out, softmax = _FWD[operator](*tensors, *options)
+    def forward(ctx, operator, options, *tensors):
+        out, softmax = operator.fwd(*tensors, *options)
         ctx.save_for_backward(*tensors, out, softmax)
-        ctx.operator, ctx.count, ctx.options, ctx.backend = operator, count, options, options[0]
+        ctx.operator, ctx.options, ctx.backend = operator, options, options[0]
         return out
 
     @staticmethod
     @once_differentiable("dense attention")
     def backward(ctx, saved, dout):
-        gradients = _BWD[ctx.operator](dout, *saved, *ctx.options)
-        masks = len(saved) - 2 - ctx.count
-        return None, None, None, *gradients, *[None] * masks
+        gradients = ctx.operator.bwd(dout, *saved, *ctx.options)
+        masks = len(saved) - 2 - len(gradients)
+        return None, None, *gradients, *[None] * masks

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import nn
 
-TRANSFORMERS = "transformers 4.57.6 to 5.23.0"
+TRANSFORMERS = "transformers 4.57.6 to 5.24.0"
 
 
 @dataclass(frozen=True)

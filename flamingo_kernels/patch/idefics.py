@@ -54,13 +54,13 @@ class IdeficsGatedCrossAttentionLayer(DecoderLayer):
         image_hidden_states: Tensor | None = None,  # [B, M * R, D_visual]
         image_attention_mask: Tensor | None = None,  # [B, 1, T, M * R], added to the scores
         cross_attention_gate: Tensor | None = None,  # [B, T], 0 where a token sees no image
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Tensor:  # [B, T, D]
         media, sees = image_hidden_states, cross_attention_gate
-        if media is None or sees is None or past_key_values is not None or self.is_watched():
+        if media is None or sees is None or cache is not None or self.is_watched():
             given = (attention_mask, media, image_attention_mask, sees)
-            return cast(Tensor, super().forward(hidden_states, *given, past_key_values, **kwargs))
+            return cast(Tensor, super().forward(hidden_states, *given, cache, **kwargs))
         z = self._add_attended(hidden_states, media, image_attention_mask, sees, kwargs)
         norm, mlp, drops = self.post_attention_layernorm, self.mlp, self._drops()
         plain = None if drops else arguments.as_glu(z, norm, mlp, _MLP)
@@ -71,10 +71,10 @@ class IdeficsGatedCrossAttentionLayer(DecoderLayer):
         self, x: Tensor, media: Tensor, mask: Tensor | None, sees: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
         attn, norm, gate = self.cross_attn, self.input_layernorm, gate_unless_open(self, "alpha_cross_attn")
-        readable = mask is not None and _replaceable(attn)
-        spans = key_spans(mask, x, sees, layer=self) if readable else None
+        replaceable = _replaceable(attn)
+        spans = key_spans(mask, x, sees, layer=self) if mask is not None and replaceable else None
         if spans is None:
-            if readable and reads_when_run(mask, x, sees, sdpa=_is_sdpa(attn)):
+            if mask is not None and replaceable and reads_when_run(mask, x, sees, sdpa=_is_sdpa(attn)):
                 y = _attend(attn, norm(x), media, mask, sees)
             else:
                 y, _ = attn(hidden_states=norm(x), key_value_states=media, attention_mask=mask, **kwargs)
@@ -124,8 +124,8 @@ def _queries(attn: Any, x: Tensor) -> Tensor:  # [B, T, H, d]
 def _attend(attn: Any, x: Tensor, media: Tensor, mask: Tensor, rows: Tensor) -> Tensor:  # [B, T, D]
     """What the attention computes, in a compiled model."""
     k, v = _project(attn, media)
-    options = {"scale": attn.scaling, "sdpa": _is_sdpa(attn)}
-    out = dense_cross_attention(_queries(attn, x), k, v, mask, rows, **options)
+    q, sdpa = _queries(attn, x), _is_sdpa(attn)
+    out = dense_cross_attention(q, k, v, mask, rows, scale=attn.scaling, sdpa=sdpa)
     return cast(Tensor, attn.o_proj(out.flatten(-2)))
 
 

@@ -27,6 +27,7 @@ class Idefics2PerceiverAttention(GroupedAttention):
     }
 
     attention_dropout: float
+    cache_keyword: str
     is_causal: bool  # False, unless somebody changes it; with a mask, transformers 4 adds it and 5 drops it
 
     def forward(
@@ -35,7 +36,7 @@ class Idefics2PerceiverAttention(GroupedAttention):
         context: Tensor,  # [N, S, D]
         attention_mask: Tensor | None = None,  # [N, 1, R, S + R]
         position_ids: Tensor | None = None,  # not used
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # [N, R, D], and no weights
         first, late = None, False
@@ -45,9 +46,9 @@ class Idefics2PerceiverAttention(GroupedAttention):
                 attention_mask, context, latents, sdpa=self.is_sdpa()
             )
         dense = self.is_causal or (attention_mask is not None and first is None and not late)
-        cached = past_key_values is not None or getattr(self, "past_key_values", None) is not None
+        cached = cache is not None or getattr(self, self.cache_keyword, None) is not None
         if dense or cached or self.must_stay(self.attention_dropout, kwargs):
-            rest = (attention_mask, position_ids, past_key_values)
+            rest = (attention_mask, position_ids, cache)
             return super().forward(latents, context, *rest, **kwargs)
         lengths = None
         if first is not None:
@@ -56,8 +57,8 @@ class Idefics2PerceiverAttention(GroupedAttention):
         q = self.q_proj(latents).unflatten(-1, (self.num_heads, -1))  # [N, R, H, d]
         keys_and_values = (*self._kv(context), *self._kv(latents))
         if attention_mask is not None and late:
-            options = {"scale": self.scaling, "sdpa": self.is_sdpa()}
-            out = dense_perceiver_attention(q, *keys_and_values, attention_mask, **options)
+            tensors, sdpa = (q, *keys_and_values, attention_mask), self.is_sdpa()
+            out = dense_perceiver_attention(*tensors, scale=self.scaling, sdpa=sdpa)
         else:
             out = perceiver_attention(q, *keys_and_values, media_lengths=lengths, scale=self.scaling)
         return self.o_proj(out.flatten(-2)), None

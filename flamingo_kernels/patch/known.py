@@ -57,6 +57,7 @@ KNOWN: Mapping[str, Mapping[str, str]] = {
         "694f25f00d138d3c": "transformers 4.57.6",
         "0c7d2b68f287492c": "transformers 5.0.0 to 5.22.2",
         "0130a98c519832e7": "transformers 5.23.0",
+        "453a380902491e3a": "transformers 5.24.0",
     },
     "transformers.models.idefics.modeling_idefics.IdeficsAttention": {
         "ace1ea51e496329e": "transformers 4.57.6",
@@ -64,21 +65,23 @@ KNOWN: Mapping[str, Mapping[str, str]] = {
         "aa791a1321fe8090": "transformers 5.1.0 to 5.3.0",
         "5fae73460d0b11a7": "transformers 5.4.0 to 5.16.1",
         "7e0cddbbd131b578": "transformers 5.17.0 to 5.23.0",
+        "e12ccf5a489846fe": "transformers 5.24.0",
     },
     "transformers.models.idefics.modeling_idefics.IdeficsMLP": {
-        "c7f46661918c0ac9": "transformers 4.57.6 to 5.23.0",
+        "c7f46661918c0ac9": "transformers 4.57.6 to 5.24.0",
     },
     "transformers.models.idefics.modeling_idefics.IdeficsRMSNorm": {
-        "f8cd92445899b658": "transformers 4.57.6 to 5.23.0",
+        "f8cd92445899b658": "transformers 4.57.6 to 5.24.0",
     },
     "transformers.models.idefics.perceiver.IdeficsPerceiverAttention": {
-        "12d5585e2de91882": "transformers 4.57.6 to 5.23.0",
+        "12d5585e2de91882": "transformers 4.57.6 to 5.24.0",
     },
     "transformers.models.idefics2.modeling_idefics2.Idefics2PerceiverAttention": {
         "e0a850602734f548": "transformers 4.57.6",
         "ed750a68b3b75676": "transformers 5.0.0",
         "a3333e2d963746b0": "transformers 5.1.0",
         "64052da08b18cded": "transformers 5.2.0 to 5.23.0",
+        "357c860b5936b0d6": "transformers 5.24.0",
     },
     "transformers.models.mllama.modeling_mllama.MllamaTextCrossAttention": {
         "6900fa28af13a06d": "transformers 4.57.6",
@@ -87,40 +90,43 @@ KNOWN: Mapping[str, Mapping[str, str]] = {
         "7e3638c91da21f95": "transformers 5.2.0 to 5.3.0",
         "5706c0dde7ef0018": "transformers 5.4.0 to 5.17.0",
         "f8313c393bfce548": "transformers 5.18.0 to 5.23.0",
+        "10e5a9d489bb53b5": "transformers 5.24.0",
     },
     "transformers.models.mllama.modeling_mllama.MllamaCrossAttentionDecoderLayer": {
         "ebc6789285126f9a": "transformers 4.57.6",
         "32766ed3b7a42aed": "transformers 5.0.0 to 5.3.0",
         "7f934cf19b255ae4": "transformers 5.4.0 to 5.22.2",
         "1bb90e4fb3f7f064": "transformers 5.23.0",
+        "a9b233cf02e79cde": "transformers 5.24.0",
     },
     "transformers.models.mllama.modeling_mllama.MllamaTextRMSNorm": {
-        "f48863d8f97ba423": "transformers 4.57.6 to 5.23.0",
+        "f48863d8f97ba423": "transformers 4.57.6 to 5.24.0",
     },
     "transformers.models.mllama.modeling_mllama.MllamaTextMLP": {
-        "0c3c6a76784e6be0": "transformers 4.57.6 to 5.23.0",
+        "0c3c6a76784e6be0": "transformers 4.57.6 to 5.24.0",
     },
     "transformers.models.evolla.modeling_evolla.EvollaSequenceCompressorAttention": {
-        "1c7e5ad2f7bb375c": "transformers 4.57.6 to 5.23.0",
+        "1c7e5ad2f7bb375c": "transformers 4.57.6 to 5.24.0",
     },
     "transformers.models.evolla.modeling_evolla.EvollaSequenceAlignerCrossAttention": {
         "b06df8e5b535acd2": "transformers 4.57.6",
         "d67a2941d884cb7e": "transformers 5.0.0 to 5.23.0",
+        "a7e878f5830bc530": "transformers 5.24.0",
     },
     "transformers.models.evolla.modeling_evolla.EvollaFeedForward": {
-        "7ec54a96c5ec9131": "transformers 4.57.6 to 5.23.0",
+        "7ec54a96c5ec9131": "transformers 4.57.6 to 5.24.0",
     },
     "transformers.models.evolla.modeling_evolla.EvollaRMSNorm": {
-        "f48863d8f97ba423": "transformers 4.57.6 to 5.23.0",
+        "f48863d8f97ba423": "transformers 4.57.6 to 5.24.0",
     },
     "transformers.activations.ReLUSquaredActivation": {
-        "7035acac655aec0c": "transformers 4.57.6 to 5.23.0",
+        "7035acac655aec0c": "transformers 4.57.6 to 5.24.0",
     },
     "transformers.activations.SiLUActivation": {
-        "a5a9b55f9411597a": "transformers 4.57.6 to 5.23.0",
+        "a5a9b55f9411597a": "transformers 4.57.6 to 5.24.0",
     },
     "transformers.activations.GELUActivation": {
-        "086ef2d89fd7dfba": "transformers 4.57.6 to 5.23.0",
+        "086ef2d89fd7dfba": "transformers 4.57.6 to 5.24.0",
     },
 }
 

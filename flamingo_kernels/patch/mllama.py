@@ -19,6 +19,7 @@ from .._predicates import is_unhooked
 from ..layers.fused import add_feed_forward, add_gated, gate_unless_open
 from ..ops import masked_cross_attention
 from ..sublayers import arguments, gated_cross_attention
+from .cache_keyword import CACHE
 from .decoder_layer import DecoderLayer, folds_of
 from .dense import KeySpans, key_spans, reads_when_run
 from .dense_attention import dense_cross_attention
@@ -33,6 +34,7 @@ _FEW = 2**20  # numbers in a layer's keys: reading them takes no longer than rea
 class MllamaTextCrossAttention(GroupedAttention):
     anatomy = {**GroupedAttention.anatomy, "q_norm": Norm("d"), "k_norm": Norm("d")}
 
+    cache_keyword: str
     layer_idx: int
     dropout: float
     q_norm: nn.Module
@@ -42,28 +44,24 @@ class MllamaTextCrossAttention(GroupedAttention):
         self,
         hidden_states: Tensor,  # [B, T, D]
         cross_attention_states: Tensor | None = None,  # [B * tiles, tokens, D], or K and V are in the cache
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,  # [B, 1, T, S], added to the scores
         use_cache: bool | None = None,
-        *,
-        cache_position: Tensor | None = None,  # transformers 4 only
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # [B, T, D], and no weights
-        media = (cross_attention_states, past_key_values, attention_mask)
+        media = (cross_attention_states, cache, attention_mask)
         spans = self.spans(hidden_states, *media, kwargs, layer=self)
         late = spans is None and self.reads_when_run(hidden_states, *media, kwargs)
         sees_all = attention_mask is None and "causal" in self.fixes
-        has_media = cross_attention_states is not None or past_key_values is not None
+        has_media = cross_attention_states is not None or cache is not None
         sees_all = sees_all and has_media and not self.must_stay(self.dropout, kwargs)
         if spans is None and not late and not sees_all:
-            if cache_position is not None:
-                kwargs["cache_position"] = cache_position
             return super().forward(hidden_states, *media, use_cache, **kwargs)
         q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)))  # [B, T, H, d]
-        k, v = self.kv(len(q), cross_attention_states, past_key_values, cache_position)
+        k, v = self.kv(len(q), cross_attention_states, cache, kwargs)
         if late:
-            options = {"scale": self.scaling, "sdpa": self.is_sdpa()}
-            out = dense_cross_attention(q, k, v, cast(Tensor, attention_mask), **options)
+            mask, sdpa = cast(Tensor, attention_mask), self.is_sdpa()
+            out = dense_cross_attention(q, k, v, mask, scale=self.scaling, sdpa=sdpa)
         elif spans is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scaling, enable_gqa=True).transpose(1, 2)
@@ -101,7 +99,7 @@ class MllamaTextCrossAttention(GroupedAttention):
         return not (no_media or short or self.must_stay(self.dropout, kwargs))
 
     def kv(
-        self, batch: int, states: Tensor | None, cache: Any, position: Tensor | None
+        self, batch: int, states: Tensor | None, cache: Any, kwargs: dict[str, Any]
     ) -> tuple[Tensor, ...]:  # [B, S, Hkv, d] each
         """Keys and values of new media, or those in the model's cache."""
         if states is None:
@@ -111,8 +109,8 @@ class MllamaTextCrossAttention(GroupedAttention):
         k, v = self.k_norm(self.k_proj(states).view(shape)), self.v_proj(states).view(shape)
         if cache is None:
             return k, v
-        positions = () if position is None else ({"cache_position": position},)
-        k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, *positions)
+        rest = {"kwargs": kwargs} if self.cache_keyword == CACHE else _positions(kwargs)
+        k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, **rest)
         return k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -124,6 +122,7 @@ class MllamaCrossAttentionDecoderLayer(DecoderLayer):
         "cross_attn_mlp_gate": Alpha("D"),
     }
 
+    cache_keyword: str
     cross_attn_attn_gate: nn.Parameter  # [1]
     cross_attn_mlp_gate: nn.Parameter
 
@@ -135,21 +134,18 @@ class MllamaCrossAttentionDecoderLayer(DecoderLayer):
         attention_mask: Tensor | None,  # of the text, not used
         full_text_row_masked_out_mask: Tensor | None,  # [B, 1, T, 1], 0 where a token sees no image
         position_ids: Tensor | None = None,  # not used
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool | None = False,
         *,
-        cache_position: Tensor | None = None,  # transformers 4 only
         position_embeddings: Any = None,  # not used
         **kwargs: Any,
     ) -> Tensor:  # [B, T, D]
-        if cache_position is not None:
-            kwargs["cache_position"] = cache_position
         x, rows = hidden_states, full_text_row_masked_out_mask
         short = not self.fixes and _is_short_step(x, cross_attention_states, cross_attention_mask)
         if short or self.is_watched():
             given = (cross_attention_states, cross_attention_mask, attention_mask, rows, position_ids)
-            return cast(Tensor, super().forward(x, *given, past_key_values, use_cache, **kwargs))
-        z = self._add_attended(x, cross_attention_states, past_key_values, cross_attention_mask, kwargs)
+            return cast(Tensor, super().forward(x, *given, cache, use_cache, **kwargs))
+        z = self._add_attended(x, cross_attention_states, cache, cross_attention_mask, kwargs)
         if "row_leak" in self.fixes:
             z = _where_seeing(rows, z, x)
         norm, mlp, gate = (
@@ -172,11 +168,17 @@ class MllamaCrossAttentionDecoderLayer(DecoderLayer):
         if plain is not None:
             spans = attn.spans(x, states, cache, mask, kwargs, layer=self)
         if spans is None or plain is None:
-            media = {"cross_attention_states": states, "past_key_values": cache, "attention_mask": mask}
+            media = {"cross_attention_states": states, self.cache_keyword: cache, "attention_mask": mask}
             attended, _ = attn(hidden_states=self.input_layernorm(x), **media, **kwargs)
             return add_gated(x, attended, gate)
-        k, v = (spans.media(each) for each in attn.kv(len(x), states, cache, kwargs.get("cache_position")))
+        k, v = (spans.media(each) for each in attn.kv(len(x), states, cache, kwargs))
         return gated_cross_attention(x, k, v, spans.mask, gate=gate, scale=attn.scaling, **plain._asdict())
+
+
+def _positions(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a cache takes beside keys and values before transformers 5.4."""
+    position = kwargs.get("cache_position")
+    return {} if position is None else {"cache_kwargs": {"cache_position": position}}
 
 
 def _is_short_step(x: Tensor, states: Tensor | None, mask: Tensor | None) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from .cache_keyword import with_cache_keyword
 from .registry import match
 
 _ORIGINAL = "_unpatched_class"
@@ -76,9 +77,8 @@ def fused_class(original: type[nn.Module]) -> type[nn.Module]:
     if issubclass(fused, original):
         return fused
     if original not in _combined:
-        _combined[original] = type(
-            fused.__name__, (_Combined, fused, original), {"__module__": fused.__module__}
-        )
+        members = {"__module__": fused.__module__, **with_cache_keyword(fused, original)}
+        _combined[original] = type(fused.__name__, (_Combined, fused, original), members)
     return _combined[original]
 
 
