@@ -7,7 +7,6 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from .._kept import newest, once, once_for_equal
 from .._predicates import is_recording
@@ -88,6 +87,8 @@ def reads_when_run(mask: Tensor, text: Tensor, rows: Tensor | None = None, *, sd
     """
     if not _is_compiled(mask, sdpa) or text.shape[1] == 1 or not _fits(mask, text, rows):
         return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
     keys = mask.shape[-1]
     return not (has_static_value(keys) and are_small(largest_divisor(keys, LARGEST_LATENTS), keys))
 

@@ -309,7 +309,7 @@ def _perceiver_bwd(
     return grads[0], *(_gradient_of(k_media, dx, order) for dx in grads[1:3]), *grads[3:]
 
 
-def _forward_shapes(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _forward_shapes(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = q.shape
     return fresh(q), q.new_empty(2, batch, heads, length, dtype=torch.float32)
 
