@@ -29,6 +29,7 @@ from ..ops.once_differentiable import once_differentiable
 from ..ops.perceiver_attention import schema as perceiver
 from .dense import KeySpans, in_order, read_padding, read_spans
 
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 _LARGEST_COPY = 2**22  # numbers in a mask that is kept to compare the next one with
 
 
@@ -156,7 +157,8 @@ def _dense_gradients(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of `_dense` in q, k and v; `rest` are its other arguments."""
-    with torch.enable_grad():
+    # A dispatch mode, as a counter of FLOPs, has switched autograd off below it.
+    with torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False), torch.enable_grad():
         q, k, v = (each.detach().requires_grad_() for each in (q, k, v))
         dq, dk, dv = torch.autograd.grad(_dense(q, k, v, *rest), (q, k, v), dout)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
@@ -192,9 +194,9 @@ def _padding(mask: Tensor, k_latents: Tensor) -> tuple[Tensor | None, Tensor] | 
 
 
 def _no_softmax(q: Tensor) -> Tensor:
-    """In the place of a softmax that is not kept; a kernel that read it would give NaN."""
+    """In the place of a softmax that is not kept; a kernel that read it would divide by 0."""
     batch, length, heads, _ = q.shape
-    return q.new_full((2, batch, heads, length), torch.nan, dtype=torch.float32)
+    return q.new_zeros(2, batch, heads, length, dtype=torch.float32)
 
 
 def _gradient_of(x: Tensor, dx: Tensor, order: Tensor | None) -> Tensor:
