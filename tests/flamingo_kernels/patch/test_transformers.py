@@ -9,6 +9,7 @@ import copy
 import importlib
 import os
 import sys
+from collections import Counter
 from itertools import product
 
 import pytest
@@ -20,6 +21,7 @@ from flamingo_kernels.patch import dense
 from flamingo_kernels.testing import tiny
 from tests.flamingo_kernels.patch.test_models import count_calls
 from tests.helpers import slow_unless
+from tests.helpers.graphs import recording
 from tests.helpers.parity import assert_parity, hold
 
 transformers = pytest.importorskip("transformers")
@@ -34,6 +36,13 @@ REPLACED = {
     "evolla-tiny": {"EvollaSequenceAlignerCrossAttention": 2, "EvollaSequenceCompressorAttention": 2},
 }
 ATTENTION = {"idefics-tiny": 4, "idefics2-tiny": 2, "mllama-tiny": 2, "evolla-tiny": 4}
+# By name: the operators in the graph of a compiled model; the dense ones read their masks when it runs.
+IN_THE_GRAPH = {
+    "idefics-tiny": {"perceiver_attention": 2, "dense_cross_attention": 2},
+    "idefics2-tiny": {"dense_perceiver_attention": 2},
+    "mllama-tiny": {"dense_cross_attention": 2},
+    "evolla-tiny": {"dense_perceiver_attention": 2, "masked_cross_attention": 2},
+}
 models = pytest.mark.parametrize("name", REPLACED)
 COMPILED = [("idefics-tiny", "aot_eager"), ("mllama-tiny", "aot_eager")]  # each takes long
 
@@ -232,11 +241,16 @@ class TestEveryModel:
     )
     @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
     def test_compiled(self, name, backend):
+        """As one graph, with the operators in it."""
         torch._dynamo.reset()
         original = build(name)
-        fused = patched(original)
-        compiled = tiny.TinyModel(name, torch.compile(fused.model, backend=backend), original.inputs)
+        fused, found = patched(original), Counter()
+        compiler = recording(backend, found)
+        model = torch.compile(fused.model, backend=compiler, fullgraph=True)
+        compiled = tiny.TinyModel(name, model, original.inputs)
         torch.testing.assert_close(compiled.logits(), original.logits(), rtol=1e-4, atol=1e-5)
+        attention = {key: count for key, count in found.items() if key.endswith("attention_fwd")}
+        assert attention == {f"{operator}_fwd": count for operator, count in IN_THE_GRAPH[name].items()}
         for model in (original, compiled):
             model.loss().backward()
         expected = dict(original.model.named_parameters())
