@@ -165,21 +165,26 @@ class Part:
 
 def misfit(module: nn.Module, anatomy: Mapping[str, Kind]) -> str:
     """The first difference between a module and an anatomy; empty if it fits."""
+    return measure(module, anatomy)[1]
+
+
+def measure(module: nn.Module, anatomy: Mapping[str, Kind]) -> tuple[Sizes, str]:
+    """The sizes of a module's parts, and its first difference from an anatomy; empty if it fits."""
     sizes = Sizes()
-    for name in _contents(module):
+    for name in contents(module):
         if name not in anatomy:
-            return f"{name} is not one of its parts"
+            return sizes, f"{name} is not one of its parts"
     for name, kind in anatomy.items():
         value = getattr(module, name, None)
         if value is None:
             if not kind.optional:
-                return f"{name} is missing"
+                return sizes, f"{name} is missing"
         elif reason := kind.misfit(value, sizes):
-            return f"{name} {reason}"
-    return ""
+            return sizes, f"{name} {reason}"
+    return sizes, ""
 
 
-def _contents(module: nn.Module) -> Iterator[str]:
+def contents(module: nn.Module) -> Iterator[str]:
     """The names of all attributes that may take part in the computation of a module."""
     for registered in (module._modules, module._parameters, module._buffers):
         yield from (name for name, value in registered.items() if value is not None)

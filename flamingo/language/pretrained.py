@@ -94,7 +94,9 @@ class PretrainedLanguage(nn.Module):
         self._before_layer: BeforeLayer | None = None
         self._is_called = False
         self._logits_to_keep = 0
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        taken = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in taken
+        self._cache_keyword = "cache" if "cache" in taken else "past_key_values"  # before transformers 5.24
         untied = None if head.weight is embedding.weight else head.weight
         self.new_tokens = NewTokens(new_tokens, embedding.weight, untied) if new_tokens else None
         self.vocab_size: int = (
@@ -170,7 +172,7 @@ class PretrainedLanguage(nn.Module):
         Arguments and errors are those of `LanguageModel.forward`; the cache is one of transformers.
         """
         batch, length = input_ids.shape
-        options: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
+        options: dict[str, Any] = {self._cache_keyword: cache, "use_cache": cache is not None}
         if attention_mask is not None:
             past = 0 if cache is None else cache.get_seq_length()
             check_attention_mask(attention_mask, (batch, past + length))

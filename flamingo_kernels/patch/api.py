@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 
-import torch
 from torch import nn
 
-from .._anatomy import misfit
 from .._backends.dispatch import UnsupportedError
-from .known import KNOWN, full_name, why_unknown
-from .registry import Match, families, match, supported
+from .known import KNOWN
+from .recognise import Found, Left, Recogniser
+from .registry import Match, families, supported
 from .report import PatchReport
-from .source import unwrapped
-from .swap import fused_class, has_other_forward, is_swapped, restore, swap
+from .swap import is_swapped, restore, swap
+
+Target = str | tuple[str, Callable[[], nn.Module]]
 
 
-def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
+def patch(
+    model: nn.Module,
+    *,
+    fixes: Iterable[str] = (),
+    like: Mapping[str | type[nn.Module], Target] | None = None,
+) -> PatchReport:
     """Swap the cross-attention and resampler modules of a model for fast ones that compute the same.
 
     Each module found keeps its identity, parameters, hooks and place, and gets a subclass of its class with
@@ -36,10 +42,16 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
     causal        Mllama under "sdpa": without a mask, row t sees no vision token after t
     ============= ============================================================================================
 
-    Names are not enough: a module is swapped only if the source of its forward, with everything that it
-    calls, belongs to a known version, and if it is made of the parts that this version has. Other releases,
-    forks, replaced functions and modules with further parts are left alone, and the report says why. The
-    original's forward calls parts with hooks, and all parts while there are global hooks on modules.
+    A module is swapped if the source of its forward, with everything that it calls, is that of a known
+    version, whatever the name and place of its class: copies of open_flamingo's `helpers.py` are swapped too.
+    It must have the parts that this version has. Where a class has the name and place of a known one and
+    other source, as in a new release, a new small instance of it is tried: the class is swapped if outputs
+    and gradients agree. Whatever is left alone at a known place gives one warning, and the report says why.
+    For a class that none of this finds, `like` says what it is, and the trial decides. ::
+
+        patch(model, like={"MyResampler": "open_flamingo.PerceiverResampler"})
+
+    The original's forward calls parts with hooks, and all parts while there are global hooks on modules.
 
     A model patched again stays as it is. Patch before `torch.jit.script` and before FSDP2's `fully_shard`,
     whose wrapped classes cannot be taken back; modules inside FSDP1 and `torch.compile` wrappers are found.
@@ -49,15 +61,23 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
             (Idefics, Mllama, Idefics2's and Evolla's resamplers, Evolla's aligner); versions: see the README.
             Subclasses of their classes are swapped too, unless they override what would be replaced.
         fixes: names from the table above, for bugs that the model has. Default: none.
+        like: known classes, as "open_flamingo.PerceiverResampler", by the classes of the model that compute
+            the same with parts of the same names: by name, full name, or the class itself. For the trial a
+            small instance is made by the known constructor's arguments; where they do not fit, give
+            ("open_flamingo.PerceiverResampler", function that makes one). Default: none.
 
     Returns:
         What was swapped and what was not, and why. `print` shows it as a table.
 
     Raises:
-        TypeError: `model` is no module, or `fixes` is a string.
+        TypeError: `model` is no module, `fixes` is a string, or `like` no dict.
         ValueError: a fix that is unknown, that belongs to other models, or that comes after the modules were
-            patched without it. The model is then unchanged.
-        UnsupportedError: nothing in the model is known. It is then unchanged.
+            patched without it; or `like` names no class of the model, or none that is known. The model is
+            then unchanged.
+        UnsupportedError: nothing in the model is known, or a class is not what `like` says, and why. The
+            model is then unchanged.
+
+    Limits: a trial compares the calls that are likely to differ; only known source is a proof.
 
     Source: Flamingo (arXiv 2204.14198), section 2.
 
@@ -74,35 +94,29 @@ def patch(model: nn.Module, *, fixes: Iterable[str] = ()) -> PatchReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: expected a torch.nn.Module, got {type(model).__name__}.")
-    wanted = _known_fixes(fixes)
-    found: dict[str, nn.Module] = {}
-    skipped: dict[str, str] = {}
-    namesakes: dict[str, str] = {}
-    unknown = cache(why_unknown)  # a model has many modules of a class
-    for path, module in model.named_modules():
-        if reason := _why_not_by_itself(module):
-            skipped[path] = reason
-        elif known := match(type(module)):
-            if reason := _why_not(module, known, unknown):
-                skipped[path] = reason
-            else:
-                found[path] = module
-        elif type(module).__name__ in _class_names():
-            namesakes[path] = f"{type(module).__name__} of {type(module).__module__} is not a known one"
-    if not found and not skipped:
-        raise _unknown(model, namesakes)
+    wanted, recognise = _known_fixes(fixes), Recogniser.of(like or {})
+    seen = {path: (module, recognise(module)) for path, module in model.named_modules()}
+    found = {path: (module, what) for path, (module, what) in seen.items() if isinstance(what, Found)}
+    left = {path: what for path, (_, what) in seen.items() if isinstance(what, Left)}
+    recognise.expect_all_used(model)
+    if not found and all(each.namesake for each in left.values()):
+        raise _unknown(model, {path: each.reason for path, each in left.items()})
 
     _expect_fixes(model, wanted, found.values())
-    replaced = {path: (type(module), fused_class(type(module))) for path, module in found.items()}
-    for module in found.values():
-        swap(module, wanted & _fixes_for(module))
-    fixed = sorted({fix for module in found.values() for fix in getattr(module, "fixes", ())})
+    replaced = {}
+    for path, (module, (known, _)) in found.items():
+        original = type(module)
+        swap(module, known.fused, wanted & frozenset(known.family.fixes))
+        replaced[path] = (original, type(module))
+    _warn_of(model, left)
+    modules = [module for module, _ in found.values()]
     return PatchReport(
         replaced,
-        {**skipped, **namesakes},
+        {path: each.reason for path, each in left.items()},
         _policies(model),
-        tuple(fixed),
-        _modules=tuple(map(weakref.ref, found.values())),
+        tuple(sorted({fix for module in modules for fix in getattr(module, "fixes", ())})),
+        {path: what.note for path, (_, what) in found.items() if what.note},
+        _modules=tuple(map(weakref.ref, modules)),
     )
 
 
@@ -127,46 +141,6 @@ def unpatch(model: nn.Module) -> None:
     restore(model.modules())
 
 
-def _why_not_by_itself(module: nn.Module) -> str:
-    """Why a module is left alone whatever its family is; empty if nothing speaks against it."""
-    from ..layers import Fused  # needs `flamingo`, which `import flamingo_kernels` does not
-
-    if isinstance(module, Fused):
-        return "already fused"
-    if isinstance(module, torch.jit.ScriptModule) and module.original_name in _class_names():
-        return f"{module.original_name} is compiled to TorchScript; patch before torch.jit.script"
-    return ""
-
-
-def _why_not(module: nn.Module, known: Match, unknown: Callable[..., str]) -> str:
-    """Why a module of a known class is left alone; empty if it can be swapped."""
-    cls = type(module)
-    if has_other_forward(module):
-        return f"{cls.__name__} has a forward set on the instance"
-    for name in ["forward", *_replaced(known.fused)]:
-        if unwrapped(getattr(cls, name, None)) is not unwrapped(getattr(known.known, name, None)):
-            return f"{cls.__name__} overrides {name} of {known.known.__name__}"
-    if (changed_by := known.known.forward.__module__) != known.known.__module__:
-        return f"{known.known.__name__} was given another forward by {changed_by}"
-    if reason := unknown(cls, full_name(known.known)):
-        return f"{cls.__name__}: {reason}"
-    if reason := misfit(module, known.fused.anatomy):
-        return f"{cls.__name__}: {reason}"
-    for path, part in module.named_modules():
-        name = full_name(type(part))
-        if name in KNOWN and not match(type(part)) and (reason := unknown(type(part), name)):
-            return f"{cls.__name__}: {path} is a {type(part).__name__}, and {reason}"
-    return ""
-
-
-def _replaced(fused: type[nn.Module]) -> Iterator[str]:
-    """The attributes that a fused class puts in the place of its original's."""
-    from ..layers import Fused  # as above
-
-    bases = (base for base in fused.__mro__ if issubclass(base, Fused) and base is not Fused)
-    yield from (name for base in bases for name in vars(base) if not name.startswith("__"))
-
-
 def _known_fixes(fixes: Iterable[str]) -> frozenset[str]:
     if isinstance(fixes, str):
         raise TypeError(f"patch: expected fixes as a list of names, got {fixes!r}; pass fixes=[{fixes!r}].")
@@ -176,17 +150,18 @@ def _known_fixes(fixes: Iterable[str]) -> frozenset[str]:
     return wanted
 
 
-def _expect_fixes(model: nn.Module, wanted: frozenset[str], found: Iterable[nn.Module]) -> None:
+def _expect_fixes(model: nn.Module, wanted: frozenset[str], found: Iterable[tuple[nn.Module, Found]]) -> None:
     """Raise ValueError if a fix has nothing to fix, or comes too late for modules swapped before."""
     swapped = {path: module for path, module in model.named_modules() if is_swapped(module)}
+    possible = {fix for _, what in found for fix in what.match.family.fixes}
     for fix in sorted(wanted):
         for path, module in swapped.items():
-            if fix in _fixes_for(module) and fix not in getattr(module, "fixes", ()):
+            if fix in _fixes_of(module) and fix not in getattr(module, "fixes", ()):
                 raise ValueError(
                     f"patch: fix {fix!r} comes too late for {path or type(module).__name__}, which was "
                     "patched without it; unpatch(model), then patch it with all fixes."
                 )
-        if not any(fix in _fixes_for(module) for module in [*found, *swapped.values()]):
+        if fix not in possible and not any(fix in _fixes_of(module) for module in swapped.values()):
             homes = " and ".join(family.name for family in families() if fix in family.fixes)
             raise ValueError(
                 f"patch: expected fixes of the modules found in {type(model).__name__}, got {fix!r}, which "
@@ -194,14 +169,40 @@ def _expect_fixes(model: nn.Module, wanted: frozenset[str], found: Iterable[nn.M
             )
 
 
-def _fixes_for(module: nn.Module) -> frozenset[str]:
-    """The fixes that exist for a module."""
-    found = match(type(module))
-    return frozenset(found.family.fixes if found else ())
+def _fixes_of(module: nn.Module) -> frozenset[str]:
+    """The fixes that exist for a swapped module."""
+    bases = type(module).__mro__
+    return frozenset(fix for family in families() if {*family.classes} & {*bases} for fix in family.fixes)
 
 
-def _class_names() -> set[str]:
-    return {name for family in families() for name in family.fused}
+def _warn_of(model: nn.Module, left: Mapping[str, Left]) -> None:
+    """One warning of all modules that have the name and place of a known class and stay as they are."""
+    reasons: dict[str, list[Match]] = {}
+    for each in left.values():
+        if each.match is not None:
+            reasons.setdefault(each.reason, []).append(each.match)
+    if not reasons:
+        return
+    lines = [
+        f"{len(same)} {same[0].known.__name__} of {same[0].family.module} ({_versions(same[0])}): {reason}"
+        for reason, same in reasons.items()
+    ]
+    warnings.warn(
+        f"patch: left modules of {type(model).__name__} as they are: {' | '.join(lines)}. To have them "
+        "swapped: install a known version, undo what changed them, or say patch(model, like={...}) what a "
+        "class is; a new release of a library is worth an issue.",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _versions(known: Match) -> str:
+    """The installed version of a class's library, and the known ones."""
+    versions = ", ".join(dict.fromkeys(KNOWN[known.name].values()))
+    try:
+        return f"installed: {version(known.family.versions.partition(' ')[0])}, known: {versions}"
+    except PackageNotFoundError:
+        return f"known: {versions}"
 
 
 def _policies(model: nn.Module) -> tuple[str, ...]:

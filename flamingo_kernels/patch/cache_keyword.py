@@ -47,7 +47,7 @@ def _renaming(forward: Forward, keyword: str) -> Forward:
 
 
 def _deprecating(forward: Forward, original: Any) -> Forward:
-    """A forward in the wrapper that transformers puts around the original's, if it has deprecated a keyword."""
+    """A forward in the wrapper of the original's, if transformers has deprecated a keyword there."""
     while (original.__globals__.get("__name__"), original.__code__.co_name) != _DEPRECATION:
         if (original := getattr(original, "__wrapped__", None)) is None:
             return forward

@@ -39,15 +39,14 @@ class Idefics2PerceiverAttention(GroupedAttention):
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # [N, R, D], and no weights
-        first, late = None, False
-        if attention_mask is not None:
-            first = media_first(attention_mask, context, latents, layer=self)
-            late = first is None and reads_padding_when_run(
-                attention_mask, context, latents, sdpa=self.is_sdpa()
-            )
-        dense = self.is_causal or (attention_mask is not None and first is None and not late)
+        first, late, sdpa = None, False, self.is_sdpa()
         cached = cache is not None or getattr(self, self.cache_keyword, None) is not None
-        if dense or cached or self.must_stay(self.attention_dropout, kwargs):
+        stays = self.is_causal or cached or self.must_stay(self.attention_dropout, kwargs)
+        if attention_mask is not None and not stays:  # flex_attention has a mask that is no tensor
+            first = media_first(attention_mask, context, latents, layer=self)
+            late = first is None and reads_padding_when_run(attention_mask, context, latents, sdpa=sdpa)
+            stays = first is None and not late
+        if stays:
             rest = (attention_mask, position_ids, cache)
             return super().forward(latents, context, *rest, **kwargs)
         lengths = None
@@ -57,7 +56,7 @@ class Idefics2PerceiverAttention(GroupedAttention):
         q = self.q_proj(latents).unflatten(-1, (self.num_heads, -1))  # [N, R, H, d]
         keys_and_values = (*self._kv(context), *self._kv(latents))
         if attention_mask is not None and late:
-            tensors, sdpa = (q, *keys_and_values, attention_mask), self.is_sdpa()
+            tensors = (q, *keys_and_values, attention_mask)
             out = dense_perceiver_attention(*tensors, scale=self.scaling, sdpa=sdpa)
         else:
             out = perceiver_attention(q, *keys_and_values, media_lengths=lengths, scale=self.scaling)

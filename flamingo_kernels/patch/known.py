@@ -135,20 +135,9 @@ def full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def why_unknown(cls: type[nn.Module], name: str) -> str:
-    """Why the code of a class is not known under this name; empty if it is.
-
-    Args:
-        cls: the known class, or one that derives from it.
-        name: the name of the known class.
-    """
-    try:
-        code = code_hash(cls, name.rpartition(".")[0])
-    except Unreadable as error:
-        return str(error)
-    if code in KNOWN[name]:
-        return ""
-    return f'its forward is not one that is known: hash {code}, see "Adding a version" in CONTRIBUTING.md'
+def code_of(cls: type[nn.Module], home: str, origin: str = "") -> str:
+    """`source.code_hash`, remembered while `patch` looks at many modules of a class."""
+    return code_hash(cls, home, origin=origin)
 
 
 def installed() -> Iterator[tuple[str, str]]:

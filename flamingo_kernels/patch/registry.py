@@ -1,7 +1,8 @@
-"""The families that can be patched, and how a module is recognised as one of theirs."""
+"""The families that can be patched, and how a class is found among them by its name and place."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -11,11 +12,22 @@ from .family import Family
 
 
 class Match(NamedTuple):
-    """A known class, found among the bases of a module's class, and the class that replaces it."""
+    """A class that can be swapped.
+
+    Attributes:
+        known: it, or that one of its bases whose forward is replaced.
+        fused: the class that replaces it.
+        family: the family of the fused class.
+    """
 
     known: type[nn.Module]
     fused: type[Any]
     family: Family
+
+    @property
+    def name(self) -> str:
+        """The full name of the class that the fused one was written for."""
+        return f"{self.family.module}.{self.fused.__name__}"
 
 
 @cache
@@ -36,12 +48,29 @@ def families() -> tuple[Family, ...]:
 
 
 def match(cls: type) -> Match | None:
-    """The nearest class of a family that `cls` is or derives from."""
+    """The nearest class of a family, by name and place, that `cls` is or derives from."""
     for base in cls.__mro__:
         for family in families():
             if base.__module__ == family.module and base.__name__ in family.fused:
                 return Match(base, family.fused[base.__name__], family)
     return None
+
+
+def targets() -> dict[str, tuple[type[Any], Family]]:
+    """Every fused class with its family, by library and class, as "open_flamingo.PerceiverResampler"."""
+    return {
+        f"{family.module.partition('.')[0]}.{cls.__name__}": (cls, family)
+        for family in families()
+        for cls in family.classes
+    }
+
+
+def replaced_by(fused: type[nn.Module]) -> Iterator[str]:
+    """The attributes that a fused class puts in the place of its original's."""
+    from ..layers import Fused  # needs `flamingo`, which `import flamingo_kernels` does not
+
+    bases = (base for base in fused.__mro__ if issubclass(base, Fused) and base is not Fused)
+    yield from (name for base in bases for name in vars(base) if not name.startswith("__"))
 
 
 def supported() -> str:

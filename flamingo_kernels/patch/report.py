@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -21,6 +21,7 @@ class PatchReport(Report):
         skipped: why a module was left as it is, by its path.
         policies: the mask policies of the model's fused cross-attention, see `MediaMask`.
         fixes: the known bugs of the originals that the replaced modules do not repeat.
+        notes: how a replaced module was recognised, by its path, where it was not by name, place and source.
 
     Example:
         >>> from flamingo import MaskedCrossAttention
@@ -34,6 +35,7 @@ class PatchReport(Report):
     skipped: Mapping[str, str]
     policies: tuple[str, ...]
     fixes: tuple[str, ...]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         policies = " and ".join(f'"{policy}"' for policy in self.policies)
@@ -42,7 +44,11 @@ class PatchReport(Report):
             + (f", mask policy {policies}" if policies else "")
             + (f", fixed: {', '.join(self.fixes)}" if self.fixes else "")
         )
-        old = {path: f"{old.__module__}.{old.__qualname__}" for path, (old, _) in self.replaced.items()}
+        old = {
+            path: f"{old.__module__}.{old.__qualname__}"
+            + (f" ({self.notes[path]})" if path in self.notes else "")
+            for path, (old, _) in self.replaced.items()
+        }
         return listing(title, old, self.skipped)
 
     def _undo(self, modules: Iterator[nn.Module]) -> None:

@@ -14,8 +14,10 @@ import ast
 import copy
 import functools
 import hashlib
+import importlib.util
 import inspect
 import linecache
+import sys
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
@@ -32,12 +34,13 @@ class Unreadable(Exception):
     """The source of a function is missing, or is not the code that runs."""
 
 
-def code_hash(cls: type[nn.Module], home: str = "") -> str:
+def code_hash(cls: type[nn.Module], home: str = "", *, origin: str = "") -> str:
     """16 hexadecimal digits, the same for every version of Python.
 
     Args:
         cls: a class of modules.
         home: the module whose functions count by their source. Default: the module of the class.
+        origin: the module that home may be a copy of: the name that its classes get. Default: home.
 
     Raises:
         Unreadable: a source is missing, or is not the code that runs.
@@ -47,12 +50,56 @@ def code_hash(cls: type[nn.Module], home: str = "") -> str:
         >>> len(code_hash(MaskedCrossAttention))
         16
     """
-    walk = _Walk(cls, home or cls.__module__)
+    return hashlib.sha256("\n".join(code_read(cls, home, origin=origin)).encode()).hexdigest()[:16]
+
+
+def code_read(cls: type[nn.Module], home: str = "", *, origin: str = "") -> list[str]:
+    """What `code_hash` hashes: every function as its tree, with what each of its names stands for."""
+    return _walk(cls, home, origin).texts
+
+
+def replaced(cls: type[nn.Module], home: str = "") -> list[str]:
+    """The names that a class's forward reads from its module and that stand for something else by now.
+
+    They are compared with what the module imports and defines, so a function that somebody has put in the
+    place of another one is found, even if it does the same and more.
+    """
+    names = []
+    for name, scope in _walk(cls, home).read.items():
+        value, imported = scope[name], _imports(scope).get(name)
+        if imported is not None:
+            module = sys.modules.get(imported[0])
+            expected = getattr(module, imported[1], module) if imported[1] else module
+            if value is not expected:
+                names.append(name)
+        elif isinstance(value, FunctionType) and value.__globals__ is not scope:
+            names.append(name)
+    return sorted(names)
+
+
+def _walk(cls: type[nn.Module], home: str, origin: str = "") -> _Walk:
+    walk = _Walk(cls, home or cls.__module__, origin)
     for name in _CALLS:
         value = inspect.getattr_static(cls, name)
         if value is not inspect.getattr_static(nn.Module, name):
             walk.texts.append(f"{name} = {walk.describe(value)}")
-    return hashlib.sha256("\n".join(walk.texts).encode()).hexdigest()[:16]
+    return walk
+
+
+def _imports(scope: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """The names that a module imports: the module each comes from, and its name there, empty for a module."""
+    tree, _ = _index("".join(linecache.getlines(scope["__file__"], scope)))
+    package = scope.get("__package__") or ""
+    found: dict[str, tuple[str, str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            home = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            found |= {each.asname or each.name: (home, each.name) for each in node.names}
+        elif isinstance(node, ast.Import):
+            for each in node.names:
+                first = each.name.partition(".")[0]
+                found[each.asname or first] = (each.name if each.asname else first, "")
+    return found
 
 
 def unwrapped(function: Any) -> Any:
@@ -67,11 +114,13 @@ class _Walk:
 
     Attributes:
         texts: the functions of the home as text, in the order in which they were met.
+        read: the names that they read from the home, with the scope in which they found them.
     """
 
-    def __init__(self, cls: type[nn.Module], home: str) -> None:
-        self.cls, self.home = cls, home
+    def __init__(self, cls: type[nn.Module], home: str, origin: str = "") -> None:
+        self.cls, self.home, self.origin = cls, home, origin or home
         self.texts: list[str] = []
+        self.read: dict[str, dict[str, Any]] = {}
         self._met: dict[FunctionType, str] = {}
 
     def describe(self, value: Any) -> str:
@@ -91,7 +140,8 @@ class _Walk:
         if isinstance(value, ModuleType):
             return f"module {value.__name__}"
         if isinstance(value, type):
-            return f"class {_library(value.__module__)}.{value.__qualname__}"
+            place = self.origin if value.__module__ == self.home else value.__module__
+            return f"class {_library(place)}.{value.__qualname__}"
         if isinstance(value, BuiltinFunctionType):
             return f"builtin {value.__name__}"
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype)):
@@ -115,6 +165,7 @@ class _Walk:
             for node in _nodes(tree):
                 if isinstance(node, ast.Name) and node.id in scope:
                     reached.setdefault(node.id, scope[node.id])
+                    self.read[node.id] = scope
             reached |= {f"self.{name}": value for name, value in self._members(tree)}
         lines += [f"{name} = {self.describe(reached[name])}" for name in sorted(reached)]
         if lines:

@@ -12,18 +12,17 @@ from typing import Any, cast
 from torch import nn
 
 from .cache_keyword import with_cache_keyword
-from .registry import match
 
 _ORIGINAL = "_unpatched_class"
 _FIXES = "fixes"
 
 
-def swap(module: nn.Module, fixes: frozenset[str] = frozenset()) -> None:
-    """Give a module of a known class the fused class that replaces it."""
+def swap(module: nn.Module, fused: type[nn.Module], fixes: frozenset[str] = frozenset()) -> None:
+    """Give a module the fused class that replaces its own."""
     original = type(module)
     _forget_own_forward(module)
     setattr(module, _ORIGINAL, original)
-    module.__class__ = fused_class(original)
+    module.__class__ = fused_class(original, fused)
     if fixes:
         setattr(module, _FIXES, fixes)
 
@@ -38,11 +37,10 @@ def restore(modules: Iterable[nn.Module]) -> None:
     for module in swapped:
         if getattr(module, "folded", ()):
             raise RuntimeError("unpatch: expected a model that is not folded; unfold(model) first.")
-        expected, got = fused_class(vars(module)[_ORIGINAL]), type(module)
-        if got is not expected:
+        if type(module) not in _given:
             raise RuntimeError(
-                f"unpatch: expected a module of {expected.__qualname__}, the class patch gave it, got "
-                f"{got.__qualname__}; undo first what changed its class since."
+                f"unpatch: expected a {vars(module)[_ORIGINAL].__qualname__} with the class that patch gave "
+                f"it, got {type(module).__qualname__}; undo first what changed its class since."
             )
     for module in swapped:
         _forget_own_forward(module)
@@ -68,30 +66,32 @@ def _forget_own_forward(module: nn.Module) -> None:
         del module.forward
 
 
-def fused_class(original: type[nn.Module]) -> type[nn.Module]:
-    """`original` with another forward: the same class at every call, so that compiled code stays valid."""
-    found = match(original)
-    if found is None:
-        raise TypeError(f"expected a class that a family knows, got {original.__qualname__}.")
-    fused = found.fused
-    if issubclass(fused, original):
-        return fused
-    if original not in _combined:
-        members = {"__module__": fused.__module__, **with_cache_keyword(fused, original)}
-        _combined[original] = type(fused.__name__, (_Combined, fused, original), members)
-    return _combined[original]
+def fused_class(original: type[nn.Module], fused: type[nn.Module]) -> type[nn.Module]:
+    """`original` with the forward of `fused`: the same class at every call, so compiled code stays valid."""
+    if (original, fused) not in _classes:
+        _classes[original, fused] = fused if issubclass(fused, original) else _combine(original, fused)
+        _given.add(_classes[original, fused])
+    return _classes[original, fused]
 
 
-_combined: dict[type[nn.Module], type[nn.Module]] = {}
+def _combine(original: type[nn.Module], fused: type[nn.Module]) -> type[nn.Module]:
+    members = {"__module__": fused.__module__, "_fused": fused, **with_cache_keyword(fused, original)}
+    return type(fused.__name__, (_Combined, fused, original), members)
+
+
+_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+_given: set[type[nn.Module]] = set()  # all classes that modules were given
 
 
 class _Combined(nn.Module):
     """Copies and pickles modules of combined classes by their original class, as no import finds these."""
 
+    _fused: type[nn.Module]
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]
-        return (_rebuild, (vars(self)[_ORIGINAL],), *state)
+        return (_rebuild, (vars(self)[_ORIGINAL], self._fused), *state)
 
 
-def _rebuild(original: type[nn.Module]) -> nn.Module:
-    return nn.Module.__new__(fused_class(original))
+def _rebuild(original: type[nn.Module], fused: type[nn.Module]) -> nn.Module:
+    return nn.Module.__new__(fused_class(original, fused))

@@ -10,7 +10,7 @@ import torch
 
 
 def recording(backend: str, found: Counter[str]) -> Callable[..., Any]:
-    """A backend of torch.compile that counts this library's operations, by name, in the graphs it is given."""
+    """A backend of torch.compile that counts this library's operations in its graphs, by name."""
 
     def compiler(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         for module in graph.modules():

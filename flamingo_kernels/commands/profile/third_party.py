@@ -33,11 +33,20 @@ PARTS = {
 }
 # Biases of keys: no softmax sees them, so their gradients are rounding alone.
 UNSEEN = ("k_layer_norm.bias", "key_protein.bias")
+
+
+def _idefics_images(prompt: Any) -> dict[str, Any]:
+    """What transformers' own `generate` passes on; from 5.24 on it resamples the images for every token."""
+    if hasattr(prompt, "image_outputs"):
+        return {"image_encoder_embeddings": prompt.image_outputs.last_hidden_state}
+    return {"perceiver_embeddings": prompt.image_hidden_states}
+
+
 # What a token after the prompt is given of the images again, for each model with a cache. flamingo_pytorch
 # has none, and Evolla reads the whole text and the protein for every token.
 _IMAGES_AGAIN: dict[str, Callable[[Any], dict[str, Any]]] = {
     "open_flamingo-tiny": lambda prompt: {"vision_x": None},
-    "idefics-tiny": lambda prompt: {"perceiver_embeddings": prompt.image_hidden_states},
+    "idefics-tiny": _idefics_images,
     "idefics2-tiny": lambda prompt: {},
     "mllama-tiny": lambda prompt: {},
 }
@@ -107,13 +116,14 @@ def _decode(
     given = _cast(inputs, model)
     text = {name: each for name, each in given.items() if each.shape[:2] == shape}
     prompt = model(**given | {name: each[:, :-1] for name, each in text.items()}, use_cache=True)
-    cache = prompt.past_key_values
+    keyword = "cache" if "cache" in prompt else "past_key_values"  # before transformers 5.24
+    cache = prompt[keyword]
     lengths = [layer.get_seq_length() for layer in cache.layers]
     last = {name: each[:, -1:] for name, each in text.items()}
     last |= {"attention_mask": given["attention_mask"], **again(prompt)}
 
     def decode() -> Tensor:
-        logits = model(**last, past_key_values=cache, use_cache=True).logits
+        logits = model(**last, **{keyword: cache}, use_cache=True).logits
         for layer, length in zip(cache.layers, lengths, strict=True):
             if layer.get_seq_length() > length:  # not the keys of images
                 layer.crop(-1)

@@ -17,7 +17,8 @@ PATCH = "tests/flamingo_kernels/patch"
 TESTS = {
     # What is compiled differs by torch, not by transformers.
     "usual": [
-        *(f"{PATCH}/test_transformers.py", f"{PATCH}/test_known.py", f"{PATCH}/test_hooks.py"),
+        *(f"{PATCH}/test_transformers.py", f"{PATCH}/test_cache_keyword.py"),
+        *(f"{PATCH}/test_known.py", f"{PATCH}/test_hooks.py"),
         *("-k", "not compiled and not autocast and not lora and not checkpointing"),
     ],
     "rest": [

@@ -345,6 +345,12 @@ class GatedCrossAttentionBlock(nn.Module):
 SIZES = {"dim": TEXT, "dim_visual": 12, "dim_head": 8, "heads": 3}
 
 
+NAMESAKE = (
+    f"GatedCrossAttentionBlock of {__name__} is not a known one: unlike "
+    "open_flamingo.GatedCrossAttentionBlock, attn is missing"
+)
+
+
 class TestRecognition:
     def test_a_subclass_that_overrides_nothing(self):
         block, tensors = randomise(Narrated(**SIZES)), inputs()
@@ -386,8 +392,7 @@ class TestRecognition:
 
     def test_a_namesake_beside_known_modules(self):
         model = nn.ModuleList([cross_attention("flamingo"), GatedCrossAttentionBlock()])
-        reason = f"GatedCrossAttentionBlock of {__name__} is not a known one"
-        assert patch(model).skipped == {"1": reason}
+        assert patch(model).skipped == {"1": NAMESAKE}
 
     def test_nothing_known(self):
         model = nn.Sequential(nn.Linear(2, 2), GatedCrossAttentionBlock())
@@ -401,9 +406,7 @@ class TestRecognition:
                 f"\n  {family}: MaskedCrossAttention, GatedCrossAttentionBlock, PerceiverAttention, "
                 "PerceiverResampler of" in message
             )
-        assert raised.value.reasons == {
-            "1": [f"GatedCrossAttentionBlock of {__name__} is not a known one"],
-        }
+        assert raised.value.reasons == {"1": [NAMESAKE]}
         unpatch(model)
 
     def test_no_module(self):
