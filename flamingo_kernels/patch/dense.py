@@ -190,7 +190,7 @@ def reads_padding_when_run(mask: Tensor, media: Tensor, latents: Tensor, *, sdpa
 
 def _fits_latents(mask: Tensor, media: Tensor, latents: Tensor) -> bool:
     """Whether a mask is for the keys `[media ; latents]`."""
-    clips, keys = len(media), media.shape[1] + latents.shape[1]
+    clips, keys = media.shape[0], media.shape[1] + latents.shape[1]  # `len` would fix a traced size
     added = mask.ndim == 4 and (*mask.shape[:2], mask.shape[3]) == (clips, 1, keys)
     return added or mask.shape == (clips, keys)
 

@@ -58,10 +58,9 @@ def dense_cross_attention(
     q, k, v = checks.autocast(q, k, v)
     _expect_cross(q, k, v, mask, rows)
     backend = dispatch.resolve("masked_cross_attention", "auto", q, k[:, :, None], v[:, :, None])
-    with checks.without_autocast(q):
-        if backend == "reference":
-            return _blanked(_dense(q, k, v, mask, sdpa, scale), rows)
-        return _call(_CROSS, (q, k, v), (mask, rows), (backend, sdpa, scale))
+    if backend == "reference":
+        return _blanked(_dense(q, k, v, mask, sdpa, scale), rows)
+    return _call(_CROSS, (q, k, v), (mask, rows), (backend, sdpa, scale))
 
 
 def dense_perceiver_attention(
@@ -92,10 +91,9 @@ def dense_perceiver_attention(
     q, k_media, v_media, k_latents, v_latents = tensors
     _expect_perceiver(q, k_media, v_media, k_latents, v_latents, mask)
     backend = dispatch.resolve("perceiver_attention", "auto", *tensors)
-    with checks.without_autocast(q):
-        if backend == "reference":
-            return _dense(q, *_joined(k_media, v_media, k_latents, v_latents), mask, sdpa, scale)
-        return _call(_PERCEIVER, tensors, (mask,), (backend, sdpa, scale))
+    if backend == "reference":
+        return _dense(q, *_joined(k_media, v_media, k_latents, v_latents), mask, sdpa, scale)
+    return _call(_PERCEIVER, tensors, (mask,), (backend, sdpa, scale))
 
 
 def _expect_cross(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rows: Tensor | None) -> None:
@@ -138,12 +136,13 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sdpa: bool, scale: flo
     group = q.shape[2] // k.shape[2]
     k, v = (x if group == 1 else x.repeat_interleave(group, dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, ., d]
-    if sdpa:
-        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    else:
-        p = (q @ k.transpose(-1, -2) * scale + mask).softmax(-1, dtype=torch.float32)
-        out = p.to(q.dtype) @ v
+    with checks.without_autocast(q):  # its dtypes are those that autocast gave q, k and v
+        if sdpa:
+            mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        else:
+            p = (q @ k.transpose(-1, -2) * scale + mask).softmax(-1, dtype=torch.float32)
+            out = p.to(q.dtype) @ v
     return out.transpose(1, 2).contiguous()
 
 

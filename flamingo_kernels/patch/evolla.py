@@ -163,7 +163,7 @@ def _spans_of_all(rows: Tensor, batch: Tensor, keys: int) -> MediaMask | None:
     latents = largest_divisor(keys, LARGEST_LATENTS)
     if latents == 0 or are_small(latents, keys):
         return None
-    size, media = len(rows), keys // latents
+    size, media = rows.shape[0], keys // latents
     hi = torch.where(_seeing(rows, batch), media, -1).int()
     start = torch.zeros(size, media, dtype=torch.int32, device=hi.device)
     stop = torch.full_like(start, rows.shape[1])

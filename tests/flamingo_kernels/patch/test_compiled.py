@@ -23,7 +23,15 @@ ROWS = {
     "an unused image": ("###....###", "###.......", ".......###"),
     "a gap": ("##..##....", "####......", ".....#####"),
 }
-masks = pytest.mark.parametrize("kind", [*ROWS, "a bias"])
+KINDS = [*ROWS, "a bias"]
+every_kind = pytest.mark.parametrize(
+    ("kind", "implementation", "backend"),
+    [
+        *((kind, "sdpa", "eager") for kind in KINDS),
+        ("an image each", "sdpa", "aot_eager"),
+        ("a gap", "eager", "aot_eager"),
+    ],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +65,8 @@ class TestIdefics:
         rows = (mask == 0).any(-1)[:, 0].float() if rows is None else rows
         return lambda module, x, media: module(x, None, media, mask.to(x.dtype), rows)
 
-    @masks
-    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-    @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-    def test_every_kind_of_mask(self, kind, backend, implementation):
+    @every_kind
+    def test_every_kind_of_mask(self, kind, implementation, backend):
         block = self.block()
         block.cross_attn.config._attn_implementation = implementation
         fused, found = compile_patched(block, backend)
@@ -120,10 +126,8 @@ class TestMllama:
     def layer(self):
         return build("mllama-tiny").model.model.language_model.layers[1]
 
-    @masks
-    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-    @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-    def test_every_kind_of_mask(self, kind, backend, implementation):
+    @every_kind
+    def test_every_kind_of_mask(self, kind, implementation, backend):
         """A text that sees no image sees them all, as the model does it."""
         layer, mask = self.layer(), mask_of(kind)
         layer.cross_attn.config._attn_implementation = implementation
