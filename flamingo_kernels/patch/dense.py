@@ -160,7 +160,8 @@ def media_first(
     """For keys `[media ; latents]`: an order `[N, S]` with the visible media first, and their number `[N]`.
 
     The order is None if they come first already. The result is None if the rows of a clip see different keys,
-    if one does not see a latent, if the mask is broadcast over clips, or in a traced run.
+    if one does not see a latent, if the mask is broadcast over clips, or in a traced run (see
+    `reads_padding_when_run`).
 
     Args:
         mask: `[N, 1, R, S + L]`, bool, or added to the scores; or `[N, S + L]`, 1 where a key is seen.

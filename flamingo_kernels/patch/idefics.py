@@ -1,8 +1,9 @@
 """Idefics of transformers: its gated cross-attention blocks, and the attention of its resampler.
 
 A block calls its attention as a module if the mask is no `MediaMask`, in training with dropout, with other
-attention implementations than "eager" and "sdpa", and if the attention has hooks. Gates, residuals and the
-norm between are fused all the same.
+attention implementations than "eager" and "sdpa", and if the attention has hooks. A compiled model reads the
+mask when it runs, and calls the attention for one token. Gates, residuals and the norm between are fused all
+the same.
 """
 
 from __future__ import annotations

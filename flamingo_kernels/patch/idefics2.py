@@ -1,8 +1,9 @@
 """Idefics2 of transformers: the attention of its resampler, with grouped heads and padding among the patches.
 
 The order of its keys does not matter, so the visible patches of an image move to the front and become a
-length. The original's forward computes masks that differ between the latents of an image, dropout in
-training, other attention implementations than "eager" and "sdpa", and everything that is traced.
+length; in a compiled model an operator does that when it runs. The original's forward computes masks that
+differ between the latents of an image, dropout in training, and other attention implementations than "eager"
+and "sdpa".
 """
 
 from __future__ import annotations

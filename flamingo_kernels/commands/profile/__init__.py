@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a short text: shows that it works, not how fast"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="time both under torch.compile; parts are still those without"
+    )
     parser.add_argument("--trace", metavar="FILE", help="write a Chrome trace with the parts in it (.json)")
     parser.add_argument("--json", metavar="FILE", help="write all that was found, with its conditions")
     parser.add_argument("--picture", metavar="FILE", help="draw the time by part (.png, .svg, .pdf)")
@@ -58,7 +61,14 @@ def main(options: argparse.Namespace) -> int:
             print("profile: nothing was run, so there is no trace and no picture.", file=sys.stderr)
         return 0
     seconds = 0.1 if options.quick else 5.0
-    found = run.run(plan, dtype=dtype, device=options.device, seconds=seconds, trace=options.trace)
+    found = run.run(
+        plan,
+        dtype=dtype,
+        device=options.device,
+        seconds=seconds,
+        trace=options.trace,
+        compiled=options.compile,
+    )
     print(report.measured(found))
     _save(found, options.json)
     if options.picture and found.same:

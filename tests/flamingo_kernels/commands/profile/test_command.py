@@ -63,6 +63,24 @@ def test_it_prints_and_writes_what_it_found(tmp_path, capsys):
 FILES = {"json": "json", "trace": "trace.json", "picture": "png"}
 
 
+def test_both_sides_are_compiled_when_asked_for(monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(run, "compiled_twin", lambda model: made.append(run.twin(model)) or made[-1])
+    assert cli.main(["profile", "tiny", *ASKED, "--compile"]) == 0
+    assert "before and after under torch.compile; their parts without it" in capsys.readouterr().out
+    patched = [any(isinstance(module, fused.Fused) for module in model.modules()) for model in made]
+    assert patched == [False, True]
+
+
+def test_a_compiled_twin_runs_the_graphs():
+    model, graphs = models.plan("tiny", quick=True).subject(torch.float32, "cpu").model.resampler, []
+    twin = run.compiled_twin(model, lambda graph, _: graphs.append(graph) or graph.forward)
+    x = torch.randn(1, 1, 2, 4, model.latents.shape[-1])
+    torch.testing.assert_close(twin(x), model(x))
+    assert graphs
+    assert twin.latents is model.latents
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     subject = models.plan("tiny", quick=True).subject(dtype, "cpu")
