@@ -131,12 +131,11 @@ class TestCrossAttention:
         assert bool(launched) == spans
 
     @kinds
-    def test_compiled(self, kind, kernels):
+    def test_as_one_graph(self, kind, compiled):
         mask, rows, _ = of(kind)
-        compiled = Dense(mask, rows, sdpa=kind != BLIND)
-        compiled.compile(backend="aot_eager", fullgraph=True)
-        with use_backend(kernels):
-            assert_parity(Plain(mask, rows), compiled, *shapes(mask))
+        module = Dense(mask, rows, sdpa=kind != BLIND)
+        module.compile(backend="aot_eager", fullgraph=True)
+        assert_parity(Plain(mask, rows), module, *shapes(mask))
 
     @sdpa
     def test_a_bias(self, sdpa, compiled, launched):
@@ -289,12 +288,11 @@ class TestPerceiverAttention:
         assert not launched
 
     @pytest.mark.parametrize("kind", PADDING)
-    def test_compiled(self, kind, kernels):
+    def test_as_one_graph(self, kind, compiled):
         mask = added(PADDING[kind][0].bool()[:, None])
         module = DensePerceiver(mask)
         module.compile(backend="aot_eager", fullgraph=True)
-        with use_backend(kernels):
-            assert_parity(PlainPerceiver(mask), module, *perceiver_shapes())
+        assert_parity(PlainPerceiver(mask), module, *perceiver_shapes())
 
     @pytest.mark.parametrize(
         ("mask", "message"),
@@ -312,19 +310,19 @@ class TestRegistered:
     """Inputs without requires_grad: autograd is not registered on the operations but wraps them."""
 
     @pytest.mark.parametrize("kind", ["one image each", "several images", "a gap"])
-    def test_cross_attention(self, kind, kernels):
+    def test_cross_attention(self, kind, compiled):
         mask, rows, _ = of(kind)
         q, k, v = (torch.randn(shape) for shape in shapes(mask))
-        operator, options = dense_attention._CROSS, (kernels, True, 0.3)
+        operator, options = dense_attention._CROSS, (compiled, True, 0.3)
         torch.library.opcheck(operator.fwd, (q, k, v, mask, rows, *options))
         out, softmax = operator.fwd(q, k, v, mask, rows, *options)
         torch.library.opcheck(operator.bwd, (q, q, k, v, mask, rows, out, softmax, *options))
 
     @pytest.mark.parametrize("kind", PADDING)
-    def test_perceiver_attention(self, kind, kernels):
+    def test_perceiver_attention(self, kind, compiled):
         mask = added(PADDING[kind][0].bool()[:, None])
         tensors = [torch.randn(shape) for shape in perceiver_shapes()]
-        operator, options = dense_attention._PERCEIVER, (kernels, True, 0.3)
+        operator, options = dense_attention._PERCEIVER, (compiled, True, 0.3)
         torch.library.opcheck(operator.fwd, (*tensors, mask, *options))
         out, softmax = operator.fwd(*tensors, mask, *options)
         torch.library.opcheck(operator.bwd, (out, *tensors, mask, out, softmax, *options))

@@ -75,7 +75,7 @@ def test_both_sides_are_compiled_when_asked_for(monkeypatch, capsys):
 def test_a_compiled_twin_runs_the_graphs():
     model, graphs = models.plan("tiny", quick=True).subject(torch.float32, "cpu").model.resampler, []
     twin = run.compiled_twin(model, lambda graph, _: graphs.append(graph) or graph.forward)
-    x = torch.randn(1, 1, 2, 4, model.latents.shape[-1])
+    x = torch.randn(1, 1, 1, 4, model.project_input.in_features)
     torch.testing.assert_close(twin(x), model(x))
     assert graphs
     assert twin.latents is model.latents
