@@ -59,7 +59,7 @@ class MllamaTextCrossAttention(GroupedAttention):
         if spans is None and not late and not sees_all:
             return super().forward(hidden_states, *media, use_cache, **kwargs)
         q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)))  # [B, T, H, d]
-        k, v = self.kv(len(q), cross_attention_states, cache, kwargs)
+        k, v = self.kv(q.shape[0], cross_attention_states, cache, kwargs)
         if late:
             mask, sdpa = cast(Tensor, attention_mask), self.is_sdpa()
             out = dense_cross_attention(q, k, v, mask, scale=self.scaling, sdpa=sdpa)
@@ -172,7 +172,7 @@ class MllamaCrossAttentionDecoderLayer(DecoderLayer):
             media = {"cross_attention_states": states, self.cache_keyword: cache, "attention_mask": mask}
             attended, _ = attn(hidden_states=self.input_layernorm(x), **media, **kwargs)
             return add_gated(x, attended, gate)
-        k, v = (spans.media(each) for each in attn.kv(len(x), states, cache, kwargs))
+        k, v = (spans.media(each) for each in attn.kv(x.shape[0], states, cache, kwargs))
         return gated_cross_attention(x, k, v, spans.mask, gate=gate, scale=attn.scaling, **plain._asdict())
 
 
