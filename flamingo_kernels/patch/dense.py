@@ -134,11 +134,13 @@ def media_first(
         latents: `[N, L, D]`.
         layer: the layer that asks.
     """
+    if is_recording(mask):
+        return None
     clips, keys = len(media), media.shape[1] + latents.shape[1]
     fits = mask.shape == (clips, keys) or (
         mask.ndim == 4 and (*mask.shape[:2], mask.shape[3]) == (clips, 1, keys)
     )
-    if is_recording(mask) or not fits:
+    if not fits:
         return None
     return cast(
         "tuple[Tensor | None, Tensor] | None", once(_read_padding, (mask,), latents.shape[1], layer=layer)

@@ -38,12 +38,12 @@ class Idefics2PerceiverAttention(GroupedAttention):
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # [N, R, D], and no weights
-        first = None
-        if attention_mask is not None:
+        first, cached = None, cache is not None or getattr(self, self.cache_keyword, None) is not None
+        stays = self.is_causal or cached or self.must_stay(self.attention_dropout, kwargs)
+        if attention_mask is not None and not stays:  # flex_attention has a mask that is no tensor
             first = media_first(attention_mask, context, latents, layer=self)
-        dense = self.is_causal or (attention_mask is not None and first is None)
-        cached = cache is not None or getattr(self, self.cache_keyword, None) is not None
-        if dense or cached or self.must_stay(self.attention_dropout, kwargs):
+            stays = first is None
+        if stays:
             rest = (attention_mask, position_ids, cache)
             return super().forward(latents, context, *rest, **kwargs)
         lengths = None
