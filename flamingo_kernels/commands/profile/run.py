@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ... import patch
 from ...testing import Proof, expect, prove
 from ..info import conditions_on
 from ..measure.memory import peak_growth, saved_bytes
 from ..measure.progress import ProgressBar
+from ..measure.swapped import swapped
 from ..measure.text import dtype_name
 from ..measure.timing import Clock, Spread, clock_of, interleave
 from .parts import PARTS, device_time, each_part, host_time, labels, time_by_part
@@ -106,7 +106,7 @@ def run(
     progress(f"{plan.name}: building")
     subject = plan.subject(dtype, device)
     after = twin(subject.model)
-    report = patch(after)
+    report = swapped(after)
     models = {BEFORE: subject.model, AFTER: after}
     timed = {side: compiled_twin(model) for side, model in models.items()} if compiled else models
     progress("results: comparing with float64")

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from flamingo import modules
 from flamingo_kernels import __main__ as cli
 from flamingo_kernels import patch
 from flamingo_kernels.commands.measure.timing import Spread
@@ -98,6 +99,28 @@ def test_a_model_whose_library_is_missing(monkeypatch, capsys):
     monkeypatch.setitem(models.MODELS, "open_flamingo-tiny", missing)
     assert cli.main(["profile", "open_flamingo-tiny", *ASKED]) == 2
     assert capsys.readouterr().err == "profile: open_flamingo is not installed: pip install it\n"
+
+
+@pytest.mark.parametrize("lacking", ["", "needs more than there is"])
+def test_a_model_of_which_nothing_is_swapped(lacking, monkeypatch, capsys):
+    """It was compared with itself once, and said to be 1.28 times as fast."""
+    for name in (
+        "MaskedCrossAttention",
+        "GatedCrossAttentionBlock",
+        "PerceiverAttention",
+        "PerceiverResampler",
+    ):
+        cls = getattr(modules, name)
+        other = cls.forward
+        monkeypatch.setattr(
+            cls, "forward", lambda self, *args, other=other, **kwargs: other(self, *args, **kwargs)
+        )
+    monkeypatch.setattr(count, "lacking_memory", lambda *_: lacking)
+    assert cli.main(["profile", "tiny", *ASKED]) == 2
+    shown = capsys.readouterr()
+    assert "expected modules that patch swaps in Flamingo, got none" in shown.err
+    assert "was given another forward by" in shown.err
+    assert shown.out == ""
 
 
 @pytest.mark.parametrize(

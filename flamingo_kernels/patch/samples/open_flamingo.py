@@ -1,43 +1,17 @@
-"""Small instances of the known classes, and the calls in which another class may turn out to differ."""
+"""Small instances of open_flamingo's and flamingo_pytorch's classes, and calls in which copies may differ."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import flamingo_pytorch, open_flamingo
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class Call(NamedTuple):
-    """One call of a module.
-
-    Attributes:
-        title: what is special about it.
-        make: its arguments in a dtype, the same random numbers whenever the seed is the same.
-    """
-
-    title: str
-    make: Callable[[torch.dtype], Arguments]
-
-
-class Sample(NamedTuple):
-    """How a class is tried.
-
-    Attributes:
-        build: a small instance of a class, made like the user's module.
-        calls: the calls for a small instance.
-    """
-
-    build: Callable[[type[nn.Module], nn.Module], nn.Module]
-    calls: Callable[[nn.Module], Iterator[Call]]
-
+from .. import flamingo_pytorch, open_flamingo
+from .call import Arguments, Call, Sample, randn
 
 _SIZES = {
     "dim": 12,
@@ -79,7 +53,7 @@ def _masked_calls(module: nn.Module) -> Iterator[Call]:
         title: str, places: Tensor | None, *, text: int = 7, media: int = 3, size: float = 1, **flags: bool
     ) -> Call:
         def make(dtype: torch.dtype) -> Arguments:
-            x, features = _randn(dtype, 2, text, width), _randn(dtype, 2, media, 5, visual, size=size)
+            x, features = randn(dtype, 2, text, width), randn(dtype, 2, media, 5, visual, size=size)
             return (x, features, None if places is None else places.clone()), flags
 
         return Call(title, make)
@@ -112,8 +86,8 @@ def _perceiver_calls(module: nn.Module) -> Iterator[Call]:
     def call(title: str, *, features: int = 5, latents: int = 3, size: float = 1) -> Call:
         def make(dtype: torch.dtype) -> Arguments:
             return (
-                _randn(dtype, 2, 2, features, width, size=size),
-                _randn(dtype, 2, 2, latents, width, size=size),
+                randn(dtype, 2, 2, features, width, size=size),
+                randn(dtype, 2, 2, latents, width, size=size),
             ), {}
 
         return Call(title, make)
@@ -142,11 +116,7 @@ def _resampler_calls(module: nn.Module) -> Iterator[Call]:
 
 
 def _features(shape: tuple[int, ...], dtype: torch.dtype) -> Arguments:
-    return (_randn(dtype, *shape),), {}
-
-
-def _randn(dtype: torch.dtype, *shape: int, size: float = 1) -> Tensor:
-    return (torch.randn(*shape, dtype=torch.float64) * size).to(dtype).requires_grad_()
+    return (randn(dtype, *shape),), {}
 
 
 SAMPLES: Mapping[type[nn.Module], Sample] = {
