@@ -19,8 +19,13 @@ OLDEST_TRITON := triton==3.6.0
 OLDEST_TRANSFORMERS := transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2 \
 	requests==2.34.2 urllib3==2.8.0 certifi==2026.10.18 charset-normalizer==3.5.2
 OLDEST := $(VENV)/triton-oldest $(VENV)/transformers-oldest
+# What may fail with releases that came after constraints.txt was written.
+NEWEST := $(VENV)/newest
+NEWEST_TESTS := tests/flamingo_kernels/patch tests/flamingo_kernels/commands/profile tests/flamingo/language \
+	tests/flamingo/test_generation.py tests/flamingo/test_open_flamingo.py \
+	--ignore tests/flamingo_kernels/patch/test_oldest_transformers.py
 
-.PHONY: help demo test test-slow lint format bench gpu info build emulated clean
+.PHONY: help demo test test-slow test-newest lint format bench gpu info build emulated clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -34,6 +39,23 @@ test: build emulated $(OLDEST) ## run the tests (ARGS="-k mask" for some of them
 
 test-slow: build emulated $(OLDEST) ## run the slow tests too
 	@$(BIN)/python -m pytest $(PARALLEL) -m "" $(ARGS)
+
+# transformers comes with what it needs. A plain torch may bring gigabytes of CUDA: another than that of the tests
+# is taken only as a build for CPUs ("+cpu"), from wherever pip is told to look, as by PIP_EXTRA_INDEX_URL.
+test-newest: build ## run the tests of other libraries' models with the newest release of each (takes long)
+	@rm -rf $(NEWEST)
+	@echo "installing the newest transformers beside the other"
+	@$(INSTALL) --target $(NEWEST) transformers
+	@torch=$$($(BIN)/python -m pip index versions torch 2> /dev/null | grep -o '[0-9.]*+cpu' | head -n 1); \
+		case "$$torch" in \
+			"" | $$($(BIN)/python -c 'import torch; print(torch.__version__)')) \
+				echo "pip finds no newer torch that is a build for CPUs: with that of the tests" ;; \
+			*) echo "installing torch $$torch beside the other"; \
+				$(INSTALL) --no-deps --target $(NEWEST) "torch==$$torch" ;; \
+		esac
+	@export PYTHONPATH="$(CURDIR)/$(NEWEST)"; \
+		$(BIN)/python -c 'import torch, transformers as t; print("torch", torch.__version__, "transformers", t.__version__)' \
+		&& $(BIN)/python -m pytest $(PARALLEL) -m "" -r fE $(NEWEST_TESTS) $(ARGS)
 
 bench: build ## time every operator and layer against its rivals
 	@$(BIN)/python -m flamingo_kernels bench $(ARGS)

@@ -177,7 +177,8 @@ def fold(model: nn.Module, *, int8: bool = False) -> FoldReport:
     if model.training:
         raise ValueError("fold: expected a model for inference, got one in training mode; call model.eval().")
     quantize = _quantizer() if int8 else None
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    paths = [*model.named_modules(remove_duplicate=False), *model.named_parameters(remove_duplicate=False)]
+    uses = Counter(id(each) for _, each in paths)
     found = {path: _Folding(module, uses) for path, module in model.named_modules() if _folds(module)}
     skipped = {
         f"{path}.{name}".strip("."): why for path, folding in found.items() for name, why in folding.run()
@@ -275,7 +276,7 @@ class _Folding:
         value = self.values[path] if path in self.values else _get(self.module, path)
         if not isinstance(value, Tensor):
             return value
-        if path not in self.values and self._uses[id(value)] > 1:
+        if path not in self.values and self._uses[id(value)] > self._uses[id(self.module)]:
             raise _Unfoldable(path, "the parameter is shared")
         return value.detach().to(torch.promote_types(value.dtype, torch.float32))
 

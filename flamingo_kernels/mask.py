@@ -12,6 +12,7 @@ from torch import Tensor
 from ._checks import INTEGERS, expect_count, expect_same_device, expect_shape, expect_tensors
 
 Policy = Literal["zero", "open_flamingo"]
+LARGEST_LATENTS = 256  # a medium may have in the kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +160,7 @@ class MediaMask:
 
     @classmethod
     def from_dense(
-        cls, visible: Tensor, *, averages: Tensor | None = None, max_latents: int = 256
+        cls, visible: Tensor, *, averages: Tensor | None = None, max_latents: int = LARGEST_LATENTS
     ) -> MediaMask:
         """A mask from a dense one over keys, in which every row sees one run of keys.
 
@@ -207,7 +208,7 @@ class MediaMask:
                 "attention must compute such a mask."
             )
         keys = visible.shape[-1]
-        latents = _largest_divisor(math.gcd(keys, *lo.unique().tolist(), *hi.unique().tolist()), max_latents)
+        latents = largest_divisor(math.gcd(keys, *lo.unique().tolist(), *hi.unique().tolist()), max_latents)
         num_media = keys // latents if latents else 0
         lo, hi = (span.div(max(latents, 1), rounding_mode="floor") for span in (lo, hi))
         start, stop = _token_ranges(lo, hi, hi > lo, num_media)
@@ -295,7 +296,7 @@ def _runs(visible: Tensor) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
     return lo, hi, tuple(gaps[0].tolist()) if len(gaps) else None
 
 
-def _largest_divisor(number: int, most: int) -> int:
+def largest_divisor(number: int, most: int) -> int:
     """The largest divisor of a number up to `most`; 0 if there is none."""
     return next((divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0), 0)
 

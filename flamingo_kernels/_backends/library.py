@@ -2,7 +2,8 @@
 
 An operator has operations, `_fwd` and `_bwd` unless it is for inference alone, each in an overload for every
 backend: `default`, for which the C++ extension has kernels, `cuda`, for which the CUDA extension has them,
-and `triton`. Which one runs is decided before the call, so that a traced graph holds no choice.
+and `triton`. Which one runs is decided before the call, so that a traced graph holds no choice. What a model
+decides when it runs is an operation that calls others, see `compose`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,23 @@ def define(operation: str, schema: str, backends: Iterable[str] = tuple(_OVERLOA
         backend: getattr(overloads, "default" if backend == "cpu" else backend) for backend in backends
     }
     return _OPERATIONS[operation]
+
+
+def compose(operation: str, schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
+    """Make an operation known that calls others, as the numbers in its tensors say; what to call.
+
+    A captured CUDA graph would repeat what was decided once, so torch.compile leaves it out of one.
+
+    Args:
+        operation: its name.
+        schema: of arguments and results.
+        run: computes it on any device.
+        shapes: the same arguments to empty tensors like the results.
+    """
+    _LIBRARY.define(operation + schema, tags=(torch.Tag.cudagraph_unsafe,))
+    _LIBRARY.impl(operation, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flamingo_kernels::{operation}", shapes, lib=_LIBRARY)
+    return getattr(torch.ops.flamingo_kernels, operation).default
 
 
 def operations() -> list[str]:

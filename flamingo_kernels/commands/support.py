@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from .._backends import cuda, dispatch, triton
+from ..patch.known import KNOWN
 from ..patch.registry import families
 from . import readme
 from .measure.text import dtype_name, factor, gibibytes, mebibytes, rounded
 
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
+VERSIONS_BEGIN, VERSIONS_END = "<!-- versions: begin -->", "<!-- versions: end -->"
 PRESETS_BEGIN, PRESETS_END = "<!-- presets: begin -->", "<!-- presets: end -->"
 
 # By family, what `profile` calls the model whose gains stand in its row.
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """The command `support`."""
-    print(table(), models(options.results), presets(options.results), sep="\n\n")
+    print(table(), models(options.results), versions(), presets(options.results), sep="\n\n")
     if options.readme:
         update_readme(options.readme, options.results)
     return 0
@@ -139,6 +141,46 @@ def _conditions(found: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def versions() -> str:
+    """Which classes of which version of a library have known code, in Markdown.
+
+    Versions in a row that have the same known classes share a line.
+    """
+    others = families()[1:]  # the first one is the reference of this repository
+    names = [f"{family.module}.{name}" for family in others for name in family.fused]
+    spans = {name: [_span(text) for text in KNOWN[name].values()] for name in names}
+    lines = ["| library | versions | swapped by their source |", "|---|---|---|"]
+    libraries = dict.fromkeys(library for each in spans.values() for library, _, _ in each)
+    for library in libraries:
+        ends = {end for each in spans.values() for name, *pair in each if name == library for end in pair}
+        groups: dict[str, list[str]] = {}
+        for version in sorted(ends, key=_numbers):
+            known = (name.rpartition(".")[2] for name in names if _covers(spans[name], library, version))
+            groups.setdefault(", ".join(f"`{name}`" for name in dict.fromkeys(known)), []).append(version)
+        for classes, those in groups.items():
+            shown = those[0] if len(those) == 1 else f"{those[0]} to {those[-1]}"
+            lines.append(readme.row(library, shown, classes))
+    return "\n".join(lines)
+
+
+def _span(text: str) -> tuple[str, str, str]:
+    """Library, first and last version of a text such as "transformers 5.0.0 to 5.3.0"."""
+    library, _, known = text.partition(" ")
+    first, _, last = known.partition(" to ")
+    return library, first, last or first
+
+
+def _covers(spans: list[tuple[str, str, str]], library: str, version: str) -> bool:
+    return any(
+        name == library and _numbers(first) <= _numbers(version) <= _numbers(last)
+        for name, first, last in spans
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
 def presets(results: str | Path | None = None) -> str:
     """Tokens a second of each preset, or its bytes and FLOPs where it was not run, in Markdown.
 
@@ -184,6 +226,7 @@ def update_readme(path: str | Path, results: str | Path | None = None) -> None:
     """Replace what stands between the markers of a page by the tables. Raises as `readme.around`."""
     readme.replace(path, BEGIN, END, table())
     readme.replace(path, MODELS_BEGIN, MODELS_END, models(results))
+    readme.replace(path, VERSIONS_BEGIN, VERSIONS_END, versions())
     readme.replace(path, PRESETS_BEGIN, PRESETS_END, presets(results))
 
 

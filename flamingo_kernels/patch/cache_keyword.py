@@ -51,10 +51,10 @@ def _deprecating(forward: Forward, original: Any) -> Forward:
     while (original.__globals__.get("__name__"), original.__code__.co_name) != _DEPRECATION:
         if (original := getattr(original, "__wrapped__", None)) is None:
             return forward
-    names = original.__code__.co_freevars
+    code = original.__code__.replace()  # its own, as torch.compile counts recompilations by code object
     cells = [
         CellType(forward) if name == "func" else cell
-        for name, cell in zip(names, original.__closure__, strict=True)
+        for name, cell in zip(code.co_freevars, original.__closure__, strict=True)
     ]
-    wrapper = FunctionType(original.__code__, original.__globals__, closure=tuple(cells))
+    wrapper = FunctionType(code, original.__globals__, closure=tuple(cells))
     return functools.wraps(forward)(wrapper)

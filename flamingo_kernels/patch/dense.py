@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._kept import newest, once, once_for_equal
 from .._predicates import is_recording
-from ..mask import MediaMask
+from ..mask import LARGEST_LATENTS, MediaMask, largest_divisor
 from ..sublayers.labels import ATTENTION, labelled
 
 # A kernel does not pay for media of fewer latents than this among many keys.
@@ -58,9 +58,8 @@ def key_spans(mask: Tensor, text: Tensor, rows: Tensor | None = None, *, layer: 
 
     Keys that no row sees, such as those of padding tiles between two images, move behind the others. None
     means: gaps that this does not close, other values than 0 and the lowest, rows that see nothing though
-        they
-    may, media too small for many keys, a mask that is broadcast, or a traced run, as spans are read on the
-    host.
+    they may, media too small for many keys, a mask that is broadcast, or a traced run, which has no values
+    to read (see `reads_when_run`).
 
     Args:
         mask: `[B, 1, T, S]`, bool, or added to the scores.
@@ -68,21 +67,56 @@ def key_spans(mask: Tensor, text: Tensor, rows: Tensor | None = None, *, layer: 
         rows: `[B, T]`, zero where a row must see nothing. Default: no row must.
         layer: the layer that asks.
     """
-    batch, length, _ = text.shape
-    if is_recording(mask) or mask.shape[:-1] != (batch, 1, length) or mask.numel() == 0:
-        return None
-    if rows is not None and rows.shape != (batch, length):
+    if is_recording(mask) or not _fits(mask, text, rows):
         return None
     tensors = (mask,) if rows is None else (mask, rows)
-    return cast("KeySpans | None", once(_read_step if length == 1 else _read_spans, tensors, layer=layer))
+    step = text.shape[1] == 1
+    return cast("KeySpans | None", once(_read_step if step else read_spans, tensors, layer=layer))
+
+
+def reads_when_run(mask: Tensor, text: Tensor, rows: Tensor | None = None, *, sdpa: bool) -> bool:
+    """Whether a compiled model reads this mask when it runs, by `dense_cross_attention`.
+
+    A step of generation does not: to read its mask would cost more than a kernel can save.
+
+    Args:
+        mask: as for `key_spans`.
+        text: as for `key_spans`.
+        rows: as for `key_spans`.
+        sdpa: whether a mask that is no spans is for "sdpa", which takes bool ones too.
+    """
+    if not _is_compiled(mask, sdpa) or text.shape[1] == 1 or not _fits(mask, text, rows):
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    keys = mask.shape[-1]
+    return not (has_static_value(keys) and are_small(largest_divisor(keys, LARGEST_LATENTS), keys))
+
+
+def _is_compiled(mask: Tensor, sdpa: bool) -> bool:
+    """Whether torch.compile or torch.export records this, with a mask that is but a mask."""
+    adds = mask.dtype.is_floating_point or (sdpa and mask.dtype == torch.bool)
+    return torch.compiler.is_compiling() and adds and not mask.requires_grad
+
+
+def _fits(mask: Tensor, text: Tensor, rows: Tensor | None) -> bool:
+    """Whether a mask has a row for every token and is not empty."""
+    batch, length, _ = text.shape
+    one_each = mask.shape[:-1] == (batch, 1, length) and mask.numel() > 0
+    return one_each and (rows is None or rows.shape == (batch, length))
+
+
+def are_small(latents: int, keys: int) -> bool:
+    """Whether media of so many latents are too small for a kernel, among so many keys."""
+    return keys > _FEW_KEYS and latents < _FEWEST_LATENTS
 
 
 def _read_step(*tensors: Tensor) -> KeySpans | None:
     """The spans of a step of generation, which makes its mask anew, mostly with equal values."""
-    return cast("KeySpans | None", once_for_equal(_read_spans, tensors))
+    return cast("KeySpans | None", once_for_equal(read_spans, tensors))
 
 
-def _read_spans(mask: Tensor, rows: Tensor | None = None) -> KeySpans | None:
+def read_spans(mask: Tensor, rows: Tensor | None = None) -> KeySpans | None:
     seen = _visible(mask)
     if seen is None:
         return None
@@ -107,7 +141,7 @@ def read_mask(seen: Tensor, averages: Tensor | None = None) -> MediaMask | None:
     except ValueError:
         return None
     keys = seen.shape[-1]
-    return None if _FEW_KEYS < keys < _FEWEST_LATENTS * mask.num_media else mask
+    return None if mask.num_media > 0 and are_small(keys // mask.num_media, keys) else mask
 
 
 def _used_first(seen: Tensor) -> Tensor:
@@ -126,7 +160,8 @@ def media_first(
     """For keys `[media ; latents]`: an order `[N, S]` with the visible media first, and their number `[N]`.
 
     The order is None if they come first already. The result is None if the rows of a clip see different keys,
-    if one does not see a latent, if the mask is broadcast over clips, or in a traced run.
+    if one does not see a latent, if the mask is broadcast over clips, or in a traced run (see
+    `reads_padding_when_run`).
 
     Args:
         mask: `[N, 1, R, S + L]`, bool, or added to the scores; or `[N, S + L]`, 1 where a key is seen.
@@ -134,18 +169,34 @@ def media_first(
         latents: `[N, L, D]`.
         layer: the layer that asks.
     """
-    clips, keys = len(media), media.shape[1] + latents.shape[1]
-    fits = mask.shape == (clips, keys) or (
-        mask.ndim == 4 and (*mask.shape[:2], mask.shape[3]) == (clips, 1, keys)
-    )
-    if is_recording(mask) or not fits:
+    if is_recording(mask) or not _fits_latents(mask, media, latents):
         return None
     return cast(
-        "tuple[Tensor | None, Tensor] | None", once(_read_padding, (mask,), latents.shape[1], layer=layer)
+        "tuple[Tensor | None, Tensor] | None", once(read_padding, (mask,), latents.shape[1], layer=layer)
     )
 
 
-def _read_padding(mask: Tensor, latents: int) -> tuple[Tensor | None, Tensor] | None:
+def reads_padding_when_run(mask: Tensor, media: Tensor, latents: Tensor, *, sdpa: bool) -> bool:
+    """Whether a compiled model reads this mask when it runs, by `dense_perceiver_attention`.
+
+    Args:
+        mask: as for `media_first`.
+        media: as for `media_first`.
+        latents: as for `media_first`.
+        sdpa: as for `reads_when_run`.
+    """
+    flat = mask.ndim == 2 and torch.compiler.is_compiling()
+    return (flat or _is_compiled(mask, sdpa)) and _fits_latents(mask, media, latents)
+
+
+def _fits_latents(mask: Tensor, media: Tensor, latents: Tensor) -> bool:
+    """Whether a mask is for the keys `[media ; latents]`."""
+    clips, keys = media.shape[0], media.shape[1] + latents.shape[1]  # `len` would fix a traced size
+    added = mask.ndim == 4 and (*mask.shape[:2], mask.shape[3]) == (clips, 1, keys)
+    return added or mask.shape == (clips, keys)
+
+
+def read_padding(mask: Tensor, latents: int) -> tuple[Tensor | None, Tensor] | None:
     seen = _visible(mask) if mask.ndim == 4 else (mask == 1)[:, None, None]
     if seen is None:
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from .._anatomy import Alpha, Linear, Norm, Number, Part
@@ -16,11 +17,12 @@ from .._predicates import is_plain, is_recording
 from ..fold import Affine, Gate, Scale
 from ..layers.fused import Fused, add_feed_forward, add_gated, gate_unless_open
 from ..layers.resampler import LatentAttention, perceive
-from ..mask import MediaMask
+from ..mask import LARGEST_LATENTS, MediaMask, largest_divisor
 from ..media_cache import Source
 from ..ops import masked_cross_attention
 from ..sublayers import arguments, gated_cross_attention
-from .dense import in_order, media_first, read_mask
+from .dense import are_small, in_order, media_first, read_mask, reads_padding_when_run
+from .dense_attention import dense_perceiver_attention
 from .family import TRANSFORMERS, Family
 
 _HOME = "transformers.models.evolla.modeling_evolla"
@@ -35,11 +37,22 @@ class EvollaSequenceCompressorAttention(LatentAttention):
         mask: Tensor,  # [N, S + R], 1 where a key is seen
     ) -> Tensor:  # [N, R, D]
         first = media_first(mask, x, latents, layer=self)
+        late = first is None and reads_padding_when_run(mask, x, latents, sdpa=False)
+        if late and not self.is_watched():
+            return self._attend(x, latents, mask)
         if first is None or self.is_watched():
             return cast(Tensor, super().forward(x, latents, mask))
         order, lengths = first
         k, v = Source(self.to_kv, self.heads, self.norm_media)(in_order(x, order)[:, None])
         return perceive(self, latents[:, None], k, v, lengths)[:, 0]
+
+    def _attend(self, x: Tensor, latents: Tensor, mask: Tensor) -> Tensor:  # [N, R, D]
+        """The same in a compiled model."""
+        n, source = self.norm_latents(latents), Source(self.to_kv, self.heads)
+        q = self.to_q(n).unflatten(-1, (self.heads, -1))  # [N, R, H, d]
+        tensors = (q, *source(self.norm_media(x)), *source(n))
+        out = dense_perceiver_attention(*tensors, mask, scale=self.scale, sdpa=False)
+        return self.to_out(out.flatten(-2))
 
 
 class EvollaSequenceAlignerCrossAttention(Fused):
@@ -109,11 +122,16 @@ class EvollaSequenceAlignerCrossAttention(Fused):
         if spans.num_media == 0:
             return query_states  # no sequence of the batch has a protein
         z = self._add_attended(query_states, cast(Tensor, protein_kv_states).to(query_states), spans)
-        return add_feed_forward(z, self._feed_forward(z), self.ff, gate_unless_open(self, "gate_ffw"))
+        z = add_feed_forward(z, self._feed_forward(z), self.ff, gate_unless_open(self, "gate_ffw"))
+        if torch.compiler.is_compiling():
+            return torch.where(cast(Tensor, protein_batch_mask).any(), z, query_states.to(z.dtype))
+        return z
 
     def _spans(self, x: Tensor, media: Tensor, rows: Tensor | None, batch: Tensor | None) -> MediaMask | None:
-        if is_recording(x) or rows is None or batch is None or rows.shape != x.shape[:2]:
+        if rows is None or batch is None or rows.shape != x.shape[:2]:
             return None
+        if is_recording(x):
+            return _spans_of_all(rows, batch, media.shape[1]) if torch.compiler.is_compiling() else None
         return cast("MediaMask | None", once(_read_spans, (rows, batch), media.shape[1], layer=self))
 
     def _add_attended(self, x: Tensor, media: Tensor, spans: MediaMask) -> Tensor:
@@ -135,8 +153,25 @@ class EvollaSequenceAlignerCrossAttention(Fused):
         return arguments.as_feed_forward(x, ff.norm, ff.fc1, ff.activation, ff.fc2)
 
 
+def _seeing(rows: Tensor, batch: Tensor) -> Tensor:  # [B, T]
+    """Which rows see the protein: all of it, as the others see nothing."""
+    return (rows == 1) & (batch == 1).to(rows.device)[:, None]
+
+
+def _spans_of_all(rows: Tensor, batch: Tensor, keys: int) -> MediaMask | None:
+    """What `_read_spans` finds, from shapes: a traced model has no numbers to read."""
+    latents = largest_divisor(keys, LARGEST_LATENTS)
+    if latents == 0 or are_small(latents, keys):
+        return None
+    size, media = rows.shape[0], keys // latents
+    hi = torch.where(_seeing(rows, batch), media, -1).int()
+    start = torch.zeros(size, media, dtype=torch.int32, device=hi.device)
+    stop = torch.full_like(start, rows.shape[1])
+    return MediaMask(torch.zeros_like(hi), hi, start, stop, media == 1, "open_flamingo")
+
+
 def _read_spans(rows: Tensor, batch: Tensor, keys: int) -> MediaMask | None:
-    seen = (rows == 1) & (batch == 1).to(rows.device)[:, None]  # [B, T]
+    seen = _seeing(rows, batch)
     if not bool(batch.any()):
         keys = 0
     return read_mask(seen[..., None].expand(-1, -1, keys).contiguous(), ~seen)

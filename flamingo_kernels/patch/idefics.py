@@ -1,8 +1,9 @@
 """Idefics of transformers: its gated cross-attention blocks, and the attention of its resampler.
 
 A block calls its attention as a module if the mask is no `MediaMask`, in training with dropout, with other
-attention implementations than "eager" and "sdpa", and if the attention has hooks. Gates, residuals and the
-norm between are fused all the same.
+attention implementations than "eager" and "sdpa", and if the attention has hooks. A compiled model reads the
+mask when it runs, and calls the attention for one token. Gates, residuals and the norm between are fused all
+the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from ..mask import Policy
 from ..ops import masked_cross_attention, perceiver_attention
 from ..sublayers import arguments, gated_cross_attention
 from .decoder_layer import DecoderLayer, folds_of
-from .dense import key_spans
+from .dense import key_spans, reads_when_run
+from .dense_attention import dense_cross_attention
 from .family import TRANSFORMERS, Family
 from .softmax import is_softmax
 
@@ -70,9 +72,13 @@ class IdeficsGatedCrossAttentionLayer(DecoderLayer):
         self, x: Tensor, media: Tensor, mask: Tensor | None, sees: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
         attn, norm, gate = self.cross_attn, self.input_layernorm, gate_unless_open(self, "alpha_cross_attn")
-        spans = key_spans(mask, x, sees, layer=self) if mask is not None and _replaceable(attn) else None
+        replaceable = _replaceable(attn)
+        spans = key_spans(mask, x, sees, layer=self) if mask is not None and replaceable else None
         if spans is None:
-            y, _ = attn(hidden_states=norm(x), key_value_states=media, attention_mask=mask, **kwargs)
+            if mask is not None and replaceable and reads_when_run(mask, x, sees, sdpa=_is_sdpa(attn)):
+                y = _attend(attn, norm(x), media, mask, sees)
+            else:
+                y, _ = attn(hidden_states=norm(x), key_value_states=media, attention_mask=mask, **kwargs)
             y = self._drop(y).masked_fill((sees == 0)[..., None], 0)
             return add_gated(x, y, gate)
         step = x.shape[1] == 1
@@ -81,8 +87,7 @@ class IdeficsGatedCrossAttentionLayer(DecoderLayer):
         q_norm = attn.q_layer_norm if attn.qk_layer_norms else None
         plain = arguments.as_cross_attention(x, norm, attn.q_proj, attn.o_proj, q_norm)
         if plain is None or self._drops():
-            q = _heads(attn, attn.q_proj(norm(x)))  # [B, T, H, d]
-            q = q if q_norm is None else q_norm(q)
+            q = _queries(attn, norm(x))
             out = masked_cross_attention(q, k, v, spans.mask, scale=attn.scaling)
             return add_gated(x, self._drop(attn.o_proj(out.flatten(-2))), gate)
         return gated_cross_attention(x, k, v, spans.mask, gate=gate, scale=attn.scaling, **plain._asdict())
@@ -110,6 +115,23 @@ def _heads(attn: Any, x: Tensor) -> Tensor:
 def _project(attn: Any, media: Tensor) -> tuple[Tensor, Tensor]:  # [B, M * R, H, d] each
     k = _heads(attn, attn.k_proj(media))
     return attn.k_layer_norm(k) if attn.qk_layer_norms else k, _heads(attn, attn.v_proj(media))
+
+
+def _queries(attn: Any, x: Tensor) -> Tensor:  # [B, T, H, d]
+    q = _heads(attn, attn.q_proj(x))
+    return cast(Tensor, attn.q_layer_norm(q)) if attn.qk_layer_norms else q
+
+
+def _attend(attn: Any, x: Tensor, media: Tensor, mask: Tensor, rows: Tensor) -> Tensor:  # [B, T, D]
+    """What the attention computes, in a compiled model."""
+    k, v = _project(attn, media)
+    q, sdpa = _queries(attn, x), _is_sdpa(attn)
+    out = dense_cross_attention(q, k, v, mask, rows, scale=attn.scaling, sdpa=sdpa)
+    return cast(Tensor, attn.o_proj(out.flatten(-2)))
+
+
+def _is_sdpa(attn: Any) -> bool:
+    return bool(attn.config._attn_implementation == "sdpa")
 
 
 def _kv_modules(attn: Any) -> tuple[nn.Module, ...]:

@@ -1,8 +1,9 @@
 """Idefics2 of transformers: the attention of its resampler, with grouped heads and padding among the patches.
 
 The order of its keys does not matter, so the visible patches of an image move to the front and become a
-length. The original's forward computes masks that differ between the latents of an image, dropout in
-training, other attention implementations than "eager" and "sdpa", and everything that is traced.
+length; in a compiled model an operator does that when it runs. The original's forward computes masks that
+differ between the latents of an image, dropout in training, and other attention implementations than "eager"
+and "sdpa".
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from .._anatomy import Linear
 from ..ops import perceiver_attention
-from .dense import in_order, media_first
+from .dense import in_order, media_first, reads_padding_when_run
+from .dense_attention import dense_perceiver_attention
 from .family import TRANSFORMERS, Family
 from .softmax import GroupedAttention
 
@@ -38,12 +40,14 @@ class Idefics2PerceiverAttention(GroupedAttention):
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # [N, R, D], and no weights
-        first = None
-        if attention_mask is not None:
-            first = media_first(attention_mask, context, latents, layer=self)
-        dense = self.is_causal or (attention_mask is not None and first is None)
+        first, late, sdpa = None, False, self.is_sdpa()
         cached = cache is not None or getattr(self, self.cache_keyword, None) is not None
-        if dense or cached or self.must_stay(self.attention_dropout, kwargs):
+        stays = self.is_causal or cached or self.must_stay(self.attention_dropout, kwargs)
+        if attention_mask is not None and not stays:  # flex_attention has a mask that is no tensor
+            first = media_first(attention_mask, context, latents, layer=self)
+            late = first is None and reads_padding_when_run(attention_mask, context, latents, sdpa=sdpa)
+            stays = first is None and not late
+        if stays:
             rest = (attention_mask, position_ids, cache)
             return super().forward(latents, context, *rest, **kwargs)
         lengths = None
@@ -52,7 +56,11 @@ class Idefics2PerceiverAttention(GroupedAttention):
             context = in_order(context, order)
         q = self.q_proj(latents).unflatten(-1, (self.num_heads, -1))  # [N, R, H, d]
         keys_and_values = (*self._kv(context), *self._kv(latents))
-        out = perceiver_attention(q, *keys_and_values, media_lengths=lengths, scale=self.scaling)
+        if attention_mask is not None and late:
+            tensors = (q, *keys_and_values, attention_mask)
+            out = dense_perceiver_attention(*tensors, scale=self.scaling, sdpa=sdpa)
+        else:
+            out = perceiver_attention(q, *keys_and_values, media_lengths=lengths, scale=self.scaling)
         return self.o_proj(out.flatten(-2)), None
 
     def _kv(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [N, ., Hkv, d] each

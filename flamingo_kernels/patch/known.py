@@ -1,7 +1,7 @@
 """The known code of the classes that are swapped, and of those within them whose forward is replaced too.
 
 The table holds hashes, see `source.code_hash`, by the name of the class. `python -m flamingo_kernels.patch`
-prints those of the installed libraries.
+prints those of the installed libraries, and the entry of a class by its name.
 """
 
 from __future__ import annotations
@@ -142,16 +142,24 @@ def code_of(cls: type[nn.Module], home: str, origin: str = "") -> str:
     return code_hash(cls, home, origin=origin)
 
 
-def installed() -> Iterator[tuple[str, str]]:
-    """Every class of the table whose library is installed, with its hash or the reason why it has none."""
+def load(name: str) -> type[nn.Module]:
+    """A class by its full name. Raises ImportError, AttributeError, or TypeError if it is no class."""
     from ..testing.tiny import open_flamingo_module
 
+    home, _, cls = name.rpartition(".")
+    if home.startswith("open_flamingo."):
+        open_flamingo_module(home.rpartition(".")[2])  # without the libraries that it needs for a whole model
+    found = getattr(importlib.import_module(home or cls), cls)
+    if not isinstance(found, type):
+        raise TypeError(f"it is a {type(found).__name__}")
+    return found
+
+
+def installed() -> Iterator[tuple[str, str]]:
+    """Every class of the table whose library is installed, with its hash or the reason why it has none."""
     for name in KNOWN:
-        home, _, cls = name.rpartition(".")
         try:
-            if home.startswith("open_flamingo."):
-                open_flamingo_module(home.rpartition(".")[2])
-            yield name, code_hash(getattr(importlib.import_module(home), cls))
+            yield name, code_hash(load(name))
         except ImportError:
             continue
         except (AttributeError, Unreadable) as error:

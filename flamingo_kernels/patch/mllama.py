@@ -2,8 +2,9 @@
 
 The module's own attention computes what no kernel can take: tiles of 1601 tokens, a prime, as at 560 pixels;
 masks that are no spans even with the padding tiles moved behind; dropout in training; attention
-implementations other than "eager" and "sdpa"; calls that ask for attention weights. Gates, residuals and the
-norm between are fused all the same. K and V are kept where the original keeps them, in the model's cache.
+implementations other than "eager" and "sdpa"; calls that ask for attention weights; one token in a compiled
+model, which reads other masks when it runs. Gates, residuals and the norm between are fused all the same. K
+and V are kept where the original keeps them, in the model's cache.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ..ops import masked_cross_attention
 from ..sublayers import arguments, gated_cross_attention
 from .cache_keyword import CACHE
 from .decoder_layer import DecoderLayer, folds_of
-from .dense import KeySpans, key_spans
+from .dense import KeySpans, key_spans, reads_when_run
+from .dense_attention import dense_cross_attention
 from .family import TRANSFORMERS, Family
 from .softmax import GroupedAttention
 
@@ -50,13 +52,18 @@ class MllamaTextCrossAttention(GroupedAttention):
     ) -> tuple[Tensor, Tensor | None]:  # [B, T, D], and no weights
         media = (cross_attention_states, cache, attention_mask)
         spans = self.spans(hidden_states, *media, kwargs, layer=self)
+        late = spans is None and self.reads_when_run(hidden_states, *media, kwargs)
         sees_all = attention_mask is None and "causal" in self.fixes
         has_media = cross_attention_states is not None or cache is not None
-        if spans is None and not (sees_all and has_media and not self.must_stay(self.dropout, kwargs)):
+        sees_all = sees_all and has_media and not self.must_stay(self.dropout, kwargs)
+        if spans is None and not late and not sees_all:
             return super().forward(hidden_states, *media, use_cache, **kwargs)
         q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)))  # [B, T, H, d]
-        k, v = self.kv(len(q), cross_attention_states, cache, kwargs)
-        if spans is None:
+        k, v = self.kv(q.shape[0], cross_attention_states, cache, kwargs)
+        if late:
+            mask, sdpa = cast(Tensor, attention_mask), self.is_sdpa()
+            out = dense_cross_attention(q, k, v, mask, scale=self.scaling, sdpa=sdpa)
+        elif spans is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scaling, enable_gqa=True).transpose(1, 2)
         else:
@@ -73,15 +80,24 @@ class MllamaTextCrossAttention(GroupedAttention):
         layer: object,
     ) -> KeySpans | None:
         """Which keys the text sees, read for `layer`; None if no kernel can take the mask or the call."""
-        no_media = states is None and cache is None
-        if (
-            mask is None
-            or no_media
-            or _is_short_step(x, states, mask)
-            or self.must_stay(self.dropout, kwargs)
-        ):
+        if mask is None or not self._may_read(x, states, cache, mask, kwargs):
             return None
         return key_spans(mask, x, layer=layer)
+
+    def reads_when_run(
+        self, x: Tensor, states: Tensor | None, cache: Any, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether a compiled model reads the mask when it runs; arguments as for `spans`."""
+        if mask is None or not self._may_read(x, states, cache, mask, kwargs):
+            return False
+        return reads_when_run(mask, x, sdpa=self.is_sdpa())
+
+    def _may_read(
+        self, x: Tensor, states: Tensor | None, cache: Any, mask: Tensor, kwargs: dict[str, Any]
+    ) -> bool:
+        no_media = states is None and cache is None
+        short = _is_short_step(x, states, mask)
+        return not (no_media or short or self.must_stay(self.dropout, kwargs))
 
     def kv(
         self, batch: int, states: Tensor | None, cache: Any, kwargs: dict[str, Any]
@@ -156,7 +172,7 @@ class MllamaCrossAttentionDecoderLayer(DecoderLayer):
             media = {"cross_attention_states": states, self.cache_keyword: cache, "attention_mask": mask}
             attended, _ = attn(hidden_states=self.input_layernorm(x), **media, **kwargs)
             return add_gated(x, attended, gate)
-        k, v = (spans.media(each) for each in attn.kv(len(x), states, cache, kwargs))
+        k, v = (spans.media(each) for each in attn.kv(x.shape[0], states, cache, kwargs))
         return gated_cross_attention(x, k, v, spans.mask, gate=gate, scale=attn.scaling, **plain._asdict())
 
 

@@ -46,6 +46,10 @@ class GroupedAttention(Fused):
         other = not is_softmax(self.config._attn_implementation)
         return bool(asks or other or self.is_watched() or (dropout and self.training))
 
+    def is_sdpa(self) -> bool:
+        """Whether a softmax is "sdpa", not "eager"."""
+        return bool(self.config._attn_implementation == "sdpa")
+
 
 def is_softmax(implementation: str) -> bool:
     """Whether an implementation is "eager" or "sdpa", and nobody has registered another by that name."""

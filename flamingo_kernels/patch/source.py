@@ -51,12 +51,12 @@ def code_hash(cls: type[nn.Module], home: str = "", *, origin: str = "") -> str:
         >>> len(code_hash(MaskedCrossAttention))
         16
     """
-    return hashlib.sha256("\n".join(code_read(cls, home, origin=origin)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(_walk(cls, home, origin).texts).encode()).hexdigest()[:16]
 
 
-def code_read(cls: type[nn.Module], home: str = "", *, origin: str = "") -> list[str]:
-    """What `code_hash` hashes: every function as its tree, with what each of its names stands for."""
-    return _walk(cls, home, origin).texts
+def code_read(cls: type[nn.Module]) -> list[str]:
+    """What `code_hash` reads, for people: every function, and what each of its names stands for."""
+    return _walk(cls, cls.__module__).shown
 
 
 def replaced(cls: type[nn.Module], home: str = "") -> list[str]:
@@ -115,12 +115,14 @@ class _Walk:
 
     Attributes:
         texts: the functions of the home as text, in the order in which they were met.
+        shown: the same for people.
         read: the names that they read from the home, with the scope in which they found them.
     """
 
     def __init__(self, cls: type[nn.Module], home: str, origin: str = "") -> None:
         self.cls, self.home, self.origin = cls, home, origin or home
         self.texts: list[str] = []
+        self.shown: list[str] = []
         self.read: dict[str, dict[str, Any]] = {}
         self._met: dict[FunctionType, str] = {}
 
@@ -158,19 +160,23 @@ class _Walk:
         self._met[function] = f"function {len(self._met)} {name}"
         cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
         reached = {name: value for name, cell in cells if (value := _content(cell)) is not self.cls}
-        lines = []
+        lines, shown = [], []
         if at_home:
             tree = _definition(code, _source(code, scope))
             lines.append(_normal(tree))
+            shown.append(ast.unparse(tree))
             lines.append(f"defaults = {self.describe((function.__defaults__, function.__kwdefaults__))}")
             for node in _nodes(tree):
                 if isinstance(node, ast.Name) and node.id in scope:
                     reached.setdefault(node.id, scope[node.id])
                     self.read[node.id] = scope
             reached |= {f"self.{name}": value for name, value in self._members(tree)}
-        lines += [f"{name} = {self.describe(reached[name])}" for name in sorted(reached)]
-        if lines:
-            self.texts.append("\n".join([self._met[function], *lines]))
+        names = [f"{name} = {self.describe(reached[name])}" for name in sorted(reached)]
+        if lines or names:
+            self.texts.append("\n".join([self._met[function], *lines, *names]))
+            self.shown.append(
+                "\n".join([f"# {self._met[function]}", *shown, *(f"#   {each}" for each in names)])
+            )
         return self._met[function]
 
     def _members(self, tree: ast.AST) -> Iterator[tuple[str, Any]]:

@@ -227,6 +227,31 @@ def test_what_is_skipped(change, path, why):
     torch.testing.assert_close(call(fused, 0), before, **tolerance)
 
 
+def test_a_module_that_two_paths_reach_is_one():
+    """open_flamingo registers each block with its layer, and once more in a list."""
+    model = nn.ModuleDict({"layer": nn.ModuleDict({"block": block()})})
+    model["blocks"] = nn.ModuleList([model["layer"]["block"]])
+    before, state = call(model["blocks"][0], 0), model.state_dict()
+    report = fold(model.eval())
+    assert not report.skipped
+    assert list(report.folded) == ["layer.block", "layer.block.attn"]
+    torch.testing.assert_close(call(model["blocks"][0], 0), before)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    unfold(model)
+    assert torch.equal(call(model["blocks"][0], 0), before)
+
+
+def test_a_layer_in_two_blocks_stays():
+    """Each would fold its own gate into it."""
+    fused = block()
+    fused.other = block()
+    fused.other.ff[3] = fused.ff[3]
+    before = [call(each, 0) for each in (fused, fused.other)]
+    why = "the parameter is shared"
+    assert fold(fused).skipped == {"ff.3.weight": why, "other.ff.3.weight": why}
+    torch.testing.assert_close([call(each, 0) for each in (fused, fused.other)], before)
+
+
 def test_a_norm_without_a_bias_gives_none():
     fused = block("flamingo")
     for norm in (fused.ff[0], fused.attn.norm):

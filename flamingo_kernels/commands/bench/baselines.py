@@ -37,6 +37,7 @@ from flamingo_kernels import layers
 from flamingo_kernels.layers.cross_attention import Media, add_attended
 from flamingo_kernels.layers.protocols import GatedBlock
 
+from ..measure.swapped import swapped
 from .shapes import ALL_MODES, Case, Mode
 
 OURS = "flamingo_kernels"
@@ -216,7 +217,7 @@ def _decode_step(randn: Randn, *, B: int, M: int, D: int, R: int, H: int, d: int
 
     def folded() -> Contender:
         changed = copy.deepcopy(block)
-        fk.patch(changed)
+        swapped(changed)
         fk.fold(changed)
         return Contender(lambda: call(changed), (), modes=("forward",))
 
@@ -301,7 +302,7 @@ def _layer(
         return make
 
     return {
-        OURS: maker(lambda layer: fk.patch(layer)),
+        OURS: maker(swapped),
         "eager": maker(lambda layer: None),
         "sdpa": maker(lambda layer: _replace_attend(layer, attend)),
         "compile": maker(lambda layer: layer.compile(dynamic=False)),

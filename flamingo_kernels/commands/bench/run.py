@@ -14,6 +14,7 @@ from ...testing import Expected, expect, prove
 from .. import info
 from ..info import conditions_on
 from ..measure.memory import peak_growth
+from ..measure.swapped import NothingSwappedError
 from ..measure.text import first_line
 from ..measure.timing import Clock, Spread, clock_of, interleave
 from .baselines import OURS, Contender, contenders
@@ -163,6 +164,8 @@ def check(
             rival = makers[name]()
             call = call_of(rival, case.mode)
             result = call()
+        except NothingSwappedError:
+            raise
         except Exception as error:  # whatever a contender fails with is why it has no row
             refused[name] = Refused(first_line(error), wrong=False)
             continue

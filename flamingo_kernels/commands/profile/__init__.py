@@ -14,6 +14,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .count import Counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a short text: shows that it works, not how fast"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="time both under torch.compile; parts are still those without"
+    )
     parser.add_argument("--trace", metavar="FILE", help="write a Chrome trace with the parts in it (.json)")
     parser.add_argument("--json", metavar="FILE", help="write all that was found, with its conditions")
     parser.add_argument("--picture", metavar="FILE", help="draw the time by part (.png, .svg, .pdf)")
@@ -35,6 +42,7 @@ def main(options: argparse.Namespace) -> int:
     """The command `profile`: 1 if the patched model computes something else, 2 if it cannot, else 0."""
     import torch
 
+    from ..measure.swapped import NothingSwappedError
     from . import count, models, report, run
 
     dtype = getattr(torch, options.dtype)
@@ -50,20 +58,30 @@ def main(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-    if lacking:
-        counted = count.run(plan, dtype, options.device, lacking)
-        print(report.counted(counted))
-        _save(counted, options.json)
-        if options.trace or options.picture:
-            print("profile: nothing was run, so there is no trace and no picture.", file=sys.stderr)
-        return 0
-    seconds = 0.1 if options.quick else 5.0
-    found = run.run(plan, dtype=dtype, device=options.device, seconds=seconds, trace=options.trace)
+    try:
+        if lacking:
+            return _show_counted(count.run(plan, dtype, options.device, lacking), options)
+        seconds = 0.1 if options.quick else 5.0
+        settings = {"seconds": seconds, "trace": options.trace, "compiled": options.compile}
+        found = run.run(plan, dtype=dtype, device=options.device, **settings)
+    except NothingSwappedError as error:
+        print(f"profile: {error}", file=sys.stderr)
+        return 2
     print(report.measured(found))
     _save(found, options.json)
     if options.picture and found.same:
         report.picture(found, options.picture)
     return int(not found.same)
+
+
+def _show_counted(found: Counted, options: argparse.Namespace) -> int:
+    from .report import counted
+
+    print(counted(found))
+    _save(found, options.json)
+    if options.trace or options.picture:
+        print("profile: nothing was run, so there is no trace and no picture.", file=sys.stderr)
+    return 0
 
 
 def _refuse_early(options: argparse.Namespace) -> None:

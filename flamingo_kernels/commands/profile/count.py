@@ -16,8 +16,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ... import patch
 from ..measure.memory import available, saved_bytes
+from ..measure.swapped import swapped
 from ..measure.text import dtype_name, gibibytes
 from .models import THIRD_PARTY
 from .parts import LANGUAGE, PARTS, each_part, labels
@@ -78,7 +78,7 @@ def run(plan: Plan, dtype: torch.dtype, device: str, lacking: str) -> Counted:
     with FakeTensorMode():
         subject = plan.subject(dtype, device)
         after = twin(subject.model)
-        patch(after)
+        swapped(after)
         of_module = labels(subject.model, subject.parts)
         # With gradients, as the FLOP counter cannot do without; they change nothing about a forward pass.
         starts = {name: work.start for name, work in subject.works.items()}

@@ -24,6 +24,7 @@ def measured(found: Profile) -> str:
     size = f"{rounded(found.parameters / 1e6)} M random parameters"
     lines = [
         f"{found.model}, {found.dtype}, {size}; {_shapes(found.inputs)}",
+        *(["before and after under torch.compile; their parts without it"] if found.compiled else []),
         f"{setting['device']}{threads}, torch {setting['torch']}",
         "",
         found.patched,

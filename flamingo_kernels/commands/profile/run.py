@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ... import patch
 from ...testing import Proof, expect, prove
 from ..info import conditions_on
 from ..measure.memory import peak_growth, saved_bytes
 from ..measure.progress import ProgressBar
+from ..measure.swapped import swapped
 from ..measure.text import dtype_name
 from ..measure.timing import Clock, Spread, clock_of, interleave
 from .parts import PARTS, device_time, each_part, host_time, labels, time_by_part
@@ -61,7 +61,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Profile:
-    """What one run found; `works` is empty if the results are not the same."""
+    """What one run found; `works` is empty if the results are not the same.
+
+    Attributes:
+        compiled: whether torch.compile made what was compared and timed; parts are those without it.
+    """
 
     model: str
     dtype: str
@@ -69,6 +73,7 @@ class Profile:
     parameters: int
     patched: str
     conditions: dict[str, Any]
+    compiled: bool
     proofs: dict[str, Proof]
     works: dict[str, Measured] = field(default_factory=dict)
 
@@ -85,6 +90,7 @@ def run(
     seconds: float = 5.0,
     trace: str | None = None,
     clock: Clock | None = None,
+    compiled: bool = False,
 ) -> Profile:
     """Profile a model.
 
@@ -94,13 +100,15 @@ def run(
         seconds: how long to time one kind of work, before and after together.
         trace: where to write a Chrome trace.
         clock: what keeps the time; the device's own by default.
+        compiled: whether to compare and time both sides under torch.compile.
     """
     progress = ProgressBar(6)
     progress(f"{plan.name}: building")
     subject = plan.subject(dtype, device)
     after = twin(subject.model)
-    report = patch(after)
+    report = swapped(after)
     models = {BEFORE: subject.model, AFTER: after}
+    timed = {side: compiled_twin(model) for side, model in models.items()} if compiled else models
     progress("results: comparing with float64")
     found = Profile(
         plan.name,
@@ -109,7 +117,8 @@ def run(
         sum(parameter.numel() for parameter in subject.model.parameters()),
         str(report),
         conditions_on(device),
-        compare(subject, after),
+        compiled,
+        compare(subject, timed[AFTER]),
     )
     if found.same:
         clock = clock or clock_of(device)
@@ -117,7 +126,7 @@ def run(
         parts = by_part(subject, models, device, trace)
         for name, work in subject.works.items():
             progress(f"{name}: timing")
-            found.works[name] = _measure(name, work, models, parts[name], device, seconds, clock)
+            found.works[name] = _measure(name, work, timed, parts[name], device, seconds, clock)
     progress.close()
     return found
 
@@ -126,6 +135,13 @@ def twin(model: nn.Module) -> nn.Module:
     """A copy that shares the model's parameters and buffers, so that patching it costs no memory."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def compiled_twin(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> nn.Module:
+    """A twin that runs under torch.compile."""
+    compiled = twin(model)
+    compiled.compile(backend=backend)
+    return compiled
 
 
 def call(name: str, work: Work, model: nn.Module) -> Call:

@@ -26,19 +26,26 @@ BWD = define(
 )
 
 
+def makes_anew(backend, immediate, k):
+    """Whether the backward pass makes the softmax of k `[B, M, R, Hkv, d]` anew, so that none is kept."""
+    if backend == "triton":
+        return is_one_shot(immediate, k.shape[2], k.shape[-1], k.dtype)
+    return cuda.is_one_shot(immediate, k.shape[2], k.dtype) if backend == "cuda" else immediate
+
+
 @shapes_of("masked_cross_attention_fwd", "cpu")
 def _(q, k, v, lo, hi, start, stop, immediate, averages, scale):
-    return _forward(q, anew=immediate)
+    return _forward(q, makes_anew("cpu", immediate, k))
 
 
 @shapes_of("masked_cross_attention_fwd", "triton")
 def _(q, k, v, lo, hi, start, stop, immediate, averages, scale):
-    return _forward(q, anew=is_one_shot(immediate, k.shape[2], k.shape[-1], q.dtype))
+    return _forward(q, makes_anew("triton", immediate, k))
 
 
 @shapes_of("masked_cross_attention_fwd", "cuda")
 def _(q, k, v, lo, hi, start, stop, immediate, averages, scale):
-    return _forward(q, anew=cuda.is_one_shot(immediate, k.shape[2], q.dtype))
+    return _forward(q, makes_anew("cuda", immediate, k))
 
 
 def _forward(q, anew):

@@ -55,7 +55,8 @@ def test_every_operator_has_one_forward_and_one_backward():
     }
     both = {f"{name}_{way}" for name in NAMES for way in ("fwd", "bwd")}
     others = {f"{name}.{way}" for name in both for way in ("triton", "cuda")}
-    assert registered == both | others | {"gated_block_decode.cuda"}
+    dense = {f"dense_{kind}_attention_{way}" for kind in ("cross", "perceiver") for way in ("fwd", "bwd")}
+    assert registered == both | others | dense | {"gated_block_decode.cuda"}
 
 
 def test_the_extension_has_a_kernel_for_each(compiled):

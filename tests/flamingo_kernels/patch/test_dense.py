@@ -106,8 +106,8 @@ class TestKeySpans:
 
     def test_is_read_once_and_again_when_it_changed(self, monkeypatch):
         reads = []
-        read = dense._read_spans
-        monkeypatch.setattr(dense, "_read_spans", lambda *args: reads.append(1) or read(*args))
+        read = dense.read_spans
+        monkeypatch.setattr(dense, "read_spans", lambda *args: reads.append(1) or read(*args))
         mask, rows = added(keys("##..", "..##")), torch.ones(1, 2)
         first = spans_for(mask, rows)
         assert spans_for(mask, rows, "another layer") is first
@@ -125,8 +125,8 @@ class TestKeySpans:
     def test_of_a_step_is_read_once_while_it_says_the_same(self, monkeypatch):
         """Each step of decoding makes its mask anew."""
         reads = []
-        read = dense._read_spans
-        monkeypatch.setattr(dense, "_read_spans", lambda *args: reads.append(1) or read(*args))
+        read = dense.read_spans
+        monkeypatch.setattr(dense, "read_spans", lambda *args: reads.append(1) or read(*args))
         step, rows = added(keys("..##")), torch.ones(1, 1)
         first = spans_for(step, rows)
         with torch.inference_mode():

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from flamingo_kernels import patch
+from flamingo_kernels.patch import __main__ as command
 from flamingo_kernels.patch.known import KNOWN, installed
 from flamingo_kernels.patch.registry import families
 from tests.helpers import third_party
@@ -39,9 +40,44 @@ def test_what_is_installed_is_known():
 
 
 def test_the_command_shows_it():
-    command = [sys.executable, "-m", "flamingo_kernels.patch"]
-    done = subprocess.run(command, env=os.environ, text=True, capture_output=True)
+    asked = [sys.executable, "-m", "flamingo_kernels.patch"]
+    done = subprocess.run(asked, env=os.environ, text=True, capture_output=True)
     assert "1513437f1a1ae75b  flamingo.modules.MaskedCrossAttention  this one" in done.stdout, done.stderr
+
+
+def test_the_command_makes_an_entry(capsys):
+    assert command.main(["flamingo.modules.SquaredReLU", "--show"]) == 0
+    shown = capsys.readouterr().out
+    assert "def forward(self, x: Tensor) -> Tensor:\n    return x.relu().square()" in shown
+    assert shown.endswith('"flamingo.modules.SquaredReLU": {\n    "fe4adc1642696e92": "this one",\n},\n')
+
+
+def test_the_command_knows_a_copy_by_its_code(tmp_path, monkeypatch, capsys):
+    source = Path(importlib.import_module("flamingo.modules").__file__).read_text()
+    (tmp_path / "their_modules.py").write_text(source.replace("relu().square()", "relu() ** 2"))
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = ["their_modules.PerceiverAttention", "their_modules.SquaredReLU"]
+    assert command.main([*asked, "--version", "theirs 1.0"]) == 0
+    attention, activation = capsys.readouterr().out.split("},\n")[:2]
+    assert attention.endswith('": "this one",\n')
+    assert activation.endswith('": "theirs 1.0",\n')
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no_such_package.Class", "No module named 'no_such_package'"),
+        ("flamingo.modules.NoClass", "has no attribute 'NoClass'"),
+        ("flamingo.modules.text_time", "it is a function"),
+        ("nothing", "No module named 'nothing'"),
+    ],
+)
+def test_the_command_needs_a_class(name, reason, capsys):
+    assert command.main([name]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"patch: expected a class of modules with its source, got {name}: ")
+    assert reason in shown.err
 
 
 def inputs(width=8):

@@ -15,15 +15,15 @@ from tests.helpers import ROOT
 OLDEST = Path(sys.prefix) / "transformers-oldest"  # `make test` installs it
 PATCH = "tests/flamingo_kernels/patch"
 TESTS = {
-    # What is compiled differs by torch, not by transformers.
+    # What is compiled differs by torch, not by transformers; the oldest Idefics2 cannot be exported.
     "usual": [
         *(f"{PATCH}/test_transformers.py", f"{PATCH}/test_cache_keyword.py"),
         *(f"{PATCH}/test_known.py", f"{PATCH}/test_hooks.py"),
-        *("-k", "not compiled and not autocast and not lora and not checkpointing"),
+        *("-k", "not compiled and not exported and not autocast and not lora and not checkpointing"),
     ],
     "rest": [
         *(f"{PATCH}/test_transformers.py", "tests/flamingo/language/test_pretrained.py"),
-        *("tests/flamingo/test_generation.py", "-k", "not compiled"),
+        *("tests/flamingo/test_generation.py", "-k", "not compiled and not exported"),
     ],
 }
 

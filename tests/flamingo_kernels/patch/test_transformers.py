@@ -9,6 +9,7 @@ import copy
 import importlib
 import os
 import sys
+from collections import Counter
 from itertools import product
 
 import pytest
@@ -20,6 +21,7 @@ from flamingo_kernels.patch import dense
 from flamingo_kernels.testing import tiny
 from tests.flamingo_kernels.patch.test_models import count_calls
 from tests.helpers import slow_unless
+from tests.helpers.graphs import recording
 from tests.helpers.parity import assert_parity, hold
 
 transformers = pytest.importorskip("transformers")
@@ -34,6 +36,13 @@ REPLACED = {
     "evolla-tiny": {"EvollaSequenceAlignerCrossAttention": 2, "EvollaSequenceCompressorAttention": 2},
 }
 ATTENTION = {"idefics-tiny": 4, "idefics2-tiny": 2, "mllama-tiny": 2, "evolla-tiny": 4}
+# By name: the operators in the graph of a compiled model; the dense ones read their masks when it runs.
+IN_THE_GRAPH = {
+    "idefics-tiny": {"perceiver_attention": 2, "dense_cross_attention": 2},
+    "idefics2-tiny": {"dense_perceiver_attention": 2},
+    "mllama-tiny": {"dense_cross_attention": 2},
+    "evolla-tiny": {"dense_perceiver_attention": 2, "masked_cross_attention": 2},
+}
 models = pytest.mark.parametrize("name", REPLACED)
 COMPILED = [("idefics-tiny", "aot_eager"), ("mllama-tiny", "aot_eager")]  # each takes long
 
@@ -230,18 +239,41 @@ class TestEveryModel:
         ("name", "backend"),
         slow_unless(COMPILED, product(REPLACED, ("aot_eager", "inductor"))),
     )
-    @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+    @pytest.mark.filterwarnings(
+        "ignore::UserWarning",
+        "ignore::DeprecationWarning",
+        "error:Dynamo detected a call to a `functools.lru_cache`",
+    )
     def test_compiled(self, name, backend):
+        """As one graph, with the operators in it."""
         torch._dynamo.reset()
         original = build(name)
-        fused = patched(original)
-        compiled = tiny.TinyModel(name, torch.compile(fused.model, backend=backend), original.inputs)
+        fused, found = patched(original), Counter()
+        compiler = recording(backend, found)
+        model = torch.compile(fused.model, backend=compiler, fullgraph=True)
+        compiled = tiny.TinyModel(name, model, original.inputs)
         torch.testing.assert_close(compiled.logits(), original.logits(), rtol=1e-4, atol=1e-5)
+        attention = {key: count for key, count in found.items() if key.endswith("attention_fwd")}
+        assert attention == {f"{operator}_fwd": count for operator, count in IN_THE_GRAPH[name].items()}
         for model in (original, compiled):
             model.loss().backward()
         expected = dict(original.model.named_parameters())
         for key, parameter in fused.model.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[key].grad, rtol=1e-3, atol=1e-5, msg=key)
+
+    # The original Evolla cannot be exported.
+    @pytest.mark.parametrize(
+        ("name", "strict"),
+        slow_unless([("idefics2-tiny", False)], product([*REPLACED][:3], (False, True))),
+    )
+    @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+    @torch.no_grad()
+    def test_exported(self, name, strict):
+        original = build(name)
+        fused = patched(original)
+        exported = torch.export.export(fused.model, (), fused.inputs | {"use_cache": False}, strict=strict)
+        logits = exported.module()(**fused.inputs, use_cache=False).logits
+        torch.testing.assert_close(logits, original.logits(), rtol=1e-4, atol=1e-5)
 
     @models
     @pytest.mark.parametrize("patch_first", [True, False])
@@ -436,6 +468,22 @@ class TestIdefics:
         assert calls == [1, 1]
         assert attention == ["perceiver_attention"] * 2
 
+    @pytest.mark.parametrize("images", [1, 2])
+    @pytest.mark.parametrize("seen", ["nobody", "the prompt alone", "one sequence"])
+    def test_a_token_that_sees_no_image(self, images, seen):
+        """Without a resampler: 16 x 16 patches and a class token, which no kernel can cut into media."""
+        vision = {"embed_dim": 16, "image_size": 32, "patch_size": 2, "num_attention_heads": 2}
+        vision |= {"num_hidden_layers": 1, "intermediate_size": 32}
+        original = build("idefics-tiny", use_resampler=False, vision_config=vision)
+        mask = torch.ones(2, 14, images, dtype=torch.int64)
+        mask[{"nobody": slice(None), "the prompt alone": (slice(None), -1), "one sequence": 0}[seen]] = 0
+        original.inputs["image_attention_mask"] = mask
+        original.inputs["pixel_values"] = original.inputs["pixel_values"][:, :images]
+        options = {"output_scores": True, "return_dict_in_generate": True}
+        expected, got = original.generate(3, **options), patched(original).generate(3, **options)
+        assert torch.equal(got.sequences, expected.sequences)
+        torch.testing.assert_close(got.scores, expected.scores, rtol=1e-4, atol=1e-5)
+
     @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
     @pytest.mark.parametrize("resampled", [True, False])
     def test_media_are_projected_once_for_a_text(self, options, resampled, monkeypatch):
@@ -529,6 +577,16 @@ class TestMllama:
                 layer.cross_attn.register_forward_hook(lambda _, __, out: (out[0] * rows.to(out[0]), out[1]))
         assert_in_budget(original, fixed)
 
+    @pytest.mark.parametrize("fixes", [(), ("row_leak",)], ids=str)
+    def test_text_that_sees_no_image(self, fixes):
+        """Of a whole batch: the original averages every tile, or with the fix nothing is attended to."""
+        original = build("mllama-tiny")
+        original.inputs["cross_attention_mask"] = torch.zeros_like(original.inputs["cross_attention_mask"])
+        fused = patched(original, fixes=fixes)
+        assert fused.generate(3).shape == (2, 17)
+        assert fixes or torch.equal(fused.generate(3), original.generate(3))
+        assert not (fixes and self.attended(fused).any())
+
     def test_without_a_mask_it_is_causal_unless_fixed(self):
         original = build("mllama-tiny")
         del original.inputs["cross_attention_mask"]
@@ -612,6 +670,25 @@ class TestIdefics2:
         mask[:, :, 1, 3] = torch.finfo().min
         torch.testing.assert_close(fused(latents, context, mask)[0], layer(latents, context, mask)[0])
         assert not attention
+
+    @torch.no_grad()
+    def test_a_mask_that_is_no_tensor(self):
+        """As flex_attention has: it goes to the attention that is meant to read it."""
+        from torch.nn.attention.flex_attention import create_block_mask
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        def flex(module, q, k, v, mask, **kwargs):
+            return q.transpose(1, 2) * mask.shape[-1], None
+
+        layer = build("idefics2-tiny").model.model.connector.perceiver_resampler.layers[0].self_attn
+        fused = copy.deepcopy(layer)
+        patch(fused)
+        mask = create_block_mask(lambda b, h, q, k: q >= 0, 2, 1, 5, 12, device="cpu")
+        latents, context = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+        with pytest.MonkeyPatch.context() as changed:
+            changed.setitem(ALL_ATTENTION_FUNCTIONS, "flex_attention", flex)
+            layer.config._attn_implementation = fused.config._attn_implementation = "flex_attention"
+            torch.testing.assert_close(fused(latents, context, mask)[0], layer(latents, context, mask)[0])
 
 
 @pytest.mark.parametrize("by", ["the call", "the configuration"])

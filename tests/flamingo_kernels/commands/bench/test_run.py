@@ -10,6 +10,7 @@ from flamingo_kernels.commands.bench import run as bench
 from flamingo_kernels.commands.bench.baselines import OURS, Contender, contenders
 from flamingo_kernels.commands.bench.floors import Ceilings, least_bytes
 from flamingo_kernels.commands.bench.shapes import CASES, GPU_CASES, QUICK, Case, Floor
+from flamingo_kernels.commands.measure.swapped import NothingSwappedError
 
 CASE = next(case for case in QUICK if (case.op, case.mode) == ("masked_cross_attention", "forward+backward"))
 AGAINST = ("eager", "sdpa")
@@ -78,6 +79,16 @@ def test_without_a_right_result_of_ours_there_is_no_row(monkeypatch):
         "eager": False,
         "sdpa": False,
     }
+
+
+def test_layers_that_are_not_swapped_end_the_run(monkeypatch):
+    from flamingo import modules
+
+    for cls in (modules.MaskedCrossAttention, modules.GatedCrossAttentionBlock):
+        monkeypatch.setattr(cls, "forward", lambda self, *args, other=cls.forward: other(self, *args))
+    case = next(case for case in QUICK if case.op == "GatedCrossAttentionBlock")
+    with pytest.raises(NothingSwappedError, match="got none"):
+        bench.run([case], against=AGAINST, seconds=0)
 
 
 def test_a_rival_that_fails_is_skipped_with_its_reason(monkeypatch):

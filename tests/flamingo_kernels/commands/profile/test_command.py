@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from flamingo import modules
 from flamingo_kernels import __main__ as cli
 from flamingo_kernels import patch
 from flamingo_kernels.commands.measure.timing import Spread
@@ -63,6 +64,24 @@ def test_it_prints_and_writes_what_it_found(tmp_path, capsys):
 FILES = {"json": "json", "trace": "trace.json", "picture": "png"}
 
 
+def test_both_sides_are_compiled_when_asked_for(monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(run, "compiled_twin", lambda model: made.append(run.twin(model)) or made[-1])
+    assert cli.main(["profile", "tiny", *ASKED, "--compile"]) == 0
+    assert "before and after under torch.compile; their parts without it" in capsys.readouterr().out
+    patched = [any(isinstance(module, fused.Fused) for module in model.modules()) for model in made]
+    assert patched == [False, True]
+
+
+def test_a_compiled_twin_runs_the_graphs():
+    model, graphs = models.plan("tiny", quick=True).subject(torch.float32, "cpu").model.resampler, []
+    twin = run.compiled_twin(model, lambda graph, _: graphs.append(graph) or graph.forward)
+    x = torch.randn(1, 1, 1, 4, model.project_input.in_features)
+    torch.testing.assert_close(twin(x), model(x))
+    assert graphs
+    assert twin.latents is model.latents
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     subject = models.plan("tiny", quick=True).subject(dtype, "cpu")
@@ -80,6 +99,28 @@ def test_a_model_whose_library_is_missing(monkeypatch, capsys):
     monkeypatch.setitem(models.MODELS, "open_flamingo-tiny", missing)
     assert cli.main(["profile", "open_flamingo-tiny", *ASKED]) == 2
     assert capsys.readouterr().err == "profile: open_flamingo is not installed: pip install it\n"
+
+
+@pytest.mark.parametrize("lacking", ["", "needs more than there is"])
+def test_a_model_of_which_nothing_is_swapped(lacking, monkeypatch, capsys):
+    """It was compared with itself once, and said to be 1.28 times as fast."""
+    for name in (
+        "MaskedCrossAttention",
+        "GatedCrossAttentionBlock",
+        "PerceiverAttention",
+        "PerceiverResampler",
+    ):
+        cls = getattr(modules, name)
+        other = cls.forward
+        monkeypatch.setattr(
+            cls, "forward", lambda self, *args, other=other, **kwargs: other(self, *args, **kwargs)
+        )
+    monkeypatch.setattr(count, "lacking_memory", lambda *_: lacking)
+    assert cli.main(["profile", "tiny", *ASKED]) == 2
+    shown = capsys.readouterr()
+    assert "expected modules that patch swaps in Flamingo, got none" in shown.err
+    assert "was given another forward by" in shown.err
+    assert shown.out == ""
 
 
 @pytest.mark.parametrize(

@@ -1,47 +1,17 @@
-"""Small instances of the known classes, and the calls in which another class may turn out to differ."""
+"""Small instances of open_flamingo's and flamingo_pytorch's classes, and calls in which copies may differ."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import flamingo_pytorch, open_flamingo
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class Call(NamedTuple):
-    """One call of a module.
-
-    Attributes:
-        title: what is special about it.
-        make: its arguments in a dtype, the same random numbers whenever the seed is the same.
-        exact: whether the rounding of float16 and bfloat16 would decide the result.
-        shape: of a result on which somebody may rely. Default: any.
-    """
-
-    title: str
-    make: Callable[[torch.dtype], Arguments]
-    exact: bool = False
-    shape: tuple[int, ...] | None = None
-
-
-class Sample(NamedTuple):
-    """How a class is tried.
-
-    Attributes:
-        build: a small instance of a class, made like the user's module.
-        calls: the calls for a small instance.
-    """
-
-    build: Callable[[type[nn.Module], nn.Module], nn.Module]
-    calls: Callable[[nn.Module], Iterator[Call]]
-
+from .. import flamingo_pytorch, open_flamingo
+from .call import Arguments, Call, Sample, randn
 
 # No two sizes that meet are equal, so that none is taken for another.
 _SIZES = {
@@ -111,8 +81,8 @@ def _masked_calls(module: nn.Module) -> Iterator[Call]:
         **flags: bool,
     ) -> Call:
         def make(dtype: torch.dtype) -> Arguments:
-            x = _randn(dtype, batch, text, width, size=min(size, 1))
-            features = _randn(dtype, batch, media, latents, visual, size=size, blank=blank)
+            x = randn(dtype, batch, text, width, size=min(size, 1))
+            features = randn(dtype, batch, media, latents, visual, size=size, blank=blank)
             return (x, features, None if places is None else places.clone()), flags
 
         return Call(title, make, exact, (batch, text, width))
@@ -159,8 +129,8 @@ def _perceiver_calls(module: nn.Module) -> Iterator[Call]:
         blank: bool = False,
     ) -> Call:
         def make(dtype: torch.dtype) -> Arguments:
-            x = _randn(dtype, batch, media, features, width, size=size, blank=blank)
-            return (x, _randn(dtype, batch, media, latents, width, size=size)), {}
+            x = randn(dtype, batch, media, features, width, size=size, blank=blank)
+            return (x, randn(dtype, batch, media, latents, width, size=size)), {}
 
         return Call(title, make)
 
@@ -199,15 +169,7 @@ def _resampler_calls(module: nn.Module) -> Iterator[Call]:
 
 
 def _features(shape: tuple[int, ...], dtype: torch.dtype, blank: bool = False) -> Arguments:
-    return (_randn(dtype, *shape, blank=blank),), {}
-
-
-def _randn(dtype: torch.dtype, *shape: int, size: float = 1, blank: bool = False) -> Tensor:
-    """Random numbers of a size; `blank` has the last medium of every sequence zero, as padding is."""
-    numbers = torch.randn(*shape, dtype=torch.float64) * size
-    if blank:
-        numbers[:, -1] = 0
-    return numbers.to(dtype).requires_grad_()
+    return (randn(dtype, *shape, blank=blank),), {}
 
 
 SAMPLES: Mapping[type[nn.Module], Sample] = {
