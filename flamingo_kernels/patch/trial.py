@@ -119,11 +119,18 @@ class _Trial:
         calls = [self._compare(how) for how in _ROUNDS]
         if not calls[0]:
             raise Disagreement(f"it computes none of the calls of a trial {_ROUNDS[0]}")
+        turned: set[tuple[str, ...]] = set()
+        while others := self._turns() - turned:
+            calls += [self._compare(_Round(turned=flags)) for flags in sorted(others)]
+            turned |= others
         if unknown := sorted(filter(self._is_unknown, self.read[0] - self.read[1])):
             raise Disagreement(f"its forward reads {', '.join(unknown)}, which the fused class does not")
+        return sum(calls)
+
+    def _turns(self) -> set[tuple[str, ...]]:
+        """The flags to turn, one or two at a time: those of parts, and those that were read so far."""
         flags = sorted({*filter(self._is_flag, self.read[0] | self.read[1]), *self._flags_of_parts()})
-        turned = [*itertools.combinations(flags, 1), *itertools.combinations(flags, 2)]
-        return sum(calls) + sum(self._compare(_Round(turned=each)) for each in turned)
+        return {*itertools.combinations(flags, 1), *itertools.combinations(flags, 2)}
 
     def _is_unknown(self, name: str) -> bool:
         """Whether an attribute that the fused class does not read may choose what the original computes."""
@@ -139,7 +146,8 @@ class _Trial:
 
     def _flags_of_parts(self) -> Iterator[str]:
         for path, name, value in values_of(self.small):
-            if isinstance(value, bool) and not _is_torchs(self.small.get_submodule(path)):
+            public = isinstance(value, bool) and not name.startswith("_")
+            if path and public and not _is_torchs(self.small.get_submodule(path)):
                 yield name
 
     def _is_value(self, name: str) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.helpers.weights import randomise
 
-SIZES = {"dim": 16, "dim_head": 8, "heads": 2}
+SIZES = {"dim": 16, "dim_head": 16, "heads": 2}
 VISUAL = 12
 
 

@@ -64,7 +64,7 @@ _MANY = _places(".i." * 14, "i." * 21, "." * 41 + "i")
 
 def _masked_calls(module: nn.Module) -> Iterator[Call]:
     """Text with media, where images stand at odd places."""
-    attn: Any = getattr(module, "attn", module)
+    attn: Any = module if hasattr(module, "to_q") else module.attn
     width, visual = attn.to_q.in_features, attn.to_kv.in_features
 
     def call(

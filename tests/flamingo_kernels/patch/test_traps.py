@@ -232,8 +232,12 @@ class SometimesSeesTheNextByPython(LooksAtMedia):
 
 
 class KeepsTheWeights(LooksAtMedia):
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.attn = None
+
     def read(self, p, media):
-        self.last_weights = p.detach()
+        self.attn = p.detach()
         return super().read(p, media)
 
 
@@ -277,7 +281,7 @@ class MayGetABias(LooksAtMedia):
 class HasAWindow(LooksAtMedia):
     def __init__(self, **sizes):
         super().__init__(**sizes)
-        self.window = 100
+        self.window = 1000
 
     def visible(self, times, media):
         return super().visible(times, media) & (times[..., None] < self.window)
@@ -325,8 +329,7 @@ class HasTwoFlags(LooksAtMedia):
     one = other = False
 
     def scores(self, q, k):
-        flags = [self.one, self.other]
-        return super().scores(q, k) * (2 if all(flags) else 1)
+        return super().scores(q, k) * (2 if self.one and self.other else 1)
 
 
 class NoGradientToKeys(LooksAtMedia):
@@ -758,7 +761,7 @@ FRAMES = differs("media of one frame")
         (TrainsDifferently, "in training and float64, the result differs"),
         (SometimesSeesTheNext, "it draws random numbers"),
         (SometimesSeesTheNextByPython, "it draws random numbers"),
-        (KeepsTheWeights, "its forward writes last_weights on the module"),
+        (KeepsTheWeights, "its forward writes attn on the module"),
         (KeepsAList, "its forward writes calls on the module"),
         (ShrinksItsWeights, "the result differs"),
         (MarksTheFirst, "it writes into its inputs"),

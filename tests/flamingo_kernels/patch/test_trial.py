@@ -223,7 +223,7 @@ class TestSettings:
     def test_other_parts(self):
         """The user's module has a bias that a new one would not have."""
         attn = make(Reads)
-        attn.to_out = nn.Linear(16, 16)
+        attn.to_out = nn.Linear(32, 16)
         with pytest.raises(UnsupportedError, match="a new one has other parts: to_out"):
             patch(attn, like={Reads: target(Reads)})
 
