@@ -39,8 +39,6 @@ _RENAMED = {"past_key_values": "cache"}  # in transformers 5.24
 _OWN = frozenset(vars(nn.Module()))  # what every module has
 _PLACE = "layer_idx"  # where a layer stands in its model
 
-_Values = frozenset[tuple[str, str, Any]]
-
 
 class Disagreement(Exception):
     """What differs, or why nothing could be compared."""
@@ -291,14 +289,14 @@ def _is_torchs(module: nn.Module) -> bool:
 
 def _copy_values(small: nn.Module, module: nn.Module, known: Match) -> None:
     """Give a small module the values of the user's that are no sizes."""
-    sizes, parts = _sizes(small, module, known), dict(small.named_modules())
+    sizes = _sizes(small, module, known)
     small_d, users_d = (measure(each, known.fused.anatomy)[0].get("d", 1) for each in (small, module))
-    for path, name, value in values_of(module):
-        if path not in parts or (getattr(parts[path], name, None), value) in sizes:
-            continue
-        if name in _SOFTMAX_SCALES and isinstance(value, float):
-            value *= (users_d / small_d) ** 0.5
-        setattr(parts[path], name, value)
+    for _, ours, theirs in _in_both(small.named_modules(), module.named_modules()):
+        for name, value in _values(theirs) if type(ours) is type(theirs) else ():
+            if name in _SOFTMAX_SCALES and isinstance(value, float):
+                setattr(ours, name, value * (users_d / small_d) ** 0.5)
+            elif (getattr(ours, name, None), value) not in sizes:
+                setattr(ours, name, value)
 
 
 def _sizes(small: nn.Module, module: nn.Module, known: Match) -> set[tuple[Any, Any]]:
@@ -318,15 +316,18 @@ def _in_both(ours: Iterator[Any], theirs: Iterator[Any]) -> Iterator[tuple[str, 
     yield from ((path, each, others[path]) for path, each in ours if path in others)
 
 
-def values_of(module: nn.Module) -> _Values:
+def values_of(module: nn.Module) -> frozenset[tuple[str, str, Any]]:
     """The plain values of a module and its parts, which may choose what its forward computes."""
-    plain = (bool, int, float, str, type(None))
     return frozenset(
-        (path, name, value)
-        for path, part in module.named_modules()
-        for name, value in vars(part).items()
-        if isinstance(value, plain) and name not in _OWN and name != _PLACE
+        (path, name, value) for path, part in module.named_modules() for name, value in _values(part)
     )
+
+
+def _values(part: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(part).items():
+        plain = isinstance(value, (bool, int, float, str, type(None)))
+        if plain and name not in _OWN and name != _PLACE:
+            yield name, value
 
 
 def _randomised(module: nn.Module, how: _Round) -> nn.Module:
