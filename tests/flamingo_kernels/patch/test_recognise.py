@@ -331,20 +331,19 @@ class TestLike:
         assert len(made) == 1
 
     def test_one_trial_for_each_setting(self):
-        """A flag of one of them may choose other mathematics."""
+        """A scale that is not read makes no difference while it is the usual one."""
 
-        class Flagged(Reads):
-            def __init__(self, plain=True, **sizes):
-                super().__init__(**sizes)
-                self.number = 1 if plain else 2
+        class OwnScale(Reads):
+            def scores(self, q, k):
+                return q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
 
-            def weights(self, scores):
-                return super().weights(scores) * self.number
-
-        model = nn.ModuleList([Flagged(**SIZES), Flagged(**SIZES, plain=False)])
-        with pytest.raises(fk.UnsupportedError):
-            patch(model, like={Flagged: "open_flamingo.PerceiverAttention"})
-        assert classes(model) == [nn.ModuleList, *classes(model[0]), *classes(model[0])]
+        model = nn.ModuleList([OwnScale(**SIZES), OwnScale(**SIZES)])
+        before = classes(model)
+        model[1].scale *= 2
+        with pytest.raises(fk.UnsupportedError, match="the result differs"):
+            patch(model, like={OwnScale: "open_flamingo.PerceiverAttention"})
+        assert classes(model) == before
+        assert list(patch(model[0], like={OwnScale: "open_flamingo.PerceiverAttention"}).replaced) == [""]
 
     def test_by_a_function_that_builds(self):
         class Configured(Reads):
