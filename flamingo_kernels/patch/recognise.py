@@ -21,7 +21,7 @@ from .._backends.dispatch import UnsupportedError
 from . import trial
 from .known import KNOWN, full_name
 from .registry import Match, families, match, replaced_by, targets
-from .samples import SAMPLES
+from .samples import samples
 from .source import Unreadable, code_hash, replaced, unwrapped
 from .swap import has_other_forward, swap
 
@@ -288,7 +288,7 @@ def _namesake(module: nn.Module) -> Left | None:
         for target, (fused, _) in targets().items()
         if fused.__name__ == cls.__name__
     }
-    target = min(same, key=lambda each: (bool(same[each]), targets()[each][0] not in SAMPLES))
+    target = min(same, key=lambda each: (bool(same[each]), targets()[each][0] not in samples()))
     what = f"{cls.__name__} of {cls.__module__} is not a known one: "
     if same[target]:
         return Left(f"{what}unlike {target}, {same[target]}", namesake=True)

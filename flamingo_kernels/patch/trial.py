@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from .._anatomy import contents, measure
 from .._backends.dispatch import UnsupportedError
 from .registry import Match
-from .samples import SAMPLES, Call, Sample
+from .samples import Call, Sample, samples
 from .source import unwrapped
 
 # Some originals compute parts of it in float32, whatever the dtype.
@@ -189,7 +189,7 @@ def compare(
     Raises:
         Disagreement: something differs, or nothing can be compared.
     """
-    sample = SAMPLES.get(known.fused)
+    sample = samples().get(known.fused)
     if sample is None:
         raise Disagreement(f"no trial is written for {known.fused.__name__}")
     with _apart():

@@ -8,12 +8,22 @@ transformers   those of transformers
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 from torch import nn
 
-from . import open_flamingo, transformers
 from .call import Call, Sample
 
-SAMPLES: Mapping[type[nn.Module], Sample] = {**open_flamingo.SAMPLES, **transformers.SAMPLES}
 
-__all__ = ["SAMPLES", "Call", "Sample"]
+@cache
+def samples() -> Mapping[type[nn.Module], Sample]:
+    """All samples, by the fused class."""
+    from . import (
+        open_flamingo,
+        transformers,
+    )  # they need `flamingo`, which `import flamingo_kernels` does not
+
+    return {**open_flamingo.SAMPLES, **transformers.SAMPLES}
+
+
+__all__ = ["Call", "Sample", "samples"]

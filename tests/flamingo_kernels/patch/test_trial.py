@@ -14,7 +14,7 @@ from torch import nn
 from flamingo_kernels import UnsupportedError, patch
 from flamingo_kernels.patch import trial
 from flamingo_kernels.patch.registry import match, targets
-from flamingo_kernels.patch.samples import SAMPLES
+from flamingo_kernels.patch.samples import samples
 from flamingo_kernels.patch.swap import swap
 from tests.helpers import third_party
 from tests.helpers.lookalikes import LooksAtMedia, Reads, Sums, inputs, make, target
@@ -88,14 +88,14 @@ class TestOriginals:
 
 def test_no_two_sizes_are_equal():
     """A class that takes one for another has a result of another shape."""
-    small = SAMPLES[match(type(installed(TARGETS[0]))).fused].build(LooksAtMedia, make(LooksAtMedia))
+    small = samples()[match(type(installed(TARGETS[0]))).fused].build(LooksAtMedia, make(LooksAtMedia))
     sizes = [*small.to_q.weight.shape, *small.to_kv.weight.shape, small.heads]
     assert len(set(sizes)) == len(sizes)
 
 
 def test_every_class_of_the_libraries_has_a_sample():
     for name in TARGETS:
-        assert targets()[name][0] in SAMPLES
+        assert targets()[name][0] in samples()
 
 
 class TestApart:
