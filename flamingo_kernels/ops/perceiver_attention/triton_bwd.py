@@ -135,9 +135,8 @@ def _perceiver_bwd_queries_kernel(
             p = scaled_exp2_saved(s, row_max, scale_log2) * row_share
             exact += tl.sum(p * dot(dout, tl.trans(v), PRECISION), 1)
         delta = tl.where(saturated, exact, delta)
-    if dk_ptrs is None:  # before the loop, through which its place would stay in registers
-        if split == 0:
-            store_delta(stats, clip, rows, head, delta, R, H)
+    if dk_ptrs is None and split == 0:  # not after the loop, through which its place would take registers
+        store_delta(stats, clip, rows, head, delta, R, H)
 
     dq = tl.zeros([BLOCK_R, power_of_two(D)], tl.float32)
     begin, end = blocks_in_split(split, splits, length, L, BLOCK_S)
