@@ -34,8 +34,8 @@ def most_programs(block: int, device: Device) -> int:
 def backward(columns: int, block: int, dtype: torch.dtype, device: Device) -> Choice[Rows]:
     """The sums fill the registers, so the next rows wait in shared memory."""
     per_thread = 8 if block <= 2 * BLOCK or _is_amd(device) else 16
-    if columns % 8:  # every element has its own address
-        per_thread = 4
+    if columns % 8:  # every element has its own address, and on AMD its own mask in scalar registers
+        per_thread = 2 if _is_amd(device) else 4
     num_stages = min(3, 1 + _PIPELINE // (4 * dtype.itemsize * max(block, BLOCK)))
     return Choice.of(
         _tile(block, per_thread, device, num_stages),

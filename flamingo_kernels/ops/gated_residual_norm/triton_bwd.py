@@ -138,7 +138,6 @@ def _gated_residual_norm_bwd_kernel(
         rows, inside = rows_from(first, end, columns, D, BLOCK_N)
         dn = load(dn_ptr, rows * UNIT, strides[1], columns, inside)
         dx = load(dz_ptr, rows * UNIT, strides[0], columns, inside)
-        y = load(y_ptr, rows * UNIT, strides[2], columns, inside)
         zhat, rstd = load_zhat(z_ptr, stats, rows, end, strides[3], columns, inside, UNIT)
         dweight += dn * zhat
         dbias += dn
@@ -152,6 +151,7 @@ def _gated_residual_norm_bwd_kernel(
         if not RMS:
             wdn -= c2[:, None]
         dx += (wdn - zhat * c1[:, None]) * rstd
+        y = load(y_ptr, rows * UNIT, strides[2], columns, inside)  # late, as registers are few
         store(dx_ptr, rows, D, columns, inside, dx)
         store(dy_ptr, rows, D, columns, inside, dx * tanh_gate)
         dgate += sum_by_thread(dx * y, PER_CHANNEL)

@@ -38,7 +38,7 @@ from ..._backends.triton.softmax import (
     scores,
     store_delta,
 )
-from ..._backends.triton.tiles import load_head, load_q_and_dout, load_rows, store_rows, store_tile
+from ..._backends.triton.tiles import load_head, load_q_and_dout, store_rows, store_tile
 from .config import AVERAGES, FEW_ROWS, Static, backward_keys, backward_rows, block_r, is_one_shot
 from .triton_fwd import check, latents_in_tile, load_keys, load_spans, media_ptrs, program_rows, tiles_seen
 
@@ -57,7 +57,7 @@ def masked_cross_attention_bwd(dout, q, k, v, out, softmax, lo, hi, start, stop,
 
     static = Static(latents, head_dim, q.dtype, length <= FEW_ROWS, device_of(q.device))
     stats = (*softmax, softmax.new_empty(softmax.shape[1:]))  # row_max, row_sum, delta
-    inputs = ((q, k, v, dout), strides(q, k, v, dout), ((heads, heads // kv_heads), scales(scale)))
+    inputs, settings = (q, k, v, dout), ((heads, heads // kv_heads), scales(scale))
     constants = {"R": latents, "D": head_dim, "PRECISION": precision(q)}
     programs = batch * media * kv_heads  # that keep a tile of keys
     if not one_shot:
@@ -67,7 +67,7 @@ def masked_cross_attention_bwd(dout, q, k, v, out, softmax, lo, hi, start, stop,
             _masked_xattn_bwd_rows_kernel,
             lambda config: batch * triton.cdiv(length, config.block_t) * heads,
             backward_rows(static),
-            *(*inputs, (lo, hi), out, stats, dq, length, media),
+            *((*inputs, out), strides(*inputs, out), settings, (lo, hi), stats, dq, length, media),
             **constants,
         )
 
@@ -79,8 +79,8 @@ def masked_cross_attention_bwd(dout, q, k, v, out, softmax, lo, hi, start, stop,
         _masked_xattn_bwd_one_shot_kernel if one_shot else _masked_xattn_bwd_keys_kernel,
         lambda config: splits * programs,
         choice,
-        *(*inputs, (lo, hi, start, stop), stats, _dv_share(dout, hi, k) if averages else None),
-        *((dq, dk, dv), batch, length, media, splits),
+        *(inputs, strides(*inputs), settings, (lo, hi, start, stop), stats),
+        *(_dv_share(dout, hi, k) if averages else None, (dq, dk, dv), batch, length, media, splits),
         **constants,
     )
     if splits > 1:
@@ -142,11 +142,10 @@ def _masked_xattn_bwd_one_shot_kernel(
 
 @triton.jit(do_not_specialize=["T", "M"])
 def _masked_xattn_bwd_rows_kernel(
-    inputs,  # q [B, T, H, d]; k, v [B, M, R, Hkv, d]; dout like q
+    inputs,  # q [B, T, H, d]; k, v [B, M, R, Hkv, d]; dout, out like q
     strides,  # of each input
     settings,  # (H, GROUP), (scale, scale_log2, sign)
     spans,  # lo, hi [B, T]
-    out_ptr,  # [B, T, H, d]
     stats,  # row_max, row_sum, delta [B, H, T]; delta is written
     dq_ptr,  # [B, T, H, d]
     T,
@@ -163,7 +162,8 @@ def _masked_xattn_bwd_rows_kernel(
     sees = lo < hi
     media = media_ptrs(inputs, strides, batch, head // GROUP)
     q, dout = load_q_and_dout(inputs, strides, batch, rows, head, sees, D)
-    delta = row_dot(dout, load_rows(out_ptr, batch, rows, head, sees, T, H, D))
+    # by its strides: the offsets of the contiguous dq, if they were made here, would stay in registers
+    delta = row_dot(dout, load_head(inputs[4], strides[4], batch, rows, head, sees, D))
     row_max, row_sum = load_softmax(stats, batch, rows, head, sees, T, H, sign)
     begin, end = tiles_seen(lo, hi, R, BLOCK_R)
 

@@ -68,7 +68,7 @@ def backward_queries(
         num_warps=_warps(kept, head_dim, dtype, device),
     )
     key = (whole, queries, head_dim, str(dtype))
-    if dtype == torch.float32 and whole and device.architecture == "sm_90":
+    if dtype == torch.float32 and whole and head_dim <= 64:
         return Choice.of(replace(tiles, num_stages=1), key=key)  # loads ahead would spill
     if dtype == torch.float32 or not whole:
         return Choice.of(tiles, key=key)

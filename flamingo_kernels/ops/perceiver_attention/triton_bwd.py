@@ -33,7 +33,7 @@ from ..._backends.triton.softmax import (
     scores,
     store_delta,
 )
-from ..._backends.triton.tiles import load_head, load_q_and_dout, load_rows, store_rows
+from ..._backends.triton.tiles import load_head, load_q_and_dout, store_rows
 from .config import Tiles, backward_keys, backward_queries, count_key_splits, is_whole
 from .triton_fwd import blocks_in_split, check, keys_in_block, load_keys, load_length, program_tile
 
@@ -71,8 +71,8 @@ def perceiver_attention_bwd(
         _perceiver_bwd_queries_kernel,
         lambda tiles: splits * programs(tiles),
         choice,
-        *((q, k, v, dout), (*strides(q), strides(*k), strides(*v), *strides(dout)), settings),
-        *(media_lengths, out, stats, (partial_dq, *dkv), clips, queries, features, latents, splits),
+        *((q, k, v, dout, out), (*strides(q), strides(*k), strides(*v), *strides(dout, out)), settings),
+        *(media_lengths, stats, (partial_dq, *dkv), clips, queries, features, latents, splits),
         **constants,
     )
     if splits > 1:
@@ -96,11 +96,10 @@ def perceiver_attention_bwd(
 
 @triton.jit(do_not_specialize=["N", "R", "S", "L", "splits"])
 def _perceiver_bwd_queries_kernel(
-    inputs,  # q [N, R, H, d]; k, v: [N, S, Hkv, d] of media, [N, L, Hkv, d] of latents; dout like q
+    inputs,  # q [N, R, H, d]; k, v: [N, S, Hkv, d] of media, [N, L, Hkv, d] of latents; dout, out like q
     strides,  # of each input
     settings,  # (H, GROUP), (scale, scale_log2, sign)
     media_lengths_ptr,  # [N] or None
-    out_ptr,  # [N, R, H, d]
     stats,  # row_max, row_sum, delta [N, H, R]; delta is written
     grads,  # dq [splits, N, R, H, d]; dk, dv like k, v, or None: another kernel makes them
     N,
@@ -119,7 +118,8 @@ def _perceiver_bwd_queries_kernel(
     clip, split, rows, head = program_tile(R, H, splits, BLOCK_R)
     inside = rows < R
     q, dout = load_q_and_dout(inputs, strides, clip, rows, head, inside, D)
-    delta = row_dot(dout, load_rows(out_ptr, clip, rows, head, inside, R, H, D))
+    # by its strides: the offsets of the contiguous dq, if they were made here, would stay in registers
+    delta = row_dot(dout, load_head(inputs[4], strides[4], clip, rows, head, inside, D))
     row_max, row_sum = load_softmax(stats, clip, rows, head, inside, R, H, sign)
     row_max, row_share = row_max[:, None], 1 / row_sum[:, None]
     length = load_length(media_lengths_ptr, clip, S)
@@ -135,6 +135,8 @@ def _perceiver_bwd_queries_kernel(
             p = scaled_exp2_saved(s, row_max, scale_log2) * row_share
             exact += tl.sum(p * dot(dout, tl.trans(v), PRECISION), 1)
         delta = tl.where(saturated, exact, delta)
+    if dk_ptrs is None and split == 0:  # not after the loop, through which its place would take registers
+        store_delta(stats, clip, rows, head, delta, R, H)
 
     dq = tl.zeros([BLOCK_R, power_of_two(D)], tl.float32)
     begin, end = blocks_in_split(split, splits, length, L, BLOCK_S)
@@ -160,8 +162,6 @@ def _perceiver_bwd_queries_kernel(
             keys = first + tl.arange(0, BLOCK_S)
             store_rows(dk_ptrs[0], clip, keys, head, zeros, keys < S, S, H, D)
             store_rows(dv_ptrs[0], clip, keys, head, zeros, keys < S, S, H, D)
-    elif split == 0:
-        store_delta(stats, clip, rows, head, delta, R, H)
 
 
 @triton.jit(do_not_specialize=["R", "S"])
