@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -185,12 +186,21 @@ def load(model):
     model.load_state_dict({name: 1.2 * x for name, x in model.state_dict().items()}, assign=True)
 
 
+def takes_media_axis():
+    """Whether Idefics takes its features by sequence and image, as before transformers 5.24."""
+    from transformers.models.idefics.modeling_idefics import IdeficsAttention
+
+    return "cache" not in inspect.signature(IdeficsAttention.forward).parameters
+
+
 class TestHeldFeatures:
     """Features of images that a caller encodes once, for texts before and after a change of the weights."""
 
     def inputs(self, length):
         ids = torch.randint(2, 60, (2, length), generator=torch.Generator().manual_seed(3))
         features = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(4))
+        if not takes_media_axis():
+            features = features.flatten(0, 1)
         seen = torch.ones(2, length, 3, dtype=torch.long)
         return {"input_ids": ids, "perceiver_embeddings": features, "image_attention_mask": seen}
 
