@@ -71,9 +71,7 @@ def backward_queries(
     if dtype == torch.float32 and whole and head_dim <= 64:
         return Choice.of(replace(tiles, num_stages=1), key=key)  # loads ahead would spill
     if device.architecture == "sm_80" and not whole and dtype != torch.float32:
-        return Choice.of(
-            replace(tiles, num_stages=3), key=key
-        )  # with two the compiler spares too many registers
+        return Choice.of(replace(tiles, num_stages=3), key=key)  # fewer loads ahead may spill
     if dtype == torch.float32 or not whole:
         return Choice.of(tiles, key=key)
     factor = 2 if kept >= 64 and device.architecture in _FROM_SHARED_MEMORY else 1
