@@ -70,7 +70,7 @@ def backward_queries(
     key = (whole, queries, head_dim, str(dtype))
     if dtype == torch.float32 and whole and head_dim <= 64:
         return Choice.of(replace(tiles, num_stages=1), key=key)  # loads ahead would spill
-    if device.architecture == "sm_80" and not whole and dtype != torch.float32:
+    if device.architecture in ("sm_80", "sm_89") and not whole and dtype != torch.float32:
         return Choice.of(replace(tiles, num_stages=3), key=key)  # fewer loads ahead may spill
     if dtype == torch.float32 or not whole:
         return Choice.of(tiles, key=key)
