@@ -76,6 +76,8 @@ def backward_queries(
         return Choice.of(tiles, key=key)
     factor = 2 if kept >= 64 and device.architecture in _FROM_SHARED_MEMORY else 1
     more_keys = replace(tiles, block_s=factor * tiles.block_s)
+    if device.architecture == "sm_100" and head_dim > 64:  # without loads ahead these spill
+        return Choice.of(tiles, more_keys, key=key)
     return Choice.of(tiles, replace(tiles, num_stages=1), more_keys, key=key)
 
 
