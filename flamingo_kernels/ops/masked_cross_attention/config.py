@@ -85,9 +85,10 @@ def forward(static: Static, one_shot: bool) -> Choice[Rows]:
 def backward_rows(static: Static) -> Choice[Rows]:
     """The kernel that owns rows, where they see several media."""
     if static.exact and not static.amd:
-        most = 64 if static.device.architecture == "sm_89" else 128  # beyond it eight warps spill
-        return _choose(static, Rows(block_t=16, num_warps=16 if static.head_dim > most else 8))
-    if static.head_dim > 128 and not static.exact:  # 32 rows for 128 threads: more of either spill
+        many = 64 if static.device.architecture == "sm_89" else 128  # beyond it eight warps spill
+        return _choose(static, Rows(block_t=16, num_warps=16 if static.head_dim > many else 8))
+    many = 64 if static.amd else 128
+    if static.head_dim > many and not static.exact:  # 32 rows for 128 threads: more of either spill
         least = _AMD if static.amd else Rows(block_t=16)
         tile = replace(least, block_t=32, num_warps=2 if static.amd else 4)
         return _choose(static, *([] if static.few_rows else [tile]), least)

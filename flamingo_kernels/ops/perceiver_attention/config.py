@@ -70,10 +70,14 @@ def backward_queries(
     key = (whole, queries, head_dim, str(dtype))
     if dtype == torch.float32 and whole and head_dim <= 64:
         return Choice.of(replace(tiles, num_stages=1), key=key)  # loads ahead would spill
+    if device.architecture in ("sm_80", "sm_89") and not whole and dtype != torch.float32:
+        return Choice.of(replace(tiles, num_stages=3), key=key)  # fewer loads ahead may spill
     if dtype == torch.float32 or not whole:
         return Choice.of(tiles, key=key)
     factor = 2 if kept >= 64 and device.architecture in _FROM_SHARED_MEMORY else 1
     more_keys = replace(tiles, block_s=factor * tiles.block_s)
+    if device.architecture == "sm_100" and head_dim > 64:  # without loads ahead these spill
+        return Choice.of(tiles, more_keys, key=key)
     return Choice.of(tiles, replace(tiles, num_stages=1), more_keys, key=key)
 
 
