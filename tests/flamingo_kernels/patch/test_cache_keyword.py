@@ -137,6 +137,7 @@ def test_the_cache_is_given_what_the_original_gives_it(name):
     assert_same(*pair(name), lambda: (GIVEN[name], {OWN: Cache(), **given}))
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_a_layer_without_a_cache_refuses_one():
     for each in pair("IdeficsGatedCrossAttentionLayer"):
         for name in NAMES:
