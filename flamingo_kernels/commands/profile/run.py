@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,26 @@ def run(
         clock: what keeps the time; the device's own by default.
         compiled: whether to compare and time both sides under torch.compile.
     """
+    with _room_for_graphs() if compiled else nullcontext():
+        return _run(plan, dtype, device, seconds, trace, clock, compiled)
+
+
+def _room_for_graphs() -> AbstractContextManager[None]:
+    """Both sides share code, which torch.compile no longer compiles once it has eight graphs of it."""
+    from torch._dynamo import config
+
+    return cast("AbstractContextManager[None]", config.patch(recompile_limit=64))
+
+
+def _run(
+    plan: Plan,
+    dtype: torch.dtype,
+    device: str,
+    seconds: float,
+    trace: str | None,
+    clock: Clock | None,
+    compiled: bool,
+) -> Profile:
     progress = ProgressBar(6)
     progress(f"{plan.name}: building")
     subject = plan.subject(dtype, device)
