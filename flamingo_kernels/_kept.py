@@ -109,6 +109,7 @@ class MaskKey(NamedTuple):
         policy: for rows without a medium, see `MediaMask`.
         length: T if the text follows the locations, None if it is the text of the locations.
         texts: how many texts in a row share a sequence of media.
+        adds: whether numbers in the locations are added up, as in open_flamingo; else each but 0 is a medium.
     """
 
     num_media: int
@@ -116,10 +117,18 @@ class MaskKey(NamedTuple):
     policy: Policy
     length: int | None
     texts: int = 1
+    adds: bool = False
 
     def build(self, locations: Tensor) -> MediaMask:
-        num_media, immediate, policy, length, texts = self
-        if length is not None:
+        num_media, immediate, policy, length, texts, adds = self
+        if adds and length is None and locations.dtype != torch.bool:
+            time = locations.cumsum(1)
+            if immediate:
+                time = torch.where(
+                    time < 0, num_media + 1, time
+                )  # no medium is meant, and the row is no blank
+            mask = MediaMask.from_text_time(time, num_media, immediate=immediate, policy=policy)
+        elif length is not None:
             mask = MediaMask.cached(locations, num_media, length, immediate=immediate, policy=policy)
         else:
             build = MediaMask.last_preceding if immediate else MediaMask.all_preceding

@@ -122,6 +122,7 @@ class MaskedCrossAttention(FusedCrossAttention, modules.MaskedCrossAttention):
     """
 
     folds = (*ATTENTION_FOLDS, Affine("norm_media", ("to_kv",)))
+    adds_locations = False
     anatomy = {**ATTENTION_ANATOMY, "norm_media": Norm("V", identity=True)}
 
     def original_takes(self, media: Media) -> bool:
@@ -281,7 +282,9 @@ def media_mask(
             f"{tuple(media_locations.shape)}. Pass use_cached_media=True if the text follows these locations."
         )
     cached = length if use_cached_media else None
-    key = MaskKey(num_media, attn.only_attend_immediate_media, attn.policy, cached, texts)
+    key = MaskKey(
+        num_media, attn.only_attend_immediate_media, attn.policy, cached, texts, attn.adds_locations
+    )
     return kept_mask(media_locations, key, attn)
 
 

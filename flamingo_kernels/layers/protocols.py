@@ -19,6 +19,7 @@ class MediaAttention(MediaLayer, Protocol):
         scale: factor on the scores.
         only_attend_immediate_media: whether text sees the last medium only.
         policy: what rows without a medium get, see `MediaMask`.
+        adds_locations: whether numbers in `media_locations` are added up; else each but 0 is one medium.
         norm: over the text.
         to_q: the projection to queries.
         to_out: the projection behind the heads.
@@ -27,6 +28,7 @@ class MediaAttention(MediaLayer, Protocol):
     heads: int
     scale: float
     only_attend_immediate_media: bool
+    adds_locations: bool
 
     @property
     def policy(self) -> Policy: ...

@@ -24,6 +24,7 @@ from .family import Family
 class MaskedCrossAttention(FusedCrossAttention):
     folds = ATTENTION_FOLDS
     anatomy = ATTENTION_ANATOMY
+    adds_locations = True
 
     heads: int
     scale: float

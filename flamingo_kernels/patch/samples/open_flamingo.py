@@ -96,6 +96,7 @@ def _masked_calls(module: nn.Module) -> Iterator[Call]:
     yield call("many images", _MANY, batch=3, text=42, media=14)
     yield call("long text", _PLACES[:1].repeat(1, 25), batch=1, text=300, media=3, latents=70)
     yield call("locations as numbers", _PLACES.long())
+    yield call("numbers that add up", _PLACES.long() * 2)
     yield call("no locations", None)
     yield call("large media", _PLACES, size=100, exact=True)
     yield call("small numbers", _PLACES, size=0.01)

@@ -250,3 +250,18 @@ class TestResampler:
         assert_parity(
             original, fused, (B, M, 4, 3, VISUAL), call=lambda module, x: module(x, num_frames=frames)
         )
+
+
+@pytest.mark.parametrize("family", ["open_flamingo", "flamingo_pytorch"])
+@pytest.mark.parametrize("immediate", [True, False])
+@pytest.mark.parametrize(
+    "numbers", [[0, 2, 0, 1, 0, 0], [1, 0, 0, 1, 3, 0], [0, -1, 0, 1, 1, 0], [0, 1, 0, 0, 1, 0]]
+)
+def test_locations_that_are_numbers_are_added_up(family, immediate, numbers):
+    """The originals count nothing: they add."""
+    attn = cross_attention(family, "MaskedCrossAttention", immediate=immediate)
+    tensors = torch.randn(1, 6, TEXT), torch.randn(1, 3, 5, media_width(family))
+    places = torch.tensor([numbers])
+    expected = attn(*tensors, places)
+    patch(attn)
+    torch.testing.assert_close(attn(*tensors, places), expected)
