@@ -123,10 +123,8 @@ class MaskKey(NamedTuple):
         num_media, immediate, policy, length, texts, adds = self
         if adds and length is None and locations.dtype != torch.bool:
             time = locations.cumsum(1)
-            if immediate:
-                time = torch.where(
-                    time < 0, num_media + 1, time
-                )  # no medium is meant, and the row is no blank
+            if immediate:  # a row below 0 names no medium, and averages all
+                time = time.where(time >= 0, num_media + 1)
             mask = MediaMask.from_text_time(time, num_media, immediate=immediate, policy=policy)
         elif length is not None:
             mask = MediaMask.cached(locations, num_media, length, immediate=immediate, policy=policy)

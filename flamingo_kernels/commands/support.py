@@ -158,8 +158,9 @@ def versions() -> str:
             known = (name.rpartition(".")[2] for name in names if _covers(spans[name], library, version))
             groups.setdefault(", ".join(f"`{name}`" for name in dict.fromkeys(known)), []).append(version)
         for (classes, those), after in zip(groups.items(), [*groups.values(), None][1:], strict=True):
-            shown = those[0] if len(those) == 1 else f"{those[0]} to {those[-1]}"
-            lines.append(readme.row(library, f"{those[0]} to before {after[0]}" if after else shown, classes))
+            last = f"before {after[0]}" if after else those[-1]
+            shown = last if last == those[0] else f"{those[0]} to {last}"
+            lines.append(readme.row(library, shown, classes))
     return "\n".join(lines)
 
 

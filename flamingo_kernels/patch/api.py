@@ -207,7 +207,7 @@ def _versions(known: Match) -> str:
 
 
 def _policies(model: nn.Module) -> tuple[str, ...]:
-    from ..layers import Fused  # as above
+    from ..layers import Fused  # needs `flamingo`, which `import flamingo_kernels` does not
 
     policies = (getattr(module, "policy", None) for module in model.modules() if isinstance(module, Fused))
     return tuple(sorted({str(policy) for policy in policies if policy}))

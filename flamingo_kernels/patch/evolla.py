@@ -163,11 +163,9 @@ def _spans_of_all(rows: Tensor, batch: Tensor, keys: int) -> MediaMask | None:
     latents = largest_divisor(keys, LARGEST_LATENTS)
     if latents == 0 or are_small(latents, keys):
         return None
-    size, media = rows.shape[0], keys // latents
-    hi = torch.where(_seeing(rows, batch), media, -1).int()
-    start = torch.zeros(size, media, dtype=torch.int32, device=hi.device)
-    stop = torch.full_like(start, rows.shape[1])
-    return MediaMask(torch.zeros_like(hi), hi, start, stop, media == 1, "open_flamingo")
+    media = keys // latents
+    last = torch.where(_seeing(rows, batch), media, 0)
+    return MediaMask.from_text_time(last, media, immediate=False, policy="open_flamingo")
 
 
 def _read_spans(rows: Tensor, batch: Tensor, keys: int) -> MediaMask | None:

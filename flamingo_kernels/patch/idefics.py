@@ -24,7 +24,7 @@ from .decoder_layer import DecoderLayer, folds_of
 from .dense import key_spans, reads_when_run
 from .dense_attention import dense_cross_attention
 from .family import TRANSFORMERS, Family
-from .softmax import is_softmax
+from .softmax import is_sdpa, is_softmax
 
 _HOME = "transformers.models.idefics"
 _ATTENTION = f"{_HOME}.modeling_idefics.IdeficsAttention"
@@ -75,7 +75,7 @@ class IdeficsGatedCrossAttentionLayer(DecoderLayer):
         replaceable = _replaceable(attn)
         spans = key_spans(mask, x, sees, layer=self) if mask is not None and replaceable else None
         if spans is None:
-            if mask is not None and replaceable and reads_when_run(mask, x, sees, sdpa=_is_sdpa(attn)):
+            if mask is not None and replaceable and reads_when_run(mask, x, sees, sdpa=is_sdpa(attn)):
                 y = _attend(attn, norm(x), media, mask, sees)
             else:
                 y, _ = attn(hidden_states=norm(x), key_value_states=media, attention_mask=mask, **kwargs)
@@ -125,13 +125,9 @@ def _queries(attn: Any, x: Tensor) -> Tensor:  # [B, T, H, d]
 def _attend(attn: Any, x: Tensor, media: Tensor, mask: Tensor, rows: Tensor) -> Tensor:  # [B, T, D]
     """What the attention computes, in a compiled model."""
     k, v = _project(attn, media)
-    q, sdpa = _queries(attn, x), _is_sdpa(attn)
+    q, sdpa = _queries(attn, x), is_sdpa(attn)
     out = dense_cross_attention(q, k, v, mask, rows, scale=attn.scaling, sdpa=sdpa)
     return cast(Tensor, attn.o_proj(out.flatten(-2)))
-
-
-def _is_sdpa(attn: Any) -> bool:
-    return bool(attn.config._attn_implementation == "sdpa")
 
 
 def _kv_modules(attn: Any) -> tuple[nn.Module, ...]:

@@ -17,7 +17,7 @@ from ..ops import perceiver_attention
 from .dense import in_order, media_first, reads_padding_when_run
 from .dense_attention import dense_perceiver_attention
 from .family import TRANSFORMERS, Family
-from .softmax import GroupedAttention
+from .softmax import GroupedAttention, is_sdpa
 
 
 class Idefics2PerceiverAttention(GroupedAttention):
@@ -40,7 +40,7 @@ class Idefics2PerceiverAttention(GroupedAttention):
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # [N, R, D], and no weights
-        first, late, sdpa = None, False, self.is_sdpa()
+        first, late, sdpa = None, False, is_sdpa(self)
         cached = cache is not None or getattr(self, self.cache_keyword, None) is not None
         stays = self.is_causal or cached or self.must_stay(self.attention_dropout, kwargs)
         if attention_mask is not None and not stays:  # flex_attention has a mask that is no tensor

@@ -137,11 +137,6 @@ def full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def code_of(cls: type[nn.Module], home: str, origin: str = "") -> str:
-    """`source.code_hash`, remembered while `patch` looks at many modules of a class."""
-    return code_hash(cls, home, origin=origin)
-
-
 def load(name: str) -> type[nn.Module]:
     """A class by its full name. Raises ImportError, AttributeError, or TypeError if it is no class."""
     from ..testing.tiny import open_flamingo_module

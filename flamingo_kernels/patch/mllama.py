@@ -25,7 +25,7 @@ from .decoder_layer import DecoderLayer, folds_of
 from .dense import KeySpans, key_spans, reads_when_run
 from .dense_attention import dense_cross_attention
 from .family import TRANSFORMERS, Family
-from .softmax import GroupedAttention
+from .softmax import GroupedAttention, is_sdpa
 
 _HOME = "transformers.models.mllama.modeling_mllama"
 _MLP = f"{_HOME}.MllamaTextMLP"
@@ -61,7 +61,7 @@ class MllamaTextCrossAttention(GroupedAttention):
         q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)))  # [B, T, H, d]
         k, v = self.kv(q.shape[0], cross_attention_states, cache, kwargs)
         if late:
-            mask, sdpa = cast(Tensor, attention_mask), self.is_sdpa()
+            mask, sdpa = cast(Tensor, attention_mask), is_sdpa(self)
             out = dense_cross_attention(q, k, v, mask, scale=self.scaling, sdpa=sdpa)
         elif spans is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -88,9 +88,9 @@ class MllamaTextCrossAttention(GroupedAttention):
         self, x: Tensor, states: Tensor | None, cache: Any, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> bool:
         """Whether a compiled model reads the mask when it runs; arguments as for `spans`."""
-        if mask is None or not self._may_read(x, states, cache, mask, kwargs):
-            return False
-        return reads_when_run(mask, x, sdpa=self.is_sdpa())
+        if mask is None or not reads_when_run(mask, x, sdpa=is_sdpa(self)):
+            return False  # as always without torch.compile
+        return self._may_read(x, states, cache, mask, kwargs)
 
     def _may_read(
         self, x: Tensor, states: Tensor | None, cache: Any, mask: Tensor, kwargs: dict[str, Any]

@@ -109,7 +109,8 @@ class Recogniser:
         return None
 
     def _by_claim(self, module: nn.Module, known: Match, claim: _Claim) -> Found:
-        reason = _why_not_swap(module, known) or _why_other_parts(module, known) or _why_own(module, known)
+        parts = misfit(module, known.fused.anatomy)
+        reason = _why_not_swap(module, known) or parts or _why_own(module, known)
         if not reason:
             try:
                 return Found(known, f"as {claim.target}, {self._try(module, known, claim.build)}")
@@ -122,7 +123,7 @@ class Recogniser:
         cls = type(module)
         if reason := _why_not_swap(module, known):
             return Left(reason, known)
-        parts, doubts = _why_other_parts(module, known), list(self._doubts(module, known))
+        parts, doubts = misfit(module, known.fused.anatomy), list(self._doubts(module, known))
         unreadable = [str(doubt) for doubt in doubts if isinstance(doubt, Unreadable)]
         if not parts and not doubts:
             return Found(known)
@@ -251,10 +252,6 @@ def _why_not_swap(module: nn.Module, known: Match) -> str:
     return ""
 
 
-def _why_other_parts(module: nn.Module, known: Match) -> str:
-    return misfit(module, known.fused.anatomy)
-
-
 def _why_replaced(module: nn.Module, known: Match) -> str:
     """Which functions somebody has put in the place of those that the forward calls; empty if nobody has."""
     names = replaced(type(module), known.family.module)
@@ -265,7 +262,7 @@ def _why_own(module: nn.Module, known: Match) -> str:
     """Why a class of unknown source cannot be given the attributes of the fused class."""
     cls = type(module)
     for name in replaced_by(known.fused):
-        if name != "forward" and hasattr(cls, name) and not hasattr(nn.Module, name):
+        if hasattr(cls, name) and not hasattr(nn.Module, name):
             return f"it has {name}, which the fused class replaces"
     return trial.why_other_arguments(cls, known.fused)
 

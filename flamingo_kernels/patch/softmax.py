@@ -46,9 +46,10 @@ class GroupedAttention(Fused):
         other = not is_softmax(self.config._attn_implementation)
         return bool(asks or other or self.is_watched() or (dropout and self.training))
 
-    def is_sdpa(self) -> bool:
-        """Whether a softmax is "sdpa", not "eager"."""
-        return bool(self.config._attn_implementation == "sdpa")
+
+def is_sdpa(attn: Any) -> bool:
+    """Whether the softmax of an attention is "sdpa", not "eager"."""
+    return bool(attn.config._attn_implementation == "sdpa")
 
 
 def is_softmax(implementation: str) -> bool:

@@ -65,9 +65,10 @@ def replaced(cls: type[nn.Module], home: str = "") -> list[str]:
     They are compared with what the module imports and defines, so a function that somebody has put in the
     place of another one is found, even if it does the same and more.
     """
-    names = []
-    for name, scope in _walk(cls, home).read.items():
-        value, imported = scope[name], _imports(scope).get(name)
+    names, read = [], _walk(cls, home).read
+    imports = {id(scope): _imports(scope) for scope in {id(each): each for each in read.values()}.values()}
+    for name, scope in read.items():
+        value, imported = scope[name], imports[id(scope)].get(name)
         if imported is not None:
             module = sys.modules.get(imported[0])
             expected = getattr(module, imported[1], module) if imported[1] else module

@@ -7,6 +7,12 @@ import pytest
 from flamingo_kernels.testing import tiny
 
 
+def transformers_version() -> tuple[int, int]:
+    """The first two numbers of the installed version, or skips the test that asks."""
+    major, minor = pytest.importorskip("transformers").__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def open_flamingo(module: str) -> ModuleType:
     """The module `open_flamingo.src.<module>`: "helpers", "flamingo_lm" or "utils"."""
     pytest.importorskip("einops_exts")

@@ -104,7 +104,33 @@ def run(
         compiled: whether to compare and time both sides under torch.compile.
     """
     with _room_for_graphs() if compiled else nullcontext():
-        return _run(plan, dtype, device, seconds, trace, clock, compiled)
+        progress = ProgressBar(6)
+        progress(f"{plan.name}: building")
+        subject = plan.subject(dtype, device)
+        after = twin(subject.model)
+        report = swapped(after)
+        models = {BEFORE: subject.model, AFTER: after}
+        timed = {side: compiled_twin(model) for side, model in models.items()} if compiled else models
+        progress("results: comparing with float64")
+        found = Profile(
+            plan.name,
+            dtype_name(dtype),
+            {name: list(each.shape) for name, each in subject.inputs.items()},
+            sum(parameter.numel() for parameter in subject.model.parameters()),
+            str(report),
+            conditions_on(device),
+            compiled,
+            compare(subject, timed[AFTER]),
+        )
+        if found.same:
+            clock = clock or clock_of(device)
+            progress("parts: under torch.profiler")
+            parts = by_part(subject, models, device, trace)
+            for name, work in subject.works.items():
+                progress(f"{name}: timing")
+                found.works[name] = _measure(name, work, timed, parts[name], device, seconds, clock)
+        progress.close()
+        return found
 
 
 def _room_for_graphs() -> AbstractContextManager[None]:
@@ -112,44 +138,6 @@ def _room_for_graphs() -> AbstractContextManager[None]:
     from torch._dynamo import config
 
     return cast("AbstractContextManager[None]", config.patch(recompile_limit=64))
-
-
-def _run(
-    plan: Plan,
-    dtype: torch.dtype,
-    device: str,
-    seconds: float,
-    trace: str | None,
-    clock: Clock | None,
-    compiled: bool,
-) -> Profile:
-    progress = ProgressBar(6)
-    progress(f"{plan.name}: building")
-    subject = plan.subject(dtype, device)
-    after = twin(subject.model)
-    report = swapped(after)
-    models = {BEFORE: subject.model, AFTER: after}
-    timed = {side: compiled_twin(model) for side, model in models.items()} if compiled else models
-    progress("results: comparing with float64")
-    found = Profile(
-        plan.name,
-        dtype_name(dtype),
-        {name: list(each.shape) for name, each in subject.inputs.items()},
-        sum(parameter.numel() for parameter in subject.model.parameters()),
-        str(report),
-        conditions_on(device),
-        compiled,
-        compare(subject, timed[AFTER]),
-    )
-    if found.same:
-        clock = clock or clock_of(device)
-        progress("parts: under torch.profiler")
-        parts = by_part(subject, models, device, trace)
-        for name, work in subject.works.items():
-            progress(f"{name}: timing")
-            found.works[name] = _measure(name, work, timed, parts[name], device, seconds, clock)
-    progress.close()
-    return found
 
 
 def twin(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from .rounds import Disagreement, Round
 _SOFTMAX_SCALES = ("scale", "scaling", "qk_scale")
 _PLACE = "layer_idx"  # where a layer stands in its model
 OWN = frozenset(vars(nn.Module()))  # what every module has
+PLAIN = (bool, int, float, str, type(None))
 
 
 def make_small(module: nn.Module, known: Match, build: Callable[[], nn.Module]) -> nn.Module:
@@ -100,8 +101,7 @@ def values_of(module: nn.Module) -> frozenset[tuple[str, str, Any]]:
 
 def _values(part: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(part).items():
-        plain = isinstance(value, (bool, int, float, str, type(None)))
-        if plain and name not in OWN and name != _PLACE:
+        if isinstance(value, PLAIN) and name not in OWN and name != _PLACE:
             yield name, value
 
 

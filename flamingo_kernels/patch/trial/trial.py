@@ -19,7 +19,7 @@ from ..source import unwrapped
 from .apart import apart
 from .call import agrees
 from .rounds import ROUNDS, Disagreement, Round
-from .small import OWN, is_torchs, make_small, randomised, sizes_of, values_of
+from .small import OWN, PLAIN, is_torchs, make_small, randomised, sizes_of, values_of
 
 _RENAMED = {"past_key_values": "cache"}  # in transformers 5.24
 
@@ -157,7 +157,7 @@ def _state(module: nn.Module) -> dict[str, Any]:
 
 def _content(value: Any) -> Any:
     """A value, or what tells an object from another and shows most changes of it."""
-    if isinstance(value, (bool, int, float, str, type(None))):
+    if isinstance(value, PLAIN):
         return value
     if isinstance(value, Tensor):
         return id(value), value.tolist()

@@ -13,11 +13,12 @@ from torch import nn
 from flamingo_kernels import patch
 from flamingo_kernels.patch.swap import is_swapped
 from flamingo_kernels.testing import tiny
+from tests.helpers import third_party
 
 transformers = pytest.importorskip("transformers")
 
 SIZES = tiny.Sizes(batch=2, text=6, images=2, width=32, heads=4, layers=2, visual=16, latents=5)
-VERSION = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+VERSION = third_party.transformers_version()
 if VERSION < (5, 0):
     NAMES = ("past_key_values", "past_key_value")
 elif VERSION < (5, 24):
@@ -49,7 +50,13 @@ TAKES = [name for name in GIVEN if not name.startswith("IdeficsGated")]  # which
 
 
 deprecated = pytest.mark.parametrize(
-    "old", DEPRECATED or [pytest.param("", marks=pytest.mark.skip(reason="5.0 to 5.23 deprecate no name"))]
+    "old",
+    DEPRECATED
+    or [
+        pytest.param(
+            "", marks=pytest.mark.skip(reason="transformers 5.0 to 5.23 has no deprecated name of the cache")
+        )
+    ],
 )
 
 

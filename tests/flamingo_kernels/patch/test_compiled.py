@@ -12,6 +12,7 @@ from flamingo_kernels import _kept, patch
 from flamingo_kernels.testing import tiny
 from tests.flamingo_kernels.patch.test_dense import LOWEST, added, keys
 from tests.flamingo_kernels.patch.test_transformers import REPLACED, build, patched
+from tests.helpers import third_party
 from tests.helpers.graphs import recording
 from tests.helpers.parity import assert_parity
 
@@ -152,7 +153,7 @@ class TestMllama:
         torch.testing.assert_close(fused(x, *given), fixed(x, *given))
 
     @pytest.mark.skipif(
-        tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24),
+        third_party.transformers_version() < (5, 24),
         reason="its cross-attention layers fit into no static cache before transformers 5.24",
     )
     @pytest.mark.parametrize("images", ["of both", "of the first alone", "of none"])

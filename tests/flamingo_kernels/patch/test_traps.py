@@ -439,7 +439,7 @@ class Registered(LooksAtMedia):
 
 
 class RegisteredToo(Registered):
-    pass
+    """Such a subclass."""
 
 
 class OneMore(LooksAtMedia):
@@ -658,7 +658,7 @@ class OneOfAll(type):
 
 
 class Shared(Reads, metaclass=OneOfAll):
-    pass
+    """Whose new instances have the projections of the first."""
 
 
 # A resampler
