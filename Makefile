@@ -25,7 +25,7 @@ NEWEST_TESTS := tests/flamingo_kernels/patch tests/flamingo_kernels/commands/pro
 	tests/flamingo/test_generation.py tests/flamingo/test_open_flamingo.py \
 	--ignore tests/flamingo_kernels/patch/test_oldest_transformers.py
 
-.PHONY: help demo test test-slow test-newest mutate lint format bench gpu info build emulated clean
+.PHONY: help demo test test-slow test-newest mutate sanitize lint format bench gpu info build emulated clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -59,6 +59,9 @@ test-newest: build ## run the tests of other libraries' models with the newest r
 
 mutate: build emulated ## plant faults one at a time, and see which the tests find (ARGS="mask.py" for some of them)
 	@$(BIN)/python -m tests.mutations $(ARGS)
+
+sanitize: build emulated ## run the operators' tests with kernels that watch their memory and arithmetic (takes long)
+	@$(BIN)/python -m tests.sanitizers $(ARGS)
 
 bench: build ## time every operator and layer against its rivals
 	@$(BIN)/python -m flamingo_kernels bench $(ARGS)

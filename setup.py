@@ -12,6 +12,7 @@ Environment:
                                  the wide kernels on machines that lack their instructions
                                  cuda: compile the CUDA kernels for this processor, and nothing else
     CXX, NVCC                    the compilers
+    CXXFLAGS                     more flags for CXX, after ours
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ VARIANTS = {  # from the least to the most capable: see `Build.objects`
     "avx512_amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi"
+USERS_FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
 # What bindings.cpp is held to: the C ABI of torch 2.10 and of Python 3.10.
 TORCH_OLDEST = (2, 10)
 TORCH_LIBRARIES = ("torch_cpu", "torch_cuda")
@@ -251,7 +253,7 @@ class Build(build_ext):
             libraries = [name for name in TORCH_LIBRARIES if (self.torch / "lib" / f"lib{name}.so").exists()]
             self.link([NVCC, "-cudart", "static"], objects, libraries, output)
         else:
-            self.link(COMPILER, objects, TORCH_LIBRARIES[:1], output)
+            self.link([*COMPILER, *USERS_FLAGS], objects, TORCH_LIBRARIES[:1], output)
 
     def objects(self) -> list[Object]:
         """All objects in link order. Where several share an inline function of the C++ library the linker
@@ -284,7 +286,8 @@ class Build(build_ext):
         folder = folder or made_folder("objects-emulated" if self.emulate else "objects")
         output = folder / f"{name}.o"
         emulate = ["-DFK_EMULATE=1"] if self.emulate else []
-        command = [*COMPILER, *FLAGS.split(), *emulate, *flags, "-MD", "-c", str(source), "-o", str(output)]
+        command = [*COMPILER, *FLAGS.split(), *emulate, *flags, *USERS_FLAGS]
+        command += ["-MD", "-c", str(source), "-o", str(output)]
         return Object(source, output, command)
 
     def cuda_objects(self) -> list[Object]:

@@ -23,7 +23,7 @@ bool poisoned = false;  // a test aid: outputs and scratch start as NaN
 
 // All ones is a NaN in float32, bfloat16, float16 and float64 alike.
 void poison(void* memory, size_t bytes) {
-  if (poisoned) std::memset(memory, 0xff, bytes);
+  if (poisoned) std::fill_n(static_cast<unsigned char*>(memory), bytes, 0xff);
 }
 
 // One call of an operation, whose name its messages carry.

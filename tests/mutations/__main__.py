@@ -11,28 +11,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.helpers import ROOT
+from tests.helpers.scratch import PASSED, Scratch
 
 from .faults import Fault, read
-from .scratch import FAILED, PASSED, Run, Scratch
-
-KILLED, SURVIVED, EQUIVALENT, BROKEN = "killed", "survived", "equivalent", "broken"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of a fault, and by which tests."""
-
-    fault: Fault
-    verdict: str
-    run: Run
-
-    def __str__(self) -> str:
-        by = self.run.failed[0] if self.run.failed else self.fault.equivalent or self.run.tail.strip()[-300:]
-        return f"{self.verdict:<10} {self.fault}\n           {by}  ({self.run.seconds:.0f} s)"
+from .plant import OUTCOMES, Verdict, plant
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = {str(each.fault): each.run.failed for each in verdicts}
         options.killers.write_text(json.dumps(found, indent=1))
     print(_summary(verdicts))
-    return int(any(each.verdict in (SURVIVED, BROKEN) for each in verdicts))
+    return int(any(each.outcome in ("survived", "broken") for each in verdicts))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -92,7 +77,7 @@ def _verdicts(
     def judge(fault: Fault) -> Verdict:
         scratch = free.get()
         try:
-            return try_out(scratch, fault, stop_at_first=stop_at_first)
+            return plant(scratch, fault, stop_at_first=stop_at_first)
         finally:
             free.put(scratch)
 
@@ -101,41 +86,16 @@ def _verdicts(
             yield done.result()
 
 
-def try_out(scratch: Scratch, fault: Fault, *, stop_at_first: bool = True) -> Verdict:
-    """Plant a fault and run its tests."""
-    arguments = [
-        *(["-x"] if stop_at_first else []),
-        *fault.tests,
-        *(["-k", fault.only] if fault.only else []),
-    ]
-    try:
-        with scratch.planted(fault) as environment:
-            run = scratch.test(*arguments, **environment)
-    except (RuntimeError, ValueError) as error:
-        return Verdict(fault, BROKEN, Run(-1, [], str(error), 0))
-    if run.status == PASSED:
-        return Verdict(fault, EQUIVALENT if fault.equivalent else SURVIVED, run)
-    if fault.equivalent:
-        tail = f"is called equivalent, but {run.failed} saw it"
-        return Verdict(fault, BROKEN, replace(run, failed=[], tail=tail))
-    # Tests that cannot be collected any more have seen it too; a selection of no tests has not.
-    return Verdict(fault, KILLED if run.failed or run.status == FAILED else BROKEN, run)
-
-
 def _summary(verdicts: Sequence[Verdict]) -> str:
     """A line for each part, and what was not found."""
-    lines = ["", f"{'part':<12} {'faults':>6} {KILLED:>8} {SURVIVED:>9} {EQUIVALENT:>11} {BROKEN:>7}"]
-    parts = sorted({each.fault.part for each in verdicts})
-    for part in [*parts, "all"]:
-        counts = Counter(each.verdict for each in verdicts if part in (each.fault.part, "all"))
-        lines.append(
-            f"{part:<12} {counts.total():>6} {counts[KILLED]:>8} {counts[SURVIVED]:>9} "
-            f"{counts[EQUIVALENT]:>11} {counts[BROKEN]:>7}"
-        )
-    left = [each for each in verdicts if each.verdict in (SURVIVED, BROKEN)]
-    lines += [f"{each.verdict}: {each.fault}" for each in left]
-    mortal = [each for each in verdicts if each.verdict != EQUIVALENT]
-    share = sum(each.verdict == KILLED for each in mortal) / max(len(mortal), 1)
+    lines = ["", f"{'part':<12} {'faults':>6} " + " ".join(f"{outcome:>10}" for outcome in OUTCOMES)]
+    for part in [*sorted({each.fault.part for each in verdicts}), "all"]:
+        counts = Counter(each.outcome for each in verdicts if part in (each.fault.part, "all"))
+        numbers = " ".join(f"{counts[outcome]:>10}" for outcome in OUTCOMES)
+        lines.append(f"{part:<12} {counts.total():>6} {numbers}")
+    lines += [f"{each.outcome}: {each.fault}" for each in verdicts if each.outcome in ("survived", "broken")]
+    visible = [each for each in verdicts if each.outcome != "equivalent"]
+    share = sum(each.outcome == "killed" for each in visible) / max(len(visible), 1)
     return "\n".join([*lines, f"{share:.1%} of the faults that a test can see were found"])
 
 

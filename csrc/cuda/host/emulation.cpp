@@ -236,7 +236,7 @@ void run_block() {
   } while (failure.empty() && release_block(all));
 }
 
-void fill_with_nan(void* memory, size_t bytes) { std::memset(memory, 0xff, bytes); }
+void fill_with_nan(void* memory, size_t bytes) { std::fill_n(static_cast<unsigned char*>(memory), bytes, 0xff); }
 
 constexpr size_t kGuard = 64;  // bytes on either side of shared memory that must stay as they are
 

@@ -241,7 +241,9 @@ inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 
 inline int multiprocessors() { return 4; }  // few, so that small tests reach the paths that split their work
 
-inline void fill(void* memory, int byte, int64_t bytes, Stream) { std::memset(memory, byte, bytes); }
+inline void fill(void* memory, int byte, int64_t bytes, Stream) {
+  std::fill_n(static_cast<unsigned char*>(memory), bytes, byte);
+}
 
 template <class Params>
 void launch(Stream, void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, const Params& params) {
