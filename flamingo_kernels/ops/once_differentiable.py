@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .._backends.dispatch import UnsupportedError
-from .._checks import without_autocast
+from .._checks import unit_stride, without_autocast
 from .._predicates import has_tangent, is_batched
 
 Backward = Callable[..., tuple[Any, ...]]
@@ -36,6 +36,8 @@ def once_differentiable(operator: str, batched: bool = True) -> Callable[[Backwa
                 if mapped and not batched:
                     raise _refusal(operator, ctx.backend, "cannot be computed for a batch of them")
             saved = ctx.saved_tensors  # once: non-reentrant checkpointing recomputes them at the first access
+            # Within the next context torch.compile would lose the state of autocast where a stride is read.
+            douts = tuple(map(unit_stride, douts))
             with torch.no_grad(), without_autocast(douts[0]):  # so it uses the dtypes of the forward pass
                 gradients = backward(ctx, saved, *douts)
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():

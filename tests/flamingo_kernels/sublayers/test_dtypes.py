@@ -192,3 +192,21 @@ def test_a_backward_pass_under_autocast_that_was_none_forward(make, kernels):
         grads = torch.autograd.grad(z, wanted, torch.ones_like(z), retain_graph=True)
     expected = torch.autograd.grad(z, wanted, torch.ones_like(z))
     assert all(map(torch.equal, grads, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_under_autocast(dtype):
+    """As one graph, with the gradients of the same call without a compiler."""
+    x, scale = torch.randn(2, 3, 16, requires_grad=True), torch.ones(16)
+    up, down, gate = torch.randn(32, 16), torch.randn(16, 32), torch.ones(1)
+
+    def call(x):
+        layers = {"up": Linear(up), "down": Linear(down)}
+        return gated_feed_forward(x, norm=Norm(scale, torch.zeros(16)), **layers, gate=gate)
+
+    results = []
+    for run in (call, torch.compile(call, backend="eager", fullgraph=True)):
+        with torch.autocast("cpu", dtype):
+            out = run(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    torch.testing.assert_close(*results)
