@@ -76,7 +76,7 @@ def save(
         _point_to(path)
         _flush(folder)
         older = sorted(each for each in folder.glob("step-*") if each.name < path.name and _is_ours(each))
-        for old in older[: len(older) - (keep - 1)]:
+        for old in older[: max(0, len(older) - (keep - 1))]:
             _remove(old)
     wait_for_all()
     return path

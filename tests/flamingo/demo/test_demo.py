@@ -66,6 +66,8 @@ def test_names(kind):
     label_of, draw, own = labels_of(digits), generator(), 0
     for _ in range(20):
         query, shots = episode(kind, digits, 8, draw)
+        assert len(shots) == 8
+        assert not any(shot is query for shot in shots)
         pairs = [(label_of[tuple(s.image.flatten().tolist())], s.answer) for s in (*shots, query)]
         names = dict(pairs)
         assert all(names[digit] == name for digit, name in pairs)
@@ -106,6 +108,38 @@ def test_facts_are_true():
             assert said == ("yes" if NAMES.index(name) in TRUE[word] else "no")
             asked.add((name, word))
     assert len(asked) == 40
+
+
+def follows(text, next_token):
+    """Logits of a language model that expects this token after each place."""
+    return torch.nn.functional.one_hot(next_token, WordTokenizer.vocab_size).expand(*text.shape, -1)
+
+
+def test_a_model_that_knows_its_text_is_found_to():
+    """It says a number again that was said of a noun, and nothing where a noun is new."""
+
+    def reader(text):
+        said = torch.zeros_like(text)
+        for row, words in enumerate(text.tolist()):
+            known = {}
+            for place in range(1, len(words), 4):
+                said[row, place + 1] = known.get(words[place], 0)
+                known[words[place]] = words[place + 2]
+        return follows(text, said)
+
+    assert stages.recall(reader) == 1
+    assert stages.knowledge(lambda text: follows(text, text.roll(-1, dims=1))) == 1
+    for nothing in (stages.recall, stages.knowledge):
+        assert nothing(lambda text: follows(text, torch.zeros_like(text))) == 0
+
+
+def test_an_update_is_by_its_own_gradient_of_length_one():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for moved in (1.0, 1.5):
+        stages._update(-(weight * torch.tensor([3.0, 4.0])).sum(), optimizer, schedule)
+        assert weight.tolist() == pytest.approx([0.6 * moved, 0.8 * moved])
 
 
 def test_prompts():

@@ -40,6 +40,17 @@ class TestVQA:
         vqa["images"].joinpath("COCO_val2014_000000000001.png").rename(vqa["images"] / "1.png")
         assert read_vqa(**vqa)[1].image == vqa["images"] / "1.png"
 
+    def test_files_are_utf_8(self, vqa):
+        change(vqa["questions"], "questions", 0, question="où?")
+        data = json.loads(vqa["questions"].read_text())
+        vqa["questions"].write_bytes(json.dumps(data, ensure_ascii=False).encode())
+        assert read_vqa(**vqa)[0].fields == {"question": "où?"}
+
+    def test_the_most_common_answer_is_the_shots(self, vqa):
+        """Not the first annotator's."""
+        change(vqa["annotations"], "annotations", 1, multiple_choice_answer="dark")
+        assert read_vqa(**vqa)[1].answer == "dark"
+
     def test_without_a_most_common_answer(self, vqa):
         change(vqa["annotations"], "annotations", 1, multiple_choice_answer=None)
         assert read_vqa(**vqa)[1].answer == "black"

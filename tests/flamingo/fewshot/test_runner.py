@@ -63,6 +63,13 @@ class TestEvaluate:
         self.run(tmp_path / "out.jsonl", model=model, **options)
         assert model.num_beams == num_beams
 
+    def test_every_batch_is_on_the_disk_before_the_next(self, tmp_path, monkeypatch):
+        """Lines of the file, its settings' included, at each flush."""
+        output, flushed, fsync = tmp_path / "out.jsonl", [], os.fsync
+        monkeypatch.setattr(os, "fsync", lambda file: flushed.append(len(lines(output))) or fsync(file))
+        self.run(output)
+        assert flushed == [3, 5, 6]
+
     def test_captions(self, tmp_path):
         queries = [
             Sample(id=number, image=picture(shade), references=(f"{shade}", f"a {shade} wall"))
@@ -362,6 +369,15 @@ def test_an_input_is_no_output_and_this_is_said_before_the_model_is_loaded(tmp_p
     assert said.endswith("Name another output.\n")
     assert said.count("\n") == 1
     assert {name: path.read_bytes() for name, path in paths.items() if path.is_file()} == before
+
+
+def test_a_model_is_evaluated_in_eval_mode(tmp_path, monkeypatch):
+    pytest.importorskip("PIL")
+    model, paths = Namer().train(), write_vqa(tmp_path / "data", QUERIES)
+    monkeypatch.setattr("tests.helpers.scripted.namer", lambda: (model, PROCESSOR))
+    arguments = TestCommand().arguments("vqa", paths, paths)
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    assert not any(module.training for module in model.modules())
 
 
 def test_the_user_says_how_large_an_image_may_be(tmp_path, capsys):

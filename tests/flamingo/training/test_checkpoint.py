@@ -1,6 +1,7 @@
 """What is saved, and that no moment is wrong for a kill."""
 
 import os
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -68,6 +69,14 @@ def test_the_last_are_kept(part, tmp_path):
         save(tmp_path, part, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000003"]
     assert checkpoint.latest(tmp_path).name == "step-00000003"
+
+
+@pytest.mark.parametrize("keep", [1, 3, 4, 6])
+def test_as_many_are_kept_as_asked(part, tmp_path, keep):
+    for step in range(1, 9):
+        save(tmp_path, part, step, keep=keep)
+        kept = [f"step-{each:08d}" for each in range(max(1, step - keep + 1), step + 1)]
+        assert sorted(path.name for path in tmp_path.glob("step-*")) == kept
 
 
 def test_a_folder_with_anything_else_in_it_is_kept(part, tmp_path):
@@ -153,6 +162,53 @@ def test_a_kill_at_any_operation_leaves_a_whole_checkpoint(part, tmp_path, monke
         save(folder, part, 2, keep=1)
         assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000002"]
     assert outcomes == {1, 2}
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(part, tmp_path, monkeypatch):
+    """A power cut keeps what was flushed alone, and renames in no order but that of flushes."""
+    done, opened = [], {}
+    for owner, name in ((os, "open"), (os, "fsync"), (os, "rename"), (os, "replace")):
+        monkeypatch.setattr(owner, name, recorded(done, opened, tmp_path, getattr(owner, name)))
+    save(tmp_path, part, 1)
+    save(tmp_path, part, 2, keep=1)
+    second = done[done.index(("replace", "unfinished-latest", "latest")) + 2 :]
+    names = ("weights.safetensors", "optimizer.safetensors", "state.pt")
+    files = {("fsync", f"unfinished-step-00000002/{name}") for name in names}
+    assert set(second[:3]) == files
+    assert second[3:] == [
+        ("fsync", "unfinished-step-00000002"),
+        ("rename", "unfinished-step-00000002", "step-00000002"),
+        ("replace", "unfinished-latest", "latest"),
+        ("fsync", "."),
+        ("rename", "step-00000001", "unfinished-removed"),
+    ]
+
+
+def recorded(done, opened, folder, original):
+    """The operation, which also notes its name and the paths that it is about."""
+
+    def operation(*args, **kwargs):
+        result = original(*args, **kwargs)
+        if original.__name__ == "open":
+            opened[result] = args[0]
+        else:
+            paths = [opened[args[0]]] if original.__name__ == "fsync" else args
+            done.append((original.__name__, *(os.path.relpath(path, folder) for path in paths)))
+        return result
+
+    return operation
+
+
+def test_a_state_that_would_run_code_is_refused(part, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "it has run",)
+
+    path = save(tmp_path, part, 1)
+    torch.save({"step": 1, "streams": {}, "random": Code()}, path / "state.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        checkpoint.load(path, part[1], part[2])
+    assert not (tmp_path / "it has run").exists()
 
 
 def test_another_models_checkpoint_is_refused(part, tmp_path):

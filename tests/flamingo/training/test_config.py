@@ -69,7 +69,26 @@ def test_defaults_are_the_papers():
     assert (config.datasets[2].frames, config.datasets[2].fps) == (8, 1.0)
     assert (config.steps, config.learning_rate, config.warmup_steps) == (500_000, 1e-4, 5000)
     assert (config.weight_decay, config.no_decay, config.max_grad_norm) == (0.1, ("resampler",), 1.0)
+    assert (config.betas, config.eps) == ((0.9, 0.999), 1e-8)  # PyTorch's
+    assert (config.datasets[0].p_next, config.datasets[2].space) == (0.5, 0.5)
     assert config.bfloat16
+    assert not config.gradient_checkpointing
+    assert (config.checkpoint_every, config.keep, config.shards_at_once) == (1000, 3, 8)
+
+
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "max_grad_norm", "shards_at_once", "checkpoint_every", "keep"]
+)
+def test_numbers_of_a_run_are_positive(name):
+    pairs = Pairs(name="pairs", shards=("x",))
+    with pytest.raises(ValueError, match=f"expected {name} of the run to be positive, got 0"):
+        TrainingConfig(folder="run", datasets=(pairs,), **{name: 0})
+
+
+@pytest.mark.parametrize("name", ["weight", "batch_size", "length", "max_pixels", "micro_batch_size"])
+def test_numbers_of_a_dataset_are_positive(name):
+    with pytest.raises(ValueError, match=f"expected {name} of dataset 'pairs' to be positive, got 0"):
+        Pairs(name="pairs", shards=("x",), **{name: 0})
 
 
 @pytest.mark.parametrize(
@@ -78,6 +97,7 @@ def test_defaults_are_the_papers():
         ("steps = 10", "step = 10", r"run\.toml: there is no key 'step'\. Did you mean steps\?"),
         ("steps = 10", "x = 10", r"there is no key 'x'\. Expected one of folder, datasets, steps, "),
         ("steps = 10", "steps = 10.5", r"run\.toml: steps: expected int, got 10\.5"),
+        ("steps = 10", "steps = true", r"run\.toml: steps: expected int, got True"),
         ("steps = 10", "bfloat16 = 1", "bfloat16: expected bool, got 1"),
         ("[0.9, 0.95]", "0.9", r"betas: expected a list, got 0\.9"),
         ("[0.9, 0.95]", "[0.9]", r"expected two betas, got \(0\.9,\)"),

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flamingo.training.config import Documents, Pairs
 from flamingo.training.data import Stream, count_targets, split
-from flamingo.training.shards import write_shards
+from flamingo.training.shards import document_sample, pair_sample, write_shards
 from tests.helpers.same import assert_same
-from tests.helpers.tiny_run import datasets, processor
+from tests.helpers.tiny_run import datasets, images, processor
 
 
 def stream(config, **changes):
@@ -70,6 +71,38 @@ def test_half_of_the_documents_see_the_next_image(data):
     begins = [batch.media_starts[:, 0].any() for batch in take(stream(replace(pages, batch_size=1)), 200)]
     assert 60 < sum(begins) < 120  # a seventh of the documents has no image
     assert not any(batch.media_starts[:, 0].any() for batch in take(stream(pairs), 20))
+
+
+@pytest.mark.parametrize("p_next", [0.0, 0.25, 1.0])
+def test_p_next_is_the_share_that_sees_the_next_image(tmp_path, p_next):
+    image = images(1, seed=0)[0]
+    write_shards(tmp_path, [document_sample([image, f"page {i}"]) for i in range(100)])
+    pages = Documents(name="pages", shards=(f"{tmp_path}/*.tar",), batch_size=100, p_next=p_next)
+    batch = next(stream(pages))
+    share = batch.media_starts[:, 0].float().mean().item()
+    assert share == pytest.approx(p_next, abs=0.0 if p_next in (0, 1) else 0.15)
+
+
+def test_a_first_token_is_never_counted(data):
+    (batch,) = take(stream(datasets(data)[1]), 1)
+    rows, length = batch.input_ids.shape
+    assert count_targets(batch._replace(labels=batch.input_ids)) == rows * (length - 1)
+
+
+def test_a_new_stream_leaves_the_runs_generator_alone(data):
+    """A run that goes on has set it before."""
+    before = torch.get_rng_state()
+    stream(datasets(data)[0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_sample_of_a_batch_is_drawn_for_on_its_own(tmp_path):
+    """One image many times over: some are mirrored, some are not."""
+    image = images(1, seed=0)[0]
+    write_shards(tmp_path, [pair_sample(image, "text") for _ in range(20)])
+    pairs = Pairs(name="pairs", shards=(f"{tmp_path}/*.tar",), batch_size=20, colour=0.0, space=0.0)
+    (batch,) = take(stream(pairs), 1)
+    assert len({each.numpy().tobytes() for each in batch.pixels}) == 2
 
 
 def test_a_damaged_sample_is_named(data, tmp_path):

@@ -58,6 +58,20 @@ def test_what_is_whole_is_kept_and_the_rest_is_counted(path, capsys, content, ke
     assert said == [f"train: left out {damaged} damaged lines of {path}"][: damaged > 0]
 
 
+def test_an_update_is_in_the_file_as_soon_as_it_is_written(path):
+    """A kill must not take it."""
+    with RunLog(path.parent, step=0, steps=8, tensorboard=False) as log:
+        for step in (1, 2):
+            log.write(step, {"loss": 1.0, "gradient norm": 2.0})
+            assert steps(path) == list(range(1, step + 1))
+
+
+def test_of_a_step_that_is_there_twice_the_later_line_counts(path):
+    again = json.dumps({"step": 2, "loss": 0.5, "gradient norm": 2.0}).encode()
+    path.write_bytes(b"\n".join([*LINES[:3], again, b""]))
+    assert [update["loss"] for update in read_log(path.parent)] == [1.0, 0.5, 1.0]
+
+
 def test_updates_after_the_step_are_forgotten(path):
     path.write_bytes(b"\n".join([*LINES, b""]))
     go_on(path, step=3)

@@ -61,6 +61,33 @@ def test_micro_batches_change_nothing_but_memory(data):
         torch.testing.assert_close(gradient, results[1][1][name], msg=name)
 
 
+def test_processes_that_see_the_same_have_the_gradients_of_one(data, monkeypatch):
+    """Two of them: FSDP takes the mean of their gradients, and sums of theirs are twice one's."""
+    taken, results = batches(data), []
+    for processes in (1, 2):
+        monkeypatch.setattr(loop, "world_size", lambda count=processes: count)
+        monkeypatch.setattr(loop, "sum_over_processes", lambda tensor, count=processes: tensor.mul_(count))
+        flamingo = model().double()
+        losses = accumulate_gradients(flamingo, taken)
+        results.append(([loss.item() for loss in losses.values()], gradients(flamingo)))
+    (one, expected), (both, found) = results
+    assert both == pytest.approx(one)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+def test_losses_of_bfloat16_are_added_in_float32(data):
+    """The logits have 8 bits, the loss has not."""
+    flamingo = model().bfloat16()
+    (dataset,) = datasets(data)[:1]
+    batch = next(Stream(dataset, processor(), seed=0, at_once=2))
+    (loss,) = accumulate_gradients(flamingo, {dataset: batch}, bfloat16=True).values()
+    pixels, options = batch.pixels.bfloat16(), {"media_starts": batch.media_starts}
+    logits = flamingo(batch.input_ids, pixels, batch.attention_mask, **options).logits[:, :-1].float()
+    expected = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_it_learns_and_leaves_the_frozen_parts_alone(data, tmp_path):
     flamingo = model()
     before = copy.deepcopy(flamingo.state_dict())
@@ -78,6 +105,9 @@ def test_it_learns_and_leaves_the_frozen_parts_alone(data, tmp_path):
         "learning rate",
     }
     assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    for update in log:
+        weighted = update["loss/pages"] + 0.2 * update["loss/pairs"] + 0.03 * update["loss/clips"]
+        assert update["loss"] == pytest.approx(weighted)
 
 
 def test_in_bfloat16_it_learns_the_same(data, tmp_path):

@@ -21,6 +21,19 @@ def test_only_the_resampler_does_not_decay(tmp_path):
         torch.testing.assert_close(weight, decayed, msg=name)
 
 
+def test_what_does_not_decay_begins_with_one_of_the_names(tmp_path):
+    """The second group has it; a name in the middle of another is none."""
+    names = ["cross_attn.0", "resampler.latents", "inner.resampler.latents", "gate", "cross_attn.0_resampler"]
+    weights = {name: nn.Parameter(torch.zeros(1)) for name in names}
+    run = config(tmp_path, tmp_path, no_decay=("resampler", "gate"), betas=(0.8, 0.95), eps=1e-6)
+    decayed, still = make_optimizer(weights, run).param_groups
+    assert [id(p) for p in decayed["params"]] == [id(weights[names[place]]) for place in (0, 2, 4)]
+    assert [id(p) for p in still["params"]] == [id(weights[names[place]]) for place in (1, 3)]
+    assert [group["weight_decay"] for group in (decayed, still)] == [0.1, 0.0]
+    for group in (decayed, still):
+        assert (group["betas"], group["eps"], group["lr"]) == ((0.8, 0.95), 1e-6, run.learning_rate)
+
+
 def test_the_rate_grows_in_a_straight_line_and_stays(tmp_path):
     run = config(tmp_path, tmp_path, learning_rate=1e-4, warmup_steps=5000)
     assert learning_rate(1, run) == pytest.approx(2e-8)

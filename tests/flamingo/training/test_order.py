@@ -58,9 +58,33 @@ def test_shards_come_in_another_order_in_every_epoch(shards):
     assert list(dict.fromkeys(first)) != list(dict.fromkeys(second))
 
 
+def test_every_group_of_every_epoch_has_a_shuffle_of_its_own(shards):
+    """Shards of five samples one by one: their places in them differ."""
+    found = [number % 5 for number in numbers(shards[:4], at_once=1, count=40)]
+    places = {tuple(found[start : start + 5]) for start in range(0, 40, 5)}
+    assert len(places) > 5
+    one = numbers(shards[:1], at_once=1, count=25)
+    assert len({tuple(one[start : start + 5]) for start in range(0, 25, 5)}) > 3
+
+
+def test_it_starts_at_the_beginning_of_any_group_and_epoch(shards):
+    found = numbers(shards[:4], at_once=1)
+    for position, start in (
+        (Position(0, 1), 5),
+        (Position(0, 3), 15),
+        (Position(1), 20),
+        (Position(1, 2), 30),
+    ):
+        assert numbers(shards[:4], at_once=1, position=position, count=9) == found[start : start + 9]
+
+
 def test_seeds_of_samples_never_repeat(shards):
-    draws = islice(SampleOrder(shards, seed=0, at_once=2).draws(Position()), 3 * SAMPLES)
-    assert len({draw.seed for draw, _ in draws}) == 3 * SAMPLES
+    """Not in a run, and not in one of another seed."""
+    seeds = set()
+    for seed in (0, 1):
+        draws = islice(SampleOrder(shards, seed=seed, at_once=2).draws(Position()), 3 * SAMPLES)
+        seeds |= {draw.seed for draw, _ in draws}
+    assert len(seeds) == 2 * 3 * SAMPLES
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -13,12 +13,12 @@ from torch import distributed
 
 from flamingo.training import read_log, train
 from flamingo.training.blocks import shard
-from flamingo.training.processes import gather, leave, rank, sum_over_processes, world_size
+from flamingo.training.processes import device_of, gather, leave, rank, sum_over_processes, whole, world_size
 from flamingo_kernels import patch
 from tests.flamingo.training.test_resume import ROOT, toml
 from tests.helpers.tiny_run import config, model, pretrained, processor
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow  # what two processes do
 
 
 def patched():
@@ -93,6 +93,7 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
 
 
+@slow
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("two", "exact"), ("recomputed", "exact"), ("pretrained", "pretrained"), ("patched", "patched")],
@@ -105,12 +106,14 @@ def test_two_processes_make_the_updates_of_one(runs, alone, name, expected):
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-3, msg=key)
 
 
+@slow
 def test_two_processes_run_the_kernels(runs):
     plain, fused = (read_log(runs / name)[-1]["loss"] for name in ("two", "patched"))
     assert plain == pytest.approx(fused, rel=1e-4)
     assert plain != fused
 
 
+@slow
 def test_in_bfloat16_too(runs, alone):
     """The first loss to the bit: the same roundings; later ones differ by how gradients were added."""
     assert_close(runs / "bfloat16", alone / "bfloat16", steps=4, rtol=0.02)
@@ -119,11 +122,13 @@ def test_in_bfloat16_too(runs, alone):
     assert {tensor.dtype for tensor in weights(runs / "bfloat16", 4).values()} == {torch.float32}
 
 
+@slow
 def test_gradients_of_two_processes_meet_in_float32(runs):
     """(256 + 1) / 2: in bfloat16 that is 128."""
     assert torch.load(runs / "gradient.pt").item() == 128.5
 
 
+@slow
 def test_one_process_continues_two(data, runs, alone):
     untrained = model()
     trained = {name: p for name, p in model(seed=5).named_parameters() if p.requires_grad}
@@ -132,6 +137,7 @@ def test_one_process_continues_two(data, runs, alone):
     assert_close(runs / "two", alone / "exact", steps=6)
 
 
+@slow
 def test_two_processes_continue_one(runs, alone):
     assert_close(runs / "one", alone / "exact", steps=6)
 
@@ -145,11 +151,42 @@ def test_an_odd_batch_is_refused(data, tmp_path, monkeypatch):
         train(model(), processor(), odd)
 
 
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_every_block_and_the_rest_are_sharded(monkeypatch, bfloat16):
+    """Gradients meet in float32, and what goes into a block is not rounded."""
+    sharded = []
+    monkeypatch.setattr(
+        "flamingo.training.blocks.fully_shard", lambda module, mp_policy: sharded.append((module, mp_policy))
+    )
+    layers = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    shard(layers, list(layers), bfloat16=bfloat16)
+    assert [module for module, _ in sharded] == [*layers, layers]
+    for _, policy in sharded:
+        dtypes = (torch.bfloat16, torch.float32) if bfloat16 else (None, None)
+        assert (policy.param_dtype, policy.reduce_dtype) == dtypes
+        assert not policy.cast_forward_inputs
+
+
+def test_a_process_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for available, found in ((True, torch.device("cuda", 3)), (False, torch.device("cpu"))):
+        monkeypatch.setattr("torch.cuda.is_available", lambda available=available: available)
+        assert device_of("auto") == found
+        assert device_of("cpu") == torch.device("cpu")
+
+
+def test_a_whole_copy_has_no_history():
+    weight = torch.nn.Parameter(torch.ones(2))
+    assert not whole(weight).requires_grad
+    assert torch.equal(whole(weight), torch.ones(2))
+
+
 def test_a_process_alone_needs_no_group():
     assert (rank(), world_size(), gather("x")) == (0, 1, ["x"])
     assert sum_over_processes(torch.ones(2)).tolist() == [1, 1]
 
 
+@slow
 def test_who_leaves_says_all_and_waits_for_no_thread():
     """In particular for none that the interpreter would end."""
     script = """
@@ -172,6 +209,7 @@ leave()
     assert (done.returncode, done.stdout, done.stderr) == (0, "the work is done", "")
 
 
+@slow
 def test_torchrun(data, runs, alone, tmp_path):
     """The command line, as it is started on a machine with several GPUs."""
     (tmp_path / "run.toml").write_text(toml(data, tmp_path / "run", steps=4, checkpoint_every=2, workers=1))

@@ -22,6 +22,14 @@ def test_samples_come_back_as_they_were(tmp_path):
     assert not list(tmp_path.rglob("*.unfinished"))
 
 
+def test_shards_are_in_one_order_whatever_the_patterns(tmp_path):
+    for name in ("b/1.tar", "a/2.tar", "a/1.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    patterns = [f"{tmp_path}/{pattern}" for pattern in ("b/*.tar", "a/*.tar", "*/1.tar")]
+    assert find_shards(patterns) == [f"{tmp_path}/{name}" for name in ("a/1.tar", "a/2.tar", "b/1.tar")]
+
+
 def test_the_same_samples_give_the_same_bytes(tmp_path):
     for folder in "ab":
         write_shards(tmp_path / folder, [pair_sample(image, "text") for image in images(2, seed=0)])
