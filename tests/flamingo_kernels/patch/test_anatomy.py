@@ -147,6 +147,13 @@ def test_other_gates_are_left_alone(shape):
     assert "gate has shape" in patch(block).skipped[""]
 
 
+@pytest.mark.parametrize("shape", [(5, 1, 12), (5, 12, 1)], ids=str)
+def test_latents_of_another_shape_are_left_alone(shape):
+    module = resampler("open_flamingo")
+    module.latents = nn.Parameter(torch.randn(shape))
+    assert "latents has shape" in patch(module).skipped[""]
+
+
 ALLOWED = {
     "an adapter": swap("to_q", Adapter),
     "adapters everywhere": lambda attn: [

@@ -54,6 +54,19 @@ class TestKeySpans:
         assert torch.equal(seen(spans, 6), visible)
         assert (spans.order is not None) == (rows[0] == "##..##")
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_minus_infinity_hides_as_the_lowest_number_does(self, dtype):
+        visible = keys("##....", "..##..", "..####")
+        for closed in (-torch.inf, torch.finfo(dtype).min):
+            mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, closed)[:, None]
+            assert torch.equal(seen(spans_for(mask), 6), visible)
+
+    def test_small_media_among_many_keys_are_left_to_a_dense_attention(self):
+        for media, latents in ((16, 16), (17, 16), (256, 1), (257, 1), (32, 15)):
+            visible = torch.arange(media * latents) < latents
+            few = media * latents > 256 and latents < 16
+            assert (spans_for(added(visible.expand(1, 2, -1))) is None) == few, (media, latents)
+
     def test_of_a_step_leaves_out_what_no_sequence_sees(self):
         visible = torch.cat([keys("##..##.."), keys("......##"), keys("........")])
         spans = spans_for(added(visible), visible.any(-1))
@@ -82,11 +95,13 @@ class TestKeySpans:
             added(keys("#.#.", ".##.", "...#")),  # a gap
             added(keys("##..", "....")),  # a row that sees nothing, though it may
             torch.tensor([0.0, -1.0])[None, None, None],  # a bias
+            torch.tensor([0.0, -1e4])[None, None, None],  # which hides a key only from small scores
+            torch.tensor([0.0, LOWEST / 2])[None, None, None],
             added(keys("##.."))[:, 0],
             added(keys("##..")).expand(1, 2, 1, 4),  # another mask for every head
             added(torch.ones(1, 1, 1601 * 2).bool() & (torch.arange(1601 * 2) < 1601)),  # a prime
         ],
-        ids=["gap", "blind row", "bias", "no heads", "two heads", "1601 tokens"],
+        ids=["gap", "blind row", "bias", "-1e4", "half the lowest", "no heads", "two heads", "1601 tokens"],
     )
     def test_what_is_left_to_a_dense_attention(self, mask):
         assert spans_for(mask) is None
@@ -200,6 +215,9 @@ class TestMediaFirst:
             added(keys("#.##", "####")),  # rows that differ
             added(keys("####", "####"))[:, 0],
             torch.tensor([[1, 1, 1, 0]]),  # a hidden latent
+            torch.tensor([[1, 1, 0, 1]]),
+            added(keys("###.", "###.")),
+            torch.tensor([0.0, -1e4, 0.0, 0.0])[None, None, None],  # a bias
         ],
     )
     def test_refuses_what_is_no_padding_of_media(self, mask):

@@ -62,6 +62,21 @@ class TestSwap:
         assert list(module.state_dict()) == list(state)
         assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_modes_and_frozen_parts_stay(self, training):
+        block = cross_attention("open_flamingo").train(training)
+        block.ff.train(not training)
+        block.attn.requires_grad_(training)
+        before = [
+            (module.training, *(p.requires_grad for p in module.parameters())) for module in block.modules()
+        ]
+        for change in (patch, unpatch):
+            change(block)
+            assert before == [
+                (module.training, *(p.requires_grad for p in module.parameters()))
+                for module in block.modules()
+            ]
+
     @families
     def test_unpatch_restores_classes_and_every_bit(self, family):
         block = cross_attention(family)
@@ -209,6 +224,8 @@ class TestFixes:
         assert torch.equal(copy.deepcopy(block)(x, media, media_locations=three), fixed)
         unpatch(block)
         assert torch.equal(block(x, media, media_locations=three), expected)
+        assert not patch(block).fixes
+        assert torch.equal(block(x, media, media_locations=three), kept)
 
     def test_a_fix_of_another_library_is_refused(self):
         block = cross_attention("open_flamingo")
@@ -296,6 +313,12 @@ class TestReport:
         assert patch(block).policies == (policy,)
         assert patch(block).policies == (policy,)
         assert patch(perceiver_attention(family)).policies == ()
+
+    def test_fixes_are_named_where_they_belong(self):
+        model = nn.ModuleList([cross_attention("flamingo"), cross_attention("open_flamingo")])
+        patch(model, fixes=["uniform_rows"])
+        assert not hasattr(model[0], "fixes") or not model[0].fixes
+        assert model[1].attn.fixes == {"uniform_rows"}
 
     def test_keeps_no_model_alive(self):
         block = cross_attention("flamingo")

@@ -160,6 +160,40 @@ def test_everything_else_counts(layer, edit):
     assert code_hash(layer(edit)) != HASH
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("torch.clamp(x, min=0)", "torch.clamp(x, max=0)"),
+        ("torch.clamp(x, min=0)", "torch.clamp(x, min=1)"),
+        ("torch.clamp(x, 0)", "torch.clamp(x, 1)"),
+        ("x if x.ndim > 2 else -x", "x if x.ndim > 2 else x"),
+        ("x if x.ndim > 2 else -x", "x if x.ndim >= 2 else -x"),
+        ("x if x.ndim and x.shape else -x", "x if x.ndim or x.shape else -x"),
+        ("x[1:]", "x[2:]"),
+        ("x[:1]", "x[:2]"),
+        ("x[::1]", "x[::2]"),
+        ("x.mean()", "x.sum()"),
+        ("sum(i for i in x if i > 0)", "sum(i for i in x)"),
+        ("(lambda y=1: x * y)()", "(lambda y=2: x * y)()"),
+        ("(lambda *, y=1: x * y)()", "(lambda *, y=2: x * y)()"),
+        ("{1: x}[1]", "{2: x}[1]"),
+        ("x * -1", "x * +1"),
+        ("x * 1", "x * 1.0"),
+        ("x * True", "x * 1"),
+        ("x.double()", "x.float()"),
+    ],
+)
+def test_every_part_of_an_expression_counts(layer, one, other):
+    first, second = (code_hash(layer(("return -x", f"return {body}"))) for body in (one, other))
+    assert first != second
+
+
+@pytest.mark.parametrize("name", ["_call_impl", "_wrapped_call_impl", "__getattribute__"])
+def test_what_torch_calls_before_the_forward_counts(layer, name):
+    own = f"class Layer(Base):\n    def {name}(self, *args):\n        return 1\n\n"
+    assert code_hash(layer(("class Layer(Base):\n", own))) != HASH
+
+
 class TestWhatIsReplacedLater:
     def test_a_function_of_the_module(self, layer, monkeypatch):
         cls = layer()
@@ -215,10 +249,22 @@ class TestSourceThatIsNotWhatRuns:
         with pytest.raises(Unreadable, match=r"the source of forward in .*original\.py is not what runs"):
             code_hash(self.run(str(path), ("* scale", "+ scale")))
 
-    def test_a_file_that_was_edited_since(self, tmp_path):
+    @pytest.mark.parametrize(
+        "edit",
+        [
+            ("* scale", "+ scale"),
+            ("F.relu", "F.gelu"),
+            ("raise ValueError", "raise TypeError"),
+            ("** self.power", "** self.shift"),
+            ("no x:", "not x:"),
+            ("scale: float = 1.5, *,", "*, scale: float = 1.5,"),
+        ],
+        ids=lambda edit: edit[1],
+    )
+    def test_a_file_that_was_edited_since(self, edit, tmp_path):
         path = tmp_path / "original.py"
-        path.write_text(edited(SOURCE, ("* scale", "+ scale")))
-        cls = self.run(str(path), ("* scale", "+ scale"))
+        path.write_text(edited(SOURCE, edit))
+        cls = self.run(str(path), edit)
         code_hash(cls)
         path.write_text(SOURCE)
         with pytest.raises(Unreadable, match="is not what runs"):

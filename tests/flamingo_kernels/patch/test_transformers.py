@@ -441,6 +441,20 @@ class TestIdefics:
         call = lambda module, x, media: module(x, None, media, None, torch.ones(2, 3))  # noqa: E731
         assert_parity(block, fused, (2, 3, 32), (2, 10, 16), call=call)
 
+    @pytest.mark.parametrize("part", ["cross_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"])
+    @torch.no_grad()
+    def test_a_bias_that_somebody_has_given_a_part(self, part):
+        """Rows that see no image get none of the attention's, though all of the network's."""
+        block = build("idefics-tiny").model.model.gated_cross_attn_layers[0]
+        linear = block.get_submodule(part)
+        linear.bias = nn.Parameter(torch.randn(linear.out_features))
+        fused = copy.deepcopy(block)
+        patch(fused)
+        rows = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+        x, media, mask = torch.randn(2, 3, 32), torch.randn(2, 10, 16), torch.zeros(2, 1, 3, 10)
+        given = (x, None, media, mask, rows)
+        torch.testing.assert_close(fused(*given), block(*given))
+
     @pytest.mark.parametrize("missing", ["image_hidden_states", "cross_attention_gate"])
     def test_missing_input(self, missing):
         block = patched(build("idefics-tiny")).model.model.gated_cross_attn_layers[0]
@@ -601,6 +615,35 @@ class TestMllama:
         for key, parameter in fixed.model.named_parameters():
             torch.testing.assert_close(parameter.grad, gradients[key].grad, rtol=1e-3, atol=1e-6, msg=key)
 
+    def test_without_a_mask_another_fix_leaves_it_causal(self):
+        original = build("mllama-tiny")
+        del original.inputs["cross_attention_mask"]
+        fixed = patched(original, fixes=["row_leak"])
+        torch.testing.assert_close(fixed.logits(), original.logits())
+
+    def test_with_a_mask_the_fix_of_causal_leaves_text_before_an_image(self):
+        original = build("mllama-tiny")
+        torch.testing.assert_close(patched(original, fixes=["causal"]).logits(), original.logits())
+
+    @torch.no_grad()
+    def test_a_call_updates_the_cache_once(self, attention):
+        from transformers import DynamicCache
+
+        layer = build("mllama-tiny").model.model.language_model.layers[1]
+        fused = copy.deepcopy(layer)
+        patch(fused)
+        x, states, rows = torch.randn(1, 3, 32), torch.randn(2, 5, 32), torch.ones(1, 1, 3, 1)
+        found = []
+        for module in (layer, fused):
+            cache = DynamicCache()
+            for _ in range(2):  # the second call adds its keys to those of the first
+                keys = 10 + (cache.get_seq_length(1) if len(cache.layers) > 1 else 0)
+                out = module(x, states, torch.zeros(1, 1, 3, keys), None, rows, None, cache)
+            found.append((out, cache.layers[1].keys, cache.layers[1].values))
+        assert len(attention) == 2
+        for theirs, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
     def test_keys_stay_in_the_cache_of_the_model(self):
         caches = []
         original = build("mllama-tiny")
@@ -650,6 +693,23 @@ class TestMllama:
 
 
 class TestIdefics2:
+    @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+    @torch.no_grad()
+    def test_dropout_in_training_alone(self, implementation, attention):
+        layer = build("idefics2-tiny").model.model.connector.perceiver_resampler.layers[0].self_attn
+        layer.attention_dropout = 0.5
+        layer.config._attn_implementation = implementation
+        fused = copy.deepcopy(layer)
+        patch(fused)
+        latents, context = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+        for training, kernels in ((True, 0), (False, 1)):
+            results = []
+            for module in (layer, fused):
+                torch.manual_seed(1)
+                results.append(module.train(training)(latents, context, None)[0])
+            torch.testing.assert_close(*results)
+            assert len(attention) == kernels
+
     @pytest.mark.parametrize("padded", [True, False])
     def test_padding_among_the_patches(self, padded, attention):
         original = build("idefics2-tiny")

@@ -353,6 +353,16 @@ class OtherInBfloat16(LooksAtMedia):
         return super().scores(q, k) * (2 if q.dtype == torch.bfloat16 else 1)
 
 
+class OtherInSingle(LooksAtMedia):
+    def scores(self, q, k):
+        return super().scores(q, k) * (2 if q.dtype == torch.float32 else 1)
+
+
+class AlmostTheSame(LooksAtMedia):
+    def scores(self, q, k):
+        return super().scores(q, k) * 1.01
+
+
 class OtherInHalf(LooksAtMedia):
     def scores(self, q, k):
         return super().scores(q, k) * (2 if q.dtype == torch.float16 else 1)
@@ -777,6 +787,8 @@ FRAMES = differs("media of one frame")
         (NoGradientToMedia, "the gradient of input 1 differs"),
         (NoGradient, "without gradient, and by the fused class"),
         (OtherInBfloat16, "in evaluation and bfloat16, the result differs"),
+        (OtherInSingle, "in evaluation and float32, the result differs"),
+        (AlmostTheSame, USUAL),
         (OtherInHalf, "in evaluation and float16, the result differs"),
         (OtherWithoutGradients, "with large weights, the result differs"),
         (FullPrecision, "in evaluation and float32 under autocast, the result is torch.float32"),
