@@ -179,6 +179,13 @@ class TestComplete:
             first = complete(model, processor, documents, max_new_tokens=5)[0]
             assert first == decode(ids[0][: ids[0].index(ids[0][2])])
 
+    def test_of_clips_of_several_lengths(self, seed):
+        model, processor = build("rotary", vocab_size=261, media_token_id=256), Processor(image_size=32)
+        short, long = list(torch.rand(2, 3, 9, 9)), list(torch.rand(4, 3, 9, 9))
+        options = {"max_new_tokens": 5, "temperature": 0.0}
+        together = complete(model, processor, [[short, "a"], [long, "b"]], **options)
+        assert together[:1] == complete(model, processor, [[short, "a"]], **options)
+
     def test_options_are_those_of_generate(self, plain):
         with pytest.raises(ValueError, match="expected beam search or sampling"):
             complete(plain, Processor(image_size=32), [["a"]], num_beams=3, temperature=1.0)
@@ -210,14 +217,33 @@ class TestSampling:
         torch.testing.assert_close(self.shares(temperature=1.0, top_p=0.7), expected, rtol=0, atol=0.03)
         assert (self.shares(temperature=1.0, top_p=1.0) > 0).all()
 
+    def test_top_p_is_enough_when_it_is_just_reached(self):
+        drawn = choose(torch.zeros(200, 4), temperature=1.0, top_p=0.5)
+        assert len(drawn.unique()) == 2
+
+    def test_top_p_is_a_share_of_the_top_k(self):
+        # 0.657 of all, 0.731 of the two.
+        assert self.shares(temperature=1.0, top_k=2, top_p=0.7).tolist() == [0, 1, 0, 0]
+
+    def test_probabilities_of_half_precision_are_added_up_in_float32(self):
+        drawn = choose(torch.zeros(4000, 1000, dtype=torch.bfloat16), temperature=1.0, top_p=0.5)
+        assert 480 < len(drawn.unique()) <= 501
+
     def test_a_generator_repeats_it(self, plain):
         ids, pixels, mask = documents()
 
         def draw(seed):
             generator = torch.Generator().manual_seed(seed)
-            return plain.generate(ids, pixels, mask, temperature=2.0, generator=generator, max_new_tokens=6)
+            options = {"temperature": 2.0, "top_p": 1.0, "generator": generator, "max_new_tokens": 6}
+            return how(plain, ids, pixels, mask, **options)
 
-        assert torch.equal(draw(1), draw(1))
+        def streamed(*args, **options):
+            return torch.stack(list(stream(*args, **options)), dim=1)
+
+        how = generate
+        first = draw(1)
+        for how in (generate, streamed):
+            assert torch.equal(draw(1), first)
         assert not torch.equal(draw(1), draw(2))
 
 
@@ -305,6 +331,63 @@ class TestBeamSearch:
                 module.register_forward_pre_hook(lambda module, args: sizes.append(len(args[1])))
         plain.generate(ids, pixels, mask, num_beams=4, max_new_tokens=3)
         assert set(sizes) == {3}
+
+
+class Chain:
+    """A `Context` of tokens that depend on the one before alone: a row of probabilities for each."""
+
+    length = 0
+
+    def __init__(self, rows, documents=1):
+        self.logits, self.attention_mask = torch.tensor(rows).log(), torch.ones(documents, 0)
+
+    def search(self, *first, **options):
+        """The best texts, by the probabilities of each document's first token; token 1 ends a text."""
+        logits = torch.tensor(first).log()
+        return beam_search(self, logits, stop_token_ids=[1], **options).tolist()
+
+    def add(self, tokens, mask=None):
+        self.last = tokens[:, -1]
+
+    def step(self):
+        return self.logits[self.last]
+
+    def reorder(self, rows):
+        self.attention_mask = self.attention_mask[rows]
+
+    def crop(self, length):
+        assert length == 0
+
+
+class TestBeamSearchByHand:
+    def test_a_text_that_pays_only_when_long_is_waited_for(self):
+        chain = Chain([[0.0, 0, 1]] * 3)
+        for penalty, best in ((0.0, [1]), (2.0, [2, 2, 2, 2])):  # log 0.8 = -0.223, log 0.2 / 16 = -0.101
+            options = {"num_beams": 2, "max_new_tokens": 4, "length_penalty": penalty}
+            assert chain.search([0.0, 0.8, 0.2], **options) == [best]
+
+    def test_a_text_that_pays_only_when_short_is_waited_for(self):
+        chain = Chain([[0.0, 1, 0]] * 3)  # 2 log 0.75 = -0.575, and not 6 log 0.75 = -1.726; log 0.25 = -1.386
+        options = {"num_beams": 2, "max_new_tokens": 6, "length_penalty": -1.0}
+        assert chain.search([0.0, 0.25, 0.75], **options) == [[2, 1]]
+
+    def test_a_document_that_is_done_waits_for_the_others(self):
+        chain = Chain([[0.0, 1, 0]] * 3, documents=2)
+        found = chain.search([0.0, 1, 0], [0.0, 0, 1], num_beams=2, max_new_tokens=5)
+        assert found == [[1, 1], [2, 1]]
+
+    def test_all_beams_go_on_where_each_could_end(self):
+        chain = Chain([[1.0, 0, 0, 0], [1, 0, 0, 0], [0, 0.6, 0.4, 0], [0.4, 0.6, 0, 0]])
+        options = {"num_beams": 2, "max_new_tokens": 4, "length_penalty": 2.0}
+        # 2 1 and 3 1 are likelier than 2 2 and 3 0, the last of which is the best when it is long.
+        assert chain.search([0.0, 0, 0.55, 0.45], **options) == [[3, 0, 0, 0]]
+
+    def test_half_precision_is_compared_in_float32(self):
+        for best in range(0, 100, 7):
+            logits = torch.zeros(1, 100, dtype=torch.bfloat16)
+            logits[0, best] = 1e-3
+            found = beam_search(Chain([[1.0]]), logits, num_beams=2, max_new_tokens=1)
+            assert found.tolist() == [[best]]
 
 
 def test_generation_asks_a_model_for_nothing_but_what_the_protocol_names(plain):
@@ -517,6 +600,7 @@ class TestWrongUse:
             ({"temperature": -1.0}, "temperature to be 0 or more, got -1"),
             ({"temperature": 1.0, "top_k": 0}, "top_k to be 1 or more, or None, got 0"),
             ({"temperature": 1.0, "top_p": 1.5}, r"top_p to be more than 0 .*got 1\.5"),
+            ({"temperature": 1.0, "top_p": 0.0}, r"top_p to be more than 0 .*got 0\.0"),
             ({"top_k": 3}, "temperature above 0 with top_k or top_p"),
             ({"temperature": 1.0, "num_beams": 2}, "beam search or sampling"),
         ],

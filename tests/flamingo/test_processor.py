@@ -148,6 +148,8 @@ class TestPlacement:
         for row, times in ((fired, self.next), (~fired, self.last)):
             assert (batch.media_starts[row].cumsum(dim=1) == torch.tensor(times)).all()
         assert 160 < fired.sum() < 240  # four standard deviations
+        each = processor([self.document] * 3, p_next=[0.0, 1.0, 0.0]).media_starts
+        assert each[:, 0].tolist() == [False, True, False]
         again = processor(documents, p_next=0.5, generator=torch.Generator().manual_seed(0))
         assert torch.equal(again.media_starts, batch.media_starts)
 
@@ -217,6 +219,33 @@ class TestManyMedia:
             assert shades == [20 * number for number in range(first, first + count)]
             assert batch.labels[0, 0] == -100
         assert len(starts) > 20
+
+    def test_a_window_begins_anywhere_and_ends_at_the_last_token(self):
+        processor, whole = Processor(4), [BOS, 97, EOC, EOS]
+        for length in (3, 4):
+            generator = torch.Generator().manual_seed(0)
+            windows = processor([["a"]] * 40, window=length, generator=generator).input_ids.tolist()
+            places = range(len(whole) - length + 1)
+            assert {tuple(window) for window in windows} == {tuple(whole[p : p + length]) for p in places}
+
+    def test_the_generator_is_asked_for_what_is_random_alone(self):
+        image = self.images(1)[0]
+
+        def drawn(document, **options):
+            """How many numbers, and none of torch's own generator."""
+            generator, own = torch.Generator().manual_seed(0), torch.get_rng_state()
+            Processor(4)([document], generator=generator, **options)
+            assert torch.equal(torch.get_rng_state(), own)
+            other, count = torch.Generator().manual_seed(0), 0
+            while not torch.equal(generator.get_state(), other.get_state()):
+                torch.rand((), generator=other)
+                count += 1
+            return count
+
+        document = ["a", image]  # <BOS> a <EOC> <image> <EOC> <EOS>
+        assert drawn(document) == drawn(document, window=6) == 0
+        assert drawn(document, window=5) == drawn(document, p_next=0.5) == 1
+        assert drawn(document, window=5, p_next=0.5) == 2
 
     def first_two(self, ids):
         """Without `<EOC><image>` from the third image on."""
@@ -308,6 +337,19 @@ class TestPixels:
             [[True, False, False], [False] * 3],
         ]
 
+    def test_num_frames_is_none_where_only_the_number_of_media_differs(self, processor):
+        image = torch.ones(3, 8, 8)
+        assert processor([[image, image], ["text"], [image]]).num_frames is None
+        assert processor([[[image] * 2, [image] * 2], [[image] * 2]]).num_frames is None
+
+    def test_a_cropped_image_stays_in_the_range_of_images(self):
+        """Bicubic interpolation overshoots at an edge."""
+        edge = torch.zeros(3, 8, 8)
+        edge[..., 4:] = 1
+        processor = Processor(32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), fit="crop")
+        pixels = processor([[edge]]).pixels
+        assert (pixels.min(), pixels.max()) == (0, 1)
+
     def test_moves_to_another_device(self, processor):
         image = torch.ones(3, 8, 8)
         for documents in ([["a", image]], [[image, [image] * 2]]):
@@ -360,6 +402,11 @@ class TestErrors:
     def test_another_fit(self):
         with pytest.raises(ValueError, match="expected fit 'pad' or 'crop', got 'stretch'"):
             Processor(32, fit="stretch")
+
+    @pytest.mark.parametrize("p_next", [[0.5], [0.5] * 3])
+    def test_another_number_of_chances_than_documents(self, processor, p_next):
+        with pytest.raises(ValueError):
+            processor([["a"], ["b"]], p_next=p_next)
 
     def test_one_text_is_not_a_batch(self, processor):
         with pytest.raises(TypeError, match="expected a list of documents"):
