@@ -116,6 +116,7 @@ def backward(
     backend: str,
     *,
     needs_weight: bool,
+    needs_bias: bool,
     needs_gate: bool,
     into: Tensor | None = None,
 ) -> Gradients:
@@ -125,7 +126,7 @@ def backward(
     """
     with scratch(*dz.shape, like=dz) as memory:
         dy = (dz if gate is None else _times_gate(dz, gate, memory)).to(a.dtype)
-        dbias = dy.sum(0) if needs_weight and linear.bias is not None else None
+        dbias = dy.sum(0) if needs_bias else None
         if gate is None or not needs_gate:
             dweight = outer(dy, a) if needs_weight else None
             return Gradients(torch.mm(dy, linear.weight, out=into), (dweight, dbias), None)

@@ -28,6 +28,8 @@ CASES = [
     Attention(gate=None),
     Attention(gate=None, biased=True),
     *(Attention(q_norm=True, rms=rms, groups=groups) for rms in (False, True) for groups in (1, 2)),
+    *(Attention(q_norm=True, rms=rms, eps=0.1, q_eps=1.0) for rms in (False, True)),
+    Attention(policy="open_flamingo", immediate=False, scale=-0.7),
     Attention(q_norm=True, length=0),
     Attention(batch=3, length=1, width=7),
     Attention(batch=1, length=3, width=48),
@@ -40,6 +42,7 @@ CASES = [
     FeedForward(rms=True, biased=True, glu=True, activation="silu"),
     FeedForward(gate=(24,), biased=True),
     FeedForward(gate=(1, 1, 24)),
+    *(FeedForward(rms=rms, eps=0.1) for rms in (False, True)),
     FeedForward(gate=None),
     FeedForward(gate=None, biased=True, rms=True),
     FeedForward(rows=(5,)),
@@ -126,6 +129,35 @@ def test_frozen_parameters_cost_no_product(case, frozen, products):
         z.sum().backward()
     assert len(seen.shapes) == products, seen.shapes
     assert all((tensor.grad is None) == (name in frozen) for name, tensor in leaves.items())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Attention(q_norm=True, biased=True),
+        Attention(length=40, gate=(24,), biased=True),
+        Attention(gate=None, rms=True, q_norm=True),
+        FeedForward(biased=True, glu=True, activation="silu"),
+        FeedForward(rows=(5,), gate=(24,), biased=True, rms=True),
+        FeedForward(gate=None, biased=True),
+    ],
+    ids=lambda case: f"{type(case).__name__[:-4]}:{case}",
+)
+def test_a_gradient_is_the_same_whichever_others_are_asked_for(case):
+    """Of one tensor alone, as where biases are all that is trained, and of all others."""
+    tensors = case.tensors()
+
+    def gradients(wanted):
+        leaves = {name: tensor.clone().requires_grad_(name in wanted) for name, tensor in tensors.items()}
+        (z,) = case.kernel("cpu", **leaves)
+        found = torch.autograd.grad(z.square().sum(), [leaves[name] for name in wanted])
+        return dict(zip(wanted, found, strict=True))
+
+    expected = gradients(list(tensors))
+    for chosen in tensors:
+        for wanted in ([chosen], [name for name in tensors if name != chosen]):
+            for name, gradient in gradients(wanted).items():
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
