@@ -116,3 +116,12 @@ def test_the_gradient_of_a_bias_is_summed_in_double():
     backward = library.backends_of("gated_residual_norm_bwd")["cpu"]
     *_, dbias = backward(dn * 0, dn, dn * 0, gate, weight, dn * 0, *moments, False)
     assert dbias.tolist() == [1.0] * 8
+
+
+def test_a_channel_by_itself_gets_no_gradient_through_its_norm():
+    """It is always 0 without its mean: what a product is rounded by does not come back."""
+    dz, dn, y, z = torch.randn(4, 640, 1)
+    moments = z.flatten(), torch.full((640,), 300.0)
+    backward = library.backends_of("gated_residual_norm_bwd")["cpu"]
+    dx, *_ = backward(dz, dn, y, torch.zeros(1), torch.randn(1), z, *moments, False)
+    assert torch.equal(dx, dz)
