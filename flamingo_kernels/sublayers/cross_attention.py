@@ -121,7 +121,7 @@ def gated_cross_attention(
         norm=(norm.eps, norm.rms),
         q_norm=(q_norm.eps, q_norm.rms) if q_norm else None,
     )
-    inputs = _Inputs(x, unit_stride(k), unit_stride(v), *mask.spans, *parameters)
+    inputs = _Inputs(unit_stride(x), unit_stride(k), unit_stride(v), *mask.spans, *parameters)
     with without_autocast(x):
         if needs_grad(*inputs):
             return _GatedCrossAttention.apply(options, *inputs)
@@ -243,7 +243,7 @@ class _GatedCrossAttention(torch.autograd.Function):
         t, needed, kept = unpack(_Inputs, ctx, saved)
         u, out, softmax, mean, rstd, *q_statistics = kept
         q_norm = t.q_norm(options)
-        x, dz = (unit_stride(each.reshape(-1, each.shape[-1])) for each in (t.x, dz))
+        x, dz = (each.reshape(-1, each.shape[-1]) for each in (t.x, dz))
 
         last = gated_linear.backward(
             dz,

@@ -18,7 +18,6 @@ from .._checks import (
     expect_floating_point,
     expect_same_device,
     expect_tensors,
-    unit_stride,
     without_autocast,
 )
 from .._predicates import needs_grad
@@ -199,7 +198,6 @@ class _GatedFeedForward(torch.autograd.Function):
     def backward(ctx, saved, dz):
         options = ctx.options
         t, needed, (mean, rstd, *us) = unpack(_Inputs, ctx, saved)
-        dz = unit_stride(dz)
 
         with scratch(*us[0].shape, like=us[0]) as memory:
             last = gated_linear.backward(

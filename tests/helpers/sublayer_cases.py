@@ -64,7 +64,9 @@ class SublayerCase(Case):
         tensors = super().tensors()
         for name, tensor in tensors.items():
             if name.endswith("_weight") and tensor.ndim == 2:
-                tensor *= 2 * tensor.shape[1] ** -0.5
+                factor = 2 * max(tensor.shape[1], 1) ** -0.5
+                expanded = self.layout == "expanded"  # cannot be written
+                tensors[name] = tensor * factor if expanded else tensor.mul_(factor)
         return tensors
 
     def norm(self, t: Tensors) -> Norm:

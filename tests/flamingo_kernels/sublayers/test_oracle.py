@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flamingo_kernels import UnsupportedError
 from flamingo_kernels.commands.measure.memory import saved_bytes
 from flamingo_kernels.sublayers import gated_feed_forward, scratch
 from flamingo_kernels.sublayers.activation import ACTIVATIONS
@@ -36,6 +37,7 @@ CASES = [
     Attention(length=0),
     Attention(batch=0),
     Attention(media=0),
+    Attention(width=0),
     FeedForward(),
     *(FeedForward(activation=activation) for activation in ACTIVATIONS),
     *(FeedForward(activation=activation, glu=True) for activation in ("silu", "gelu")),
@@ -47,7 +49,14 @@ CASES = [
     FeedForward(gate=None, biased=True, rms=True),
     FeedForward(rows=(5,)),
     FeedForward(rows=(0, 3)),
-    *(kind(layout=layout) for kind in (Attention, FeedForward) for layout in ("slice", "transposed")),
+    FeedForward(inner=0),
+    *(
+        kind(layout=layout)
+        for kind in (Attention, FeedForward)
+        for layout in ("slice", "transposed", "strided")
+    ),
+    *(kind(layout="strided", gate=(24,)) for kind in (Attention, FeedForward)),
+    Attention(layout="expanded"),
 ]
 
 
@@ -233,3 +242,27 @@ def test_bad_input(change, message):
     arguments = {"up": linear(t, "up"), "down": linear(t, "down"), "gate": t["gate"]} | change
     with pytest.raises(ValueError, match=message):
         gated_feed_forward(t["x"], norm=case.norm(t), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "kv_heads", "message"),
+    [
+        (24, 1, "expected to_q.weight to give a multiple of head_dim=24 features, got 64"),
+        (0, 1, "expected to_q.weight to give a multiple of head_dim=0 features"),
+        (16, 3, "the 4 heads of q to be a multiple of .* got 3"),
+    ],
+)
+def test_keys_that_do_not_fit_the_queries(head_dim, kv_heads, message):
+    case = Attention()
+    media = torch.zeros(2, 3, 5, kv_heads, head_dim)
+    with pytest.raises(ValueError, match=message):
+        case.kernel("auto", **case.tensors() | {"k": media, "v": media})
+
+
+@pytest.mark.parametrize("name", ["norm_weight", "gate"])
+@pytest.mark.parametrize("case", [Attention(), FeedForward()], ids=["attention", "feed_forward"])
+def test_one_tensor_that_no_kernel_takes_leaves_all_to_the_reference(case, name, compiled):
+    tensors = case.tensors()
+    tensors[name] = tensors[name].double()
+    with pytest.raises(UnsupportedError, match=r"dtype torch\.float64 is not one of"):
+        case.kernel(compiled, **tensors)
