@@ -48,6 +48,15 @@ def test_every_number_is_read_from_a_parameter(dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_nan_is_rounded_to_one_whatever_its_bits(dtype):
+    ones, bits = torch.ones(2, 40, dtype=dtype), torch.tensor([-1, 2**31 - 1, 0x7F800001, -0x7FFFFF])
+    weight = bits.int().view(torch.float32).repeat(10)
+    _, n = gated_residual_norm(ones, ones, OPEN, weight, norm="rms", backend="cpu")
+    assert n.dtype == dtype
+    assert n.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_a_result_is_rounded_to_the_nearest_and_halfway_to_the_even(dtype):
     x = every_number(dtype)
     for finer in (1, 2, 5, 9, 12):  # bits of y that x + y has no place for
