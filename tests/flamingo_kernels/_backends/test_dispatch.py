@@ -116,6 +116,20 @@ def test_use_backend_restores_after_an_error(calls):
     assert dispatch.default_backend == "auto"
 
 
+def test_what_runs_a_call_that_leaves_the_choice_open(compiled):
+    def chosen(backend, **options):
+        return dispatch.is_chosen("gated_residual", backend, *tensors(**options))
+
+    assert chosen(compiled)
+    assert not chosen("reference")
+    assert chosen("reference", dtype=torch.float64)
+    with use_backend("reference"):
+        assert chosen("reference")
+        assert not chosen(compiled)
+    with use_backend(compiled):
+        assert not chosen(compiled, dtype=torch.float64)  # such a call ends with an error
+
+
 def test_use_backend_knows_the_names():
     with (
         pytest.raises(
