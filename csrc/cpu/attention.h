@@ -106,11 +106,8 @@ struct Scale {
   Scale(float scale) : sign(scale < 0 ? -1 : 1), size(sign * scale) {}
 };
 
-// The maximum of no scores. It is finite, so that a score of -inf has the weight 0.
+// The maximum of no scores. It is finite, so that a score of -inf has the weight 0; a row of no others is 0 / 0.
 constexpr float lowest = std::numeric_limits<float>::lowest();
-
-// 1 / row_sum; NaN for scores that are all -inf, which have no softmax.
-FK_INLINE float inverse_sum(float row_max, float row_sum) { return row_max > lowest ? 1 / row_sum : NAN; }
 
 // The larger of row_max and the largest of a row's scores, which have the scale's sign.
 FK_INLINE float updated_max(const float* scores, int64_t keys, Scale scale, float row_max) {
@@ -337,7 +334,7 @@ struct GradientTile {
   void add(const T* q_row, const T* dout_row, float delta_i, float max_i, float sum_i) {
     delta[count] = delta_i;
     row_max[count] = max_i;
-    inv_sum[count] = inverse_sum(max_i, sum_i);
+    inv_sum[count] = 1 / sum_i;
     add(q_row, dout_row);
   }
 
@@ -371,7 +368,7 @@ struct GradientTile {
     for (int64_t i = 0; i < count; ++i) {
       float *row = p + i * key_row, *dp = ds + i * key_row;
       prefetch.next(head_dim);
-      const float inverse = inverse_sum(row_max[i], softmax_row<Dot>(row, row, block.keys, scale, row_max[i]));
+      const float inverse = 1 / softmax_row<Dot>(row, row, block.keys, scale, row_max[i]);
       const auto p_at = [&](int64_t j) { return load(row + j) * inverse; };
       Floats p_dp = {};
       for (int64_t j = 0; j < block.keys; j += width) p_dp += p_at(j) * load(dp + j);

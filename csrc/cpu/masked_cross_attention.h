@@ -143,7 +143,7 @@ struct Forward {
       for (int64_t i = 0; i < count; ++i) tile.add(q[rows[i]]), row_max[i] = lowest;
       tile.attend(block, params.scale, row_max, row_sum);
       for (int64_t i = 0; i < count; ++i)
-        write_row(out[rows[i]], tile.acc + i * tile.acc_row, params.head_dim, inverse_sum(row_max[i], row_sum[i]));
+        write_row(out[rows[i]], tile.acc + i * tile.acc_row, params.head_dim, 1 / row_sum[i]);
     });
   }
 
@@ -167,8 +167,7 @@ struct Forward {
     for (int64_t t = begin; t < end; ++t) {
       if (fully_masked(params, b, t)) continue;
       const int64_t i = t - begin;
-      write_row(
-          out[t], online.acc + i * online.row, params.head_dim, inverse_sum(online.row_max[i], online.row_sum[i]));
+      write_row(out[t], online.acc + i * online.row, params.head_dim, 1 / online.row_sum[i]);
       store_softmax(params, b, h, t, online.row_max[i], online.row_sum[i]);
     }
     write_masked_rows<T>(params, b, h, begin, end, mean);

@@ -85,8 +85,7 @@ struct Forward {
     });
     for (int64_t t = begin; t < end; ++t) {
       const int64_t i = t - begin;
-      write_row(
-          out[t], online.acc + i * online.row, params.head_dim, inverse_sum(online.row_max[i], online.row_sum[i]));
+      write_row(out[t], online.acc + i * online.row, params.head_dim, 1 / online.row_sum[i]);
       const int64_t row = (n * params.heads + h) * params.length + t;
       params.row_max[row] = online.row_max[i], params.row_sum[row] = online.row_sum[i];
     }

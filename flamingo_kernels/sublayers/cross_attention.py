@@ -121,7 +121,7 @@ def gated_cross_attention(
         norm=(norm.eps, norm.rms),
         q_norm=(q_norm.eps, q_norm.rms) if q_norm else None,
     )
-    inputs = _Inputs(x, unit_stride(k), unit_stride(v), *mask.spans, *parameters)
+    inputs = _Inputs(unit_stride(x), unit_stride(k), unit_stride(v), *mask.spans, *parameters)
     with without_autocast(x):
         if needs_grad(*inputs):
             return _GatedCrossAttention.apply(options, *inputs)
@@ -243,7 +243,7 @@ class _GatedCrossAttention(torch.autograd.Function):
         t, needed, kept = unpack(_Inputs, ctx, saved)
         u, out, softmax, mean, rstd, *q_statistics = kept
         q_norm = t.q_norm(options)
-        x, dz = (unit_stride(each.reshape(-1, each.shape[-1])) for each in (t.x, dz))
+        x, dz = (each.reshape(-1, each.shape[-1]) for each in (t.x, dz))
 
         last = gated_linear.backward(
             dz,
@@ -252,6 +252,7 @@ class _GatedCrossAttention(torch.autograd.Function):
             t.gate,
             options.backend,
             needs_weight=needed["out_weight"],
+            needs_bias=needed["out_bias"],
             needs_gate=needed["gate"],
         )
         attend = BWD[options.backend]
@@ -263,8 +264,9 @@ class _GatedCrossAttention(torch.autograd.Function):
         )
         dq_norm: list[Tensor | None] = [None, None]
         if q_norm:
+            needs_q_norm = needed["q_norm_weight"] or needed["q_norm_bias"]
             du, *dq_norm = norms.backward(
-                du.flatten(0, 2), u.flatten(0, 2), q_norm, Statistics(*q_statistics), needed["q_norm_weight"]
+                du.flatten(0, 2), u.flatten(0, 2), q_norm, Statistics(*q_statistics), needs_q_norm
             )
         first = normed_linear.backward(
             [du.to(u.dtype).view(len(x), len(t.q_weight))],
@@ -274,8 +276,9 @@ class _GatedCrossAttention(torch.autograd.Function):
             Statistics(mean, rstd),
             [t.to_q],
             needs_x=needed["x"],
-            needs_norm=needed["norm_weight"],
+            needs_norm=needed["norm_weight"] or needed["norm_bias"],
             needs_weights=[needed["q_weight"]],
+            needs_biases=[needed["q_bias"]],
         )
         gradients = {
             "x": None if first.x is None else first.x.view(t.x.shape),

@@ -207,6 +207,7 @@ class _GatedFeedForward(torch.autograd.Function):
                 t.gate,
                 options.backend,
                 needs_weight=needed["down_weight"],
+                needs_bias=needed["down_bias"],
                 needs_gate=needed["gate"],
                 into=memory,
             )
@@ -218,8 +219,9 @@ class _GatedFeedForward(torch.autograd.Function):
                 Statistics(mean, rstd),
                 [*t.hidden.values()],
                 needs_x=needed["x"],
-                needs_norm=needed["norm_weight"],
+                needs_norm=needed["norm_weight"] or needed["norm_bias"],
                 needs_weights=[needed[f"{name}_weight"] for name in t.hidden],
+                needs_biases=[needed[f"{name}_bias"] for name in t.hidden],
             )
         gradients = {
             "x": first.x,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import autocast, expect_same_dtype, expect_shape, expect_tensors
+from .._checks import autocast, expect_same_dtype, expect_shape, expect_tensors, unit_stride
 from .._predicates import autocast_dtype, is_eager
 from ..ops.gated_residual.schema import BWD, FWD, residual_dtype
 from .labels import GATE, labelled
@@ -116,6 +116,7 @@ def backward(
     backend: str,
     *,
     needs_weight: bool,
+    needs_bias: bool,
     needs_gate: bool,
     into: Tensor | None = None,
 ) -> Gradients:
@@ -125,7 +126,7 @@ def backward(
     """
     with scratch(*dz.shape, like=dz) as memory:
         dy = (dz if gate is None else _times_gate(dz, gate, memory)).to(a.dtype)
-        dbias = dy.sum(0) if needs_weight and linear.bias is not None else None
+        dbias = dy.sum(0) if needs_bias else None
         if gate is None or not needs_gate:
             dweight = outer(dy, a) if needs_weight else None
             return Gradients(torch.mm(dy, linear.weight, out=into), (dweight, dbias), None)
@@ -154,7 +155,7 @@ def _gate_by_weights(
     with scratch(*weight.shape, like=weight) as memory:
         product = outer(dz, a, memory)
         if gate.numel() == 1:
-            return BWD[backend](product, weight, gate)
+            return BWD[backend](product, unit_stride(weight), gate)
         along = torch.bmm(product.unsqueeze(1), weight.unsqueeze(2)).float().view(gate.shape)
         return _gated(product, gate), _dtanh(gate) * along
 

@@ -48,16 +48,19 @@ def backward(
     needs_x: bool,
     needs_norm: bool,
     needs_weights: list[bool],
+    needs_biases: list[bool],
 ) -> Gradients:
     """The gradients that are needed; that of x includes the residual's."""
-    dlinears: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(linears)
+    dweights: list[Tensor | None] = [None] * len(linears)
     if any(needs_weights):
         with scratch(*x.shape, like=x) as memory:
             n, _ = norms.forward(x, norm, memory)
-            dlinears = [
-                _parameter_gradients(du, n.to(du.dtype), linear) if needed else (None, None)
-                for du, linear, needed in zip(dus, linears, needs_weights, strict=True)
+            n = n.to(dus[0].dtype)
+            dweights = [
+                outer(du, n) if needed else None for du, needed in zip(dus, needs_weights, strict=True)
             ]
+    dbiases = [du.sum(0) if needed else None for du, needed in zip(dus, needs_biases, strict=True)]
+    dlinears = list(zip(dweights, dbiases, strict=True))
     if not needs_x and not needs_norm:
         return Gradients(None, (None, None), dlinears)
     with scratch(*x.shape, like=dus[0]) as memory:
@@ -67,7 +70,3 @@ def backward(
         dx, dweight, dbias = norms.backward(dn, x, norm, statistics, needs_norm)
     dx = dx.add_(dz) if dx.dtype == dz.dtype else dx + dz
     return Gradients(dx, (dweight, dbias), dlinears)
-
-
-def _parameter_gradients(du: Tensor, n: Tensor, linear: Linear) -> tuple[Tensor, Tensor | None]:
-    return outer(du, n), None if linear.bias is None else du.sum(0)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flamingo.modules import dense_masked_attention, text_time
 from flamingo_kernels import MediaMask
+from flamingo_kernels.mask import Policy
 from flamingo_kernels.sublayers import Linear, Norm, gated_cross_attention, gated_feed_forward
 from flamingo_kernels.testing import Case, Outputs, Spec, Tensors
 
@@ -34,10 +35,12 @@ class SublayerCase(Case):
         biased: whether the projections have biases.
         gate: shape of the gate; None for none.
         gate_dtype: where it differs from dtype.
+        eps: of the norm.
     """
 
     width: int = 24
     rms: bool = False
+    eps: float = 1e-5
     biased: bool = False
     gate: tuple[int, ...] | None = (1,)
     gate_dtype: torch.dtype | None = None
@@ -61,16 +64,19 @@ class SublayerCase(Case):
         tensors = super().tensors()
         for name, tensor in tensors.items():
             if name.endswith("_weight") and tensor.ndim == 2:
-                tensor *= 2 * tensor.shape[1] ** -0.5
+                factor = 2 * max(tensor.shape[1], 1) ** -0.5
+                expanded = self.layout == "expanded"  # cannot be written
+                tensors[name] = tensor * factor if expanded else tensor.mul_(factor)
         return tensors
 
     def norm(self, t: Tensors) -> Norm:
-        return Norm(t["norm_weight"], t.get("norm_bias"), 1e-5, self.rms)
+        return Norm(t["norm_weight"], t.get("norm_bias"), self.eps, self.rms)
 
-    def eager_norm(self, t: Tensors, x: Tensor, name: str = "norm") -> Tensor:
+    def eager_norm(self, t: Tensors, x: Tensor, name: str = "norm", eps: float | None = None) -> Tensor:
+        eps = self.eps if eps is None else eps
         if self.rms:
-            return F.rms_norm(x, x.shape[-1:], t[f"{name}_weight"], 1e-5)
-        return F.layer_norm(x, x.shape[-1:], t[f"{name}_weight"], t[f"{name}_bias"], 1e-5)
+            return F.rms_norm(x, x.shape[-1:], t[f"{name}_weight"], eps)
+        return F.layer_norm(x, x.shape[-1:], t[f"{name}_weight"], t[f"{name}_bias"], eps)
 
     def eager_residual(self, t: Tensors, y: Tensor) -> Tensor:
         return t["x"] + y if self.gate is None else t["x"] + torch.tanh(t["gate"]) * y
@@ -82,7 +88,16 @@ def linear(t: Tensors, name: str) -> Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class CrossAttentionCase(SublayerCase):
-    """A call of `gated_cross_attention`."""
+    """A call of `gated_cross_attention`.
+
+    Args:
+        batch, length, media, latents, heads, head_dim: B, T, M, R, H, d.
+        groups: query heads that share one key/value head.
+        immediate, policy: of the MediaMask.
+        q_norm: whether each head's queries have a norm of their own.
+        q_eps: of that norm.
+        scale: factor on the scores.
+    """
 
     operator: ClassVar[str] = "gated_cross_attention"
 
@@ -94,7 +109,10 @@ class CrossAttentionCase(SublayerCase):
     head_dim: int = 16
     groups: int = 1
     immediate: bool = True
+    policy: Policy = "zero"
     q_norm: bool = False
+    q_eps: float = 1e-5
+    scale: float | None = None
 
     def specs(self) -> dict[str, Spec]:
         inner = self.heads * self.head_dim
@@ -115,8 +133,10 @@ class CrossAttentionCase(SublayerCase):
 
     def kernel(self, backend: str, **t: Tensor) -> Outputs:
         build = MediaMask.last_preceding if self.immediate else MediaMask.all_preceding
-        mask = build(self.locations(), self.media)
-        q_norm = Norm(t["q_norm_weight"], t.get("q_norm_bias"), 1e-5, self.rms) if self.q_norm else None
+        mask = build(self.locations(), self.media, policy=self.policy)
+        q_norm = None
+        if self.q_norm:
+            q_norm = Norm(t["q_norm_weight"], t.get("q_norm_bias"), self.q_eps, self.rms)
         z = gated_cross_attention(
             t["x"],
             t["k"],
@@ -127,6 +147,7 @@ class CrossAttentionCase(SublayerCase):
             to_out=linear(t, "out"),
             gate=t.get("gate"),
             q_norm=q_norm,
+            scale=self.scale,
             backend=backend,
         )
         return (z,)
@@ -134,9 +155,9 @@ class CrossAttentionCase(SublayerCase):
     def eager(self, **t: Any) -> Outputs:
         k, v = (t[name].repeat_interleave(self.groups, dim=3) for name in ("k", "v"))
         q = F.linear(self.eager_norm(t, t["x"]), *linear(t, "q")).unflatten(-1, (self.heads, self.head_dim))
-        q = self.eager_norm(t, q, "q_norm") if self.q_norm else q
-        times = text_time(self.locations())
-        out = dense_masked_attention(q, k, v, times, only_immediate=self.immediate)
+        q = self.eager_norm(t, q, "q_norm", self.q_eps) if self.q_norm else q
+        rule: dict[str, Any] = {"only_immediate": self.immediate, "policy": self.policy, "scale": self.scale}
+        out = dense_masked_attention(q, k, v, text_time(self.locations()), **rule)
         return (self.eager_residual(t, F.linear(out.flatten(2), *linear(t, "out"))),)
 
 

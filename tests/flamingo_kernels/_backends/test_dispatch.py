@@ -17,7 +17,7 @@ from flamingo_kernels import (
     masked_cross_attention,
     use_backend,
 )
-from flamingo_kernels._backends import cpu, dispatch, env, triton
+from flamingo_kernels._backends import cpu, cuda, dispatch, env, triton
 
 OPERATORS = (
     "masked_cross_attention",
@@ -116,6 +116,20 @@ def test_use_backend_restores_after_an_error(calls):
     assert dispatch.default_backend == "auto"
 
 
+def test_what_runs_a_call_that_leaves_the_choice_open(compiled):
+    def chosen(backend, **options):
+        return dispatch.is_chosen("gated_residual", backend, *tensors(**options))
+
+    assert chosen(compiled)
+    assert not chosen("reference")
+    assert chosen("reference", dtype=torch.float64)
+    with use_backend("reference"):
+        assert chosen("reference")
+        assert not chosen(compiled)
+    with use_backend(compiled):
+        assert not chosen(compiled, dtype=torch.float64)  # such a call ends with an error
+
+
 def test_use_backend_knows_the_names():
     with (
         pytest.raises(
@@ -178,6 +192,79 @@ def test_triton_names_the_size_that_is_too_large(shape, reason, monkeypatch):
     q, mask = torch.ones(1, 2, 1, shape[-1]), MediaMask.from_text_time(torch.ones(1, 2, dtype=torch.int64), 1)
     with pytest.raises(UnsupportedError, match=reason):
         masked_cross_attention(q, k, k, mask, backend="triton")
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    """One number, seen as many."""
+    return torch.ones(()).expand(shape)
+
+
+def sized(operator: str, **sizes: int) -> tuple[torch.Tensor, ...]:
+    """Tensors of an operator, of these sizes and otherwise of 1."""
+    batch, latents, head_dim, inner, width = (
+        sizes.get(name, 1) for name in ("B", "R", "head_dim", "H * d", "D")
+    )
+    if operator == "masked_cross_attention":
+        return numbers(1, 1, 1, head_dim), *[numbers(1, 1, latents, 1, head_dim)] * 2
+    if operator == "perceiver_attention":
+        return (numbers(1, 1, 1, head_dim),) * 5
+    if operator == "gated_block_decode":
+        return (
+            numbers(batch, 1),
+            *[numbers(1, 1, 1, 1, head_dim)] * 2,
+            numbers(1),
+            numbers(1),
+            numbers(inner, 1),
+        )
+    return numbers(1, width), numbers(1, width), numbers(1), numbers(width)
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Every backend could run here."""
+    for backend in (triton, cuda, cpu):
+        monkeypatch.setattr(backend, "why_not", lambda: "")
+        monkeypatch.setattr(backend, "misplaced", lambda tensor: "")
+    monkeypatch.setattr(dispatch, "_is_stand_in", lambda backend: False)
+
+
+LIMITS = [
+    (operator, backend, name, most)
+    for operator in OPERATORS
+    for backend, largest in dispatch.limits(operator).items()
+    for name, most in largest.items()
+]
+
+
+@pytest.mark.parametrize(("operator", "backend", "name", "most"), LIMITS)
+def test_the_largest_size_is_taken_and_the_next_is_named(operator, backend, name, most, everywhere):
+    assert dispatch.resolve(operator, backend, *sized(operator, **{name: most})) == backend
+    with pytest.raises(UnsupportedError) as caught:
+        dispatch.resolve(operator, backend, *sized(operator, **{name: most + 1}))
+    assert caught.value.reasons == {backend: [f"{name}={most + 1} is above {most}"]}
+
+
+def test_every_size_that_is_too_large_is_named(everywhere):
+    with pytest.raises(UnsupportedError, match=r"R=300 is above 256; head_dim=301 is above 256\.$"):
+        dispatch.resolve(
+            "masked_cross_attention", "cpu", *sized("masked_cross_attention", R=300, head_dim=301)
+        )
+
+
+@pytest.mark.parametrize(
+    ("operator", "order"),
+    [
+        ("masked_cross_attention", ["triton", "cuda", "cpu", "reference"]),
+        ("perceiver_attention", ["triton", "cuda", "cpu", "reference"]),
+        ("gated_residual", ["cuda", "triton", "cpu", "reference"]),
+        ("gated_residual_norm", ["cuda", "triton", "cpu", "reference"]),
+        ("gated_block_decode", ["cuda", "reference"]),
+    ],
+)
+def test_auto_asks_the_fastest_first(operator, order, everywhere, monkeypatch):
+    for backend in order:
+        assert dispatch.resolve(operator, "auto", *sized(operator)) == backend
+        monkeypatch.setitem(dispatch._OPERATORS[operator], backend, lambda *tensors: ["taken"])
 
 
 def test_an_interpreter_runs_only_by_name(calls, monkeypatch):

@@ -20,6 +20,7 @@ from flamingo_kernels.testing import (
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
     evaluate,
+    lay_out,
 )
 from tests.helpers.same import assert_same
 
@@ -107,6 +108,16 @@ def test_the_gradient_of_a_sum(case, backend):
     found = torch.autograd.grad(sum(out.sum() for out in outputs), list(leaves.values()))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=name)
+def test_each_tensor_has_strides_of_its_own(case, kernels):
+    tensors, layouts = case.tensors(), itertools.cycle(("transposed", "slice", "contiguous"))
+    douts = case.douts(case.eager(**tensors))
+    expected = evaluate(case, lambda **t: case.kernel(kernels, **t), tensors, douts)
+    tensors = {key: lay_out(tensor, next(layouts)) for key, tensor in tensors.items()}
+    douts = [lay_out(dout, next(layouts)) for dout in douts]
+    assert_same(evaluate(case, lambda **t: case.kernel(kernels, **t), tensors, douts), expected)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=name)

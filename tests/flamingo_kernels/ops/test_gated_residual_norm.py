@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from flamingo_kernels import gated_residual, gated_residual_norm
-from flamingo_kernels.testing import DTYPES, assert_within_budget, evaluate
+from flamingo_kernels._backends import library
+from flamingo_kernels.testing import DTYPES, assert_within_budget, evaluate, ulp
 from flamingo_kernels.testing import GatedResidualNormCase as Case
 from tests.helpers.parity import hold
 
@@ -107,6 +108,18 @@ def test_a_large_mean_does_not_cancel(offset, backend):
     assert measured.passed, measured
     if backend == "triton":  # the others are no better here than eager
         assert n.double().mean(1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
+def test_a_large_mean_is_right_to_its_last_bit(offset, kernels):
+    """Though a sum of the row has lost more than that, and the variance is taken around that sum's mean."""
+    x = torch.randn(16, 2048) + offset
+    gate, weight = torch.zeros(1), torch.ones(2048)
+    forward = library.backends_of("gated_residual_norm_fwd")[kernels]
+    _, _, mean, rstd = forward(x, torch.zeros_like(x), gate, weight, None, 1e-5, False)
+    exact = x.double()
+    assert (mean - exact.mean(1)).abs().max() <= 0.51 * ulp(offset, torch.float32)
+    assert (rstd * (exact.var(1, correction=0) + 1e-5).sqrt() - 1).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])

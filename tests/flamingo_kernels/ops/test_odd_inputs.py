@@ -11,6 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from flamingo_kernels import (
     MediaMask,
+    UnsupportedError,
     gated_residual,
     gated_residual_norm,
     masked_cross_attention,
@@ -171,8 +172,15 @@ def test_subclasses():
 
     expected = gated_residual(x, y, gate)
     assert torch.equal(gated_residual(x.as_subclass(Named), y, gate).as_subclass(torch.Tensor), expected)
-    pair = gated_residual(*(TwoTensor(each, each) for each in (x, y, gate)))
-    torch.testing.assert_close(pair.a, expected)
+    pairs = [TwoTensor(each, each) for each in (x, y, gate)]
+    torch.testing.assert_close(gated_residual(*pairs).a, expected)
+
+
+def test_a_subclass_that_computes_in_its_own_way_is_no_kernels(compiled):
+    tensors = residual_inputs((3, 4))
+    for name, tensor in tensors.items():
+        with pytest.raises(UnsupportedError, match="a tensor is a TwoTensor, which computes in its own way"):
+            gated_residual(**tensors | {name: TwoTensor(tensor, tensor)}, backend=compiled)
 
 
 KINDS = {

@@ -93,6 +93,8 @@ def wrong(arguments: dict[str, Any]) -> Iterator[tuple[str, str, torch.Tensor]]:
         if isinstance(tensor, torch.Tensor):
             yield name, "dtype", tensor.long()
             yield name, "sizes", longer(tensor)
+            if name not in ("gate", "ff_gate") and tensor.shape[-1] > 1:  # a gate may be one for all
+                yield name, "sizes", tensor[..., :1]
             if name not in ANY_LAYOUT:
                 yield name, "dimensions", tensor[0]
                 yield name, "strides", apart(tensor)
@@ -134,6 +136,19 @@ def test_every_tensor_of_a_decoding_step_is_checked(cuda):
     arguments = decode()
     call("gated_block_decode", cuda, arguments)
     assert_refused("gated_block_decode", cuda, arguments)
+
+
+@pytest.mark.parametrize("operation", ["gated_residual_fwd", "gated_residual_norm_fwd"])
+def test_a_channel_by_itself_has_any_stride(operation, kernels):
+    arguments = {
+        name: value[..., :1] if isinstance(value, torch.Tensor) else value
+        for name, value in OPERATIONS[operation]().items()
+    }
+    strided = {name: torch.randn(3, 8, 2)[:, :1, 0] for name in ("x", "y")}
+    whole = {name: tensor.contiguous() for name, tensor in strided.items()}
+    assert strided["x"].stride() == (16, 2)
+    found, expected = (call(operation, kernels, arguments | rows) for rows in (strided, whole))
+    assert all(map(torch.equal, as_tuple(found), as_tuple(expected)))
 
 
 @pytest.mark.parametrize("name", ["norm_bias", "gate", "ff_gate"])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flamingo_kernels import UnsupportedError
 from flamingo_kernels.commands.measure.memory import saved_bytes
 from flamingo_kernels.sublayers import gated_feed_forward, scratch
 from flamingo_kernels.sublayers.activation import ACTIVATIONS
@@ -28,23 +29,34 @@ CASES = [
     Attention(gate=None),
     Attention(gate=None, biased=True),
     *(Attention(q_norm=True, rms=rms, groups=groups) for rms in (False, True) for groups in (1, 2)),
+    *(Attention(q_norm=True, rms=rms, eps=0.1, q_eps=1.0) for rms in (False, True)),
+    Attention(policy="open_flamingo", immediate=False, scale=-0.7),
     Attention(q_norm=True, length=0),
     Attention(batch=3, length=1, width=7),
     Attention(batch=1, length=3, width=48),
     Attention(length=0),
     Attention(batch=0),
     Attention(media=0),
+    Attention(width=0),
     FeedForward(),
     *(FeedForward(activation=activation) for activation in ACTIVATIONS),
     *(FeedForward(activation=activation, glu=True) for activation in ("silu", "gelu")),
     FeedForward(rms=True, biased=True, glu=True, activation="silu"),
     FeedForward(gate=(24,), biased=True),
     FeedForward(gate=(1, 1, 24)),
+    *(FeedForward(rms=rms, eps=0.1) for rms in (False, True)),
     FeedForward(gate=None),
     FeedForward(gate=None, biased=True, rms=True),
     FeedForward(rows=(5,)),
     FeedForward(rows=(0, 3)),
-    *(kind(layout=layout) for kind in (Attention, FeedForward) for layout in ("slice", "transposed")),
+    FeedForward(inner=0),
+    *(
+        kind(layout=layout)
+        for kind in (Attention, FeedForward)
+        for layout in ("slice", "transposed", "strided")
+    ),
+    *(kind(layout="strided", gate=(24,)) for kind in (Attention, FeedForward)),
+    Attention(layout="expanded"),
 ]
 
 
@@ -129,6 +141,35 @@ def test_frozen_parameters_cost_no_product(case, frozen, products):
 
 
 @pytest.mark.parametrize(
+    "case",
+    [
+        Attention(q_norm=True, biased=True),
+        Attention(length=40, gate=(24,), biased=True),
+        Attention(gate=None, rms=True, q_norm=True),
+        FeedForward(biased=True, glu=True, activation="silu"),
+        FeedForward(rows=(5,), gate=(24,), biased=True, rms=True),
+        FeedForward(gate=None, biased=True),
+    ],
+    ids=lambda case: f"{type(case).__name__[:-4]}:{case}",
+)
+def test_a_gradient_is_the_same_whichever_others_are_asked_for(case):
+    """Of one tensor alone, as where biases are all that is trained, and of all others."""
+    tensors = case.tensors()
+
+    def gradients(wanted):
+        leaves = {name: tensor.clone().requires_grad_(name in wanted) for name, tensor in tensors.items()}
+        (z,) = case.kernel("cpu", **leaves)
+        found = torch.autograd.grad(z.square().sum(), [leaves[name] for name in wanted])
+        return dict(zip(wanted, found, strict=True))
+
+    expected = gradients(list(tensors))
+    for chosen in tensors:
+        for wanted in ([chosen], [name for name in tensors if name != chosen]):
+            for name, gradient in gradients(wanted).items():
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
     ("case", "share"), [(Attention(length=64, media=8, latents=16), 0.5), (FeedForward(), 0.5)]
 )
 def test_what_is_kept_for_the_backward_pass(case, share):
@@ -201,3 +242,27 @@ def test_bad_input(change, message):
     arguments = {"up": linear(t, "up"), "down": linear(t, "down"), "gate": t["gate"]} | change
     with pytest.raises(ValueError, match=message):
         gated_feed_forward(t["x"], norm=case.norm(t), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "kv_heads", "message"),
+    [
+        (24, 1, "expected to_q.weight to give a multiple of head_dim=24 features, got 64"),
+        (0, 1, "expected to_q.weight to give a multiple of head_dim=0 features"),
+        (16, 3, "the 4 heads of q to be a multiple of .* got 3"),
+    ],
+)
+def test_keys_that_do_not_fit_the_queries(head_dim, kv_heads, message):
+    case = Attention()
+    media = torch.zeros(2, 3, 5, kv_heads, head_dim)
+    with pytest.raises(ValueError, match=message):
+        case.kernel("auto", **case.tensors() | {"k": media, "v": media})
+
+
+@pytest.mark.parametrize("name", ["norm_weight", "gate"])
+@pytest.mark.parametrize("case", [Attention(), FeedForward()], ids=["attention", "feed_forward"])
+def test_one_tensor_that_no_kernel_takes_leaves_all_to_the_reference(case, name, compiled):
+    tensors = case.tensors()
+    tensors[name] = tensors[name].double()
+    with pytest.raises(UnsupportedError, match=r"dtype torch\.float64 is not one of"):
+        case.kernel(compiled, **tensors)

@@ -147,6 +147,14 @@ def test_tensors_are_random_rounded_and_repeatable(case, dtype):
     assert dout.std() > 0.5
 
 
+@pytest.mark.parametrize("case", [GatedResidualCase, GatedResidualNormCase])
+def test_a_gate_is_around_0_and_its_branch_is_not(case):
+    """Where tanh is steep; and the sum that is the gradient of a gate does not cancel by chance."""
+    tensors = case(shape=(3, 4000), gate=(4000,)).tensors()
+    assert tensors["gate"].mean().abs() < 0.1
+    assert tensors["y"].mean() > 0.9
+
+
 @pytest.mark.parametrize("times", ["locations", "jumps"])
 def test_masks_have_every_kind_of_row(times):
     case = MaskedCrossAttentionCase(times=times, batch=3)

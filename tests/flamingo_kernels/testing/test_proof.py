@@ -49,6 +49,19 @@ def test_an_exact_zero_has_no_excuse():
     assert not prove([off], expected).passed
 
 
+@torch.library.custom_op("tests::in_half", mutates_args=())
+def in_half(x: torch.Tensor) -> torch.Tensor:
+    """A kernel of a library that keeps less than its dtype holds."""
+    return x.clone() if x.dtype == torch.float64 else x.half().to(x.dtype)
+
+
+def test_what_a_library_loses_counts_as_rounding():
+    numbers = torch.rand(50, generator=torch.Generator().manual_seed(0)) + 1
+    expected = expect(lambda: [in_half(numbers)], [numbers.double()])
+    assert prove([in_half(numbers)], expected).passed
+    assert not prove([numbers.bfloat16().float()], expected).passed
+
+
 def test_other_tensors_than_eagers_are_refused():
     one = torch.ones(3)
     expected = Expected([one.double()], [torch.float32], [0.0])

@@ -106,6 +106,17 @@ def test_a_sum_that_is_kept_in_half_is_over_the_budget(case, dtype, half):
     assert spent(replace(case, dtype=dtype), block=8, kept_in=half) > 1
 
 
+def test_a_sum_loses_as_much_as_a_loop_does():
+    terms = torch.rand(2000, 500, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(2000)
+    for column in terms.T:
+        total += column
+    with RandomRounding(0):
+        drawn = terms.sum(1)
+    lost, found = ((each - terms.double().sum(1)).square().mean().sqrt() for each in (total, drawn))
+    assert 0.8 < found / lost < 1.6
+
+
 def test_rounding_is_none_where_nothing_is_rounded():
     ones = torch.ones(3, 3)
 

@@ -29,6 +29,7 @@ def test_a_model_and_its_inputs(name):
     logits = model.logits()
     assert logits.shape == (*model.tokens.shape, tiny.VOCABULARY)
     assert not model.model.training
+    assert all(p.numel() == 1 or p.unique().numel() > 1 for p in model.model.parameters())
     loss = model.loss()
     loss.backward()
     assert 0 < loss.item() < 20
@@ -48,6 +49,11 @@ def test_generation(name):
         tokens = model.generate(3)
         assert tokens.shape == (2, model.tokens.shape[1] + 3)
         assert torch.equal(tokens[:, :-3], model.tokens)
+
+
+def test_images_are_apart_in_one_row_and_adjacent_in_the_next():
+    _, locations = tiny._text(SIZES)
+    assert [row.nonzero().flatten().tolist() for row in locations] == [[2, 5], [2, 3]]
 
 
 def test_more_images_than_flamingo_pytorch_has_embeddings_for():

@@ -1,0 +1,136 @@
+"""The arithmetic of the C++ kernels, in every instruction set that this processor has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flamingo_kernels import gated_residual, gated_residual_norm, perceiver_attention
+from flamingo_kernels._backends import cpu, env, library
+from flamingo_kernels.testing import DTYPES
+
+HALVES = [torch.bfloat16, torch.float16]
+OPEN = torch.tensor(torch.inf)  # a gate whose tanh is 1
+
+
+@pytest.fixture(params=env.CPU_VARIANTS, autouse=True)
+def variant(request, compiled):
+    """Has the kernels run with one instruction set; with the one before after the test."""
+    extension, _ = cpu._load()
+    if request.param not in cpu.cpu_variants():
+        pytest.skip(f"{request.param} is not built, or this processor lacks it")
+    extension.flamingo_kernels_select(request.param.encode())
+    yield
+    extension.flamingo_kernels_select(env.CPU_VARIANT.encode())
+
+
+def every_number(dtype: torch.dtype) -> torch.Tensor:  # [256, 256]
+    """All that 16 bits can say: NaN, infinities and subnormal numbers too."""
+    return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(256, 256)
+
+
+def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_number_is_read(dtype):
+    x = every_number(dtype)
+    assert_equal(gated_residual(x, torch.zeros(256, 256), OPEN, backend="cpu"), x.float())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_number_is_read_from_a_parameter(dtype):
+    weight = every_number(dtype).flatten()
+    ones = torch.ones(1, len(weight))
+    _, n = gated_residual_norm(ones, 0 * ones, OPEN, weight, eps=0, norm="rms", backend="cpu")
+    assert_equal(n[0], weight.float())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_nan_is_rounded_to_one_whatever_its_bits(dtype):
+    ones, bits = torch.ones(2, 40, dtype=dtype), torch.tensor([-1, 2**31 - 1, 0x7F800001, -0x7FFFFF])
+    weight = bits.int().view(torch.float32).repeat(10)
+    _, n = gated_residual_norm(ones, ones, OPEN, weight, norm="rms", backend="cpu")
+    assert n.dtype == dtype
+    assert n.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_result_is_rounded_to_the_nearest_and_halfway_to_the_even(dtype):
+    x = every_number(dtype)
+    for finer in (1, 2, 5, 9, 12):  # bits of y that x + y has no place for
+        y = (x.float() / 2**finer).to(dtype).roll(1)
+        assert_equal(gated_residual(x, y, OPEN, backend="cpu"), (x.float() + y.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_small_results_are_rounded_to_subnormal_numbers(dtype):
+    y, gate, one = every_number(dtype), torch.tensor([0.3], dtype=dtype), torch.ones(1, 1)
+    tanh = gated_residual(torch.zeros(1, 1), one, gate, backend="cpu")
+    assert_equal(gated_residual(torch.zeros_like(y), y, gate, backend="cpu"), (tanh * y.float()).to(dtype))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["rescaled", "later"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_weight_of_a_key_far_below_the_heaviest(dtype, first):
+    """e^x to the last bits down to e^-87, and exactly 0 below; NaN stays NaN."""
+    x = -torch.cat([torch.arange(0, 87, 0.5), torch.tensor([87.0, 87.5, 88.0, 100.0, 120.0, 250.0])])
+    large = 2.0 ** (15 if dtype == torch.float16 else 100)  # the value of the light key; the other's is 0
+    light, heavy = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    keys = (light, light * large, heavy, heavy) if first else (heavy, heavy, light, light * large)
+    q = torch.cat([x, torch.tensor([torch.nan])]).view(1, -1, 1, 1)
+    out = perceiver_attention(*(t.to(dtype) for t in (q, *keys)), scale=1.0, backend="cpu").flatten()
+    assert out[-1].isnan()
+    p = x.double().exp().where(x >= -87, 0)
+    lost = 0.0 if dtype != torch.float16 else 2**-25  # half of its smallest number
+    expected = large * p / (1 + p)
+    error = (out[:-1].double() - expected).abs()
+    assert (error <= torch.finfo(dtype).eps * 4 * expected + lost).all()
+
+
+# Where the terms of a sum lie that only double holds: 2^30, 1 and -2^30.
+@pytest.mark.parametrize(
+    ("rows", "places"),
+    [
+        (1, [(0, 0), (0, 600), (0, 1100)]),
+        (192, [(0, 0), (1, 0), (2, 0)]),
+        (64, [(0, 0), (1, 0), (63, 0)]),
+    ],
+    ids=["in a row", "in the rows of a task", "in tasks"],
+)
+@pytest.mark.parametrize("channels", [1, 1536], ids=["one gate", "a gate each"])
+@pytest.mark.parametrize("normed", [False, True], ids=["", "normed"])
+def test_the_gradient_of_a_gate_is_summed_in_double(normed, channels, rows, places):
+    y = torch.zeros(rows, 1536)
+    for place, value in zip(places, (2.0**30, 1.0, -(2.0**30)), strict=True):
+        y[place] = value
+    if channels > 1 and rows != 64:
+        pytest.skip("a channel's rows are added in float within a task")
+    gate, dz = torch.zeros(channels), torch.ones_like(y)
+    name = "gated_residual_norm_bwd" if normed else "gated_residual_bwd"
+    backward = library.backends_of(name)["cpu"]
+    if normed:
+        moments = torch.zeros(rows), torch.ones(rows)
+        _, _, dgate, _, _ = backward(dz, y * 0, y, gate, torch.ones(1536), y * 0, *moments, False)
+    else:
+        _, dgate = backward(dz, y, gate)
+    assert dgate.sum() == 1
+
+
+def test_the_gradient_of_a_bias_is_summed_in_double():
+    dn, gate, weight = torch.zeros(64, 8), torch.zeros(1), torch.ones(8)
+    dn[0], dn[1], dn[63] = 2.0**30, 1.0, -(2.0**30)
+    moments = torch.zeros(64), torch.ones(64)
+    backward = library.backends_of("gated_residual_norm_bwd")["cpu"]
+    *_, dbias = backward(dn * 0, dn, dn * 0, gate, weight, dn * 0, *moments, False)
+    assert dbias.tolist() == [1.0] * 8
+
+
+def test_a_channel_by_itself_gets_no_gradient_through_its_norm():
+    """It is always 0 without its mean: what a product is rounded by does not come back."""
+    dz, dn, y, z = torch.randn(4, 640, 1)
+    moments = z.flatten(), torch.full((640,), 300.0)
+    backward = library.backends_of("gated_residual_norm_bwd")["cpu"]
+    dx, *_ = backward(dz, dn, y, torch.zeros(1), torch.randn(1), z, *moments, False)
+    assert torch.equal(dx, dz)
