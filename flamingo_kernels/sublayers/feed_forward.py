@@ -26,7 +26,7 @@ from ..ops.once_differentiable import once_differentiable
 from . import gated_linear, normed_linear, reference
 from .activation import ACTIVATIONS
 from .gated_linear import Linear, expect_gate, expect_linear, expect_one_dtype, named_parameters
-from .gradients import in_order, pair, unpack
+from .gradients import in_order, learns, pair, unpack
 from .labels import FEED_FORWARD, labelled
 from .norm import Norm, Statistics, expect_norm
 from .scratch import scratch
@@ -208,7 +208,7 @@ class _GatedFeedForward(torch.autograd.Function):
                 t.down,
                 t.gate,
                 options.backend,
-                needs_weight=needed["down_weight"],
+                needs_weight=learns("down", needed),
                 needs_gate=needed["gate"],
                 into=memory,
             )
@@ -220,8 +220,8 @@ class _GatedFeedForward(torch.autograd.Function):
                 Statistics(mean, rstd),
                 [*t.hidden.values()],
                 needs_x=needed["x"],
-                needs_norm=needed["norm_weight"],
-                needs_weights=[needed[f"{name}_weight"] for name in t.hidden],
+                needs_norm=learns("norm", needed),
+                needs_weights=[learns(name, needed) for name in t.hidden],
             )
         gradients = {
             "x": first.x,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import autocast, expect_same_dtype, expect_shape, expect_tensors
+from .._checks import autocast, expect_same_dtype, expect_shape, expect_tensors, unit_stride
 from .._predicates import autocast_dtype, is_eager
 from ..ops.gated_residual.schema import BWD, FWD, residual_dtype
 from .labels import GATE, labelled
@@ -154,7 +154,7 @@ def _gate_by_weights(
     with scratch(*weight.shape, like=weight) as memory:
         product = outer(dz, a, memory)
         if gate.numel() == 1:
-            return BWD[backend](product, weight, gate)
+            return BWD[backend](product, unit_stride(weight), gate)
         along = torch.bmm(product.unsqueeze(1), weight.unsqueeze(2)).float().view(gate.shape)
         return _gated(product, gate), _dtanh(gate) * along
 

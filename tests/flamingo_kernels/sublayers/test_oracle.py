@@ -54,6 +54,12 @@ def test_oracle(case, dtype, backend):
     assert_all_passed(measure(replace(case, dtype=dtype), backend), str(case))
 
 
+@pytest.mark.parametrize("case", [Attention(gate=(24,)), FeedForward(rows=(300,))], ids=str)
+def test_columns_that_are_apart_in_memory(case, backend):
+    """Text and weights with a stride of two, where a kernel reads them beside a product."""
+    assert_all_passed(measure(replace(case, layout="strided"), backend), str(case))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("least", [0, 2**20], ids=["in scratch", "small"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{type(case).__name__[:-4]}:{case}")
@@ -126,6 +132,21 @@ def test_frozen_parameters_cost_no_product(case, frozen, products):
         z.sum().backward()
     assert len(seen.shapes) == products, seen.shapes
     assert all((tensor.grad is None) == (name in frozen) for name, tensor in leaves.items())
+
+
+@pytest.mark.parametrize(
+    "case", [Attention(biased=True, q_norm=True), FeedForward(biased=True, glu=True)], ids=str
+)
+@pytest.mark.parametrize("learning", ["weight", "bias"])
+def test_a_weight_and_its_bias_learn_apart(case, learning, backend):
+    tensors = case.tensors()
+    every = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    some = {name: tensor.requires_grad_(name.endswith(learning)) for name, tensor in tensors.items()}
+    for leaves in (every, some):
+        case.kernel(backend, **leaves)[0].sum().backward()
+    for name, tensor in some.items():
+        if name.endswith(learning):
+            torch.testing.assert_close(tensor.grad, every[name].grad, msg=name)
 
 
 @pytest.mark.parametrize(
