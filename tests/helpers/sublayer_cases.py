@@ -13,7 +13,7 @@ from torch import Tensor
 from flamingo.modules import dense_masked_attention, text_time
 from flamingo_kernels import MediaMask
 from flamingo_kernels.sublayers import Linear, Norm, gated_cross_attention, gated_feed_forward
-from flamingo_kernels.testing import Case, Outputs, Spec, Tensors
+from flamingo_kernels.testing import Case, Outputs, Spec, Tensors, lay_out
 
 EAGER: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -61,7 +61,7 @@ class SublayerCase(Case):
         tensors = super().tensors()
         for name, tensor in tensors.items():
             if name.endswith("_weight") and tensor.ndim == 2:
-                tensor *= 2 * tensor.shape[1] ** -0.5
+                tensors[name] = lay_out(tensor * (2 * tensor.shape[1] ** -0.5), self.layout)
         return tensors
 
     def norm(self, t: Tensors) -> Norm:
@@ -73,7 +73,11 @@ class SublayerCase(Case):
         return F.layer_norm(x, x.shape[-1:], t[f"{name}_weight"], t[f"{name}_bias"], 1e-5)
 
     def eager_residual(self, t: Tensors, y: Tensor) -> Tensor:
-        return t["x"] + y if self.gate is None else t["x"] + torch.tanh(t["gate"]) * y
+        return (
+            t["x"] + y
+            if self.gate is None
+            else t["x"] + torch.tanh(t["gate"].reshape(t["gate"].shape[-1:])) * y
+        )
 
 
 def linear(t: Tensors, name: str) -> Linear:
@@ -85,6 +89,7 @@ class CrossAttentionCase(SublayerCase):
     """A call of `gated_cross_attention`."""
 
     operator: ClassVar[str] = "gated_cross_attention"
+    function: ClassVar[Callable[..., Any]] = staticmethod(gated_cross_attention)
 
     batch: int = 2
     length: int = 19
@@ -152,6 +157,7 @@ class FeedForwardCase(SublayerCase):
     """
 
     operator: ClassVar[str] = "gated_feed_forward"
+    function: ClassVar[Callable[..., Any]] = staticmethod(gated_feed_forward)
 
     rows: tuple[int, ...] = (2, 19)
     inner: int = 40
