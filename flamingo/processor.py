@@ -164,6 +164,11 @@ class Processor:
             raise ValueError(f"Processor: expected padding_side 'left' or 'right', got {padding_side!r}.")
         left = prompt if padding_side is None else padding_side == "left"
         chances = [p_next] * len(documents) if isinstance(p_next, (int, float)) else p_next
+        if len(chances) != len(documents):
+            raise ValueError(
+                f"Processor: expected p_next as one number, or one for each of the {len(documents)} documents, "
+                f"got {len(chances)}."
+            )
         layouts, starts = [], []
         for index, (document, chance) in enumerate(zip(documents, chances, strict=True)):
             layout = self.lay_out(document, name=f"document {index}", prompt=prompt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 
@@ -55,6 +56,17 @@ with contextlib.suppress(ImportError):
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = call_device_function
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """A seed that is known beforehand, where none is given, for what Hypothesis draws afresh."""
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(secrets.randbits(32))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"fresh draws of slow tests: --hypothesis-seed={config.option.hypothesis_seed}"
 
 
 @pytest.fixture(params=BACKENDS)

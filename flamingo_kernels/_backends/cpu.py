@@ -82,6 +82,13 @@ def cpu_variants() -> list[str]:
     return library.flamingo_kernels_variants().decode().split(",") if library else []
 
 
+def select(variant: str) -> None:
+    """A test aid: run with another of `cpu_variants()` from now on."""
+    library, _ = _load()
+    if library:
+        library.flamingo_kernels_select(variant.encode())
+
+
 def poison(on: bool) -> None:
     """A test aid: outputs and working memory of the C++ kernels start as NaN."""
     library, _ = _load()

@@ -33,7 +33,7 @@ from . import gated_linear, normed_linear, reference
 from . import norm as norms
 from .arguments import CrossAttention
 from .gated_linear import Linear, expect_gate, expect_linear, expect_one_dtype, named_parameters
-from .gradients import in_order, pair, unpack
+from .gradients import in_order, learns, pair, unpack
 from .labels import PROJECTIONS, labelled
 from .norm import Norm, Statistics, expect_norm
 
@@ -208,8 +208,8 @@ class _Inputs(NamedTuple):
 
 def _forward(options: _Options, t: _Inputs) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """z, and what the backward pass needs besides the inputs."""
-    batch, length, width = t.x.shape
-    x = t.x.reshape(-1, width)
+    batch, length, _ = t.x.shape
+    x = t.x.flatten(0, -2)
     (u,), statistics = normed_linear.forward(x, t.norm(options), [t.to_q])
     head_dim = t.k.shape[-1]
     u = u.view(batch, length, len(t.q_weight) // head_dim, head_dim)
@@ -243,7 +243,7 @@ class _GatedCrossAttention(torch.autograd.Function):
         t, needed, kept = unpack(_Inputs, ctx, saved)
         u, out, softmax, mean, rstd, *q_statistics = kept
         q_norm = t.q_norm(options)
-        x, dz = (each.reshape(-1, each.shape[-1]) for each in (t.x, dz))
+        x, dz = t.x.flatten(0, -2), dz.flatten(0, -2)
 
         last = gated_linear.backward(
             dz,
@@ -264,9 +264,8 @@ class _GatedCrossAttention(torch.autograd.Function):
         )
         dq_norm: list[Tensor | None] = [None, None]
         if q_norm:
-            needs_q_norm = needed["q_norm_weight"] or needed["q_norm_bias"]
             du, *dq_norm = norms.backward(
-                du.flatten(0, 2), u.flatten(0, 2), q_norm, Statistics(*q_statistics), needs_q_norm
+                du.flatten(0, 2), u.flatten(0, 2), q_norm, Statistics(*q_statistics), learns("q_norm", needed)
             )
         first = normed_linear.backward(
             [du.to(u.dtype).view(len(x), len(t.q_weight))],
@@ -276,7 +275,7 @@ class _GatedCrossAttention(torch.autograd.Function):
             Statistics(mean, rstd),
             [t.to_q],
             needs_x=needed["x"],
-            needs_norm=needed["norm_weight"] or needed["norm_bias"],
+            needs_norm=learns("norm", needed),
             needs_weights=[needed["q_weight"]],
             needs_biases=[needed["q_bias"]],
         )

@@ -25,7 +25,7 @@ from ..ops.once_differentiable import once_differentiable
 from . import gated_linear, normed_linear, reference
 from .activation import ACTIVATIONS
 from .gated_linear import Linear, expect_gate, expect_linear, expect_one_dtype, named_parameters
-from .gradients import in_order, pair, unpack
+from .gradients import in_order, learns, pair, unpack
 from .labels import FEED_FORWARD, labelled
 from .norm import Norm, Statistics, expect_norm
 from .scratch import scratch
@@ -219,7 +219,7 @@ class _GatedFeedForward(torch.autograd.Function):
                 Statistics(mean, rstd),
                 [*t.hidden.values()],
                 needs_x=needed["x"],
-                needs_norm=needed["norm_weight"] or needed["norm_bias"],
+                needs_norm=learns("norm", needed),
                 needs_weights=[needed[f"{name}_weight"] for name in t.hidden],
                 needs_biases=[needed[f"{name}_bias"] for name in t.hidden],
             )

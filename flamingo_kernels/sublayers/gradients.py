@@ -21,6 +21,11 @@ def unpack(kind: Any, ctx: Any, saved: Sequence[Any]) -> tuple[Any, dict[str, bo
     return kind(*saved[: len(names)]), needed, saved[len(names) :]
 
 
+def learns(name: str, needed: Mapping[str, bool]) -> bool:
+    """Whether the weight or the bias of this name needs a gradient."""
+    return needed[f"{name}_weight"] or needed[f"{name}_bias"]
+
+
 def pair(name: str, gradients: Iterable[Tensor | None]) -> dict[str, Tensor | None]:
     """The gradients of a weight and a bias by name, as "q_weight" and "q_bias"."""
     weight, bias = gradients

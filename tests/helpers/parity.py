@@ -19,15 +19,21 @@ DRAWS = 3  # of inputs and upstream gradients
 
 
 def assert_parity(
-    original: nn.Module, fused: nn.Module, *shapes, dtype=torch.float32, call: Call | None = None
+    original: nn.Module,
+    fused: nn.Module,
+    *shapes,
+    dtype=torch.float32,
+    call: Call | None = None,
+    count: int = DRAWS,
 ):
     """Compare two modules with equal weights on random tensors of these shapes, or made by these functions.
 
     call: how to use a module, `call(module, *tensors)`; default: `module(*tensors)`.
+    count: of the draws.
     """
     call = call or (lambda module, *tensors: module(*tensors))
     double = copy.deepcopy(original).double()
-    draws = [[make(shape, dtype, 100 * i + n) for n, shape in enumerate(shapes)] for i in range(DRAWS)]
+    draws = [[make(shape, dtype, 100 * i + n) for n, shape in enumerate(shapes)] for i in range(count)]
     douts = [
         torch.randn(out.shape, generator=_generator(7 + i)).to(out.dtype)
         for i, out in enumerate(call(original, *draw).detach() for draw in draws)

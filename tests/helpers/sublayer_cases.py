@@ -14,7 +14,7 @@ from flamingo.modules import dense_masked_attention, text_time
 from flamingo_kernels import MediaMask
 from flamingo_kernels.mask import Policy
 from flamingo_kernels.sublayers import Linear, Norm, gated_cross_attention, gated_feed_forward
-from flamingo_kernels.testing import Case, Outputs, Spec, Tensors
+from flamingo_kernels.testing import Case, Outputs, Spec, Tensors, lay_out
 
 EAGER: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -65,8 +65,7 @@ class SublayerCase(Case):
         for name, tensor in tensors.items():
             if name.endswith("_weight") and tensor.ndim == 2:
                 factor = 2 * max(tensor.shape[1], 1) ** -0.5
-                expanded = self.layout == "expanded"  # cannot be written
-                tensors[name] = tensor * factor if expanded else tensor.mul_(factor)
+                tensors[name] = lay_out(tensor * factor, self.layout)
         return tensors
 
     def norm(self, t: Tensors) -> Norm:
@@ -79,7 +78,11 @@ class SublayerCase(Case):
         return F.layer_norm(x, x.shape[-1:], t[f"{name}_weight"], t[f"{name}_bias"], eps)
 
     def eager_residual(self, t: Tensors, y: Tensor) -> Tensor:
-        return t["x"] + y if self.gate is None else t["x"] + torch.tanh(t["gate"]) * y
+        return (
+            t["x"] + y
+            if self.gate is None
+            else t["x"] + torch.tanh(t["gate"].reshape(t["gate"].shape[-1:])) * y
+        )
 
 
 def linear(t: Tensors, name: str) -> Linear:
@@ -100,6 +103,7 @@ class CrossAttentionCase(SublayerCase):
     """
 
     operator: ClassVar[str] = "gated_cross_attention"
+    function: ClassVar[Callable[..., Any]] = staticmethod(gated_cross_attention)
 
     batch: int = 2
     length: int = 19
@@ -173,6 +177,7 @@ class FeedForwardCase(SublayerCase):
     """
 
     operator: ClassVar[str] = "gated_feed_forward"
+    function: ClassVar[Callable[..., Any]] = staticmethod(gated_feed_forward)
 
     rows: tuple[int, ...] = (2, 19)
     inner: int = 40

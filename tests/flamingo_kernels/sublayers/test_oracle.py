@@ -66,6 +66,12 @@ def test_oracle(case, dtype, backend):
     assert_all_passed(measure(replace(case, dtype=dtype), backend), str(case))
 
 
+@pytest.mark.parametrize("case", [Attention(gate=(24,)), FeedForward(rows=(300,))], ids=str)
+def test_columns_that_are_apart_in_memory(case, backend):
+    """Text and weights with a stride of two, where a kernel reads them beside a product."""
+    assert_all_passed(measure(replace(case, layout="strided"), backend), str(case))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("least", [0, 2**20], ids=["in scratch", "small"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{type(case).__name__[:-4]}:{case}")

@@ -1,0 +1,38 @@
+"""Every operator on random configurations, against float64."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume
+from hypothesis.strategies import sampled_from
+
+from flamingo_kernels._backends import cpu, dispatch
+from flamingo_kernels.testing import assert_within_budget
+from tests.helpers.fuzz import fuzz, seeds
+from tests.helpers.random_cases import OPERATORS, has_budget, is_supported
+
+EXAMPLES = {"reference": 8, "cpu": 30, "triton": 2, "cuda": 8}  # the emulations are slow
+
+
+@pytest.fixture
+def select_variant():
+    """Chooses among the instruction sets of this processor, until the test ends."""
+    before = cpu.cpu_variant()
+    yield cpu.select
+    cpu.select(before)
+
+
+@seeds
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_oracle(operator, backend, fresh, select_variant):
+    available = dispatch.available_backends(operator).get(backend)
+    if available is not True:
+        pytest.skip(f"{operator}, {backend}: {available}")
+
+    def check(case, variant):
+        assume(is_supported(case, backend) and has_budget(case))
+        select_variant(variant)
+        assert_within_budget(case, backend)
+
+    variants = cpu.cpu_variants() if backend == "cpu" else [cpu.cpu_variant()]
+    fuzz(check, OPERATORS[operator], sampled_from(variants), examples=EXAMPLES[backend], fresh=fresh)
