@@ -166,7 +166,7 @@ class Processor:
         chances = [p_next] * len(documents) if isinstance(p_next, (int, float)) else p_next
         if len(chances) != len(documents):
             raise ValueError(
-                f"Processor: expected p_next as one number, or one for each of the {len(documents)} documents, "
+                f"Processor: expected one p_next, or one for each of the {len(documents)} documents, "
                 f"got {len(chances)}."
             )
         layouts, starts = [], []
