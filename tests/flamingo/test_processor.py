@@ -405,7 +405,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("p_next", [[0.5], [0.5] * 3])
     def test_another_number_of_chances_than_documents(self, processor, p_next):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"zip\(\) argument 2 is (shorter|longer)"):
             processor([["a"], ["b"]], p_next=p_next)
 
     def test_one_text_is_not_a_batch(self, processor):
