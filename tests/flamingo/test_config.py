@@ -98,6 +98,16 @@ def test_choices_reach_every_block():
         assert ff[1].out_features == 3 * ff[1].in_features
 
 
+def test_choices_reach_the_resampler_and_the_language_model():
+    sizes = {"max_num_media": 3, "max_num_frames": 5, "num_latents": 6, "resampler_depth": 1}
+    model = Flamingo(FlamingoConfig.preset("tiny", **sizes, tie_embeddings=False, new_tokens=(256, 257)))
+    resampler, language = model.resampler, model.language
+    counts = (len(resampler.media_time_embs), len(resampler.frame_embs), len(resampler.latents))
+    assert (*counts, len(resampler.layers)) == (3, 5, 6, 1)
+    assert language.head.weight is not language.embedding.weight
+    assert language.new_tokens.ids.tolist() == [256, 257]
+
+
 def test_changes():
     config = FlamingoConfig.preset("tiny", language_layers=7, cross_attn_first=1, cross_attn_every=3)
     assert config.cross_attn_layers == (1, 4)

@@ -137,6 +137,8 @@ class TestDenseMaskedAttention:
         default = dense_masked_attention(q, k, v, times)
         torch.testing.assert_close(dense_masked_attention(q, k, v, times, scale=5**-0.5), default)
         assert not torch.allclose(dense_masked_attention(q, k, v, times, scale=1.0), default)
+        same = dense_masked_attention(torch.zeros_like(q), k, v, times)
+        torch.testing.assert_close(dense_masked_attention(q, k, v, times, scale=0.0), same)
 
     @MODES
     @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ class TestPerceiverResampler:
         assert set(full) - set(resampler().state_dict()) == set(optional)
 
     def test_formula(self):
-        model = resampler(max_num_frames=4, max_num_media=3)
+        model = resampler(max_num_frames=4, max_num_media=5)  # of which three media take the first
         clip = self.x[1, 2] + model.frame_embs[:, None]  # [F, v, D]
         clip = clip.flatten(0, 1) + model.media_time_embs[2]
         latents = model.latents

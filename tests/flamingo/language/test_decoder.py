@@ -151,6 +151,15 @@ def test_sizes(language):
     assert not [name for name, _ in language.named_parameters() if name.endswith(".bias")]
 
 
+def test_weights_start_so_that_layers_add_as_much_as_the_embedding(seed):
+    """Of variance 1 / width; what is added, in two places a layer, of that over the number of places."""
+    for layer in (layers := LanguageModel(vocab_size=9, dim=64, layers=8, heads=2).layers):
+        for module in (layer.attn.to_qkv, layer.attn.to_out, layer.ff[1], layer.ff[3]):
+            places = 2 * len(layers) if module in (layer.attn.to_out, layer.ff[3]) else 1
+            expected = (module.in_features * places) ** -0.5
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.1)
+
+
 def test_gradients_pass_a_frozen_model(language):
     x = torch.randn(3, 9, 16, dtype=torch.float64, requires_grad=True)
     language.freeze()(IDS, before_layer=lambda i, h: h + x).sum().backward()
