@@ -86,6 +86,11 @@ class TestPairs:
         assert set(captions) == {"a cat", " a cat"}
         assert 160 < captions.count(" a cat") < 240
 
+    @pytest.mark.parametrize(("space", "caption"), [(0.0, "a cat"), (1.0, " a cat")])
+    def test_all_of_them_or_none_where_it_is_asked(self, space, caption):
+        config, sample = replace(PAIRS, space=space), pair_sample(images(1, seed=0)[0], "a cat")
+        assert {to_document(config, sample, ENCODE, random.Random(i))[1] for i in range(20)} == {caption}
+
     def test_documents_get_none(self):
         sample = document_sample(["a cat"])
         assert {tuple(to_document(PAGES, sample, ENCODE, random.Random(i))) for i in range(50)} == {
