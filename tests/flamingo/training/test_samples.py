@@ -106,6 +106,15 @@ class TestPairs:
             assert document[1].strip() == "one two three"
             assert processor()([document]).input_ids.shape[1] <= 20
 
+    @pytest.mark.parametrize("space", [0.0, 1.0])
+    def test_a_caption_is_as_long_as_fits(self, space):
+        """A word of one letter and its space more would be two tokens too many."""
+        sample = pair_sample(images(1, seed=0)[0], "a b c d e f g h i j k l m n")
+        for length in range(10, 24):
+            config = replace(PAIRS, length=length, space=space)
+            document = to_document(config, sample, ENCODE, random.Random(0))
+            assert length - 2 < processor()([document]).input_ids.shape[1] <= length
+
     def test_jpegs_too_and_upright(self):
         buffer, exif = io.BytesIO(), Image.Exif()
         exif[ExifTags.Base.Orientation] = 6  # the camera lay on its side
