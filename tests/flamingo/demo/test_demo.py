@@ -137,9 +137,9 @@ def test_an_update_is_by_its_own_gradient_of_length_one():
     weight = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    for moved in (1.0, 1.5):
-        stages._update(-(weight * torch.tensor([3.0, 4.0])).sum(), optimizer, schedule)
-        assert weight.tolist() == pytest.approx([0.6 * moved, 0.8 * moved])
+    for towards, found in (([3.0, 4.0], [0.6, 0.8]), ([4.0, -3.0], [0.6 + 0.5 * 0.8, 0.8 - 0.5 * 0.6])):
+        stages._update(-(weight * torch.tensor(towards)).sum(), optimizer, schedule)
+        assert weight.tolist() == pytest.approx(found)
 
 
 def test_prompts():

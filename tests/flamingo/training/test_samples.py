@@ -86,6 +86,11 @@ class TestPairs:
         assert set(captions) == {"a cat", " a cat"}
         assert 160 < captions.count(" a cat") < 240
 
+    @pytest.mark.parametrize(("space", "caption"), [(0.0, "a cat"), (1.0, " a cat")])
+    def test_all_of_them_or_none_where_it_is_asked(self, space, caption):
+        config, sample = replace(PAIRS, space=space), pair_sample(images(1, seed=0)[0], "a cat")
+        assert {to_document(config, sample, ENCODE, random.Random(i))[1] for i in range(20)} == {caption}
+
     def test_documents_get_none(self):
         sample = document_sample(["a cat"])
         assert {tuple(to_document(PAGES, sample, ENCODE, random.Random(i))) for i in range(50)} == {
@@ -100,6 +105,15 @@ class TestPairs:
             )
             assert document[1].strip() == "one two three"
             assert processor()([document]).input_ids.shape[1] <= 20
+
+    @pytest.mark.parametrize("space", [0.0, 1.0])
+    def test_a_caption_is_as_long_as_fits(self, space):
+        """A word of one letter and its space more would be two tokens too many."""
+        sample = pair_sample(images(1, seed=0)[0], "a b c d e f g h i j k l m n")
+        for length in range(10, 24):
+            config = replace(PAIRS, length=length, space=space)
+            document = to_document(config, sample, ENCODE, random.Random(0))
+            assert length - 2 < processor()([document]).input_ids.shape[1] <= length
 
     def test_jpegs_too_and_upright(self):
         buffer, exif = io.BytesIO(), Image.Exif()

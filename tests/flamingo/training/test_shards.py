@@ -118,3 +118,6 @@ def test_a_shard_has_its_name_only_once_it_is_whole(tmp_path):
     with pytest.raises(RuntimeError, match="the third"):
         write_shards(tmp_path, samples(), samples_per_shard=2)
     assert [path.name for path in tmp_path.iterdir()] == ["000000.tar"]
+    with pytest.raises(TypeError):  # in the middle of a shard
+        write_shards(tmp_path / "new", [{"txt": b"one"}, {"txt": None}])
+    assert not list((tmp_path / "new").glob("*.tar"))

@@ -85,6 +85,8 @@ class TestWhole:
         assert read(own + ONE + TWO) == [("a.txt", b"one"), BOTH[1]]
         nothing = header("1.txt", 0) + padded(b"one")
         assert read(extended(shared, tarfile.XGLTYPE) + nothing * 2) == [BOTH[0]] * 2
+        shorter = extended(b"9 size=2\n") + nothing  # its own has precedence
+        assert read(extended(shared, tarfile.XGLTYPE) + shorter + nothing) == [("1.txt", b"on"), BOTH[0]]
 
     def test_a_hard_link_has_the_content_of_its_file(self, read):
         link = header("3.txt", type=tarfile.LNKTYPE, linkname="1.txt")
