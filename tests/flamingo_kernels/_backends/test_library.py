@@ -20,6 +20,7 @@ from flamingo_kernels.testing import (
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
     evaluate,
+    lay_out,
 )
 from tests.helpers.same import assert_same
 
@@ -99,6 +100,27 @@ def calls(dtype: torch.dtype, backend: str) -> dict[str, tuple]:
 def test_opcheck(name, dtype, kernels):
     """Inputs without requires_grad: autograd is not registered on the operations but wraps them."""
     torch.library.opcheck(operation(name, kernels), calls(dtype, kernels)[name])
+
+
+@pytest.mark.parametrize("kind", ["cross", "perceiver"])
+def test_a_captured_graph_does_not_repeat_what_was_decided_once(kind):
+    for way in ("fwd", "bwd"):
+        composed = getattr(torch.ops.flamingo_kernels, f"dense_{kind}_attention_{way}").default
+        assert torch.Tag.cudagraph_unsafe in composed.tags
+
+
+@pytest.mark.parametrize("way", ["fwd", "bwd"])
+@pytest.mark.parametrize("name", ["masked_cross_attention", "perceiver_attention"])
+def test_a_shape_function_knows_that_outputs_are_contiguous(name, way, kernels):
+    """Whatever the strides of the inputs: a graph that was traced with others would misread them."""
+    arguments = [
+        lay_out(each, "transposed") if isinstance(each, torch.Tensor) and each.is_floating_point() else each
+        for each in calls(torch.float32, kernels)[f"{name}_{way}"]
+    ]
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(each) if isinstance(each, torch.Tensor) else each for each in arguments]
+        outputs = operation(f"{name}_{way}", kernels)(*fakes)
+    assert all(out.is_contiguous() for out in outputs)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_name)
