@@ -62,7 +62,8 @@ def once(read: Callable[..., Any], tensors: tuple[Tensor, ...], *options: Any, l
     state = (_mode(tensors), options, *(tensor._version for tensor in tensors))
     last: _Read | None = _last("reads").get(read)
     if last is not None and last.state == state and id(layer) not in last.layers:
-        if all(ref() is tensor for ref, tensor in zip(last.tensors, tensors, strict=True)):
+        same = [ref() is tensor for ref, tensor in zip(last.tensors, tensors, strict=True)]
+        if all(same):
             last.layers.add(id(layer))
             return last.result
     result = read(*tensors, *options)

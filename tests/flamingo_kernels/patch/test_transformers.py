@@ -507,7 +507,10 @@ class TestIdefics:
         fused = copy.deepcopy(original)
         patch(fused)
         media = torch.randn(2, 10, 16)
-        ways = {n: (torch.randn(2, n, 32), None, media, torch.zeros(2, 1, n, 10), torch.ones(2, n)) for n in (3, 1)}
+        ways = {
+            n: (torch.randn(2, n, 32), None, media, torch.zeros(2, 1, n, 10), torch.ones(2, n))
+            for n in (3, 1)
+        }
         for ours, its in zip(fused.cross_attn.parameters(), original.cross_attn.parameters(), strict=True):
             fused(*ways[3]), fused(*ways[1])
             ours.mul_(-2), its.mul_(-2)
@@ -516,9 +519,9 @@ class TestIdefics:
     def test_a_cache_is_refused(self):
         block = self.block()
         patch(block)
+        x, media, cache = torch.randn(2, 3, 32), torch.randn(2, 10, 16), {block.cache_keyword: object()}
         with pytest.raises(NotImplementedError):
-            x, media = torch.randn(2, 3, 32), torch.randn(2, 10, 16)
-            block(x, None, media, None, torch.ones(2, 3), **{block.cache_keyword: object()})
+            block(x, None, media, None, torch.ones(2, 3), **cache)
 
     def test_a_hook_on_the_attention_of_a_block_is_called(self, attention):
         fused, calls = patched(build("idefics-tiny")), []
