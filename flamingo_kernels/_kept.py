@@ -21,7 +21,6 @@ from ._predicates import (
     autocast_dtype,
     current_stream,
     is_eager,
-    is_ordinary,
     is_plain,
     is_recording,
     is_transformed,
@@ -63,8 +62,8 @@ def once(read: Callable[..., Any], tensors: tuple[Tensor, ...], *options: Any, l
     state = (_mode(tensors), options, *(tensor._version for tensor in tensors))
     last: _Read | None = _last("reads").get(read)
     if last is not None and last.state == state and id(layer) not in last.layers:
-        same = [ref() is tensor for ref, tensor in zip(last.tensors, tensors, strict=False)]
-        if len(last.tensors) == len(tensors) and all(same):
+        same = [ref() is tensor for ref, tensor in zip(last.tensors, tensors, strict=True)]
+        if all(same):
             last.layers.add(id(layer))
             return last.result
     result = read(*tensors, *options)
@@ -166,7 +165,7 @@ def kept_kv(
             alone.
         step: whether the text continues an earlier call, whose K and V may then serve.
     """
-    if torch.is_grad_enabled() or is_recording(media) or not all(map(_is_leaf, modules)):
+    if is_recording(media) or not all(map(_is_leaf, modules)):
         return project()
     weights = [weight for module in modules for weight in _weights(module)]
     base = media if media._base is None else media._base
@@ -236,12 +235,11 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether a module computes from its input and its own parameters, plain tensors, and nothing else."""
+    """Whether a module computes from its input and its own parameters, and nothing else."""
     known = is_plain(module, nn.Linear) or is_norm(module)
-    plain = all(map(is_ordinary, _weights(module)))
     # FSDP2 gathers new weights into the same tensors without counting a change.
     sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return known and plain and not module._modules and not sharded
+    return known and not sharded
 
 
 def _weights(leaf: nn.Module) -> list[Tensor]:

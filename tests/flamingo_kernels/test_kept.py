@@ -15,7 +15,7 @@ from torch.func import functional_call, vmap
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from flamingo_kernels import patch
-from flamingo_kernels._kept import kept_kv, newest, once
+from flamingo_kernels._kept import kept_kv, newest, once, once_for_equal
 from tests.helpers.families import FAMILIES, cross_attention, media_width
 
 LOCATIONS = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 0, 0, 0]])
@@ -68,6 +68,17 @@ CHANGES = {
     "a hook": lambda layer: layer.k.register_forward_hook(lambda module, args, out: out + 1),
     "a forward": lambda layer: setattr(layer.k, "forward", lambda x: x.repeat(1, 2)[:, :6]),
     "a parametrization": lambda layer: nn.utils.parametrizations.weight_norm(layer.k),
+}
+
+
+# Another view of 48 numbers than the first three rows of four.
+OTHER_VIEWS = {
+    "written to": lambda memory: memory.mul_(2)[:12].view(3, 4),
+    "copied": lambda memory: memory.clone()[:12].view(3, 4),
+    "of another dtype": lambda memory: memory.view(torch.int32)[:12].view(3, 4),
+    "further on": lambda memory: memory[12:24].view(3, 4),
+    "of fewer rows": lambda memory: memory[:8].view(2, 4),
+    "of rows apart": lambda memory: memory.as_strided((3, 4), (8, 1)),
 }
 
 
@@ -140,6 +151,19 @@ class TestKeptKV:
         numbers[1] = 1
         weight.data = torch.from_numpy(numbers)
         assert total() == 1
+
+    @pytest.mark.parametrize("other", OTHER_VIEWS.values(), ids=OTHER_VIEWS)
+    @torch.no_grad()
+    def test_what_differs_without_a_look_at_the_numbers(self, other, monkeypatch):
+        monkeypatch.setattr("flamingo_kernels._kept._sample", lambda tensor: torch.zeros(1))
+        holder, memory = nn.Identity(), torch.arange(48.0)
+
+        def kept(tensor):
+            return newest(holder, memory, (tensor,), object, reuse=True)
+
+        first = kept(memory[:12].view(3, 4))
+        assert kept(memory[:12].view(3, 4)) is first
+        assert kept(other(memory)) is not first
 
     @torch.no_grad()
     def test_other_places_of_one_memory(self):
@@ -310,6 +334,36 @@ class TestKeptKV:
         again.k.weight.zero_()
         assert not again(media)[0].any()
         assert layer(media)[0].any()
+
+
+def read(*arguments):
+    return object()
+
+
+class TestOnce:
+    def test_a_layer_that_asks_twice_begins_another_pass(self):
+        mask = torch.zeros(2)
+        first, same, second, again, last = (once(read, (mask,), layer=name) for name in "abbac")
+        assert first is same
+        assert second is again is last is not first
+
+    def test_for_equal_tensors_of_one_dtype_and_the_same_options(self):
+        mask = torch.zeros(3)
+        first = once_for_equal(read, (mask,), 1)
+        assert once_for_equal(read, (mask.clone(),), 1) is first
+        assert once_for_equal(read, (mask,), 2) is not first
+        numbers = once_for_equal(read, (mask,), 1)
+        assert once_for_equal(read, (mask.bool(),), 1) is not numbers  # equal to torch
+        before = once_for_equal(read, (mask,), 1)
+        mask[0] = 1
+        assert once_for_equal(read, (mask,), 1) is not before
+
+    def test_what_a_tensor_was_made_of_may_die(self):
+        weight = torch.zeros(3, requires_grad=True)
+        once_for_equal(read, (2 * weight,))
+        memory = weakref.ref(weight)
+        del weight
+        assert memory() is None
 
 
 class TestBlocks:

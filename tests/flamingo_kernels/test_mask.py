@@ -185,6 +185,7 @@ LOCATIONS = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0]])
         (lambda: by_hand(stop=LOCATIONS.int()), ValueError, r"stop with shape \(2, 2\) to match start"),
         (lambda: by_hand(start=None), TypeError, r"start to be a torch\.Tensor, got NoneType"),
         (lambda: by_hand(policy="none"), ValueError, "policy='none' is not one of"),
+        (lambda: by_hand(hi=LOCATIONS.int().to("meta")), ValueError, "expected hi on cpu with lo, got meta"),
     ],
 )
 def test_what_cannot_be_meant(build, error, message):
@@ -248,6 +249,7 @@ class TestFromDense:
             ([(64, 128)], 192, 63, 6),
             ([(0, 1601)], 6404, 256, 6404),  # a prime
             ([(3, 4)], 6, 256, 6),
+            ([(0, 256)], 512, 256, 2),  # as many as may be
         ],
     )
     def test_takes_the_largest_media(self, spans, keys, max_latents, num_media):
@@ -288,3 +290,5 @@ def test_spans_are_contiguous_wherever_they_come_from(immediate):
     assert not times.is_contiguous()
     mask = MediaMask.from_text_time(times, 2, immediate=immediate)
     assert all(span.is_contiguous() for span in (mask.lo, mask.hi, mask.start, mask.stop))
+    apart = by_hand(**{name: getattr(mask, name).T.contiguous().T for name in ("lo", "hi", "start", "stop")})
+    assert all(span.is_contiguous() for span in apart.spans)

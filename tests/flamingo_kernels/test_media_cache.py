@@ -11,7 +11,7 @@ from torch import nn
 from flamingo import modules
 from flamingo_kernels import MediaCache, MediaMask, layers, patch
 from flamingo_kernels.commands.measure.memory import saved_bytes
-from flamingo_kernels.media_cache import keys_and_values
+from flamingo_kernels.media_cache import Source, keys_and_values
 from tests.helpers.products import Products
 from tests.helpers.weights import randomise
 
@@ -107,6 +107,81 @@ def test_layers_that_are_not_alike():
     for block in fused:
         for ours, theirs in zip(cache[block.attn], block.attn.media_source()(media), strict=True):
             assert torch.equal(ours, theirs)
+
+
+# What is done to the first of three layers, each a norm and a projection.
+UNLIKE = {
+    "another eps": lambda source: setattr(source.norm, "eps", 0.5),
+    "a norm without a bias": lambda source: source.norm.register_parameter("bias", None),
+    "a hook on the norm": lambda source: source.norm.register_forward_hook(lambda module, x, out: 2 * out),
+    "a hook on the projection": lambda source: source.linear.register_forward_hook(
+        lambda module, x, out: 2 * out
+    ),
+    "a biased projection": lambda source: source.linear.register_parameter(
+        "bias", nn.Parameter(torch.randn(48))
+    ),
+}
+
+
+class TestRecorded:
+    """For a backward pass all keys and values come of one product, where the layers are alike."""
+
+    def sources(self, norm=True, biased=False, **options):
+        norms = [nn.LayerNorm(12, **options) if norm else None for _ in range(3)]
+        sources = [Source(nn.Linear(12, 48, bias=biased), 3, each) for each in norms]
+        for parameter in (each for source in sources for each in source.parameters()):
+            nn.init.normal_(parameter)
+        return sources
+
+    def assert_each_its_own(self, sources):
+        parameters = [each for source in sources for each in source.parameters()]
+        media = torch.randn(2, 2, 5, 12, requires_grad=True)
+        dout = torch.randn(2, 2, 5, 3, 16)
+        found = []
+        for every in (keys_and_values(sources, media), [source(media) for source in sources]):
+            every = [torch.cat(pair, dim=-1) for pair in every]
+            found += [every, torch.autograd.grad(every, [media, *parameters], [dout] * 3)]
+        torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[1], found[3], rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("biased", [False, True])
+    @pytest.mark.parametrize(
+        "norm", [{}, {"eps": 0.5}, {"bias": False}, {"elementwise_affine": False}, {"norm": False}], ids=str
+    )
+    def test_layers_alike(self, norm, biased):
+        self.assert_each_its_own(self.sources(biased=biased, **norm))
+
+    @pytest.mark.parametrize("change", UNLIKE.values(), ids=UNLIKE)
+    def test_one_that_is_not(self, change):
+        sources = self.sources()
+        change(sources[0])
+        self.assert_each_its_own(sources)
+
+    def test_without_norms_one_has_a_bias(self):
+        sources = self.sources(norm=False)
+        sources[0].linear.bias = nn.Parameter(torch.randn(48))
+        self.assert_each_its_own(sources)
+
+    def test_weights_that_are_more_than_numbers(self):
+        class Halved(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, function, types, args=(), kwargs=None):
+                out = super().__torch_function__(function, types, args, kwargs)
+                return out / 2 if function is torch.nn.functional.linear else out
+
+        sources = self.sources()
+        weight = sources[1].linear.weight
+        sources[1].linear.weight = nn.Parameter(weight.detach().as_subclass(Halved))
+        self.assert_each_its_own(sources)
+
+
+def test_a_cache_keeps_no_graph():
+    fused = blocks(norm_media=True)
+    patch(fused)
+    _, media = inputs()
+    cache = MediaCache(fused, media.requires_grad_())
+    cache.append(media)
+    assert not any(each.requires_grad for block in fused for each in cache[block.attn])
 
 
 def test_wrong_use():

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from flamingo import modules
-from flamingo_kernels import MediaCache, fold, patch, use_backend
+from flamingo_kernels import MediaCache, MediaMask, fold, patch, use_backend
 from flamingo_kernels.layers import cross_attention, decode
+from flamingo_kernels.sublayers import arguments
 from flamingo_kernels.testing import DTYPES
 from tests.helpers.parity import hold
 from tests.helpers.weights import randomise
@@ -132,6 +133,31 @@ def test_what_the_operator_does_not_compute_is_computed_as_before(how, cuda, ste
         found = fused(x, media, LOCATIONS, True)
     assert steps == []
     torch.testing.assert_close(found, reference(x, media, LOCATIONS, True), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how", ["nothing", "an RMS norm", "another RMS norm", "a norm of queries", "a gated unit"]
+)
+@torch.no_grad()
+def test_what_a_step_of_the_operator_lacks(how, cuda, steps):
+    """No block of ours has these, but one of another library might."""
+    fused = block()
+    patch(fused)
+    x, media = inputs()
+    attn = arguments.as_cross_attention(x, fused.attn.norm, fused.attn.to_q, fused.attn.to_out)
+    ff = arguments.as_feed_forward(x, *fused.ff)
+    if how == "an RMS norm":
+        attn = attn._replace(norm=attn.norm._replace(rms=True))
+    if how == "another RMS norm":
+        ff = ff._replace(norm=ff.norm._replace(rms=True))
+    if how == "a norm of queries":
+        attn = attn._replace(q_norm=attn.norm)
+    if how == "a gated unit":
+        ff = ff._replace(gate_proj=ff.up)
+    mask = MediaMask.cached(LOCATIONS, 2, 1)
+    k, v = fused.attn.media_source()(media)
+    out = decode.decode(x, k, v, mask, attn, ff, (fused.attn_gate, fused.ff_gate), fused.attn.scale)
+    assert (out is not None) == (how == "nothing") == bool(steps)
 
 
 @torch.no_grad()

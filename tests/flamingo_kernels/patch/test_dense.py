@@ -8,6 +8,7 @@ import torch
 from flamingo_kernels.patch import dense
 
 LOWEST = torch.finfo(torch.float32).min
+BIASES = (-1.0, 1.0, -1e4, torch.finfo(torch.float16).min, LOWEST / 2, torch.inf, torch.nan)
 
 
 def added(visible: torch.Tensor) -> torch.Tensor:
@@ -54,7 +55,7 @@ class TestKeySpans:
         assert torch.equal(seen(spans, 6), visible)
         assert (spans.order is not None) == (rows[0] == "##..##")
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_minus_infinity_hides_as_the_lowest_number_does(self, dtype):
         visible = keys("##....", "..##..", "..####")
         for closed in (-torch.inf, torch.finfo(dtype).min):
@@ -94,14 +95,12 @@ class TestKeySpans:
         [
             added(keys("#.#.", ".##.", "...#")),  # a gap
             added(keys("##..", "....")),  # a row that sees nothing, though it may
-            torch.tensor([0.0, -1.0])[None, None, None],  # a bias
-            torch.tensor([0.0, -1e4])[None, None, None],  # which hides a key only from small scores
-            torch.tensor([0.0, LOWEST / 2])[None, None, None],
+            *(torch.tensor([0.0, value])[None, None, None] for value in BIASES),
             added(keys("##.."))[:, 0],
             added(keys("##..")).expand(1, 2, 1, 4),  # another mask for every head
             added(torch.ones(1, 1, 1601 * 2).bool() & (torch.arange(1601 * 2) < 1601)),  # a prime
         ],
-        ids=["gap", "blind row", "bias", "-1e4", "half the lowest", "no heads", "two heads", "1601 tokens"],
+        ids=["gap", "blind row", *map(str, BIASES), "no heads", "two heads", "1601 tokens"],
     )
     def test_what_is_left_to_a_dense_attention(self, mask):
         assert spans_for(mask) is None
@@ -208,6 +207,17 @@ class TestMediaFirst:
         assert first_of(mask[1:])[0] is None
         assert order.tolist() == [[0, 2, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
         assert lengths.tolist() == [2, 4, 0]
+
+    def test_padding_is_whatever_is_not_1(self):
+        _, lengths = first_of(torch.tensor([[1, 2, 1, 0, 1, 1]]))
+        assert lengths.tolist() == [2]
+
+    def test_the_same_mask_for_more_latents(self):
+        mask = torch.tensor([[1, 0, 1, 1, 1, 1]])
+        for latents, found in ((2, 3), (3, 2), (2, 3)):
+            shapes = torch.empty(1, 6 - latents, 0), torch.empty(1, latents, 0)
+            _, lengths = dense.media_first(mask, *shapes, layer=latents)
+            assert lengths.tolist() == [found]
 
     @pytest.mark.parametrize(
         "mask",

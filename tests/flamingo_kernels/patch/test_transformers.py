@@ -474,6 +474,69 @@ class TestIdefics:
         torch.testing.assert_close(fused.logits(), expected)
         assert attention == ["perceiver_attention"] * 2
 
+    def block(self, **config):
+        return copy.deepcopy(build("idefics-tiny", **config).model.model.gated_cross_attn_layers[0])
+
+    def call(self, block, length=3):
+        generator = torch.Generator().manual_seed(length)
+        x, media = (torch.randn(2, *shape, generator=generator) for shape in ((length, 32), (10, 16)))
+        mask, gate = torch.zeros(2, 1, length, 10), torch.ones(2, length)
+        mask[0, 0, -1, 5:], mask[1, 0, 0] = torch.finfo().min, torch.finfo().min
+        gate[1, 0] = 0
+        torch.manual_seed(1)  # of dropout
+        return block(x, None, media, mask, gate)
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            *(f"cross_attn.{name}_proj" for name in "qkvo"),
+            *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+        ],
+    )
+    def test_a_bias(self, path):
+        block = self.block()
+        linear = block.get_submodule(path)
+        linear.bias = nn.Parameter(torch.randn(linear.out_features))
+        expected = self.call(block)
+        patch(block)
+        torch.testing.assert_close(self.call(block), expected)
+
+    @pytest.mark.parametrize("where", ["the attention", "the block"])
+    def test_dropout_of_one_alone(self, where, attention):
+        block = self.block().train()
+        if where == "the block":
+            block.config = 0.5
+        else:
+            block.cross_attn.dropout = 0.5
+        expected, still = self.call(block), self.call(block.eval())
+        patch(block)
+        torch.testing.assert_close(self.call(block), still)
+        assert attention == ["gated_cross_attention"]
+        torch.testing.assert_close(self.call(block.train()), expected)
+
+    @torch.no_grad()
+    def test_a_token_sees_new_weights(self):
+        """Of whatever its keys and values are made."""
+        original = self.block(qk_layer_norms=True)
+        fused = copy.deepcopy(original)
+        patch(fused)
+        media = torch.randn(2, 10, 16)
+        ways = {
+            n: (torch.randn(2, n, 32), None, media, torch.zeros(2, 1, n, 10), torch.ones(2, n))
+            for n in (3, 1)
+        }
+        for ours, its in zip(fused.cross_attn.parameters(), original.cross_attn.parameters(), strict=True):
+            fused(*ways[3]), fused(*ways[1])
+            ours.mul_(-2), its.mul_(-2)
+            torch.testing.assert_close(fused(*ways[1]), original(*ways[1]))
+
+    def test_a_cache_is_refused(self):
+        block = self.block()
+        patch(block)
+        x, media, cache = torch.randn(2, 3, 32), torch.randn(2, 10, 16), {block.cache_keyword: object()}
+        with pytest.raises(NotImplementedError):
+            block(x, None, media, None, torch.ones(2, 3), **cache)
+
     def test_a_hook_on_the_attention_of_a_block_is_called(self, attention):
         fused, calls = patched(build("idefics-tiny")), []
         for block in fused.model.model.gated_cross_attn_layers:
@@ -644,6 +707,28 @@ class TestMllama:
         for theirs, ours in zip(*found, strict=True):
             torch.testing.assert_close(ours, theirs)
 
+    @pytest.mark.parametrize("fix", ["causal", "row_leak"])
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_a_fix_changes_nothing_else(self, fix, masked, attention):
+        """Without a mask "eager" is not causal, so the fix has nothing to change there."""
+        original = build("mllama-tiny")
+        if fix == "causal":
+            original.model.set_attn_implementation("eager")
+        layer = original.model.model.language_model.layers[1].cross_attn
+        fused = copy.deepcopy(layer)
+        patch(fused, fixes=[fix])
+        x, states, mask = torch.randn(2, 6, 32), torch.randn(2, 8, 32), torch.zeros(2, 1, 6, 8)
+        mask[0, :, :2, 4:] = torch.finfo().min
+        given = {"attention_mask": mask if masked else None}
+        for dropout, asked in ((0.0, False), (0.5, False), (0.0, True)):
+            results = []
+            for each in (layer, fused):
+                each.dropout = dropout
+                torch.manual_seed(1)
+                results.append(each.train()(x, states, **given, output_attentions=asked))
+            torch.testing.assert_close(results[1][0], results[0][0])
+            assert not asked or (results[1][1] is None) == (results[0][1] is None)
+
     def test_keys_stay_in_the_cache_of_the_model(self):
         caches = []
         original = build("mllama-tiny")
@@ -731,6 +816,25 @@ class TestIdefics2:
         torch.testing.assert_close(fused(latents, context, mask)[0], layer(latents, context, mask)[0])
         assert not attention
 
+    @pytest.mark.parametrize("how", ["causal", "a cache", "a cache of its own"])
+    @torch.no_grad()
+    def test_what_its_model_never_does(self, how):
+        layer = build("idefics2-tiny").model.model.connector.perceiver_resampler.layers[0].self_attn
+        latents, context, given, caches = torch.randn(2, 5, 32), torch.randn(2, 7, 32), {}, []
+        layer.is_causal, layer.layer_idx = how == "causal", 0
+        fused = copy.deepcopy(layer)
+        patch(fused)
+        results = []
+        for each in (layer, fused):
+            caches.append(transformers.DynamicCache())
+            if how == "a cache":
+                given = {fused.cache_keyword: caches[-1]}
+            if how == "a cache of its own":
+                setattr(each, fused.cache_keyword, caches[-1])
+            results.append([each(latents, context, **given)[0] for _ in range(2)])
+        torch.testing.assert_close(*results)
+        assert caches[0].get_seq_length() == caches[1].get_seq_length()
+
     @torch.no_grad()
     def test_a_mask_that_is_no_tensor(self):
         """As flex_attention has: it goes to the attention that is meant to read it."""
@@ -751,13 +855,10 @@ class TestIdefics2:
             torch.testing.assert_close(fused(latents, context, mask)[0], layer(latents, context, mask)[0])
 
 
-@pytest.mark.parametrize("by", ["the call", "the configuration"])
-@pytest.mark.parametrize("name", ["idefics2-tiny", "mllama-tiny"])
-@torch.no_grad()
-def test_attention_weights_are_given_to_whoever_asks(name, by, attention):
+def grouped_attention(name):
+    """An attention with grouped heads, its patched copy, and the options of a call with 5 rows and 8 keys."""
     original = build(name)
     original.model.set_attn_implementation("eager")
-    x, media = torch.randn(2, 5, 32), torch.randn(2, 8, 32)
     if name == "idefics2-tiny":
         layer = original.model.model.connector.perceiver_resampler.layers[0].self_attn
         options = {"attention_mask": None}
@@ -767,6 +868,56 @@ def test_attention_weights_are_given_to_whoever_asks(name, by, attention):
         options = {"attention_mask": torch.zeros(2, 1, 5, 8)}
     fused = copy.deepcopy(layer)
     patch(fused)
+    return layer, fused, options
+
+
+@pytest.mark.parametrize("name", ["idefics2-tiny", "mllama-tiny"])
+@torch.no_grad()
+def test_dropout_is_for_training_alone(name, attention):
+    layer, fused, options = grouped_attention(name)
+    x, media = torch.randn(2, 5, 32), torch.randn(2, 8, 32)
+    for training in (False, True):
+        results = []
+        for each in (layer, fused):
+            each.train(training).dropout = each.attention_dropout = 0.5
+            torch.manual_seed(1)
+            results.append(each(x, media, **options)[0])
+        torch.testing.assert_close(*results)
+        assert len(attention) == 1
+
+
+@pytest.mark.parametrize("implementation", ["mine", "sdpa", "eager"])
+@pytest.mark.parametrize("name", ["idefics2-tiny", "mllama-tiny", "idefics-tiny"])
+@torch.no_grad()
+def test_an_attention_that_somebody_has_registered(name, implementation, attention):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def mine(module, q, k, v, mask, **kwargs):
+        return 3 * q.transpose(1, 2), None
+
+    if name == "idefics-tiny":
+        layer = TestIdefics().block()
+        fused = copy.deepcopy(layer)
+        patch(fused)
+        call = TestIdefics().call
+    else:
+        layer, fused, options = grouped_attention(name)
+        x, media = torch.randn(2, 5, 32), torch.randn(2, 8, 32)
+        call = lambda each: each(x, media, **options)[0]  # noqa: E731
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setitem(ALL_ATTENTION_FUNCTIONS, implementation, mine)
+        for each in (layer, fused):
+            getattr(each, "cross_attn", each).config._attn_implementation = implementation
+        torch.testing.assert_close(call(fused), call(layer))
+    assert not attention
+
+
+@pytest.mark.parametrize("by", ["the call", "the configuration"])
+@pytest.mark.parametrize("name", ["idefics2-tiny", "mllama-tiny"])
+@torch.no_grad()
+def test_attention_weights_are_given_to_whoever_asks(name, by, attention):
+    layer, fused, options = grouped_attention(name)
+    x, media = torch.randn(2, 5, 32), torch.randn(2, 8, 32)
     assert fused(x, media, **options)[1] is None
     assert len(attention) == 1
     if by == "the call":

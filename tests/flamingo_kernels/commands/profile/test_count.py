@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from flamingo import FlamingoConfig
 from flamingo_kernels import patch
 from flamingo_kernels.commands.measure.memory import saved_bytes
 from flamingo_kernels.commands.profile import count, models, parts, run
 
-PLAN = models.plan("tiny", quick=True)
+PLAN, DTYPE = models.plan("tiny", quick=True), torch.bfloat16
 
 
 @pytest.fixture(scope="module")
 def counted():
-    return count.run(PLAN, torch.float32, "cpu", "is asked to")
+    return count.run(PLAN, DTYPE, "cpu", "is asked to")
 
 
 def test_flops_are_those_of_the_matrix_products(counted):
@@ -41,7 +43,8 @@ def test_flops_are_those_of_the_matrix_products(counted):
 
 
 def test_parameters_and_saved_bytes_are_those_of_the_model(counted):
-    subject = PLAN.subject(torch.float32, "cpu")
+    assert counted.bytes_each == 2
+    subject = PLAN.subject(DTYPE, "cpu")
     after = run.twin(subject.model)
     patch(after)
     assert sum(counted.parameters.values()) == sum(each.numel() for each in subject.model.parameters())
@@ -52,6 +55,63 @@ def test_parameters_and_saved_bytes_are_those_of_the_model(counted):
     start = subject.works[models.STEP].start
     for side, model in ((run.BEFORE, subject.model), (run.AFTER, after)):
         assert counted.saved[side] == saved_bytes(start(model), model)
+
+
+def test_flops_of_each_operator_forward_and_backward():
+    """A backward pass has two products for one; that of torch's attention computes its scores again."""
+    batch, heads, length, keys, width = 2, 3, 4, 5, 6
+    q, k, v = (torch.randn(batch, heads, n, width, requires_grad=True) for n in (length, keys, keys))
+    a, b = torch.randn(4, 7, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+
+    def flops(call, with_gradients):
+        def run():
+            out = call()
+            if with_gradients:
+                out.sum().backward()
+
+        return sum(count.flops_by_part(run, {}).values())
+
+    product = 2 * batch * heads * length * keys * width
+    attention = partial(nn.functional.scaled_dot_product_attention, q, k, v)
+    assert (flops(attention, False), flops(attention, True)) == (2 * product, 7 * product)
+    product = 2 * 4 * 7 * 5
+    assert (flops(lambda: a @ b, False), flops(lambda: a @ b, True)) == (product, 3 * product)
+    linear = nn.Linear(7, 5)
+    assert (flops(lambda: linear(a), False), flops(lambda: linear(a), True)) == (product, 3 * product)
+
+
+def test_each_product_counts_for_the_innermost_part_once():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner = nn.Linear(2, 3), nn.Linear(3, 5)
+
+        def forward(self, x):
+            y = self.inner(self.first(x))
+            return y @ y.mT
+
+    model, x = Outer(), torch.randn(4, 2, requires_grad=True)
+    of_module = {model: parts.VISION, model.inner: parts.RESAMPLER}
+    found = count.flops_by_part(lambda: model(x) @ x, of_module)
+    assert found == {
+        parts.VISION: 2 * (4 * 2 * 3 + 4 * 5 * 4),
+        parts.RESAMPLER: 2 * 4 * 3 * 5,
+        parts.LANGUAGE: 2 * 4 * 4 * 2,
+    }
+
+
+def test_a_shared_parameter_counts_once_where_it_comes_first():
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(2, 3, bias=False))
+    model[1].weight = model[0].weight
+    of_module = {model[0]: parts.VISION, model[1]: parts.RESAMPLER}
+    assert count.parameters_by_part(model, of_module) == {parts.VISION: 6}
+
+
+def test_memory_of_weights_and_gradients_in_float64(monkeypatch):
+    needed = 16 * sum(each.numel() for each in PLAN.subject(torch.float32, "cpu").model.parameters())
+    for free, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(count, "available", lambda device, free=free: free)
+        assert (count.lacking_memory(PLAN, torch.float32, "cpu") == "") == fits
 
 
 @pytest.mark.parametrize("name", ["openflamingo-9b", "flamingo-80b"])
