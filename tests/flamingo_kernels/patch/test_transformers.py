@@ -905,7 +905,7 @@ def test_an_attention_that_somebody_has_registered(name, implementation, attenti
         x, media = torch.randn(2, 5, 32), torch.randn(2, 8, 32)
         call = lambda each: each(x, media, **options)[0]  # noqa: E731
     with pytest.MonkeyPatch.context() as changed:
-        changed.setitem(ALL_ATTENTION_FUNCTIONS, implementation, mine)
+        changed.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, implementation, mine)
         for each in (layer, fused):
             getattr(each, "cross_attn", each).config._attn_implementation = implementation
         torch.testing.assert_close(call(fused), call(layer))
