@@ -138,11 +138,14 @@ def cases(kind: type[RandomCase], alike: bool = True, **fields: SearchStrategy) 
     """alike: whether with tensors of equal numbers or equal rows."""
     layouts, numbers = (LAYOUTS, NUMBERS) if alike else (LAYOUTS[:-1], NUMBERS[:-1])
     fields |= {"numbers": some(numbers), "layouts": some(layouts), "layout": sampled_from(layouts)}
-    return builds(kind, dtype=DTYPE, seed=st.integers(0, 9), **fields).filter(_is_small)
+    return builds(kind, dtype=DTYPE, seed=st.integers(0, 9), **fields).filter(
+        lambda case: largest(case) <= 2**15
+    )
 
 
-def _is_small(case: Case) -> bool:
-    return max(math.prod(shape) for shape, _ in case.specs().values()) <= 2**15
+def largest(case: Case) -> int:
+    """Elements of its largest tensor."""
+    return max(math.prod(shape) for shape, _ in case.specs().values())
 
 
 @st.composite
@@ -252,7 +255,6 @@ def has_budget(case: Case) -> bool:
     tensors = case.tensors()
     with torch.no_grad():
         douts = case.douts(case.eager(**tensors))
-    largest = [
-        each.abs().max() for each in evaluate(case, case.eager, tensors, douts).values() if each.numel()
-    ]
-    return all(each.isfinite() and not 0 < each < 2**-100 for each in largest)
+    results = evaluate(case, case.eager, tensors, douts).values()
+    peaks = [each.abs().max() for each in results if each.numel()]
+    return all(peak.isfinite() and not 0 < peak < 2**-100 for peak in peaks)

@@ -9,9 +9,9 @@ from hypothesis.strategies import sampled_from
 from flamingo_kernels._backends import cpu, dispatch
 from flamingo_kernels.testing import assert_within_budget
 from tests.helpers.fuzz import fuzz, seeds
-from tests.helpers.random_cases import OPERATORS, has_budget, is_supported
+from tests.helpers.random_cases import OPERATORS, has_budget, is_supported, largest
 
-EXAMPLES = {"reference": 8, "cpu": 30, "triton": 2, "cuda": 8}  # the emulations are slow
+EXAMPLES = {"reference": 8, "cpu": 30, "triton": 3, "cuda": 8}  # the emulations are slow
 
 
 @pytest.fixture
@@ -34,5 +34,8 @@ def test_oracle(operator, backend, fresh, select_variant):
         select_variant(variant)
         assert_within_budget(case, backend)
 
+    calls = OPERATORS[operator]
+    if backend == "triton":  # its interpreter is the slowest
+        calls = calls.filter(lambda case: largest(case) <= 2**11)
     variants = cpu.cpu_variants() if backend == "cpu" else [cpu.cpu_variant()]
-    fuzz(check, OPERATORS[operator], sampled_from(variants), examples=EXAMPLES[backend], fresh=fresh)
+    fuzz(check, calls, sampled_from(variants), examples=EXAMPLES[backend], fresh=fresh)
