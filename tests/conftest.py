@@ -87,6 +87,14 @@ def compiled() -> str:
     return _running("cpu")
 
 
+@pytest.fixture
+def select_variant():
+    """Chooses among the instruction sets of this processor, until the test ends."""
+    before = cpu.cpu_variant()
+    yield cpu.select
+    cpu.select(before)
+
+
 @pytest.fixture(name="cuda")
 def cuda_kernels() -> str:
     """The name of the backend in CUDA."""

@@ -366,9 +366,8 @@ class TestBeamSearchByHand:
             assert chain.search([0.0, 0.8, 0.2], **options) == [best]
 
     def test_a_text_that_pays_only_when_short_is_waited_for(self):
-        chain = Chain(
-            [[0.0, 1, 0]] * 3
-        )  # 2 log 0.75 = -0.575, and not 6 log 0.75 = -1.726; log 0.25 = -1.386
+        # 2 log 0.75 = -0.575, and not 6 log 0.75 = -1.726; log 0.25 = -1.386
+        chain = Chain([[0.0, 1, 0]] * 3)
         options = {"num_beams": 2, "max_new_tokens": 6, "length_penalty": -1.0}
         assert chain.search([0.0, 0.25, 0.75], **options) == [[2, 1]]
 

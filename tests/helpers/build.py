@@ -19,15 +19,20 @@ def build_extension(source: Path, target: Path, **environment: str) -> Path:
         pytest.skip("setup.py is not beside the tests")
     if not os.environ.get("CXX") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler")
-    done = subprocess.run(
+    done = run_setup(source, target, FLAMINGO_KERNELS_BUILD="cpu", **environment)
+    assert done.returncode == 0, done.stderr
+    return target / "flamingo_kernels" / "_C.abi3.so"
+
+
+def run_setup(source: Path, target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Compile the kernels of a checkout, whatever they are by the environment, into a folder."""
+    return subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(target)],
         cwd=source,
-        env=os.environ | {"FLAMINGO_KERNELS_BUILD": "cpu"} | environment,
+        env=os.environ | environment,
         text=True,
         capture_output=True,
     )
-    assert done.returncode == 0, done.stderr
-    return target / "flamingo_kernels" / "_C.abi3.so"
 
 
 def run_tests(*selection: str, **environment: str) -> tuple[int, str]:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers.build import run_setup
+
 LEFT_OUT = (".git", ".venv", "__pycache__", ".*_cache", ".benchmarks", "*.egg-info")
 LIMIT = 1800  # seconds, beyond which tests hang
 PASSED, FAILED = 0, 1  # what pytest returns
@@ -80,13 +82,7 @@ class Scratch:
             kept.rename(build)
 
     def _compile(self, target: Path, environment: dict[str, str]) -> None:
-        done = subprocess.run(
-            [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(target)],
-            cwd=self.folder,
-            env=os.environ | environment,
-            text=True,
-            capture_output=True,
-        )
+        done = run_setup(self.folder, target, **environment)
         if done.returncode:
             raise RuntimeError(f"it does not compile: {done.stderr.strip().splitlines()[-1]}")
 

@@ -14,14 +14,6 @@ from tests.helpers.random_cases import OPERATORS, has_budget, is_supported, larg
 EXAMPLES = {"reference": 8, "cpu": 30, "triton": 3, "cuda": 8}  # the emulations are slow
 
 
-@pytest.fixture
-def select_variant():
-    """Chooses among the instruction sets of this processor, until the test ends."""
-    before = cpu.cpu_variant()
-    yield cpu.select
-    cpu.select(before)
-
-
 @seeds
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_oracle(operator, backend, fresh, select_variant):

@@ -441,39 +441,6 @@ class TestIdefics:
         call = lambda module, x, media: module(x, None, media, None, torch.ones(2, 3))  # noqa: E731
         assert_parity(block, fused, (2, 3, 32), (2, 10, 16), call=call)
 
-    @pytest.mark.parametrize("part", ["cross_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"])
-    @torch.no_grad()
-    def test_a_bias_that_somebody_has_given_a_part(self, part):
-        """Rows that see no image get none of the attention's, though all of the network's."""
-        block = build("idefics-tiny").model.model.gated_cross_attn_layers[0]
-        linear = block.get_submodule(part)
-        linear.bias = nn.Parameter(torch.randn(linear.out_features))
-        fused = copy.deepcopy(block)
-        patch(fused)
-        rows = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-        x, media, mask = torch.randn(2, 3, 32), torch.randn(2, 10, 16), torch.zeros(2, 1, 3, 10)
-        given = (x, None, media, mask, rows)
-        torch.testing.assert_close(fused(*given), block(*given))
-
-    @pytest.mark.parametrize("missing", ["image_hidden_states", "cross_attention_gate"])
-    def test_missing_input(self, missing):
-        block = patched(build("idefics-tiny")).model.model.gated_cross_attn_layers[0]
-        given = {"image_hidden_states": torch.randn(1, 10, 16), "cross_attention_gate": torch.ones(1, 3)}
-        del given[missing]
-        with pytest.raises(ValueError, match=f"`{missing}` is required"):
-            block(torch.randn(1, 3, 32), **given)
-
-    def test_dropout_in_training(self, attention):
-        original = build("idefics-tiny", dropout=0.3)
-        fused = patched(original)
-        original.model.train()
-        fused.model.train()
-        torch.manual_seed(1)
-        expected = original.logits()
-        torch.manual_seed(1)
-        torch.testing.assert_close(fused.logits(), expected)
-        assert attention == ["perceiver_attention"] * 2
-
     def block(self, **config):
         return copy.deepcopy(build("idefics-tiny", **config).model.model.gated_cross_attn_layers[0])
 
@@ -850,7 +817,7 @@ class TestIdefics2:
         mask = create_block_mask(lambda b, h, q, k: q >= 0, 2, 1, 5, 12, device="cpu")
         latents, context = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
         with pytest.MonkeyPatch.context() as changed:
-            changed.setitem(ALL_ATTENTION_FUNCTIONS, "flex_attention", flex)
+            changed.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", flex)
             layer.config._attn_implementation = fused.config._attn_implementation = "flex_attention"
             torch.testing.assert_close(fused(latents, context, mask)[0], layer(latents, context, mask)[0])
 
@@ -903,7 +870,10 @@ def test_an_attention_that_somebody_has_registered(name, implementation, attenti
     else:
         layer, fused, options = grouped_attention(name)
         x, media = torch.randn(2, 5, 32), torch.randn(2, 8, 32)
-        call = lambda each: each(x, media, **options)[0]  # noqa: E731
+
+        def call(each):
+            return each(x, media, **options)[0]
+
     with pytest.MonkeyPatch.context() as changed:
         changed.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, implementation, mine)
         for each in (layer, fused):

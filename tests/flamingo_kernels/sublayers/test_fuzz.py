@@ -9,7 +9,7 @@ from hypothesis import assume
 
 from flamingo_kernels.testing import assert_within_budget
 from tests.helpers.fuzz import beyond_chance, fuzz, seeds
-from tests.helpers.random_cases import SUBLAYERS, has_budget
+from tests.helpers.random_cases import SUBLAYERS, has_budget, is_supported
 
 EXAMPLES = {"reference": 5, "cpu": 20, "triton": 2, "cuda": 5}
 
@@ -18,7 +18,7 @@ EXAMPLES = {"reference": 5, "cpu": 20, "triton": 2, "cuda": 5}
 @pytest.mark.parametrize("sublayer", SUBLAYERS)
 def test_oracle(sublayer, backend, fresh):
     def check(case):
-        assume(has_budget(case))
+        assume(is_supported(case, backend) and has_budget(case))
         beyond_chance(lambda n: assert_within_budget(replace(case, seed=case.seed + 10 * n), backend))
 
     fuzz(check, SUBLAYERS[sublayer], examples=EXAMPLES[backend], fresh=fresh)
