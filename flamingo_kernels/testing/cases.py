@@ -324,6 +324,7 @@ class GatedBlockDecodeCase(Case):
         gate: shape of both gates: `(1,)` or `(D,)`.
         bias: whether the norms have one.
         activation: of the feed-forward network.
+        eps: of both norms.
     """
 
     operator: ClassVar[str] = "gated_block_decode"
@@ -343,6 +344,7 @@ class GatedBlockDecodeCase(Case):
     gate: tuple[int, ...] = (1,)
     bias: bool = True
     activation: Literal["gelu", "squared_relu", "relu"] = "gelu"
+    eps: float = 1e-5
 
     def specs(self) -> dict[str, Spec]:
         inner = self.heads * self.head_dim
@@ -375,7 +377,7 @@ class GatedBlockDecodeCase(Case):
     def options(self) -> dict[str, Any]:
         rule: dict[str, Any] = {"immediate": self.immediate, "policy": self.policy}
         mask = MediaMask.from_text_time(self.text_time(), self.media, **rule)
-        return {"mask": mask, "activation": self.activation}
+        return {"mask": mask, "activation": self.activation, "eps": self.eps}
 
     def call(self, tensors: Tensors, options: dict[str, Any], backend: str = "auto") -> Outputs:
         names = ops.GatedBlockWeights._fields
@@ -386,12 +388,12 @@ class GatedBlockDecodeCase(Case):
     def eager(self, x: Tensor, k: Tensor, v: Tensor, **weights: Tensor) -> Outputs:
         w, time = weights, self.text_time()
         k, v = (tensor.repeat_interleave(self.groups, dim=3) for tensor in (k, v))
-        n = F.layer_norm(x, (self.dim,), w["norm"], w.get("norm_bias"))
+        n = F.layer_norm(x, (self.dim,), w["norm"], w.get("norm_bias"), self.eps)
         q = (n @ w["to_q"].T).view(self.batch, 1, self.heads, self.head_dim)
         rule: dict[str, Any] = {"only_immediate": self.immediate, "policy": self.policy}
         attended = dense_masked_attention(q, k, v, time, **rule).flatten(1)
         z = x + torch.tanh(w["gate"]) * (attended @ w["to_out"].T)
-        n = F.layer_norm(z, (self.dim,), w["ff_norm"], w.get("ff_norm_bias"))
+        n = F.layer_norm(z, (self.dim,), w["ff_norm"], w.get("ff_norm_bias"), self.eps)
         act = {"gelu": F.gelu, "squared_relu": lambda u: F.relu(u) ** 2, "relu": F.relu}[self.activation]
         return (z + torch.tanh(w["ff_gate"]) * (act(n @ w["up"].T) @ w["down"].T),)
 

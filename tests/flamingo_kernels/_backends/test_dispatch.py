@@ -294,6 +294,20 @@ def test_why_triton_cannot_run(monkeypatch):
         assert bool(why_not()) is bool(reason)
 
 
+def test_why_cuda_kernels_cannot_run(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda._no_gpu() == "there is no GPU that torch can use"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for capabilities, reason in ((((9, 0), (7, 5)), "capability 7.5, below 8.0"), (((9, 0), (8, 0)), "")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+        assert cuda._no_gpu().endswith(reason)
+        assert bool(cuda._no_gpu()) is bool(reason)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert cuda._no_gpu() == "this torch is for AMD GPUs"
+
+
 @pytest.mark.parametrize(
     ("variable", "legal"),
     [

@@ -20,6 +20,7 @@ CASES = [
     Case(batch=16, dim=40, hidden=72, head_dim=40, heads=3, activation="relu", gate=(40,)),
     Case(batch=3, dim=63, hidden=65, head_dim=7, latents=70, bias=False),  # nothing is aligned
     Case(batch=1, dim=2100, heads=2, head_dim=128, hidden=40, latents=64, immediate=False),  # in chunks
+    Case(eps=0.1),
     Case(media=0, policy="open_flamingo"),
     Case(batch=0),
     *(Case(layout=layout, head_dim=40) for layout in ("slice", "transposed", "strided", "expanded")),

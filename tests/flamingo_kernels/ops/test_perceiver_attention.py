@@ -81,6 +81,15 @@ def test_lengths_of_any_integer_dtype(dtype, backend):
     assert torch.equal(found, expected)
 
 
+def test_lengths_do_not_wrap_around(backend):
+    case = Case(clips=4)
+    tensors = case.tensors()
+    lengths = torch.tensor([2**32, 2**32 + 7, -(2**32) + 7, -1])
+    found = perceiver_attention(**tensors, media_lengths=lengths, backend=backend)
+    expected = perceiver_attention(**tensors, media_lengths=torch.tensor([21, 21, 0, 0]), backend=backend)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_padding_is_never_read(value, backend):
     """Whatever stands behind a clip's end changes nothing and gets a gradient of exactly 0."""

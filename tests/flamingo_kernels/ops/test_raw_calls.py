@@ -272,6 +272,27 @@ def test_without_channels_gradients_are_zero(operation, gates, kernels):
         assert not gradient.any()
 
 
+@pytest.mark.parametrize("operation", ["masked_cross_attention_bwd", "perceiver_attention_bwd"])
+def test_delta_is_summed_in_double(operation, kernels):
+    """delta = sum(dout * out) of a row. With queries and values of 0 and keys of 1, dq is -delta times the scale."""
+    arguments = OPERATIONS[operation]()
+    for name, tensor in arguments.items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and name != "softmax":
+            fill = torch.ones_like if name.startswith(("k", "dout")) else torch.zeros_like
+            arguments[name] = fill(tensor).repeat(*[1] * (tensor.ndim - 1), 6)  # 48 channels
+    arguments["out"][..., 0], arguments["out"][..., 16], arguments["out"][..., 32] = 1e9, 1.0, -1e9
+    if operation == "masked_cross_attention_bwd":
+        none, count = torch.zeros(2, T).int(), torch.full((2,), M * 5)
+        rows = {"start": torch.zeros(2, M).int(), "stop": torch.full((2, M), T).int()}
+        arguments |= {"lo": none, "hi": none + M} | rows
+    else:
+        count = arguments["media_lengths"] + 3
+    softmax = torch.zeros_like(arguments["softmax"])
+    softmax[1] = count[:, None, None]
+    dq, *_ = call(operation, kernels, arguments | {"softmax": softmax})
+    torch.testing.assert_close(dq, torch.full_like(dq, -0.5))
+
+
 def test_lengths_beyond_the_features_are_cut(kernels):
     wild, clamped = ({"media_lengths": torch.tensor(n).int()} for n in ([-FAR, FAR], [0, S]))
     assert_as_clamped("perceiver_attention_fwd", kernels, perceiver(backward=False) | wild, clamped)

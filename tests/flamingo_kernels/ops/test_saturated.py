@@ -56,6 +56,9 @@ LARGE_SCALES = [
     Perceiver(features=40, latents=30, queries=24, scale=30.0),
     Perceiver(features=40, latents=30, queries=70, scale=-30.0, groups=2),
     Perceiver(features=500, latents=300, queries=24, clips=1, heads=1, scale=30.0),  # in parts
+    Perceiver(
+        features=500, latents=300, queries=24, clips=1, heads=1, scale=3.0
+    ),  # of which each has some weight
 ]
 
 

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="the Triton backend is optional")
 
 from flamingo_kernels._backends import env
 from flamingo_kernels._backends.triton import tuning
-from flamingo_kernels._backends.triton.config import Choice, Config, Device
+from flamingo_kernels._backends.triton.config import Choice, Config, Device, count_splits, power_of_two
 from tests.helpers.triton.cases import modules_that_ask
 
 # of every kind one, and the one dtype that has lists of its own
@@ -43,6 +43,22 @@ CASES = [
     GatedResidualCase(shape=(77, 136), gate=(136,)),
     GatedResidualNormCase(shape=(77, 136)),
 ]
+
+
+def test_a_block_holds_all_elements_and_a_dot_takes_it():
+    sizes = (1, 16, 17, 32, 33, 63, 64, 65)
+    assert [power_of_two(size) for size in sizes] == [16, 16, 32, 32, 64, 64, 64, 128]
+
+
+def test_work_is_split_until_it_fills_the_device_twice():
+    device = Device("sm_90", 4)
+    assert [count_splits(programs, 5, device) for programs in (0, 1, 2, 3, 4, 8, 9)] == [5, 5, 4, 2, 2, 1, 1]
+    assert count_splits(1, 0, device) == 1
+
+
+def test_a_choice_has_its_default_first_and_nothing_twice():
+    one, other = Config(num_warps=4), Config(num_warps=8)
+    assert Choice.of(one, other, one, other, key=()).candidates == (one, other)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
