@@ -516,13 +516,6 @@ class TestIdefics:
             ours.mul_(-2), its.mul_(-2)
             torch.testing.assert_close(fused(*ways[1]), original(*ways[1]))
 
-    def test_a_cache_is_refused(self):
-        block = self.block()
-        patch(block)
-        x, media, cache = torch.randn(2, 3, 32), torch.randn(2, 10, 16), {block.cache_keyword: object()}
-        with pytest.raises(NotImplementedError):
-            block(x, None, media, None, torch.ones(2, 3), **cache)
-
     def test_a_hook_on_the_attention_of_a_block_is_called(self, attention):
         fused, calls = patched(build("idefics-tiny")), []
         for block in fused.model.model.gated_cross_attn_layers:
@@ -756,25 +749,6 @@ class TestIdefics2:
         torch.testing.assert_close(fused(latents, context, mask)[0], layer(latents, context, mask)[0])
         assert not attention
 
-    @pytest.mark.parametrize("how", ["causal", "a cache", "a cache of its own"])
-    @torch.no_grad()
-    def test_what_its_model_never_does(self, how):
-        layer = build("idefics2-tiny").model.model.connector.perceiver_resampler.layers[0].self_attn
-        latents, context, given, caches = torch.randn(2, 5, 32), torch.randn(2, 7, 32), {}, []
-        layer.is_causal, layer.layer_idx = how == "causal", 0
-        fused = copy.deepcopy(layer)
-        patch(fused)
-        results = []
-        for each in (layer, fused):
-            caches.append(transformers.DynamicCache())
-            if how == "a cache":
-                given = {fused.cache_keyword: caches[-1]}
-            if how == "a cache of its own":
-                setattr(each, fused.cache_keyword, caches[-1])
-            results.append([each(latents, context, **given)[0] for _ in range(2)])
-        torch.testing.assert_close(*results)
-        assert caches[0].get_seq_length() == caches[1].get_seq_length()
-
     @torch.no_grad()
     def test_a_mask_that_is_no_tensor(self):
         """As flex_attention has: it goes to the attention that is meant to read it."""
@@ -824,32 +798,6 @@ def test_dropout_is_for_training_alone(name, attention):
             results.append(each(x, media, **options)[0])
         torch.testing.assert_close(*results)
         assert len(attention) == 1
-
-
-@pytest.mark.parametrize("implementation", ["mine", "sdpa", "eager"])
-@pytest.mark.parametrize("name", ["idefics2-tiny", "mllama-tiny", "idefics-tiny"])
-@torch.no_grad()
-def test_an_attention_that_somebody_has_registered(name, implementation, attention):
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    def mine(module, q, k, v, mask, **kwargs):
-        return 3 * q.transpose(1, 2), None
-
-    if name == "idefics-tiny":
-        layer = TestIdefics().block()
-        fused = copy.deepcopy(layer)
-        patch(fused)
-        call = TestIdefics().call
-    else:
-        layer, fused, options = grouped_attention(name)
-        x, media = torch.randn(2, 5, 32), torch.randn(2, 8, 32)
-        call = lambda each: each(x, media, **options)[0]  # noqa: E731
-    with pytest.MonkeyPatch.context() as changed:
-        changed.setitem(ALL_ATTENTION_FUNCTIONS, implementation, mine)
-        for each in (layer, fused):
-            getattr(each, "cross_attn", each).config._attn_implementation = implementation
-        torch.testing.assert_close(call(fused), call(layer))
-    assert not attention
 
 
 @pytest.mark.parametrize("by", ["the call", "the configuration"])
