@@ -279,6 +279,9 @@ class TestOtherWaysToChangeAPart:
         linear._call_impl = lambda x: 2 * linear.forward(x)
 
     WAYS = {
+        "given something else": lambda linear: linear.register_forward_pre_hook(
+            lambda module, args: (2 * args[0],)
+        ),
         "called otherwise": call,
         "called otherwise by itself": call_impl,
         "parametrized": constrain,

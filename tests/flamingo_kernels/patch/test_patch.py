@@ -209,6 +209,9 @@ class TestFixes:
         assert torch.equal(copy.deepcopy(block)(x, media, media_locations=three), fixed)
         unpatch(block)
         assert torch.equal(block(x, media, media_locations=three), expected)
+        report = patch(block)
+        assert (report.fixes, report.policies) == ((), ("open_flamingo",))
+        torch.testing.assert_close(block(x, media, media_locations=three), expected)
 
     def test_a_fix_of_another_library_is_refused(self):
         block = cross_attention("open_flamingo")
