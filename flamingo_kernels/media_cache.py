@@ -197,6 +197,11 @@ def load_or_project(
     """A layer's keys and values for a text x: cached, new, or the last ones if x `follows` a text."""
     if isinstance(media, MediaCache):
         return media.of(cast(nn.Module, layer), x)
+    if len(media) not in (1, len(x)):  # open_flamingo broadcasts one
+        raise ValueError(
+            f"MaskedCrossAttention: expected media with B={len(x)} like x, got {len(media)}; "
+            "texts that share media take a MediaCache."
+        )
     source = layer.media_source()
     modules = (source.linear,) if source.norm is None else (source.linear, source.norm)
     return kept_kv(layer, media, modules, lambda: source(media), step=follows)

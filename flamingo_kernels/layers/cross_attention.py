@@ -129,8 +129,7 @@ class MaskedCrossAttention(FusedCrossAttention, modules.MaskedCrossAttention):
         return not isinstance(media.features, MediaCache)
 
     def compute(self, x: Tensor, media: Media) -> Tensor:
-        if not isinstance(media.features, MediaCache):
-            modules.check_cross_attention_inputs(x, media.features, media.locations)
+        _expect_inputs(x, media)
         return attend_to_media(self, x, media)
 
     def attend(
@@ -176,7 +175,13 @@ class GatedCrossAttentionBlock(FusedCrossAttention, modules.GatedCrossAttentionB
         self.attn.__class__ = MaskedCrossAttention
 
     def compute(self, x: Tensor, media: Media) -> Tensor:
+        _expect_inputs(x, media)
         return gated_block(self, x, media)
+
+
+def _expect_inputs(x: Tensor, media: Media) -> None:
+    if not isinstance(media.features, MediaCache):
+        modules.check_cross_attention_inputs(x, media.features, media.locations)
 
 
 def attend_to_media(attn: MediaAttention, x: Tensor, media: Media) -> Tensor:  # [B, T, D]

@@ -1,8 +1,8 @@
 """Models of open-flamingo (PyPI 2.0.1). Their rows without a visible medium follow policy "open_flamingo".
 
 The classes here add a forward to the class of a module and nothing else. Each computes the same as that
-class, except that x, media and media_locations must have one batch size; the original also broadcasts a batch
-of one. With `media_locations=None` every row sees every medium.
+class, except that x and media_locations must have one batch size; the original broadcasts a batch of one, as
+here that of media. With `media_locations=None` every row sees every medium.
 """
 
 from __future__ import annotations

@@ -185,6 +185,10 @@ def test_what_is_refused():
         model.load_state_dict(model.state_dict())
     with pytest.raises(RuntimeError, match="unpatch: expected a model that is not folded"):
         unpatch(model)
+    other = block()
+    with pytest.raises(RuntimeError, match="unpatch: expected a model that is not folded"):
+        unpatch(nn.Sequential(other, fused))
+    assert type(other) is type(fused) is not modules.GatedCrossAttentionBlock
     with pytest.raises(UnsupportedError, match="nothing to fold") as error:
         fold(model)
     assert error.value.reasons == {"0": ["folded already"], "0.attn": ["folded already"]}

@@ -192,11 +192,13 @@ def test_calls_that_are_no_step(cuda, steps):
     patch(fused)
     x, media = inputs()
     fused(x, media, LOCATIONS, True)
+    cache = MediaCache(fused, media)
     with torch.no_grad():
         fused(inputs(length=6)[0], media, LOCATIONS)
         fused(inputs(batch=4)[0], MediaCache(fused, media), LOCATIONS.repeat(2, 1), True)
         with torch.autocast("cpu", torch.bfloat16):
             fused(x, media, LOCATIONS, True)
+            fused(x, cache, LOCATIONS, True)
         assert steps == []
         fused(x, media, LOCATIONS, True)
     assert steps == [(2, 24)]

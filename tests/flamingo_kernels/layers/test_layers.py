@@ -158,6 +158,23 @@ class TestParity:
         with pytest.raises(ValueError, match=r"got torch\.float32"):
             block()(x, media, LOCATIONS.float())
 
+    @pytest.mark.parametrize("cached", [False, True])
+    @pytest.mark.parametrize("part", ["block", "attn"])
+    @torch.no_grad()
+    def test_batches_that_differ(self, part, cached):
+        """Texts share media by a `MediaCache`, and not because there happen to be twice as many."""
+        fused = block() if part == "block" else block().attn
+        x, media = inputs()
+        x, places = x.repeat(2, 1, 1)[:, : 1 if cached else T], LOCATIONS.repeat(2, 1)
+        for given in (
+            (x, media, places),
+            (x[:2], media, places),
+            (x, media, places[:2]),
+            (x[0], media, places),
+        ):
+            with pytest.raises(ValueError, match=r"^MaskedCrossAttention: expected "):
+                fused(*given, cached)
+
 
 class Shifted(nn.LayerNorm):
     def forward(self, x):
@@ -200,6 +217,11 @@ class TestFeedForward:
                 lambda f: setattr(f, "ff", nn.Sequential(nn.LayerNorm(D), *[nn.GELU()] * 2)),
                 0,
                 id="one twice",
+            ),
+            pytest.param(
+                lambda f: setattr(f, "ff", nn.Sequential(*f.ff, nn.Linear(D, D))),
+                0,
+                id="one more",
             ),
         ],
     )

@@ -194,6 +194,43 @@ class TestHooksOfOneModule:
         attn.to_out.register_forward_hook(lambda module, args, out: 2 * out)
         torch.testing.assert_close(attn(x, media, places), 2 * expected)
 
+    @pytest.mark.parametrize(
+        "path", [path for path, _ in cross_attention("open_flamingo").named_modules()][1:]
+    )
+    @torch.no_grad()
+    def test_of_a_part_of_a_block_with_a_fix(self, path):
+        """It calls its parts itself. Here all rows see an image, so there is nothing to fix."""
+        original = cross_attention("open_flamingo")
+        fused = copy.deepcopy(original)
+        patch(fused, fixes=["uniform_rows"])
+        x, media, places = torch.randn(2, 4, TEXT), torch.randn(2, 1, 5, 12), torch.tensor([[1, 0, 0, 0]] * 2)
+        for module in (original, fused):
+            module.get_submodule(path).register_forward_hook(lambda module, args, out: 2 * out)
+        torch.testing.assert_close(fused(x, media, places), original(x, media, places), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("family", FAMILIES[:3])
+    @pytest.mark.parametrize("how", ["watched", "put back", "attends otherwise"])
+    @torch.no_grad()
+    def test_a_text_and_a_token_after_it(self, family, how):
+        original = cross_attention(family)
+        fused = copy.deepcopy(original)
+        patch(fused)
+        if how == "watched":
+            for module in (original, fused):
+                module.attn.to_q.register_forward_hook(lambda module, args, out: 2 * out)
+        elif how == "put back":
+            fused.attn = original.attn
+        elif family == "open_flamingo":
+            pytest.skip("its attention is no method")
+        else:
+            for attn in (original.attn, fused.attn):
+                attn.attend = lambda *args, attn=attn: 2 * type(attn).attend(attn, *args)
+        media, places = torch.randn(2, 2, 5, 12), torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0]])
+        for length, follows in ((4, ()), (1, (True,)), (3, (True,))):
+            x = torch.randn(2, length, TEXT)
+            ours, theirs = (module(x, media, places, *follows) for module in (fused, original))
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
     @pytest.mark.parametrize("family", FAMILIES[:3])
     def test_kept_media_are_used(self, family):
         block = cross_attention(family)
@@ -242,6 +279,9 @@ class TestOtherWaysToChangeAPart:
         linear._call_impl = lambda x: 2 * linear.forward(x)
 
     WAYS = {
+        "given something else": lambda linear: linear.register_forward_pre_hook(
+            lambda module, args: (2 * args[0],)
+        ),
         "called otherwise": call,
         "called otherwise by itself": call_impl,
         "parametrized": constrain,

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from flamingo import modules
 from flamingo_kernels import patch, use_backend
 from tests.helpers.families import (
     FAMILIES,
@@ -226,6 +227,27 @@ class TestCrossAttention:
             )
 
 
+@pytest.mark.parametrize("family", ["open_flamingo", "flamingo_pytorch"])
+@pytest.mark.parametrize("kind", ["GatedCrossAttentionBlock", "MaskedCrossAttention"])
+def test_batches_that_differ(family, kind):
+    """One is broadcast, any other is refused."""
+    original = cross_attention(family, kind)
+    fused = patched(original)
+    x, media = torch.randn(4, T, TEXT), torch.randn(2, M, R, media_width(family))
+    torch.testing.assert_close(fused(x, media[:1], LOCATIONS), original(x, media[:1], LOCATIONS))
+    with pytest.raises(RuntimeError):
+        original(x, media, LOCATIONS)
+    with pytest.raises(ValueError, match=r"expected media with B=4 like x, got 2; texts .* a MediaCache"):
+        fused(x, media, LOCATIONS)
+
+
+class OfAnotherClass(modules.PerceiverAttention):
+    """Is left alone."""
+
+    def forward(self, *args):
+        return super().forward(*args)
+
+
 class TestResampler:
     @pytest.mark.parametrize("family", FAMILIES[1:])
     @dtypes
@@ -242,8 +264,13 @@ class TestResampler:
         shape = (B, M, 7, VISUAL) if family == "flamingo_pytorch" else (B, M, 2, 7, VISUAL)
         assert_parity(original, fused, shape, dtype=dtype)
 
-    def test_clips_of_several_lengths(self):
+    @pytest.mark.parametrize("how", ["fused", "watched", "of another class"])
+    def test_clips_of_several_lengths(self, how):
         original = resampler("flamingo")
+        if how == "watched":
+            original.layers[0][0].to_q.register_forward_hook(lambda *_: None)
+        if how == "of another class":
+            original.layers[0][0].__class__ = OfAnotherClass
         fused = copy.deepcopy(original)
         patch(fused)
         frames = torch.tensor([[2, 1, 4], [4, 4, 4], [1, 1, 1], [3, 2, 4]])
