@@ -137,5 +137,5 @@ def test_other_weights(tmp_path):
     with pytest.raises(ValueError, match=message):
         load_mpt_1b(save(tmp_path, state))
     del state["transformer.wpe.weight"]
-    with pytest.raises(ValueError, match="got 0 others .* and not 1 of them"):
+    with pytest.raises(ValueError, match=r"got 0 others .* and not 1 of them"):
         load_mpt_1b(save(tmp_path, state))
