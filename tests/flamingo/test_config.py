@@ -81,6 +81,8 @@ def test_open_flamingo_presets_keep_its_rows():
     models = [on_meta(f"openflamingo-{size}") for size in ("3b", "4b", "9b")]
     attns = [block.attn for model in models for block in model.cross_attn.values()]
     assert {(a.policy, a.heads, a.scale) for a in attns} == {("open_flamingo", 8, 0.125)}
+    # <|endofchunk|>, <image> and <PAD> come last.
+    assert {model.config.vocab_size - model.config.media_token_id for model in models} == {2}
 
 
 def test_every_preset_is_named_in_the_documentation():

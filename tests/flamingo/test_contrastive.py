@@ -108,6 +108,11 @@ class TestEmbeddings:
             expected = model.text_projection.weight @ tokens.mean(dim=0)
             torch.testing.assert_close(embeddings[row], expected / expected.square().sum().sqrt())
 
+    def test_an_empty_text_has_a_finite_embedding(self):
+        model, pairs = small(), some_pairs()
+        empty = torch.zeros_like(pairs.attention_mask)
+        assert model.text_embedding(pairs.input_ids, empty).isfinite().all()
+
     def test_the_loss_is_of_them(self):
         model, pairs = small(), some_pairs()
         with torch.no_grad():

@@ -3,6 +3,7 @@
 import struct
 import sys
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,18 @@ LEVELS = [10 * n for n in range(25)]  # of grey, one a frame
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
-    """Two and a half seconds, every frame of one grey, without losses."""
+    return write_video(tmp_path_factory.mktemp("video") / "greys.MKV")
+
+
+def write_video(path, start=0):
+    """Two and a half seconds from a start on, every frame of one grey, without losses."""
     av = pytest.importorskip("av")
-    path = tmp_path_factory.mktemp("video") / "greys.MKV"
     with av.open(str(path), "w", format="matroska") as container:
         stream = container.add_stream("ffv1", rate=RATE)
         stream.width, stream.height, stream.pix_fmt = 32, 16, "bgr0"
-        for level in LEVELS:
+        for place, level in enumerate(LEVELS):
             frame = av.VideoFrame.from_ndarray(np.full((16, 32, 3), level, dtype=np.uint8), format="rgb24")
+            frame.pts, frame.time_base = RATE * start + place, Fraction(1, RATE)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -74,6 +79,10 @@ class TestVideo:
         frames = list(read_video(video, fps=fps, max_frames=max_frames))
         assert all(frame.shape == (3, 16, 32) for frame in frames)
         assert levels(frames) == [LEVELS[place] for place in expected]
+
+    def test_a_video_that_begins_late(self, tmp_path):
+        late = write_video(tmp_path / "late.mkv", start=3)
+        assert levels(list(read_video(late, fps=2))) == [LEVELS[place] for place in (0, 5, 10, 15, 20)]
 
     def test_a_document_with_an_image_and_a_video(self, video, photo):
         batch = Processor(16, fps=3, max_frames=30)([[photo[0], "a photo", video, "a film"]])

@@ -6,6 +6,7 @@ and its training code decides which weights are saved.
 
 import copy
 import importlib.util
+import pickle
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -307,6 +308,11 @@ class TestErrors:
         )
         with pytest.raises(ValueError, match=message):
             load_open_flamingo(pair.ours((), resized=rows), pair.save(tmp_path))
+
+    def test_code_in_a_checkpoint_is_not_run(self, tmp_path):
+        torch.save({"perceiver.latents": Path("any other object")}, tmp_path / "checkpoint.pt")
+        with pytest.raises(pickle.UnpicklingError):
+            load_open_flamingo(Pair().ours(), tmp_path / "checkpoint.pt")
 
     def test_embeddings_that_were_not_saved(self, tmp_path):
         """MPT's, if frozen, as "embed" is not in their name; open_flamingo then draws new ones."""

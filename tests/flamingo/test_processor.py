@@ -303,6 +303,14 @@ class TestPixels:
         for kind in kinds:
             torch.testing.assert_close(processor([[kind]]).pixels[0, 0, 0], expected)
 
+    def test_pixels_are_float32_numbers_alone(self, processor):
+        image = torch.rand(3, 20, 30).half()
+        expected = processor([[image.float()]]).pixels
+        pixels = processor([[image.requires_grad_()]]).pixels
+        assert not pixels.requires_grad
+        assert pixels.dtype == torch.float32
+        assert torch.equal(pixels, expected)
+
     def test_grey_images(self, processor):
         grey = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
         colour = processor([[np.stack([grey] * 3, axis=-1)]]).pixels

@@ -106,6 +106,7 @@ def test_several_files_and_a_precision(tmp_path):
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert torch.equal(model.transformer.wte.weight, state["transformer.wte.weight"].bfloat16())
     assert model.lm_head.weight is model.transformer.wte.weight
+    assert not model.training
 
 
 @pytest.mark.parametrize(
@@ -134,4 +135,7 @@ def test_other_weights(tmp_path):
         r"got 1 others \['transformer.wpe.weight'\] and not 1 of them \['transformer.blocks.1.attn.Wqkv.q_ln"
     )
     with pytest.raises(ValueError, match=message):
+        load_mpt_1b(save(tmp_path, state))
+    del state["transformer.wpe.weight"]
+    with pytest.raises(ValueError, match=r"got 0 others .* and not 1 of them"):
         load_mpt_1b(save(tmp_path, state))

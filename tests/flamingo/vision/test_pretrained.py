@@ -65,6 +65,8 @@ def test_frozen_in_every_way(tower):
 def test_on_demand_it_trains(tower):
     vision = PretrainedVision(tower, frozen=False).train()
     assert tower.training
+    with torch.no_grad():
+        assert not vision(torch.randn(1, 1, 1, 3, 32, 32)).requires_grad
     vision(torch.randn(1, 1, 1, 3, 32, 32)).square().sum().backward()
     assert all(p.grad is not None for name, p in tower.named_parameters() if "encoder" in name)
 
