@@ -72,6 +72,15 @@ def test_half_of_the_documents_see_the_next_image(data):
     assert not any(batch.media_starts[:, 0].any() for batch in take(stream(pairs), 20))
 
 
+@pytest.mark.parametrize("p_next", [0.0, 0.1, 0.9, 1.0])
+def test_as_many_documents_see_the_next_image_as_asked(data, p_next):
+    pages = replace(datasets(data)[0], batch_size=1, p_next=p_next)
+    begins = [
+        batch.media_starts[:, 0].any() for batch in take(stream(pages), 60) if batch.num_media.item() > 0
+    ]
+    assert abs(sum(begins) / len(begins) - p_next) <= 0.12 * (0 < p_next < 1)
+
+
 def test_a_damaged_sample_is_named(data, tmp_path):
     write_shards(tmp_path, [{"png": b"damaged", "txt": b"text"}])
     config = replace(datasets(data)[1], shards=(f"{tmp_path}/*.tar",))

@@ -1,5 +1,7 @@
 """AdamW as in the paper, and float32 weights behind a bfloat16 model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,20 @@ def test_only_the_resampler_does_not_decay(tmp_path):
     for name, weight in weights.items():
         decayed = before[name] * (1 if name.startswith("resampler.") else 1 - 0.5 * 0.1)
         torch.testing.assert_close(weight, decayed, msg=name)
+
+
+def test_no_decay_is_the_beginning_of_a_name(tmp_path):
+    names = ["resampler.norm.weight", "language.resampler.weight", "cross_attn.0.ff.weight", "vision.bias"]
+    weights = {name: nn.Parameter(torch.ones(1)) for name in names}
+    run = config(tmp_path, tmp_path, no_decay=("resampler", "vision"), weight_decay=0.3)
+    run = replace(run, betas=(0.8, 0.9), eps=1e-3)
+    groups = make_optimizer(weights, run).param_groups
+    decay = {id(weight): group["weight_decay"] for group in groups for weight in group["params"]}
+    assert [decay[id(weight)] for weight in weights.values()] == [0, 0.3, 0.3, 0]
+    assert {(group["betas"], group["eps"]) for group in groups} == {((0.8, 0.9), 1e-3)}
+    (group,) = make_optimizer(weights, replace(run, no_decay=())).param_groups
+    assert len(group["params"]) == 4
+    assert group["weight_decay"] == 0.3
 
 
 def test_the_rate_grows_in_a_straight_line_and_stays(tmp_path):
