@@ -210,6 +210,15 @@ class TestSampling:
         torch.testing.assert_close(self.shares(temperature=1.0, top_p=0.7), expected, rtol=0, atol=0.03)
         assert (self.shares(temperature=1.0, top_p=1.0) > 0).all()
 
+    def test_top_p_is_of_what_top_k_and_the_temperature_have_left(self):
+        # Of the two likeliest 0.731 and 0.269; at half the temperature the likeliest has 0.88 of all.
+        assert self.shares(temperature=1.0, top_k=2, top_p=0.7).tolist() == [0, 1, 0, 0]
+        assert self.shares(temperature=0.5, top_p=0.8).tolist() == [0, 1, 0, 0]
+
+    def test_top_p_is_reached_by_just_as_much(self):
+        drawn = choose(torch.zeros(200, 4), temperature=1.0, top_p=0.5)
+        assert len(set(drawn.tolist())) == 2
+
     def test_a_generator_repeats_it(self, plain):
         ids, pixels, mask = documents()
 

@@ -218,6 +218,15 @@ class TestManyMedia:
             assert batch.labels[0, 0] == -100
         assert len(starts) > 20
 
+    def test_a_window_begins_at_every_place_it_can(self):
+        """From `<BOS>` to the one that ends with the document."""
+        generator, found = torch.Generator().manual_seed(0), set()
+        whole = Processor(4)([["abcdef"]]).input_ids[0].tolist()
+        for _ in range(40):
+            batch = Processor(4)([["abcdef"]], window=len(whole) - 2, generator=generator)
+            found.add(tuple(batch.input_ids[0].tolist()))
+        assert found == {tuple(whole[start : start + len(whole) - 2]) for start in range(3)}
+
     def first_two(self, ids):
         """Without `<EOC><image>` from the third image on."""
         places = [place for place, id in enumerate(ids) if id == IMAGE][2:]
