@@ -187,6 +187,11 @@ def test_another_models_checkpoint_is_refused(part, tmp_path):
     path = save(tmp_path, part, 1) / "weights.safetensors"
     with pytest.raises(ValueError, match=r"got 1 others \(bias\) and not 0 of them"):
         load_weights({"weight": nn.Parameter(torch.zeros(2, 3))}, path)
+    more = dict(nn.Linear(3, 2).named_parameters()) | {"gate": nn.Parameter(torch.zeros(1))}
+    with pytest.raises(ValueError, match=r"got 0 others +and not 1 of them \(gate\)"):
+        load_weights(more, path)
+    more["gate"].requires_grad_(False)
+    load_weights(more, path)
     other = dict(nn.Linear(3, 2).named_parameters(prefix="new"))
     with pytest.raises(
         ValueError, match=r"2 others \(bias, weight\) and not 2 of them \(new\.bias, new\.weight\)"
