@@ -78,6 +78,7 @@ def test_defaults_are_the_papers():
         ("steps = 10", "step = 10", r"run\.toml: there is no key 'step'\. Did you mean steps\?"),
         ("steps = 10", "x = 10", r"there is no key 'x'\. Expected one of folder, datasets, steps, "),
         ("steps = 10", "steps = 10.5", r"run\.toml: steps: expected int, got 10\.5"),
+        ("steps = 10", "steps = true", r"run\.toml: steps: expected int, got True"),
         ("steps = 10", "bfloat16 = 1", "bfloat16: expected bool, got 1"),
         ("[0.9, 0.95]", "0.9", r"betas: expected a list, got 0\.9"),
         ("[0.9, 0.95]", "[0.9]", r"expected two betas, got \(0\.9,\)"),
