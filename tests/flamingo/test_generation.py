@@ -609,6 +609,11 @@ class TestWrongUse:
         with pytest.raises(ValueError, match=message):
             plain.generate(torch.tensor([[5]]), **options)
 
+    def test_options_at_their_limits(self, plain):
+        ids, options = torch.tensor([[5, 7]]), {"top_k": 1, "top_p": 1.0, "num_beams": 1}
+        found = plain.generate(ids, max_new_tokens=1, temperature=1.0, **options)
+        assert torch.equal(found, plain.generate(ids, max_new_tokens=1))
+
     def test_no_documents(self, plain):
         ids, pixels, mask = documents()
         assert plain.generate(ids[:0], pixels[:0], mask[:0]).shape == (0, 1)

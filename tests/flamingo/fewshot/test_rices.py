@@ -30,6 +30,10 @@ class TestNearest:
     def test_of_equals_the_earlier_is_nearer(self):
         assert nearest(directions(5.0)[0], directions(0.0, 0.0, 0.0), 2).tolist() == [1, 0]
 
+    def test_equals_keep_their_order_however_many(self):
+        keys = directions(90.0, 0.0).repeat(500, 1)
+        assert nearest(directions(0.0)[0], keys, 500).tolist() == list(range(999, 0, -2))
+
     def test_too_few(self):
         with pytest.raises(ValueError, match="at most 2 neighbours, one for each key, got n=3"):
             nearest(directions(0.0)[0], directions(1.0, 2.0), 3)

@@ -79,8 +79,9 @@ class TestLogLikelihoods:
     def test_files_are_told_apart_by_their_path(self, tmp_path):
         pillow = pytest.importorskip("PIL.Image")
         for shade in SHADES:
-            pillow.fromarray(picture(shade)).save(tmp_path / f"{shade}.png")
-        documents = [[tmp_path / f"{shade}.png", "Output:"] for shade in [*SHADES, *SHADES]]
+            (tmp_path / shade).mkdir()
+            pillow.fromarray(picture(shade)).save(tmp_path / shade / "image.png")
+        documents = [[tmp_path / shade / "image.png", "Output:"] for shade in [*SHADES, *SHADES]]
         namer = Namer()
         scores = log_likelihoods(namer, PROCESSOR, documents, list(SHADES))
         assert top_one(scores, [0, 1, 2, 0, 1, 2]) == 1

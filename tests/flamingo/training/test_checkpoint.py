@@ -139,6 +139,34 @@ def killing(monkeypatch, moment):
     return begun
 
 
+def test_everything_is_on_the_disk_before_it_gets_its_name(part, tmp_path, monkeypatch):
+    """Else a power cut leaves a checkpoint by name whose files are empty, or no link to it."""
+    old = save(tmp_path, part, 1, keep=1)
+    done = []
+    fsync, rename, put = os.fsync, os.rename, os.replace
+
+    def flush(descriptor):
+        fsync(descriptor)
+        done.append(os.fstat(descriptor).st_ino)
+
+    def move(original):
+        def operation(source, target):
+            original(source, target)
+            done.append(Path(target).name)
+
+        return operation
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "rename", move(rename))
+    monkeypatch.setattr(os, "replace", move(put))
+    path = save(tmp_path, part, 2, keep=1)
+    named, linked, removed = (done.index(name) for name in (path.name, "latest", "unfinished-removed"))
+    assert {path.stat().st_ino, *(file.stat().st_ino for file in path.iterdir())} <= set(done[:named])
+    assert named < linked < removed
+    assert tmp_path.stat().st_ino in done[linked:removed]
+    assert not old.exists()
+
+
 def test_a_kill_at_any_operation_leaves_a_whole_checkpoint(part, tmp_path, monkeypatch):
     """Each in turn; whatever is called a checkpoint can be loaded, and the next save succeeds."""
     _, weights, optimizer = part

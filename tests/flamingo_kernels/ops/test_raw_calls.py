@@ -274,7 +274,10 @@ def test_without_channels_gradients_are_zero(operation, gates, kernels):
 
 @pytest.mark.parametrize("operation", ["masked_cross_attention_bwd", "perceiver_attention_bwd"])
 def test_delta_is_summed_in_double(operation, kernels):
-    """delta = sum(dout * out) of a row. With queries and values of 0 and keys of 1, dq is -delta times the scale."""
+    """delta = sum(dout * out) of a row.
+
+    With queries and values of 0 and keys of 1, dq is -delta times the scale.
+    """
     arguments = OPERATIONS[operation]()
     for name, tensor in arguments.items():
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and name != "softmax":
