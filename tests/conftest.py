@@ -18,9 +18,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # the Triton kernels run on the processor, in their interpreter
+    # The Triton kernels run on the processor, in their interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
     emulated = ROOT / "build" / "emulated-cuda" / "flamingo_kernels" / "_C_cuda.abi3.so"
     if emulated.exists():  # so do the CUDA kernels, as `make emulated` has compiled them for it
         os.environ.setdefault("FLAMINGO_KERNELS_CUDA_EXTENSION", str(emulated))

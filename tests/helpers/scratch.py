@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,9 @@ from tests.helpers.build import run_setup
 LEFT_OUT = (".git", ".venv", "__pycache__", ".*_cache", ".benchmarks", "*.egg-info")
 LIMIT = 1800  # seconds, beyond which tests hang
 PASSED, FAILED = 0, 1  # what pytest returns
+OPTIONS = ("-q", "-r", "fE", "-p", "no:cacheprovider")
+# No bytecode: it is known by its source's second and size, which an edit may leave as they are.
+SETTINGS = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,13 @@ class Run:
     failed: list[str]
     tail: str
     seconds: float
+
+    @classmethod
+    def of(cls, status: int, failed: list[str], output: str, began: float) -> Run:
+        """A process that a signal has ended has failed too."""
+        if status < 0:
+            failed = [*failed, f"killed by signal {-status}: it crashes, or had no end after {LIMIT} s"]
+        return cls(status, failed, output[-2000:], time.monotonic() - began)
 
 
 class Scratch:
@@ -89,22 +100,18 @@ class Scratch:
     def test(self, *arguments: str, **environment: str) -> Run:
         """Run pytest in the copy, in one process."""
         began = time.monotonic()
-        # No bytecode: it is known by its source's second and size, which an edit may leave as they are.
-        settings = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", **environment}
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "pytest", "-q", "-r", "fE", "-p", "no:cacheprovider", *arguments],
+                [sys.executable, "-m", "pytest", *OPTIONS, *arguments],
                 cwd=self.folder,
-                env=os.environ | settings,
+                env=os.environ | SETTINGS | environment,
                 text=True,
                 errors="replace",
                 capture_output=True,
                 timeout=LIMIT,
             )
         except subprocess.TimeoutExpired:
-            return Run(FAILED, [f"hangs: no end after {LIMIT} s"], "", time.monotonic() - began)
+            return Run.of(-signal.SIGKILL, [], "", began)
         output = done.stdout + done.stderr
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-        if done.returncode < 0:
-            failed.append(f"crashes: signal {-done.returncode}")
-        return Run(done.returncode, failed, output[-2000:], time.monotonic() - began)
+        return Run.of(done.returncode, failed, output, began)

@@ -11,12 +11,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 
 from tests.helpers import ROOT
-from tests.helpers.scratch import PASSED, Scratch
+from tests.helpers.scratch import Scratch
 
 from .faults import Fault, read
+from .forks import ForkingScratch
 from .plant import OUTCOMES, Verdict, plant
 
 
@@ -27,16 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mutate: no fault has {options.filter!r} in its part, file or words.", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
-        scratches = [Scratch(ROOT, Path(folder, str(n))) for n in range(min(options.jobs, len(faults)))]
-        print(
-            f"{len(faults)} faults in {len(scratches)} copies; first their tests without a fault", flush=True
-        )
-        if not _pass_unharmed(scratches[0], faults):
-            return 2
+        copies = min(options.jobs, len(faults))
+        print(f"{len(faults)} faults in {copies} copies", flush=True)
+        scratches = [ForkingScratch(ROOT, Path(folder, str(n))) for n in range(copies)]
         verdicts = []
         for verdict in _verdicts(scratches, faults, stop_at_first=not options.killers):
             print(verdict, flush=True)
             verdicts.append(verdict)
+        verdicts = _checked(scratches[0], verdicts)
     if options.killers:
         found = {str(each.fault): each.run.failed for each in verdicts}
         options.killers.write_text(json.dumps(found, indent=1))
@@ -58,17 +58,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _pass_unharmed(scratch: Scratch, faults: Iterable[Fault]) -> bool:
-    """Whether all tests pass as things are: else nothing that they say of a fault means anything."""
-    tests: dict[str, set[str]] = {}
-    for fault in faults:
-        tests.setdefault(fault.only, set()).update(fault.tests)
-    for only, paths in tests.items():
-        run = scratch.test("-x", *sorted(paths), *(["-k", only] if only else []))
-        if run.status != PASSED:
-            print(f"the tests fail without a fault:\n{run.tail}", file=sys.stderr)
-            return False
-    return True
+def _checked(scratch: Scratch, verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """What a test says of a fault means nothing if it fails without one too."""
+    killers = {
+        test
+        for each in verdicts
+        for test in each.run.failed
+        if (scratch.folder / test.partition("::")[0]).exists()
+    }
+    harmless = set(scratch.test(*sorted(killers)).failed)
+    broken = "also fails without a fault"
+    return [
+        replace(each, outcome="broken", run=replace(each.run, tail=broken))
+        if each.outcome == "killed" and harmless.issuperset(each.run.failed)
+        else each
+        for each in verdicts
+    ]
 
 
 def _verdicts(
