@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import secrets
 import shutil
@@ -62,6 +63,20 @@ def pytest_configure(config: pytest.Config) -> None:
     """A seed that is known beforehand, where none is given, for what Hypothesis draws afresh."""
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = str(secrets.randbits(32))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton's interpreter is slow. What takes its way in another case is left to the slow tests.
+
+    That is float16, which goes where bfloat16 goes, and infinity, which goes where NaN goes.
+    """
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        if "triton" in (given.get("backend"), given.get("kernels")) and (
+            given.get("dtype") == torch.float16 or given.get("value") == math.inf
+        ):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -24,9 +24,9 @@ from .plant import OUTCOMES, Verdict, plant
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    faults = [fault for fault in read() if options.filter in f"{fault.part} {fault}"]
+    faults = _chosen(read(), options.words)
     if not faults:
-        print(f"mutate: no fault has {options.filter!r} in its part, file or words.", file=sys.stderr)
+        print(f"mutate: no part, file or fault is called {' or '.join(options.words)}.", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         copies = min(options.jobs, len(faults))
@@ -47,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make mutate ARGS=...", description=__doc__)
     parser.add_argument(
-        "filter", nargs="?", default="", help="only faults with this in their part, file or words"
+        "words",
+        nargs="*",
+        metavar="WORD",
+        help="only these parts, or faults with this in their file or words",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="copies at work at once: one a core")
     parser.add_argument(
@@ -56,6 +59,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="run all tests of a fault, and write those that failed into this JSON file",
     )
     return parser.parse_args(arguments)
+
+
+def _chosen(faults: Sequence[Fault], words: Sequence[str]) -> list[Fault]:
+    parts = {fault.part for fault in faults}.intersection(words)
+    texts = [word for word in words if word not in parts]
+    return [
+        fault
+        for fault in faults
+        if not words or fault.part in parts or any(text in str(fault) for text in texts)
+    ]
 
 
 def _checked(scratch: Scratch, verdicts: Sequence[Verdict]) -> list[Verdict]:

@@ -74,6 +74,17 @@ def test_a_wrong_kernel_fails(small, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["passed"] is False
 
 
+def test_one_wrong_case_among_right_ones_fails(small, monkeypatch, capsys):
+    cases = [GatedResidualCase(shape=shape) for shape in ((3, 4), (30, 40), (5, 6))]
+    right = reference.gated_residual
+    monkeypatch.setattr(check, "CASES", cases)
+    monkeypatch.setattr(
+        reference, "gated_residual", lambda x, y, gate: right(x, y * (1 + 0.1 * (len(x) == 30)), gate)
+    )
+    assert run() == 1
+    assert "FAILED: shape=(30,40)" in capsys.readouterr().out
+
+
 def test_nan_fails(small, monkeypatch):
     monkeypatch.setattr(reference, "gated_residual", lambda x, y, gate: x + torch.tanh(gate) * y * torch.nan)
     assert run() == 1

@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -25,11 +26,16 @@ def tiny(monkeypatch):
     """A model of a few thousand parameters, timed as briefly as can be."""
     for module in ("skimage", "matplotlib", "PIL"):
         pytest.importorskip(module)
-    run = demo.run
-    monkeypatch.setattr(demo, "run", lambda images: run(images, rounds=1, **TINY))
+    monkeypatch.setattr(demo, "run", functools.partial(demo.run, rounds=1, **TINY))
 
 
-def test_prints_and_draws_what_it_found(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def found():
+    return demo.run([*demo.load_photographs()], rounds=1, **TINY)
+
+
+def test_prints_and_draws_what_it_found(found, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "run", lambda images: found)
     assert demo.main(argparse.Namespace(picture=tmp_path / "demo.png")) == 0
     page = capsys.readouterr().out
     for expected in (
@@ -46,6 +52,13 @@ def test_prints_and_draws_what_it_found(tmp_path, capsys):
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_wrong_result_is_enough_to_fail(found, monkeypatch, tmp_path):
+    what, proof = next(iter(found.proofs.items()))
+    wrong = dataclasses.replace(found, proofs={**found.proofs, what: proof._replace(err=2 * proof.budget)})
+    monkeypatch.setattr(demo, "run", lambda images: wrong)
+    assert demo.main(argparse.Namespace(picture=tmp_path / "demo.png")) == 1
+
+
 @pytest.mark.parametrize(
     ("home", "operator"),
     [(cross_attention, "gated_cross_attention"), (resampler, "perceiver_attention")],
@@ -59,8 +72,7 @@ def test_fails_when_a_kernel_is_wrong(monkeypatch, tmp_path, capsys, home, opera
     assert capsys.readouterr().out.count("DIFFERS") == 2
 
 
-def test_says_so_when_the_machine_was_busy():
-    found = demo.run([*demo.load_photographs()])
+def test_says_so_when_the_machine_was_busy(found):
     quiet, busy = (
         dataclasses.replace(found, times={("whole model", "forward"): demo.Pair(2000.0, 500.0, spread)})
         for spread in (1.1, 3.0)

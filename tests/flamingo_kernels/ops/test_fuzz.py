@@ -8,6 +8,7 @@ from hypothesis.strategies import sampled_from
 
 from flamingo_kernels._backends import cpu, dispatch
 from flamingo_kernels.testing import assert_within_budget
+from tests.conftest import BACKENDS
 from tests.helpers.fuzz import fuzz, seeds
 from tests.helpers.random_cases import OPERATORS, has_budget, is_supported, largest
 
@@ -15,6 +16,7 @@ EXAMPLES = {"reference": 8, "cpu": 30, "triton": 3, "cuda": 8}  # the emulations
 
 
 @seeds
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_oracle(operator, backend, fresh, select_variant):
     available = dispatch.available_backends(operator).get(backend)

@@ -37,7 +37,7 @@ dtypes = pytest.mark.parametrize(
         ("reference", torch.float32),
         ("cpu", torch.float32),
         ("cpu", torch.bfloat16),
-        ("triton", torch.float32),
+        pytest.param("triton", torch.float32, marks=pytest.mark.slow),
     ],
     indirect=["backend"],
     ids=str,

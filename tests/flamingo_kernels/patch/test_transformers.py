@@ -166,6 +166,7 @@ class TestEveryModel:
         other = tiny.TinyModel(name, original.model, inputs).generate(6, **options)
         assert not torch.allclose(other.scores[0], expected.scores[0], atol=1e-2)
 
+    @pytest.mark.slow  # test_modes has it too, but for the oldest transformers
     @models
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_autocast(self, name, dtype, attention):

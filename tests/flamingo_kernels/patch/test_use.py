@@ -53,7 +53,7 @@ class TestTrainer:
         weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
         return {"losses": torch.tensor(losses), "weights": weights}
 
-    @pytest.mark.parametrize("name", ["mllama-tiny", "idefics-tiny"])
+    @pytest.mark.parametrize("name", ["mllama-tiny", pytest.param("idefics-tiny", marks=pytest.mark.slow)])
     @pytest.mark.filterwarnings("ignore")
     def test_in_bfloat16_as_without_patch(self, name, tmp_path):
         """By the error budget, against a run in float32, which is exact beside bfloat16."""

@@ -11,6 +11,7 @@ from flamingo_kernels.commands.bench.baselines import OURS, Contender, contender
 from flamingo_kernels.commands.bench.floors import Ceilings, least_bytes
 from flamingo_kernels.commands.bench.shapes import CASES, GPU_CASES, QUICK, Case, Floor
 from flamingo_kernels.commands.measure.swapped import NothingSwappedError
+from tests.helpers import slow_unless
 
 CASE = next(case for case in QUICK if (case.op, case.mode) == ("masked_cross_attention", "forward+backward"))
 AGAINST = ("eager", "sdpa")
@@ -46,7 +47,10 @@ def failing(contender):
     return contender._replace(call=call)
 
 
-@pytest.mark.parametrize("case", [case for case in QUICK if case.mode == "forward"], ids=str)
+FORWARD = [(case,) for case in QUICK if case.mode == "forward"]
+
+
+@pytest.mark.parametrize("case", slow_unless(FORWARD[::2], FORWARD), ids=str)
 def test_ratios_are_the_quotients_of_the_medians(case):
     rivals = ["eager", "sdpa", "torch.add"]
     rows = bench.run([case], against=rivals, seconds=0).rows

@@ -156,6 +156,14 @@ def test_a_graph_that_writes_nothing_is_found(stubs, monkeypatch):
     assert "out is not the same" in found("graph").detail
 
 
+def test_nan_is_the_same_as_nan_alone():
+    nan, zero = {"out": torch.tensor([torch.nan, 1])}, {"out": torch.tensor([0.0, 1])}
+    proofs.expect_same(nan, {"out": nan["out"].clone()})
+    for one, other in ((nan, zero), (zero, nan)):
+        with pytest.raises(AssertionError, match="out is not the same to the last bit"):
+            proofs.expect_same(one, other)
+
+
 def test_a_call_takes_over_all_that_another_reads():
     for case in SMALL:
         one, other = Call(case, "reference"), Call(replace(case, seed=5), "reference")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from flamingo_kernels import layers, patch, use_backend
@@ -62,14 +64,14 @@ def leave_unfused(attn: nn.Module) -> None:
     [
         ("vision.layers.0", parts.VISION, False),  # frozen, and before all that is trained
         ("resampler.layers.1.1.1", parts.RESAMPLER, True),
-        ("resampler.layers.1.0.to_q", parts.RESAMPLER, True),
+        pytest.param("resampler.layers.1.0.to_q", parts.RESAMPLER, True, marks=pytest.mark.slow),
         ("cross_attn.2.attn.norm", parts.NORM, True),
-        ("cross_attn.2.attn.to_q", parts.PROJECTIONS, True),
-        ("cross_attn.2.attn.to_kv", parts.PROJECTIONS, True),
+        pytest.param("cross_attn.2.attn.to_q", parts.PROJECTIONS, True, marks=pytest.mark.slow),
+        pytest.param("cross_attn.2.attn.to_kv", parts.PROJECTIONS, True, marks=pytest.mark.slow),
         ("cross_attn.2.attn.to_out", parts.PROJECTIONS, True),
         ("cross_attn.2.attn", parts.ATTENTION, True),
         ("cross_attn.2.ff.1", parts.FEED_FORWARD, True),
-        ("cross_attn.2.ff.2", parts.FEED_FORWARD, True),
+        pytest.param("cross_attn.2.ff.2", parts.FEED_FORWARD, True, marks=pytest.mark.slow),
         ("language.layers.1", parts.LANGUAGE, True),
     ],
 )
@@ -89,6 +91,31 @@ def test_a_slow_module_is_found(subject, monkeypatch, path, part, backward):
         assert found[models.PREFILL][side] == {part: 7}
         assert found[models.DECODE][side] == in_decode
         assert found[models.STEP][side] == {part: 12 if backward else 7}
+
+
+class Recorded:
+    """One run of all works under the profiler, of which the time of any operator can be asked."""
+
+    def __init__(self, subject: models.Subject):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(run, "PROFILED", 1)
+            patched.setattr(run, "time_by_part", self._keep)
+            run.by_part(subject, both(subject), "cpu")
+
+    def _keep(self, events, spans, clock):
+        self.events, self.spans = list(events), list(spans)
+        return parts.time_by_part(self.events, self.spans, clock)
+
+    def parts_with(self, operator: str, work: str) -> set[str]:
+        """The parts of the patched model to which calls of an operator count."""
+        taken = parts.time_by_part(self.events, self.spans, lambda event: 1000 * (event.name == operator))
+        (found,) = taken[f"{work}, {run.AFTER}"]
+        return {part for part, time in found.items() if time}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return Recorded(models.plan("tiny", quick=True).subject(torch.float32, "cpu"))
 
 
 BEYOND = {parts.RESAMPLER, parts.LANGUAGE}
@@ -113,15 +140,13 @@ BEYOND = {parts.RESAMPLER, parts.LANGUAGE}
         ("_GatedFeedForwardBackward", {parts.BETWEEN}),
     ],
 )
-def test_an_operator_counts_for_the_parts_that_call_it(subject, monkeypatch, operator, expected):
+def test_an_operator_counts_for_the_parts_that_call_it(recorded, operator, expected):
     """Within a fused sublayer, too, which calls no module."""
-    monkeypatch.setattr(run, "host_time", lambda event: 1000 * (event.name == operator))
-    found = run.by_part(subject, both(subject), "cpu")
-    assert set(found[models.STEP][run.AFTER]) == expected
+    assert recorded.parts_with(operator, models.STEP) == expected
     alone = {parts.GATE, parts.BETWEEN} if operator == "aten::tanh" else {parts.BETWEEN}
     called = {parts.ATTENTION}  # a step of decoding on a CPU calls the module
     for work, more in ((models.PREFILL, set()), (models.DECODE, called)):
-        assert set(found[work][run.AFTER]) <= expected - alone | more
+        assert recorded.parts_with(operator, work) <= expected - alone | more
 
 
 @pytest.mark.parametrize(
@@ -144,7 +169,7 @@ def test_a_gate_of_the_reference_is_found(subject, monkeypatch):
     assert list(run.by_part(subject, both(subject), "cpu")[models.STEP][run.BEFORE]) == [parts.GATE]
 
 
-def test_the_parts_of_sublayers_without_kernels_are_found(subject, monkeypatch):
+def test_the_parts_of_sublayers_without_kernels_are_found(subject):
     """As where nothing is compiled: sublayers, operation by operation."""
     work_of = {
         "aten::native_layer_norm_backward": parts.NORM,
@@ -154,12 +179,10 @@ def test_the_parts_of_sublayers_without_kernels_are_found(subject, monkeypatch):
         "TanhBackward0": parts.GATE,
         "aten::relu": parts.FEED_FORWARD,
     }
-    pair = both(subject)
     with use_backend("reference"):
-        for operator, part in work_of.items():
-            monkeypatch.setattr(run, "host_time", lambda event, name=operator: 1000 * (event.name == name))
-            found = set(run.by_part(subject, pair, "cpu")[models.STEP][run.AFTER])
-            assert found & {*parts.INSIDE} == {part}, operator
+        recorded = Recorded(subject)
+    for operator, part in work_of.items():
+        assert recorded.parts_with(operator, models.STEP) & {*parts.INSIDE} == {part}, operator
 
 
 def test_all_time_is_some_part_s(subject):
@@ -179,6 +202,32 @@ def test_all_time_is_some_part_s(subject):
     assert all(taken.values()), taken
     glue = sum(event.self_cpu_time_total for event in recorded.events() if event.is_user_annotation)
     assert taken[parts.BETWEEN] >= glue / 1e3
+
+
+def test_a_backward_pass_on_a_thread_of_its_own():
+    """As on a GPU, whose operators share their numbers with others of that thread."""
+
+    def event(name, start, *, thread, number=-1, forward_thread=0, parent=None):
+        return SimpleNamespace(
+            name=name,
+            time_range=SimpleNamespace(start=start, end=10),
+            thread=thread,
+            sequence_nr=number,
+            fwd_thread=forward_thread,
+            cpu_parent=parent,
+            device_type=DeviceType.CPU,
+            is_user_annotation=name in ("all", *parts.PARTS),
+        )
+
+    norm, attention = (event(part, 1, thread=1) for part in (parts.NORM, parts.ATTENTION))
+    events = [
+        event("all", 0, thread=1),
+        *(norm, event("aten::native_layer_norm", 2, thread=1, number=5, parent=norm)),
+        *(attention, event("aten::softmax", 3, thread=2, number=5, parent=attention)),
+        event(f"{parts._BACKWARD}X", 4, thread=2, number=5, forward_thread=1),
+    ]
+    (taken,) = parts.time_by_part(events, ["all"], lambda each: 1000 * (each.sequence_nr == 5))["all"]
+    assert {part: time for part, time in taken.items() if time} == {parts.NORM: 2, parts.ATTENTION: 1}
 
 
 def test_spans_are_kept_apart():

@@ -31,7 +31,7 @@ LACKING = {
 }
 NAMES = tiny.names()
 DECODING = [name for name in NAMES if name not in ("flamingo_pytorch-tiny", "evolla-tiny")]
-USUAL = [("idefics-tiny", torch.bfloat16), ("mllama-tiny", torch.bfloat16)]
+USUAL = [("mllama-tiny", torch.bfloat16)]
 ORDER = models.PREFILL, models.DECODE, models.DECODE
 
 
@@ -49,11 +49,7 @@ def pair(request):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in ("idefics2-tiny", "evolla-tiny") else [])
-        for name in NAMES
-    ],
+    "name", slow_unless([("flamingo_pytorch-tiny",), ("mllama-tiny",)], [(name,) for name in NAMES])
 )
 def test_a_profile(name, monkeypatch, tmp_path, capsys):
     plan(name)
