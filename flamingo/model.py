@@ -110,7 +110,7 @@ class Flamingo(nn.Module):
     ) -> FlamingoOutput:
         """
         Args:
-            input_ids: int64 `[B, T]`, with `config.media_token_id` where an image stands.
+            input_ids: int64 `[B, T]`, with `config.media_token_id` where an image stands; at padding it is none.
             pixels: `[B, M, F, 3, image_size, image_size]`, the media of each document in order, padded to M;
                 an image is one frame.
             attention_mask: `[B, T]`, 0 at padding; None for no padding.
@@ -163,7 +163,10 @@ class Flamingo(nn.Module):
         follows = media_locations is not None
         # One tensor for all blocks: what a block derives from it can be kept for the next.
         locations = media_locations if follows else media_starts
-        locations = input_ids == self.config.media_token_id if locations is None else locations
+        if locations is None:
+            locations = input_ids == self.config.media_token_id
+            if attention_mask is not None:  # padding holds no image
+                locations &= attention_mask[:, -input_ids.shape[1] :] != 0
 
         def before_layer(index: int, x: Tensor) -> Tensor:
             if str(index) not in self.cross_attn:

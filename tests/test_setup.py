@@ -177,6 +177,11 @@ def test_an_object_is_made_again_only_when_source_header_or_flags_changed(compil
         assert not unit().is_current()
         unit().compile()
         assert unit().is_current()
+    late = unit()._replace(
+        command=["sh", "-c", f'sleep 0.1; touch {header}; exec "$@"', "sh", *unit().command]
+    )
+    late.compile()
+    assert not late.is_current()  # the header may have been read before it was edited
     header.write_text("inline int one() { return 1 }\n")
     with pytest.raises(SystemExit, match=r"a\.cpp does not compile: .*a\.h:1:.* error: "):
         unit().compile()

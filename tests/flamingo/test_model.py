@@ -99,6 +99,9 @@ class TestInfluence:
         torch.testing.assert_close(left, alone)
         unmasked = model(shifted, images[1:]).logits[:, 3:]
         assert not torch.allclose(unmasked, alone)
+        padded = shifted != 258
+        shifted[:, 1] = IMAGE
+        torch.testing.assert_close(model(shifted, images[1:], padded).logits[:, 3:], alone)
 
     def test_frames_past_the_end_of_a_clip_change_nothing(self, model):
         clips = pixels(frames=3).double()
