@@ -110,7 +110,7 @@ class Flamingo(nn.Module):
     ) -> FlamingoOutput:
         """
         Args:
-            input_ids: int64 `[B, T]`, with `config.media_token_id` where an image stands; at padding it is none.
+            input_ids: int64 `[B, T]`, with `config.media_token_id` where an image stands: none at padding.
             pixels: `[B, M, F, 3, image_size, image_size]`, the media of each document in order, padded to M;
                 an image is one frame.
             attention_mask: `[B, T]`, 0 at padding; None for no padding.
