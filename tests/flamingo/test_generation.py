@@ -462,7 +462,7 @@ class TestTurns:
 
     def test_a_peek_is_forgotten(self, model):
         ids, pixels, mask = documents()
-        context, texts = Context(model), [torch.randint(20, 90, (3, n)) for n in (3, 2)]
+        context, texts = Context(model), [torch.randint(20, 90, (3, n)) for n in (2, 4)]
         context.read(ids, pixels, mask)
         for text in (*texts, texts[0]):
             with torch.no_grad():

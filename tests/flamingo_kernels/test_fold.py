@@ -67,6 +67,17 @@ def test_a_folded_block_computes_the_same(family, dtype):
     )
 
 
+def test_weights_are_rounded_once():
+    """Folded in float32, and then stored in what they were stored in."""
+    half = block().to(torch.bfloat16)
+    single = copy.deepcopy(half).float()
+    for module in (half, single):
+        patch(module)
+        fold(module)
+    for (name, weight), exact in zip(half.named_parameters(), single.parameters(), strict=True):
+        assert torch.equal(weight, exact.bfloat16()), name
+
+
 @pytest.mark.parametrize(("name", "config"), CONFIGS, ids=str)
 def test_a_folded_model_computes_the_same(name, config):
     original = tiny.build(name, SIZES, **config)

@@ -358,6 +358,27 @@ class TestOnce:
         mask[0] = 1
         assert once_for_equal(read, (mask,), 1) is not before
 
+    def test_anew_after_a_change_in_place(self):
+        mask = torch.zeros(2)
+        first = once(read, (mask,), layer="a")
+        assert once(read, (mask,), layer="b") is first
+        mask[0] = 1
+        assert once(read, (mask,), layer="c") is not first
+
+    def test_what_inference_mode_has_made_serves_nothing_else(self):
+        mask = torch.zeros(2)
+        with torch.inference_mode():
+            first, equal = once(read, (mask,), layer="a"), once_for_equal(read, (mask,))
+        assert once(read, (mask,), layer="b") is not first
+        assert once_for_equal(read, (mask,)) is not equal
+
+    def test_tensors_of_inference_mode_count_no_changes(self):
+        with torch.inference_mode():
+            mask = torch.zeros(2)
+            first = once(read, (mask,), layer="a")
+            mask[0] = 1
+            assert once(read, (mask,), layer="b") is not first
+
     def test_what_a_tensor_was_made_of_may_die(self):
         weight = torch.zeros(3, requires_grad=True)
         once_for_equal(read, (2 * weight,))

@@ -199,6 +199,20 @@ def by_hand(**changed):
     return MediaMask(**{**{name: getattr(mask, name) for name in names}, **changed})
 
 
+@pytest.mark.parametrize("build", [MediaMask.last_preceding, MediaMask.all_preceding])
+def test_joined_texts(build):
+    """Rows keep what they see, and the rows from `start` to `stop` are all that see a medium."""
+    mask = build(torch.rand(6, 7) < 0.3, 3)
+    joined = mask.fold(3)
+    sees = joined.dense(1)[:, 0]  # [B, T, M]
+    assert torch.equal(sees, mask.dense(1)[:, 0].reshape(2, 21, 3))
+    rows = torch.arange(21)[:, None]
+    for start, stop, row_sees in zip(joined.start, joined.stop, sees, strict=True):
+        assert not row_sees[(rows < start) | (rows >= stop)].any()
+    one = MediaMask.last_preceding(torch.tensor([[True, False, False], [False, True, False]]), 1).fold(2)
+    assert (one.start.item(), one.stop.item()) == (0, 6)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.int32, torch.uint32])
 @pytest.mark.parametrize("num_media", [300, np.int64(300)])
 def test_narrow_counts_of_many_media(dtype, num_media):

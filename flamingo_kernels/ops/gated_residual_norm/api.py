@@ -121,7 +121,6 @@ class _GatedResidualNorm(torch.autograd.Function):
     @once_differentiable(_NAME)
     def backward(ctx, saved, dz, dn):
         _, gate, weight, *_ = saved
-        dz, dn = checks.unit_stride(dz), checks.unit_stride(dn)
         dx, dy, dgate, dweight, dbias = BWD[ctx.backend](dz, dn, *saved, ctx.rms)
         dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
         return None, dx.to(ctx.dtype), dy, dgate.to(gate.dtype), dweight.to(weight.dtype), dbias, None, None

@@ -146,5 +146,5 @@ class _MaskedCrossAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable(_NAME)
     def backward(ctx, saved, dout):
-        gradients = BWD[ctx.backend](checks.unit_stride(dout), *saved, *ctx.options)
+        gradients = BWD[ctx.backend](dout, *saved, *ctx.options)
         return None, *gradients, None, None, None, None, None, None, None

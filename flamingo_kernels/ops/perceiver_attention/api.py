@@ -145,5 +145,5 @@ class _PerceiverAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable(_NAME)
     def backward(ctx, saved, dout):
-        gradients = BWD[ctx.backend](checks.unit_stride(dout), *saved, ctx.scale)
+        gradients = BWD[ctx.backend](dout, *saved, ctx.scale)
         return None, *gradients, None, None

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -124,7 +126,10 @@ class TestEvaluate:
             one = sample(shade, shade)
             path = tmp_path / f"{shade}.png"
             samples.append(Sample(id=shade, image=path, fields=one.fields, answer=shade, references=(shade,)))
-        evaluate(Namer(), PROCESSOR, VQA, samples, samples, tmp_path / "out", shots=2, select=select)
+        support = [
+            replace(one, image=Path(str(one.image))) for one in samples
+        ]  # other objects, the same files
+        evaluate(Namer(), PROCESSOR, VQA, samples, support, tmp_path / "out", shots=2, select=select)
         for record in lines(tmp_path / "out")[1:]:
             assert sorted([record["id"], *record["shots"]]) == sorted(SHADES)
 

@@ -164,6 +164,20 @@ def test_autocast_runs_attention_in_its_dtype(case, backend):
         assert torch.equal(grad, expected[f"d{key}"].float()), key
 
 
+@pytest.mark.parametrize("case", SMALL[:3], ids=name)
+def test_autocast_of_tensors_in_every_dtype(case, backend):
+    """One dtype each, as a matrix product takes them."""
+    dtypes = itertools.cycle((torch.float16, torch.float32, torch.bfloat16))
+    tensors = {
+        key: tensor.to(dtype) for (key, tensor), dtype in zip(case.tensors().items(), dtypes, strict=False)
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        (out,) = case.kernel(backend, **tensors)
+    (expected,) = case.kernel(backend, **{key: tensor.bfloat16() for key, tensor in tensors.items()})
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+
+
 def run_cast(case: Case, backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     tensors = {key: tensor.to(dtype) for key, tensor in case.tensors().items()}
     douts = case.douts(case.eager(**tensors))

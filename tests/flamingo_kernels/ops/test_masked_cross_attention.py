@@ -53,6 +53,7 @@ CASES = [
     Case(times="cached", length=1, head_dim=64, latents=64),
     # memory layouts
     *(Case(layout=layout, groups=2) for layout in ("slice", "transposed", "strided", "expanded")),
+    Case(layout="strided", head_dim=2),
     Case(layout="slice", length=63, media=5, head_dim=40, immediate=False, policy="open_flamingo"),
     Case(layout="transposed", length=63, head_dim=80, times="jumps", immediate=False),
     # the scale: none, negative, and so large that most rows attend to one key
