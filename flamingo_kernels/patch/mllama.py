@@ -142,8 +142,7 @@ class MllamaCrossAttentionDecoderLayer(DecoderLayer):
         **kwargs: Any,
     ) -> Tensor:  # [B, T, D]
         x, rows = hidden_states, full_text_row_masked_out_mask
-        short = not self.fixes and _is_short_step(x, cross_attention_states, cross_attention_mask)
-        if short or self.is_watched():
+        if not self.fixes and _is_short_step(x, cross_attention_states, cross_attention_mask):
             given = (cross_attention_states, cross_attention_mask, attention_mask, rows, position_ids)
             return cast(Tensor, super().forward(x, *given, cache, use_cache, **kwargs))
         z = self._add_attended(x, cross_attention_states, cache, cross_attention_mask, kwargs)

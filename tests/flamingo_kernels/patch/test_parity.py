@@ -264,6 +264,12 @@ class TestResampler:
         shape = (B, M, 7, VISUAL) if family == "flamingo_pytorch" else (B, M, 2, 7, VISUAL)
         assert_parity(original, fused, shape, dtype=dtype)
 
+    @pytest.mark.parametrize("family", FAMILIES[2:])
+    def test_fewer_media_than_positions(self, family):
+        original, media = resampler(family), torch.randn(B, M - 1, 2, 7, VISUAL)
+        media = media[:, :, 0] if family == "flamingo_pytorch" else media
+        torch.testing.assert_close(patched(original)(media), original(media))
+
     @pytest.mark.parametrize("how", ["fused", "watched", "of another class"])
     def test_clips_of_several_lengths(self, how):
         original = resampler("flamingo")

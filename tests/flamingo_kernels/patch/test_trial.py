@@ -122,15 +122,15 @@ class TestApart:
         assert [each.grad for each in attn.parameters()] == grads
         assert attn.training
 
-    def test_threads_and_modes(self):
-        threads = torch.get_num_threads()
+    def test_threads_and_modes(self, set_threads):
+        set_threads(2)
         with torch.no_grad(), torch.inference_mode():
             patch(make(Reads), like={Reads: target(Reads)})
             assert torch.is_inference_mode_enabled()
         with torch.autocast("cpu", torch.bfloat16):
             patch(make(Reads), like={Reads: target(Reads)})
             assert torch.is_autocast_enabled("cpu")
-        assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 2
         assert torch.is_grad_enabled()
 
     def test_default_device_and_dtype(self):
@@ -162,7 +162,7 @@ class TestApart:
         module = make_seeded(Fails)
         with pytest.raises(UnsupportedError, match="it computes none of the calls of a trial"):
             patch(module, like={Fails: target(Fails)})
-        assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 2
         assert len(state) == len(torch.get_rng_state())
 
 
