@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from flamingo.modules import dense_masked_attention, text_time
 from flamingo_kernels import MediaMask
-from flamingo_kernels.sublayers import Linear, Norm, gated_cross_attention, gated_feed_forward
+from flamingo_kernels.sublayers import Linear, Norm, gated_cross_attention, gated_feed_forward, norm
 from flamingo_kernels.testing import assert_all_passed
 from tests.helpers.parity import measure
 
@@ -83,6 +83,13 @@ def test_what_is_multiplied_in_another_dtype_is_named(make, odd, dtype, backend)
     message = rf"{sublayer.__name__}: expected {odd} in torch.float32 like x, got {dtype}; cast it"
     with pytest.raises(TypeError, match=message):
         call(sublayer, mixed, backend=backend)
+
+
+@pytest.mark.parametrize("bias", [torch.full((D,), 2.0**-12), None], ids=["biased", "unbiased"])
+def test_a_norm_wider_than_the_text_is_not_rounded(bias):
+    x, weight = randn(7, D).bfloat16(), 1 + randn(D) / 1000
+    n, _ = norm.forward(x, Norm(weight, bias))
+    torch.testing.assert_close(n, F.layer_norm(x.float(), (D,), weight, bias))
 
 
 @SUBLAYERS

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flamingo_kernels import UnsupportedError
 from flamingo_kernels.commands.measure.memory import saved_bytes
-from flamingo_kernels.sublayers import gated_feed_forward, scratch
+from flamingo_kernels.sublayers import Norm, gated_feed_forward, scratch
 from flamingo_kernels.sublayers.activation import ACTIVATIONS
 from flamingo_kernels.testing import DTYPES, assert_all_passed, measure
 from tests.helpers.parity import hold
@@ -120,6 +120,25 @@ def test_the_gradient_of_a_closed_gate(case, backend):
         grads.append(torch.autograd.grad(z, leaves["gate"], torch.ones_like(z))[0])
     assert grads[1].abs().min() > 0
     torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [Attention(), FeedForward(), FeedForward(gate=(24,), biased=True)], ids=str)
+def test_the_gradient_of_an_open_gate(case, dtype):
+    """1 - tanh(gate)^2 is what is left of near numbers, unless it is computed otherwise."""
+    case = replace(case, dtype=dtype)
+    tensors = case.tensors()
+    tensors["gate"] = torch.full_like(tensors["gate"], -8.5)
+    doubles = {name: tensor.double() for name, tensor in tensors.items()}
+    grads = []
+    for leaves, run in ((doubles, case.eager), (tensors, lambda **t: case.kernel("cpu", **t))):
+        leaves["gate"].requires_grad_()
+        (z,) = run(**leaves)
+        grads.append(torch.autograd.grad(z.sum(), leaves["gate"])[0].double())
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(
+        grads[1], grads[0], rtol=tolerance, atol=tolerance * grads[0].abs().max().item()
+    )
 
 
 @pytest.mark.parametrize(
@@ -240,14 +259,16 @@ def test_fake_tensors(case):
     [
         ({"activation": "tanh"}, "expected activation to be one of gelu"),
         ({"gate": torch.zeros(5)}, "expected a gate of 1 or D=24"),
+        ({"norm": Norm(torch.ones(24), torch.ones(24), rms=True)}, r"expected no norm\.bias with rms=True"),
+        ({"norm": Norm(torch.ones(24), eps=-1e-5)}, r"expected norm\.eps to be a finite number"),
     ],
 )
 def test_bad_input(change, message):
     case = FeedForward()
     t = case.tensors()
-    arguments = {"up": linear(t, "up"), "down": linear(t, "down"), "gate": t["gate"]} | change
+    arguments = {"up": linear(t, "up"), "down": linear(t, "down"), "gate": t["gate"], "norm": case.norm(t)}
     with pytest.raises(ValueError, match=message):
-        gated_feed_forward(t["x"], norm=case.norm(t), **arguments)
+        gated_feed_forward(t["x"], **(arguments | change))
 
 
 @pytest.mark.parametrize(
