@@ -101,3 +101,9 @@ def test_a_file_of_something_else_stays_as_it_is(path, content):
 
 def test_no_log_is_no_update(path):
     assert steps(path) == []
+
+
+def test_updates_that_are_done_again_are_there_once(path):
+    path.write_bytes(b"\n".join([*LINES, b""]))
+    go_on(path, step=4)
+    assert [json.loads(line)["step"] for line in path.read_bytes().splitlines()] == [1, 2, 3, 4, 5]

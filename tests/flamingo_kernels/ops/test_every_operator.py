@@ -120,6 +120,18 @@ def test_each_tensor_has_strides_of_its_own(case, kernels):
     assert_same(evaluate(case, lambda **t: case.kernel(kernels, **t), tensors, douts), expected)
 
 
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+@pytest.mark.parametrize("case", SMALL, ids=name)
+def test_a_gradient_may_have_any_strides(case, layout, kernels):
+    tensors = case.tensors()
+    douts = [lay_out(dout, layout) for dout in case.douts(case.eager(**tensors))]
+    found, expected = (
+        evaluate(case, lambda **t: case.kernel(kernels, **t), tensors, each)
+        for each in (douts, [dout.contiguous() for dout in douts])
+    )
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("case", SMALL, ids=name)
 def test_outputs_and_gradients_are_contiguous(case, backend):
     case = replace(case, layout="transposed")
