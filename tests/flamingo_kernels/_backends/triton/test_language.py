@@ -11,6 +11,7 @@ import triton.language as tl  # noqa: E402
 
 from flamingo_kernels._backends.triton import language  # noqa: E402
 from flamingo_kernels._backends.triton.reduction import add_in_order  # noqa: E402
+from flamingo_kernels._backends.triton.softmax import scaled_exp2_saved  # noqa: E402
 
 tanh, dtanh, dot, row_dot = language.tanh, language.dtanh, language.dot, language.row_dot
 
@@ -55,6 +56,20 @@ def test_dot_is_exact_to_float32(dtype):
     out = torch.empty(16, 16)
     _dot_kernel[(1,)](a, b, out, BLOCK=16)
     torch.testing.assert_close(out, a.float() @ b.float())
+
+
+@triton.jit
+def _weights_kernel(s, row_max, weights, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(weights + at, scaled_exp2_saved(tl.load(s + at), tl.load(row_max + at), 0.5))
+
+
+def test_a_weight_by_a_maximum_that_was_saved():
+    """A score above it counts as the maximum; one that is no number weighs no number."""
+    s, row_max = torch.tensor([1.0, 3.0, 3.5, torch.nan, -torch.inf, 3.0, 3.0, 3.0]), torch.full((8,), 3.0)
+    weights = torch.empty(8)
+    _weights_kernel[(1,)](s, row_max, weights, BLOCK=8)
+    torch.testing.assert_close(weights[:5], torch.tensor([0.5, 1, 1, torch.nan, 0]), equal_nan=True)
 
 
 @triton.jit

@@ -64,3 +64,21 @@ def test_other_sizes_take_the_same_kernels(calls, monkeypatch):
         torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(out) for out in outputs])
     assert len(seen) > 1
     assert {name: len(kinds) for name, kinds in seen.items()} == dict.fromkeys(seen, 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "switch", "expected"),
+    [
+        (torch.float32, "none", "ieee"),
+        (torch.float32, "ieee", "ieee"),
+        (torch.float32, "tf32", "tf32"),
+        (torch.bfloat16, "tf32", "ieee"),
+    ],
+)
+def test_float32_is_rounded_to_tf32_where_torch_is_told_to(dtype, switch, expected):
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = switch
+    try:
+        assert launch.precision(torch.zeros(1, dtype=dtype)) == expected
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
