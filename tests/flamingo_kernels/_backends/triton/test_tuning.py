@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +34,10 @@ def kernel():
     """Has a name, as kernels do."""
 
 
+def other_kernel():
+    """Has another."""
+
+
 class Clock:
     """Knows how long each configuration takes, and what was asked."""
 
@@ -58,8 +63,8 @@ def clock(monkeypatch, tmp_path) -> Clock:
     return clock
 
 
-def choose(clock: Clock, choice: Choice = CHOICE) -> Config:
-    return tuning.choose(kernel, choice, clock.run, CPU)
+def choose(clock: Clock, choice: Choice = CHOICE, kernel=kernel, device=CPU) -> Config:
+    return tuning.choose(kernel, choice, clock.run, device)
 
 
 def test_the_fastest_is_taken_and_measured_once(clock):
@@ -93,11 +98,19 @@ def test_a_folder_that_cannot_be_written_costs_nothing_else(clock, monkeypatch, 
     assert choose(clock) == FAST
 
 
-@pytest.mark.parametrize("part", ["torch", "triton", "sources", "key", "candidates"])
+@pytest.mark.parametrize("part", ["kernel", "device", "torch", "triton", "sources", "key", "candidates"])
 def test_what_may_change_the_answer_is_in_the_key(part, clock, monkeypatch):
-    choose(clock)
-    choice = CHOICE
-    if part == "torch":
+    monkeypatch.setattr(tuning, "device_of", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    device = torch.device("cuda", 0)
+    choose(clock, device=device)
+    choice, asking = CHOICE, kernel
+    if part == "kernel":
+        asking = other_kernel
+    elif part == "device":
+        device = torch.device("cuda", 1)
+    elif part == "torch":
         monkeypatch.setattr(torch, "__version__", "0.0")
     elif part == "triton":
         monkeypatch.setattr(tuning.triton, "__version__", "0.0")
@@ -107,8 +120,40 @@ def test_what_may_change_the_answer_is_in_the_key(part, clock, monkeypatch):
         choice = Choice.of(SLOW, FAST, BROKEN, key=(128, "bfloat16"))
     else:
         choice = Choice.of(SLOW, FAST, key=CHOICE.key)
-    choose(clock, choice)
+    choose(clock, choice, asking, device)
     assert len(clock.measured) > 3
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(clock, monkeypatch):
+    monkeypatch.setattr(tuning, "device_of", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    device = torch.device("cuda", 0)
+    assert choose(clock, device=device) == SLOW
+    assert not clock.measured
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert choose(clock, device=device) == FAST
+
+
+def test_what_does_not_fit_on_the_device_is_never_the_fastest(monkeypatch):
+    def refuse(call, **options):
+        raise tuning.triton.runtime.errors.OutOfResources(300000, 232448, "shared memory")
+
+    monkeypatch.setattr(tuning.triton.testing, "do_bench", refuse)
+    assert tuning.measure(lambda: None) == float("inf")
+
+
+def test_a_file_is_whole_or_not_there(clock, monkeypatch, tmp_path):
+    """A process that dies while it writes leaves nothing that another reads."""
+
+    def die(self, text):
+        self.open("w").write(text[:10])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", die)
+    with pytest.raises(KeyboardInterrupt):
+        choose(clock)
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_one_candidate_is_not_measured(clock):
