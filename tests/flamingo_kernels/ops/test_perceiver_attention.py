@@ -44,6 +44,8 @@ CASES = [
     Case(scale=0.0),
     Case(scale=-0.25),
     Case(scale=4.0, queries=63, features=63),
+    # many keys for few queries, so that they are read in parts, most of which have none in the short clip
+    Case(clips=2, queries=1, features=1100, latents=3, heads=1, head_dim=8, lengths=(0, 1100)),
 ]
 
 
