@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ pytest.importorskip("triton", reason="the Triton backend is optional")
 from flamingo_kernels._backends import env
 from flamingo_kernels._backends.triton import tuning
 from flamingo_kernels._backends.triton.config import Choice, Config, Device, count_splits, power_of_two
+from flamingo_kernels.ops.gated_residual.config import rows_per_program
 from tests.helpers.triton.cases import modules_that_ask
 
 # of every kind one, and the one dtype that has lists of its own
@@ -54,6 +56,15 @@ def test_work_is_split_until_it_fills_the_device_twice():
     device = Device("sm_90", 4)
     assert [count_splits(programs, 5, device) for programs in (0, 1, 2, 3, 4, 8, 9)] == [5, 5, 4, 2, 2, 1, 1]
     assert count_splits(1, 0, device) == 1
+
+
+def test_programs_share_all_rows():
+    for rows, step, blocks, programs in itertools.product(
+        (1, 9, 64, 1001), (1, 4, 8), (1, 3), (1, 2, 7, 264)
+    ):
+        mine = rows_per_program(rows, step, blocks, programs)
+        assert mine % step == 0
+        assert -(-rows // mine) * blocks <= max(programs, blocks)
 
 
 def test_a_choice_has_its_default_first_and_nothing_twice():
