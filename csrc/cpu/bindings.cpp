@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -71,12 +72,28 @@ class Memory {
   int64_t count_ = 0;
 };
 
+#ifdef FK_OWN_THREADS  // for the thread sanitizer, which does not see how torch's threads wait for each other
+int64_t threads_for(int64_t, int64_t tasks) { return std::min<int64_t>(tasks, 4); }
+
+template <class Function>
+void on_each_thread(int64_t threads, const Function& call) {
+  std::vector<std::thread> started;
+  for (int64_t thread = 0; thread < threads; ++thread) started.emplace_back(call, thread);
+  for (std::thread& thread : started) thread.join();
+}
+#else
 // The number of threads that each get a fair share of the work, counted in elements that are read or written. The loops
 // of torch use the same share.
 int64_t threads_for(int64_t elements, int64_t tasks) {
   constexpr int64_t fair_share = 32768;
   return std::clamp<int64_t>(elements / fair_share, 1, std::min<int64_t>(tasks, torch::stable::get_num_threads()));
 }
+
+template <class Function>
+void on_each_thread(int64_t threads, const Function& call) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { call(thread); });
+}
+#endif
 
 std::atomic<int64_t> threads_of_latest_run{0};  // for tests
 
@@ -90,11 +107,11 @@ void run(const Call& call, const Kernel<Params>& kernel, const Params& params, i
   const int64_t few = std::max<int64_t>(1, tasks / (threads * 8));  // neighbours share cache lines and pages
   const int64_t floats = (kernel.scratch(params) + 15) / 16 * 16;
   const Memory<float> scratch(call, "working memory", threads * floats);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    // Any slot may take any task: the range only says which memory is the slot's own.
+  on_each_thread(threads, [&](int64_t thread) {
+    // Any thread may take any task: its number only says which memory is its own.
     for (int64_t first; (first = next.fetch_add(few)) < tasks;)
       for (int64_t task = first; task < std::min(first + few, tasks); ++task)
-        kernel.run(params, task, scratch.data() + begin * floats);
+        kernel.run(params, task, scratch.data() + thread * floats);
   });
 }
 

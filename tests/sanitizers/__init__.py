@@ -18,6 +18,7 @@ TESTS = (
     "tests/flamingo_kernels/layers",
     "-k",
     "not triton and not reference and not without_memory",
+    *("--numprocesses", "auto", "--dist", "loadfile"),
 )
 # How a report names what it is about: UBSan in its first line, the others in their last.
 PLACE = re.compile(r"SUMMARY: (.*)|(\S+: runtime error: .*)")
@@ -55,7 +56,7 @@ SANITIZERS = {
         options="print_stacktrace=0",
     ),
     "thread": Sanitizer(
-        flags="-fsanitize=thread",
+        flags="-fsanitize=thread -DFK_OWN_THREADS",
         library="libtsan.so",
         variable="TSAN_OPTIONS",
         options="halt_on_error=0:ignore_noninstrumented_modules=1",  # torch is not compiled so

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flamingo_kernels import UnsupportedError
 from flamingo_kernels.commands.measure.memory import saved_bytes
-from flamingo_kernels.sublayers import Norm, gated_feed_forward, scratch
+from flamingo_kernels.sublayers import Linear, Norm, gated_feed_forward, gated_linear, scratch
 from flamingo_kernels.sublayers.activation import ACTIVATIONS
 from flamingo_kernels.testing import DTYPES, assert_all_passed, measure
 from tests.helpers.parity import hold
@@ -120,6 +120,18 @@ def test_the_gradient_of_a_closed_gate(case, backend):
         grads.append(torch.autograd.grad(z, leaves["gate"], torch.ones_like(z))[0])
     assert grads[1].abs().min() > 0
     torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("gates", [1, 2])
+def test_what_a_bias_sends_a_gate_is_summed_in_float32(gates):
+    """Of two sums in bfloat16, 4099 and 4096, nothing is left."""
+    dz = torch.ones(4099, 2, dtype=torch.bfloat16)
+    dz[:3, 1] = 0
+    to_out = Linear(torch.zeros_like(dz[:2]), torch.tensor([1.0, -1.0]).bfloat16())
+    needs = {"needs_weight": False, "needs_bias": False, "needs_gate": True}
+    gate = torch.zeros(gates, dtype=torch.bfloat16)
+    found = gated_linear.backward(dz, torch.zeros_like(dz), to_out, gate, "cpu", **needs).gate
+    assert found.tolist() == ([3] if gates == 1 else [4099, -4096])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
