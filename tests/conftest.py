@@ -67,13 +67,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Triton's interpreter is slow. What takes its way in another case is left to the slow tests.
+    """Leave to the slow tests what goes the way of another case, where that is slow or often repeated.
 
-    That is float16, which goes where bfloat16 goes, and infinity, which goes where NaN goes.
+    That is float16, which goes where bfloat16 goes, and infinity, which goes where NaN goes, in Triton's
+    interpreter and with instruction sets other than the one that the library chooses.
     """
     for item in items:
         given = item.callspec.params if hasattr(item, "callspec") else {}
-        if "triton" in (given.get("backend"), given.get("kernels")) and (
+        backend = str(given.get("backend", given.get("kernels")))
+        if backend.startswith(("triton", "cpu, ")) and (
             given.get("dtype") == torch.float16 or given.get("value") == math.inf
         ):
             item.add_marker(pytest.mark.slow)

@@ -61,8 +61,10 @@ def test_one_wrong_result_is_enough_to_fail(found, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("home", "operator"),
-    [(cross_attention, "gated_cross_attention"), (resampler, "perceiver_attention")],
-    ids=["cross-attention", "resampler"],
+    [
+        pytest.param(cross_attention, "gated_cross_attention", id="cross-attention"),
+        pytest.param(resampler, "perceiver_attention", id="resampler", marks=pytest.mark.slow),
+    ],
 )
 def test_fails_when_a_kernel_is_wrong(monkeypatch, tmp_path, capsys, home, operator):
     right = getattr(home, operator)

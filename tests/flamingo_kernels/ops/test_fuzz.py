@@ -12,7 +12,7 @@ from tests.conftest import BACKENDS
 from tests.helpers.fuzz import fuzz, seeds
 from tests.helpers.random_cases import OPERATORS, has_budget, is_supported, largest
 
-EXAMPLES = {"reference": 8, "cpu": 30, "triton": 3, "cuda": 8}  # the emulations are slow
+EXAMPLES = {"reference": 4, "cpu": 20, "triton": 3, "cuda": 8}  # the emulations are slow
 
 
 @seeds

@@ -28,7 +28,7 @@ KINDS = [*ROWS, "a bias"]
 every_kind = pytest.mark.parametrize(
     ("kind", "implementation", "backend"),
     [
-        *((kind, "sdpa", "eager") for kind in KINDS),
+        *(pytest.param(kind, "sdpa", "eager", marks=pytest.mark.slow) for kind in KINDS[1:]),
         ("an image each", "sdpa", "aot_eager"),
         ("a gap", "eager", "aot_eager"),
     ],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -23,15 +23,14 @@ from flamingo_kernels._backends import env
 from flamingo_kernels._backends.triton import tuning
 from flamingo_kernels._backends.triton.config import Choice, Config, Device, count_splits, power_of_two
 from flamingo_kernels.ops.gated_residual.config import rows_per_program
+from tests.helpers import slow_unless
 from tests.helpers.triton.cases import modules_that_ask
 
 # of every kind one, and the one dtype that has lists of its own
-LISTS = [
-    ("sm_80", torch.bfloat16),
-    ("sm_90", torch.bfloat16),
-    ("gfx942", torch.bfloat16),
-    ("sm_90", torch.float32),
-]
+LISTS = slow_unless(
+    [("sm_90", torch.bfloat16), ("sm_90", torch.float32)],
+    [*product(("sm_80", "sm_90", "gfx942"), [torch.bfloat16]), ("sm_90", torch.float32)],
+)
 CASES = [
     MaskedCrossAttentionCase(batch=1, length=75, latents=60, heads=2, head_dim=40),
     MaskedCrossAttentionCase(batch=1, length=75, latents=60, heads=2, head_dim=40, immediate=False),
@@ -59,9 +58,7 @@ def test_work_is_split_until_it_fills_the_device_twice():
 
 
 def test_programs_share_all_rows():
-    for rows, step, blocks, programs in itertools.product(
-        (1, 9, 64, 1001), (1, 4, 8), (1, 3), (1, 2, 7, 264)
-    ):
+    for rows, step, blocks, programs in product((1, 9, 64, 1001), (1, 4, 8), (1, 3), (1, 2, 7, 264)):
         mine = rows_per_program(rows, step, blocks, programs)
         assert mine % step == 0
         assert -(-rows // mine) * blocks <= max(programs, blocks)

@@ -147,6 +147,7 @@ def test_a_wrong_rival_and_one_that_is_not_there_fail_nothing(quick_ceilings, mo
     assert "flash-attn skipped: ModuleNotFoundError: No module named 'flash_attn' (1x)" in summary
 
 
+@pytest.mark.slow
 def test_a_step_without_time_leaves_it_to_the_others(gated):
     outcome = gate(
         {

@@ -64,6 +64,7 @@ def test_it_prints_and_writes_what_it_found(tmp_path, capsys):
 FILES = {"json": "json", "trace": "trace.json", "picture": "png"}
 
 
+@pytest.mark.slow
 def test_both_sides_are_compiled_when_asked_for(monkeypatch, capsys):
     made = []
     monkeypatch.setattr(run, "compiled_twin", lambda model: made.append(run.twin(model)) or made[-1])
