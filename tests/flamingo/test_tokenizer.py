@@ -45,7 +45,7 @@ def pretrained(request):
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
-            vocab_size=300, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=alphabet
+            vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet
         )
         frame = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     else:
