@@ -194,6 +194,15 @@ def test_autocast_of_tensors_in_every_dtype(case, backend):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("case", SMALL[:3], ids=name)
+def test_autocast_leaves_float64(case):
+    tensors = {key: tensor.double() for key, tensor in case.tensors().items()}
+    (expected,) = case.kernel("reference", **tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        (out,) = case.kernel("reference", **tensors)
+    assert torch.equal(out, expected)
+
+
 def run_cast(case: Case, backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     tensors = {key: tensor.to(dtype) for key, tensor in case.tensors().items()}
     douts = case.douts(case.eager(**tensors))
