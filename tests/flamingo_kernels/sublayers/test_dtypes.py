@@ -92,6 +92,13 @@ def test_a_norm_wider_than_the_text_is_not_rounded(bias):
     torch.testing.assert_close(n, F.layer_norm(x.float(), (D,), weight, bias))
 
 
+def test_the_length_of_a_row_may_be_beyond_its_dtype():
+    x = torch.full((3, 256), 6000.0, dtype=torch.float16)
+    n, statistics = norm.forward(x, Norm(torch.ones(256).half(), rms=True))
+    torch.testing.assert_close(n, torch.ones_like(x))
+    torch.testing.assert_close(statistics.rstd, torch.full((3, 1), 1 / 6000))
+
+
 @SUBLAYERS
 @pytest.mark.parametrize("odd", ["x", "gate", "norm.weight", "norm.bias", "q_norm.weight"])
 def test_integers_are_refused(make, odd, backend):
