@@ -45,6 +45,20 @@ def test_oracle_of_mixed_dtypes(mix, gate, backend):
     assert_within_budget(Case(dtype=x, y_dtype=y, gate_dtype=alpha, gate=gate), backend)
 
 
+@pytest.mark.parametrize("gate", [(1,), (40,)], ids=str)
+def test_the_gradient_of_an_open_gate(gate, kernels):
+    """1 - tanh(gate)^2 is what is left of near numbers, unless it is computed otherwise."""
+    tensors = Case(gate=gate).tensors()
+    tensors["gate"] = torch.full(gate, -8.5)
+    dz = torch.ones_like(tensors["x"])
+    alpha = tensors["gate"].requires_grad_()
+    z = gated_residual(**tensors, backend=kernels)
+    (found,) = torch.autograd.grad(z, alpha, dz)
+    by_channel = tensors["y"].double().sum((0, 1)) / alpha.detach().double().cosh() ** 2
+    exact = by_channel if gate == (40,) else by_channel.sum()[None]
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-12)
+
+
 def test_gradcheck_of_the_reference():
     for gate in ((), (1,), (5,), (1, 1, 5)):
         tensors = [t.double().requires_grad_() for t in Case(shape=(2, 3, 5), gate=gate).tensors().values()]
