@@ -8,6 +8,9 @@ import torch
 from flamingo_kernels.commands import demo
 from flamingo_kernels.layers import cross_attention, resampler
 
+for extra in ("skimage", "matplotlib", "PIL"):
+    pytest.importorskip(extra)
+
 TINY = {
     "image_size": 28,
     "vision_dim": 32,
@@ -24,8 +27,6 @@ TINY = {
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """A model of a few thousand parameters, timed as briefly as can be."""
-    for module in ("skimage", "matplotlib", "PIL"):
-        pytest.importorskip(module)
     monkeypatch.setattr(demo, "run", functools.partial(demo.run, rounds=1, **TINY))
 
 
