@@ -184,4 +184,18 @@ inline void check_gated_residual_norm_bwd(
   checks.expect_contiguous("rstd", rstd, ScalarType::Float, {rows});
 }
 
+inline void check_linear(
+    const char* operation, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation,
+    const std::optional<Tensor>& gate, const std::optional<Tensor>& residual) {
+  const Checks checks(operation, "x", x, 2);
+  checks.expect_dimensions("weight", weight, 2);
+  const int64_t rows = x.size(0), in = x.size(1), out = weight.size(0);
+  checks.expect_rows_like_first("x", x, {rows, in}), checks.expect_rows_like_first("weight", weight, {out, in});
+  if (bias) checks.expect_dimensions("bias", *bias, 1), checks.expect_rows("bias", *bias, {out});
+  if (activation < 0 || activation > 5)
+    refuse(operation, ": expected activation from 0 to 5, got ", activation, ".");
+  if (gate) checks.expect_parameter("gate", *gate, out, true);
+  if (residual) checks.expect_rows("residual", *residual, {rows, out});
+}
+
 }  // namespace flamingo_kernels

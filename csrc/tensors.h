@@ -50,6 +50,14 @@ inline ScalarType residual_dtype(const Tensor& x, const Tensor& y, const Tensor&
   return wider(x.scalar_type(), branch);
 }
 
+// The dtype of residual + tanh(gate) * y, where y is in the dtype of x, and either may be missing.
+inline ScalarType linear_dtype(
+    const Tensor& x, const std::optional<Tensor>& gate, const std::optional<Tensor>& residual) {
+  const ScalarType y = x.scalar_type();
+  const ScalarType branch = gate && gate->dim() != 0 ? wider(y, gate->scalar_type()) : y;
+  return residual ? wider(residual->scalar_type(), branch) : branch;
+}
+
 template <class Numbers>
 std::string in_brackets(const Numbers& numbers) {
   std::string text;

@@ -11,6 +11,7 @@ from .ops import (
     gated_block_decode,
     gated_residual,
     gated_residual_norm,
+    linear,
     masked_cross_attention,
     perceiver_attention,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "gated_block_decode",
     "gated_residual",
     "gated_residual_norm",
+    "linear",
     "masked_cross_attention",
     "patch",
     "perceiver_attention",

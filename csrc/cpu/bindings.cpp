@@ -338,9 +338,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_bwd(
   return {dx, dy, dgate.add_through_tanh(load_floats(call, gate)), dweight.add(), dbias.add()};
 }
 
+Tensor linear_fwd(
+    Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> gate,
+    std::optional<Tensor> residual) {
+  const Call call = {"linear_fwd"};
+  check_linear(call.operation, x, weight, bias, activation, gate, residual);
+  Linear params = {};
+  params.rows = x.size(0), params.in = x.size(1), params.out = weight.size(0);
+  Tensor y = call.fresh(x, {params.rows, params.out}, linear_dtype(x, gate, residual));
+  params.x = matrix_of(x), params.weight = matrix_of(weight), params.y = matrix_of(y);
+  params.activation = Activation(activation);
+  if (bias) params.bias = bias->data_ptr(), params.bias_dtype = element_type(*bias);
+  const Memory<float> tanh_gate = gate ? load_tanh(call, *gate) : Memory<float>();
+  if (gate) params.tanh_gate = tanh_gate.data(), params.per_channel = gate->numel() != 1;
+  if (residual) params.residual = matrix_of(*residual);
+  // In float32 and to whole vectors, which is the most that a variant makes of it.
+  const Memory<float> packed(call, "working memory", params.rows * ((params.in + 63) / 64 * 64));
+  params.packed = packed.data();
+  run(call, variant().linear_pack(params.x.dtype), params, params.rows * params.in);
+  run(call, variant().linear_fwd(params.x.dtype), params, params.in * params.out);
+  return y;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CPU, library) { FK_REGISTER_OPERATORS(library, ""); }
+STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CPU, library) {
+  FK_REGISTER_OPERATORS(library, "");
+  library.impl("linear_fwd", TORCH_BOX(&linear_fwd));
+}
 
 }  // namespace flamingo_kernels
 

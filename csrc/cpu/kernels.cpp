@@ -1,6 +1,7 @@
 // Every kernel of one instruction set: compiled once for each, with -DFK_ISA=<its name>.
 #include "gated_residual.h"
 #include "gated_residual_norm.h"
+#include "linear.h"
 #include "masked_cross_attention.h"
 #include "perceiver_attention.h"
 
@@ -58,6 +59,18 @@ Kernel<Params> residual(DType x, DType y, DType z) {
   return with_y(Float16());
 }
 
+// Products: one element type.
+template <template <class> class Implementation>
+Kernel<Linear> product(DType dtype) {
+  auto kernel = []<class T>(T) {
+    using I = Implementation<T>;
+    return Kernel<Linear>{I::tasks, scratch_size<I, Linear>, run_task<I, Linear>};
+  };
+  if (dtype == DType::f32) return kernel(float());
+  if (dtype == DType::bf16) return kernel(BFloat16());
+  return kernel(Float16());
+}
+
 }  // namespace FK_ISA
 
 #define FK_NAME_(isa) #isa
@@ -75,6 +88,8 @@ const Variant FK_JOIN(variant_, FK_ISA) = {
     FK_ISA::residual<FK_ISA::gated_residual::Backward, GatedResidual>,
     FK_ISA::residual<FK_ISA::gated_residual_norm::Forward, GatedResidualNorm>,
     FK_ISA::residual<FK_ISA::gated_residual_norm::Backward, GatedResidualNorm>,
+    FK_ISA::product<FK_ISA::linear::Pack>,
+    FK_ISA::product<FK_ISA::linear::Forward>,
 };
 
 }  // namespace flamingo_kernels

@@ -62,6 +62,20 @@ struct GatedResidualNorm {
   float* dbias;    // partial sums [tasks, D]
 };
 
+enum class Activation : int { none, gelu, gelu_tanh, relu, squared_relu, silu };
+
+struct Linear {
+  int64_t rows, in, out;
+  Matrix x, weight;  // [rows, in], [out, in]
+  void* packed;      // x as the products read it
+  const void* bias;  // [out] or null
+  DType bias_dtype;
+  Activation activation;
+  const float* tanh_gate;  // [1] or [out], or null: 1
+  bool per_channel;        // the gate has `out` elements, not 1
+  Matrix residual, y;      // [rows, out]; data of no residual is null
+};
+
 // A kernel is a list of independent tasks, each of which owns what it writes: the result is the same to
 // the last bit however many threads run them.
 template <class Params>
@@ -77,6 +91,8 @@ using AttentionKernel = Kernel<Params> (*)(DType);
 template <class Params>
 using ResidualKernel = Kernel<Params> (*)(DType x, DType y, DType z);
 
+using LinearKernel = Kernel<Linear> (*)(DType);
+
 struct Variant {
   const char* name;
   AttentionKernel<MaskedCrossAttention> masked_cross_attention_fwd, masked_cross_attention_bwd,
@@ -84,6 +100,7 @@ struct Variant {
   AttentionKernel<PerceiverAttention> perceiver_attention_fwd, perceiver_attention_bwd;
   ResidualKernel<GatedResidual> gated_residual_fwd, gated_residual_bwd;
   ResidualKernel<GatedResidualNorm> gated_residual_norm_fwd, gated_residual_norm_bwd;
+  LinearKernel linear_pack, linear_fwd;
 };
 
 // The variant in use: the widest this processor has, unless select() chose another.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -24,6 +24,8 @@ _CUDA_BEFORE_TRITON = {"gated_residual", "gated_residual_norm"}
 _OPERATORS: dict[str, dict[str, Reasons]] = {}
 # operator -> backend -> the largest sizes it takes, by name
 _LIMITS: dict[str, dict[str, dict[str, int]]] = {}
+# the same for backends of one operator alone, see `register`
+_LIBRARIES: dict[str, dict[str, Reasons]] = {}
 _INFERENCE: set[str] = set()
 default_backend = env.BACKEND
 
@@ -40,6 +42,7 @@ def register(
     operator: str,
     sizes: Callable[..., dict[str, int]],
     differentiable: bool = True,
+    libraries: Mapping[str, Callable[[torch.dtype], str]] | None = None,
     **limits: dict[str, int],
 ) -> None:
     """Make an operator known.
@@ -48,6 +51,8 @@ def register(
         operator: its name.
         sizes: of its tensors, what a backend may limit, by name.
         differentiable: or for inference alone.
+        libraries: backends of this operator alone, among which "auto" chooses in its own way; for each, why
+            it cannot compute in a dtype now, or an empty string.
         limits: for each backend that has the operator the largest sizes it takes.
     """
     order = env.BACKENDS if operator in _CUDA_BEFORE_TRITON else ("triton", "cuda", "cpu", "reference")
@@ -56,6 +61,9 @@ def register(
         _INFERENCE.add(operator)
     _OPERATORS[operator] = {
         name: partial(_reasons, _GENERAL[name], sizes, largest) for name, largest in _LIMITS[operator].items()
+    }
+    _LIBRARIES[operator] = {
+        name: partial(_library_reasons, why_not) for name, why_not in (libraries or {}).items()
     }
 
 
@@ -124,8 +132,11 @@ def _is_stand_in(backend: str) -> bool:
 
 
 def _why_not(operator: str, backend: str, *tensors: Tensor | None) -> list[str]:
+    if backend in _LIBRARIES[operator]:
+        return _LIBRARIES[operator][backend](*tensors)
     if backend not in env.BACKENDS:
-        raise ValueError(f"{operator}: backend={backend!r} is not one of auto, {', '.join(env.BACKENDS)}.")
+        legal = ", ".join((*env.BACKENDS, *_LIBRARIES[operator]))
+        raise ValueError(f"{operator}: backend={backend!r} is not one of auto, {legal}.")
     candidates = _OPERATORS[operator]
     if backend not in candidates:
         return [f"this version has no {backend} kernel for it (it has: {', '.join(candidates)})"]
@@ -147,7 +158,8 @@ def available_backends(operator: str) -> dict[str, bool | str]:
     """
     if operator not in _OPERATORS:
         raise ValueError(f"operator={operator!r} is not one of {', '.join(_OPERATORS)}.")
-    return {name: "; ".join(_why_not(operator, name)) or True for name in env.BACKENDS}
+    names = (*env.BACKENDS, *_LIBRARIES[operator])
+    return {name: "; ".join(_why_not(operator, name)) or True for name in names}
 
 
 @contextmanager
@@ -205,6 +217,15 @@ def _cuda_reasons(*tensors: Tensor | None) -> list[str]:
 
 def _cpu_reasons(*tensors: Tensor | None) -> list[str]:
     return _kernel_reasons(cpu.why_not(), cpu.misplaced, *tensors)
+
+
+def _library_reasons(why_not: Callable[[torch.dtype], str], *tensors: Tensor | None) -> list[str]:
+    """Why a library that torch can call cannot multiply tensors, the first of which says in which dtype."""
+    if reasons := _kernel_reasons("", cpu.misplaced, *tensors):
+        return reasons
+    first = tensors[0] if tensors else None
+    why = why_not(torch.float32 if first is None else first.dtype)
+    return [why] if why else []
 
 
 def _reference_reasons(*tensors: Tensor | None) -> list[str]:

@@ -1,0 +1,94 @@
+"""Which product computes a linear layer: one table, by processor, dtype, direction and number of rows.
+
+`measured.json` holds what `python -m flamingo_kernels tune linear` found on the processors named there; what
+it finds on another is kept for the user (`FLAMINGO_KERNELS_CACHE`). A processor that nobody measured gets
+torch's own products.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..._backends import cpu, env
+
+SHIPPED = Path(__file__).with_name("measured.json")
+OWN = env.CACHE / "linear.json"
+# A smaller weight is multiplied before another product than torch's could be chosen.
+LEAST_WEIGHTS = 2**16
+
+
+class Ways(NamedTuple):
+    """The product of each direction: "cpu", the kernel for few rows, or a name in `products.PRODUCTS`."""
+
+    forward: str
+    dx: str
+    dw: str
+
+
+TORCH = Ways("torch", "torch", "torch")
+
+# By dtype and way, in the order of rows: up to so many rows, this product. Beyond the last: torch's.
+Table = dict[str, dict[str, list[tuple[int, str]]]]
+
+
+@cache
+def choose(dtype: torch.dtype, rows: int) -> Ways:
+    """The fastest product in each direction."""
+    limits = table().get(str(dtype).removeprefix("torch."), {})
+    return Ways(
+        *(next((name for most, name in limits.get(way, []) if rows <= most), "torch") for way in Ways._fields)
+    )
+
+
+@cache
+def table() -> Table:
+    """What was measured on this processor: by its user, or else by us."""
+    for path in (OWN, SHIPPED):
+        measured = _read(path).get(processor(), {})
+        if measured:
+            return measured["products"]  # type: ignore[no-any-return]
+    return {}
+
+
+def forget() -> None:
+    """Read the tables anew at the next call."""
+    table.cache_clear()
+    choose.cache_clear()
+
+
+def keep(measured: dict[str, Any]) -> None:
+    """Keep what was measured on this processor for later processes."""
+    OWN.parent.mkdir(parents=True, exist_ok=True)
+    OWN.write_text(json.dumps({**_read(OWN), processor(): measured}, indent=1) + "\n")
+    forget()
+
+
+@cache
+def processor() -> str:
+    """Maker and instruction set of this processor, as "AuthenticAMD avx512_bf16"."""
+    return f"{_vendor()} {cpu.cpu_variant() or 'no kernels'}"
+
+
+def _vendor() -> str:
+    try:
+        found = re.search(r"^vendor_id\s*: (\S+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.machine()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"linear: expected JSON in {path}, got {error}; delete it and tune again.") from None
+    return found
