@@ -95,7 +95,7 @@ def multiply(
     weight: Tensor,  # [out, in]
     bias: Tensor | None = None,  # [out]
 ) -> Tensor:  # [..., out]
-    """`F.linear` by the fastest product, for layers: it asks little of its tensors, as a step calls it often."""
+    """`F.linear` by the fastest product, for layers; it asks little, as a decoding step calls it often."""
     if weight.numel() < config.LEAST_WEIGHTS or not _is_simple(x, weight, bias):
         return F.linear(x, weight, bias)
     ways = _fastest(x)
@@ -107,7 +107,7 @@ def _ways(asked: str, x: Tensor, weight: Tensor) -> Ways:
     if asked in _LIBRARIES:
         return Ways(asked, asked, asked)
     if asked == "cpu":
-        return _fastest(x)._replace(forward="cpu")
+        return (_TORCH if torch.compiler.is_compiling() else _fastest(x))._replace(forward="cpu")
     return _fastest(x) if weight.numel() >= config.LEAST_WEIGHTS and _is_simple(x, weight, None) else _TORCH
 
 

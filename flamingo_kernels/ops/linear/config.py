@@ -53,7 +53,7 @@ def table() -> Table:
     for path in (OWN, SHIPPED):
         measured = _read(path).get(processor(), {})
         if measured:
-            return measured["products"]  # type: ignore[no-any-return]
+            return measured["products"]
     return {}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ class Product(NamedTuple):
     why_not: Callable[[torch.dtype], str]
 
 
+@torch.compiler.assume_constant_result
 def _why_no_mkl(dtype: torch.dtype) -> str:
     if not torch.backends.mkl.is_available():
         return "this torch is built without MKL"
@@ -43,12 +44,13 @@ def _why_no_mkl(dtype: torch.dtype) -> str:
     return ""
 
 
+@torch.compiler.assume_constant_result
 def _why_no_onednn(dtype: torch.dtype) -> str:
     if not torch.backends.mkldnn.is_available():
         return "this torch is built without oneDNN"
-    if not torch.backends.mkldnn.enabled:  # type: ignore[attr-defined]
+    if not torch.backends.mkldnn.enabled:
         return "torch.backends.mkldnn is switched off"
-    if _onednn() is None:
+    if not _has_onednn():
         return f"torch {torch.__version__} has no operation that takes its product"
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "it has no products in bfloat16 for this processor"
@@ -58,18 +60,17 @@ def _why_no_onednn(dtype: torch.dtype) -> str:
 
 
 @cache
-def _onednn() -> Any:
-    """torch's operation for a product by oneDNN, or None where it is absent or takes other arguments."""
+def _has_onednn() -> bool:
+    """Whether torch has its private operation for a product by oneDNN, with the arguments that we know."""
     try:
-        multiply = torch.ops.mkldnn._linear_pointwise.default
-        multiply(torch.ones(2, 3), torch.ones(4, 3), None, "none", [], "")
+        _multiply_by_onednn(torch.ones(2, 3), torch.ones(4, 3))
     except (AttributeError, RuntimeError, TypeError):
-        return None
-    return multiply
+        return False
+    return True
 
 
 def _multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    y: Tensor = _onednn()(x, weight, bias, "none", [], "")
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return y
 
 
