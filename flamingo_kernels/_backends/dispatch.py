@@ -221,6 +221,8 @@ def _cpu_reasons(*tensors: Tensor | None) -> list[str]:
 
 def _library_reasons(why_not: Callable[[torch.dtype], str], *tensors: Tensor | None) -> list[str]:
     """Why a library that torch can call cannot multiply tensors, the first of which says in which dtype."""
+    if torch.compiler.is_compiling():
+        return ["a compiler chooses the libraries of its products itself"]
     if reasons := _kernel_reasons("", cpu.misplaced, *tensors):
         return reasons
     first = tensors[0] if tensors else None

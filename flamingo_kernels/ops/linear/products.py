@@ -33,7 +33,6 @@ class Product(NamedTuple):
     why_not: Callable[[torch.dtype], str]
 
 
-@torch.compiler.assume_constant_result
 def _why_no_mkl(dtype: torch.dtype) -> str:
     if not torch.backends.mkl.is_available():
         return "this torch is built without MKL"
@@ -44,7 +43,6 @@ def _why_no_mkl(dtype: torch.dtype) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
 def _why_no_onednn(dtype: torch.dtype) -> str:
     if not torch.backends.mkldnn.is_available():
         return "this torch is built without oneDNN"
