@@ -59,8 +59,8 @@ def linear(
     float32 and rounds once; a row's result is the same to the last bit for any number of threads and of other
     rows. The libraries' products are as deterministic as torch's, whose switches they heed
     (`torch.backends.mkldnn.flags`, `torch.set_float32_matmul_precision`). Differentiable as often as torch's
-    own. Under torch.autocast the product takes its dtype. A compiler and torch.func's transforms see torch's
-    product alone, and so does a GPU.
+    own. Under torch.autocast the product takes its dtype. Under a compiler, in torch.func's transforms and
+    on a GPU "auto" is torch's product; the libraries are refused there.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2, for gate and residual.
 
