@@ -1,4 +1,4 @@
-"""The command line: python -m flamingo_kernels {info,support,check,bench,profile,gpu,demo}."""
+"""The command line: python -m flamingo_kernels {info,support,check,bench,profile,tune,gpu,demo}."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ COMMANDS = {
     "check": "hold every backend of this machine against float64",
     "bench": "time operators and layers against their rivals",
     "profile": "a whole model before and after patch: speed, memory, parts",
+    "tune": "find the fastest product of linear layers on this machine",
     "gpu": "prove and time the kernels on a GPU, in under nine minutes",
     "demo": "swap a Flamingo's modules on real photographs and compare",
 }

@@ -1,6 +1,6 @@
 """The memory of a call: a process' peak from Linux' own high-water mark, a GPU's from torch's allocator.
 
-Also what a call keeps for its backward pass, and how much memory is free.
+Also what a call keeps for its backward pass, how much memory is free, and how large the caches are.
 """
 
 from __future__ import annotations
@@ -77,6 +77,14 @@ def available(device: str | torch.device = "cpu") -> int | None:
         return 1024 * _kibibytes(Path("/proc/meminfo"), "MemAvailable")
     except OSError:
         return None
+
+
+def last_level_cache() -> int | None:
+    """Bytes of the processor's largest cache, which its cores may share; None where that is not known."""
+    found = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20}
+    sizes = [int(text.strip()[:-1]) * units[text.strip()[-1]] for text in found if text.strip()[-1] in units]
+    return max(sizes, default=None)
 
 
 def _kibibytes(file: Path, field: str) -> int:

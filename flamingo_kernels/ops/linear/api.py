@@ -84,7 +84,7 @@ def linear(
             return reference.linear(x, weight, bias, activation, gate, residual).contiguous()
         ways = _ways(asked, x, weight)
         if ways.forward == "cpu" and not needs_grad(x, weight, bias, residual, gate):
-            y = _few_rows(x, weight, bias, activation, gate, residual)
+            y = few_rows(x, weight, bias, activation, gate, residual)
         else:
             y = reference.follow(_product(ways, x, weight, bias), activation, gate, residual)
         return y.contiguous()
@@ -143,7 +143,7 @@ def _is_simple(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _few_rows(
+def few_rows(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -170,7 +170,7 @@ def _product(ways: Ways, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 def _forward(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _few_rows(x, weight, bias) if name == "cpu" else PRODUCTS[name].forward(x, weight, bias)
+    return few_rows(x, weight, bias) if name == "cpu" else PRODUCTS[name].forward(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):

@@ -34,17 +34,19 @@ class Ways(NamedTuple):
 
 TORCH = Ways("torch", "torch", "torch")
 
-# By dtype and way, in the order of rows: up to so many rows, this product. Beyond the last: torch's.
-Table = dict[str, dict[str, list[tuple[int, str]]]]
+# By dtype and way, in the order of rows: up to so many rows (None: any), this product; beyond the last torch's.
+Table = dict[str, dict[str, list[tuple[int | None, str]]]]
 
 
 @cache
 def choose(dtype: torch.dtype, rows: int) -> Ways:
     """The fastest product in each direction."""
     limits = table().get(str(dtype).removeprefix("torch."), {})
-    return Ways(
-        *(next((name for most, name in limits.get(way, []) if rows <= most), "torch") for way in Ways._fields)
-    )
+    return Ways(*(_first(limits.get(way, []), rows) for way in Ways._fields))
+
+
+def _first(limits: list[tuple[int | None, str]], rows: int) -> str:
+    return next((name for most, name in limits if most is None or rows <= most), "torch")
 
 
 @cache

@@ -1,0 +1,176 @@
+"""Finds the fastest product of linear layers on this machine: `python -m flamingo_kernels tune linear`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._backends import cpu, dispatch
+from ..ops.linear import config
+from ..ops.linear.api import few_rows
+from ..ops.linear.products import PRODUCTS
+from . import info
+from .measure.memory import available, last_level_cache
+from .measure.text import dtype_name, rounded
+from .measure.timing import Call, Spread, interleave
+
+SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192))  # out, in
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024)
+FEW = 64  # rows beyond which the kernel for few is not tried
+GAIN = 1.05  # what another product than torch's must gain over the shapes
+LOSS = 0.97  # and may lose in one of them
+
+
+class Found(NamedTuple):
+    """What was measured of one dtype, direction and number of rows.
+
+    Attributes:
+        times: of each product, for each shape.
+        best: the product to take.
+    """
+
+    dtype: torch.dtype
+    way: str
+    rows: int
+    times: list[dict[str, Spread]]
+    best: str
+
+    def gain(self, name: str) -> float:
+        """How many times as fast as torch's a product is, the geometric mean over the shapes."""
+        ratios = [each["torch"].median / each[name].median for each in self.times]
+        return math.prod(ratios) ** (1 / len(ratios))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("operator", choices=["linear"], help="what to tune")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=ROWS, help="how many rows of x (default: 1 to 1024)"
+    )
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each measurement (default: 0.3)")
+    parser.add_argument("--out", metavar="FILE", help="write here, and not where the library looks for it")
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command `tune`: measure on a quiet machine, show, and keep for later processes.
+
+    Returns:
+        0, or 2 if there is no kernel to compare or an option is out of range.
+    """
+    if why := cpu.why_not():
+        print(f"tune: {why}", file=sys.stderr)
+        return 2
+    if min(options.rows) < 1 or not options.seconds > 0:
+        print("tune: expected --rows of at least 1 and --seconds above 0.", file=sys.stderr)
+        return 2
+    threads = torch.get_num_threads()
+    print(f"{config.processor()}: {info.processor_name()}, {threads} threads, torch {torch.__version__}")
+    print(f"{'dtype':<9} {'way':<8} {'rows':>5}  {'best':<7}  gain of each over torch's")
+    found = []
+    for each in measure(sorted(set(options.rows)), options.seconds):
+        found.append(each)
+        gains = ", ".join(f"{name} {rounded(each.gain(name))}x" for name in each.times[0] if name != "torch")
+        print(
+            f"{dtype_name(each.dtype):<9} {each.way:<8} {each.rows:>5}  {each.best:<7}  {gains}", flush=True
+        )
+    measured = {
+        "processor": info.processor_name(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "time": time.strftime("%Y-%m-%d"),
+        "products": summary(found),
+    }
+    if options.out:
+        Path(options.out).write_text(json.dumps({config.processor(): measured}, indent=1) + "\n")
+    else:
+        config.keep(measured)
+    print(f"kept in {options.out or config.OWN}")
+    return 0
+
+
+def measure(rows: list[int], seconds: float) -> Iterator[Found]:
+    """Time every product of each dtype and direction, on weights that no cache holds."""
+    for dtype in dispatch.KERNEL_DTYPES:
+        weights = [_weights(*shape, dtype) for shape in SHAPES]
+        for way in config.Ways._fields:
+            for count in rows:
+                times = [
+                    interleave(_calls(way, count, each, dtype), seconds=seconds, least_rounds=5)
+                    for each in weights
+                ]
+                yield Found(dtype, way, count, times, _best(times))
+
+
+def _weights(outputs: int, inputs: int, dtype: torch.dtype) -> list[Tensor]:
+    """Copies of a weight that together are eight times the last-level cache, or a quarter of the memory."""
+    size = outputs * inputs * dtype.itemsize
+    count = min(8 * (last_level_cache() or 2**26), (available() or 2**32) // 4) // size
+    first = torch.randn(outputs, inputs).div_(inputs**0.5).to(dtype)
+    return [first, *(first.clone() for _ in range(max(1, count)))]
+
+
+def _calls(way: str, rows: int, weights: list[Tensor], dtype: torch.dtype) -> dict[str, Call]:
+    """Each product as a call, which takes the next copy of the weight every time."""
+    outputs, inputs = weights[0].shape
+    x, dy = torch.randn(rows, inputs).to(dtype), torch.randn(rows, outputs).to(dtype)
+    copies = cycle(weights)
+    names = [name for name in ("torch", "onednn") if not PRODUCTS[name].why_not(dtype)]
+    calls: dict[str, Call] = {}
+    for name in names:
+        product = PRODUCTS[name]
+        if way == "forward":
+            calls[name] = partial(_forward, product.forward, x, copies)
+        elif way == "dx":
+            calls[name] = partial(_dx, product.dx, dy, copies)
+        else:
+            calls[name] = partial(product.dw, dy, x)
+    if way == "forward" and rows <= FEW:
+        calls["cpu"] = partial(_forward, few_rows, x, copies)
+    return calls
+
+
+def _forward(product: Any, x: Tensor, weights: Iterator[Tensor]) -> None:
+    with torch.no_grad():
+        product(x, next(weights), None)
+
+
+def _dx(product: Any, dy: Tensor, weights: Iterator[Tensor]) -> None:
+    with torch.no_grad():
+        product(dy, next(weights))
+
+
+def _best(times: list[dict[str, Spread]]) -> str:
+    """The product that gains most over torch's, if it gains enough and loses nowhere."""
+    gains = {}
+    for name in times[0]:
+        ratios = [each["torch"].median / each[name].median for each in times]
+        if min(ratios) >= LOSS:
+            gains[name] = math.prod(ratios) ** (1 / len(ratios))
+    best = max(gains, key=lambda name: gains[name])
+    return best if gains[best] >= GAIN else "torch"
+
+
+def summary(found: list[Found]) -> config.Table:
+    """The table of products by rows: each up to the most rows at which it was the best, the last to any."""
+    table: config.Table = {}
+    for each in found:
+        limits = table.setdefault(dtype_name(each.dtype), {}).setdefault(each.way, [])
+        if limits and limits[-1][1] == each.best:
+            limits.pop()
+        limits.append((each.rows, each.best))
+    for ways in table.values():
+        for limits in ways.values():
+            _, name = limits.pop()
+            if name != "torch":
+                limits.append((None, name))
+    return table
