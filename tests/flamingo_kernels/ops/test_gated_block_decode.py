@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flamingo_kernels import GatedBlockWeights, UnsupportedError, gated_block_decode, use_backend
+from flamingo_kernels import (
+    GatedBlockWeights,
+    MediaMask,
+    UnsupportedError,
+    gated_block_decode,
+    use_backend,
+)
 from flamingo_kernels.testing import DTYPES, GatedBlockDecodeCase, assert_within_budget
 
 Case = GatedBlockDecodeCase
@@ -70,6 +76,19 @@ def test_a_gradient_is_refused(cuda):
         Case().kernel(cuda, **tensors)
     with torch.no_grad():
         Case().kernel(cuda, **tensors)
+
+
+def test_a_branch_is_rounded_before_it_meets_the_residual(backend):
+    """As separate operations would: 2^-8 + 2^-17 is 2^-8 in bfloat16, and 1 + 2^-8 is 1, to the even."""
+    case = Case(batch=1, dtype=torch.bfloat16)
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in case.tensors().items()}
+    tensors["x"].fill_(1)
+    tensors["v"][..., 0, 0], tensors["v"][..., 0, 1] = 2**-8, 2**-17
+    tensors["to_out"][:, :2] = 1
+    tensors["gate"].fill_(100)
+    mask = MediaMask.cached(torch.ones(1, 3, dtype=torch.bool), num_media=3, length=1)
+    (out,) = case.call(tensors, {"mask": mask}, backend)
+    assert torch.equal(out, torch.ones_like(out))
 
 
 def test_more_sequences_than_fit_are_named(cuda):

@@ -276,15 +276,15 @@ def test_a_scale_of_zero_averages_scores_of_any_size(immediate, compiled):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("medium", [0, 1])
-def test_keys_with_scores_of_minus_infinity_weigh_nothing(medium, dtype, compiled):
+def test_keys_with_scores_of_minus_infinity_weigh_nothing(medium, dtype, kernels):
     """Unless they are all that a row sees: of them there is no softmax."""
     q = torch.rand(1, 2, 2, 16).to(dtype)
     k, v = torch.randn(2, 1, 2, 5, 2, 16).to(dtype)
     k[:, medium] = -torch.inf
     mask = MediaMask.from_text_time(torch.tensor([[1, 2]]), 2, immediate=False)
-    out = masked_cross_attention(q, k, v, mask, backend=compiled)
+    out = masked_cross_attention(q, k, v, mask, backend=kernels)
     other = MediaMask.from_text_time(torch.tensor([[1, 2 - medium]]), 2)
-    expected = masked_cross_attention(q, k, v, other, backend=compiled)
+    expected = masked_cross_attention(q, k, v, other, backend=kernels)
     assert torch.equal(out[:, 1], expected[:, 1])
     assert out[:, 0].isnan().all() == (medium == 0)
 

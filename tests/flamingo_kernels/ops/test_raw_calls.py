@@ -151,6 +151,14 @@ def test_a_channel_by_itself_has_any_stride(operation, kernels):
     assert all(map(torch.equal, as_tuple(found), as_tuple(expected)))
 
 
+@pytest.mark.parametrize("name", ["to_q", "to_out", "up", "down"])
+def test_a_matrix_of_a_decoding_step_is_one_piece(name, cuda):
+    arguments = decode()
+    columns = arguments[name].shape[1]
+    with pytest.raises(RuntimeError, match=f"expected a contiguous {name}"):
+        call("gated_block_decode", cuda, arguments | {name: longer(arguments[name])[:, :columns]})
+
+
 @pytest.mark.parametrize("name", ["norm_bias", "gate", "ff_gate"])
 def test_a_decoding_step_copies_no_parameter(name, cuda):
     arguments = decode()
