@@ -72,7 +72,10 @@ def is_ordinary(weight: Tensor) -> bool:
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module] | str) -> bool:
-    """Whether calling the module runs the forward of one of these classes or names, and nothing else."""
+    """Whether calling the module runs the forward of one of these classes or names, and nothing else.
+
+    A forward of ours says of which other it is a faster copy: its attribute `same_as`.
+    """
     cls = type(module)
     return any(_runs(cls, kind) for kind in kinds) and is_unhooked(module)
 
@@ -83,7 +86,8 @@ def _runs(cls: type[nn.Module], kind: type[nn.Module] | str) -> bool:
         if f"{cls.__module__}.{cls.__name__}" != kind:
             return False
         kind = cls
-    if getattr(cls, "forward", None) is not kind.forward:
+    forward = getattr(cls, "forward", None)
+    if getattr(forward, "same_as", forward) is not kind.forward:
         return False
     home = _library(getattr(kind.forward, "__globals__", {}).get("__name__", ""))
     return _calls_forward(cls) and any(_library(base.__module__) == home for base in kind.__mro__)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .._backends import cpu, dispatch
 from ..ops.linear import config
-from ..ops.linear.api import few_rows
 from ..ops.linear.products import PRODUCTS
 from . import info
 from .measure.memory import available, last_level_cache
@@ -102,7 +101,7 @@ def measure(rows: list[int], seconds: float) -> Iterator[Found]:
     """Time every product of each dtype and direction, on weights that no cache holds."""
     for dtype in dispatch.KERNEL_DTYPES:
         weights = [_weights(*shape, dtype) for shape in SHAPES]
-        for way in config.Ways._fields:
+        for way in config.WAYS:
             for count in rows:
                 times = [
                     interleave(_calls(way, count, each, dtype), seconds=seconds, least_rounds=5)
@@ -125,6 +124,7 @@ def _calls(way: str, rows: int, weights: list[Tensor], dtype: torch.dtype) -> di
     x, dy = torch.randn(rows, inputs).to(dtype), torch.randn(rows, outputs).to(dtype)
     copies = cycle(weights)
     names = [name for name in ("torch", "onednn") if not PRODUCTS[name].why_not(dtype)]
+    names += ["cpu"] * (way == "forward" and rows <= FEW)
     calls: dict[str, Call] = {}
     for name in names:
         product = PRODUCTS[name]
@@ -134,8 +134,6 @@ def _calls(way: str, rows: int, weights: list[Tensor], dtype: torch.dtype) -> di
             calls[name] = partial(_dx, product.dx, dy, copies)
         else:
             calls[name] = partial(product.dw, dy, x)
-    if way == "forward" and rows <= FEW:
-        calls["cpu"] = partial(_forward, few_rows, x, copies)
     return calls
 
 

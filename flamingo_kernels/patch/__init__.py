@@ -7,6 +7,7 @@ known     hashes of the code that is known; source computes them
 trial     compares a class of unknown code with a fused one, on samples
 swap      changes the class of a module; cache_keyword what it takes
 dense     masks of other libraries; dense_attention reads them in compiled models
+linears   linear layers of any model
 softmax   whether an attention of transformers can be replaced
 report    what a patch did
 """

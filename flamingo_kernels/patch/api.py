@@ -11,6 +11,7 @@ from torch import nn
 
 from .._backends.dispatch import UnsupportedError
 from .known import KNOWN
+from .linears import find, swap_linear
 from .recognise import Found, Left, Recogniser
 from .registry import Match, families, supported
 from .report import PatchReport
@@ -24,6 +25,7 @@ def patch(
     *,
     fixes: Iterable[str] = (),
     like: Mapping[str | type[nn.Module], Target] | None = None,
+    linears: bool = False,
 ) -> PatchReport:
     """Swap the cross-attention and resampler modules of a model for fast ones that compute the same.
 
@@ -65,6 +67,10 @@ def patch(
             the same with parts of the same names: by name, full name, or the class itself. For the trial a
             small instance is made by the known constructor's arguments; where they do not fit, give
             ("open_flamingo.PerceiverResampler", function that makes one). Default: none.
+        linears: also give every plain `nn.Linear` of the model, and transformers' `Conv1D`, the product that
+            is the fastest for its rows on this processor (`flamingo_kernels.linear`); then any model will do.
+            Rounding may differ, as between libraries. What is quantised, an adapter's or another class stays.
+            Default: no.
 
     Returns:
         What was swapped and what was not, and why. `print` shows it as a table.
@@ -100,7 +106,9 @@ def patch(
     found = {path: (module, what) for path, (module, what) in seen.items() if isinstance(what, Found)}
     left = {path: what for path, (_, what) in seen.items() if isinstance(what, Left)}
     recognise.expect_all_used(model)
-    if not found and all(each.namesake for each in left.values()):
+    layers = list(find(model)) if linears else []
+    chosen = {path: module for path, module, reason in layers if not reason}
+    if not found and not chosen and all(each.namesake for each in left.values()):
         raise _unknown(model, {path: each.reason for path, each in left.items()})
 
     _expect_fixes(model, wanted, found.values())
@@ -109,15 +117,20 @@ def patch(
         original = type(module)
         swap(module, known.fused, wanted & frozenset(known.family.fixes))
         replaced[path] = (original, type(module))
+    classes = {path: type(module) for path, module in chosen.items()}
+    for layer in chosen.values():
+        swap_linear(layer)
     _warn_of(model, left)
     modules = [module for module, _ in found.values()]
     return PatchReport(
         replaced,
-        {path: each.reason for path, each in left.items()},
+        {path: each.reason for path, each in left.items()}
+        | {path: reason for path, _, reason in layers if reason},
         _policies(model),
         tuple(sorted({fix for module in modules for fix in getattr(module, "fixes", ())})),
         {path: what.note for path, (_, what) in found.items() if what.note},
-        _modules=tuple(map(weakref.ref, modules)),
+        classes,
+        _modules=tuple(map(weakref.ref, [*modules, *chosen.values()])),
     )
 
 

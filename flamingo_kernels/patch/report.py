@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ class PatchReport(Report):
         policies: the mask policies of the model's fused cross-attention, see `MediaMask`.
         fixes: the known bugs of the originals that the replaced modules do not repeat.
         notes: how a replaced module was recognised, by its path, where it was not by name, place and source.
+        linears: the old class of each linear layer that got the fastest product, by its path; see `patch`.
 
     Example:
         >>> from flamingo import MaskedCrossAttention
@@ -36,6 +38,7 @@ class PatchReport(Report):
     policies: tuple[str, ...]
     fixes: tuple[str, ...]
     notes: Mapping[str, str] = field(default_factory=dict)
+    linears: Mapping[str, type[nn.Module]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         policies = " and ".join(f'"{policy}"' for policy in self.policies)
@@ -44,6 +47,8 @@ class PatchReport(Report):
             + (f", mask policy {policies}" if policies else "")
             + (f", fixed: {', '.join(self.fixes)}" if self.fixes else "")
         )
+        for cls, count in Counter(self.linears.values()).items():
+            title += f"\n  linear layers  {count}  {cls.__module__}.{cls.__qualname__}"
         old = {
             path: f"{old.__module__}.{old.__qualname__}"
             + (f" ({self.notes[path]})" if path in self.notes else "")

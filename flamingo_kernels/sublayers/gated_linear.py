@@ -19,6 +19,7 @@ from torch import Tensor
 from .._checks import autocast, expect_same_dtype, expect_shape, expect_tensors, unit_stride
 from .._predicates import autocast_dtype, is_eager
 from ..ops.gated_residual.schema import BWD, FWD, residual_dtype
+from ..ops.linear.products import PRODUCTS, fastest, few_rows
 from .labels import GATE, labelled
 from .norm import Norm
 from .scratch import scratch
@@ -40,6 +41,10 @@ class Linear(NamedTuple):
         return Linear(*autocast(*(each for each in self if each is not None)))
 
     def __call__(self, a: Tensor, into: Tensor | None = None) -> Tensor:  # [N, out]
+        """The projection by the fastest product, which may write `into` a tensor."""
+        by = fastest("forward", a, self.weight, self.weight.numel())
+        if by != "torch":
+            return PRODUCTS[by].forward(a, self.weight, self.bias)
         if self.bias is None:
             return torch.mm(a, self.weight.t(), out=into)
         return torch.addmm(self.bias, a, self.weight.t(), out=into)
@@ -93,7 +98,10 @@ def forward(x: Tensor, a: Tensor, linear: Linear, gate: Tensor | None, backend: 
 
     A gate of None stands for a factor of 1.
     """
-    if not is_eager(x) or linear.bias is not None or not _in_one_dtype(x, a, gate):
+    by = fastest("forward", a, linear.weight, linear.weight.numel())
+    if by == "cpu":
+        return few_rows(a, linear.weight, linear.bias, gate=gate, residual=x)
+    if by != "torch" or not is_eager(x) or linear.bias is not None or not _in_one_dtype(x, a, gate):
         return x + linear(a) if gate is None else FWD[backend](x, linear(a), gate)
     if gate is None:
         return torch.addmm(x, a, linear.weight.t())
@@ -129,13 +137,13 @@ def backward(
         dbias = dy.sum(0) if needs_bias else None
         if gate is None or not needs_gate:
             dweight = outer(dy, a) if needs_weight else None
-            return Gradients(torch.mm(dy, linear.weight, out=into), (dweight, dbias), None)
+            return Gradients(times(dy, linear.weight, into), (dweight, dbias), None)
         if gate.numel() == 1 and (len(dz) < len(linear.weight) or not needs_weight):
             da, dgate = _gate_by_rows(dz.to(a.dtype), a, linear.weight, gate, backend)
             dweight = outer(dy, a) if needs_weight else None
         else:
             dweight, dgate = _gate_by_weights(dz.to(a.dtype), a, linear.weight, gate, backend)
-            da = torch.mm(dy, linear.weight, out=into)
+            da = times(dy, linear.weight, into)
     if linear.bias is not None:
         along = dz.sum(0, dtype=torch.float32) * linear.bias
         dgate = dgate + _dtanh(gate) * (along.sum() if gate.numel() == 1 else along).view(gate.shape)
@@ -146,7 +154,7 @@ def _gate_by_rows(
     dz: Tensor, a: Tensor, weight: Tensor, gate: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:  # da, dgate
     with scratch(*a.shape, like=a) as memory:
-        return BWD[backend](torch.mm(dz, weight, out=memory), a, gate)
+        return BWD[backend](times(dz, weight, memory), a, gate)
 
 
 def _gate_by_weights(
@@ -160,8 +168,23 @@ def _gate_by_weights(
         return _gated(product, gate), _dtanh(gate) * along
 
 
+def times(dy: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
+    """`dy @ weight`, the gradient of what the weight read, by the fastest product.
+
+    It may write `into` a tensor.
+    """
+    by = fastest("dx", dy, weight, weight.numel())
+    return torch.mm(dy, weight, out=into) if by == "torch" else PRODUCTS[by].dx(dy, weight)
+
+
 def outer(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-    """`a.T @ b`, the gradient of a weight. In bfloat16 on a CPU a transposed copy of a makes it faster."""
+    """`a.T @ b`, the gradient of a weight, by the fastest product; it may write `into` a tensor.
+
+    In bfloat16 on a CPU a transposed copy of a makes torch's faster.
+    """
+    by = fastest("dw", a, b, a.shape[1] * b.shape[1])
+    if by != "torch":
+        return PRODUCTS[by].dw(a, b)
     if a.dtype != torch.bfloat16:
         return torch.mm(a.t(), b, out=into)
     with scratch(*reversed(a.shape), like=a) as memory:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import norm as norms
-from .gated_linear import Linear, outer
+from .gated_linear import Linear, outer, times
 from .norm import Norm, Statistics
 from .scratch import scratch
 
@@ -64,9 +63,9 @@ def backward(
     if not needs_x and not needs_norm:
         return Gradients(None, (None, None), dlinears)
     with scratch(*x.shape, like=dus[0]) as memory:
-        dn = torch.mm(dus[0], linears[0].weight, out=memory)
+        dn = times(dus[0], linears[0].weight, memory)
         for du, linear in zip(dus[1:], linears[1:], strict=True):
-            dn.addmm_(du, linear.weight)
+            dn.add_(times(du, linear.weight))
         dx, dweight, dbias = norms.backward(dn, x, norm, statistics, needs_norm)
     dx = dx.add_(dz) if dx.dtype == dz.dtype else dx + dz
     return Gradients(dx, (dweight, dbias), dlinears)

@@ -1,3 +1,3 @@
-from .api import linear
+from .api import linear, multiply
 
-__all__ = ["linear"]
+__all__ = ["linear", "multiply"]

@@ -7,13 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _checks as checks
-from ..._backends import cpu, dispatch
-from ..._predicates import is_eager, needs_grad
-from . import config, reference
-from .config import TORCH as _TORCH
-from .config import Ways
+from ..._backends import dispatch
+from ..._predicates import needs_grad
+from . import products, reference
 from .products import PRODUCTS
-from .schema import ACTIVATIONS, FWD
+from .schema import ACTIVATIONS
 
 _NAME = "linear"
 _LIBRARIES = ("mkl", "onednn")
@@ -82,12 +80,11 @@ def linear(
     with checks.without_autocast(x):
         if asked == "reference" or x.numel() == 0 or len(weight) == 0:
             return reference.linear(x, weight, bias, activation, gate, residual).contiguous()
-        ways = _ways(asked, x, weight)
-        if ways.forward == "cpu" and not needs_grad(x, weight, bias, residual, gate):
-            y = few_rows(x, weight, bias, activation, gate, residual)
-        else:
-            y = reference.follow(_product(ways, x, weight, bias), activation, gate, residual)
-        return y.contiguous()
+        by = products.fastest("forward", x, weight, weight.numel()) if asked == "auto" else asked
+        if by == "cpu" and not needs_grad(x, weight, bias, residual, gate):
+            return products.few_rows(x, weight, bias, activation, gate, residual)
+        y = _multiply(asked, by, x, weight, bias)
+        return reference.follow(y, activation, gate, residual).contiguous()
 
 
 def multiply(
@@ -96,100 +93,47 @@ def multiply(
     bias: Tensor | None = None,  # [out]
 ) -> Tensor:  # [..., out]
     """`F.linear` by the fastest product, for layers; it asks little, as a decoding step calls it often."""
-    if weight.numel() < config.LEAST_WEIGHTS or not _is_simple(x, weight, bias):
-        return F.linear(x, weight, bias)
-    ways = _fastest(x)
-    return F.linear(x, weight, bias) if ways == _TORCH else _product(ways, x, weight, bias)
+    fits = x.shape[-1:] == weight.shape[-1:] and (bias is None or products.is_plain_pair(weight, bias))
+    by = products.fastest("forward", x, weight, weight.numel()) if fits else "torch"
+    return _multiply("auto", by, x, weight, bias) if fits else F.linear(x, weight, bias)
 
 
-def _ways(asked: str, x: Tensor, weight: Tensor) -> Ways:
-    """The products of a call: those that were asked for, or by "auto" the fastest."""
-    if asked in _LIBRARIES:
-        return Ways(asked, asked, asked)
-    if asked == "cpu":
-        return (_TORCH if torch.compiler.is_compiling() else _fastest(x))._replace(forward="cpu")
-    return _fastest(x) if weight.numel() >= config.LEAST_WEIGHTS and _is_simple(x, weight, None) else _TORCH
+def _multiply(asked: str, by: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product that was asked for, or that "auto" has chosen, and its gradients."""
+    others = asked != "auto" or by != "torch"
+    if needs_grad(x, weight, bias) and (others or _has_faster_gradients(x, weight)):
+        return _Linear.apply(asked, by, checks.as_rows(x), weight, bias).view(*x.shape[:-1], len(weight))
+    return PRODUCTS[by].forward(x, weight, bias)
 
 
-def _fastest(x: Tensor) -> Ways:
-    ways = config.choose(x.dtype, x.numel() // x.shape[-1])
-    if ways == _TORCH or not any(_why_not(name, x.dtype) for name in ways):
-        return ways
-    return Ways(*("torch" if _why_not(name, x.dtype) else name for name in ways))
-
-
-def _why_not(name: str, dtype: torch.dtype) -> str:
-    """Why a product that was measured to be the fastest cannot run now, or an empty string."""
-    return cpu.why_not() if name == "cpu" else PRODUCTS[name].why_not(dtype)
-
-
-def _is_simple(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether all are plain tensors of one kernel dtype on the processor, and nothing watches or casts."""
-    dtype = x.dtype
-    return (
-        x.is_cpu
-        and dtype in dispatch.KERNEL_DTYPES
-        and weight.dtype == dtype
-        and type(weight) in _PLAIN
-        and (bias is None or (bias.dtype == dtype and type(bias) in _PLAIN))
-        and not torch.is_autocast_enabled("cpu")
-        and is_eager(x)
-        and not torch.jit.is_tracing()
-        and x.numel() > 0
-        and x.shape[-1:] == weight.shape[-1:]
-    )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def few_rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None = None,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """The kernel, on rows of any strides."""
-    y: Tensor = FWD["cpu"](
-        checks.as_rows(x),
-        checks.unit_stride(weight),
-        None if bias is None else checks.unit_stride(bias),
-        ACTIVATIONS.index(activation),
-        gate,
-        None if residual is None else checks.as_rows(residual),
-    )
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _product(ways: Ways, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if needs_grad(x, weight, bias):
-        return F.linear(x, weight, bias) if ways == _TORCH else _Linear.apply(ways, x, weight, bias)
-    return _forward(ways.forward, x, weight, bias)
-
-
-def _forward(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return few_rows(x, weight, bias) if name == "cpu" else PRODUCTS[name].forward(x, weight, bias)
+def _has_faster_gradients(x: Tensor, weight: Tensor) -> bool:
+    """Whether another product than torch's is faster for either gradient: then ours must call it."""
+    size = weight.numel()
+    return any(products.fastest(way, x, weight, size) != "torch" for way in ("dx", "dw"))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ways, x, weight, bias):
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
-        ctx.ways = ways
-        return _forward(ways.forward, x, weight, bias)
+    def forward(ctx, asked, by, x, weight, bias):
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight)
+        ctx.asked = asked
+        return PRODUCTS[by].forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        # A gradient that is differentiated again is made of operations that torch knows the derivatives of.
-        dx_by, dw_by = ("torch", "torch") if torch.is_grad_enabled() else ctx.ways[1:]
-        _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = checks.as_rows(dy)
-        dx = PRODUCTS[dx_by].dx(rows, weight).view(*dy.shape[:-1], weight.shape[1]) if needs_x else None
-        dweight = PRODUCTS[dw_by].dw(rows, checks.as_rows(x)) if needs_weight else None
-        return None, dx, dweight, rows.sum(0) if needs_bias else None
+        _, _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        dy = checks.unit_stride(dy)
+        dx = PRODUCTS[_by(ctx.asked, "dx", dy, weight, weight)].dx(dy, weight) if needs_x else None
+        dweight = PRODUCTS[_by(ctx.asked, "dw", dy, x, weight)].dw(dy, x) if needs_weight else None
+        return None, None, dx, dweight, dy.sum(0) if needs_bias else None
+
+
+def _by(asked: str, way: str, a: Tensor, b: Tensor, weight: Tensor) -> str:
+    """The product of a gradient. One that is differentiated again must be of operations that torch knows."""
+    if torch.is_grad_enabled():
+        return "torch"
+    return asked if asked in _LIBRARIES else products.fastest(way, a, b, weight.numel())
 
 
 def _validate(

@@ -12,7 +12,7 @@ import platform
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -24,28 +24,16 @@ OWN = env.CACHE / "linear.json"
 LEAST_WEIGHTS = 2**16
 
 
-class Ways(NamedTuple):
-    """The product of each direction: "cpu", the kernel for few rows, or a name in `products.PRODUCTS`."""
+WAYS = ("forward", "dx", "dw")
 
-    forward: str
-    dx: str
-    dw: str
-
-
-TORCH = Ways("torch", "torch", "torch")
-
-# By dtype and way, in the order of rows: up to so many rows (None: any), this product; beyond the last torch's.
+# By dtype and way, in the order of rows: up to so many (None: any), this product. Beyond the last: torch's.
 Table = dict[str, dict[str, list[tuple[int | None, str]]]]
 
 
 @cache
-def choose(dtype: torch.dtype, rows: int) -> Ways:
-    """The fastest product in each direction."""
-    limits = table().get(str(dtype).removeprefix("torch."), {})
-    return Ways(*(_first(limits.get(way, []), rows) for way in Ways._fields))
-
-
-def _first(limits: list[tuple[int | None, str]], rows: int) -> str:
+def choose(way: str, dtype: torch.dtype, rows: int) -> str:
+    """The fastest product: a name in `products.PRODUCTS`."""
+    limits = table().get(str(dtype).removeprefix("torch."), {}).get(way, [])
     return next((name for most, name in limits if most is None or rows <= most), "torch")
 
 

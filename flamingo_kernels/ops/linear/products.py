@@ -14,16 +14,22 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ... import _checks as checks
+from ..._backends import cpu, dispatch
+from ..._predicates import is_eager
+from . import config
+from .schema import ACTIVATIONS, FWD
 
 
 class Product(NamedTuple):
-    """A library's products of rows and a weight.
+    """The products of rows and a weight by one library.
 
     Attributes:
-        forward: `x @ weight.T + bias` of x `[N, in]`, weight `[out, in]`, and bias `[out]` or None.
+        forward: `x @ weight.T + bias` of x `[..., in]`, weight `[out, in]`, and bias `[out]` or None.
         dx: `dy @ weight` of dy `[N, out]` and the weight.
-        dw: `dy.T @ x` of dy and x.
+        dw: `dy.T @ x` of dy and x `[N, in]`.
         why_not: why it cannot multiply tensors of this dtype now, or an empty string.
     """
 
@@ -31,6 +37,64 @@ class Product(NamedTuple):
     dx: Callable[[Tensor, Tensor], Tensor]
     dw: Callable[[Tensor, Tensor], Tensor]
     why_not: Callable[[torch.dtype], str]
+
+
+def fastest(way: str, a: Tensor, b: Tensor, weights: int) -> str:
+    """Which product was measured to be the fastest: a name in `PRODUCTS`.
+
+    Args:
+        way: "forward", "dx" or "dw".
+        a, b: what is multiplied, in the order of the product's arguments; a has the rows.
+        weights: how many the weight has.
+    """
+    if weights < config.LEAST_WEIGHTS or not _is_plain(a, b):
+        return "torch"
+    name = config.choose(way, a.dtype, a.numel() // a.shape[-1])
+    if name == "torch" or PRODUCTS[name].why_not(a.dtype):
+        return "torch"
+    # The kernel would copy a transposed weight, which takes longer than to multiply.
+    return "torch" if name == "cpu" and b.stride(-1) != 1 else name
+
+
+def _is_plain(a: Tensor, b: Tensor) -> bool:
+    """Whether both are plain, in a dtype of the kernels on the processor, and nothing watches or casts."""
+    return (
+        is_plain_pair(a, b)
+        and a.is_cpu
+        and a.dtype in dispatch.KERNEL_DTYPES
+        and a.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and is_eager(a)
+        and not torch.jit.is_tracing()
+    )
+
+
+def is_plain_pair(a: Tensor, b: Tensor) -> bool:
+    """Whether both are nothing but their numbers, in one dtype and on one device."""
+    return type(a) in _PLAIN and type(b) in _PLAIN and a.dtype == b.dtype and a.is_cpu == b.is_cpu
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def few_rows(
+    x: Tensor,  # [..., in]
+    weight: Tensor,  # [out, in]
+    bias: Tensor | None = None,  # [out]
+    activation: str | None = None,
+    gate: Tensor | None = None,  # 1 or out elements
+    residual: Tensor | None = None,  # [..., out]
+) -> Tensor:  # [..., out]
+    """The kernel for few rows, with what follows the product; x and residual in any strides."""
+    y: Tensor = FWD["cpu"](
+        checks.as_rows(x),
+        checks.unit_stride(weight),
+        None if bias is None else checks.unit_stride(bias),
+        ACTIVATIONS.index(activation),
+        gate,
+        None if residual is None else checks.as_rows(residual),
+    )
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], len(weight))
 
 
 def _why_no_mkl(dtype: torch.dtype) -> str:
@@ -72,15 +136,12 @@ def _multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     return y
 
 
-_BY_TORCH = Product(
-    F.linear,
-    torch.mm,
-    lambda dy, x: torch.mm(dy.t(), x),
-    lambda dtype: "",
-)
+_BY_TORCH = Product(F.linear, torch.mm, lambda dy, x: torch.mm(dy.t(), x), lambda dtype: "")
 
+# By name; "torch" is what F.linear and the gradients of it call, and "cpu" has gradients of that kind.
 PRODUCTS = {
     "torch": _BY_TORCH,
+    "cpu": _BY_TORCH._replace(forward=few_rows, why_not=lambda dtype: cpu.why_not()),
     "mkl": _BY_TORCH._replace(why_not=_why_no_mkl),
     "onednn": Product(
         _multiply_by_onednn,

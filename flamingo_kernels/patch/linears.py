@@ -1,0 +1,71 @@
+"""The linear layers of a whole model, by the fastest product: `patch(model, linears=True)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._predicates import is_ordinary
+from ..ops.linear import multiply
+from .swap import has_other_forward, is_swapped, swap
+
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+
+
+class Linear(nn.Linear):
+    """A linear layer by the product that is the fastest for its rows, see `flamingo_kernels.linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return multiply(input, self.weight, self.bias)
+
+    forward.same_as = nn.Linear.forward  # type: ignore[attr-defined]
+
+
+class Conv1D(nn.Module):
+    """The same for transformers' linear layer of GPT-2, whose weight is `[in, out]`."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return multiply(x, self.weight.t(), self.bias)
+
+
+def find(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every linear layer of a model with its path, and why it must stay as it is, or an empty string."""
+    inside = _of_attention(model)
+    for path, module in model.named_modules():
+        if _is_conv1d(module) or (isinstance(module, nn.Linear) and not is_swapped(module)):
+            reason = (
+                "its attention multiplies by its weight itself" if id(module) in inside else _why_not(module)
+            )
+            yield path, module, reason
+
+
+def swap_linear(module: nn.Module) -> None:
+    """Give a linear layer the forward with the fastest product."""
+    swap(module, Linear if isinstance(module, nn.Linear) else Conv1D)
+
+
+def _of_attention(model: nn.Module) -> set[int]:
+    """The layers that torch's own attention never calls."""
+    owners = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    return {id(module) for owner in owners for module in owner.modules() if isinstance(module, nn.Linear)}
+
+
+def _is_conv1d(module: Any) -> bool:
+    return (type(module).__module__, type(module).__name__) == _CONV1D
+
+
+def _why_not(module: Any) -> str:
+    cls = type(module)
+    if cls is not nn.Linear and not _is_conv1d(module):
+        return f"{cls.__name__} is a linear layer of another kind"
+    if has_other_forward(module):
+        return f"{cls.__name__} has a forward set on the instance"
+    weight = module.weight
+    if not is_ordinary(weight):
+        return f"its weight is a {type(weight).__name__}, which computes in its own way"
+    return "" if weight.is_floating_point() else f"its weight is in {weight.dtype}"
