@@ -27,7 +27,7 @@ from .measure.timing import Call, Spread, interleave
 SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192))  # out, in
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024)
 FEW = 64  # rows beyond which the kernel for few is not tried
-GAIN = 1.05  # what another product than torch's must gain over the shapes
+GAIN = 1.1  # what another product than torch's must gain over the shapes
 LOSS = 0.97  # and may lose in one of them
 
 
@@ -86,7 +86,8 @@ def main(options: argparse.Namespace) -> int:
         "processor": info.processor_name(),
         "threads": threads,
         "torch": torch.__version__,
-        "time": time.strftime("%Y-%m-%d"),
+        "date": time.strftime("%Y-%m-%d"),
+        "by": "tune linear",
         "products": summary(found),
     }
     if options.out:
@@ -159,16 +160,21 @@ def _best(times: list[dict[str, Spread]]) -> str:
 
 
 def summary(found: list[Found]) -> config.Table:
-    """The table of products by rows: each up to the most rows at which it was the best, the last to any."""
+    """The table of products by rows: each up to the most rows at which it was the best, the last to any.
+
+    What is the best at one number of rows alone, with torch's before and after it, is so by chance.
+    """
     table: config.Table = {}
-    for each in found:
-        limits = table.setdefault(dtype_name(each.dtype), {}).setdefault(each.way, [])
-        if limits and limits[-1][1] == each.best:
-            limits.pop()
-        limits.append((each.rows, each.best))
-    for ways in table.values():
-        for limits in ways.values():
-            _, name = limits.pop()
-            if name != "torch":
-                limits.append((None, name))
+    for dtype, way in dict.fromkeys((each.dtype, each.way) for each in found):
+        best = [(each.rows, each.best) for each in found if (each.dtype, each.way) == (dtype, way)]
+        names = [best[0][1], *(name for _, name in best), best[-1][1]]
+        lonely = [before == after == "torch" for before, after in zip(names, names[2:], strict=False)]
+        limits: list[tuple[int | None, str]] = []
+        for (rows, name), by_chance in zip(best, lonely, strict=True):
+            taken = "torch" if by_chance else name
+            if limits and limits[-1][1] == taken:
+                limits.pop()
+            limits.append((rows, taken))
+        _, last = limits.pop()
+        table.setdefault(dtype_name(dtype), {})[way] = [*limits, *([] if last == "torch" else [(None, last)])]
     return table
