@@ -108,8 +108,8 @@ def patch(
     recognise.expect_all_used(model)
     layers = list(find(model)) if linears else []
     chosen = {path: module for path, module, reason in layers if not reason}
-    known = found or chosen or (linears and any(map(is_swapped, model.modules())))
-    if not known and all(each.namesake for each in left.values()):
+    any_known = found or chosen or (linears and any(map(is_swapped, model.modules())))
+    if not any_known and all(each.namesake for each in left.values()):
         raise _unknown(model, {path: each.reason for path, each in left.items()})
 
     _expect_fixes(model, wanted, found.values())
