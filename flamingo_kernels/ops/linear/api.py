@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ... import _checks as checks
 from ..._backends import cpu, dispatch
-from ..._predicates import is_eager, needs_grad
+from ..._predicates import is_batched, is_eager, needs_grad
 from . import config, reference
 from .config import TORCH as _TORCH
 from .config import Ways
@@ -82,8 +82,9 @@ def linear(
     with checks.without_autocast(x):
         if asked == "reference" or x.numel() == 0 or len(weight) == 0:
             return reference.linear(x, weight, bias, activation, gate, residual).contiguous()
-        ways = _ways(asked, x, weight)
-        if ways.forward == "cpu" and not needs_grad(x, weight, bias, residual, gate):
+        ways = _ways(asked, x, weight, bias)
+        fused = ways.forward == "cpu" and (asked == "cpu" or (_is_plain(gate) and _is_plain(residual)))
+        if fused and not needs_grad(x, weight, bias, residual, gate):
             y = _few_rows(x, weight, bias, activation, gate, residual)
         else:
             y = reference.follow(_product(ways, x, weight, bias), activation, gate, residual)
@@ -102,13 +103,13 @@ def multiply(
     return F.linear(x, weight, bias) if ways == _TORCH else _product(ways, x, weight, bias)
 
 
-def _ways(asked: str, x: Tensor, weight: Tensor) -> Ways:
+def _ways(asked: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ways:
     """The products of a call: those that were asked for, or by "auto" the fastest."""
     if asked in _LIBRARIES:
         return Ways(asked, asked, asked)
     if asked == "cpu":
         return (_TORCH if torch.compiler.is_compiling() else _fastest(x))._replace(forward="cpu")
-    return _fastest(x) if weight.numel() >= config.LEAST_WEIGHTS and _is_simple(x, weight, None) else _TORCH
+    return _fastest(x) if weight.numel() >= config.LEAST_WEIGHTS and _is_simple(x, weight, bias) else _TORCH
 
 
 def _fastest(x: Tensor) -> Ways:
@@ -124,20 +125,33 @@ def _why_not(name: str, dtype: torch.dtype) -> str:
 
 
 def _is_simple(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether all are plain tensors of one kernel dtype on the processor, and nothing watches or casts."""
+    """Whether all are plain tensors of one kernel dtype on the processor, and nothing watches or casts.
+
+    Shapes as a layer has them, too: torch takes others, as a weight of one dimension.
+    """
     dtype = x.dtype
     return (
         x.is_cpu
+        and weight.is_cpu
+        and x.layout == weight.layout == torch.strided
         and dtype in dispatch.KERNEL_DTYPES
         and weight.dtype == dtype
+        and weight.ndim == 2
         and type(weight) in _PLAIN
-        and (bias is None or (bias.dtype == dtype and type(bias) in _PLAIN))
+        and (
+            bias is None or (bias.dtype == dtype and type(bias) in _PLAIN and bias.shape == weight.shape[:1])
+        )
         and not torch.is_autocast_enabled("cpu")
         and is_eager(x)
         and not torch.jit.is_tracing()
         and x.numel() > 0
         and x.shape[-1:] == weight.shape[-1:]
     )
+
+
+def _is_plain(tensor: Tensor | None) -> bool:
+    """Whether the kernel can read what follows the product, or there is none."""
+    return tensor is None or (type(tensor) in _PLAIN and tensor.dtype in dispatch.KERNEL_DTYPES)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -183,10 +197,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        # A gradient that is differentiated again is made of operations that torch knows the derivatives of.
-        dx_by, dw_by = ("torch", "torch") if torch.is_grad_enabled() else ctx.ways[1:]
+        batched = is_batched(dy)
+        # A gradient that is differentiated again is made of operations whose derivatives torch knows; a batch
+        # of them, of those that it knows how to batch.
+        dx_by, dw_by = ("torch", "torch") if torch.is_grad_enabled() or batched else ctx.ways[1:]
         _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = checks.as_rows(dy)
+        rows = dy.reshape(-1, dy.shape[-1]) if batched else checks.as_rows(dy)
         dx = PRODUCTS[dx_by].dx(rows, weight).view(*dy.shape[:-1], weight.shape[1]) if needs_x else None
         dweight = PRODUCTS[dw_by].dw(rows, checks.as_rows(x)) if needs_weight else None
         return None, dx, dweight, rows.sum(0) if needs_bias else None
