@@ -13,6 +13,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, vmap
@@ -23,7 +24,7 @@ from flamingo_kernels import UnsupportedError, available_backends, linear, use_b
 from flamingo_kernels._backends import cpu, dispatch
 from flamingo_kernels.ops.linear import api, config
 from flamingo_kernels.ops.linear.products import PRODUCTS
-from flamingo_kernels.ops.linear.schema import ACTIVATIONS
+from flamingo_kernels.ops.linear.schema import ACTIVATIONS, FWD
 from flamingo_kernels.testing import DTYPES, assert_within_budget, lay_out
 from flamingo_kernels.testing import LinearCase as Case
 from tests.flamingo_kernels.ops.conftest import OTHERS
@@ -203,13 +204,17 @@ def test_threads_and_repeats_change_nothing(dtype, rows, kernels, set_threads):
         assert cpu.threads_of_latest_run() == threads
 
 
-@pytest.mark.parametrize("name", ["weight", "x", "residual"])
-def test_columns_may_be_far_apart(name, kernels):
-    """As those of a transposed matrix, which is copied."""
-    tensors = Inference(rows=(5,), residual=True).tensors()
+@pytest.mark.parametrize("layout", ["slice", "strided", "transposed"])
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "residual", "gate"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_each_tensor_has_strides_of_its_own(dtype, name, layout, kernels):
+    tensors = Case(rows=(2, 3), width=64, dtype=dtype, residual=True, gate=(24,)).tensors()
     expected = linear(**tensors, backend=kernels)
-    tensors[name] = tensors[name].t().contiguous().t()
-    assert torch.equal(linear(**tensors, backend=kernels), expected)
+    by_columns = name == "weight" and layout == "transposed"
+    tensors[name] = tensors[name].t().contiguous().t() if by_columns else lay_out(tensors[name], layout)
+    found = linear(**tensors, backend=kernels)
+    assert found.is_contiguous()
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -576,6 +581,37 @@ def test_torchs_switch_of_onednn_is_heeded(measured):
     with Ran() as ran:
         linear(*inputs())
     assert ran.products == ["onednn"]
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_any_number_of_rows_is_compiled_once(backend, measured, compiled):
+    measured("cpu", "onednn", "onednn")
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    _, *parameters = inputs()
+    run = torch.compile(
+        lambda x: linear(x, *parameters, activation="gelu", backend=backend), fullgraph=True, backend=counter
+    )
+    for rows in (33, 2, 111):
+        x = torch.randn(rows, 40)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(run(x), linear(x, *parameters, activation="gelu", backend="reference"))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("gate", [None, (), (24,)], ids=str)
+@pytest.mark.parametrize("residual", [None, *DTYPES], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_opcheck(dtype, residual, gate, compiled):
+    """The shape function knows the dtype of the sum, too."""
+    case = Case(rows=(3,), dtype=dtype, gate=gate, residual=residual is not None, residual_dtype=residual)
+    tensors = replace(case, gate_dtype=torch.float32).tensors()
+    names = ("gate", "residual")
+    arguments = (
+        [tensors[name] for name in ("x", "weight", "bias")] + [1] + [tensors.get(name) for name in names]
+    )
+    torch.library.opcheck(FWD["cpu"], tuple(arguments))
 
 
 @pytest.mark.parametrize("name", ["residual", "gate", "bias"])
