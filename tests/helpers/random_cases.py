@@ -203,7 +203,8 @@ def linears(draw):
     fields |= {"bias": booleans(), "residual": booleans(), "gate": none() | _gates(out)}
     fields |= {"activation": sampled_from(OF_LINEAR), "residual_dtype": OTHER_DTYPE}
     kind = draw(sampled_from([RandomLinearInference, RandomLinear]))
-    return draw(cases(kind, gate_dtype=OTHER_DTYPE, **fields))
+    # Equal rows round alike, and so do their terms in the gradient of a gate, as in sublayers below.
+    return draw(cases(kind, alike=kind is RandomLinearInference, gate_dtype=OTHER_DTYPE, **fields))
 
 
 @st.composite
