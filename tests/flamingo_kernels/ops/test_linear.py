@@ -423,6 +423,13 @@ def test_gradients_under_autocast_have_the_dtypes_of_their_tensors(backend):
         assert torch.equal(one, other.float())
 
 
+def test_auto_takes_what_was_measured_under_autocast_too(measured, compiled):
+    measured("cpu")
+    with torch.autocast("cpu", torch.bfloat16), Ran() as ran:
+        linear(*inputs())
+    assert ran.products == ["cpu"]
+
+
 def total(x, weight, bias, backend="auto"):
     return linear(x, weight, bias, activation="gelu", backend=backend).square().sum()
 
