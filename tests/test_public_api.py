@@ -22,6 +22,7 @@ OPERATORS = {
     "gated_block_decode": (
         "(x, k, v, mask, weights, *, scale=None, eps=1e-05, activation='gelu', backend='auto')"
     ),
+    "linear": ("(x, weight, bias=None, *, activation=None, residual=None, gate=None, backend='auto')"),
 }
 MASKS = {
     "last_preceding": "(media_locations, num_media, *, policy='zero')",
@@ -54,6 +55,7 @@ def test_the_public_names():
         "gated_block_decode",
         "gated_residual",
         "gated_residual_norm",
+        "linear",
         "masked_cross_attention",
         "patch",
         "perceiver_attention",

@@ -19,6 +19,7 @@ from ..testing import (
     GatedBlockDecodeCase,
     GatedResidualCase,
     GatedResidualNormCase,
+    LinearCase,
     MaskedCrossAttentionCase,
     Measurement,
     PerceiverAttentionCase,
@@ -42,6 +43,8 @@ CASES: list[Case] = [
     GatedResidualNormCase(shape=(111, 63), gate=(63,), norm="rms", layout="strided"),
     GatedBlockDecodeCase(batch=1, dim=2048, hidden=8192, media=5, latents=64, heads=8, head_dim=64),
     GatedBlockDecodeCase(batch=9, dim=63, hidden=65, head_dim=40, groups=2, immediate=False, layout="slice"),
+    LinearCase(rows=(1,), width=2048, out=1024, activation="gelu"),
+    LinearCase(rows=(3, 6), width=63, out=65, residual=True, gate=(65,), layout="slice"),
 ]
 
 

@@ -6,6 +6,7 @@ einops) beside torch.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -402,6 +403,75 @@ class GatedBlockDecodeCase(Case):
         return torch.arange(self.batch, device=self.device)[:, None] % (self.media + 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinearCase(Case):
+    """A call of `linear`.
+
+    Args:
+        rows: shape of x without its last dimension.
+        width, out: inputs and outputs of the layer.
+        bias: whether there is one.
+        activation: after the product, or None.
+        gate: shape of the gate: `()`, `(1,)`, `(out,)` or either with leading ones; None for none.
+        residual: whether there is one.
+        residual_dtype, gate_dtype: where they differ from dtype.
+    """
+
+    operator: ClassVar[str] = "linear"
+    function: ClassVar[Callable[..., Any]] = staticmethod(ops.linear)
+
+    rows: tuple[int, ...] = (2, 3)
+    width: int = 40
+    out: int = 24
+    bias: bool = True
+    activation: Literal["gelu", "gelu_tanh", "relu", "squared_relu", "silu"] | None = None
+    gate: tuple[int, ...] | None = None
+    residual: bool = False
+    residual_dtype: torch.dtype | None = None
+    gate_dtype: torch.dtype | None = None
+
+    def specs(self) -> dict[str, Spec]:
+        specs: dict[str, Spec] = {
+            "x": ((*self.rows, self.width), self.dtype),
+            "weight": ((self.out, self.width), self.dtype),
+        }
+        if self.bias:
+            specs["bias"] = ((self.out,), self.dtype)
+        if self.residual:
+            specs["residual"] = ((*self.rows, self.out), self.residual_dtype or self.dtype)
+        if self.gate is not None:
+            specs["gate"] = (self.gate, self.gate_dtype or self.dtype)
+        return specs
+
+    def tensors(self) -> Tensors:
+        tensors = super().tensors()
+        # products of numbers around 1 stay around 1
+        tensors["weight"] = lay_out(tensors["weight"] / max(self.width, 1) ** 0.5, self.layout)
+        return tensors
+
+    def options(self) -> dict[str, Any]:
+        return {"activation": self.activation}
+
+    def eager(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Outputs:
+        y = F.linear(x.reshape(math.prod(self.rows), self.width), weight, bias).view(*self.rows, self.out)
+        if self.activation in ("gelu", "gelu_tanh"):
+            y = F.gelu(y, approximate="none" if self.activation == "gelu" else "tanh")
+        elif self.activation == "silu":
+            y = F.silu(y)
+        elif self.activation is not None:
+            y = F.relu(y) if self.activation == "relu" else F.relu(y) ** 2
+        if gate is not None:
+            y = torch.tanh(gate.reshape(gate.shape[-1:])) * y
+        return (y if residual is None else residual + y,)
+
+
 CASES: dict[str, type[Case]] = {
     case.operator: case
     for case in (
@@ -410,6 +480,7 @@ CASES: dict[str, type[Case]] = {
         GatedResidualCase,
         GatedResidualNormCase,
         GatedBlockDecodeCase,
+        LinearCase,
     )
 }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flamingo_kernels import MediaMask, UnsupportedError
 from flamingo_kernels._backends import dispatch
+from flamingo_kernels.ops.linear.schema import ACTIVATIONS as OF_LINEAR
 from flamingo_kernels.sublayers.activation import ACTIVATIONS
 from flamingo_kernels.testing import (
     CASES,
@@ -26,6 +27,7 @@ from flamingo_kernels.testing import (
     GatedResidualCase,
     GatedResidualNormCase,
     Layout,
+    LinearCase,
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
     Tensors,
@@ -107,6 +109,18 @@ class RandomBlockDecode(RandomCase, GatedBlockDecodeCase):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RandomLinear(RandomCase, LinearCase):
+    """A linear layer, by the products of its gradients too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomLinearInference(RandomLinear):
+    """Where the kernel does what follows the product too."""
+
+    differentiable: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class RandomCrossAttention(RandomCase, CrossAttentionCase):
     """A gated cross-attention."""
 
@@ -183,6 +197,17 @@ def decodes(draw):
 
 
 @st.composite
+def linears(draw):
+    out = draw(WIDTHS)
+    fields = {"rows": st.lists(MANY, max_size=2).map(tuple), "width": WIDTHS, "out": just(out)}
+    fields |= {"bias": booleans(), "residual": booleans(), "gate": none() | _gates(out)}
+    fields |= {"activation": sampled_from(OF_LINEAR), "residual_dtype": OTHER_DTYPE}
+    kind = draw(sampled_from([RandomLinearInference, RandomLinear]))
+    # Equal rows round alike, and so do their terms in the gradient of a gate, as in sublayers below.
+    return draw(cases(kind, alike=kind is RandomLinearInference, gate_dtype=OTHER_DTYPE, **fields))
+
+
+@st.composite
 def sublayers(draw, kind, **fields):
     width = draw(NORM_WIDTHS)
     fields |= {"width": just(width), "gate": none() | _gates(width), "rms": booleans(), "biased": booleans()}
@@ -223,6 +248,7 @@ OPERATORS: dict[str, SearchStrategy[RandomCase]] = {
         weight_dtype=OTHER_DTYPE,
     ),
     "gated_block_decode": decodes(),
+    "linear": linears(),
 }
 SUBLAYERS: dict[str, SearchStrategy[RandomCase]] = {
     "gated_cross_attention": sublayers(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _checks as checks
 from ..._backends import dispatch
-from ..._predicates import needs_grad
+from ..._predicates import is_batched, needs_grad
 from . import products, reference
 from .products import PRODUCTS
 from .schema import ACTIVATIONS
@@ -80,8 +79,9 @@ def linear(
     with checks.without_autocast(x):
         if asked == "reference" or x.numel() == 0 or len(weight) == 0:
             return reference.linear(x, weight, bias, activation, gate, residual).contiguous()
-        by = products.fastest("forward", x, weight, weight.numel()) if asked == "auto" else asked
-        if by == "cpu" and not needs_grad(x, weight, bias, residual, gate):
+        by = _fastest(x, weight, bias) if asked == "auto" else asked
+        fused = by == "cpu" and (asked == "cpu" or all(map(products.is_plain, (gate, residual))))
+        if fused and not needs_grad(x, weight, bias, residual, gate):
             return products.few_rows(x, weight, bias, activation, gate, residual)
         y = _multiply(asked, by, x, weight, bias)
         return reference.follow(y, activation, gate, residual).contiguous()
@@ -93,9 +93,19 @@ def multiply(
     bias: Tensor | None = None,  # [out]
 ) -> Tensor:  # [..., out]
     """`F.linear` by the fastest product, for layers; it asks little, as a decoding step calls it often."""
-    fits = x.shape[-1:] == weight.shape[-1:] and (bias is None or products.is_plain_pair(weight, bias))
-    by = products.fastest("forward", x, weight, weight.numel()) if fits else "torch"
-    return _multiply("auto", by, x, weight, bias) if fits else F.linear(x, weight, bias)
+    return _multiply("auto", _fastest(x, weight, bias), x, weight, bias)
+
+
+def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    """The fastest product, or torch's for tensors of which `F.linear` makes more than a layer does."""
+    layer = weight.ndim == 2 and x.shape[-1:] == weight.shape[1:]
+    if not layer or not (bias is None or _is_bias(bias, weight)):
+        return "torch"
+    return products.fastest("forward", x, weight, weight.numel())
+
+
+def _is_bias(bias: Tensor, weight: Tensor) -> bool:
+    return bias.dtype == weight.dtype and bias.shape == weight.shape[:1] and products.is_plain(bias)
 
 
 def _multiply(asked: str, by: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,7 +119,7 @@ def _multiply(asked: str, by: str, x: Tensor, weight: Tensor, bias: Tensor | Non
 def _has_faster_gradients(x: Tensor, weight: Tensor) -> bool:
     """Whether another product than torch's is faster for either gradient: then ours must call it."""
     size = weight.numel()
-    return any(products.fastest(way, x, weight, size) != "torch" for way in ("dx", "dw"))
+    return weight.ndim == 2 and any(products.fastest(way, x, weight, size) != "torch" for way in ("dx", "dw"))
 
 
 class _Linear(torch.autograd.Function):
@@ -123,15 +133,15 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         _, _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        dy = checks.unit_stride(dy)
+        dy = dy if is_batched(dy) else checks.unit_stride(dy)
         dx = PRODUCTS[_by(ctx.asked, "dx", dy, weight, weight)].dx(dy, weight) if needs_x else None
         dweight = PRODUCTS[_by(ctx.asked, "dw", dy, x, weight)].dw(dy, x) if needs_weight else None
         return None, None, dx, dweight, dy.sum(0) if needs_bias else None
 
 
 def _by(asked: str, way: str, a: Tensor, b: Tensor, weight: Tensor) -> str:
-    """The product of a gradient. One that is differentiated again must be of operations that torch knows."""
-    if torch.is_grad_enabled():
+    """The product of a gradient; torch's where torch differentiates the gradient again or batches it."""
+    if torch.is_grad_enabled() or is_batched(a):
         return "torch"
     return asked if asked in _LIBRARIES else products.fastest(way, a, b, weight.numel())
 

@@ -47,7 +47,7 @@ def fastest(way: str, a: Tensor, b: Tensor, weights: int) -> str:
         a, b: what is multiplied, in the order of the product's arguments; a has the rows.
         weights: how many the weight has.
     """
-    if weights < config.LEAST_WEIGHTS or not _is_plain(a, b):
+    if torch.compiler.is_compiling() or weights < config.LEAST_WEIGHTS or not _are_plain(a, b):
         return "torch"
     name = config.choose(way, a.dtype, a.numel() // a.shape[-1])
     if name == "torch" or PRODUCTS[name].why_not(a.dtype):
@@ -56,12 +56,12 @@ def fastest(way: str, a: Tensor, b: Tensor, weights: int) -> str:
     return "torch" if name == "cpu" and b.stride(-1) != 1 else name
 
 
-def _is_plain(a: Tensor, b: Tensor) -> bool:
+def _are_plain(a: Tensor, b: Tensor) -> bool:
     """Whether both are plain, in a dtype of the kernels on the processor, and nothing watches or casts."""
     return (
-        is_plain_pair(a, b)
-        and a.is_cpu
-        and a.dtype in dispatch.KERNEL_DTYPES
+        is_plain(a)
+        and is_plain(b)
+        and a.dtype == b.dtype
         and a.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and is_eager(a)
@@ -69,9 +69,12 @@ def _is_plain(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def is_plain_pair(a: Tensor, b: Tensor) -> bool:
-    """Whether both are nothing but their numbers, in one dtype and on one device."""
-    return type(a) in _PLAIN and type(b) in _PLAIN and a.dtype == b.dtype and a.is_cpu == b.is_cpu
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether a kernel on the processor can read a tensor that is nothing but its numbers; None is none."""
+    if tensor is None:
+        return True
+    plain = type(tensor) in _PLAIN and tensor.is_cpu and tensor.layout is torch.strided
+    return plain and tensor.dtype in dispatch.KERNEL_DTYPES
 
 
 _PLAIN = (Tensor, nn.Parameter)

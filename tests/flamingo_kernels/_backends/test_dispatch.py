@@ -25,7 +25,9 @@ OPERATORS = (
     "gated_residual",
     "gated_residual_norm",
     "gated_block_decode",
+    "linear",
 )
+LIBRARIES = {"linear": ["mkl", "onednn"]}  # backends of one operator alone
 
 
 def tensors(**options):
@@ -53,7 +55,7 @@ def test_all_operators_are_registered():
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_available_backends_are_true_or_a_reason(operator):
     found = available_backends(operator)
-    assert list(found) == ["cuda", "triton", "cpu", "reference"]
+    assert list(found) == ["cuda", "triton", "cpu", "reference", *LIBRARIES.get(operator, [])]
     assert found["reference"] is True
     for backend, available in found.items():
         assert available is True or len(available) > 20, backend
@@ -259,6 +261,7 @@ def test_every_size_that_is_too_large_is_named(everywhere):
         ("gated_residual", ["cuda", "triton", "cpu", "reference"]),
         ("gated_residual_norm", ["cuda", "triton", "cpu", "reference"]),
         ("gated_block_decode", ["cuda", "reference"]),
+        ("linear", ["cpu", "reference"]),
     ],
 )
 def test_auto_asks_the_fastest_first(operator, order, everywhere, monkeypatch):

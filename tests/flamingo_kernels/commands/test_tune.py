@@ -96,15 +96,3 @@ def test_every_product_is_measured_and_computes(monkeypatch):
 def test_a_number_out_of_range_is_refused(arguments, capsys):
     assert cli.main(["tune", "linear", *arguments]) == 2
     assert "expected --rows of at least 1 and --seconds above 0" in capsys.readouterr().err
-
-
-def test_what_ships_names_products_that_exist():
-    from flamingo_kernels.ops.linear.products import PRODUCTS
-
-    for measured in json.loads(config.SHIPPED.read_text()).values():
-        for ways in measured["products"].values():
-            assert set(ways) <= set(config.WAYS)
-            for limits in ways.values():
-                rows = [most for most, _ in limits]
-                assert {name for _, name in limits} <= set(PRODUCTS)
-                assert rows == sorted(rows, key=lambda most: most or 2**62)

@@ -10,6 +10,7 @@ from flamingo_kernels import (
     UnsupportedError,
     gated_residual,
     gated_residual_norm,
+    linear,
     masked_cross_attention,
     perceiver_attention,
 )
@@ -45,11 +46,18 @@ def normed(**changed):
     return gated_residual_norm(**{**good, "weight": torch.ones(8), "bias": torch.zeros(8), **changed})
 
 
+def layer(**changed):
+    good = {"x": torch.zeros(2, 5, 8), "weight": torch.zeros(4, 8), "bias": torch.zeros(4)}
+    good |= {"residual": torch.zeros(2, 5, 4), "gate": torch.zeros(4)}
+    return linear(**{**good, **changed})
+
+
 OPERATORS = {
     masked: "masked_cross_attention",
     perceiver: "perceiver_attention",
     residual: "gated_residual",
     normed: "gated_residual_norm",
+    layer: "linear",
 }
 
 
@@ -158,6 +166,40 @@ ERRORS = [
     (normed, {"weight": zeros(8, dtype=torch.int64)}, TypeError, r"floating-point weight, got torch.int64"),
     (normed, {"norm": "batch"}, ValueError, r"norm='batch' is not one of 'layer', 'rms'"),
     (normed, {"norm": "rms"}, ValueError, r"expected no bias with norm='rms', got \(8,\)"),
+    (layer, {"x": torch.tensor(1.0)}, ValueError, r"expected x with shape \(..., in\), got \(\)"),
+    (
+        layer,
+        {"weight": zeros(4, 7)},
+        ValueError,
+        r"weight with shape \(out, 8\) to match x, got \(4, 7\)",
+    ),
+    (layer, {"weight": zeros(8)}, ValueError, r"weight with shape \(out, 8\) to match x, got \(8,\)"),
+    (layer, {"bias": zeros(8)}, ValueError, r"bias with shape \(4,\) to match weight, got \(8,\)"),
+    (layer, {"bias": zeros(1)}, ValueError, r"bias with shape \(4,\) to match weight, got \(1,\)"),
+    (
+        layer,
+        {"residual": zeros(2, 5, 8)},
+        ValueError,
+        r"residual with shape \(2, 5, 4\) to match x and weight, got \(2, 5, 8\)",
+    ),
+    (layer, {"residual": zeros(4)}, ValueError, r"residual with shape \(2, 5, 4\) .*got \(4,\)"),
+    (layer, {"gate": zeros(8)}, ValueError, r"a gate of 1 or out=4 elements, got \(8,\)"),
+    (layer, {"gate": zeros(0)}, ValueError, r"a gate of 1 or out=4 elements, got \(0,\)"),
+    (layer, {"gate": zeros(4, 1)}, ValueError, r"gate .*got \(4, 1\)"),
+    (
+        layer,
+        {"activation": "tanh"},
+        ValueError,
+        r"activation to be one of None, gelu, gelu_tanh, relu, squared_relu, silu, got 'tanh'",
+    ),
+    (layer, {"activation": ["gelu"]}, ValueError, r"activation to be one of .*got \['gelu'\]"),
+    *(
+        (layer, {name: zeros(*shape, **META)}, ValueError, rf"{name} on cpu with x, got meta; .*\.to\(x\.")
+        for name, shape in (("weight", (4, 8)), ("bias", (4,)), ("residual", (2, 5, 4)), ("gate", (1,)))
+    ),
+    (layer, {"gate": zeros(1, dtype=torch.int64)}, TypeError, r"floating-point gate, got torch.int64"),
+    (layer, {"weight": zeros(4, 8, **BF16)}, TypeError, r"weight in torch.float32 like x.*bfloat16; cast"),
+    (layer, {"bias": zeros(4, **BF16)}, TypeError, r"bias in torch.float32 like x, got torch.bfloat16; cast"),
     # masks
     (masked, {"mask": LOCATIONS}, TypeError, r"expected a MediaMask, got Tensor; build one with MediaMask\."),
     (masked, {"mask": mask(batch=3)}, ValueError, r"mask with shape \(2, 5\) to match q.*got \(3, 5\)"),
@@ -213,8 +255,9 @@ ERRORS = [
             ValueError,
             r"backend='gpu' is not one of auto, cuda, triton, cpu, reference",
         )
-        for call in (masked, perceiver, residual, normed)
+        for call in (masked, perceiver, residual, normed, layer)
     ),
+    (layer, {"backend": "gpu"}, ValueError, r"auto, cuda, triton, cpu, reference, mkl, onednn"),
 ]
 
 
@@ -254,6 +297,11 @@ def double_residual(**more):
     return residual(**{name: zeros(2, 5, 8).double() for name in ("x", "y")}, **more)
 
 
+def double_layer(**more):
+    shapes = {"x": (2, 5, 8), "weight": (4, 8), "bias": (4,)}
+    return layer(**{name: zeros(*shape).double() for name, shape in shapes.items()}, **more)
+
+
 def double_attention(**more):
     media = zeros(2, 3, 4, 2, 8).double()
     return masked(q=zeros(2, 5, 4, 8).double(), k=media, v=media, **more)
@@ -266,6 +314,7 @@ def double_attention(**more):
         (many_latents, r"R=300 is above 256"),
         (wide_perceiver, r"head_dim=264 is above 256"),
         (double_residual, r"dtype torch.float64 is not one of float32, bfloat16, float16"),
+        (double_layer, r"dtype torch.float64 is not one of float32, bfloat16, float16"),
         (double_attention, r"dtype torch.float64 is not one of float32, bfloat16, float16"),
     ],
 )

@@ -17,7 +17,9 @@ OPERATIONS = [name for name in library.operations() if "cpu" in library.backends
 B, T, M, R, H, HKV, D = 2, 5, 3, 4, 4, 2, 8
 NO_HEADS = "expected the 4 heads of q to be a multiple of the heads of the keys, got 0."
 PARAMETERS = ("gate", "weight", "bias")  # in any dtype and layout
-OWN_DTYPE = ("x", "y", *PARAMETERS)  # it need not be that of the first tensor
+OWN_DTYPE = ("x", "y", "residual", *PARAMETERS)  # it need not be that of the first tensor
+# A linear layer's weight is a matrix in the dtype of x, and its bias is read as rows are.
+ROWS = [("linear_fwd", "weight"), ("linear_fwd", "bias")]
 
 
 def call(name: str, **changed):
@@ -64,6 +66,12 @@ def _normed() -> tuple[dict, dict]:
     }
 
 
+def _linear() -> dict:
+    x, weight, bias, residual = torch.randn(3, T), torch.randn(D, T), torch.randn(D), torch.randn(3, D)
+    fwd = {"x": x, "weight": weight, "bias": bias, "activation": 1}
+    return fwd | {"gate": torch.randn(D), "residual": residual}
+
+
 ARGUMENTS: dict[str, dict] = {}
 
 
@@ -77,6 +85,7 @@ def good_arguments(compiled):
     }
     for operator, (fwd, bwd) in made.items():
         ARGUMENTS.update({f"{operator}_fwd": fwd, f"{operator}_bwd": bwd})
+    ARGUMENTS["linear_fwd"] = _linear()
 
 
 def _tensors() -> list[tuple[str, str]]:
@@ -98,7 +107,9 @@ def test_good_arguments_are_taken(operation):
 def test_a_tensor_in_a_wrong_dtype_is_refused(operation, name):
     tensor = ARGUMENTS[operation][name]
     wrong = [tensor.double() if tensor.is_floating_point() else tensor.long()]
-    if name not in OWN_DTYPE and tensor.is_floating_point():
+    if (
+        name not in OWN_DTYPE or (operation, name) == ("linear_fwd", "weight")
+    ) and tensor.is_floating_point():
         wrong.append(tensor.bfloat16())
     named = r"\w+" if name == "q" else name  # the others are to be like q
     for other in wrong:
@@ -115,7 +126,7 @@ def test_a_tensor_of_wrong_sizes_is_refused(operation, name):
         with pytest.raises(RuntimeError, match=rf"^{operation}: expected .*, got "):
             call(operation, **{name: tensor.narrow(dim, 0, tensor.shape[dim] - 1)})
     others = [torch.stack([tensor, tensor])]
-    if name in ("weight", "bias"):  # one element is a gate's for all channels
+    if name in ("weight", "bias") and tensor.ndim == 1:  # one element is a gate's for all channels
         others.append(tensor[:1])
     for other in others:
         with pytest.raises(RuntimeError, match=rf"^{operation}: expected .*, got .*\("):
@@ -126,11 +137,19 @@ def test_a_tensor_of_wrong_sizes_is_refused(operation, name):
 def test_a_tensor_with_strides_that_no_kernel_takes_is_refused(operation, name):
     tensor = ARGUMENTS[operation][name]
     strided = torch.stack([tensor, tensor], dim=-1)[..., 0]
-    if name in PARAMETERS:
+    if name in PARAMETERS and (operation, name) not in ROWS:
         call(operation, **{name: strided})
         return
     with pytest.raises(RuntimeError, match=rf"^{operation}: expected .*contiguous.*, got strides \(.*2\)\."):
         call(operation, **{name: strided})
+
+
+@pytest.mark.parametrize("activation", [-1, 6, 2**31])
+def test_an_activation_that_there_is_not_is_refused(activation):
+    with pytest.raises(
+        RuntimeError, match=rf"^linear_fwd: expected activation from 0 to 5, got {activation}\."
+    ):
+        call("linear_fwd", activation=activation)
 
 
 def test_the_message_names_operation_tensor_expected_and_got():

@@ -21,7 +21,13 @@ from tests.helpers.build import ROOT, build_extension, run_tests
 
 FILES = [
     f"tests/flamingo_kernels/ops/test_{name}.py"
-    for name in ("masked_cross_attention", "perceiver_attention", "gated_residual", "gated_residual_norm")
+    for name in (
+        "masked_cross_attention",
+        "perceiver_attention",
+        "gated_residual",
+        "gated_residual_norm",
+        "linear",
+    )
 ]
 
 # A digest of every output and gradient of both attentions.

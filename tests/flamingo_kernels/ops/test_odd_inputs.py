@@ -14,6 +14,7 @@ from flamingo_kernels import (
     UnsupportedError,
     gated_residual,
     gated_residual_norm,
+    linear,
     masked_cross_attention,
     perceiver_attention,
 )
@@ -207,13 +208,30 @@ def decode(x, k, v, backend="auto", **weights):
     return gated_block_decode(x, k, v, mask(length=1), weights, backend=backend)
 
 
-OPERATORS = ("masked_cross_attention", "perceiver_attention", "gated_residual", "gated_residual_norm")
+def layer_inputs():
+    sizes = {"x": (2, 4), "weight": (3, 4), "bias": (3,), "residual": (2, 3), "gate": (3,)}
+    return {name: torch.randn(size) for name, size in sizes.items()}
+
+
+OPERATORS = (
+    "masked_cross_attention",
+    "perceiver_attention",
+    "gated_residual",
+    "gated_residual_norm",
+    "linear",
+)
+OPTIONAL = {
+    "gated_cross_attention": ("gate",),
+    "gated_feed_forward": ("gate",),
+    "linear": ("bias", "residual", "gate"),
+}
 CALLS = {
     "masked_cross_attention": (partial(masked_cross_attention, mask=mask()), masked_inputs()),
     "perceiver_attention": (perceiver_attention, perceiver_inputs()),
     "gated_residual": (gated_residual, residual_inputs((2, 4))),
     "gated_residual_norm": (gated_residual_norm, residual_inputs((2, 4), norm=True)),
     "gated_block_decode": (decode, decode_inputs()),
+    "linear": (linear, layer_inputs()),
     "gated_cross_attention": (partial(attend, mask=mask()), attention_inputs()),
     "gated_feed_forward": (feed_forward, network_inputs()),
 }
@@ -227,8 +245,8 @@ def test_what_is_no_tensor_of_numbers_is_refused(operator, name, kind):
     call, tensors = CALLS[operator]
     call(**tensors)
     given = KINDS[kind](tensors[name])
-    if given is None and name == "gate" and operator in ("gated_cross_attention", "gated_feed_forward"):
-        pytest.skip("without a gate it is a plain residual")
+    if given is None and name in OPTIONAL.get(operator, ()):
+        pytest.skip("it may be missing")
     with pytest.raises(TypeError, match=f"^{operator}: expected .*{name}.*, got {kind}"):
         call(**{**tensors, name: given})
 
