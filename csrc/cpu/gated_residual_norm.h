@@ -43,7 +43,9 @@ struct Forward {
     }
     // A large mean loses the low bits of its sum: the mean of the differences corrects it.
     const float error = params.rms ? 0 : sum(errors) / columns, mean = first_mean + error;
-    const float rstd = 1 / std::sqrt(sum(squares) / columns - error * error + params.eps);
+    // Fused, as the square of the error may overflow where the squares have: of infinities there is no difference.
+    const float variance = std::fma(-error, error, sum(squares) / columns);
+    const float rstd = 1 / std::sqrt(variance + params.eps);
     for (int64_t j = 0; j < columns; j += width) {
       const int64_t left = columns - j;
       Floats scaled = (load(z + j, left) - splat(mean)) * rstd * load(params.weight + j, left);

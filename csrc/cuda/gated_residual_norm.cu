@@ -43,7 +43,8 @@ __device__ Moments centre(float* row, const GatedResidualNorm& params, float* sc
   }
   // a large mean loses the low bits of its sum: the mean of the differences corrects it
   error = params.rms ? 0.0f : block_sum(error, scratch) / columns;
-  const float variance = block_sum(squares, scratch) / columns - error * error;
+  // fused, as the square of the error may overflow where the squares have: of infinities there is no difference
+  const float variance = fmaf(-error, error, block_sum(squares, scratch) / columns);
   for (int64_t i = threadIdx.x; !params.rms && i < columns; i += blockDim.x) row[i] -= error;
   return {first_mean + error, 1 / sqrtf(variance + params.eps)};
 }

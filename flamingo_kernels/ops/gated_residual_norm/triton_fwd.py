@@ -98,7 +98,9 @@ def normalise(z, columns, eps, D: tl.constexpr, RMS: tl.constexpr):
         # what the rough mean missed: a large mean loses the low bits of its sum
         rest = row_mean(z, D)
         mean = rough + rest
-        variance = row_mean(z * z, D) - rest * rest
+        variance = row_mean(z * z, D)
+        # of infinities there is no difference
+        variance = tl.where(variance == float("inf"), variance, variance - rest * rest)
         z -= rest[:, None]
     return mean, z, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
 

@@ -125,6 +125,17 @@ def test_a_large_mean_is_right_to_its_last_bit(offset, kernels):
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_row_whose_squares_overflow_is_zero(norm, backend):
+    """As in eager: one over an infinite deviation. What its mean has lost to rounding overflows, too."""
+    x = (torch.randn(20, 1000) * 2.0**118).requires_grad_()
+    gate, weight = torch.zeros(1), torch.ones(1000)
+    _, n = gated_residual_norm(x, torch.zeros(20, 1000), gate, weight, norm=norm, backend=backend)
+    assert torch.equal(n, torch.zeros_like(n))
+    (dx,) = torch.autograd.grad(n.sum(), x)
+    assert torch.equal(dx, torch.zeros_like(dx))
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("name", ["x", "y", "dz", "dn"])
 def test_nan_stays_in_its_row(name, norm, backend):
     case = Case(shape=(5, 40), gate=(40,), norm=norm)
