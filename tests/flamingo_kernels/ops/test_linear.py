@@ -334,6 +334,12 @@ def test_an_open_gate_is_as_none(backend):
     assert torch.equal(found, linear(*tensors, backend=backend))
 
 
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_a_result_is_contiguous_whatever_its_residual_is(needs_grad, backend):
+    residual = torch.randn(24, 3).t().requires_grad_(needs_grad)
+    assert linear(*inputs(), residual=residual, backend=backend).is_contiguous()
+
+
 # gradients
 
 
@@ -524,11 +530,18 @@ def test_a_backend_that_it_lacks_is_refused(backend):
         linear(*inputs(), backend=backend)
 
 
-def test_each_backend_runs_its_own_product(backend):
-    expected = {"reference": "torch", "mkl": "torch"}.get(backend, backend)
+def test_each_backend_runs_its_own_products(backend, measured):
+    measured("onednn", "torch", "torch")
+    forward, backward = {"cpu": ("cpu", "torch"), "onednn": ("onednn", "onednn")}.get(
+        backend, ("torch", "torch")
+    )
     with Ran() as ran:
         linear(*inputs(), backend=backend)
-    assert ran.products == [expected]
+    assert ran.products == [forward]
+    leaves = [tensor.requires_grad_() for tensor in inputs()]
+    with Ran() as ran:
+        torch.autograd.grad(linear(*leaves, backend=backend).sum(), leaves)
+    assert ran.products == [forward, backward, backward]
 
 
 def test_the_context_chooses_a_product(compiled):
@@ -717,7 +730,7 @@ def test_what_is_kept_is_read_at_once(tables):
     assert set(json.loads(config.OWN.read_text())) == {"another", config.processor()}
 
 
-@pytest.mark.parametrize("broken", ["", "{", '{"a": }', "\0"])
+@pytest.mark.parametrize("broken", ["", "{", '{"a": }', "\0", "[]", "1"])
 def test_a_broken_file_is_named_in_a_line(broken, tables, monkeypatch):
     monkeypatch.setattr(config, "LEAST_WEIGHTS", 0)
     config.OWN.write_text(broken)
