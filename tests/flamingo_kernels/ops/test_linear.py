@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flamingo_kernels import UnsupportedError, available_backends, linear, use_backend
 from flamingo_kernels._backends import cpu, dispatch
-from flamingo_kernels.ops.linear import api, config
+from flamingo_kernels.ops.linear import api, config, products
 from flamingo_kernels.ops.linear.products import PRODUCTS
 from flamingo_kernels.ops.linear.schema import ACTIVATIONS, FWD
 from flamingo_kernels.testing import DTYPES, assert_within_budget, lay_out
@@ -532,6 +532,7 @@ def test_a_backend_that_it_lacks_is_refused(backend):
 
 def test_each_backend_runs_its_own_products(backend, measured):
     measured("onednn", "torch", "torch")
+    products._has_onednn()  # which it tries once
     forward, backward = {"cpu": ("cpu", "torch"), "onednn": ("onednn", "onednn")}.get(
         backend, ("torch", "torch")
     )
@@ -664,6 +665,17 @@ def test_tensors_without_numbers_are_torchs(measured, compiled):
             y = linear(*leaves, activation="gelu", backend=backend)
             assert y.shape == (3, 24)
             torch.autograd.grad(y.sum(), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_onednn_is_looked_for_in_float32_whatever_the_default_is(dtype):
+    found, look = products._has_onednn(), products._has_onednn.__wrapped__
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        assert look() is found
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_a_small_weight_is_torchs(measured, monkeypatch, compiled):
