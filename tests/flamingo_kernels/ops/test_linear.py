@@ -631,6 +631,14 @@ def test_any_number_of_rows_is_compiled_once(backend, measured, compiled):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(("rows", "width", "out"), [(0, 40, 24), (3, 0, 24), (3, 40, 0), (0, 0, 0)])
+def test_the_operation_takes_nothing_too(rows, width, out, kernels):
+    """As anybody can call it: linear leaves what is empty to the reference."""
+    x, weight, bias = inputs(rows, width, out)
+    found = FWD["cpu"](x, weight, bias, 0, None, torch.ones(rows, out))
+    assert_same(found, bias.expand(rows, -1) + 1)
+
+
 @pytest.mark.parametrize("gate", [None, (), (24,)], ids=str)
 @pytest.mark.parametrize("residual", [None, *DTYPES], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
