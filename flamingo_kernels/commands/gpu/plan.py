@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ...testing import (
-    CASES,
     Case,
     GatedBlockDecodeCase,
     GatedResidualCase,
@@ -26,6 +25,7 @@ from . import sanitizer
 from .proofs import Task
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)  # the one that models use first
+CHECKED = sanitizer.on_gpus(check.CASES)
 HEAD_DIMS = (16, 40, 64, 80, 96, 128, 256)
 
 _RULES: list[dict[str, Any]] = [
@@ -142,7 +142,7 @@ class Plan:
     steps: Mapping[str, Time] = field(hash=False)
     seconds: float
     cases: list[Case] = field(default_factory=list)
-    first: int = len(check.CASES)
+    first: int = len(CHECKED)
     dtypes: tuple[torch.dtype, ...] = DTYPES
     repeated: list[Case] = field(default_factory=list)
     large: list[Case] = field(default_factory=list)
@@ -158,7 +158,7 @@ def _in_turn(*groups: list[Case]) -> list[Case]:
 
 
 FULL = Plan(
-    cases=list(dict.fromkeys([*check.CASES, *sanitizer.SMALL, *_in_turn(MASKED, PERCEIVER, ROWS, DECODE)])),
+    cases=list(dict.fromkeys([*CHECKED, *sanitizer.SMALL, *_in_turn(MASKED, PERCEIVER, ROWS, DECODE)])),
     repeated=REPEATED,
     large=LARGE,
     timed=shapes.GPU_CASES,
@@ -181,7 +181,7 @@ FULL = Plan(
     },
 )
 QUICK = Plan(
-    cases=check.CASES,
+    cases=CHECKED,
     repeated=REPEATED[::2],
     timed=tuple(case for case in shapes.GPU_CASES if case.targets),
     against=("eager", "sdpa", "torch.add", *BACKENDS),
@@ -205,8 +205,8 @@ CONFIGS = Plan(
 )
 # On a cpu: every step, of nothing but small calls.
 REHEARSAL = Plan(
-    cases=[example() for example in CASES.values()],
-    repeated=[example() for example in CASES.values()],
+    cases=sanitizer.EXAMPLES,
+    repeated=sanitizer.EXAMPLES,
     timed=tuple(case for case in shapes.QUICK if case.op != "gated_block_decode"),  # Triton has none
     against=("eager", "sdpa", "torch.add"),
     seconds_each=0.0,

@@ -79,6 +79,8 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     try:
         found: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
     except ValueError as error:
         raise ValueError(f"linear: expected JSON in {path}, got {error}; delete it and tune again.") from None
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -127,8 +127,9 @@ def _why_no_onednn(dtype: torch.dtype) -> str:
 @cache
 def _has_onednn() -> bool:
     """Whether torch has its private operation for a product by oneDNN, with the arguments that we know."""
+    kind: Any = {"device": "cpu", "dtype": torch.float32}  # whatever torch's defaults are
     try:
-        _multiply_by_onednn(torch.ones(2, 3), torch.ones(4, 3))
+        _multiply_by_onednn(torch.ones(2, 3, **kind), torch.ones(4, 3, **kind))
     except (AttributeError, RuntimeError, TypeError):
         return False
     return True

@@ -231,6 +231,7 @@ calls = {
         torch.zeros(1, 1 << 19).expand(64, -1), torch.zeros(64), torch.zeros(64), False,
     ],
     "gated_residual_fwd": lambda: [*[torch.zeros(1, 1 << 19).expand(64, -1)] * 2, torch.zeros(1)],
+    "linear_fwd": lambda: [*[torch.zeros(1, 1 << 19).expand(64, -1)] * 2, None, 0, None, None],
 }
 name, mebibytes = sys.argv[1:]
 run, arguments = library.backends_of(name)["cpu"], calls[name]()
@@ -252,6 +253,7 @@ except RuntimeError as error:
         ("perceiver_attention_bwd", 60, "working memory", 8 * 8000 * 256 * 4),
         ("gated_residual_norm_bwd", 320, "partial sums", 64 * 2**19 * 4),
         ("gated_residual_fwd", 60, "a result", 64 * 2**19 * 4),
+        ("linear_fwd", 60, "working memory", 64 * 2**19 * 4),
     ],
 )
 def test_without_memory_there_is_an_error_that_says_how_much(operation, mebibytes, what, wanted):

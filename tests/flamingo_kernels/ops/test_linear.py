@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flamingo_kernels import UnsupportedError, available_backends, linear, use_backend
 from flamingo_kernels._backends import cpu, dispatch
-from flamingo_kernels.ops.linear import api, config
+from flamingo_kernels.ops.linear import api, config, products
 from flamingo_kernels.ops.linear.products import PRODUCTS
 from flamingo_kernels.ops.linear.schema import ACTIVATIONS, FWD
 from flamingo_kernels.testing import DTYPES, assert_within_budget, lay_out
@@ -334,6 +334,12 @@ def test_an_open_gate_is_as_none(backend):
     assert torch.equal(found, linear(*tensors, backend=backend))
 
 
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_a_result_is_contiguous_whatever_its_residual_is(needs_grad, backend):
+    residual = torch.randn(24, 3).t().requires_grad_(needs_grad)
+    assert linear(*inputs(), residual=residual, backend=backend).is_contiguous()
+
+
 # gradients
 
 
@@ -524,11 +530,19 @@ def test_a_backend_that_it_lacks_is_refused(backend):
         linear(*inputs(), backend=backend)
 
 
-def test_each_backend_runs_its_own_product(backend):
-    expected = {"reference": "torch", "mkl": "torch"}.get(backend, backend)
+def test_each_backend_runs_its_own_products(backend, measured):
+    measured("onednn", "torch", "torch")
+    products._has_onednn()  # which it tries once
+    forward, backward = {"cpu": ("cpu", "torch"), "onednn": ("onednn", "onednn")}.get(
+        backend, ("torch", "torch")
+    )
     with Ran() as ran:
         linear(*inputs(), backend=backend)
-    assert ran.products == [expected]
+    assert ran.products == [forward]
+    leaves = [tensor.requires_grad_() for tensor in inputs()]
+    with Ran() as ran:
+        torch.autograd.grad(linear(*leaves, backend=backend).sum(), leaves)
+    assert ran.products == [forward, backward, backward]
 
 
 def test_the_context_chooses_a_product(compiled):
@@ -617,6 +631,14 @@ def test_any_number_of_rows_is_compiled_once(backend, measured, compiled):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(("rows", "width", "out"), [(0, 40, 24), (3, 0, 24), (3, 40, 0), (0, 0, 0)])
+def test_the_operation_takes_nothing_too(rows, width, out, kernels):
+    """As anybody can call it: linear leaves what is empty to the reference."""
+    x, weight, bias = inputs(rows, width, out)
+    found = FWD["cpu"](x, weight, bias, 0, None, torch.ones(rows, out))
+    assert_same(found, bias.expand(rows, -1) + 1)
+
+
 @pytest.mark.parametrize("gate", [None, (), (24,)], ids=str)
 @pytest.mark.parametrize("residual", [None, *DTYPES], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -651,6 +673,17 @@ def test_tensors_without_numbers_are_torchs(measured, compiled):
             y = linear(*leaves, activation="gelu", backend=backend)
             assert y.shape == (3, 24)
             torch.autograd.grad(y.sum(), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_onednn_is_looked_for_in_float32_whatever_the_default_is(dtype):
+    found, look = products._has_onednn(), products._has_onednn.__wrapped__
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        assert look() is found
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_a_small_weight_is_torchs(measured, monkeypatch, compiled):
@@ -717,7 +750,7 @@ def test_what_is_kept_is_read_at_once(tables):
     assert set(json.loads(config.OWN.read_text())) == {"another", config.processor()}
 
 
-@pytest.mark.parametrize("broken", ["", "{", '{"a": }', "\0"])
+@pytest.mark.parametrize("broken", ["", "{", '{"a": }', "\0", "[]", "1"])
 def test_a_broken_file_is_named_in_a_line(broken, tables, monkeypatch):
     monkeypatch.setattr(config, "LEAST_WEIGHTS", 0)
     config.OWN.write_text(broken)

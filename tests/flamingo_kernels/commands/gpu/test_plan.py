@@ -29,12 +29,13 @@ def test_a_task_for_each_dtype_case_and_backend():
 
 def test_the_full_plan_leaves_nothing_out():
     full = plan.FULL
-    every = [*check.CASES, *sanitizer.SMALL, *plan.MASKED, *plan.PERCEIVER, *plan.ROWS, *plan.DECODE]
+    checked = [case for case in check.CASES if case.operator != "linear"]  # which has no kernel for GPUs
+    every = [*checked, *sanitizer.SMALL, *plan.MASKED, *plan.PERCEIVER, *plan.ROWS, *plan.DECODE]
     assert set(full.cases) == set(every)
     assert max(Counter(full.cases).values()) == 1
-    assert full.cases[: full.first] == check.CASES
+    assert full.cases[: full.first] == checked
     assert {*full.dtypes} == {torch.bfloat16, torch.float32, torch.float16}
-    operators = {case.operator for case in check.CASES}
+    operators = {case.operator for case in checked}
     for cases in (full.cases, full.repeated, plan.QUICK.cases):
         assert {case.operator for case in cases} == operators
     assert {case.operator for case in full.large} == operators - {"gated_block_decode"}

@@ -204,4 +204,5 @@ def test_a_finding_can_be_stored():
 
 
 def test_all_operators_are_in_these_tests():
-    assert {case.operator for case in SMALL} == set(CASES)
+    """But for linear, which has no kernel for GPUs."""
+    assert {case.operator for case in SMALL} == set(CASES) - {"linear"}
