@@ -98,8 +98,9 @@ def multiply(
 
 def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """The fastest product, or torch's for tensors of which `F.linear` makes more than a layer does."""
-    layer = weight.ndim == 2 and x.shape[-1:] == weight.shape[1:]
-    if not layer or not (bias is None or _is_bias(bias, weight)):
+    if torch.jit.is_tracing() or x.shape[-1:] != weight.shape[1:]:
+        return "torch"
+    if bias is not None and not _is_bias(bias, weight):
         return "torch"
     return products.fastest("forward", x, weight, weight.numel())
 
@@ -133,7 +134,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         _, _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        dy = dy if is_batched(dy) else checks.unit_stride(dy)
+        dy = checks.unit_stride(dy)
         dx = PRODUCTS[_by(ctx.asked, "dx", dy, weight, weight)].dx(dy, weight) if needs_x else None
         dweight = PRODUCTS[_by(ctx.asked, "dw", dy, x, weight)].dw(dy, x) if needs_weight else None
         return None, None, dx, dweight, dy.sum(0) if needs_bias else None

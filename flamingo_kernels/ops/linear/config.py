@@ -8,6 +8,7 @@ torch's own products.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from functools import cache
@@ -25,6 +26,7 @@ LEAST_WEIGHTS = 2**18
 
 
 WAYS = ("forward", "dx", "dw")
+NAMES = ("torch", "cpu", "mkl", "onednn")
 
 # By dtype and way, in the order of rows: up to so many (None: any), this product. Beyond the last: torch's.
 Table = dict[str, dict[str, list[tuple[int | None, str]]]]
@@ -56,7 +58,9 @@ def forget() -> None:
 def keep(measured: dict[str, Any]) -> None:
     """Keep what was measured on this processor for later processes."""
     OWN.parent.mkdir(parents=True, exist_ok=True)
-    OWN.write_text(json.dumps({**_read(OWN), processor(): measured}, indent=1) + "\n")
+    whole = OWN.with_name(f"{OWN.name}.{os.getpid()}")  # another process may be reading the file
+    whole.write_text(json.dumps({**_read(OWN), processor(): measured}, indent=1) + "\n")
+    whole.replace(OWN)
     forget()
 
 
@@ -79,8 +83,19 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__}")
+        if not isinstance(found, dict) or not _is_measured(found.get(processor())):
+            raise ValueError("something else than tables of products")
     except ValueError as error:
         raise ValueError(f"linear: expected JSON in {path}, got {error}; delete it and tune again.") from None
     return found
+
+
+def _is_measured(entry: Any) -> bool:
+    """Whether an entry of a file is what `tune` writes about a processor, or there is none."""
+    if entry is None:
+        return True
+    try:
+        ways = [limits for ways in entry["products"].values() for limits in ways.values()]
+        return all(name in NAMES and (most is None or most > 0) for limits in ways for most, name in limits)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False

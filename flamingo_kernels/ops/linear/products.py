@@ -65,7 +65,6 @@ def _are_plain(a: Tensor, b: Tensor) -> bool:
         and a.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and is_eager(a)
-        and not torch.jit.is_tracing()
     )
 
 

@@ -575,6 +575,16 @@ def test_auto_takes_what_was_measured(measured, compiled):
             torch.testing.assert_close(found, torch.autograd.grad(F.linear(*leaves).sum(), leaves))
 
 
+def test_a_transposed_weight_is_torchs(measured, compiled):
+    """The kernel would copy it in every call."""
+    measured("cpu")
+    x, weight, _ = inputs()
+    for call in (linear, api.multiply):
+        with Ran() as ran:
+            call(x, weight.t().contiguous().t())
+        assert ran.products == ["torch"]
+
+
 def test_mkl_is_called_where_it_was_measured(measured, monkeypatch):
     if available_backends("linear")["mkl"] is not True:
         pytest.skip("torch is built without MKL")
@@ -750,10 +760,13 @@ def test_what_is_kept_is_read_at_once(tables):
     assert set(json.loads(config.OWN.read_text())) == {"another", config.processor()}
 
 
-@pytest.mark.parametrize("broken", ["", "{", '{"a": }', "\0", "[]", "1"])
+OTHER_TABLES = ({}, {"products": 1}, {"products": {"float32": {"forward": [[1, "magic"]]}}})
+
+
+@pytest.mark.parametrize("broken", ["", "{", '{"a": }', "\0", "[]", "1", *OTHER_TABLES], ids=str)
 def test_a_broken_file_is_named_in_a_line(broken, tables, monkeypatch):
     monkeypatch.setattr(config, "LEAST_WEIGHTS", 0)
-    config.OWN.write_text(broken)
+    config.OWN.write_text(broken if isinstance(broken, str) else json.dumps({config.processor(): broken}))
     with pytest.raises(
         ValueError, match=r"^linear: expected JSON in .*OWN\.json, got .*; delete it"
     ) as caught:

@@ -100,7 +100,9 @@ def test_what_is_swapped_and_what_is_not_and_why():
     }
     assert "  linear layers  2  torch.nn.modules.linear.Linear" in str(report)
     assert type(model.again) is linears.Linear
-    assert patch(model, linears=True).linears == {}
+    again = patch(model, linears=True)
+    assert again.linears == {}
+    assert again.skipped == report.skipped
 
 
 def test_parameters_state_and_place_stay():
