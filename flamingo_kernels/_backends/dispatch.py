@@ -88,6 +88,11 @@ def limits(operator: str) -> dict[str, dict[str, int]]:
     return _LIMITS[operator]
 
 
+def libraries(operator: str) -> list[str]:
+    """The backends that an operator alone has."""
+    return list(_LIBRARIES[operator])
+
+
 def operators() -> list[str]:
     """The names of all operators."""
     return list(_OPERATORS)

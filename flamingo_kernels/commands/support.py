@@ -37,13 +37,19 @@ _RUNS_ON = {
     "cuda": "NVIDIA GPUs from sm_{}{} on; so far compiled for them and run on none".format(
         *cuda.OLDEST_CAPABILITY
     ),
+    "mkl": "processors for which torch has it",
+    "onednn": "processors for which torch has it",
     "triton": "NVIDIA GPUs from sm_{}{} on, AMD gfx942; so far compiled for them and run on none".format(
         *triton.OLDEST_CAPABILITY
     ),
 }
-_GRADIENTS = {"reference": "any order"}
+_DTYPES = {"reference": "any floating", "mkl": "float32"}
 _NO_GRADIENTS = "none: for inference"
-_REPRODUCIBLE = {"reference": "as PyTorch is", "cpu": "yes, for any number of threads"}
+_REPRODUCIBLE: dict[str | tuple[str, str], str] = {
+    "reference": "as PyTorch is",
+    "cpu": "yes, for any number of threads",
+    ("linear", "cpu"): "yes, for any number of threads and of other rows; gradients as PyTorch is",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,18 +72,37 @@ def table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for operator in dispatch.operators():
-        for backend, limits in dispatch.limits(operator).items():
-            cells = [
+        lines += [
+            readme.row(
                 f"`{operator}`",
                 f"`{backend}`",
                 _RUNS_ON[backend],
-                "any floating" if backend == "reference" else _dtypes(),
+                _DTYPES.get(backend) or _dtypes(),
                 ", ".join(f"{name} {most}" for name, most in limits.items()) or "any",
-                _GRADIENTS.get(backend, "once" if dispatch.is_differentiable(operator) else _NO_GRADIENTS),
-                _REPRODUCIBLE.get(backend, "yes"),
-            ]
-            lines.append(readme.row(*cells))
+                _gradients(operator, backend),
+                _REPRODUCIBLE.get((operator, backend)) or _REPRODUCIBLE.get(backend, "yes"),
+            )
+            for backend, limits in dispatch.limits(operator).items()
+        ]
+        lines += [
+            readme.row(
+                f"`{operator}`",
+                f"`{library}`",
+                _RUNS_ON[library],
+                _DTYPES.get(library) or _dtypes(),
+                "any",
+                _gradients(operator, library),
+                "as PyTorch is",
+            )
+            for library in dispatch.libraries(operator)
+        ]
     return "\n".join(lines)
+
+
+def _gradients(operator: str, backend: str) -> str:
+    if backend == "reference" or operator == "linear":  # whose gradients are products again
+        return "any order"
+    return "once" if dispatch.is_differentiable(operator) else _NO_GRADIENTS
 
 
 def models(results: str | Path | None = None) -> str:
