@@ -61,7 +61,7 @@ void expect_at_most(const char* operation, const char* name, int64_t size, int64
 }
 
 void set_scale(Attention& params, double scale) {
-  params.sign = std::signbit(scale) ? -1 : 1;
+  params.sign = (scale > 0) - (scale < 0);  // a scale of 0 makes all scores equal, however large
   // not 0, as 0 times the -inf of a key that is not visible is NaN
   params.scale_log2 = std::max(float(std::abs(scale) * std::numbers::log2e), std::numeric_limits<float>::min());
 }

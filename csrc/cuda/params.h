@@ -44,7 +44,7 @@ struct Attention {
   DType dtype;
   int64_t batch, length, heads, head_dim, kv_heads;
   float scale;
-  float sign, scale_log2;  // sign(scale) and |scale| log2(e), which is never 0
+  float sign, scale_log2;  // sign(scale), 0 for 0, and |scale| log2(e), which is never 0
   Rows q, out;
   float *row_max, *row_sum;  // [B, H, T], of scores before their scale; null where the backward pass reads neither
   // backward only

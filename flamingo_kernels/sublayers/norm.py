@@ -92,17 +92,31 @@ def backward(
     """
     if norm.rms:
         return _rms_backward(dn, x, norm, statistics, needs_parameters)
-    needs_bias = needs_parameters and norm.bias is not None
     x, norm = _in_one_dtype(x, norm)
+    if not (needs_parameters and x.is_cpu and x.dtype in _NARROW):
+        return _layer_backward(dn.to(x.dtype), x, norm, statistics, needs_parameters)
+    # On a CPU torch adds up the parameters' gradients in the dtype of x.
+    assert statistics.mean is not None
+    moments = Statistics(statistics.mean.float(), statistics.rstd.float())
+    with scratch(2, *x.shape, like=moments.rstd) as memory:
+        wide = (dn.float(), x.float()) if memory is None else (memory[0].copy_(dn), memory[1].copy_(x))
+        bias = None if norm.bias is None else norm.bias.float()
+        found = _layer_backward(*wide, Norm(norm.weight.float(), bias), moments, needs_parameters)
+    dx, dweight, dbias = (each if each is None else each.to(x.dtype) for each in found)
+    assert dx is not None
+    return dx, dweight, dbias
+
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+def _layer_backward(
+    dn: Tensor, x: Tensor, norm: Norm, statistics: Statistics, needs_parameters: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    needed = [True, needs_parameters, needs_parameters and norm.bias is not None]
+    moments = statistics.mean, statistics.rstd
     return torch.ops.aten.native_layer_norm_backward(
-        dn.to(x.dtype),
-        x,
-        x.shape[-1:],
-        statistics.mean,
-        statistics.rstd,
-        norm.weight,
-        norm.bias,
-        [True, needs_parameters, needs_bias],
+        dn, x, x.shape[-1:], *moments, norm.weight, norm.bias, needed
     )
 
 

@@ -64,9 +64,11 @@ def strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
 def scales(scale: float) -> tuple[float, float, tl.constexpr]:
     """A softmax's scale; the same in base 2 and without its sign; the sign.
 
-    In base 2 it is never 0, as 0 times the -inf of a masked key is NaN.
+    In base 2 it is never 0, as 0 times the -inf of a masked key is NaN; the sign of 0 is 0, so all scores are
+    equal then, however large.
     """
-    return scale, max(abs(scale) * log2(e), 2.0**-126), tl.constexpr(copysign(1, scale))
+    sign = copysign(1, scale) if scale else 0.0
+    return scale, max(abs(scale) * log2(e), 2.0**-126), tl.constexpr(sign)
 
 
 def precision(tensor: Tensor) -> str:

@@ -47,10 +47,10 @@ def fastest(way: str, a: Tensor, b: Tensor, weights: int) -> str:
         a, b: what is multiplied, in the order of the product's arguments; a has the rows.
         weights: how many the weight has.
     """
-    if torch.compiler.is_compiling() or weights < config.LEAST_WEIGHTS or not _are_plain(a, b):
+    if torch.compiler.is_compiling() or weights < config.LEAST_WEIGHTS or type(a) not in _PLAIN:
         return "torch"
-    name = config.choose(way, a.dtype, a.numel() // a.shape[-1])
-    if name == "torch" or PRODUCTS[name].why_not(a.dtype):
+    name = config.choose(way, a.dtype, a.numel() // (a.shape[-1] or 1))
+    if name == "torch" or not _are_plain(a, b) or PRODUCTS[name].why_not(a.dtype):
         return "torch"
     # The kernel would copy a transposed weight, which takes longer than to multiply.
     return "torch" if name == "cpu" and b.stride(-1) != 1 else name

@@ -266,12 +266,12 @@ def test_scores_of_which_the_last_bits_are_thousands(immediate, scale, dtype, ba
 
 
 @pytest.mark.parametrize("immediate", [True, False])
-def test_a_scale_of_zero_averages_scores_of_any_size(immediate, compiled):
+def test_a_scale_of_zero_averages_scores_of_any_size(immediate, kernels):
     case = Case(length=63, latents=60, immediate=immediate, scale=0.0)
     tensors = case.tensors()
-    expected = case.kernel(compiled, **tensors)[0]
+    expected = case.kernel(kernels, **tensors)[0]
     tensors["q"], tensors["k"] = tensors["q"] * 1e17, tensors["k"] * 1e18
-    assert torch.equal(case.kernel(compiled, **tensors)[0], expected)
+    assert torch.equal(case.kernel(kernels, **tensors)[0], expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

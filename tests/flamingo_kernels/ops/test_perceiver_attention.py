@@ -205,3 +205,12 @@ def test_scores_far_below_zero_stay_finite(dtype, backend):
     expected = evaluate(case, lambda **t: case.kernel("reference", **t), tensors, [dout])
     for name, tensor in evaluate(case, lambda **t: case.kernel(backend, **t), tensors, [dout]).items():
         torch.testing.assert_close(tensor, expected[name], rtol=0.02, atol=0.05, msg=name)
+
+
+def test_a_scale_of_zero_averages_scores_of_any_size(kernels):
+    case = Case(scale=0.0)
+    tensors = case.tensors()
+    expected = case.kernel(kernels, **tensors)[0]
+    tensors["q"] = tensors["q"] * 1e17
+    tensors |= {name: tensors[name] * 1e18 for name in ("k_media", "k_latents")}
+    assert torch.equal(case.kernel(kernels, **tensors)[0], expected)

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flamingo_kernels import UnsupportedError
 from flamingo_kernels.commands.measure.memory import saved_bytes
 from flamingo_kernels.sublayers import Linear, Norm, gated_feed_forward, gated_linear, scratch
+from flamingo_kernels.sublayers import norm as norms
 from flamingo_kernels.sublayers.activation import ACTIVATIONS
-from flamingo_kernels.testing import DTYPES, assert_all_passed, measure
+from flamingo_kernels.testing import DTYPES, assert_all_passed, measure, ulp
 from tests.helpers.parity import hold
 from tests.helpers.products import Products
 from tests.helpers.sublayer_cases import CrossAttentionCase as Attention
@@ -132,6 +133,19 @@ def test_what_a_bias_sends_a_gate_is_summed_in_float32(gates):
     gate = torch.zeros(gates, dtype=torch.bfloat16)
     found = gated_linear.backward(dz, torch.zeros_like(dz), to_out, gate, "cpu", **needs).gate
     assert found.tolist() == ([3] if gates == 1 else [4099, -4096])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_a_norm_learns_is_summed_in_float32(dtype):
+    """In bfloat16, as torch on a CPU adds it up, 300 ones are 256."""
+    dn, x, ones = torch.ones(3000, 8).to(dtype), torch.randn(3000, 8).to(dtype), torch.ones(8).to(dtype)
+    norm = Norm(ones, torch.zeros_like(ones))
+    _, statistics = norms.forward(x, norm)
+    dx, dweight, dbias = norms.backward(dn, x, norm, statistics, needs_parameters=True)
+    exact = torch.nn.functional.layer_norm(x.double(), (8,)).sum(0)
+    assert dbias.tolist() == [torch.tensor(3000.0).to(dtype).item()] * 8
+    assert (dweight.double() - exact).abs().max() <= 2 * ulp(exact.abs().max().item(), dtype)
+    assert [each.dtype for each in (dx, dweight, dbias)] == [dtype] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
