@@ -46,7 +46,7 @@ _RUNS_ON = {
 _DTYPES = {"reference": "any floating", "mkl": "float32"}
 _NO_GRADIENTS = "none: for inference"
 _REPRODUCIBLE: dict[str | tuple[str, str], str] = {
-    "reference": "as PyTorch is",
+    **dict.fromkeys(("reference", "mkl", "onednn"), "as PyTorch is"),
     "cpu": "yes, for any number of threads",
     ("linear", "cpu"): "yes, for any number of threads and of other rows; gradients as PyTorch is",
 }
@@ -72,6 +72,7 @@ def table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for operator in dispatch.operators():
+        libraries: dict[str, dict[str, int]] = {name: {} for name in dispatch.libraries(operator)}
         lines += [
             readme.row(
                 f"`{operator}`",
@@ -82,19 +83,7 @@ def table() -> str:
                 _gradients(operator, backend),
                 _REPRODUCIBLE.get((operator, backend)) or _REPRODUCIBLE.get(backend, "yes"),
             )
-            for backend, limits in dispatch.limits(operator).items()
-        ]
-        lines += [
-            readme.row(
-                f"`{operator}`",
-                f"`{library}`",
-                _RUNS_ON[library],
-                _DTYPES.get(library) or _dtypes(),
-                "any",
-                _gradients(operator, library),
-                "as PyTorch is",
-            )
-            for library in dispatch.libraries(operator)
+            for backend, limits in (dispatch.limits(operator) | libraries).items()
         ]
     return "\n".join(lines)
 

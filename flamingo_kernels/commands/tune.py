@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 import torch
@@ -47,8 +47,7 @@ class Found(NamedTuple):
 
     def gain(self, name: str) -> float:
         """How many times as fast as torch's a product is, the geometric mean over the shapes."""
-        ratios = [each["torch"].median / each[name].median for each in self.times]
-        return math.prod(ratios) ** (1 / len(ratios))
+        return geometric_mean(_ratios(self.times, name))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,13 +147,18 @@ def _dx(product: Any, dy: Tensor, weights: Iterator[Tensor]) -> None:
         product(dy, next(weights))
 
 
+def _ratios(times: list[dict[str, Spread]], name: str) -> list[float]:
+    """How many times as fast as torch's a product is for each shape."""
+    return [each["torch"].median / each[name].median for each in times]
+
+
 def _best(times: list[dict[str, Spread]]) -> str:
     """The product that gains most over torch's, if it gains enough and loses nowhere."""
     gains = {}
     for name in times[0]:
-        ratios = [each["torch"].median / each[name].median for each in times]
+        ratios = _ratios(times, name)
         if min(ratios) >= LOSS:
-            gains[name] = math.prod(ratios) ** (1 / len(ratios))
+            gains[name] = geometric_mean(ratios)
     best = max(gains, key=lambda name: gains[name])
     return best if gains[best] >= GAIN else "torch"
 

@@ -21,9 +21,9 @@ from ..._backends import cpu, env
 
 SHIPPED = Path(__file__).with_name("measured.json")
 OWN = env.CACHE / "linear.json"
+
 # A smaller weight is multiplied before another product than torch's could be chosen.
 LEAST_WEIGHTS = 2**18
-
 
 WAYS = ("forward", "dx", "dw")
 NAMES = ("torch", "cpu", "mkl", "onednn")
