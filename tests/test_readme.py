@@ -102,7 +102,9 @@ def test_every_model_it_names_has_gains_and_was_the_same_after():
             assert "in float64" in found["lacking"]
             continue
         assert list(found["works"]) == list(found["proofs"])
-        assert all(proof["err"] <= proof["budget"] for proof in found["proofs"].values())
+        proofs = [proof for by_side in found["proofs"].values() for proof in by_side.values()]
+        assert len(proofs) == 2 * len(found["works"])
+        assert all(proof["err"] <= proof["budget"] for proof in proofs)
         assert "dirty" not in found["conditions"]["commit"], "nobody can run that again"
 
 
@@ -110,21 +112,25 @@ def test_gains_are_ratios_of_times(tmp_path):
     def times(*each):
         return dict(zip(("median", "p20", "p80"), each, strict=True))
 
-    def work(before, after):
-        return {"times": {"before": before, "after": after}, "ratio": before["median"] / after["median"]}
+    def work(before, patched, linears):
+        return {"times": {"before": before, "patch": patched, "linears": linears}}
 
     found = json.loads((GAINS / "mllama-small.json").read_text())
     found["works"] = {
-        "prefill": work(times(3, 2.5, 3.5), times(2, 1.9, 2.1)),
-        "decode": work(times(2, 1, 3), times(4, 2, 5)),
+        "prefill": work(times(3, 2.5, 3.5), times(2, 1.9, 2.1), times(1, 0.9, 1.1)),
+        "decode": work(times(2, 1, 3), times(4, 2, 5), times(1, 0.5, 0.9)),
     }
     (tmp_path / "mllama-small.json").write_text(json.dumps(found))
     table = support.models(tmp_path)
-    assert "| 1.50x | ~0.50x | - | `row_leak`" in table
+    assert "| 1.50x, 3.00x | ~0.50x, 2.00x | - | `row_leak`" in table
     assert table.count("| - | - | - |") == len(families()) - 1
     assert "Gains" not in support.models()
-    speeds = {"before": times(1234.4, 1, 1), "after": times(1851.7, 1, 1)}
-    assert support._speeds({"tokens_per_s": speeds, "ratio": 1.5}) == "1,234 to 1,852 (1.50x)"
+    speeds = {
+        "before": times(1234.4, 1, 1),
+        "patch": times(1300.0, 1, 1),
+        "linears": times(1851.7, 1, 1),
+    }
+    assert support._speeds({"tokens_per_s": speeds}) == "1,234 to 1,852 (1.50x)"
     assert support.presets().count("\n") == 4
 
 

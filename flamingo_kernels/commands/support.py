@@ -119,13 +119,17 @@ def _profile(results: str | Path | None, name: str) -> dict[str, Any]:
 
 
 def _gain(found: dict[str, Any], work: str) -> str:
-    """How many times as fast a work is after the swap; marked where the spreads of both overlap."""
+    """How many times as fast a work is after the swap, without and with linear layers.
+
+    Marked where the spread overlaps with that before.
+    """
     measured = found.get("works", {}).get(work)
     if measured is None:
         return "-"
-    before, after = (measured["times"][side] for side in ("before", "after"))
-    overlap = before["p20"] <= after["p80"] and after["p20"] <= before["p80"]
-    return f"{'~' * overlap}{factor(measured['ratio'])}"
+    before, *after = measured["times"].values()
+    overlaps = (before["p20"] <= each["p80"] and each["p20"] <= before["p80"] for each in after)
+    gains = (before["median"] / each["median"] for each in after)
+    return ", ".join(f"{'~' * overlap}{factor(gain)}" for overlap, gain in zip(overlaps, gains, strict=True))
 
 
 def _conditions(found: list[dict[str, Any]]) -> list[str]:
@@ -144,11 +148,12 @@ def _conditions(found: list[dict[str, Any]]) -> list[str]:
     }
     return [
         "",
-        "Gains: times before over times after the swap, of a whole model under "
-        f"`python -m flamingo_kernels profile NAME`. NAME: {names}. Random weights, {dtypes}, "
+        "Gains: times before over times after `patch(model)`, then after `patch(model, linears=True)`, of a "
+        f"whole model under `python -m flamingo_kernels profile NAME`. NAME: {names}. Random weights, "
+        f"{dtypes}, "
         f"D {WIDE['width']}, {Sizes().layers} layers of which every second reads images; one text of "
         f"{FULL.text} tokens and {FULL.media} images, for Evolla a protein. "
-        '"~": the spreads of both, 20% to 80%, overlap. "-": it has no cache to decode with. '
+        '"~": its spread, 20% to 80%, overlaps with that before. "-": it has no cache to decode with. '
         "The two rows of Idefics are one measurement. "
         f"Medians on {said['device']}, {said['threads']} threads, torch {said['torch']}, "
         f"commit {said['commit']}, {max(each['conditions']['time'] for each in found)}.",
@@ -227,14 +232,14 @@ def _counted_line(found: dict[str, Any]) -> str:
     size = sum(found["parameters"].values())
     weights = gibibytes(size * found["bytes_each"])
     flops = (f"{rounded(found['flops'][work] / 1e9)} GFLOP" for work in WORKS)
-    before, after = (found["saved"][side] for side in ("before", "after"))
+    before, after = found["saved"].values()
     kept = f"{rounded(before / 2**20)} to {mebibytes(after)} ({factor(before / after)})"
     return readme.row(found["model"], found["dtype"], f"{rounded(size / 1e9)} G", weights, *flops, kept)
 
 
 def _speeds(measured: dict[str, Any]) -> str:
-    before, after = (measured["tokens_per_s"][side]["median"] for side in ("before", "after"))
-    return f"{rounded(before)} to {rounded(after)} ({factor(measured['ratio'])})"
+    before, *_, after = (each["median"] for each in measured["tokens_per_s"].values())
+    return f"{rounded(before)} to {rounded(after)} ({factor(after / before)})"
 
 
 def update_readme(path: str | Path, results: str | Path | None = None) -> None:

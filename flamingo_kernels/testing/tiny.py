@@ -313,7 +313,7 @@ def open_flamingo_module(name: str) -> ModuleType:
 class _OpenFlamingo(nn.Module):
     """What its Flamingo class does around the parts; the input is what its vision encoder would give."""
 
-    def __init__(self, sizes: Sizes, language: Any) -> None:
+    def __init__(self, sizes: Sizes, language: Any, layers: str) -> None:
         super().__init__()
         helpers, lm, utils = map(open_flamingo_module, ("helpers", "flamingo_lm", "utils"))
         self.perceiver = helpers.PerceiverResampler(
@@ -322,7 +322,7 @@ class _OpenFlamingo(nn.Module):
         # newer transformers ask a decoder layer for this
         lm.FlamingoLayer.attention_type = property(lambda layer: layer.decoder_layer.attention_type)
         utils.extend_instance(language, lm.FlamingoLMMixin)
-        language.set_decoder_layers_attr_name("gpt_neox.layers")
+        language.set_decoder_layers_attr_name(layers)
         language.init_flamingo(IMAGE, sizes.width, sizes.visual, 2, gradient_checkpointing=False)
         self.lang_encoder = language
 
@@ -350,11 +350,17 @@ class _OpenFlamingo(nn.Module):
             layer.condition_vis_x(media)
 
 
-def _open_flamingo(sizes: Sizes, **config: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def _open_flamingo(
+    sizes: Sizes, *, language: str = "GPTNeoX", **config: Any
+) -> tuple[nn.Module, dict[str, Tensor]]:
     import transformers
 
     options = {**_language(sizes), "num_hidden_layers": sizes.layers, **config}
-    model = _OpenFlamingo(sizes, transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**options)))
+    if language == "OPT":
+        options["ffn_dim"] = options.pop("intermediate_size")
+    configured = getattr(transformers, f"{language}Config")(**options)
+    layers = {"GPTNeoX": "gpt_neox.layers", "OPT": "model.decoder.layers"}[language]
+    model = _OpenFlamingo(sizes, getattr(transformers, f"{language}ForCausalLM")(configured), layers)
     tokens, locations = _text(sizes)
     tokens[locations.bool()] = IMAGE
     padding = torch.ones_like(tokens)

@@ -11,9 +11,9 @@ class NothingSwappedError(ValueError):
     """No module of a model was swapped, so before and after would be the same model."""
 
 
-def swapped(model: nn.Module) -> PatchReport:
+def swapped(model: nn.Module, *, linears: bool = False) -> PatchReport:
     """Patch a model. Raises NothingSwappedError with the reasons of every module that stays as it is."""
-    report = patch(model)
+    report = patch(model, linears=linears)
     if not report.replaced:
         reasons = "; ".join(dict.fromkeys(report.skipped.values()))
         raise NothingSwappedError(

@@ -2,7 +2,9 @@
 
 models         what can be profiled: a registry of models, each with its inputs and its kinds of work
 third_party    the tiny models of other libraries for that registry
+own            the user's own model
 run            compare, then time, weigh and profile
+apart          time each side in a process of its own, compiled ones beside
 parts          which module belongs to which part, and what torch.profiler says each part took
 count          shapes, bytes and FLOPs of a model that does not fit into memory
 report         the page of text and the picture
@@ -18,12 +20,26 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .count import Counted
+    from .subject import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help='a preset as "tiny", or of another library, as "idefics-tiny"'
+        "name",
+        metavar="MODEL",
+        nargs="?",
+        help='a preset as "tiny", or of another library, as "idefics-tiny"',
     )
+    parser.add_argument(
+        "--model",
+        metavar="FILE.py:NAME",
+        help="instead: a function of yours, of any of tokens, images and batch, that returns a model and the "
+        "keyword arguments of its forward",
+    )
+    parser.add_argument("--tokens", type=int, help="in a text (default: 1024)")
+    parser.add_argument("--images", type=int, help="in a text (default: 8)")
+    parser.add_argument("--batch", type=int, default=1, help="how many texts (default: 1)")
+    parser.add_argument("--only", metavar="WORK", nargs="+", help="prefill, decode, training step")
     parser.add_argument("--device", default="cpu", help='where to run, as in "cuda:0" (default: cpu)')
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--threads", type=int, help="of the cpu (default: as torch chooses)")
@@ -31,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="a short text: shows that it works, not how fast"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="time both under torch.compile; parts are still those without"
+        "--compile", action="store_true", help="time all under torch.compile; parts are still those without"
+    )
+    parser.add_argument(
+        "--apart", action="store_true", help="only time, each in a process of its own; compiled ones beside"
     )
     parser.add_argument("--trace", metavar="FILE", help="write a Chrome trace with the parts in it (.json)")
     parser.add_argument("--json", metavar="FILE", help="write all that was found, with its conditions")
@@ -43,13 +62,16 @@ def main(options: argparse.Namespace) -> int:
     import torch
 
     from ..measure.swapped import NothingSwappedError
-    from . import count, models, report, run
+    from . import apart, count, report, run
 
     dtype = getattr(torch, options.dtype)
+    seconds = 0.1 if options.quick else 5.0
     try:
         _refuse_early(options)
-        plan = models.plan(options.model, quick=options.quick)
+        plan = _plan(options)
         lacking = count.lacking_memory(plan, dtype, options.device)
+        if lacking and (options.apart or options.model):
+            raise ValueError(f"it {lacking}.")
     except (ImportError, ValueError) as error:
         print(f"profile: {error}", file=sys.stderr)
         return 2
@@ -61,7 +83,11 @@ def main(options: argparse.Namespace) -> int:
     try:
         if lacking:
             return _show_counted(count.run(plan, dtype, options.device, lacking), options)
-        seconds = 0.1 if options.quick else 5.0
+        if options.apart:
+            times = apart.run(plan, dtype=dtype, seconds=4 * seconds)
+            print(report.apart(times))
+            _save(times, options.json)
+            return 0
         settings = {"seconds": seconds, "trace": options.trace, "compiled": options.compile}
         found = run.run(plan, dtype=dtype, device=options.device, **settings)
     except NothingSwappedError as error:
@@ -72,6 +98,28 @@ def main(options: argparse.Namespace) -> int:
     if options.picture and found.same:
         report.picture(found, options.picture)
     return int(not found.same)
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """What the options ask for. Raises ValueError for what cannot be."""
+    from . import models, own
+    from .subject import FULL, QUICK
+
+    if bool(options.name) == bool(options.model):
+        raise ValueError("expected a MODEL, or your own as --model FILE.py:NAME.")
+    usual = QUICK if options.quick else FULL
+    sizes = usual._replace(
+        text=usual.text if options.tokens is None else options.tokens,
+        media=usual.media if options.images is None else options.images,
+        batch=options.batch,
+    )
+    if min(sizes) < 1 or sizes.text < 2 * sizes.media:
+        raise ValueError(
+            "expected a batch and images of at least 1, and two tokens for each image, got "
+            f"{sizes.text} tokens, {sizes.media} images and a batch of {sizes.batch}."
+        )
+    plan = own.plan(options.model, sizes) if options.model else models.plan(options.name, sizes)
+    return plan.only(options.only) if options.only else plan
 
 
 def _show_counted(found: Counted, options: argparse.Namespace) -> int:
@@ -91,6 +139,8 @@ def _refuse_early(options: argparse.Namespace) -> None:
 
     if why := why_not_on(options.device):
         raise ValueError(f"{why}.")
+    if options.apart and (options.compile or options.trace or options.picture or options.device != "cpu"):
+        raise ValueError("expected --apart on a cpu, without --compile, --trace and --picture.")
     if options.picture:
         new_figure()
     for path in filter(None, (options.trace, options.json, options.picture)):

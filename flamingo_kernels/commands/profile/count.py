@@ -19,9 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ..measure.memory import available, saved_bytes
 from ..measure.swapped import swapped
 from ..measure.text import dtype_name, gibibytes
-from .models import THIRD_PARTY
 from .parts import LANGUAGE, PARTS, each_part, labels
-from .run import AFTER, BEFORE, call, twin
+from .run import BEFORE, PATCHED, call, twin
 from .subject import PREFILL, STEP, Plan
 
 # The FLOP counter knows this attention on a GPU only.
@@ -45,7 +44,7 @@ class Counted:
         bytes_each: of one parameter.
         prefill_flops: by part, of the model as it is written, dense masks and all.
         flops: by kind of work, backward pass included.
-        saved: bytes kept for the backward pass, before and after the patch.
+        saved: bytes kept for the backward pass, before and after the patch; its linear layers keep the same.
     """
 
     model: str
@@ -64,7 +63,7 @@ def lacking_memory(plan: Plan, dtype: torch.dtype, device: str) -> str:
 
     The comparison in float64 takes most: its weights, and about as much again for its gradients.
     """
-    with nullcontext() if plan.name in THIRD_PARTY else FakeTensorMode():
+    with nullcontext() if plan.needs_memory else FakeTensorMode():
         model = plan.subject(dtype, device).model
     needed = 2 * 8 * sum(parameter.numel() for parameter in model.parameters())
     there = available(device)
@@ -97,7 +96,7 @@ def run(plan: Plan, dtype: torch.dtype, device: str, lacking: str) -> Counted:
             {name: sum(flops_by_part(each, {}).values()) for name, each in calls.items()},
             {
                 side: saved_bytes(starts[STEP](model), model)
-                for side, model in ((BEFORE, subject.model), (AFTER, after))
+                for side, model in ((BEFORE, subject.model), (PATCHED, after))
             },
         )
 

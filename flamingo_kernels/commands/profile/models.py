@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flamingo.config import PRESETS
+
 from ...testing import open_gates, tiny
 from .parts import BLOCKS, RESAMPLER, VISION
 from .subject import (
     DECODE,
     FULL,
     PREFILL,
-    QUICK,
     STEP,
     Plan,
     Sizes,
@@ -29,7 +30,7 @@ from .subject import (
 )
 
 
-def plan(name: str, *, quick: bool = False) -> Plan:
+def plan(name: str, sizes: Sizes = FULL) -> Plan:
     """How to build a model of the registry.
 
     Raises:
@@ -37,7 +38,7 @@ def plan(name: str, *, quick: bool = False) -> Plan:
     """
     if name not in MODELS:
         raise ValueError(f"expected a MODEL among {', '.join(MODELS)}, got {name}.")
-    return Plan(name, QUICK if quick else FULL, MODELS[name])
+    return Plan(name, sizes, MODELS[name], needs_memory=name not in PRESETS)
 
 
 def _flamingo(preset: str, sizes: Sizes, **changes: Any) -> Subject:
@@ -46,7 +47,7 @@ def _flamingo(preset: str, sizes: Sizes, **changes: Any) -> Subject:
     config = FlamingoConfig.preset(preset, **changes)
     model = open_gates(Flamingo(config).freeze())
     ids = tokens(sizes, 256, config.media_token_id)
-    pixels = features(1, sizes.media, 1, 3, config.image_size, config.image_size)
+    pixels = features(sizes.batch, sizes.media, 1, 3, config.image_size, config.image_size)
 
     def images(model: Flamingo) -> Tensor:
         return pixels.to(next(model.vision.parameters()).dtype)
@@ -58,7 +59,7 @@ def _flamingo(preset: str, sizes: Sizes, **changes: Any) -> Subject:
     def decode(model: Flamingo) -> Callable[[], Tensor]:
         media, cache = model.encode_media(images(model)), model.language.new_cache()
         model.decode(ids, media, cache=cache)
-        last, seen = media[:, -1:].clone(), torch.ones(1, 1, dtype=torch.bool, device=ids.device)
+        last, seen = media[:, -1:].clone(), torch.ones(sizes.batch, 1, dtype=torch.bool, device=ids.device)
 
         def token() -> Tensor:
             logits = model.decode(ids[:, -1:], last, cache=cache, media_locations=seen)
@@ -72,18 +73,22 @@ def _flamingo(preset: str, sizes: Sizes, **changes: Any) -> Subject:
         return lambda: model(ids, seen, labels=ids).loss
 
     works = {
-        PREFILL: Work(prefill, sizes.text),
-        DECODE: Work(decode, 1, "a token after the whole text, keys and values in the cache"),
-        STEP: Work(step, sizes.text, "forward and backward, vision and language model frozen, no optimizer"),
+        PREFILL: Work(prefill, sizes.batch * sizes.text),
+        DECODE: Work(decode, sizes.batch, "a token after the whole text, keys and values in the cache"),
+        STEP: Work(
+            step,
+            sizes.batch * sizes.text,
+            "forward and backward, vision and language model frozen, no optimizer",
+        ),
     }
     parts = {"vision": VISION, "resampler": RESAMPLER, r"cross_attn\.\d+": BLOCKS}
     return Subject(model, {"input_ids": ids, "pixels": pixels}, parts, works)
 
 
-def _third_party(name: str, sizes: Sizes, **wide: Any) -> Subject:
+def _third_party(name: str, sizes: Sizes, *, config: Any = None, **wide: Any) -> Subject:
     from .third_party import build
 
-    return build(name, tiny.Sizes(text=sizes.text, images=sizes.media, **wide))
+    return build(name, tiny.Sizes(sizes.batch, sizes.text, sizes.media, **wide), **(config or {}))
 
 
 # The "small" models are as wide as real ones and have few layers.
@@ -101,15 +106,24 @@ _WIDE_FLAMINGO: dict[str, Any] = {
     "num_latents": 64,
 }
 
+# An OpenFlamingo around a language model of the shape of facebook/opt-350m.
+OPT_350M = "open_flamingo-opt-350m"
+_WIDE_OPT_350M: dict[str, Any] = {"width": 1024, "heads": 16, "layers": 24, "visual": 1024}
+_OPT_350M = {
+    "language": "OPT",
+    "vocab_size": 50272,
+    "word_embed_proj_dim": 512,
+    "do_layer_norm_before": False,
+}
+
 
 def _registry() -> dict[str, Callable[[Sizes], Subject]]:
-    from flamingo.config import PRESETS
-
     return {
         **{name: partial(_flamingo, name) for name in PRESETS},
         "flamingo-small": partial(_flamingo, "tiny", **_WIDE_FLAMINGO),
         **{name: partial(_third_party, name) for name in tiny.names()},
         **{small_of(name): partial(_third_party, name, **WIDE) for name in tiny.names()},
+        OPT_350M: partial(_third_party, "open_flamingo-tiny", config=_OPT_350M, **_WIDE_OPT_350M),
     }
 
 
@@ -118,6 +132,4 @@ def small_of(name: str) -> str:
     return name.replace("-tiny", "-small")
 
 
-# These read numbers while they are built, so tensors without memory cannot stand in. They are small.
-THIRD_PARTY = frozenset(each for name in tiny.names() for each in (name, small_of(name)))
 MODELS = _registry()

@@ -10,11 +10,19 @@ from typing import Any
 from ..measure.figure import new_figure
 from ..measure.text import duration, factor, mebibytes, rounded, verdict
 from ..measure.timing import Spread
+from .apart import COMPILED, FROZEN, Apart
 from .count import Counted
 from .parts import BLOCKS, INSIDE, PARTS
-from .run import AFTER, BEFORE, SIDES, Measured, Profile
+from .run import BEFORE, LINEARS, PATCHED, Measured, Profile
 
-_LINE = "{:<34}{:>28}{:>28}{:>9}"
+_TITLES = {
+    BEFORE: "as it is",
+    PATCHED: "patch",
+    LINEARS: "patch with linears",
+    COMPILED: "torch.compile",
+    FROZEN: "inductor, frozen",
+}
+_WIDTH, _FACTOR = 27, 8  # of a cell, and of what it gains
 
 
 def measured(found: Profile) -> str:
@@ -24,24 +32,28 @@ def measured(found: Profile) -> str:
     size = f"{rounded(found.parameters / 1e6)} M random parameters"
     lines = [
         f"{found.model}, {found.dtype}, {size}; {_shapes(found.inputs)}",
-        *(["before and after under torch.compile; their parts without it"] if found.compiled else []),
+        *(["all under torch.compile; their parts without it"] if found.compiled else []),
         f"{setting['device']}{threads}, torch {setting['torch']}",
         "",
         found.patched,
         "",
-        _line("relative error against float64", AFTER, "allowed"),
+        _PROOF.format("relative error against float64", "found", "allowed", "").rstrip(),
     ]
-    lines += [_line(f"  {name}", *verdict(proof)) for name, proof in found.proofs.items()]
+    lines += [
+        _PROOF.format(f"  {name}, {_TITLES[side]}", *verdict(proof))
+        for name, by_side in found.proofs.items()
+        for side, proof in by_side.items()
+    ]
     if not found.same:
         return "\n".join([*lines, "", "The patched model computes something else: nothing was timed."])
-    lines += ["", _line("tokens/s, median (20% to 80%)", *SIDES)]
+    sides = list(next(iter(found.works.values())).times)
+    lines += ["", _heading("tokens/s, median (20% to 80%)", sides)]
     for name, work in found.works.items():
-        before, after = (_spread(work.speed(side)) for side in SIDES)
-        lines.append(_line(f"  {name}", before, after, factor(work.ratio)))
+        lines.append(_line(f"  {name}", {side: _spread(work.speed(side)) for side in sides}, _gains(work)))
         lines += [f"    {work.note}"] if work.note else []
-    lines += ["", _line("memory", *SIDES), *_memory(found.works)]
+    lines += ["", _heading("memory", sides), *_memory(found.works)]
     for name, work in found.works.items():
-        lines += ["", _line(f"time by part, {name}", *SIDES), *_by_part(work)]
+        lines += ["", _heading(f"time by part, {name}", sides), *_by_part(work)]
     lines += [
         "",
         "Parts: medians under torch.profiler, with its cost. A gate that rides on a product counts there.",
@@ -69,9 +81,27 @@ def _by_part(work: Measured) -> list[str]:
     rows += [(part, [part]) for part in parts if part not in inside]
     rows.append(("all", parts))
     return [
-        _compared(f"  {name}", {side: _sum(work.parts[side], which) for side in SIDES}, duration)
+        _compared(f"  {name}", {side: _sum(taken, which) for side, taken in work.parts.items()}, duration)
         for name, which in rows
     ]
+
+
+def apart(found: Apart) -> str:
+    """Times of processes of their own, as a page of text."""
+    setting, sizes, row = found.conditions, found.sizes, "{:<24}{:>12}{:>24}{:>9}"
+    lines = [
+        f"{found.model}, {found.dtype}; {sizes.batch} x {sizes.text} tokens, {sizes.media} images",
+        f"{setting['device']}, {setting['threads']} threads, torch {setting['torch']}",
+        "each in a process of its own; their results were not compared",
+    ]
+    for work, times in found.times.items():
+        lines += ["", row.format(f"{work}, ms", "median", "20% to 80%", "gain")]
+        for side, spread in times.items():
+            between = f"{rounded(spread.p20)} to {rounded(spread.p80)}"
+            gain = factor(times[BEFORE].median / spread.median)
+            lines.append(row.format(f"  {_TITLES[side]}", rounded(spread.median), between, gain))
+        lines += [f"  {_TITLES[side]} failed: {error}" for side, error in found.failed[work].items()]
+    return "\n".join(lines)
 
 
 def counted(found: Counted) -> str:
@@ -91,7 +121,7 @@ def counted(found: Counted) -> str:
             lines.append(line.format(f"  {part}", *cells))
     lines += ["", "counted GFLOP of matrix products, as the model is written, with dense masks"]
     lines += [f"  {name:<32}{flops / 1e9:>16.4g}" for name, flops in found.flops.items()]
-    lines += ["", _line("counted memory of a training step", *SIDES)]
+    lines += ["", _heading("counted memory of a training step", found.saved)]
     lines.append(_compared("  saved for the backward pass", found.saved, mebibytes))
     return "\n".join(lines)
 
@@ -102,8 +132,8 @@ def plain(value: Any) -> Any:
         named = {each.name: plain(getattr(value, each.name)) for each in fields(value)}
         if isinstance(value, Measured):
             named |= {
-                "tokens_per_s": {side: plain(value.speed(side)) for side in SIDES},
-                "ratio": value.ratio,
+                "tokens_per_s": {side: plain(value.speed(side)) for side in value.times},
+                "gain": {side: value.gain(side) for side in value.times if side != BEFORE},
             }
         return named
     if hasattr(value, "_asdict"):
@@ -112,10 +142,10 @@ def plain(value: Any) -> Any:
 
 
 def picture(found: Profile, path: str | Path) -> None:
-    """Draw the time by part, before and after. Raises as `new_figure`."""
-    figure = new_figure(figsize=(11, 1.6 + 0.9 * len(found.works)), layout="constrained")
+    """Draw the time by part on every side. Raises as `new_figure`."""
+    rows = [(name, side) for name, work in found.works.items() for side in work.times][::-1]  # drawn upwards
+    figure = new_figure(figsize=(11, 1.6 + 0.45 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    rows = [(name, side) for name in found.works for side in SIDES][::-1]  # barh draws upwards
     ends = dict.fromkeys(rows, 0.0)
     for part in PARTS:
         widths = []
@@ -129,10 +159,10 @@ def picture(found: Profile, path: str | Path) -> None:
         ends = {row: end + width for (row, end), width in zip(ends.items(), widths, strict=True)}
     for y, (name, side) in enumerate(rows):
         work = found.works[name]
-        gain = f", {factor(work.ratio)}" if side == AFTER else ""
+        gain = "" if side == BEFORE else f", {factor(work.gain(side))}"
         label = f"  {rounded(work.speed(side).median)} tokens/s{gain}"
         axes.text(ends[name, side], y, label, va="center", fontsize=9, color="#333333")
-    axes.set_yticks(range(len(rows)), [f"{name}, {side}" for name, side in rows], fontsize=9)
+    axes.set_yticks(range(len(rows)), [f"{name}, {_TITLES[side]}" for name, side in rows], fontsize=9)
     axes.set_xlim(0, 1.3 * max([1.0, *ends.values()]))
     axes.set_xlabel("time under torch.profiler, of what the work takes before", fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -147,13 +177,30 @@ _SHADES = ("#f4b8a8", "#e88a73", "#c8553d", "#f28f3b", "#8f2d1b", "#588b8b", "#9
 _COLOURS = dict(zip(PARTS, _SHADES, strict=True))
 
 
-def _line(name: str, first: str, second: str, third: str = "") -> str:
-    return _LINE.format(name, first, second, third).rstrip()
+_PROOF = "{:<48}{:>12}{:>12}{:>10}"
+
+
+def _heading(name: str, sides: Iterable[str]) -> str:
+    return _line(name, {side: _TITLES[side] for side in sides}, {})
+
+
+def _line(name: str, cells: Mapping[str, str], gains: Mapping[str, float]) -> str:
+    """A row: a cell for each side, and behind each but the first what it gains."""
+    text = f"{name:<34}"
+    for side, cell in cells.items():
+        text += f"{cell:>{_WIDTH}}"
+        if side != BEFORE:
+            text += f"{factor(gains[side]) if side in gains else '':>{_FACTOR}}"
+    return text.rstrip()
+
+
+def _gains(work: Measured) -> dict[str, float]:
+    return {side: work.gain(side) for side in work.times if side != BEFORE}
 
 
 def _compared(name: str, values: Mapping[str, Any], shown: Callable[[float], str]) -> str:
-    before, after = (values[side] for side in SIDES)
-    return _line(name, shown(before), shown(after), factor(before / after) if after else "")
+    gains = {side: values[BEFORE] / value for side, value in values.items() if value}
+    return _line(name, {side: shown(value) for side, value in values.items()}, gains)
 
 
 def _sum(values: Mapping[str, float], which: Iterable[str]) -> float:

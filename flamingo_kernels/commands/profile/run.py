@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ...patch import PatchReport
 from ...testing import Proof, expect, prove
 from ..info import conditions_on
 from ..measure.memory import peak_growth, saved_bytes
@@ -24,7 +25,7 @@ from ..measure.timing import Clock, Spread, clock_of, interleave
 from .parts import PARTS, device_time, each_part, host_time, labels, time_by_part
 from .subject import STEP, Plan, Subject, Work, convert
 
-BEFORE, AFTER = SIDES = ("before", "after")
+BEFORE, PATCHED, LINEARS = "before", "patch", "linears"
 PROFILED = 5  # calls of every work and side under torch.profiler
 
 Call = Callable[[], tuple[Tensor, ...]]
@@ -32,7 +33,7 @@ Call = Callable[[], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Measured:
-    """One kind of work; dictionaries are by side, before and after.
+    """One kind of work; dictionaries are by side.
 
     Attributes:
         tokens, note: see `Work`.
@@ -54,10 +55,9 @@ class Measured:
         median, p20, p80 = self.times[side]
         return Spread(*(1e3 * self.tokens / each for each in (median, p80, p20)))
 
-    @property
-    def ratio(self) -> float:
-        """How many times as fast it is after."""
-        return self.times[BEFORE].median / self.times[AFTER].median
+    def gain(self, side: str) -> float:
+        """How many times as fast it is as before."""
+        return self.times[BEFORE].median / self.times[side].median
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class Profile:
     """What one run found; `works` is empty if the results are not the same.
 
     Attributes:
+        patched: what `patch` says.
         compiled: whether torch.compile made what was compared and timed; parts are those without it.
+        proofs: by work and side.
     """
 
     model: str
@@ -75,12 +77,12 @@ class Profile:
     patched: str
     conditions: dict[str, Any]
     compiled: bool
-    proofs: dict[str, Proof]
+    proofs: dict[str, dict[str, Proof]]
     works: dict[str, Measured] = field(default_factory=dict)
 
     @property
     def same(self) -> bool:
-        return all(proof.passed for proof in self.proofs.values())
+        return all(proof.passed for by_side in self.proofs.values() for proof in by_side.values())
 
 
 def run(
@@ -98,18 +100,16 @@ def run(
     Args:
         plan: the model.
         dtype, device: of its weights and inputs.
-        seconds: how long to time one kind of work, before and after together.
+        seconds: how long to time one kind of work, all sides together.
         trace: where to write a Chrome trace.
         clock: what keeps the time; the device's own by default.
-        compiled: whether to compare and time both sides under torch.compile.
+        compiled: whether to compare and time every side under torch.compile.
     """
     with _room_for_graphs() if compiled else nullcontext():
         progress = ProgressBar(6)
         progress(f"{plan.name}: building")
         subject = plan.subject(dtype, device)
-        after = twin(subject.model)
-        report = swapped(after)
-        models = {BEFORE: subject.model, AFTER: after}
+        models, report = sides(subject.model)
         timed = {side: compiled_twin(model) for side, model in models.items()} if compiled else models
         progress("results: comparing with float64")
         found = Profile(
@@ -120,7 +120,7 @@ def run(
             str(report),
             conditions_on(device),
             compiled,
-            compare(subject, timed[AFTER]),
+            compare(subject, timed),
         )
         if found.same:
             clock = clock or clock_of(device)
@@ -134,10 +134,19 @@ def run(
 
 
 def _room_for_graphs() -> AbstractContextManager[None]:
-    """Both sides share code, which torch.compile no longer compiles once it has eight graphs of it."""
+    """All sides share code, which torch.compile no longer compiles once it has eight graphs of it."""
     from torch._dynamo import config
 
     return cast("AbstractContextManager[None]", config.patch(recompile_limit=64))
+
+
+def sides(model: nn.Module) -> tuple[dict[str, nn.Module], PatchReport]:
+    """A model as it is, patched, and on a cpu with its linear layers, and what the last of these swapped."""
+    models, on_cpu = {BEFORE: model}, next(model.parameters()).is_cpu
+    for side in (PATCHED, LINEARS) if on_cpu else (PATCHED,):
+        models[side] = twin(model)
+        report = swapped(models[side], linears=side == LINEARS)
+    return models, report
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -168,21 +177,26 @@ def call(name: str, work: Work, model: nn.Module) -> Call:
     return step
 
 
-def compare(subject: Subject, after: nn.Module) -> dict[str, Proof]:
-    """Hold the results of both against float64."""
+def compare(subject: Subject, models: Mapping[str, nn.Module]) -> dict[str, dict[str, Proof]]:
+    """Hold the results of every patched side against float64, by work and side.
+
+    Args:
+        models: by side, what shares the parameters of the subject's model.
+    """
 
     def results(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
         return {name: _result(name, work, model) for name, work in subject.works.items()}
 
-    ours = results(after)
+    ours = {side: results(model) for side, model in models.items() if side != BEFORE}
     dtype = next(subject.model.parameters()).dtype
     convert(subject.model, torch.float64)
     exact = results(subject.model)
     convert(subject.model, dtype)  # loses nothing: the numbers were of this dtype before
-    return {
-        name: prove(ours[name], expect(partial(_result, name, work, subject.model), exact[name]))
-        for name, work in subject.works.items()
-    }
+    proofs = {}
+    for name, work in subject.works.items():
+        expected = expect(partial(_result, name, work, subject.model), exact[name])
+        proofs[name] = {side: prove(each[name], expected) for side, each in ours.items()}
+    return proofs
 
 
 def _result(name: str, work: Work, model: nn.Module) -> tuple[Tensor, ...]:
@@ -210,13 +224,13 @@ def _measure(
 def by_part(
     subject: Subject, models: dict[str, nn.Module], device: str, trace: str | None = None
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Milliseconds by work, side and part: medians of a few calls, before and after in turn."""
+    """Milliseconds by work, side and part: medians of a few calls, the sides in turn."""
     on_gpu = torch.device(device).type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     labelled = {
         module: part for model in models.values() for module, part in labels(model, subject.parts).items()
     }
-    spans = {(name, side): f"{name}, {side}" for name in subject.works for side in SIDES}
+    spans = {(name, side): f"{name}, {side}" for name in subject.works for side in models}
     with profile(activities=activities) as recorded:
         for _ in range(PROFILED):
             for (name, side), span in spans.items():
@@ -228,7 +242,7 @@ def by_part(
     if trace:
         recorded.export_chrome_trace(trace)
     taken = time_by_part(recorded.events(), spans.values(), device_time if on_gpu else host_time)
-    return {name: {side: _medians(taken[spans[name, side]]) for side in SIDES} for name in subject.works}
+    return {name: {side: _medians(taken[spans[name, side]]) for side in models} for name in subject.works}
 
 
 def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,11 @@ PREFILL, DECODE, STEP = "prefill", "decode", "training step"
 
 
 class Sizes(NamedTuple):
-    """The inputs: one sequence of `text` tokens, and `media` images in it."""
+    """The inputs: `batch` sequences of `text` tokens, and `media` images in each."""
 
     text: int
     media: int
+    batch: int = 1
 
 
 FULL, QUICK = Sizes(text=1024, media=8), Sizes(text=48, media=3)
@@ -55,11 +57,25 @@ class Subject:
 
 
 class Plan(NamedTuple):
-    """A model that is still to be built."""
+    """A model that is still to be built.
+
+    Attributes:
+        needs_memory: whether numbers are read while it is built, so tensors without memory cannot stand in.
+    """
 
     name: str
     sizes: Sizes
     build: Callable[[Sizes], Subject]
+    needs_memory: bool = False
+
+    def only(self, works: Iterable[str]) -> Plan:
+        """The same with these kinds of work alone. Raises ValueError if there is none of that name."""
+        names = list(works)
+        for name in names:
+            if name not in (PREFILL, DECODE, STEP):
+                raise ValueError(f"expected {PREFILL}, {DECODE} or {STEP}, got {name!r}.")
+
+        return self._replace(build=partial(_only, self.build, names))
 
     def subject(self, dtype: torch.dtype, device: str) -> Subject:
         """The same numbers in every dtype, up to its rounding."""
@@ -70,6 +86,14 @@ class Plan(NamedTuple):
         return subject
 
 
+def _only(build: Callable[[Sizes], Subject], names: list[str], sizes: Sizes) -> Subject:
+    whole = build(sizes)
+    works = {name: work for name, work in whole.works.items() if name in names}
+    if not works:
+        raise ValueError(f"expected one of {', '.join(whole.works)}, got {', '.join(names)}.")
+    return replace(whole, works=works)
+
+
 def convert(model: nn.Module, dtype: torch.dtype) -> None:
     """`model.to(dtype)`, but every tensor stays the object it is: a twin that shares it follows."""
     for tensor in (*model.parameters(), *model.buffers()):
@@ -78,8 +102,8 @@ def convert(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def tokens(sizes: Sizes, vocabulary: int, image: int) -> Tensor:
-    """Random text `[1, T]` with images at even distances, the first behind a token that sees none."""
-    ids = torch.randint(vocabulary, (1, sizes.text))
+    """Random text `[B, T]` with images at even distances, the first behind a token that sees none."""
+    ids = torch.randint(vocabulary, (sizes.batch, sizes.text))
     ids[:, 1 + torch.arange(sizes.media) * (sizes.text // sizes.media)] = image
     return ids
 

@@ -52,13 +52,13 @@ _IMAGES_AGAIN: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 
 
-def build(name: str, sizes: tiny.Sizes) -> Subject:
+def build(name: str, sizes: tiny.Sizes, **config: Any) -> Subject:
     """An entry of `MODELS`; what reads images in the language model is trained, the rest is frozen.
 
     Raises:
         ImportError: its library is not installed.
     """
-    built = tiny.build(name, sizes)
+    built = tiny.build(name, sizes, **config)
     model = built.model.requires_grad_(False)
     for module, part in labels(model, PARTS[name]).items():
         module.requires_grad_(part != VISION)
@@ -71,16 +71,16 @@ def build(name: str, sizes: tiny.Sizes) -> Subject:
         for each, value in built.inputs.items()
     }
     frozen = "vision and language model frozen" if VISION in PARTS[name].values() else "language model frozen"
-    length = built.tokens.shape[1]
+    batch, length = built.tokens.shape
     trained = f"forward and backward, {frozen}, no optimizer"
     works = {
-        PREFILL: Work(partial(_prefill, inputs), length),
-        STEP: Work(partial(_step, inputs, built.tokens), length, trained),
+        PREFILL: Work(partial(_prefill, inputs), batch * length),
+        STEP: Work(partial(_step, inputs, built.tokens), batch * length, trained),
     }
     if name in _IMAGES_AGAIN:
         decode = partial(_decode, inputs, built.tokens.shape, _IMAGES_AGAIN[name])
         note = "the last token of the text, with the model's own cache, which the call crops again"
-        works = {PREFILL: works[PREFILL], DECODE: Work(decode, 1, note), STEP: works[STEP]}
+        works = {PREFILL: works[PREFILL], DECODE: Work(decode, batch, note), STEP: works[STEP]}
     return Subject(model, inputs, PARTS[name], works)
 
 
@@ -99,7 +99,12 @@ def _step(inputs: dict[str, Tensor], tokens: Tensor, model: Any) -> Callable[[],
     given = _cast(inputs, model)
     if hasattr(model, "generate"):
         given["use_cache"] = False
-    return lambda: nn.functional.cross_entropy(_logits(model(**given))[0, :-1], tokens[0, 1:])
+    return lambda: _loss(_logits(model(**given)), tokens)
+
+
+def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of predicting every next token."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def _logits(output: Any) -> Tensor:

@@ -98,11 +98,10 @@ def multiply(
 
 def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """The fastest product, or torch's for tensors of which `F.linear` makes more than a layer does."""
-    if torch.jit.is_tracing() or x.shape[-1:] != weight.shape[1:]:
+    by = products.fastest("forward", x, weight, weight.numel())
+    if by == "torch" or torch.jit.is_tracing() or x.shape[-1:] != weight.shape[1:]:
         return "torch"
-    if bias is not None and not _is_bias(bias, weight):
-        return "torch"
-    return products.fastest("forward", x, weight, weight.numel())
+    return by if bias is None or _is_bias(bias, weight) else "torch"
 
 
 def _is_bias(bias: Tensor, weight: Tensor) -> bool:

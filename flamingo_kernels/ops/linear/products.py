@@ -49,7 +49,7 @@ def fastest(way: str, a: Tensor, b: Tensor, weights: int) -> str:
     """
     if torch.compiler.is_compiling() or weights < config.LEAST_WEIGHTS or type(a) not in _PLAIN:
         return "torch"
-    name = config.choose(way, a.dtype, a.numel() // (a.shape[-1] or 1))
+    name = config.choose(way, a.dtype, a.numel() // (a.shape[-1] if a.numel() and a.ndim else 1))
     if name == "torch" or not _are_plain(a, b) or PRODUCTS[name].why_not(a.dtype):
         return "torch"
     # The kernel would copy a transposed weight, which takes longer than to multiply.

@@ -12,7 +12,9 @@ from flamingo_kernels import __main__ as cli
 from flamingo_kernels import patch
 from flamingo_kernels.commands.measure.timing import Spread
 from flamingo_kernels.commands.profile import count, models, parts, report, run
+from flamingo_kernels.commands.profile.subject import QUICK
 from flamingo_kernels.layers import cross_attention, fused, resampler
+from flamingo_kernels.patch import linears
 
 WORKS = [models.PREFILL, models.DECODE, models.STEP]
 ASKED = ["--quick", "--threads", "1"]
@@ -41,41 +43,44 @@ def test_it_prints_and_writes_what_it_found(tmp_path, capsys):
         *(f"time by part, {name}" for name in WORKS),
     ):
         assert expected in shown.out
-    assert shown.out.count("same") == len(WORKS)
+    assert shown.out.count("same") == 2 * len(WORKS)
     assert "3/6  prefill: timing" in shown.err
 
     found = json.loads(files["json"].read_text())
     assert list(found["works"]) == list(found["proofs"]) == WORKS
     assert found["conditions"]["threads"] == 1
     for work in found["works"].values():
-        before, after = (work["times"][side]["median"] for side in run.SIDES)
-        assert work["ratio"] == before / after
-        assert work["tokens_per_s"]["after"]["median"] == pytest.approx(1e3 * work["tokens"] / after)
-    assert found["works"][models.STEP]["saved"]["after"] > 0
+        before, patched, linears = (work["times"][side]["median"] for side in SIDES)
+        assert work["gain"] == {"patch": before / patched, "linears": before / linears}
+        assert work["tokens_per_s"]["patch"]["median"] == pytest.approx(1e3 * work["tokens"] / patched)
+    assert found["works"][models.STEP]["saved"]["linears"] > 0
     assert set(found["works"][models.STEP]["parts"]["before"]) == set(parts.PARTS)
 
     events = json.loads(files["trace"].read_text())["traceEvents"]
     names = {event.get("name") for event in events}
-    assert names >= {f"{name}, {side}" for name in WORKS for side in run.SIDES}
+    assert names >= {f"{name}, {side}" for name in WORKS for side in SIDES}
     assert names >= {*parts.PARTS} - {parts.LANGUAGE, parts.BETWEEN}, "what is in no other part has no range"
     assert files["picture"].read_bytes().startswith(b"\x89PNG")
 
 
+SIDES = ("before", "patch", "linears")
 FILES = {"json": "json", "trace": "trace.json", "picture": "png"}
 
 
 @pytest.mark.slow
-def test_both_sides_are_compiled_when_asked_for(monkeypatch, capsys):
+def test_all_sides_are_compiled_when_asked_for(monkeypatch, capsys):
     made = []
     monkeypatch.setattr(run, "compiled_twin", lambda model: made.append(run.twin(model)) or made[-1])
     assert cli.main(["profile", "tiny", *ASKED, "--compile"]) == 0
-    assert "before and after under torch.compile; their parts without it" in capsys.readouterr().out
+    assert "all under torch.compile; their parts without it" in capsys.readouterr().out
     patched = [any(isinstance(module, fused.Fused) for module in model.modules()) for model in made]
-    assert patched == [False, True]
+    assert patched == [False, True, True]
+    swapped = [any(isinstance(module, linears.Linear) for module in model.modules()) for model in made]
+    assert swapped == [False, False, True]
 
 
 def test_a_compiled_twin_runs_the_graphs():
-    model, graphs = models.plan("tiny", quick=True).subject(torch.float32, "cpu").model.resampler, []
+    model, graphs = models.plan("tiny", QUICK).subject(torch.float32, "cpu").model.resampler, []
     twin = run.compiled_twin(model, lambda graph, _: graphs.append(graph) or graph.forward)
     x = torch.randn(1, 1, 1, 4, model.project_input.in_features)
     torch.testing.assert_close(twin(x), model(x))
@@ -85,16 +90,17 @@ def test_a_compiled_twin_runs_the_graphs():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    subject = models.plan("tiny", quick=True).subject(dtype, "cpu")
+    subject = models.plan("tiny", QUICK).subject(dtype, "cpu")
     after = run.twin(subject.model)
     patch(after)
-    assert all(proof.passed for proof in run.compare(subject, after).values())
+    proofs = run.compare(subject, {run.BEFORE: subject.model, run.PATCHED: after})
+    assert all(list(each) == [run.PATCHED] and each[run.PATCHED].passed for each in proofs.values())
     tensors = zip(subject.model.parameters(), after.parameters(), strict=True)
     assert all(one is other and one.dtype == dtype for one, other in tensors)
 
 
 def test_a_model_whose_library_is_missing(monkeypatch, capsys):
-    def missing(sizes):
+    def missing(*_):
         raise ImportError("open_flamingo is not installed: pip install it")
 
     monkeypatch.setitem(models.MODELS, "open_flamingo-tiny", missing)
@@ -178,8 +184,12 @@ def test_a_wrong_gradient_alone_fails(monkeypatch):
     monkeypatch.setattr(
         fused, "gated_feed_forward", lambda *args, **kwargs: HalfGradient.apply(right(*args, **kwargs))
     )
-    found = run.run(models.plan("tiny", quick=True), dtype=torch.float32)
-    assert [proof.passed for proof in found.proofs.values()] == [True, True, False]
+    found = run.run(models.plan("tiny", QUICK), dtype=torch.float32)
+    assert [[proof.passed for proof in each.values()] for each in found.proofs.values()] == [
+        [True, True],
+        [True, True],
+        [False, False],
+    ]
     assert not found.same
 
 
@@ -199,10 +209,10 @@ def test_what_does_not_fit_is_counted_and_never_timed(monkeypatch, tmp_path, cap
 
 
 def test_speed_is_tokens_over_time():
-    times = {run.BEFORE: Spread(10.0, 5.0, 20.0), run.AFTER: Spread(4.0, 2.0, 5.0)}
+    times = {run.BEFORE: Spread(10.0, 5.0, 20.0), run.LINEARS: Spread(4.0, 2.0, 5.0)}
     work = run.Measured(100, "", times, {}, {}, {})
     assert work.speed(run.BEFORE) == Spread(10_000, 5_000, 20_000)
-    assert work.ratio == 2.5
+    assert work.gain(run.LINEARS) == 2.5
 
 
 def test_a_slower_side_is_shown_to_be_slower(monkeypatch):
@@ -216,8 +226,8 @@ def test_a_slower_side_is_shown_to_be_slower(monkeypatch):
         call()
         return 20.0 if ran else 2.0
 
-    found = run.run(models.plan("tiny", quick=True), dtype=torch.float32, clock=clock)
-    assert [work.ratio for work in found.works.values()] == [0.1] * 3
+    found = run.run(models.plan("tiny", QUICK), dtype=torch.float32, clock=clock)
+    assert [work.gain(side) for work in found.works.values() for side in SIDES[1:]] == [0.1] * 6
     page = report.measured(found)
     assert "24,000 (24,000 to 24,000)" in page
-    assert "2,400 (2,400 to 2,400)    0.10x" in page
+    assert "2,400 (2,400 to 2,400)   0.10x" in page

@@ -13,8 +13,9 @@ from flamingo import FlamingoConfig
 from flamingo_kernels import patch
 from flamingo_kernels.commands.measure.memory import saved_bytes
 from flamingo_kernels.commands.profile import count, models, parts, run
+from flamingo_kernels.commands.profile.subject import QUICK
 
-PLAN, DTYPE = models.plan("tiny", quick=True), torch.bfloat16
+PLAN, DTYPE = models.plan("tiny", QUICK), torch.bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def counted():
 
 
 def test_flops_are_those_of_the_matrix_products(counted):
-    config, (text, media) = FlamingoConfig.preset("tiny"), PLAN.sizes
+    config, (text, media, _) = FlamingoConfig.preset("tiny"), PLAN.sizes
     width, blocks = config.language_dim, len(config.cross_attn_layers)
     inner, keys = config.cross_attn_heads * config.cross_attn_dim_head, media * config.num_latents
     kv = keys * config.resampler_dim * 2 * inner
@@ -53,7 +54,7 @@ def test_parameters_and_saved_bytes_are_those_of_the_model(counted):
         each.numel() for each in subject.model.resampler.parameters()
     )
     start = subject.works[models.STEP].start
-    for side, model in ((run.BEFORE, subject.model), (run.AFTER, after)):
+    for side, model in ((run.BEFORE, subject.model), (run.PATCHED, after)):
         assert counted.saved[side] == saved_bytes(start(model), model)
 
 

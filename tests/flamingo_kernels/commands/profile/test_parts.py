@@ -13,19 +13,20 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from flamingo_kernels import layers, patch, use_backend
 from flamingo_kernels.commands.profile import models, parts, run
+from flamingo_kernels.commands.profile.subject import QUICK
 from flamingo_kernels.layers import cross_attention
 
 
 @pytest.fixture
 def subject(monkeypatch):
     monkeypatch.setattr(run, "PROFILED", 1)
-    return models.plan("tiny", quick=True).subject(torch.float32, "cpu")
+    return models.plan("tiny", QUICK).subject(torch.float32, "cpu")
 
 
 def both(subject):
     after = run.twin(subject.model)
     patch(after)
-    return {run.BEFORE: subject.model, run.AFTER: after}
+    return {run.BEFORE: subject.model, run.PATCHED: after}
 
 
 def slow_down(module: nn.Module) -> None:
@@ -87,7 +88,7 @@ def test_a_slow_module_is_found(subject, monkeypatch, path, part, backward):
     monkeypatch.setattr(run, "host_time", lambda event: cost.get(event.name, 0))
     found = run.by_part(subject, pair, "cpu")
     in_decode = {} if part in (parts.VISION, parts.RESAMPLER) else {part: 7}
-    for side in run.SIDES:
+    for side in pair:
         assert found[models.PREFILL][side] == {part: 7}
         assert found[models.DECODE][side] == in_decode
         assert found[models.STEP][side] == {part: 12 if backward else 7}
@@ -109,13 +110,13 @@ class Recorded:
     def parts_with(self, operator: str, work: str) -> set[str]:
         """The parts of the patched model to which calls of an operator count."""
         taken = parts.time_by_part(self.events, self.spans, lambda event: 1000 * (event.name == operator))
-        (found,) = taken[f"{work}, {run.AFTER}"]
+        (found,) = taken[f"{work}, {run.PATCHED}"]
         return {part for part, time in found.items() if time}
 
 
 @pytest.fixture(scope="module")
 def recorded():
-    return Recorded(models.plan("tiny", quick=True).subject(torch.float32, "cpu"))
+    return Recorded(models.plan("tiny", QUICK).subject(torch.float32, "cpu"))
 
 
 BEYOND = {parts.RESAMPLER, parts.LANGUAGE}
@@ -158,10 +159,10 @@ def test_an_operator_counts_for_the_parts_that_call_it(recorded, operator, expec
 )
 def test_an_operator_of_an_unfused_block_counts_for_its_part(subject, monkeypatch, operator, part):
     pair = both(subject)
-    for block in pair[run.AFTER].cross_attn.values():
+    for block in pair[run.PATCHED].cross_attn.values():
         leave_unfused(block.attn)
     monkeypatch.setattr(run, "host_time", lambda event: 1000 * (event.name == operator))
-    assert list(run.by_part(subject, pair, "cpu")[models.STEP][run.AFTER]) == [part]
+    assert list(run.by_part(subject, pair, "cpu")[models.STEP][run.PATCHED]) == [part]
 
 
 def test_a_gate_of_the_reference_is_found(subject, monkeypatch):
@@ -188,8 +189,8 @@ def test_the_parts_of_sublayers_without_kernels_are_found(subject):
 def test_all_time_is_some_part_s(subject):
     """Whatever an operator takes, and what lies between operators: nothing is lost or counted twice."""
     pair = both(subject)
-    labelled = parts.labels(pair[run.AFTER], subject.parts)
-    step = run.call(models.STEP, subject.works[models.STEP], pair[run.AFTER])
+    labelled = parts.labels(pair[run.PATCHED], subject.parts)
+    step = run.call(models.STEP, subject.works[models.STEP], pair[run.PATCHED])
     with (
         profile(activities=[ProfilerActivity.CPU]) as recorded,
         parts.each_part(labelled, record_function),
