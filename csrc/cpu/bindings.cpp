@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <thread>
 #include <tuple>
@@ -360,6 +361,15 @@ Tensor linear_fwd(
   return y;
 }
 
+// The sum of whole blocks of memory, so that no compiler leaves a read out.
+uint32_t read_all(const void* data, int64_t bytes, int way) {
+  ReadLoop params = {data, bytes, ReadLoop::Way(way), nullptr};
+  std::vector<uint32_t> sums(variant().read_loop.tasks(params));
+  params.sums = sums.data();
+  run(Call{"read"}, variant().read_loop, params, bytes / 4);
+  return std::accumulate(sums.begin(), sums.end(), uint32_t(0));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CPU, library) {
@@ -374,4 +384,7 @@ FK_EXPORT int flamingo_kernels_select(const char* name) { return flamingo_kernel
 FK_EXPORT const char* flamingo_kernels_variant() { return flamingo_kernels::variant().name; }
 FK_EXPORT const char* flamingo_kernels_variants() { return flamingo_kernels::variants(); }
 FK_EXPORT int64_t flamingo_kernels_threads_of_latest_run() { return flamingo_kernels::threads_of_latest_run; }
+FK_EXPORT uint32_t flamingo_kernels_read(const void* data, int64_t bytes, int way) {
+  return flamingo_kernels::read_all(data, bytes, way);
+}
 FK_EXPORT void flamingo_kernels_poison(int on) { flamingo_kernels::poisoned = on != 0; }

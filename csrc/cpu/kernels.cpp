@@ -4,6 +4,7 @@
 #include "linear.h"
 #include "masked_cross_attention.h"
 #include "perceiver_attention.h"
+#include "read_loop.h"
 
 namespace flamingo_kernels {
 namespace FK_ISA {
@@ -26,6 +27,10 @@ void run_attention(const Params& params, int64_t task, float* base) {
   [[maybe_unused]] const Registers registers;
   run_task<Implementation>(params, task, base);
 }
+
+// What has no element type.
+template <class Implementation, class Params>
+constexpr Kernel<Params> untyped = {Implementation::tasks, scratch_size<Implementation, Params>, run_task<Implementation, Params>};
 
 // Attention: one element type.
 template <template <class> class Implementation, class Params>
@@ -90,6 +95,7 @@ const Variant FK_JOIN(variant_, FK_ISA) = {
     FK_ISA::residual<FK_ISA::gated_residual_norm::Backward, GatedResidualNorm>,
     FK_ISA::product<FK_ISA::linear::Pack>,
     FK_ISA::product<FK_ISA::linear::Forward>,
+    FK_ISA::untyped<FK_ISA::read_loop::Forward, ReadLoop>,
 };
 
 }  // namespace flamingo_kernels

@@ -76,6 +76,14 @@ struct Linear {
   Matrix residual, y;      // [rows, out]; data of no residual is null
 };
 
+struct ReadLoop {
+  enum Way : int { plain, prefetched, streamed };
+  const void* data;
+  int64_t bytes;  // whole blocks of them are read
+  Way way;
+  uint32_t* sums;  // [blocks]
+};
+
 // A kernel is a list of independent tasks, each of which owns what it writes: the result is the same to
 // the last bit however many threads run them.
 template <class Params>
@@ -101,6 +109,7 @@ struct Variant {
   ResidualKernel<GatedResidual> gated_residual_fwd, gated_residual_bwd;
   ResidualKernel<GatedResidualNorm> gated_residual_norm_fwd, gated_residual_norm_bwd;
   LinearKernel linear_pack, linear_fwd;
+  Kernel<ReadLoop> read_loop;
 };
 
 // The variant in use: the widest this processor has, unless select() chose another.

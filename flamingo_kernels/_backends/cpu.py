@@ -25,6 +25,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library.flamingo_kernels_select.argtypes = [ctypes.c_char_p]
         library.flamingo_kernels_variant.restype = ctypes.c_char_p
         library.flamingo_kernels_variants.restype = ctypes.c_char_p
+        library.flamingo_kernels_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        library.flamingo_kernels_read.restype = ctypes.c_uint32
         library.flamingo_kernels_poison.argtypes = [ctypes.c_int]
         library.flamingo_kernels_threads_of_latest_run.restype = ctypes.c_int64
         torch.ops.load_library(str(path()))
@@ -100,6 +102,29 @@ def threads_of_latest_run() -> int:
     """A test aid: over how many threads the latest C++ kernel was spread."""
     library, _ = _load()
     return library.flamingo_kernels_threads_of_latest_run() if library else 0
+
+
+READ_LOOPS = ("plain", "prefetched", "streamed")
+
+
+def read(tensor: torch.Tensor, way: str = "plain") -> int:
+    """For benchmarks: read a contiguous tensor by one of `READ_LOOPS`, and do next to nothing else.
+
+    Returns:
+        The sum of its blocks of 256 KiB as numbers of 32 bits; what is left behind the last is not read.
+
+    Raises:
+        ValueError: an unknown loop, or a tensor with gaps or on another device.
+        RuntimeError: there are no C++ kernels.
+    """
+    if way not in READ_LOOPS:
+        raise ValueError(f"read: expected a loop among {', '.join(READ_LOOPS)}, got {way!r}.")
+    if not (tensor.is_cpu and tensor.is_contiguous()):
+        raise ValueError("read: expected a contiguous tensor on cpu, got another; copy it first.")
+    library, why = _load()
+    if not library:
+        raise RuntimeError(why)
+    return int(library.flamingo_kernels_read(tensor.data_ptr(), tensor.nbytes, READ_LOOPS.index(way)))
 
 
 # A module constant rather than a call, so that compiled graphs guard on a string.

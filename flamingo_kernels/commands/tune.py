@@ -20,7 +20,7 @@ from .._backends import cpu, dispatch
 from ..ops.linear import config
 from ..ops.linear.products import PRODUCTS
 from . import info
-from .measure.memory import available, last_level_cache
+from .measure.memory import copies_beyond_caches
 from .measure.text import dtype_name, rounded
 from .measure.timing import Call, Spread, interleave
 
@@ -111,11 +111,7 @@ def measure(rows: list[int], seconds: float) -> Iterator[Found]:
 
 
 def _weights(outputs: int, inputs: int, dtype: torch.dtype) -> list[Tensor]:
-    """Copies of a weight that together are eight times the last-level cache, or a quarter of the memory."""
-    size = outputs * inputs * dtype.itemsize
-    count = min(8 * (last_level_cache() or 2**26), (available() or 2**32) // 4) // size
-    first = torch.randn(outputs, inputs).div_(inputs**0.5).to(dtype)
-    return [first, *(first.clone() for _ in range(max(1, count)))]
+    return copies_beyond_caches(torch.randn(outputs, inputs).div_(inputs**0.5).to(dtype))
 
 
 def _calls(way: str, rows: int, weights: list[Tensor], dtype: torch.dtype) -> dict[str, Call]:

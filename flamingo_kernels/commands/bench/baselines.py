@@ -22,8 +22,10 @@ for eager and sdpa: they do it in every layer, and not needing it is part of wha
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,15 +36,18 @@ from torch.utils.checkpoint import checkpoint
 import flamingo_kernels as fk
 from flamingo import modules
 from flamingo_kernels import layers
+from flamingo_kernels._backends import cpu
 from flamingo_kernels.layers.cross_attention import Media, add_attended
 from flamingo_kernels.layers.protocols import GatedBlock
 
+from ..measure.memory import copies_beyond_caches
 from ..measure.swapped import swapped
+from ..measure.timing import host_clock
 from .shapes import ALL_MODES, Case, Mode
 
 OURS = "flamingo_kernels"
 BACKENDS = ("cuda", "triton")
-FLOORS = ("torch.add", "products")
+FLOORS = ("torch.add", "products", "read")
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
 Randn = Callable[..., Tensor]
@@ -227,6 +232,38 @@ def _decode_step(randn: Randn, *, B: int, M: int, D: int, R: int, H: int, d: int
     return {**made, "folded": folded}
 
 
+def _linear(randn: Randn, *, rows: int, D: int, out: int) -> Contenders:
+    x, weight = randn(rows, D), randn(out, D, std=D**-0.5)
+    on_cpu = x.is_cpu and x.dtype != torch.float64
+    copies = cycle(copies_beyond_caches(weight) if on_cpu else [weight])
+
+    def over(multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Contender]:
+        """A contender whose forward pass takes the next copy every time; a gradient is of the first."""
+        return lambda: Contender(
+            lambda: multiply(x, weight if torch.is_grad_enabled() else next(copies)), (x, weight)
+        )
+
+    def compiled() -> Contender:
+        return over(torch.compile(lambda x, weight: F.linear(x, weight), dynamic=False))()
+
+    made = {OURS: over(fk.linear), "eager": over(F.linear), "compile": compiled}
+    if on_cpu:
+        made["onednn"] = over(partial(fk.linear, backend="onednn"))
+        made["few rows"] = over(partial(fk.linear, backend="cpu"))
+        made["read"] = lambda: _read(copies)
+    return made
+
+
+def _read(copies: Iterator[Tensor]) -> Contender:
+    """Reading the weight and nothing else, by the loop that is the fastest here."""
+
+    def median_ms(way: str) -> float:
+        return statistics.median(host_clock(lambda: cpu.read(next(copies), way), None) for _ in range(11))
+
+    best = min(cpu.READ_LOOPS, key=median_ms)
+    return Contender(lambda: torch.tensor(cpu.read(next(copies), best)), (), same=False, modes=("forward",))
+
+
 def _block(x: Tensor, D: int, H: int, d: int) -> modules.GatedCrossAttentionBlock:
     return modules.GatedCrossAttentionBlock(dim=D, dim_visual=D // 2, dim_head=d, heads=H).to(x.device)
 
@@ -268,6 +305,7 @@ _BUILDERS: dict[str, Callable[..., Contenders]] = {
     "gated_residual": _gated_residual,
     "gated_residual_norm": _gated_residual_norm,
     "gated_block_decode": _gated_block_decode,
+    "linear": _linear,
     "GatedCrossAttentionBlock": _gated_cross_attention_block,
     "its cross-attention sublayer": _cross_attention_sublayer,
     "its decode step": _decode_step,

@@ -95,10 +95,16 @@ def _gated_block_decode(*, B: int, M: int, D: int, R: int, H: int, d: int) -> di
     return {"forward": 2 * D * H * d + 8 * D * D + 2 * B * R * H * d + 2 * B * D}
 
 
+def _linear(*, rows: int, D: int, out: int) -> dict[Mode, int]:
+    # x weight y; dy x weight dx dweight
+    return {"forward": rows * (D + out) + D * out, "backward": rows * (out + 2 * D) + 2 * D * out}
+
+
 _PASSES: dict[str, Callable[..., dict[Mode, int]]] = {
     "masked_cross_attention": _masked_cross_attention,
     "perceiver_attention": _perceiver_attention,
     "gated_residual": _gated_residual,
     "gated_residual_norm": _gated_residual_norm,
     "gated_block_decode": _gated_block_decode,
+    "linear": _linear,
 }

@@ -15,7 +15,9 @@ from .shapes import CASES_OF, FLAT_MEMORY, HEADS, Floor, Target
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 COLUMNS = {"eager": "eager", "sdpa": "SDPA", "compile": "compile"}
-MORE_COLUMNS = {name: name for name in ("flex", "flash-attn", *BACKENDS, "folded")}  # where there are any
+MORE_COLUMNS = {
+    name: name for name in ("flex", "flash-attn", *BACKENDS, "folded", "onednn", "few rows")
+}  # where there are any
 RIVALS = (*COLUMNS, *MORE_COLUMNS, *FLOORS)
 
 

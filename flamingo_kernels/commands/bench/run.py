@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...ops.linear.config import choose
 from ...testing import Expected, expect, prove
 from .. import info
 from ..info import conditions_on
@@ -131,7 +132,7 @@ def _rows(
             extra_mib=_extra_mib(each.call, device),
             err=each.err,
             budget=each.budget,
-            variant=_variant(case.op, device) if name == OURS else "",
+            variant=_variant(case, device) if name == OURS else "",
             least_bytes=moved,
             floor_share=floor_ms / spreads[name].median or None,
             **conditions,
@@ -240,12 +241,14 @@ def _extra_mib(call: Call, device: str) -> float | None:
     return None if growth is None else max(growth - sum(kept), 0) / 2**20
 
 
-def _variant(op: str, device: str) -> str:
+def _variant(case: Case, device: str) -> str:
     """What ours runs on here; a layer takes what its attention takes."""
+    if case.op == "linear" and torch.device(device).type == "cpu":
+        return info.variant(choose("forward", getattr(torch, case.dtype), case.sizes["rows"]))
     attention = {
         "GatedCrossAttentionBlock": "masked_cross_attention",
         "its cross-attention sublayer": "masked_cross_attention",
         "its decode step": "masked_cross_attention",
         "PerceiverResampler": "perceiver_attention",
     }
-    return info.backend_in_use(attention.get(op, op), device)
+    return info.backend_in_use(attention.get(case.op, case.op), device)

@@ -113,6 +113,25 @@ CASES = (
         },
     ),
     *_cases("gated_residual_norm", {"rows": 4096, "D": 2048}),
+    *(
+        case
+        for rows, share in ((1, 0.88), (8, 0.7))
+        for case in _cases(
+            "linear",
+            {"rows": rows, "D": 2048, "out": 8192},
+            {(dtype, "forward"): (Target(share, "read"), Target(1, "eager")) for dtype in DTYPES},
+            modes=("forward",),
+        )
+    ),
+    *(
+        case
+        for rows in (64, 1024)
+        for case in _cases(
+            "linear",
+            {"rows": rows, "D": 2048, "out": 8192},
+            {(dtype, mode): (Target(1, "eager"),) for dtype in DTYPES for mode in MODES},
+        )
+    ),
     *_cases(
         "GatedCrossAttentionBlock",
         {"B": 1, "T": 1024, "M": 8, "D": 2048, **HEADS},
@@ -220,6 +239,7 @@ QUICK = (
     *_cases(
         "gated_block_decode", {"B": 2, "M": 3, "D": 32, **_SMALL}, dtypes=("float32",), modes=("forward",)
     ),
+    *_cases("linear", {"rows": 4, "D": 32, "out": 64}, dtypes=("float32",)),
     *_cases("GatedCrossAttentionBlock", {"B": 1, "T": 48, "M": 3, "D": 32, **_SMALL}, dtypes=("float32",)),
     *_cases(
         "its cross-attention sublayer",

@@ -55,7 +55,6 @@ def test_a_run_is_kept_for_later_processes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "SHAPES", ((8, 16), (24, 16)))
     monkeypatch.setattr(tune.dispatch, "KERNEL_DTYPES", (torch.float32,))
     monkeypatch.setattr(tune, "_best", lambda shapes: "onednn" if "onednn" in shapes[0] else "torch")
-    monkeypatch.setattr(tune, "last_level_cache", lambda: 2**10)
     config.forget()
     try:
         assert cli.main(["tune", "linear", "--rows", "2", "1", "--seconds", "0.001"]) == 0
@@ -83,7 +82,6 @@ def test_every_product_is_measured_and_computes(monkeypatch):
     """On each direction torch's and oneDNN's, where there is one, and the kernel on few rows forward."""
     monkeypatch.setattr(tune, "SHAPES", ((8, 16),))
     monkeypatch.setattr(tune.dispatch, "KERNEL_DTYPES", (torch.bfloat16,))
-    monkeypatch.setattr(tune, "last_level_cache", lambda: 2**10)
     names = {(each.way, each.rows): set(each.times[0]) - {"onednn"} for each in tune.measure([1, 65], 0.001)}
     assert names == {
         ("forward", 1): {"torch", "cpu"},

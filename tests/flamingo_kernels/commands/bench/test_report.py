@@ -124,8 +124,8 @@ def test_a_rival_of_gpus_has_a_column_where_it_was_timed(outcome):
 
 def test_the_brief_table_has_a_line_a_case_and_what_was_left_out(outcome):
     head, *lines = report.brief(Run(on_gpu(0.66, eager=41.0, flex=1.4), outcome.skipped)).splitlines()
-    assert head.split()[-6:] == ["eager", "sdpa", "compile", "flex", "torch.add", "products"]
-    assert lines[0].split()[-9:] == ["1", "ms", "66%", "41.0x", "-", "-", "1.40x", "-", "-"]
+    assert head.split()[-7:] == ["eager", "sdpa", "compile", "flex", "torch.add", "products", "read"]
+    assert lines[0].split()[-10:] == ["1", "ms", "66%", "41.0x", "-", "-", "1.40x", "-", "-", "-"]
     assert lines[1].strip().startswith("at least 40x eager: met (41.0x); at least 1.5x flex: not met")
     assert lines[2:] == [
         "compile skipped: InvalidCxxCompiler: none found (1x)",

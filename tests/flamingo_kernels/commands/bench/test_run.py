@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from flamingo_kernels.commands.bench import baselines
 from flamingo_kernels.commands.bench import run as bench
@@ -217,3 +218,36 @@ def test_the_pieces_of_flash_attn_are_the_media(monkeypatch, without_keys, right
     sound, refused = bench.check(CASE, ["flash-attn"])
     assert ("flash-attn" in sound) is right
     assert right or refused["flash-attn"].wrong
+
+
+def test_a_linear_layer_walks_over_copies_of_its_weight(monkeypatch):
+    """Forward it takes the next copy every time, so that no cache holds it; a gradient is of the first."""
+    met = []
+
+    def multiply(x, weight):
+        met.append(weight)
+        return F.linear(x, weight)
+
+    monkeypatch.setattr(baselines, "copies_beyond_caches", lambda weight: [weight, weight.detach().clone()])
+    monkeypatch.setattr(baselines.fk, "linear", multiply)
+    case = next(case for case in QUICK if (case.op, case.mode) == ("linear", "forward+backward"))
+    ours = contenders(case)[OURS]()
+    forward, both = (bench.call_of(ours, mode) for mode in ("forward", "forward+backward"))
+    met.clear()
+    for _ in range(3):
+        forward()
+    assert met[0] is met[2]
+    assert met[0] is not met[1]
+    both()
+    assert met[3] is ours.wrt[1]
+
+
+def test_reading_is_timed_by_the_fastest_loop(monkeypatch):
+    taken = {"plain": 3.0, "prefetched": 1.0, "streamed": 2.0}
+    asked = []
+    monkeypatch.setattr(baselines.cpu, "read", lambda tensor, way: asked.append(way) or 7)
+    monkeypatch.setattr(baselines, "host_clock", lambda call, last: (call(), taken[asked[-1]])[1])
+    contender = baselines._read(baselines.cycle([torch.ones(2)]))
+    assert contender.call() == 7
+    assert asked[-1] == "prefetched"
+    assert (contender.same, contender.modes) == (False, ("forward",))

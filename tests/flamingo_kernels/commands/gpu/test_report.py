@@ -97,7 +97,7 @@ def test_times_and_verdicts_are_those_of_the_rows():
     rows = [row(case, OURS, 0.5), row(case, "eager", 6.5), row(case, "flex", 0.7)]
     shown = summary(outcome(rows=rows)).splitlines()
     (at,) = [at for at, line in enumerate(shown) if line.startswith(f"{case.op} B8 T1024 M8 bfloat16 both")]
-    assert shown[at].split()[-9:] == ["0.5", "ms", "142%", "6.50x", "-", "-", "0.70x", "-", "-"]
+    assert shown[at].split()[-10:] == ["0.5", "ms", "142%", "6.50x", "-", "-", "0.70x", "-", "-", "-"]
     assert shown[at + 1].strip() == "at least 12x eager: not met (6.50x); at least 1.5x flex: not met (0.70x)"
     assert "this device reaches: copy 3000 GB/s, bfloat16 matrix product 790 TFLOP/s" in shown
     assert shown[-1] == "all ran and is right; 0 of 2 targets met"

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from flamingo_kernels.commands.measure import memory
 from flamingo_kernels.commands.measure.memory import available, peak_growth, saved_bytes
 
 MIB = 2**20
@@ -42,3 +43,15 @@ def test_available_memory_is_asked_of_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 10))
     assert available("cuda:0") == 7
     assert available() is None or MIB < available() < 2**50
+
+
+def test_copies_are_beyond_the_caches_and_within_the_memory(monkeypatch):
+    large, small = torch.randn(2**18), torch.randn(8)
+    monkeypatch.setattr(memory, "last_level_cache", lambda: 2**20)
+    copies = memory.copies_beyond_caches(large)
+    assert len(copies) == 1 + 8
+    assert len({each.data_ptr() for each in copies}) == len(copies)
+    assert all(torch.equal(each, large) for each in copies)
+    assert memory.copies_beyond_caches(small) == [small]
+    monkeypatch.setattr(memory, "available", lambda: 8 * 2**20)
+    assert len(memory.copies_beyond_caches(large)) == 1 + 2
