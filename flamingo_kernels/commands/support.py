@@ -16,6 +16,7 @@ from .measure.text import dtype_name, factor, gibibytes, mebibytes, rounded
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
 VERSIONS_BEGIN, VERSIONS_END = "<!-- versions: begin -->", "<!-- versions: end -->"
+APART_BEGIN, APART_END = "<!-- apart: begin -->", "<!-- apart: end -->"
 PRESETS_BEGIN, PRESETS_END = "<!-- presets: begin -->", "<!-- presets: end -->"
 
 # By family, what `profile` calls the model whose gains stand in its row.
@@ -55,6 +56,12 @@ _REPRODUCIBLE: dict[str | tuple[str, str], str] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", metavar="DIR", help="what profile --json wrote, for the gains")
     parser.add_argument("--readme", metavar="FILE", help="replace the tables between this file's markers")
+    parser.add_argument(
+        "--apart", metavar="DIR", help="what profile --apart --json wrote, for the table in --page"
+    )
+    parser.add_argument(
+        "--page", metavar="FILE", default="benchmarks/README.md", help="default: benchmarks/README.md"
+    )
 
 
 def main(options: argparse.Namespace) -> int:
@@ -62,7 +69,20 @@ def main(options: argparse.Namespace) -> int:
     print(table(), models(options.results), versions(), presets(options.results), sep="\n\n")
     if options.readme:
         update_readme(options.readme, options.results)
+    if options.apart:
+        readme.replace(options.page, APART_BEGIN, APART_END, apart(options.apart))
     return 0
+
+
+def apart(results: str | Path) -> str:
+    """Gains of whole models whose sides had a process of their own each, in Markdown.
+
+    Args:
+        results: a folder of what `profile --apart --json` wrote.
+    """
+    from .profile.report import apart_table
+
+    return apart_table(json.loads(path.read_text()) for path in sorted(Path(results).glob("*.json")))
 
 
 def table() -> str:

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import readme
 from ..measure.figure import new_figure
 from ..measure.text import duration, factor, mebibytes, rounded, verdict
 from ..measure.timing import Spread
@@ -102,6 +103,43 @@ def apart(found: Apart) -> str:
             lines.append(row.format(f"  {_TITLES[side]}", rounded(spread.median), between, gain))
         lines += [f"  {_TITLES[side]} failed: {error}" for side, error in found.failed[work].items()]
     return "\n".join(lines)
+
+
+def apart_table(runs: Iterable[Mapping[str, Any]]) -> str:
+    """Gains of whole models, a side's process against that of the model as it is, in Markdown.
+
+    Args:
+        runs: what `profile --apart --json` wrote, of one machine.
+    """
+    runs, sides = list(runs), [COMPILED, FROZEN, PATCHED, LINEARS]
+    lines = [
+        f"| model | dtype | work | batch | as it is | {' | '.join(_TITLES[side] for side in sides)} |",
+        f"|---|---|---|--:|{'--:|' * (1 + len(sides))}",
+    ]
+    for run in sorted(runs, key=lambda run: (run["model"], run["dtype"] != "float32", run["sizes"]["batch"])):
+        for work, times in run["times"].items():
+            cells = run["model"], run["dtype"], work, str(run["sizes"]["batch"])
+            gains = (_apart_gain(times, side) for side in sides)
+            lines.append(readme.row(*cells, duration(times[BEFORE]["median"]), *gains))
+    said = {
+        key: " and ".join(dict.fromkeys(str(run["conditions"][key]) for run in runs))
+        for key in ("device", "threads", "torch", "commit")
+    }
+    lines += [
+        "",
+        'Times as it is over times of each side; "~": the spreads of both, 20% to 80%, overlap; "-": it '
+        f"failed, or there is nothing of the kind. Medians on {said['device']}, {said['threads']} threads, "
+        f"torch {said['torch']}, commit {said['commit']}, {max(run['conditions']['time'] for run in runs)[:10]}.",
+    ]
+    return "\n".join(lines)
+
+
+def _apart_gain(times: Mapping[str, Mapping[str, float]], side: str) -> str:
+    if side not in times:
+        return "-"
+    before, after = times[BEFORE], times[side]
+    overlap = before["p20"] <= after["p80"] and after["p20"] <= before["p80"]
+    return f"{'~' * overlap}{factor(before['median'] / after['median'])}"
 
 
 def counted(found: Counted) -> str:
