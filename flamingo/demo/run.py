@@ -4,11 +4,10 @@ import copy
 import importlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from flamingo.demo import stages
 from flamingo.demo.digits import CANDIDATES, TEMPLATES, Digits, Kind, episode, load_digits
 from flamingo.demo.saved import save_model
 from flamingo.fewshot import log_likelihoods
-from flamingo.kernels import find_patch
+from flamingo.kernels import use_kernels
 from flamingo.model import Flamingo
 
 SHOTS = (0, 1, 2, 4, 8)
@@ -95,10 +94,10 @@ def run(*, kernels: bool = True, quick: bool = False) -> tuple[Findings, Flaming
     print(f"  knows what a text has said before: {found.recall:.1%}, and facts: {found.knowledge:.1%}")
 
     model = Flamingo(stages.CONFIG, vision=vision, language=language).freeze()
-    if kernels and (patch := find_patch()):
-        found.difference = _same_losses(model, digits, patch, steps=2 if quick else 10)
-        print(f"  with the kernels the first losses differ by at most {found.difference:.1e}")
-        print(patch(model))
+    plain = copy.deepcopy(model)
+    if use_kernels(model, kernels, print):
+        found.difference = _difference(plain, model, digits, steps=2 if quick else 10)
+        print(f"  the first losses differ by at most {found.difference:.1e} from those without")
     with _stage("resampler and gated blocks on documents", found):
         batches = stages.documents(digits, stages.make_processor())
         stages.train(model, batches, steps=2 if quick else 1000, report=_progress(50))
@@ -128,18 +127,17 @@ def accuracy(
     return sum(name == query.answer for name, (query, _) in zip(said, drawn, strict=True)) / episodes
 
 
-def _same_losses(model: Flamingo, digits: Digits, patch: Callable[[Any], Any], *, steps: int) -> float:
-    """The same first steps with and without the kernels: the largest relative difference of their losses.
+def _difference(plain: Flamingo, fused: Flamingo, digits: Digits, *, steps: int) -> float:
+    """The same first steps of copies of both models: the largest relative difference of their losses.
 
     With open gates: at 0 they would hide what the kernels compute.
     """
     losses = []
-    for change in (lambda model: None, patch):
+    for model in (plain, fused):
         trained = copy.deepcopy(model)
         for name, parameter in trained.named_parameters():
             if name.endswith("_gate"):
                 parameter.data.fill_(0.5)
-        change(trained)
         batches = stages.documents(digits, stages.make_processor(), seed=2, count=8)
         losses.append(stages.train(trained, batches, steps=steps))
     return max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))

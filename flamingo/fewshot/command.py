@@ -14,6 +14,7 @@ import torch
 from flamingo.fewshot.datasets import read_captions, read_vqa
 from flamingo.fewshot.prompts import Sample
 from flamingo.fewshot.runner import CAPTIONS, VQA, Task, evaluate, prepare
+from flamingo.kernels import use_kernels
 
 # A task, its files' arguments, and what reads them.
 TASKS: dict[str, tuple[Task, tuple[str, ...], Callable[..., list[Sample]]]] = {
@@ -55,6 +56,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
     parser.add_argument("--max-pixels", type=int, help="of an image (default: the model's processor's)")
     parser.add_argument("--device", default="cpu", help='as "cuda:0" (default: cpu)')
+    parser.add_argument("--no-kernels", action="store_true", help="evaluate without the kernels")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -84,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
         model, processor = _load(options.model)
         if options.max_pixels is not None:
             processor.max_pixels = options.max_pixels
+        use_kernels(model, not options.no_kernels, lambda line: print(f"evaluate: {line}", file=sys.stderr))
         result = evaluate(
             model.to(options.device).eval(),
             processor,

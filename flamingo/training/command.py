@@ -8,6 +8,7 @@ import torch
 from torch import distributed, nn
 
 from flamingo.config import FlamingoConfig
+from flamingo.kernels import use_kernels
 from flamingo.model import Flamingo
 from flamingo.processor import Processor
 from flamingo.training import checkpoint
@@ -27,6 +28,11 @@ def run(path: str) -> int:
         return 2
     with process_group(device_of(config.device)):
         model, processor = _start(config, of_model)
+        try:
+            use_kernels(model, config.kernels, _say)  # before it is sharded
+        except ValueError as error:
+            print(f"train: {error}", file=sys.stderr)
+            raise SystemExit(2) from None  # to return would be to wait for processes that train
         saved = train(model, processor, config)
         if rank() == 0:
             print(f"{config.steps} steps done, the last checkpoint is {saved}")
@@ -77,6 +83,12 @@ def build(config: ModelConfig) -> Flamingo:
         part: nn.Module = getattr(model, name)
         if path is not None:
             part.load_state_dict(import_module("safetensors.torch").load_file(Path(path)))
-        elif rank() == 0:
-            print(f"train: {name} has random weights, as {name}_weights is not given", file=sys.stderr)
+        else:
+            _say(f"{name} has random weights, as {name}_weights is not given")
     return model
+
+
+def _say(line: str) -> None:
+    """Says something once, whatever the number of processes."""
+    if rank() == 0:
+        print(f"train: {line}", file=sys.stderr)

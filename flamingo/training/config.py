@@ -152,6 +152,8 @@ class TrainingConfig:
         shards_at_once: shards whose samples are shuffled together; all of them give a perfect shuffle.
         workers: processes that read and decode each dataset; 0 for none.
         device: "auto" takes a GPU where there is one.
+        kernels: whether the command line trains with the kernels, where they are installed; `train` itself
+            takes a model as it is. Only speed and rounding depend on it: a run may go on with another value.
         checkpoint_every: updates between two checkpoints.
         keep: checkpoints that are kept, the latest.
         tensorboard: write TensorBoard's files too.
@@ -183,6 +185,7 @@ class TrainingConfig:
     shards_at_once: int = 8
     workers: int = 2
     device: str = "auto"
+    kernels: bool = True
     checkpoint_every: int = 1000
     keep: int = 3
     tensorboard: bool = False

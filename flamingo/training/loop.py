@@ -56,7 +56,8 @@ def train(
         FloatingPointError: if a gradient is not finite; the weights are those before it.
 
     Determinism: on a CPU, a run that was killed and started again gives the same losses and weights to the
-    bit, with the same number of processes and threads; another number of processes sees the same samples.
+    bit, with the same number of processes and threads and the same kernels; another number of processes sees
+    the same samples.
 
     Limits: every process builds the whole model before it is sharded, and one gathers all trained weights to
     save them.

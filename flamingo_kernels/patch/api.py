@@ -11,7 +11,7 @@ from torch import nn
 
 from .._backends.dispatch import UnsupportedError
 from .known import KNOWN
-from .linears import find, swap_linear
+from .linears import expect_table, find, swap_linear
 from .recognise import Found, Left, Recogniser
 from .registry import Match, families, supported
 from .report import PatchReport
@@ -78,8 +78,8 @@ def patch(
     Raises:
         TypeError: `model` is no module, `fixes` is a string, or `like` no dict.
         ValueError: a fix that is unknown, that belongs to other models, or that comes after the modules were
-            patched without it; or `like` names no class of the model, or none that is known. The model is
-            then unchanged.
+            patched without it; or `like` names no class of the model, or none that is known; or the file in
+            which `tune linear` keeps what it measured holds something else. The model is then unchanged.
         UnsupportedError: nothing in the model is known, or a class is not what `like` says, and why. The
             model is then unchanged.
 
@@ -108,6 +108,7 @@ def patch(
     recognise.expect_all_used(model)
     layers = list(find(model)) if linears else []
     chosen = {path: module for path, module, reason in layers if not reason}
+    expect_table(chosen.values())
     any_known = found or chosen or (linears and any(map(is_swapped, model.modules())))
     if not any_known and all(each.namesake for each in left.values()):
         raise _unknown(model, {path: each.reason for path, each in left.items()})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from .._predicates import is_ordinary
-from ..ops.linear import multiply
+from ..ops.linear import config, multiply
 from .swap import has_other_forward, is_swapped, swap
 
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
@@ -42,6 +42,12 @@ def find(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 "its attention multiplies by its weight itself" if id(module) in inside else _why_not(module)
             )
             yield path, module, reason
+
+
+def expect_table(layers: Iterable[Any]) -> None:
+    """Raise ValueError if these layers will choose their products by a table that is damaged."""
+    if any(layer.weight.numel() >= config.LEAST_WEIGHTS for layer in layers):
+        config.table()
 
 
 def swap_linear(module: nn.Module) -> None:

@@ -1,5 +1,7 @@
 """The demo: its text, its documents, its trainings, and (slow) that it learns."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from flamingo.demo import load_digits, load_model, run, stages
 from flamingo.demo.digits import TEMPLATES, WAYS, episode
 from flamingo.demo.saved import save_model
 from flamingo.demo.words import NAMES, NOUNS, WordTokenizer, facts, lists
+from flamingo_kernels import patch
+from tests.helpers.kernels import has_kernels
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
@@ -169,12 +173,23 @@ def test_what_is_frozen_stays_and_what_is_not_learns():
         assert torch.equal(parameter, before[name]) == frozen, name
 
 
-def test_quick(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("switch", "kernels", "line"),
+    [
+        ({}, True, " linear layers are swapped\n  the first losses differ by at most "),
+        ({"kernels": False}, False, "without kernels: they are switched off\nresampler and gated blocks "),
+    ],
+)
+def test_quick(capsys, tmp_path, monkeypatch, switch, kernels, line):
     pytest.importorskip("matplotlib")
-    assert run.main(tmp_path / "digits.png", tmp_path / "digits.safetensors", quick=True) == 0
+    swapped = []
+    monkeypatch.setattr(
+        run, "save_model", lambda model, path: swapped.append(has_kernels(model)) or save_model(model, path)
+    )
+    assert run.main(tmp_path / "digits.png", tmp_path / "digits.safetensors", quick=True, **switch) == 0
     said = capsys.readouterr().out
-    assert "with the kernels the first losses differ by at most" in said
-    assert "GatedCrossAttentionBlock" in said
+    assert swapped == [kernels]
+    assert line in said
     assert (tmp_path / "digits.png").stat().st_size > 1000
 
 
@@ -196,17 +211,14 @@ def test_saved(tmp_path):
 
 def test_patched_training_has_the_same_losses():
     """Within what rounding in another order does to ten steps."""
-    from flamingo_kernels import patch
-
     digits, _ = load_digits()
     torch.manual_seed(0)
     model = run.Flamingo(stages.CONFIG).freeze()
-    assert run._same_losses(model, digits, patch, steps=10) < 1e-5
-
-    def a_little_wrong(model):
-        model.cross_attn["0"].attn_gate.data.mul_(1.01)
-
-    assert run._same_losses(model, digits, a_little_wrong, steps=10) > 1e-5
+    fused, wrong = copy.deepcopy(model), copy.deepcopy(model)
+    patch(fused, linears=True)
+    wrong.resampler.latents.data.mul_(1.01)
+    assert 0 < run._difference(model, fused, digits, steps=10) < 1e-5
+    assert run._difference(model, wrong, digits, steps=10) > 1e-5
 
 
 def test_what_counts_as_learnt():

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from flamingo.__main__ import main
-from flamingo.fewshot import CAPTIONS, VQA, Sample, cider, evaluate, vqa_accuracy
+from flamingo.fewshot import CAPTIONS, VQA, Sample, cider, command, evaluate, vqa_accuracy
 from flamingo.fewshot.scoring import batches
 from flamingo.processor import Processor
 from tests.helpers import ROOT
+from tests.helpers.kernels import has_kernels
 from tests.helpers.scripted import PROCESSOR, SHADES, Namer, picture, write_captions, write_vqa
 
 QUERIES = ["white", "black", "grey", "white", "black"]
@@ -383,6 +384,64 @@ def test_a_model_is_evaluated_in_eval_mode(tmp_path, monkeypatch):
     arguments = TestCommand().arguments("vqa", paths, paths)
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
     assert not any(module.training for module in model.modules())
+
+
+class TestKernels:
+    """A small Flamingo whose answers differ from image to image."""
+
+    @pytest.fixture
+    def evaluated(self, monkeypatch):
+        """Whether each model had the kernels when it was asked."""
+        models, of_command = [], command.evaluate
+        monkeypatch.setattr(
+            command,
+            "evaluate",
+            lambda model, *rest, **how: models.append(has_kernels(model)) or of_command(model, *rest, **how),
+        )
+        return models
+
+    @pytest.fixture
+    def ask(self, tmp_path, monkeypatch):
+        pytest.importorskip("PIL")
+        monkeypatch.setenv("FLAMINGO_TEST_LOG", str(tmp_path / "log"))
+        paths = write_vqa(tmp_path / "data", QUERIES)
+        arguments = TestCommand().arguments("vqa", paths, paths)
+        arguments += ["--model", "tests.helpers.scripted:watched", "--shots", "1"]
+        return lambda name, *more: main([*arguments, "--output", str(tmp_path / name), *more])
+
+    @pytest.mark.parametrize(
+        ("more", "kernels", "line"),
+        [
+            ([], True, "with kernels: 7 modules and 46 linear layers are swapped"),
+            (["--no-kernels"], False, "without kernels: they are switched off"),
+        ],
+    )
+    def test_they_are_on_unless_switched_off(self, ask, evaluated, capsys, more, kernels, line):
+        assert ask("out", *more) == 0
+        assert evaluated == [kernels]
+        assert capsys.readouterr().err.count(f"evaluate: {line}\n") == 1
+
+    def test_without_the_package_it_says_so_and_goes_on(self, ask, evaluated, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "flamingo_kernels", None)
+        assert ask("out") == 0
+        assert evaluated == [False]
+        assert "evaluate: without kernels: import of flamingo_kernels halted" in capsys.readouterr().err
+
+    def test_answers_are_the_same_with_and_without(self, ask, tmp_path, capsys):
+        assert ask("with") == ask("without", "--no-kernels") == 0
+        found, expected = (lines(tmp_path / name) for name in ("with", "without"))
+        assert found == expected
+        assert len({record["prediction"] for record in found[1:]}) > 1
+        first, second = capsys.readouterr().out.splitlines()
+        assert first == second
+
+    def test_a_run_goes_on_with_the_switch_turned(self, ask, evaluated, tmp_path):
+        assert ask("out", "--batch-size", "2", "--no-kernels") == 0
+        whole = (tmp_path / "out").read_text()
+        (tmp_path / "out").write_text("".join(whole.splitlines(keepends=True)[:3]))
+        assert ask("out", "--batch-size", "2") == 0
+        assert (tmp_path / "out").read_text() == whole
+        assert evaluated == [False, True]
 
 
 def test_the_user_says_how_large_an_image_may_be(tmp_path, capsys):

@@ -1,15 +1,18 @@
 """`python -m flamingo train`."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from flamingo.__main__ import main
-from flamingo.training import ModelConfig, TrainingConfig, load_run, load_weights, read_log
+from flamingo.training import ModelConfig, TrainingConfig, command, load_run, load_weights, read_log
 from flamingo.training.command import build
+from flamingo_kernels.ops.linear import config
 from tests.flamingo.training.test_resume import toml
+from tests.helpers.kernels import has_kernels
 from tests.helpers.tiny_run import is_frozen, model
 
 
@@ -42,6 +45,8 @@ def test_one_of_several_processes_leaves_at_once(data, tmp_path, monkeypatch):
     [
         ("stepz = 1", "there is no key 'stepz'. Did you mean steps?"),
         ("steps = ", "run.toml: expected TOML, got: Invalid value"),
+        ("folder = 'run'\nkernels = 1", "run.toml: kernels: expected bool, got 1"),
+        ("folder = 'run'\nkernels = 'no'", "run.toml: kernels: expected bool, got 'no'"),
         (None, "No such file or directory"),
     ],
 )
@@ -69,6 +74,92 @@ def test_a_log_of_something_else_is_said_in_a_line_and_stays(data, tmp_path, cap
     assert shown.startswith(f"train: expected {tmp_path}/log.jsonl to be the log of a run")
     assert shown.count("\n") == 1
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "accuracy": 0.5}\n'
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Whether each model had the kernels when its training began."""
+    models, train = [], command.train
+    monkeypatch.setattr(
+        command, "train", lambda model, *rest: models.append(has_kernels(model)) or train(model, *rest)
+    )
+    return models
+
+
+def run(path, text):
+    path.mkdir(exist_ok=True)
+    (path / "run.toml").write_text(text)
+    return main(["train", str(path / "run.toml")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernels", "line"),
+    [
+        ({}, True, "with kernels: 7 modules and 45 linear layers are swapped"),  # a file of before the switch
+        ({"kernels": True}, True, "with kernels: 7 modules and 45 linear layers are swapped"),
+        ({"kernels": False}, False, "without kernels: they are switched off"),
+    ],
+)
+def test_the_kernels_are_on_unless_the_file_says_otherwise(
+    data, tmp_path, trained, capsys, changes, kernels, line
+):
+    assert run(tmp_path, toml(data, tmp_path, steps=1, **changes)) == 0
+    assert trained == [kernels]
+    assert capsys.readouterr().err.count(f"train: {line}\n") == 1
+
+
+def test_without_the_package_a_run_says_so_and_goes_on(data, tmp_path, trained, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flamingo_kernels", None)
+    assert run(tmp_path, toml(data, tmp_path, steps=1)) == 0
+    assert trained == [False]
+    assert "train: without kernels: import of flamingo_kernels halted" in capsys.readouterr().err
+
+
+def test_one_process_of_several_speaks(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "rank", lambda: 1)
+    assert run(tmp_path, toml(data, tmp_path, steps=0)) == 0
+    assert "kernels" not in capsys.readouterr().err
+
+
+def test_a_table_of_products_that_is_none_is_refused_before_the_run(
+    data, tmp_path, trained, capsys, monkeypatch
+):
+    (tmp_path / "linear.json").write_text("{")
+    monkeypatch.setattr(config, "OWN", tmp_path / "linear.json")
+    monkeypatch.setattr(config, "LEAST_WEIGHTS", 0)
+    config.forget()
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, toml(data, tmp_path, steps=1))
+    assert stopped.value.code == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("train: linear: expected JSON in ")
+    assert trained == []
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_losses_are_the_same_with_and_without_but_for_rounding(data, tmp_path, trained, bfloat16):
+    losses = []
+    for kernels in (True, False):
+        text = toml(data, tmp_path / str(kernels), steps=6, bfloat16=bfloat16, kernels=kernels)
+        assert run(tmp_path / str(kernels), text) == 0
+        losses.append(torch.tensor([update["loss"] for update in read_log(tmp_path / str(kernels))]))
+    assert trained == [True, False]
+    assert not torch.equal(*losses), "the kernels did not run"
+    torch.testing.assert_close(*losses, rtol=0.002 if bfloat16 else 1e-5, atol=0)
+
+
+def test_a_run_goes_on_with_the_switch_turned(data, tmp_path, trained):
+    """To where one ends that never turned it."""
+    for steps, kernels in ((2, False), (4, True), (6, False)):
+        assert run(tmp_path / "turned", toml(data, tmp_path / "turned", steps=steps, kernels=kernels)) == 0
+    assert run(tmp_path / "whole", toml(data, tmp_path / "whole", steps=6)) == 0
+    assert trained == [False, True, False, True]
+    turned, whole = (read_log(tmp_path / name) for name in ("turned", "whole"))
+    assert [update["step"] for update in turned] == list(range(1, 7))
+    assert [update["loss"] for update in turned] == pytest.approx([each["loss"] for each in whole], rel=1e-5)
+    paths = (tmp_path / name / "checkpoints/latest/weights.safetensors" for name in ("turned", "whole"))
+    found, expected = map(load_file, paths)
+    assert found.keys() == expected.keys()
 
 
 def test_frozen_parts_come_from_files(tmp_path, capsys):

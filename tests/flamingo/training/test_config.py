@@ -72,6 +72,7 @@ def test_defaults_are_the_papers():
     assert (config.betas, config.eps) == ((0.9, 0.999), 1e-8)  # PyTorch's
     assert (config.datasets[0].p_next, config.datasets[2].space) == (0.5, 0.5)
     assert config.bfloat16
+    assert config.kernels
     assert not config.gradient_checkpointing
     assert (config.checkpoint_every, config.keep, config.shards_at_once) == (1000, 3, 8)
 
@@ -99,6 +100,7 @@ def test_numbers_of_a_dataset_are_positive(name):
         ("steps = 10", "steps = 10.5", r"run\.toml: steps: expected int, got 10\.5"),
         ("steps = 10", "steps = true", r"run\.toml: steps: expected int, got True"),
         ("steps = 10", "bfloat16 = 1", "bfloat16: expected bool, got 1"),
+        ("steps = 10", "kernels = 'on'", "kernels: expected bool, got 'on'"),
         ("[0.9, 0.95]", "0.9", r"betas: expected a list, got 0\.9"),
         ("[0.9, 0.95]", "[0.9]", r"expected two betas, got \(0\.9,\)"),
         ("learning_rate = 1", "learning_rate = 0", "learning_rate of the run to be positive, got 0"),

@@ -15,6 +15,7 @@ from flamingo.training import read_log, train
 from flamingo.training.blocks import shard
 from flamingo.training.processes import device_of, gather, leave, rank, sum_over_processes, whole, world_size
 from flamingo_kernels import patch
+from flamingo_kernels.ops.linear import config as products
 from tests.flamingo.training.test_resume import ROOT, toml
 from tests.helpers.tiny_run import config, model, pretrained, processor
 
@@ -23,11 +24,12 @@ slow = pytest.mark.slow  # what two processes do
 
 def patched():
     flamingo = model()
-    assert len(patch(flamingo).replaced) == 7
+    assert len(patch(flamingo, linears=True).replaced) == 7
     return flamingo
 
 
-MODELS = {"pretrained": pretrained, "patched": patched}  # of runs of these names; of others, `model`
+# Of runs of these names; of others, `model`.
+MODELS = {"pretrained": pretrained, "patched": patched, "patched in bfloat16": patched}
 
 
 def configs(data: Path, folder: Path):
@@ -39,6 +41,7 @@ def configs(data: Path, folder: Path):
         "bfloat16": replace(run, folder=f"{folder}/bfloat16", bfloat16=True),
         "pretrained": replace(run, folder=f"{folder}/pretrained", gradient_checkpointing=True),
         "patched": replace(run, folder=f"{folder}/patched"),
+        "patched in bfloat16": replace(run, folder=f"{folder}/patched in bfloat16", bfloat16=True),
         "one": replace(run, folder=f"{folder}/one"),
     }
 
@@ -46,6 +49,7 @@ def configs(data: Path, folder: Path):
 def work(me: int, data: Path, folder: Path) -> None:
     """What each of the two processes does."""
     torch.set_num_threads(1)
+    products.LEAST_WEIGHTS, products.choose = 0, lambda *_: "onednn"  # linear layers here are small
     distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=me, world_size=2)
     for name, run in configs(data, folder).items():
         steps = 6 if name == "one" else run.steps  # one process has made the first four
@@ -76,8 +80,8 @@ def alone(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     train(model(), processor(), config(data, folder / "exact", steps=6, checkpoint_every=2))
     train(model(), processor(), config(data, folder / "bfloat16", steps=4, bfloat16=True))
-    for name, build in MODELS.items():
-        train(build(), processor(), config(data, folder / name, steps=4))
+    for name in ("pretrained", "patched"):
+        train(MODELS[name](), processor(), config(data, folder / name, steps=4))
     return folder
 
 
@@ -120,6 +124,14 @@ def test_in_bfloat16_too(runs, alone):
     first, expected = (read_log(folder / "bfloat16")[0]["loss/pages"] for folder in (runs, alone))
     assert first == pytest.approx(expected, rel=1e-6)
     assert {tensor.dtype for tensor in weights(runs / "bfloat16", 4).values()} == {torch.float32}
+
+
+@slow
+def test_the_kernels_run_in_bfloat16_too(runs, alone):
+    """What two processes do by default."""
+    assert_close(runs / "patched in bfloat16", alone / "bfloat16", steps=4, rtol=0.02)
+    plain, fused = (read_log(runs / name)[-1]["loss"] for name in ("bfloat16", "patched in bfloat16"))
+    assert plain != fused
 
 
 @slow
@@ -223,4 +235,5 @@ def test_torchrun(data, runs, alone, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("4 steps done, the last checkpoint is") == 1
+    assert done.stderr.count("train: with kernels: ") == 1
     assert len(read_log(tmp_path / "run")) == 4

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flamingo.training import checkpoint, read_log, train
+from flamingo_kernels import patch
 from tests.helpers import ROOT
 from tests.helpers.tiny_run import config, datasets, model, processor
 
@@ -42,13 +43,20 @@ class Forgetful(nn.Module):
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_twice_n_steps_are_n_and_n(data, tmp_path, bfloat16):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_twice_n_steps_are_n_and_n(data, tmp_path, bfloat16, kernels):
+    def build():
+        built = Forgetful()
+        if kernels:
+            patch(built, linears=True)
+        return built
+
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     changes = {"no_decay": ("inner.resampler",), "bfloat16": bfloat16}
-    train(Forgetful(), processor(), config(data, whole, steps=6, **changes))
-    train(Forgetful(), processor(), config(data, halves, steps=3, **changes))
+    train(build(), processor(), config(data, whole, steps=6, **changes))
+    train(build(), processor(), config(data, halves, steps=3, **changes))
     torch.manual_seed(99)
-    train(Forgetful(), processor(), config(data, halves, steps=6, **changes))
+    train(build(), processor(), config(data, halves, steps=6, **changes))
     assert len(losses(halves)) == 6
     assert_same_run(whole, halves)
 

@@ -217,6 +217,22 @@ def test_without_the_kernels_a_layer_is_torchs(monkeypatch):
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("weights", [24 * 24, 24 * 24 + 1])
+def test_a_table_that_is_none_is_refused_before_a_product_asks_for_it(weights, monkeypatch, tmp_path):
+    """Where one will: a smaller weight asks for none."""
+    (tmp_path / "linear.json").write_text("{")
+    monkeypatch.setattr(config, "OWN", tmp_path / "linear.json")
+    monkeypatch.setattr(config, "LEAST_WEIGHTS", weights)
+    config.forget()
+    model = nn.Sequential(nn.Linear(24, 24))
+    if weights == 24 * 24:
+        with pytest.raises(ValueError, match=r"^linear: expected JSON in .*linear\.json"):
+            patch(model, linears=True)
+    else:
+        patch(model, linears=True)
+    assert (type(model[0]) is nn.Linear) == (weights == 24 * 24)
+
+
 def test_a_small_weight_is_left_to_torch(monkeypatch):
     monkeypatch.setattr(products, "few_rows", None)
     layer = nn.Linear(8, 8)
