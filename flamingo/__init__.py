@@ -13,12 +13,17 @@ language       language models: a decoder, and those of transformers
 generation     what follows a prompt: greedy, sampled, by beam search, token by token
 beam_search    the search
 context        what a model has read, so that further turns can follow
-kernels        faster layers, for the demo
+kernels        faster layers, for the commands
+threads        how long they wait for work
 json_lines     results and logs that a crash may have damaged
 training       of what is new, on tar shards, by one process or many
 demo           all of it on real digits, from nothing
 fewshot        prompts, closed-ended scoring, retrieval, metrics, evaluation over datasets on disk
 """
+
+from flamingo import threads  # noqa: F401  first, as torch's OpenMP looks once for what it sets
+
+# isort: split
 
 from flamingo.config import FlamingoConfig
 from flamingo.context import Context

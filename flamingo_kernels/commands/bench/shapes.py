@@ -143,7 +143,10 @@ CASES = (
         for case in _cases(
             "its cross-attention sublayer",
             {"B": 1, "T": length, "M": media, "D": 2048, **HEADS},
-            {(dtype, "forward"): (Target(1 / 1.15, "products"), Target(ratio, "eager")) for dtype in DTYPES},
+            {
+                (dtype, "forward"): (Target(1 / above, "products"), Target(ratio, "eager"))
+                for dtype, above in (("float32", 1.1), ("bfloat16", 1.25))
+            },
             modes=("forward",),
         )
     ),

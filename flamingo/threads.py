@@ -1,0 +1,21 @@
+"""How long the threads of OpenMP wait for more work before they sleep.
+
+Between two products they spin, by default for milliseconds: where another process has a core, a token then takes
+several times as long, as the thread that works waits for one that spins.
+"""
+
+import os
+import sys
+
+# A quiet machine does not lose by it, as it does by OMP_WAIT_POLICY=PASSIVE.
+SPINS = "20000"
+
+
+def _wait_briefly() -> None:
+    """For `python -m flamingo`, before torch starts its threads; whatever the user has set stays."""
+    is_command = sys.argv[:1] == ["-m"] and "flamingo" in sys.orig_argv
+    if is_command and "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+_wait_briefly()
