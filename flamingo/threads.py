@@ -1,7 +1,7 @@
 """How long the threads of OpenMP wait for more work before they sleep.
 
-Between two products they spin, by default for milliseconds: where another process has a core, a token then takes
-several times as long, as the thread that works waits for one that spins.
+Between two products they spin, by default for milliseconds. Where another process has a core, a token then
+takes several times as long, as the thread that works waits for one that spins.
 """
 
 import os

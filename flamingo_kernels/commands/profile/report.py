@@ -125,11 +125,12 @@ def apart_table(runs: Iterable[Mapping[str, Any]]) -> str:
         key: " and ".join(dict.fromkeys(str(run["conditions"][key]) for run in runs))
         for key in ("device", "threads", "torch", "commit")
     }
+    latest = max(run["conditions"]["time"] for run in runs)
     lines += [
         "",
         'Times as it is over times of each side; "~": the spreads of both, 20% to 80%, overlap; "-": it '
         f"failed, or there is nothing of the kind. Medians on {said['device']}, {said['threads']} threads, "
-        f"torch {said['torch']}, commit {said['commit']}, {max(run['conditions']['time'] for run in runs)[:10]}.",
+        f"torch {said['torch']}, commit {said['commit']}, {latest[:10]}.",
     ]
     return "\n".join(lines)
 
