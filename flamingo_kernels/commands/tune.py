@@ -104,7 +104,7 @@ def measure(rows: list[int], seconds: float) -> Iterator[Found]:
         for way in config.WAYS:
             for count in rows:
                 times = [
-                    interleave(_calls(way, count, each, dtype), seconds=seconds, least_rounds=5)
+                    interleave(_calls(way, count, each, dtype), seconds=seconds, least_rounds=9)
                     for each in weights
                 ]
                 yield Found(dtype, way, count, times, _best(times))
