@@ -54,14 +54,11 @@ _REPRODUCIBLE: dict[str | tuple[str, str], str] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--results", metavar="DIR", help="what profile --json wrote, for the gains")
+    parser.add_argument(
+        "--results", metavar="DIR", help="what was measured on one machine, with folders models and apart"
+    )
     parser.add_argument("--readme", metavar="FILE", help="replace the tables between this file's markers")
-    parser.add_argument(
-        "--apart", metavar="DIR", help="what profile --apart --json wrote, for the table in --page"
-    )
-    parser.add_argument(
-        "--page", metavar="FILE", default="benchmarks/README.md", help="default: benchmarks/README.md"
-    )
+    parser.add_argument("--page", metavar="FILE", help="the same for the table of whole models")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -69,20 +66,20 @@ def main(options: argparse.Namespace) -> int:
     print(table(), models(options.results), versions(), presets(options.results), sep="\n\n")
     if options.readme:
         update_readme(options.readme, options.results)
-    if options.apart:
-        readme.replace(options.page, APART_BEGIN, APART_END, apart(options.apart))
+    if options.page:
+        readme.replace(options.page, APART_BEGIN, APART_END, apart(options.results))
     return 0
 
 
 def apart(results: str | Path) -> str:
-    """Gains of whole models whose sides had a process of their own each, in Markdown.
+    """Gains of whole models, in Markdown.
 
     Args:
-        results: a folder of what `profile --apart --json` wrote.
+        results: a folder with `apart`, where `profile NAME --apart --json` wrote.
     """
     from .profile.report import apart_table
 
-    return apart_table(json.loads(path.read_text()) for path in sorted(Path(results).glob("*.json")))
+    return apart_table(json.loads(path.read_text()) for path in sorted(Path(results, "apart").glob("*.json")))
 
 
 def table() -> str:
@@ -118,9 +115,10 @@ def models(results: str | Path | None = None) -> str:
     """What `patch` swaps and what that gains, in Markdown.
 
     Args:
-        results: a folder of what `profile NAME --json` wrote, for the names in `PROFILED`. Default: no gains.
+        results: as for `apart`, with `NAME.float32.1.json` for the names in `PROFILED`. Default: no gains.
     """
-    found = {name: _profile(results, name) for name in dict.fromkeys(PROFILED.values())}
+    names = dict.fromkeys(PROFILED.values())
+    found = {name: _load(results, "apart", f"{name}.float32.1") for name in names}
     lines = [
         f"| models of | tested with | swapped | {' | '.join(WORKS)} | `fixes` |",
         f"|---|---|---|{'--:|' * len(WORKS)}---|",
@@ -133,8 +131,8 @@ def models(results: str | Path | None = None) -> str:
     return "\n".join([*lines, *_conditions([each for each in found.values() if each])])
 
 
-def _profile(results: str | Path | None, name: str) -> dict[str, Any]:
-    path = Path(results or "") / f"{name}.json"
+def _load(results: str | Path | None, folder: str, name: str) -> dict[str, Any]:
+    path = Path(results or "", folder, f"{name}.json")
     return cast("dict[str, Any]", json.loads(path.read_text())) if results and path.exists() else {}
 
 
@@ -143,10 +141,10 @@ def _gain(found: dict[str, Any], work: str) -> str:
 
     Marked where the spread overlaps with that before.
     """
-    measured = found.get("works", {}).get(work)
-    if measured is None:
+    times = found.get("times", {}).get(work)
+    if times is None:
         return "-"
-    before, *after = measured["times"].values()
+    before, *after = (times[side] for side in ("before", "patch", "linears"))
     overlaps = (before["p20"] <= each["p80"] and each["p20"] <= before["p80"] for each in after)
     gains = (before["median"] / each["median"] for each in after)
     return ", ".join(f"{'~' * overlap}{factor(gain)}" for overlap, gain in zip(overlaps, gains, strict=True))
@@ -169,9 +167,8 @@ def _conditions(found: list[dict[str, Any]]) -> list[str]:
     return [
         "",
         "Gains: times before over times after `patch(model)`, then after `patch(model, linears=True)`, of a "
-        f"whole model under `python -m flamingo_kernels profile NAME`. NAME: {names}. Random weights, "
-        f"{dtypes}, "
-        f"D {WIDE['width']}, {Sizes().layers} layers of which every second reads images; one text of "
+        "whole model, each in a process of its own (`python -m flamingo_kernels profile NAME --apart`). "
+        f"NAME: {names}. Random weights, {dtypes}, D {WIDE['width']}, {Sizes().layers} layers of which every second reads images; one text of "
         f"{FULL.text} tokens and {FULL.media} images, for Evolla a protein. "
         '"~": its spread, 20% to 80%, overlaps with that before. "-": it has no cache to decode with. '
         "The two rows of Idefics are one measurement. "
@@ -225,11 +222,12 @@ def presets(results: str | Path | None = None) -> str:
     """Tokens a second of each preset, or its bytes and FLOPs where it was not run, in Markdown.
 
     Args:
-        results: a folder as for `models`, for `flamingo-small` and the presets of `flamingo`. Default: none.
+        results: a folder with `models`, where `profile NAME --json` wrote for `flamingo-small` and the
+            presets of `flamingo`. Default: none.
     """
     from flamingo.config import PRESETS
 
-    found = [each for name in ("flamingo-small", *PRESETS) if (each := _profile(results, name))]
+    found = [each for name in ("flamingo-small", *PRESETS) if (each := _load(results, "models", name))]
     run, counted = ([each for each in found if ("works" in each) is was_run] for was_run in (True, False))
     lines = [
         f"| run | dtype | parameters | {' | '.join(f'{work}, tokens/s' for work in WORKS)} |",

@@ -1,6 +1,7 @@
 """Times each side of a model in a process of its own, as its user would start it, one call of each in turn.
 
-torch.compile, alone and with inductor's frozen weights, stands beside. Results are not compared: `run` does.
+torch.compile, alone and with inductor's frozen weights, stands beside. It tells how far the last numbers of each
+result are from those of the model as it is; `run` holds whole results against float64.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...patch import patch
 from ..info import conditions_on
@@ -28,6 +29,7 @@ from .subject import STEP, Plan, Sizes
 COMPILED, FROZEN = "compile", "freezing"
 PAUSE = 0.05  # seconds between two processes, after which threads of the first no longer spin
 WARM = 3  # calls before the first that counts
+COMPARED = 4096  # numbers
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Apart:
 
     Attributes:
         times: milliseconds of one call, by work and side.
+        differences: of the last numbers of the result, relative to their norm as it is.
         failed: what a side said that could not do a work.
     """
 
@@ -43,8 +46,9 @@ class Apart:
     dtype: str
     sizes: Sizes
     conditions: dict[str, Any]
-    times: dict[str, dict[str, Spread]]
-    failed: dict[str, dict[str, str]]
+    times: dict[str, dict[str, Spread]] = field(default_factory=dict)
+    differences: dict[str, dict[str, float]] = field(default_factory=dict)
+    failed: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def run(plan: Plan, *, dtype: torch.dtype, seconds: float) -> Apart:
@@ -56,10 +60,11 @@ def run(plan: Plan, *, dtype: torch.dtype, seconds: float) -> Apart:
         seconds: how long to time one kind of work, all sides together.
     """
     works = list(plan.subject(dtype, "cpu").works)
-    found = Apart(plan.name, dtype_name(dtype), plan.sizes, conditions_on("cpu"), {}, {})
+    found = Apart(plan.name, dtype_name(dtype), plan.sizes, conditions_on("cpu"))
     progress = ProgressBar(len(works))
     for work in works:
-        with _processes(plan, dtype, work, progress) as (calls, found.failed[work]):
+        with _processes(plan, dtype, work, progress) as (calls, results, found.failed[work]):
+            found.differences[work] = _differences(results)
             progress(f"{work}: timing")
             found.times[work] = interleave(calls, seconds=seconds, clock=lambda sample, _: sample())
     progress.close()
@@ -94,11 +99,12 @@ SIDES: dict[str, Callable[[nn.Module], None]] = {
 @contextmanager
 def _processes(
     plan: Plan, dtype: torch.dtype, work: str, progress: Callable[[str], None]
-) -> Iterator[tuple[dict[str, Call], dict[str, str]]]:
-    """A process for each side, as calls that take one sample there, and what those said that failed."""
+) -> Iterator[tuple[dict[str, Call], dict[str, Tensor], dict[str, str]]]:
+    """A process for each side: calls that take one sample there, the ends of their results, and what failed."""
     context = multiprocessing.get_context("spawn")
     ends, processes = [], []
     calls: dict[str, Call] = {}
+    results: dict[str, Tensor] = {}
     failed: dict[str, str] = {}
     try:
         for side in SIDES:
@@ -114,17 +120,29 @@ def _processes(
             theirs.close()
             ends.append(ours)
             processes.append(process)
-            if error := _answer(ours):
-                failed[side] = error
+            answer = _answer(ours)
+            if isinstance(answer, str):
+                failed[side] = answer
             else:
-                calls[side] = partial(_sample, ours)
-        yield calls, failed
+                calls[side], results[side] = partial(_sample, ours), torch.tensor(answer)
+        yield calls, results, failed
     finally:
         for end in ends:
             end.close()
         for process in processes:
             process.join(5)
             process.kill()
+
+
+def _differences(results: dict[str, Tensor]) -> dict[str, float]:
+    if BEFORE not in results:
+        return {}
+    before = results[BEFORE]
+    return {
+        side: float((each - before).norm() / before.norm())
+        for side, each in results.items()
+        if side != BEFORE
+    }
 
 
 def _answer(end: Connection) -> Any:
@@ -148,11 +166,11 @@ def _serve(plan: Plan, dtype: torch.dtype, work: str, side: str, threads: int, e
         SIDES[side](subject.model)
         timed = call(work, subject.works[work], subject.model)
         for _ in range(WARM):
-            timed()
+            result, *_ = timed()
     except Exception as error:
         end.send(first_line(error))
         return
-    end.send("")
+    end.send(result.flatten()[-COMPARED:].double().tolist())
     last = None
     while _answer(end) is True:
         last = host_clock(timed, last)

@@ -89,18 +89,22 @@ def _by_part(work: Measured) -> list[str]:
 
 def apart(found: Apart) -> str:
     """Times of processes of their own, as a page of text."""
-    setting, sizes, row = found.conditions, found.sizes, "{:<24}{:>12}{:>24}{:>9}"
+    setting, sizes, row = found.conditions, found.sizes, "{:<24}{:>12}{:>24}{:>9}{:>14}"
     lines = [
         f"{found.model}, {found.dtype}; {sizes.batch} x {sizes.text} tokens, {sizes.media} images",
         f"{setting['device']}, {setting['threads']} threads, torch {setting['torch']}",
-        "each in a process of its own; their results were not compared",
+        "each in a process of its own",
     ]
     for work, times in found.times.items():
-        lines += ["", row.format(f"{work}, ms", "median", "20% to 80%", "gain")]
+        lines += ["", row.format(f"{work}, ms", "median", "20% to 80%", "gain", "difference")]
         for side, spread in times.items():
             between = f"{rounded(spread.p20)} to {rounded(spread.p80)}"
             gain = factor(times[BEFORE].median / spread.median)
-            lines.append(row.format(f"  {_TITLES[side]}", rounded(spread.median), between, gain))
+            difference = found.differences[work].get(side)
+            shown = "" if difference is None else f"{difference:.1e}"
+            lines.append(
+                row.format(f"  {_TITLES[side]}", rounded(spread.median), between, gain, shown).rstrip()
+            )
         lines += [f"  {_TITLES[side]} failed: {error}" for side, error in found.failed[work].items()]
     return "\n".join(lines)
 

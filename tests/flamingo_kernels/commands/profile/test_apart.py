@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 import torch
-from torch import nn
 
 from flamingo_kernels import __main__ as cli
 from flamingo_kernels.commands.profile import apart, models, report, run
-from flamingo_kernels.commands.profile.subject import QUICK, Plan, Subject, Work
+from flamingo_kernels.commands.profile.subject import QUICK, Plan
 from flamingo_kernels.patch import linears
 
 EAGER = {side: apart.SIDES[side] for side in (run.BEFORE, run.PATCHED, run.LINEARS)}
-
-
-class Says(nn.Module):
-    """Its result says where it ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(2, 2)
-
-    def forward(self):
-        return torch.tensor([os.getpid(), torch.get_num_threads()])
-
-
-def _says(sizes):
-    model = Says()
-    return Subject(model, {}, {}, {models.PREFILL: Work(lambda model: model, 1)})
 
 
 def _fails(sizes):
@@ -44,12 +26,14 @@ def test_each_side_has_a_process_of_its_own(monkeypatch, tmp_path, capsys):
     assert cli.main(["profile", *asked]) == 0
     shown = capsys.readouterr().out
     assert "tiny, float32; 2 x 48 tokens, 3 images" in shown
-    assert shown.count("x\n") + shown.endswith("x") == 3, "a gain a side"
     found = json.loads(file.read_text())
     assert list(found["times"]) == [models.DECODE]
     assert list(found["times"][models.DECODE]) == list(EAGER)
     assert all(each["median"] > 0 for each in found["times"][models.DECODE].values())
     assert found["failed"] == {models.DECODE: {}}
+    assert all(0 <= each < 1e-5 for each in found["differences"][models.DECODE].values())
+    for side in EAGER:
+        assert report._TITLES[side] in shown
 
 
 def test_a_side_serves_samples_until_its_end_is_closed():
@@ -61,7 +45,7 @@ def test_a_side_serves_samples_until_its_end_is_closed():
     )
     process.start()
     theirs.close()
-    assert ours.recv() == ""
+    assert len(ours.recv()) == apart.COMPARED
     assert apart._sample(ours) > 0
     ours.close()
     process.join(20)
@@ -79,9 +63,9 @@ def test_what_is_done_to_each(side):
 
 def test_a_side_that_fails_says_why_and_the_others_go_on(monkeypatch):
     plan = Plan("says", QUICK, _fails)
-    found = apart.Apart("says", "float32", QUICK, {"device": "", "threads": 1, "torch": ""}, {}, {})
-    with apart._processes(plan, torch.float32, models.PREFILL, lambda text: None) as (calls, failed):
-        assert calls == {}
+    found = apart.Apart("says", "float32", QUICK, {"device": "", "threads": 1, "torch": ""})
+    with apart._processes(plan, torch.float32, models.PREFILL, lambda text: None) as (calls, results, failed):
+        assert calls == results == {}
     assert failed == dict.fromkeys(apart.SIDES, "RuntimeError: no room for it")
     found.times["prefill"], found.failed["prefill"] = {}, failed
     assert "inductor, frozen failed: RuntimeError: no room for it" in report.apart(found)
@@ -91,3 +75,25 @@ def test_a_side_that_fails_says_why_and_the_others_go_on(monkeypatch):
 def test_what_it_cannot_do_is_refused(more, capsys):
     assert cli.main(["profile", "tiny", "--apart", *more]) == 2
     assert "expected --apart on a cpu, without --compile, --trace and --picture." in capsys.readouterr().err
+
+
+def test_a_difference_is_relative_to_the_result_as_it_is():
+    before, other = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])
+    assert apart._differences({run.BEFORE: before, run.PATCHED: other}) == {run.PATCHED: pytest.approx(0.1)}
+    assert apart._differences({run.PATCHED: other}) == {}
+
+
+def test_the_table_has_a_line_a_work_and_marks_what_overlaps():
+    def times(median):
+        return {"median": median, "p20": 0.9 * median, "p80": 1.1 * median}
+
+    made = {
+        "model": "mine",
+        "dtype": "float32",
+        "sizes": {"text": 8, "media": 1, "batch": 8},
+        "conditions": {"device": "X", "threads": 2, "torch": "2", "commit": "abc", "time": "2026-01-02T03"},
+        "times": {"decode": {"before": times(4.0), "patch": times(3.9), "linears": times(2.0)}},
+    }
+    table = report.apart_table([made])
+    assert "| mine | float32 | decode | 8 | 4 ms | - | - | ~1.03x | 2.00x |" in table
+    assert "X, 2 threads, torch 2, commit abc, 2026-01-02." in table
