@@ -1,7 +1,7 @@
 """Times each side of a model in a process of its own, as its user would start it, one call of each in turn.
 
-torch.compile, alone and with inductor's frozen weights, stands beside. It tells how far the last numbers of each
-result are from those of the model as it is; `run` holds whole results against float64.
+torch.compile, alone and with inductor's frozen weights, stands beside. How far the last numbers of each result
+are from those of the model as it is, is told; `run` holds whole results against float64.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ SIDES: dict[str, Callable[[nn.Module], None]] = {
 def _processes(
     plan: Plan, dtype: torch.dtype, work: str, progress: Callable[[str], None]
 ) -> Iterator[tuple[dict[str, Call], dict[str, Tensor], dict[str, str]]]:
-    """A process for each side: calls that take one sample there, the ends of their results, and what failed."""
+    """A process for each side: calls that take one sample there, the ends of results, and what failed."""
     context = multiprocessing.get_context("spawn")
     ends, processes = [], []
     calls: dict[str, Call] = {}
