@@ -1,6 +1,6 @@
 """Times each side of a model in a process of its own, as its user would start it, one call of each in turn.
 
-torch.compile, alone and with inductor's frozen weights, stands beside. How far the last numbers of each result
+torch.compile, alone and with inductor's frozen weights, may stand beside. How far the last numbers of each result
 are from those of the model as it is, is told; `run` holds whole results against float64.
 """
 
@@ -51,19 +51,21 @@ class Apart:
     failed: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-def run(plan: Plan, *, dtype: torch.dtype, seconds: float) -> Apart:
+def run(plan: Plan, *, dtype: torch.dtype, seconds: float, compiled: bool = False) -> Apart:
     """Time a model on a cpu.
 
     Args:
         plan: the model.
         dtype: of its weights and inputs.
         seconds: how long to time one kind of work, all sides together.
+        compiled: whether sides under torch.compile stand beside.
     """
+    sides = [side for side in SIDES if compiled or side not in (COMPILED, FROZEN)]
     works = list(plan.subject(dtype, "cpu").works)
     found = Apart(plan.name, dtype_name(dtype), plan.sizes, conditions_on("cpu"))
     progress = ProgressBar(len(works))
     for work in works:
-        with _processes(plan, dtype, work, progress) as (calls, results, found.failed[work]):
+        with _processes(plan, dtype, work, sides, progress) as (calls, results, found.failed[work]):
             found.differences[work] = _differences(results)
             progress(f"{work}: timing")
             found.times[work] = interleave(calls, seconds=seconds, clock=lambda sample, _: sample())
@@ -98,7 +100,7 @@ SIDES: dict[str, Callable[[nn.Module], None]] = {
 
 @contextmanager
 def _processes(
-    plan: Plan, dtype: torch.dtype, work: str, progress: Callable[[str], None]
+    plan: Plan, dtype: torch.dtype, work: str, sides: list[str], progress: Callable[[str], None]
 ) -> Iterator[tuple[dict[str, Call], dict[str, Tensor], dict[str, str]]]:
     """A process for each side: calls that take one sample there, the ends of results, and what failed."""
     context = multiprocessing.get_context("spawn")
@@ -107,7 +109,7 @@ def _processes(
     results: dict[str, Tensor] = {}
     failed: dict[str, str] = {}
     try:
-        for side in SIDES:
+        for side in sides:
             if (side, work) == (FROZEN, STEP):  # what is trained is not frozen
                 continue
             progress(f"{work}: starting {side}")
