@@ -1,7 +1,7 @@
 """Times each side of a model in a process of its own, as its user would start it, one call of each in turn.
 
-torch.compile, alone and with inductor's frozen weights, may stand beside. How far the last numbers of each result
-are from those of the model as it is, is told; `run` holds whole results against float64.
+torch.compile, alone and with inductor's frozen weights, may stand beside. How far the last numbers of a
+result are from those of the model as it is, is told; `run` holds whole results against float64.
 """
 
 from __future__ import annotations
