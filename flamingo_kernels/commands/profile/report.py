@@ -132,8 +132,8 @@ def apart_table(runs: Iterable[Mapping[str, Any]]) -> str:
     latest = max(run["conditions"]["time"] for run in runs)
     lines += [
         "",
-        'Times as it is over times of each side; "~": the spreads of both, 20% to 80%, overlap; "-": it '
-        f"failed, or there is nothing of the kind. Medians on {said['device']}, {said['threads']} threads, "
+        'Times as it is over times of each side; "~": the spreads of both, 20% to 80%, overlap; "-": '
+        f"not measured. Medians on {said['device']}, {said['threads']} threads, "
         f"torch {said['torch']}, commit {said['commit']}, {latest[:10]}.",
     ]
     return "\n".join(lines)
