@@ -146,42 +146,22 @@ inline void check_attention_bwd(
   checks.expect_contiguous("softmax", softmax, ScalarType::Float, {2, batch, heads, kept});
 }
 
-// The branch y of a residual and its gate, of one element or one a channel; `first` is x, or z where there is no x.
-inline Checks check_residual(
+// The branch y of a residual and its gate, of one element or one a channel; `first` is x, or dz backward.
+inline void check_residual(
     const char* operation, const char* first_name, const Tensor& first, const Tensor& y, const Tensor& gate) {
   const Checks checks(operation, first_name, first, 2);
   const int64_t rows = first.size(0), columns = first.size(1);
   checks.expect_rows(first_name, first, {rows, columns}), checks.expect_rows("y", y, {rows, columns});
   checks.expect_parameter("gate", gate, columns, true);
-  return checks;
 }
 
 // The gradient of a sum with y is in y's dtype or wider.
-inline void check_residual_bwd(const char* operation, const char* name, const Tensor& dz, const Tensor& y) {
+inline void check_residual_bwd(const char* operation, const Tensor& dz, const Tensor& y, const Tensor& gate) {
+  check_residual(operation, "dz", dz, y, gate);
   if (wider(dz.scalar_type(), y.scalar_type()) != dz.scalar_type())
     refuse(
-        operation, ": expected ", name, " in Float or in ", toString(y.scalar_type()), " like y, got ",
+        operation, ": expected dz in Float or in ", toString(y.scalar_type()), " like y, got ",
         toString(dz.scalar_type()), ".");
-}
-
-inline void check_gated_residual_norm(
-    const char* operation, const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& weight,
-    const std::optional<Tensor>& bias) {
-  const Checks checks = check_residual(operation, "x", x, y, gate);
-  checks.expect_parameter("weight", weight, x.size(1), false);
-  if (bias) checks.expect_parameter("bias", *bias, x.size(1), false);
-}
-
-inline void check_gated_residual_norm_bwd(
-    const char* operation, const Tensor& dz, const Tensor& dn, const Tensor& y, const Tensor& gate,
-    const Tensor& weight, const Tensor& z, const Tensor& mean, const Tensor& rstd) {
-  const Checks checks = check_residual(operation, "z", z, y, gate);
-  const int64_t rows = z.size(0), columns = z.size(1);
-  check_residual_bwd(operation, "z", z, y);
-  checks.expect_rows_like_first("dz", dz, {rows, columns}), checks.expect_rows_like_first("dn", dn, {rows, columns});
-  checks.expect_parameter("weight", weight, columns, false);
-  checks.expect_contiguous("mean", mean, ScalarType::Float, {rows});
-  checks.expect_contiguous("rstd", rstd, ScalarType::Float, {rows});
 }
 
 inline void check_linear(

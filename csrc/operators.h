@@ -89,18 +89,6 @@ Params gated_residual_params(const Tensor& y, const Tensor& gate) {
   return params;
 }
 
-template <class Params>
-void set_norm(Params& params, bool rms, const Tensor& z, const Tensor& mean, const Tensor& rstd) {
-  params.rms = rms, params.residual.z = matrix_of(z);
-  params.mean = mean.mutable_data_ptr<float>(), params.rstd = rstd.mutable_data_ptr<float>();
-}
-
-template <class Params>
-void set_norm_gradients(Params& params, const Tensor& dz, const Tensor& dn, const Tensor& dx, const Tensor& dy) {
-  params.residual.dz = matrix_of(dz), params.residual.dy = matrix_of(dy);
-  params.dn = matrix_of(dn), params.dx = matrix_of(dx);
-}
-
 }  // namespace flamingo_kernels
 
 // The operators that every backend has, under their names and the overload of the backend.
@@ -110,9 +98,7 @@ void set_norm_gradients(Params& params, const Tensor& dz, const Tensor& dn, cons
   library.impl("perceiver_attention_fwd" overload, TORCH_BOX(&perceiver_attention_fwd));       \
   library.impl("perceiver_attention_bwd" overload, TORCH_BOX(&perceiver_attention_bwd));       \
   library.impl("gated_residual_fwd" overload, TORCH_BOX(&gated_residual_fwd));                 \
-  library.impl("gated_residual_bwd" overload, TORCH_BOX(&gated_residual_bwd));                 \
-  library.impl("gated_residual_norm_fwd" overload, TORCH_BOX(&gated_residual_norm_fwd));       \
-  library.impl("gated_residual_norm_bwd" overload, TORCH_BOX(&gated_residual_norm_bwd))
+  library.impl("gated_residual_bwd" overload, TORCH_BOX(&gated_residual_bwd))
 
 // What Python asks a library through ctypes.
 #define FK_EXPORT extern "C" __attribute__((visibility("default")))

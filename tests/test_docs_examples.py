@@ -52,7 +52,6 @@ def test_every_operator_has_one():
         "masked_cross_attention",
         "perceiver_attention",
         "gated_residual",
-        "gated_residual_norm",
         "gated_block_decode",
         "MediaMask",
         "available_backends",

@@ -38,8 +38,7 @@ mask = fk.MediaMask.last_preceding(torch.tensor([[0, 1, 0]]), 1)
 q, k = torch.randn(1, 3, 2, 4, requires_grad=True), torch.randn(1, 1, 5, 2, 4)
 fk.masked_cross_attention(q, k, k, mask).sum().backward()
 fk.perceiver_attention(q, k[0], k[0], k[0], k[0]).sum()
-fk.gated_residual(*fk.gated_residual_norm(torch.ones(2, 4), torch.ones(2, 4), torch.ones(1), torch.ones(4)),
-                  torch.ones(1))
+fk.gated_residual(torch.ones(2, 4), torch.ones(2, 4), torch.ones(1))
 print(fk.available_backends("gated_residual")["cpu"])
 print(sorted({module.split(".")[0] for module in sys.modules}))
 """

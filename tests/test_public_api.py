@@ -18,7 +18,6 @@ OPERATORS = {
         "(q, k_media, v_media, k_latents, v_latents, *, media_lengths=None, scale=None, backend='auto')"
     ),
     "gated_residual": "(x, y, gate, *, backend='auto')",
-    "gated_residual_norm": "(x, y, gate, weight, bias=None, *, eps=1e-05, norm='layer', backend='auto')",
     "gated_block_decode": (
         "(x, k, v, mask, weights, *, scale=None, eps=1e-05, activation='gelu', backend='auto')"
     ),
@@ -54,7 +53,6 @@ def test_the_public_names():
         "fold",
         "gated_block_decode",
         "gated_residual",
-        "gated_residual_norm",
         "linear",
         "masked_cross_attention",
         "patch",

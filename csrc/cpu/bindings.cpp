@@ -136,7 +136,6 @@ int64_t count_elements(const PerceiverAttention& params) {
 }
 
 int64_t count_elements(const GatedResidual& params) { return params.rows * params.columns; }
-int64_t count_elements(const GatedResidualNorm& params) { return count_elements(params.residual); }
 
 std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
     Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor start, Tensor stop, bool immediate, bool averages,
@@ -230,42 +229,34 @@ Memory<float> load_tanh(const Call& call, const Tensor& gate) {
   return values;
 }
 
-// The gradient of a parameter, from partial sums of every task.
-class ParameterGradient {
+// The gradient of a gate, from sums of dz * y of every task.
+class GateGradient {
  public:
-  ParameterGradient(const Call& call, const Tensor& parameter, int64_t tasks)
-      : gradient_(fresh_gradient(call, parameter)),
-        partials_(call, "partial sums", tasks * parameter.numel()),
-        sums_(call, "partial sums", parameter.numel()) {}
+  GateGradient(const Call& call, const Tensor& gate, int64_t tasks)
+      : gate_(load_floats(call, gate)),
+        gradient_(fresh_gradient(call, gate)),
+        partials_(call, "partial sums", tasks * gate.numel()),
+        sums_(call, "partial sums", gate.numel()) {}
 
   float* partials() const { return partials_.data(); }
 
-  // The sums of all tasks, added in their order.
+  // The sums of all tasks, added in their order, through tanh. d tanh(gate) / d gate is 1 / cosh(gate)^2, where nothing
+  // cancels as it does in 1 - tanh(gate)^2.
   Tensor add() const {
-    return add_and([](double sum, int64_t) { return sum; });
-  }
-
-  // The same for a gate, from sums of dz * y. d tanh(gate) / d gate is 1 / cosh(gate)^2, where nothing cancels as it
-  // does in 1 - tanh(gate)^2.
-  Tensor add_through_tanh(const Memory<float>& gate) const {
-    return add_and([&](double sum, int64_t j) {
-      const double cosh = std::cosh(double(gate.data()[j]));
-      return sum / cosh / cosh;
-    });
-  }
-
- private:
-  template <class Finish>
-  Tensor add_and(Finish finish) const {
     const int64_t columns = gradient_.numel();
     float* gradient = gradient_.mutable_data_ptr<float>();
     std::fill(sums_.begin(), sums_.end(), 0);
     for (const float* row = partials_.begin(); row < partials_.end(); row += columns)
       for (int64_t j = 0; j < columns; ++j) sums_.data()[j] += row[j];
-    for (int64_t j = 0; j < columns; ++j) gradient[j] = finish(sums_.data()[j], j);
+    for (int64_t j = 0; j < columns; ++j) {
+      const double cosh = std::cosh(double(gate_.data()[j]));
+      gradient[j] = sums_.data()[j] / cosh / cosh;
+    }
     return gradient_;
   }
 
+ private:
+  Memory<float> gate_;
   Tensor gradient_;
   Memory<float> partials_;
   Memory<double> sums_;
@@ -286,57 +277,17 @@ Tensor gated_residual_fwd(Tensor x, Tensor y, Tensor gate) {
 
 std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) {
   const Call call = {"gated_residual_bwd"};
-  check_residual(call.operation, "dz", dz, y, gate);
-  check_residual_bwd(call.operation, "dz", dz, y);
+  check_residual_bwd(call.operation, dz, y, gate);
   Tensor dy = fresh_like(call, y);
   const Memory<float> tanh_gate = load_tanh(call, gate);
   auto params = gated_residual_params<GatedResidual>(y, gate);
   params.tanh_gate = tanh_gate.data();
   params.dz = matrix_of(dz), params.dy = matrix_of(dy);
   const Kernel<GatedResidual> kernel = variant().gated_residual_bwd(params.dz.dtype, params.y.dtype, params.dz.dtype);
-  const ParameterGradient dgate(call, gate, kernel.tasks(params));
+  const GateGradient dgate(call, gate, kernel.tasks(params));
   params.dgate = dgate.partials();
   run(call, kernel, params, count_elements(params));
-  return {dy, dgate.add_through_tanh(load_floats(call, gate))};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_fwd(
-    Tensor x, Tensor y, Tensor gate, Tensor weight, std::optional<Tensor> bias, double eps, bool rms) {
-  const Call call = {"gated_residual_norm_fwd"};
-  check_gated_residual_norm(call.operation, x, y, gate, weight, bias);
-  const int64_t rows = x.size(0), columns = x.size(1);
-  const ScalarType dtype = residual_dtype(x, y, gate);
-  Tensor z = call.fresh(x, {rows, columns}, dtype), n = fresh_like(call, z),
-         mean = call.fresh(x, {rows}, ScalarType::Float), rstd = fresh_like(call, mean);
-  const Memory<float> tanh_gate = load_tanh(call, gate), weights = load_floats(call, weight),
-                      biases = bias ? load_floats(call, *bias) : Memory<float>();
-  GatedResidualNorm params = {};
-  params.residual = gated_residual_params<GatedResidual>(y, gate);
-  params.residual.tanh_gate = tanh_gate.data(), params.residual.x = matrix_of(x);
-  set_norm(params, rms, z, mean, rstd);
-  params.eps = eps, params.weight = weights.data(), params.bias = biases.data(), params.n = matrix_of(n);
-  run(call, variant().gated_residual_norm_fwd(params.residual.x.dtype, params.residual.y.dtype, params.n.dtype), params,
-      count_elements(params));
-  return {z, n, mean, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_bwd(
-    Tensor dz, Tensor dn, Tensor y, Tensor gate, Tensor weight, Tensor z, Tensor mean, Tensor rstd, bool rms) {
-  const Call call = {"gated_residual_norm_bwd"};
-  check_gated_residual_norm_bwd(call.operation, dz, dn, y, gate, weight, z, mean, rstd);
-  Tensor dx = fresh_like(call, z), dy = fresh_like(call, y);
-  const Memory<float> tanh_gate = load_tanh(call, gate), weights = load_floats(call, weight);
-  GatedResidualNorm params = {};
-  params.residual = gated_residual_params<GatedResidual>(y, gate);
-  params.residual.tanh_gate = tanh_gate.data(), params.weight = weights.data();
-  set_norm(params, rms, z, mean, rstd), set_norm_gradients(params, dz, dn, dx, dy);
-  const Kernel<GatedResidualNorm> kernel =
-      variant().gated_residual_norm_bwd(params.residual.z.dtype, params.residual.y.dtype, params.residual.z.dtype);
-  const int64_t tasks = kernel.tasks(params);
-  const ParameterGradient dgate(call, gate, tasks), dweight(call, weight, tasks), dbias(call, weight, tasks);
-  params.residual.dgate = dgate.partials(), params.dweight = dweight.partials(), params.dbias = dbias.partials();
-  run(call, kernel, params, count_elements(params));
-  return {dx, dy, dgate.add_through_tanh(load_floats(call, gate)), dweight.add(), dbias.add()};
+  return {dy, dgate.add()};
 }
 
 Tensor linear_fwd(

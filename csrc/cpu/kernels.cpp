@@ -1,6 +1,5 @@
 // Every kernel of one instruction set: compiled once for each, with -DFK_ISA=<its name>.
 #include "gated_residual.h"
-#include "gated_residual_norm.h"
 #include "linear.h"
 #include "masked_cross_attention.h"
 #include "perceiver_attention.h"
@@ -46,11 +45,11 @@ Kernel<Params> attention(DType dtype) {
 }
 
 // Residuals: the types of x, y and z. z is the wider of x and y, or wider still through the gate's type.
-template <template <class, class, class> class Implementation, class Params>
-Kernel<Params> residual(DType x, DType y, DType z) {
+template <template <class, class, class> class Implementation>
+Kernel<GatedResidual> residual(DType x, DType y, DType z) {
   auto kernel = []<class X, class Y, class Z>(X, Y, Z) {
     using I = Implementation<X, Y, Z>;
-    return Kernel<Params>{I::tasks, scratch_size<I, Params>, run_task<I, Params>};
+    return Kernel<GatedResidual>{I::tasks, scratch_size<I, GatedResidual>, run_task<I, GatedResidual>};
   };
   if (z == DType::bf16) return kernel(BFloat16(), BFloat16(), BFloat16());
   if (z == DType::f16) return kernel(Float16(), Float16(), Float16());
@@ -89,10 +88,8 @@ const Variant FK_JOIN(variant_, FK_ISA) = {
     FK_ISA::attention<FK_ISA::masked_cross_attention::QueryBackward, MaskedCrossAttention>,
     FK_ISA::attention<FK_ISA::perceiver_attention::Forward, PerceiverAttention>,
     FK_ISA::attention<FK_ISA::perceiver_attention::Backward, PerceiverAttention>,
-    FK_ISA::residual<FK_ISA::gated_residual::Forward, GatedResidual>,
-    FK_ISA::residual<FK_ISA::gated_residual::Backward, GatedResidual>,
-    FK_ISA::residual<FK_ISA::gated_residual_norm::Forward, GatedResidualNorm>,
-    FK_ISA::residual<FK_ISA::gated_residual_norm::Backward, GatedResidualNorm>,
+    FK_ISA::residual<FK_ISA::gated_residual::Forward>,
+    FK_ISA::residual<FK_ISA::gated_residual::Backward>,
     FK_ISA::product<FK_ISA::linear::Pack>,
     FK_ISA::product<FK_ISA::linear::Forward>,
     FK_ISA::untyped<FK_ISA::read_loop::Forward, ReadLoop>,

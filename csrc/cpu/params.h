@@ -47,21 +47,6 @@ struct GatedResidual {
   float* dgate;  // partial sums [tasks, D or 1] of dz * y
 };
 
-struct GatedResidualNorm {
-  GatedResidual residual;
-  bool rms;
-  float eps;
-  const float* weight;  // [D]
-  const float* bias;    // [D] or null
-  Matrix n;
-  float* mean;  // [N]
-  float* rstd;  // [N]
-  // backward only
-  Matrix dn, dx;
-  float* dweight;  // partial sums [tasks, D]
-  float* dbias;    // partial sums [tasks, D]
-};
-
 enum class Activation : int { none, gelu, gelu_tanh, relu, squared_relu, silu };
 
 struct Linear {
@@ -96,9 +81,7 @@ struct Kernel {
 // One instruction set's kernels, by element type.
 template <class Params>
 using AttentionKernel = Kernel<Params> (*)(DType);
-template <class Params>
-using ResidualKernel = Kernel<Params> (*)(DType x, DType y, DType z);
-
+using ResidualKernel = Kernel<GatedResidual> (*)(DType x, DType y, DType z);
 using LinearKernel = Kernel<Linear> (*)(DType);
 
 struct Variant {
@@ -106,8 +89,7 @@ struct Variant {
   AttentionKernel<MaskedCrossAttention> masked_cross_attention_fwd, masked_cross_attention_bwd,
       masked_cross_attention_dq;
   AttentionKernel<PerceiverAttention> perceiver_attention_fwd, perceiver_attention_bwd;
-  ResidualKernel<GatedResidual> gated_residual_fwd, gated_residual_bwd;
-  ResidualKernel<GatedResidualNorm> gated_residual_norm_fwd, gated_residual_norm_bwd;
+  ResidualKernel gated_residual_fwd, gated_residual_bwd;
   LinearKernel linear_pack, linear_fwd;
   Kernel<ReadLoop> read_loop;
 };

@@ -196,12 +196,14 @@ GatedResidual residual_params(const Tensor& y, const Tensor& gate) {
   return params;
 }
 
-// The gradient of a parameter and the partial sums of its parts, which are the gradient itself if there is one part.
-struct ParameterGradient {
+// The gradient of a gate and its partial sums, of every part or where all columns have one gate of every block. One
+// partial sum is the gradient itself.
+struct GateGradient {
   Tensor gradient, partials;
 
-  ParameterGradient(const Call& call, const Tensor& parameter, int64_t parts)
-      : gradient(fresh_gradient(call, parameter)), partials(gradient) {
+  GateGradient(const Call& call, const Tensor& gate, const Division& division)
+      : gradient(fresh_gradient(call, gate)), partials(gradient) {
+    const int64_t parts = gate.numel() > 1 ? division.parts : division.parts * division.blocks;
     if (parts != 1) partials = call.fresh(gradient, {parts, gradient.numel()}, ScalarType::Float);
   }
 
@@ -212,11 +214,6 @@ struct ParameterGradient {
     return gradient;
   }
 };
-
-// Where all columns have one gate, every block has a partial sum.
-int64_t count_gate_parts(const Tensor& gate, const Division& division) {
-  return gate.numel() > 1 ? division.parts : division.parts * division.blocks;
-}
 
 Tensor gated_residual_fwd(Tensor x, Tensor y, Tensor gate) {
   check_residual("gated_residual_fwd", "x", x, y, gate);
@@ -232,65 +229,18 @@ Tensor gated_residual_fwd(Tensor x, Tensor y, Tensor gate) {
 
 std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) {
   const char* operation = "gated_residual_bwd";
-  check_residual(operation, "dz", dz, y, gate);
-  check_residual_bwd(operation, "dz", dz, y);
+  check_residual_bwd(operation, dz, y, gate);
   const Call call(y);
   Tensor dy = fresh_like(call, y);
   if (dy.numel() == 0) return {dy, zeroed(fresh_gradient(call, gate))};
   gate = torch::stable::contiguous(gate);
   const Division division = kernels::divide_gated_residual_bwd(y.size(0), y.size(1));
-  ParameterGradient dgate(call, gate, count_gate_parts(gate, division));
+  GateGradient dgate(call, gate, division);
   GatedResidual params = residual_params(y, gate);
   params.dz = matrix_of(dz), params.dy = matrix_of(dy);
   params.parts = division.parts, params.part_rows = division.part_rows, params.dgate = dgate.data();
   kernels::gated_residual_bwd(params, call.stream);
   return {dy, dgate.add(call)};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_fwd(
-    Tensor x, Tensor y, Tensor gate, Tensor weight, std::optional<Tensor> bias, double eps, bool rms) {
-  check_gated_residual_norm("gated_residual_norm_fwd", x, y, gate, weight, bias);
-  const Call call(x);
-  const ScalarType dtype = residual_dtype(x, y, gate);
-  Tensor z = call.fresh(x, {x.size(0), x.size(1)}, dtype), n = fresh_like(call, z),
-         mean = call.fresh(x, {x.size(0)}, ScalarType::Float), rstd = fresh_like(call, mean);
-  if (z.numel() == 0) return {z, n, mean, rstd};
-  gate = torch::stable::contiguous(gate), weight = torch::stable::contiguous(weight);
-  if (bias) bias = torch::stable::contiguous(*bias);
-  GatedResidualNorm params = {};
-  params.residual = residual_params(y, gate);
-  params.residual.x = matrix_of(x);
-  set_norm(params, rms, z, mean, rstd);
-  params.eps = eps, params.weight = vector_of(weight), params.n = matrix_of(n);
-  if (bias) params.bias = vector_of(*bias);
-  kernels::gated_residual_norm_fwd(params, call.stream);
-  return {z, n, mean, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_bwd(
-    Tensor dz, Tensor dn, Tensor y, Tensor gate, Tensor weight, Tensor z, Tensor mean, Tensor rstd, bool rms) {
-  check_gated_residual_norm_bwd("gated_residual_norm_bwd", dz, dn, y, gate, weight, z, mean, rstd);
-  const Call call(z);
-  Tensor dx = fresh_like(call, z), dy = fresh_like(call, y);
-  if (dx.numel() == 0) {
-    const auto none = [&](const Tensor& parameter) { return zeroed(fresh_gradient(call, parameter)); };
-    return {dx, dy, none(gate), none(weight), none(weight)};
-  }
-  gate = torch::stable::contiguous(gate), weight = torch::stable::contiguous(weight);
-  const Division division = kernels::divide_gated_residual_norm_bwd(z.size(0), z.size(1));
-  ParameterGradient dgate(call, gate, count_gate_parts(gate, division)), dweight(call, weight, division.parts),
-      dbias(call, weight, division.parts);
-  std::optional<Tensor> means;  // of rows that are cut
-  if (division.blocks > 1) means = call.fresh(z, {2, z.size(0)}, ScalarType::Float);
-  GatedResidualNorm params = {};
-  params.residual = residual_params(y, gate);
-  params.residual.parts = division.parts, params.residual.part_rows = division.part_rows;
-  params.residual.dgate = dgate.data(), params.dweight = dweight.data(), params.dbias = dbias.data();
-  params.weight = vector_of(weight);
-  set_norm(params, rms, z, mean, rstd), set_norm_gradients(params, dz, dn, dx, dy);
-  params.means = means ? means->mutable_data_ptr<float>() : nullptr;
-  kernels::gated_residual_norm_bwd(params, call.stream);
-  return {dx, dy, dgate.add(call), dweight.add(call), dbias.add(call)};
 }
 
 DecodeLinear linear_params(const Tensor& input, const Tensor& weight, const Tensor& output) {

@@ -16,10 +16,6 @@ void gated_residual_fwd(const GatedResidual&, Stream);
 void gated_residual_bwd(const GatedResidual&, Stream);
 Division divide_gated_residual_bwd(int64_t rows, int64_t columns);
 
-void gated_residual_norm_fwd(const GatedResidualNorm&, Stream);
-void gated_residual_norm_bwd(const GatedResidualNorm&, Stream);
-Division divide_gated_residual_norm_bwd(int64_t rows, int64_t columns);
-
 bool is_one_shot(DType, bool immediate, int64_t latents);
 void masked_cross_attention_fwd(const MaskedCrossAttention&, Stream);
 void masked_cross_attention_bwd(const MaskedCrossAttention&, Stream);

@@ -26,19 +26,6 @@ struct GatedResidual {
   float* dgate;              // partial sums [parts, D], or one of every block
 };
 
-struct GatedResidualNorm {
-  GatedResidual residual;
-  bool rms;
-  float eps;
-  Vector weight, bias;  // the data is null where there is no bias
-  Matrix n;
-  float *mean, *rstd;  // [N]
-  // backward only
-  Matrix dn, dx;
-  float* means;            // [2, N]: of weight * dn and of weight * dn * zhat; null where a block owns whole rows
-  float *dweight, *dbias;  // partial sums [parts, D]
-};
-
 // What both attentions have: rows that attend, and what is kept of their softmax.
 struct Attention {
   DType dtype;

@@ -18,7 +18,7 @@ Reasons = Callable[..., list[str]]
 
 # Where "auto" takes cuda before triton: where it is at least as fast. Modelled, as no GPU has run both: the
 # same bytes, and a launch that costs a call of C++. Elsewhere Triton's products are the better ones on sm_90.
-_CUDA_BEFORE_TRITON = {"gated_residual", "gated_residual_norm"}
+_CUDA_BEFORE_TRITON = {"gated_residual"}
 
 # operator -> backend -> function of the operator's tensors that lists why it cannot run them
 _OPERATORS: dict[str, dict[str, Reasons]] = {}

@@ -2,7 +2,6 @@
 
 from .gated_block_decode import GatedBlockWeights, gated_block_decode
 from .gated_residual import gated_residual
-from .gated_residual_norm import gated_residual_norm
 from .linear import linear
 from .masked_cross_attention import masked_cross_attention
 from .perceiver_attention import perceiver_attention
@@ -11,7 +10,6 @@ __all__ = [
     "GatedBlockWeights",
     "gated_block_decode",
     "gated_residual",
-    "gated_residual_norm",
     "linear",
     "masked_cross_attention",
     "perceiver_attention",

@@ -276,45 +276,6 @@ class GatedResidualCase(Case):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedResidualNormCase(GatedResidualCase):
-    """A call of `gated_residual_norm`.
-
-    Args:
-        shape, gate, y_dtype, gate_dtype: see `GatedResidualCase`.
-        norm: "layer" or "rms".
-        bias: whether there is one.
-        eps: added to the variance.
-        weight_dtype: of weight and bias, where it differs from dtype.
-    """
-
-    operator: ClassVar[str] = "gated_residual_norm"
-    function: ClassVar[Callable[..., Any]] = staticmethod(ops.gated_residual_norm)
-    outputs: ClassVar[tuple[str, ...]] = ("z", "n")
-
-    norm: Literal["layer", "rms"] = "layer"
-    bias: bool = True
-    eps: float = 1e-5
-    weight_dtype: torch.dtype | None = None
-
-    def specs(self) -> dict[str, Spec]:
-        vectors = ("weight", "bias") if self.bias and self.norm == "layer" else ("weight",)
-        vector = (self.shape[-1:], self.weight_dtype or self.dtype)
-        return {**super().specs(), **dict.fromkeys(vectors, vector)}
-
-    def options(self) -> dict[str, Any]:
-        return {"eps": self.eps, "norm": self.norm}
-
-    def eager(  # type: ignore[override]
-        self, x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None = None
-    ) -> Outputs:
-        (z,) = super().eager(x, y, gate)
-        weight = weight.to(z.dtype)
-        if self.norm == "rms":
-            return z, F.rms_norm(z, weight.shape, weight, self.eps)
-        return z, F.layer_norm(z, weight.shape, weight, None if bias is None else bias.to(z.dtype), self.eps)
-
-
-@dataclass(frozen=True, kw_only=True)
 class GatedBlockDecodeCase(Case):
     """A call of `gated_block_decode`.
 
@@ -478,7 +439,6 @@ CASES: dict[str, type[Case]] = {
         MaskedCrossAttentionCase,
         PerceiverAttentionCase,
         GatedResidualCase,
-        GatedResidualNormCase,
         GatedBlockDecodeCase,
         LinearCase,
     )

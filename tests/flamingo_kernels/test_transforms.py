@@ -12,21 +12,22 @@ from flamingo import GatedCrossAttentionBlock, PerceiverResampler
 from flamingo_kernels import MediaMask, UnsupportedError, _kept, masked_cross_attention, patch, use_backend
 from flamingo_kernels.testing import (
     GatedResidualCase,
-    GatedResidualNormCase,
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
     open_gates,
 )
 from tests.helpers.sublayer_cases import CrossAttentionCase, FeedForwardCase
 
-CASES = [
+OPERATORS = [
     MaskedCrossAttentionCase(batch=1, length=5, latents=3, head_dim=8),
     PerceiverAttentionCase(clips=1, queries=2, features=5, latents=2, head_dim=8, lengths=(3,)),
     GatedResidualCase(shape=(3, 5)),
-    GatedResidualNormCase(shape=(3, 5)),
+]
+SUBLAYERS = [
     CrossAttentionCase(batch=1, length=5, width=8, heads=2, head_dim=8),
     FeedForwardCase(rows=(3,), width=8, inner=5, glu=True, activation="silu"),
 ]
+CASES = [*OPERATORS, *SUBLAYERS]
 
 
 def total_of(run):
@@ -162,7 +163,7 @@ def test_a_mask_that_vmap_makes(immediate):
     torch.testing.assert_close(vmap(one)(q, k, v, LOCATIONS), expected)
 
 
-@pytest.mark.parametrize("case", CASES[4:], ids=lambda case: case.operator)
+@pytest.mark.parametrize("case", SUBLAYERS, ids=lambda case: case.operator)
 def test_batched_gradients_of_sublayers_are_refused(case, compiled):
     leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors().items()}
     (z,) = case.kernel(compiled, **leaves)
@@ -171,7 +172,7 @@ def test_batched_gradients_of_sublayers_are_refused(case, compiled):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch calls the kernel for each
-@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: case.operator)
+@pytest.mark.parametrize("case", OPERATORS, ids=lambda case: case.operator)
 def test_batched_gradients(case, compiled):
     """`is_grads_batched` maps the backward pass alone, of a forward pass that was a kernel's."""
     leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors().items()}
@@ -186,7 +187,7 @@ def test_batched_gradients(case, compiled):
     torch.testing.assert_close(list(found), expected)
 
 
-@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: case.operator)
+@pytest.mark.parametrize("case", OPERATORS, ids=lambda case: case.operator)
 def test_batched_gradients_cannot_be_differentiated_again(case, compiled):
     """A batch of gradients carries no graph, so a penalty on them would be dropped without a word."""
     leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors().items()}

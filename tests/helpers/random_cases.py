@@ -25,7 +25,6 @@ from flamingo_kernels.testing import (
     Case,
     GatedBlockDecodeCase,
     GatedResidualCase,
-    GatedResidualNormCase,
     Layout,
     LinearCase,
     MaskedCrossAttentionCase,
@@ -92,11 +91,6 @@ class RandomPerceiver(RandomCase, PerceiverAttentionCase):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomResidual(RandomCase, GatedResidualCase):
-    limit: ClassVar[float] = math.inf
-
-
-@dataclass(frozen=True, kw_only=True)
-class RandomResidualNorm(RandomCase, GatedResidualNormCase):
     limit: ClassVar[float] = math.inf
 
 
@@ -181,10 +175,10 @@ def attentions(draw, kind, **fields):
 
 
 @st.composite
-def residuals(draw, kind, **fields):
+def residuals(draw):
     shape = (*draw(st.lists(MANY, max_size=3)), draw(WIDTHS))
-    fields |= {"shape": just(shape), "gate": _gates(shape[-1])}
-    return draw(cases(kind, y_dtype=OTHER_DTYPE, gate_dtype=OTHER_DTYPE, **fields))
+    fields = {"shape": just(shape), "gate": _gates(shape[-1])}
+    return draw(cases(RandomResidual, y_dtype=OTHER_DTYPE, gate_dtype=OTHER_DTYPE, **fields))
 
 
 @st.composite
@@ -239,14 +233,7 @@ OPERATORS: dict[str, SearchStrategy[RandomCase]] = {
         lengths=none() | some([0, 1, 2, 31, 33, 64, 1000]),
         scale=SCALES,
     ),
-    "gated_residual": residuals(RandomResidual),
-    "gated_residual_norm": residuals(
-        RandomResidualNorm,
-        norm=sampled_from(["layer", "rms"]),
-        bias=booleans(),
-        eps=sampled_from([1e-5, 1e-12, 1.0]),
-        weight_dtype=OTHER_DTYPE,
-    ),
+    "gated_residual": residuals(),
     "gated_block_decode": decodes(),
     "linear": linears(),
 }

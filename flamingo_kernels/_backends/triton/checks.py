@@ -40,13 +40,12 @@ class Checks:
         if tensor.dtype != self.first.dtype:
             self._refuse(TypeError, f"{name} in {self.first.dtype} like {self.first_name}", tensor.dtype)
 
-    def parameter(self, name: str, tensor: Tensor, channels: int, *, one_for_all: bool = False) -> None:
-        """An element for each channel, or one for all, in any dtype of the kernels and any layout."""
+    def parameter(self, name: str, tensor: Tensor, channels: int) -> None:
+        """One element for all channels or one for each, in any dtype of the kernels and any layout."""
         self._number(name, tensor)
         self._device(name, tensor)
-        if tensor.numel() != channels and not (one_for_all and tensor.numel() == 1):
-            wanted = f"{name} with {'1 or ' if one_for_all else ''}{channels} elements"
-            self._refuse(ValueError, wanted, f"shape {tuple(tensor.shape)}")
+        if tensor.numel() not in (1, channels):
+            self._refuse(ValueError, f"{name} with 1 or {channels} elements", f"shape {tuple(tensor.shape)}")
 
     def whole(self, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Contiguous, in one dtype."""

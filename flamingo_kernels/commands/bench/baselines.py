@@ -151,18 +151,6 @@ def _gated_residual(randn: Randn, *, rows: int, D: int) -> Contenders:
     }
 
 
-def _gated_residual_norm(randn: Randn, *, rows: int, D: int) -> Contenders:
-    x, y, gate = randn(rows, D), randn(rows, D, mean=1.0), randn(1)
-    weight, bias = randn(D), randn(D)
-
-    def eager() -> tuple[Tensor, Tensor]:
-        z = x + torch.tanh(gate) * y
-        return z, F.layer_norm(z, (D,), weight, bias)
-
-    tensors = (x, y, gate, weight, bias)
-    return _over(tensors, ours=lambda: fk.gated_residual_norm(*tensors), eager=eager)
-
-
 def _gated_block_decode(randn: Randn, *, B: int, M: int, D: int, R: int, H: int, d: int) -> Contenders:
     x, k, v = randn(B, D), randn(B, M, R, H, d), randn(B, M, R, H, d)
     time = torch.full((B, 1), M, device=x.device)
@@ -304,7 +292,6 @@ _BUILDERS: dict[str, Callable[..., Contenders]] = {
     "masked_cross_attention": _masked_cross_attention,
     "perceiver_attention": _perceiver_attention,
     "gated_residual": _gated_residual,
-    "gated_residual_norm": _gated_residual_norm,
     "gated_block_decode": _gated_block_decode,
     "linear": _linear,
     "GatedCrossAttentionBlock": _gated_cross_attention_block,

@@ -85,11 +85,6 @@ def _gated_residual(*, rows: int, D: int) -> dict[Mode, int]:
     return {"forward": 3 * rows * D, "backward": 3 * rows * D}
 
 
-def _gated_residual_norm(*, rows: int, D: int) -> dict[Mode, int]:
-    # x y z n; dz dn y z dx dy
-    return {"forward": 4 * rows * D, "backward": 6 * rows * D}
-
-
 def _gated_block_decode(*, B: int, M: int, D: int, R: int, H: int, d: int) -> dict[Mode, int]:
     # the matrices, whose hidden layer is 4 D wide; one medium's k and v of each sequence; x out
     return {"forward": 2 * D * H * d + 8 * D * D + 2 * B * R * H * d + 2 * B * D}
@@ -104,7 +99,6 @@ _PASSES: dict[str, Callable[..., dict[Mode, int]]] = {
     "masked_cross_attention": _masked_cross_attention,
     "perceiver_attention": _perceiver_attention,
     "gated_residual": _gated_residual,
-    "gated_residual_norm": _gated_residual_norm,
     "gated_block_decode": _gated_block_decode,
     "linear": _linear,
 }

@@ -112,7 +112,6 @@ CASES = (
             ("float32", "forward+backward"): (Target(1.8, "eager"),),
         },
     ),
-    *_cases("gated_residual_norm", {"rows": 4096, "D": 2048}),
     *(
         case
         for rows, share in ((1, 0.88), (8, 0.7))
@@ -201,16 +200,12 @@ GPU_CASES = (
             _HALF,
         )
     ),
-    *(
-        case
-        for op in ("gated_residual", "gated_residual_norm")
-        for case in _cases(
-            op,
-            {"rows": 32768, "D": 2048},
-            {("bfloat16", "forward"): (Floor(0.88),), ("bfloat16", "backward"): (Floor(0.8),)},
-            _HALF,
-            ALL_MODES,
-        )
+    *_cases(
+        "gated_residual",
+        {"rows": 32768, "D": 2048},
+        {("bfloat16", "forward"): (Floor(0.88),), ("bfloat16", "backward"): (Floor(0.8),)},
+        _HALF,
+        ALL_MODES,
     ),
     *(
         case
@@ -238,7 +233,6 @@ QUICK = (
     *_cases("masked_cross_attention", {"B": 1, "T": 48, "M": 3, **_SMALL}, dtypes=("float32",)),
     *_cases("perceiver_attention", {"N": 2, "S": 12, **_SMALL}, dtypes=("float32",)),
     *_cases("gated_residual", {"rows": 32, "D": 64}, dtypes=("float32",)),
-    *_cases("gated_residual_norm", {"rows": 32, "D": 64}, dtypes=("float32",)),
     *_cases(
         "gated_block_decode", {"B": 2, "M": 3, "D": 32, **_SMALL}, dtypes=("float32",), modes=("forward",)
     ),

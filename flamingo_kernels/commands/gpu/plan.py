@@ -14,7 +14,6 @@ from ...testing import (
     Case,
     GatedBlockDecodeCase,
     GatedResidualCase,
-    GatedResidualNormCase,
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
 )
@@ -71,13 +70,6 @@ ROWS: list[Case] = [
     GatedResidualCase(shape=(3, 50, 96), layout="transposed"),
     GatedResidualCase(shape=(100, 96), y_dtype=torch.bfloat16, gate_dtype=torch.float32),
     GatedResidualCase(shape=(0, 64)),
-    *(GatedResidualNormCase(shape=(8192, 2048), norm=norm) for norm in ("layer", "rms")),
-    GatedResidualNormCase(shape=(2048, 2048), gate=(2048,)),
-    GatedResidualNormCase(shape=(7, 20000), bias=False),
-    GatedResidualNormCase(shape=(5000, 64), gate=(64,), layout="slice"),
-    GatedResidualNormCase(shape=(3, 50, 96), norm="rms", layout="transposed"),
-    GatedResidualNormCase(shape=(100, 96), weight_dtype=torch.float32, gate_dtype=torch.float32),
-    GatedResidualNormCase(shape=(0, 64)),
 ]
 DECODE: list[Case] = [
     GatedBlockDecodeCase(batch=1, dim=2048, hidden=8192, media=5, latents=64, heads=8, head_dim=64),
@@ -101,8 +93,6 @@ REPEATED: list[Case] = [
     PerceiverAttentionCase(clips=5, features=300, lengths=(0, 7, 63, 300), head_dim=64, groups=2),
     GatedResidualCase(shape=(8192, 2048)),
     GatedResidualCase(shape=(2048, 2048), gate=(2048,)),
-    GatedResidualNormCase(shape=(8192, 2048)),
-    GatedResidualNormCase(shape=(2048, 2048), gate=(2048,), norm="rms"),
     DECODE[0],
 ]
 # Without gated_block_decode: its 16 sequences make no tensor so large.
@@ -110,7 +100,6 @@ LARGE: list[Case] = [
     MaskedCrossAttentionCase(batch=1, length=2048, media=2, latents=64, heads=8, head_dim=64),
     PerceiverAttentionCase(clips=1, queries=64, features=2048, latents=64, heads=8, head_dim=64),
     GatedResidualCase(shape=(500, 2048)),
-    GatedResidualNormCase(shape=(500, 2048)),
 ]
 
 

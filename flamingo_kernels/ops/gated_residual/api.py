@@ -61,21 +61,16 @@ def gated_residual(
 
 
 def _validate(x: Tensor, y: Tensor, gate: Tensor) -> None:
-    expect_branch(_NAME, x, y, gate)
-
-
-def expect_branch(operator: str, x: Tensor, y: Tensor, gate: Tensor) -> None:
-    """The checks shared with gated_residual_norm."""
-    checks.expect_tensors(operator, x=x, y=y, gate=gate)
+    checks.expect_tensors(_NAME, x=x, y=y, gate=gate)
     if x.ndim == 0:
-        raise ValueError(f"{operator}: expected x with shape (..., D), got ().")
-    checks.expect_shape(operator, "y", y, tuple(x.shape), "to match x")
+        raise ValueError(f"{_NAME}: expected x with shape (..., D), got ().")
+    checks.expect_shape(_NAME, "y", y, tuple(x.shape), "to match x")
     if gate.numel() not in (1, x.shape[-1]) or gate.shape[:-1].numel() != 1:
         raise ValueError(
-            f"{operator}: expected a gate of 1 or D={x.shape[-1]} elements, got {tuple(gate.shape)}."
+            f"{_NAME}: expected a gate of 1 or D={x.shape[-1]} elements, got {tuple(gate.shape)}."
         )
-    checks.expect_floating_point(operator, x=x, y=y, gate=gate)
-    checks.expect_same_device(operator, x=x, y=y, gate=gate)
+    checks.expect_floating_point(_NAME, x=x, y=y, gate=gate)
+    checks.expect_same_device(_NAME, x=x, y=y, gate=gate)
 
 
 dispatch.register(_NAME, sizes=lambda *_: {}, cuda={}, triton={}, cpu={}, reference={})

@@ -34,7 +34,9 @@ def gated_residual_bwd(
     most = 2 * device_of(y.device).multiprocessors
     program_rows = rows_per_program(rows, choice.default.block_n, blocks, most)
     programs = triton.cdiv(rows, program_rows)  # for each block of columns
-    partial_dgate = gate_partials(gate, programs, blocks)
+    # one gate for all columns has a sum from each block too
+    count = programs if gate.numel() > 1 else programs * blocks
+    partial_dgate = gate.new_empty(count, *gate.shape, dtype=torch.float32)
     strides, unit = row_strides(dz, y)
     launch(
         _gated_residual_bwd_kernel,
@@ -47,12 +49,6 @@ def gated_residual_bwd(
         UNIT=unit,
     )
     return dy, add_many_in_order(partial_dgate)
-
-
-def gate_partials(gate: Tensor, programs: int, blocks: int) -> Tensor:  # [programs, *gate.shape]
-    """Where programs write their sums for the gradient: one for all columns has a sum from each block too."""
-    count = programs if gate.numel() > 1 else programs * blocks
-    return gate.new_empty(count, *gate.shape, dtype=torch.float32)
 
 
 @triton.jit(do_not_specialize=["N", "program_rows"])
@@ -76,40 +72,17 @@ def _gated_residual_bwd_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     gate = load_gate(gate_ptr, columns, D, PER_CHANNEL)
     tanh_gate = tanh(gate)
-    begin, end = rows_of_program(program, program_rows, N)
+    begin = program * program_rows
+    end = tl.minimum(begin + program_rows, N)
     for first in tl.range(begin, end, BLOCK_N, num_stages=num_stages):
-        rows, inside = rows_from(first, end, columns, D, BLOCK_N)
+        rows = first + tl.arange(0, BLOCK_N)
+        inside = (rows < end)[:, None] & (columns < D)[None, :]
         dz = load(dz_ptr, rows * UNIT, strides[0], columns, inside)
         y = load(y_ptr, rows * UNIT, strides[1], columns, inside)
         store(dy_ptr, rows, D, columns, inside, dz * tanh_gate)
         acc += dz * y
-    store_dgate(dgate_ptr, program, columns, acc * dtanh(gate), D, PER_CHANNEL)
-
-
-@triton.jit
-def rows_of_program(program, program_rows, N):
-    """The first row of a program, and the one after its last."""
-    begin = program * program_rows
-    return begin, tl.minimum(begin + program_rows, N)
-
-
-@triton.jit
-def rows_from(first, end, columns, D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The tile of rows from `first` on, and what of it lies before `end` and within D."""
-    rows = first + tl.arange(0, BLOCK_N)
-    return rows, (rows < end)[:, None] & (columns < D)[None, :]
-
-
-@triton.jit
-def store_dgate(dgate_ptr, program, columns, acc, D: tl.constexpr, PER_CHANNEL: tl.constexpr):
-    """A program's sum for each gate, or for the one gate of all columns."""
+    acc *= dtanh(gate)
     if PER_CHANNEL:
-        store_partial(dgate_ptr, program, columns, acc, D)
+        tl.store(dgate_ptr + program * D + columns, tl.sum(acc, 0), mask=columns < D)
     else:
         tl.store(dgate_ptr + tl.program_id(0), tl.sum(tl.sum(acc, 1), 0))
-
-
-@triton.jit
-def store_partial(ptr, program, columns, acc, D: tl.constexpr):
-    """A program's sums over the rows of a tile, to `[programs, D]`."""
-    tl.store(ptr + program * D + columns, tl.sum(acc, 0), mask=columns < D)

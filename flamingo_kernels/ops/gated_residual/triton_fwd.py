@@ -39,13 +39,12 @@ def gated_residual_fwd(
     return z
 
 
-def check(operation: str, first_name: str, first: Tensor, y: Tensor, gate: Tensor) -> Checks:
+def check(operation: str, first_name: str, first: Tensor, y: Tensor, gate: Tensor) -> None:
     """The branch and its gate; `first` is what has the shape of the residual."""
     checks = Checks(operation, first_name, first, 2)
     checks.rows(first_name, first, first.shape)
     checks.rows("y", y, first.shape)
-    checks.parameter("gate", gate, first.shape[1], one_for_all=True)
-    return checks
+    checks.parameter("gate", gate, first.shape[1])
 
 
 def row_strides(*tensors: Tensor) -> tuple[tuple[int, ...], int]:
@@ -70,8 +69,10 @@ def _gated_residual_fwd_kernel(
     tile, columns = program_tile(D, BLOCK_D)
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (rows < N)[:, None] & (columns < D)[None, :]
-    z = gated_sum(inputs, strides, gate_ptr, rows * UNIT, columns, inside, D, PER_CHANNEL)
-    store(z_ptr, rows, D, columns, inside, z)
+    x = load(inputs[0], rows * UNIT, strides[0], columns, inside)
+    y = load(inputs[1], rows * UNIT, strides[1], columns, inside)
+    gate = load_gate(gate_ptr, columns, D, PER_CHANNEL)
+    store(z_ptr, rows, D, columns, inside, x + tanh(gate) * y)
 
 
 @triton.jit
@@ -80,16 +81,6 @@ def program_tile(D: tl.constexpr, BLOCK_D: tl.constexpr):
     BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0)
     return (program // BLOCKS).to(tl.int64), program % BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
-
-
-@triton.jit
-def gated_sum(
-    inputs, strides, gate_ptr, rows, columns, inside, D: tl.constexpr, PER_CHANNEL: tl.constexpr
-):  # [rows, columns]
-    """A tile of `x + tanh(gate) * y`."""
-    x = load(inputs[0], rows, strides[0], columns, inside)
-    y = load(inputs[1], rows, strides[1], columns, inside)
-    return x + tanh(load_gate(gate_ptr, columns, D, PER_CHANNEL)) * y
 
 
 @triton.jit
@@ -105,9 +96,5 @@ def store(ptr, rows, stride, columns, inside, tile):
 
 @triton.jit
 def load_gate(gate_ptr, columns, D: tl.constexpr, PER_CHANNEL: tl.constexpr):  # [1, columns] or [1, 1]
-    return load_vector(gate_ptr, columns if PER_CHANNEL else tl.arange(0, 1), D)
-
-
-@triton.jit
-def load_vector(ptr, columns, D: tl.constexpr):  # [1, columns]
-    return tl.load(ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    at = columns if PER_CHANNEL else tl.arange(0, 1)
+    return tl.load(gate_ptr + at, mask=at < D, other=0.0).to(tl.float32)[None, :]

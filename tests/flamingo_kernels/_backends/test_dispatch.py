@@ -23,7 +23,6 @@ OPERATORS = (
     "masked_cross_attention",
     "perceiver_attention",
     "gated_residual",
-    "gated_residual_norm",
     "gated_block_decode",
     "linear",
 )
@@ -259,7 +258,6 @@ def test_every_size_that_is_too_large_is_named(everywhere):
         ("masked_cross_attention", ["triton", "cuda", "cpu", "reference"]),
         ("perceiver_attention", ["triton", "cuda", "cpu", "reference"]),
         ("gated_residual", ["cuda", "triton", "cpu", "reference"]),
-        ("gated_residual_norm", ["cuda", "triton", "cpu", "reference"]),
         ("gated_block_decode", ["cuda", "reference"]),
         ("linear", ["cpu", "reference"]),
     ],

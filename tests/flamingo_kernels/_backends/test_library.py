@@ -16,7 +16,6 @@ from flamingo_kernels.testing import (
     DTYPES,
     Case,
     GatedResidualCase,
-    GatedResidualNormCase,
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
     evaluate,
@@ -24,14 +23,13 @@ from flamingo_kernels.testing import (
 )
 from tests.helpers.same import assert_same
 
-NAMES = ("masked_cross_attention", "perceiver_attention", "gated_residual", "gated_residual_norm")
+NAMES = ("masked_cross_attention", "perceiver_attention", "gated_residual")
 CASES = [
     MaskedCrossAttentionCase(length=11),
     MaskedCrossAttentionCase(length=11, immediate=False, policy="open_flamingo", groups=2),
     PerceiverAttentionCase(lengths=(3, 21)),
     GatedResidualCase(gate=(40,)),
-    GatedResidualNormCase(),
-    GatedResidualNormCase(norm="rms", gate=()),
+    GatedResidualCase(gate=()),
 ]
 
 
@@ -68,7 +66,7 @@ def test_the_extension_has_a_kernel_for_each(compiled):
 
 
 def calls(dtype: torch.dtype, backend: str) -> dict[str, tuple]:
-    """Arguments for each of the eight operations."""
+    """Arguments for each of the six operations."""
     masked = MaskedCrossAttentionCase(dtype=dtype, groups=2, immediate=False)
     q, k, v = masked.tensors().values()
     mask = masked.mask()
@@ -76,23 +74,20 @@ def calls(dtype: torch.dtype, backend: str) -> dict[str, tuple]:
     perceiver = PerceiverAttentionCase(dtype=dtype).tensors()
     q_latents, *keys = perceiver.values()
     lengths = torch.tensor([3, 21], dtype=torch.int32)
-    x, y, gate, weight, bias = GatedResidualNormCase(shape=(7, 40), dtype=dtype).tensors().values()
+    x, y, gate = GatedResidualCase(shape=(7, 40), dtype=dtype).tensors().values()
     forward = {
         "masked_cross_attention_fwd": (q, k, v, *spans),
         "perceiver_attention_fwd": (q_latents, *keys, lengths, 0.25),
         "gated_residual_fwd": (x, y, gate),
-        "gated_residual_norm_fwd": (x, y, gate, weight, bias, 1e-5, False),
     }
     out, lse = operation("masked_cross_attention_fwd", backend)(*forward["masked_cross_attention_fwd"])
     out_latents, lse_latents = operation("perceiver_attention_fwd", backend)(
         *forward["perceiver_attention_fwd"]
     )
-    z, n, *moments = operation("gated_residual_norm_fwd", backend)(*forward["gated_residual_norm_fwd"])
     return forward | {
         "masked_cross_attention_bwd": (q, q, k, v, out, lse, *spans),
         "perceiver_attention_bwd": (q_latents, q_latents, *keys, out_latents, lse_latents, lengths, 0.25),
-        "gated_residual_bwd": (z, y, gate),
-        "gated_residual_norm_bwd": (z, n, y, gate, weight, z, *moments, False),
+        "gated_residual_bwd": (x, y, gate),
     }
 
 
@@ -132,7 +127,7 @@ def test_compiled_forward_and_backward(case, backend):
 @pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler"
 )
-@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=case_name)
+@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=case_name)
 def test_compiled_by_inductor(case, compiled):
     assert_same_compiled(case, compiled, "inductor")
 
@@ -197,13 +192,12 @@ def test_a_mask_may_be_passed_into_a_compiled_function(backend):
     assert torch.equal(compiled(mask), masked_cross_attention(q, k, v, mask, backend=backend))
 
 
-@pytest.mark.parametrize("operator", ["perceiver_attention", "gated_residual", "gated_residual_norm"])
+@pytest.mark.parametrize("operator", ["perceiver_attention", "gated_residual"])
 def test_any_number_of_rows_is_compiled_once(operator, backend):
     counter = CompileCounterWithBackend("aot_eager")
     made = {
         "perceiver_attention": lambda rows: PerceiverAttentionCase(features=rows),
         "gated_residual": lambda rows: GatedResidualCase(shape=(2, rows, 40)),
-        "gated_residual_norm": lambda rows: GatedResidualNormCase(shape=(2, rows, 40)),
     }[operator]
     compiled = torch.compile(functools.partial(made(3).kernel, backend), fullgraph=True, backend=counter)
     for rows in (33, 64, 111):

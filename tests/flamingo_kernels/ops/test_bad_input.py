@@ -9,7 +9,6 @@ from flamingo_kernels import (
     MediaMask,
     UnsupportedError,
     gated_residual,
-    gated_residual_norm,
     linear,
     masked_cross_attention,
     perceiver_attention,
@@ -41,11 +40,6 @@ def residual(**changed):
     return gated_residual(**{**good, **changed})
 
 
-def normed(**changed):
-    good = {"x": torch.zeros(2, 5, 8), "y": torch.zeros(2, 5, 8), "gate": torch.zeros(1)}
-    return gated_residual_norm(**{**good, "weight": torch.ones(8), "bias": torch.zeros(8), **changed})
-
-
 def layer(**changed):
     good = {"x": torch.zeros(2, 5, 8), "weight": torch.zeros(4, 8), "bias": torch.zeros(4)}
     good |= {"residual": torch.zeros(2, 5, 4), "gate": torch.zeros(4)}
@@ -56,7 +50,6 @@ OPERATORS = {
     masked: "masked_cross_attention",
     perceiver: "perceiver_attention",
     residual: "gated_residual",
-    normed: "gated_residual_norm",
     layer: "linear",
 }
 
@@ -134,38 +127,26 @@ ERRORS = [
         ValueError,
         r"media_lengths with shape \(2,\) to match q.*got \(3,\)",
     ),
-    *(
-        error
-        for call in (residual, normed)
-        for error in (
-            (call, {"x": torch.tensor(1.0)}, ValueError, r"expected x with shape \(..., D\), got \(\)"),
-            (
-                call,
-                {"y": zeros(2, 5, 7)},
-                ValueError,
-                r"expected y with shape \(2, 5, 8\) to match x, got \(2, 5, 7\)",
-            ),
-            (call, {"y": zeros(8)}, ValueError, r"expected y with shape \(2, 5, 8\) to match x, got \(8,\)"),
-            (call, {"gate": zeros(5)}, ValueError, r"a gate of 1 or D=8 elements, got \(5,\)"),
-            (call, {"gate": zeros(0)}, ValueError, r"a gate of 1 or D=8 elements, got \(0,\)"),
-            (call, {"gate": zeros(8, 1)}, ValueError, r"gate .*got \(8, 1\)"),
-            (
-                call,
-                {"y": zeros(2, 5, 8, **META)},
-                ValueError,
-                r"y on cpu with x, got meta; .*\.to\(x\.device\)",
-            ),
-            (call, {"gate": zeros(1, **META)}, ValueError, r"gate on cpu with x, got meta"),
-            (call, {"x": zeros(2, 5, 8, dtype=torch.int64)}, TypeError, r"floating-point x, got torch.int64"),
-            (call, {"gate": zeros(1, dtype=torch.int64)}, TypeError, r"floating-point gate, got torch.int64"),
-        )
+    (residual, {"x": torch.tensor(1.0)}, ValueError, r"expected x with shape \(..., D\), got \(\)"),
+    (
+        residual,
+        {"y": zeros(2, 5, 7)},
+        ValueError,
+        r"expected y with shape \(2, 5, 8\) to match x, got \(2, 5, 7\)",
     ),
-    (normed, {"weight": zeros(7)}, ValueError, r"weight with shape \(8,\) to match x.*got \(7,\)"),
-    (normed, {"bias": zeros(1)}, ValueError, r"bias with shape \(8,\) to match x.*got \(1,\)"),
-    (normed, {"weight": zeros(8, **META)}, ValueError, r"weight on cpu with x, got meta"),
-    (normed, {"weight": zeros(8, dtype=torch.int64)}, TypeError, r"floating-point weight, got torch.int64"),
-    (normed, {"norm": "batch"}, ValueError, r"norm='batch' is not one of 'layer', 'rms'"),
-    (normed, {"norm": "rms"}, ValueError, r"expected no bias with norm='rms', got \(8,\)"),
+    (residual, {"y": zeros(8)}, ValueError, r"expected y with shape \(2, 5, 8\) to match x, got \(8,\)"),
+    (residual, {"gate": zeros(5)}, ValueError, r"a gate of 1 or D=8 elements, got \(5,\)"),
+    (residual, {"gate": zeros(0)}, ValueError, r"a gate of 1 or D=8 elements, got \(0,\)"),
+    (residual, {"gate": zeros(8, 1)}, ValueError, r"gate .*got \(8, 1\)"),
+    (
+        residual,
+        {"y": zeros(2, 5, 8, **META)},
+        ValueError,
+        r"y on cpu with x, got meta; .*\.to\(x\.device\)",
+    ),
+    (residual, {"gate": zeros(1, **META)}, ValueError, r"gate on cpu with x, got meta"),
+    (residual, {"x": zeros(2, 5, 8, dtype=torch.int64)}, TypeError, r"floating-point x, got torch.int64"),
+    (residual, {"gate": zeros(1, dtype=torch.int64)}, TypeError, r"floating-point gate, got torch.int64"),
     (layer, {"x": torch.tensor(1.0)}, ValueError, r"expected x with shape \(..., in\), got \(\)"),
     (
         layer,
@@ -255,7 +236,7 @@ ERRORS = [
             ValueError,
             r"backend='gpu' is not one of auto, cuda, triton, cpu, reference",
         )
-        for call in (masked, perceiver, residual, normed, layer)
+        for call in (masked, perceiver, residual, layer)
     ),
     (layer, {"backend": "gpu"}, ValueError, r"auto, cuda, triton, cpu, reference, mkl, onednn"),
 ]
@@ -273,8 +254,7 @@ def test_a_mistake_is_named(call, changed, error, message):
 
 @pytest.mark.parametrize("call", OPERATORS, ids=OPERATORS.get)
 def test_the_good_call_is_good(call):
-    outputs = call()
-    assert all(not out.any() for out in (outputs if isinstance(outputs, tuple) else [outputs]))
+    assert not call().any()
 
 
 def wide_head(**more):

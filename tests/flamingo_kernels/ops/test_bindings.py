@@ -16,10 +16,8 @@ from tests.helpers import ROOT
 OPERATIONS = [name for name in library.operations() if "cpu" in library.backends_of(name)]
 B, T, M, R, H, HKV, D = 2, 5, 3, 4, 4, 2, 8
 NO_HEADS = "expected the 4 heads of q to be a multiple of the heads of the keys, got 0."
-PARAMETERS = ("gate", "weight", "bias")  # in any dtype and layout
-OWN_DTYPE = ("x", "y", "residual", *PARAMETERS)  # it need not be that of the first tensor
-# A linear layer's weight is a matrix in the dtype of x, and its bias is read as rows are.
-ROWS = [("linear_fwd", "weight"), ("linear_fwd", "bias")]
+OWN_DTYPE = ("x", "y", "residual", "gate", "bias")  # it need not be that of the first tensor
+PARAMETERS = ("gate", "weight", "bias")  # of the same size without rows
 
 
 def call(name: str, **changed):
@@ -53,19 +51,6 @@ def _residual() -> tuple[dict, dict]:
     return {"x": x, "y": y, "gate": gate}, {"dz": dz, "y": y, "gate": gate}
 
 
-def _normed() -> tuple[dict, dict]:
-    fwd = _residual()[0] | {"weight": torch.randn(D), "bias": torch.randn(D), "eps": 1e-5, "rms": False}
-    z, n, mean, rstd = library.backends_of("gated_residual_norm_fwd")["cpu"](**fwd)
-    bwd = {name: fwd[name] for name in ("y", "gate", "weight", "rms")}
-    return fwd, bwd | {
-        "dz": torch.randn_like(z),
-        "dn": torch.randn_like(n),
-        "z": z,
-        "mean": mean,
-        "rstd": rstd,
-    }
-
-
 def _linear() -> dict:
     x, weight, bias, residual = torch.randn(3, T), torch.randn(D, T), torch.randn(D), torch.randn(3, D)
     fwd = {"x": x, "weight": weight, "bias": bias, "activation": 1}
@@ -81,7 +66,6 @@ def good_arguments(compiled):
         "masked_cross_attention": _masked(False),
         "perceiver_attention": _perceiver(),
         "gated_residual": _residual(),
-        "gated_residual_norm": _normed(),
     }
     for operator, (fwd, bwd) in made.items():
         ARGUMENTS.update({f"{operator}_fwd": fwd, f"{operator}_bwd": bwd})
@@ -107,9 +91,7 @@ def test_good_arguments_are_taken(operation):
 def test_a_tensor_in_a_wrong_dtype_is_refused(operation, name):
     tensor = ARGUMENTS[operation][name]
     wrong = [tensor.double() if tensor.is_floating_point() else tensor.long()]
-    if (
-        name not in OWN_DTYPE or (operation, name) == ("linear_fwd", "weight")
-    ) and tensor.is_floating_point():
+    if name not in OWN_DTYPE and tensor.is_floating_point():
         wrong.append(tensor.bfloat16())
     named = r"\w+" if name == "q" else name  # the others are to be like q
     for other in wrong:
@@ -126,7 +108,7 @@ def test_a_tensor_of_wrong_sizes_is_refused(operation, name):
         with pytest.raises(RuntimeError, match=rf"^{operation}: expected .*, got "):
             call(operation, **{name: tensor.narrow(dim, 0, tensor.shape[dim] - 1)})
     others = [torch.stack([tensor, tensor])]
-    if name in ("weight", "bias") and tensor.ndim == 1:  # one element is a gate's for all channels
+    if name == "bias":  # one element is a gate's for all channels
         others.append(tensor[:1])
     for other in others:
         with pytest.raises(RuntimeError, match=rf"^{operation}: expected .*, got .*\("):
@@ -137,7 +119,7 @@ def test_a_tensor_of_wrong_sizes_is_refused(operation, name):
 def test_a_tensor_with_strides_that_no_kernel_takes_is_refused(operation, name):
     tensor = ARGUMENTS[operation][name]
     strided = torch.stack([tensor, tensor], dim=-1)[..., 0]
-    if name in PARAMETERS and (operation, name) not in ROWS:
+    if name == "gate":
         call(operation, **{name: strided})
         return
     with pytest.raises(RuntimeError, match=rf"^{operation}: expected .*contiguous.*, got strides \(.*2\)\."):
@@ -168,15 +150,11 @@ def test_the_message_names_operation_tensor_expected_and_got():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_gradient_narrower_than_the_branch_is_refused(dtype):
     """A kernel would read the branch in the gradient's dtype."""
-    dz, z, dn = (ARGUMENTS["gated_residual_norm_bwd"][name].to(dtype) for name in ("dz", "z", "dn"))
+    dz = ARGUMENTS["gated_residual_bwd"]["dz"].to(dtype)
     with pytest.raises(
         RuntimeError, match=r"^gated_residual_bwd: expected dz in Float or in Float like y, got"
     ):
         call("gated_residual_bwd", dz=dz)
-    with pytest.raises(
-        RuntimeError, match=r"^gated_residual_norm_bwd: expected z in Float or in Float like y, got"
-    ):
-        call("gated_residual_norm_bwd", dz=dz, z=z, dn=dn)
 
 
 @pytest.mark.parametrize("immediate", [True, False])
@@ -226,10 +204,7 @@ calls = {
         *[torch.zeros(1, 4, 1, 256, dtype=torch.bfloat16)] * 4,
         *(rows, torch.ones(2, 1, 8, 8000), None, 1.0),
     ],
-    "gated_residual_norm_bwd": lambda: [
-        *[torch.zeros(1, 1 << 19).expand(64, -1)] * 3, torch.zeros(1), torch.ones(1 << 19),
-        torch.zeros(1, 1 << 19).expand(64, -1), torch.zeros(64), torch.zeros(64), False,
-    ],
+    "gated_residual_bwd": lambda: [*[torch.zeros(1, 1 << 19).expand(64, -1)] * 2, torch.zeros(1 << 19)],
     "gated_residual_fwd": lambda: [*[torch.zeros(1, 1 << 19).expand(64, -1)] * 2, torch.zeros(1)],
     "linear_fwd": lambda: [*[torch.zeros(1, 1 << 19).expand(64, -1)] * 2, None, 0, None, None],
 }
@@ -251,7 +226,7 @@ except RuntimeError as error:
     ("operation", "mebibytes", "what", "wanted"),
     [
         ("perceiver_attention_bwd", 60, "working memory", 8 * 8000 * 256 * 4),
-        ("gated_residual_norm_bwd", 320, "partial sums", 64 * 2**19 * 4),
+        ("gated_residual_bwd", 190, "partial sums", 64 * 2**19 * 4),
         ("gated_residual_fwd", 60, "a result", 64 * 2**19 * 4),
         ("linear_fwd", 60, "working memory", 64 * 2**19 * 4),
     ],

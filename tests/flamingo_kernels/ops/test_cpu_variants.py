@@ -25,7 +25,6 @@ FILES = [
         "masked_cross_attention",
         "perceiver_attention",
         "gated_residual",
-        "gated_residual_norm",
         "linear",
     )
 ]

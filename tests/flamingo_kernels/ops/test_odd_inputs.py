@@ -13,7 +13,6 @@ from flamingo_kernels import (
     MediaMask,
     UnsupportedError,
     gated_residual,
-    gated_residual_norm,
     linear,
     masked_cross_attention,
     perceiver_attention,
@@ -38,9 +37,8 @@ def perceiver_inputs(clips=2, queries=3, features=5, heads=4):
     return {name: torch.randn(size) for name, size in {"q": (clips, queries, heads, 16), **keys}.items()}
 
 
-def residual_inputs(shape, gate=(1,), norm=False):
-    weight = {"weight": torch.randn(shape[-1])} if norm else {}
-    return {"x": torch.randn(shape), "y": torch.randn(shape), "gate": torch.randn(gate), **weight}
+def residual_inputs(shape, gate=(1,)):
+    return {"x": torch.randn(shape), "y": torch.randn(shape), "gate": torch.randn(gate)}
 
 
 def attention_inputs(batch=2, length=5, width=24, inner=32, media=3):
@@ -113,11 +111,7 @@ COMPUTED = {
         many,
     ),
     **{
-        f"{operator.__name__}, {shape}, gate {gate}": (
-            operator,
-            residual_inputs(shape, gate, norm=operator is gated_residual_norm),
-        )
-        for operator in (gated_residual, gated_residual_norm)
+        f"gated_residual, {shape}, gate {gate}": (gated_residual, residual_inputs(shape, gate))
         for shape, gate in (
             ((3, 0), (1,)),
             ((3, 0), (0,)),
@@ -203,9 +197,9 @@ def decode_inputs():
     return {name: torch.randn(size) for name, size in {**sizes, "ff_gate": (1,)}.items()}
 
 
-def decode(x, k, v, backend="auto", **weights):
+def decode(x, k, v, backend="auto", eps=1e-5, **weights):
     weights = GatedBlockWeights(norm_bias=None, ff_norm_bias=None, **weights)
-    return gated_block_decode(x, k, v, mask(length=1), weights, backend=backend)
+    return gated_block_decode(x, k, v, mask(length=1), weights, eps=eps, backend=backend)
 
 
 def layer_inputs():
@@ -217,7 +211,6 @@ OPERATORS = (
     "masked_cross_attention",
     "perceiver_attention",
     "gated_residual",
-    "gated_residual_norm",
     "linear",
 )
 OPTIONAL = {
@@ -229,7 +222,6 @@ CALLS = {
     "masked_cross_attention": (partial(masked_cross_attention, mask=mask()), masked_inputs()),
     "perceiver_attention": (perceiver_attention, perceiver_inputs()),
     "gated_residual": (gated_residual, residual_inputs((2, 4))),
-    "gated_residual_norm": (gated_residual_norm, residual_inputs((2, 4), norm=True)),
     "gated_block_decode": (decode, decode_inputs()),
     "linear": (linear, layer_inputs()),
     "gated_cross_attention": (partial(attend, mask=mask()), attention_inputs()),
@@ -265,11 +257,9 @@ def test_what_is_no_tensor_of_numbers_is_refused(operator, name, kind):
                 (torch.tensor(1.0), "a number, got Tensor"),
             )
         ),
-        ("gated_residual_norm", "eps", -1e-5, "a finite number of at least 0, got -1e-05"),
-        ("gated_residual_norm", "eps", "1e-5", "a number, got str"),
-        ("gated_residual_norm", "eps", None, "a number, got NoneType"),
-        ("gated_residual_norm", "norm", "other", "'other' is not one of 'layer', 'rms'"),
-        ("gated_residual_norm", "norm", None, "None is not one of 'layer', 'rms'"),
+        ("gated_block_decode", "eps", -1e-5, "a finite number of at least 0, got -1e-05"),
+        ("gated_block_decode", "eps", "1e-5", "a number, got str"),
+        ("gated_block_decode", "eps", None, "a number, got NoneType"),
         ("gated_feed_forward", "activation", ["gelu"], r"to be one of gelu.* got \['gelu'\]"),
         ("gated_feed_forward", "gate_proj", torch.zeros(40, 24), "gate_proj to be a Linear, got Tensor"),
         ("gated_cross_attention", "q_norm", torch.zeros(16), "q_norm to be a Norm, got Tensor"),

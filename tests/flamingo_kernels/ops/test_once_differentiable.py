@@ -11,7 +11,6 @@ from flamingo import GatedCrossAttentionBlock
 from flamingo_kernels import UnsupportedError, patch, use_backend
 from flamingo_kernels.testing import (
     GatedResidualCase,
-    GatedResidualNormCase,
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
     open_gates,
@@ -23,7 +22,6 @@ CASES = [
     MaskedCrossAttentionCase(batch=1, length=5, immediate=False, policy="open_flamingo"),
     PerceiverAttentionCase(lengths=(3, 21)),
     GatedResidualCase(shape=(3, 5)),
-    GatedResidualNormCase(shape=(3, 5)),
     CrossAttentionCase(length=5, q_norm=True),
     FeedForwardCase(rows=(3,), glu=True, activation="silu"),
 ]
@@ -72,7 +70,7 @@ def test_what_lies_before_and_behind_the_operator_is_refused_too(compiled):
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["without", "reentrant"])
 def test_checkpoints_have_first_derivatives(reentrant, compiled):
-    case = CASES[4]
+    case = CASES[2]
     leaves = leaves_of(case)
     expected = gradients(lambda **t: case.kernel(compiled, **t), leaves)
     again = leaves_of(case)

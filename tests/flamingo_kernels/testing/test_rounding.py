@@ -12,7 +12,6 @@ from flamingo_kernels.testing import (
     DTYPES,
     GatedBlockDecodeCase,
     GatedResidualCase,
-    GatedResidualNormCase,
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
     RandomRounding,
@@ -29,7 +28,6 @@ CASES = [
     MaskedCrossAttentionCase(latents=1, media=4, immediate=False, head_dim=64, scale=3.0),
     MaskedCrossAttentionCase(times="jumps", policy="open_flamingo"),
     GatedResidualCase(),
-    GatedResidualNormCase(gate=(40,)),
     GatedBlockDecodeCase(),
 ]
 
@@ -91,7 +89,7 @@ def test_the_budget_holds_in_every_order_and_for_every_seed(case, seeds):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operator}:{case}")
 def test_products_in_bfloat16_are_over_the_budget_of_float32(case):
-    if case.operator.startswith("gated_residual"):
+    if case.operator == "gated_residual":
         pytest.skip("it has no product")
     assert spent(case, block=64, factors_in=torch.bfloat16) > 10
 

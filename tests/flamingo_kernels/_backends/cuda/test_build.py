@@ -33,17 +33,13 @@ BLOCKS = {
     r"attention_bwd_rows_kernel<\w+, 64": 3,
     r"attention_\w+_kernel": 2,
     r"gated_block_decode_\w+_kernel": 2,
-    r"gated_residual_(bwd|norm_fwd)_kernel<Mixed": 3,
-    r"gated_residual_(fwd|bwd)_kernel": 4,
-    r"gated_residual_norm_fwd_kernel": 4,
-    r"gated_residual_norm_bwd_kernel<.*, 512u>": 1,
-    r"gated_residual_norm_\w+_kernel": 2,
+    r"gated_residual_bwd_kernel<Mixed": 3,
+    r"gated_residual_\w+_kernel": 4,
 }
 THREADS = {
     r"gated_block_decode": 256,
     r"attention_\w+_kernel<float": 64,
     r"attention_": 128,
-    r", 512u>": 512,
     r"": 256,
 }
 REGISTERS = 65536  # of a multiprocessor
@@ -52,7 +48,6 @@ NARROW = (
     "sum_partials_kernel",
     "masked_cross_attention_bwd_averaged_dv_kernel",
     "perceiver_attention_fwd_combine_kernel",
-    "gated_residual_norm_bwd_means_kernel",
     "gated_block_decode_linear_kernel<float",
 )
 

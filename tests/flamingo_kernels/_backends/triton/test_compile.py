@@ -26,8 +26,6 @@ WITHOUT_DOTS = (
     "_sum_kernel",
     "_sum_many_kernel",
 )
-# Those that write no more than two numbers a row.
-OF_ROWS = ("_gated_residual_norm_bwd_means_kernel",)
 
 
 @functools.cache
@@ -84,8 +82,7 @@ def accesses_are_wide(binary: dict, target: str) -> bool:
     """
     if binary["kernel"] in WITHOUT_DOTS or "63)" in binary["case"]:
         return True
-    stores = binary["wide_stores"] > 0 or binary["kernel"] in OF_ROWS or target == "gfx942"
-    return binary["wide_loads"] > 0 and stores
+    return binary["wide_loads"] > 0 and (binary["wide_stores"] > 0 or target == "gfx942")
 
 
 # For gfx942 Triton 3.6 fails an assertion on `load_keys` of perceiver attention, in ConvertToBufferOps.

@@ -11,7 +11,6 @@ import torch
 from flamingo_kernels.testing import (
     Case,
     GatedResidualCase,
-    GatedResidualNormCase,
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
     measure,
@@ -42,7 +41,6 @@ CASES = [
     PerceiverAttentionCase(clips=1, queries=60, features=150, latents=60, heads=1, head_dim=128),
     GatedResidualCase(shape=(77, 136)),
     GatedResidualCase(shape=(77, 136), gate=(136,)),
-    GatedResidualNormCase(shape=(77, 136)),
 ]
 
 

@@ -15,7 +15,6 @@ PREFIXES = {
     "masked_cross_attention": "_masked_xattn_{}_",
     "perceiver_attention": "_perceiver_{}_",
     "gated_residual": "_gated_residual_{}_",
-    "gated_residual_norm": "_gated_residual_norm_{}_",
 }
 MOST_PARAMETERS = 17
 

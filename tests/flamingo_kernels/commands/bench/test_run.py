@@ -139,11 +139,11 @@ def test_ours_is_judged_by_the_bytes_it_must_move():
 
 
 def test_a_backward_pass_alone_gives_the_same_gradients():
-    both = Case("gated_residual_norm", {"rows": 9, "D": 16}, "float32", "forward+backward")
+    both = Case("gated_residual", {"rows": 9, "D": 16}, "float32", "forward+backward")
     alone = Case(both.op, both.sizes, both.dtype, "backward")
     found, expected = (bench.call_of(contenders(case)[OURS](), case.mode) for case in (alone, both))
     for _ in range(2):  # the graph is kept
-        for one, other in zip(found(), expected()[2:], strict=True):
+        for one, other in zip(found(), expected()[1:], strict=True):
             assert torch.equal(one, other)
     assert [row.mode for row in bench.run([alone], against=["eager"], seconds=0).rows] == ["backward"] * 2
 

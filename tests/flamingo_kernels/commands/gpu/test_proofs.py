@@ -17,7 +17,6 @@ from flamingo_kernels.testing import (
     CASES,
     GatedBlockDecodeCase,
     GatedResidualCase,
-    GatedResidualNormCase,
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
 )
@@ -26,7 +25,6 @@ SMALL = [
     MaskedCrossAttentionCase(length=9, latents=3, heads=1, policy="open_flamingo", layout="slice"),
     PerceiverAttentionCase(features=5, latents=2, queries=3, heads=1, lengths=(3, 5)),
     GatedResidualCase(shape=(3, 40)),
-    GatedResidualNormCase(shape=(3, 40), gate=(40,)),
     GatedBlockDecodeCase(dim=8, hidden=9, heads=1),
 ]
 GATED = SMALL[2]
