@@ -7,7 +7,7 @@
     input_ids --> embedding --> [ gated cross-attention --> language layer ] x n --> logits
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flamingo import generation
 from flamingo.config import FlamingoConfig
 from flamingo.language import LanguageModel, PretrainedLanguage
+from flamingo.language.loss import IGNORED
 from flamingo.modules import GatedCrossAttentionBlock, PerceiverResampler
 from flamingo.vision import NFNet, VisionEncoder
 
@@ -23,8 +24,8 @@ from flamingo.vision import NFNet, VisionEncoder
 class FlamingoOutput(NamedTuple):
     """What a forward pass returns."""
 
-    logits: Tensor  # [B, T, vocab_size]
-    loss: Tensor | None  # mean cross-entropy of the next token, where labels were given
+    logits: Tensor | None  # [B, T, vocab_size]; None where the loss alone was asked for
+    loss: Tensor | None  # cross-entropy of the next token, where labels were given
 
 
 class Flamingo(nn.Module):
@@ -107,6 +108,9 @@ class Flamingo(nn.Module):
         labels: Tensor | None = None,
         num_frames: Tensor | None = None,
         media_starts: Tensor | None = None,
+        *,
+        loss_only: bool = False,
+        reduction: Literal["mean", "sum"] = "mean",
     ) -> FlamingoOutput:
         """
         Args:
@@ -118,16 +122,33 @@ class Flamingo(nn.Module):
             num_frames: integer `[B, M]`, the true length of clips padded to F; None if all have F.
             media_starts: bool `[B, T]`, True where the text that sees the next medium begins; by default
                 at its `<image>`. `Processor(...)(documents, p_next=0.5)` makes others.
+            loss_only: no logits, which then never exist all at once: most of a step's memory where the
+                vocabulary is large. The loss is added in float32 or wider, and differentiable once.
+            reduction: "mean" over the tokens that are learned, or "sum".
 
         Returns:
             `FlamingoOutput(logits, loss)`; loss is None without labels.
+
+        Raises:
+            ValueError: for `loss_only` without labels, or another reduction.
         """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"Flamingo: expected reduction 'mean' or 'sum', got {reduction!r}.")
         media = self.encode_media(pixels, num_frames)
+        if loss_only:
+            if labels is None:
+                raise ValueError("Flamingo: expected labels with loss_only=True, got None. Pass labels too.")
+            loss = self.decode(input_ids, media, attention_mask, media_starts=media_starts, labels=labels)
+            learned = (labels[:, 1:] != IGNORED).sum()
+            return FlamingoOutput(None, loss / learned if reduction == "mean" else loss)
         logits = self.decode(input_ids, media, attention_mask, media_starts=media_starts)
         if labels is None:
             return FlamingoOutput(logits, None)
         # Position t predicts token t + 1.
-        return FlamingoOutput(logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+        targets = labels[:, 1:].flatten()
+        return FlamingoOutput(
+            logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction=reduction)
+        )
 
     def encode_media(self, pixels: Tensor, num_frames: Tensor | None = None) -> Tensor:
         """pixels `[B, M, F, 3, h, w]` to media `[B, M, R, D_v]`."""
@@ -143,8 +164,9 @@ class Flamingo(nn.Module):
         cache: Any = None,
         media_locations: Tensor | None = None,
         logits_to_keep: int = 0,
+        labels: Tensor | None = None,
     ) -> Tensor:
-        """Tokens and media to logits.
+        """Tokens and media to logits, or to the loss of labels.
 
         Args:
             input_ids: int64 `[B, T]`.
@@ -156,9 +178,10 @@ class Flamingo(nn.Module):
             media_locations: `[B, P]`, non-zero at as many places as media were before input_ids: all of
                 input_ids sees what they show. None for the media of input_ids itself.
             logits_to_keep: n, to compute the logits of the last n tokens alone; 0 for all T.
+            labels: int64 `[B, T]`, see `forward`, of tokens that have none before them in a cache.
 
         Returns:
-            logits `[B, T or n, vocab_size]`.
+            logits `[B, T or n, vocab_size]`; with labels the sum of the losses, float32 or wider.
         """
         follows = media_locations is not None
         # One tensor for all blocks: what a block derives from it can be kept for the next.
@@ -176,6 +199,8 @@ class Flamingo(nn.Module):
             seen = self.cross_attn[str(index)](texts, media, locations, follows)
             return seen.view(x.shape).to(x.dtype)  # gates in float32 promote
 
+        if labels is not None:
+            return self.language.loss(input_ids, labels, attention_mask, before_layer=before_layer)
         return self.language(
             input_ids,
             attention_mask,

@@ -3,6 +3,7 @@
 decoder      a decoder of one's own, Chinchilla's
 pretrained   any causal language model of transformers
 new_tokens   tokens that are learnt beside a frozen language model
+loss         of the next token, where logits of all tokens need not exist
 mpt_1b       the language model of OpenFlamingo-3B, which transformers lacks
 
 Both are called alike; `before_layer` is where Flamingo slips its blocks in::

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from flamingo.language.loss import is_plain_linear, is_watched, sum_of_losses, sum_of_losses_in_pieces
 from flamingo.language.new_tokens import NewTokens
 from flamingo.language.positions import Places, positions_of, rotary_angles, rotate, sinusoids
 from flamingo.self_attention import SelfAttention
@@ -244,13 +245,53 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: if attention_mask has another shape.
         """
+        x = self.hidden_states(input_ids, attention_mask, cache, before_layer)
+        return self.logits(x[:, -logits_to_keep:])
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        before_layer: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The sum of the losses of the next token, float32 or wider.
+
+        The logits of all tokens never exist at once, unless somebody may see or change them: a subclass, a
+        hook on the model or its head, a head of another kind.
+
+        Args:
+            labels: int64 `[B, T]`, the tokens again, -100 where one is not to be learned.
+            input_ids, attention_mask, before_layer: see `forward`.
+        """
+        head = self.head
+        is_plain = type(self.embedding) is nn.Embedding if head is None else is_plain_linear(head)
+        if not is_plain or type(self) is not LanguageModel or is_watched(self):
+            return sum_of_losses(self(input_ids, attention_mask, before_layer=before_layer), labels)
+        x = self.norm(self.hidden_states(input_ids, attention_mask, None, before_layer))
+        parameters = [self.embedding.weight] if head is None else [*head.parameters()]
+        if self.new_tokens is not None:
+            parameters.append(self.new_tokens.rows)
+        return sum_of_losses_in_pieces(
+            self._project, x, labels, vocab_size=self.vocab_size, parameters=parameters
+        )
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        before_layer: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """What the last layer returns, `[B, T, D]`; see `forward`."""
         x = self.embed(input_ids)
         places = self.places(input_ids, attention_mask, cache)
         for i, layer in enumerate(self.layers):
             if before_layer is not None:
                 x = before_layer(i, x)
             x = layer(x, places, cache, i)
-        return self.logits(x[:, -logits_to_keep:])
+        return x
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids `[B, T]` to `[B, T, D]`."""
@@ -287,7 +328,9 @@ class LanguageModel(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states `[B, T, D]` to logits `[B, T, vocab_size]`."""
-        x = self.norm(x)
+        return self._project(self.norm(x))
+
+    def _project(self, x: Tensor) -> Tensor:
         logits = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
         return logits if self.new_tokens is None else self.new_tokens.add_logits(x, logits)
 

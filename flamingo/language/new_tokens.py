@@ -64,9 +64,13 @@ class NewTokens(nn.Module):
 
     def add_logits(self, x: Tensor, logits: Tensor) -> Tensor:
         """logits `[..., V]` of x `[..., D]` to `[..., vocab_size]`, those of the new tokens among them."""
-        rows = self.embedding if self.head is None else self.head
         logits = F.pad(logits, (0, self.vocab_size - self.known))
-        return logits.index_copy(-1, self.ids, F.linear(x, rows.to(x.dtype)).to(logits.dtype))
+        return logits.index_copy(-1, self.ids, F.linear(x, self.rows.to(x.dtype)).to(logits.dtype))
+
+    @property
+    def rows(self) -> nn.Parameter:
+        """The rows of the head."""
+        return self.embedding if self.head is None else self.head
 
 
 def _rows_like(matrix: Tensor, rows: int) -> nn.Parameter:

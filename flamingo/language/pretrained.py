@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flamingo.language.decoder import check_attention_mask
+from flamingo.language.loss import is_plain_linear, is_watched, sum_of_losses, sum_of_losses_in_pieces
 from flamingo.language.new_tokens import NewTokens
 from flamingo.language.positions import positions_of
 
@@ -93,7 +94,8 @@ class PretrainedLanguage(nn.Module):
         self._path = path
         self._before_layer: BeforeLayer | None = None
         self._is_called = False
-        self._logits_to_keep = 0
+        self._rows = slice(None)
+        self._at_head: list[Tensor] = []
         taken = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in taken
         self._cache_keyword = "cache" if "cache" in taken else "past_key_values"  # before transformers 5.24
@@ -171,6 +173,59 @@ class PretrainedLanguage(nn.Module):
 
         Arguments and errors are those of `LanguageModel.forward`; the cache is one of transformers.
         """
+        with self._calling(before_layer, slice(-logits_to_keep, None)):
+            return self._call_model(input_ids, attention_mask, cache)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        before_layer: BeforeLayer | None = None,
+    ) -> Tensor:
+        """The sum of the losses of the next token, float32 or wider.
+
+        Arguments are those of `LanguageModel.loss`. The logits of all tokens never exist at once, unless
+        something else than the head makes them (Gemma 2 caps them), somebody sees them, as a hook does, or
+        the model is none of the families named above.
+        """
+        if self._head_is_last:
+            # All of the model's own forward, but its head gets no token.
+            with self._calling(before_layer, slice(0)) as at_head:
+                logits = self._call_model(input_ids, attention_mask)
+            x, of_head = at_head
+            if logits is of_head:  # a release to come may go on after it
+                return self._loss_in_pieces(x, labels)
+        return sum_of_losses(self(input_ids, attention_mask, before_layer=before_layer), labels)
+
+    @property
+    def _head_is_last(self) -> bool:
+        """Whether nothing follows the head, and nobody sees what it makes."""
+        config, head = self.model.config, self.model.get_output_embeddings()
+        return (
+            type(self.model).__module__.startswith("transformers.models.")
+            and config.model_type in _LAYERS
+            and getattr(config, "final_logit_softcapping", None) is None
+            and is_plain_linear(head, hooks=2)  # ours
+            and not is_watched(self.model)
+            and not is_watched(self)
+        )
+
+    def _loss_in_pieces(self, x: Tensor, labels: Tensor) -> Tensor:
+        head = self.model.get_output_embeddings()
+        parameters = list(head.parameters())
+
+        def to_logits(x: Tensor) -> Tensor:
+            return head(x) if self.new_tokens is None else self.new_tokens.add_logits(x, head(x))
+
+        if self.new_tokens is not None:
+            parameters.append(self.new_tokens.rows)
+        return sum_of_losses_in_pieces(
+            to_logits, x, labels, vocab_size=self.vocab_size, parameters=parameters
+        )
+
+    def _call_model(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Any = None) -> Tensor:
         batch, length = input_ids.shape
         options: dict[str, Any] = {self._cache_keyword: cache, "use_cache": cache is not None}
         if attention_mask is not None:
@@ -179,8 +234,7 @@ class PretrainedLanguage(nn.Module):
             options["attention_mask"] = attention_mask.long()
             if self._takes_positions:
                 options["position_ids"] = positions_of(attention_mask)[:, past:]
-        with self._calling(before_layer, logits_to_keep):
-            return self.model(inputs_embeds=self._embed(input_ids), **options).logits
+        return self.model(inputs_embeds=self._embed(input_ids), **options).logits
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         embedding = self.model.get_input_embeddings()
@@ -196,28 +250,33 @@ class PretrainedLanguage(nn.Module):
         return self._before_layer(index, args[0]), *args[1:]
 
     def _enter_head(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not self._is_called:
+            return None
+        self._at_head.append(args[0])
         # Here and not by the model's own argument, which not every family has.
-        return (args[0][:, -self._logits_to_keep :],) if self._is_called else None
+        return (args[0][:, self._rows],)
 
     def _leave_head(self, head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-        if self.new_tokens is None or not self._is_called:
+        if not self._is_called:
             return logits
-        return self.new_tokens.add_logits(args[0], logits)
+        logits = logits if self.new_tokens is None else self.new_tokens.add_logits(args[0], logits)
+        self._at_head.append(logits)
+        return logits
 
     @contextlib.contextmanager
-    def _calling(self, before_layer: BeforeLayer | None, logits_to_keep: int) -> Iterator[None]:
-        """Turns the hooks on."""
+    def _calling(self, before_layer: BeforeLayer | None, rows: slice) -> Iterator[list[Tensor]]:
+        """Turns the hooks on: of these rows there are logits. Gives what comes to the head and leaves it."""
         self._before_layer, self._is_called = before_layer, True
-        self._logits_to_keep = logits_to_keep
+        self._rows, self._at_head = rows, []
         checkpointed = [layer for layer in self.layers if getattr(layer, "gradient_checkpointing", False)]
         try:
             with contextlib.ExitStack() as stack:
                 if checkpointed and self.training and torch.is_grad_enabled():
                     for layer in checkpointed:
                         stack.enter_context(self._checkpointing(layer, before_layer))
-                yield
+                yield self._at_head
         finally:
-            self._before_layer, self._is_called = None, False
+            self._before_layer, self._is_called, self._at_head = None, False, []
 
     @contextlib.contextmanager
     def _checkpointing(self, layer: Any, before_layer: BeforeLayer | None) -> Iterator[None]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from flamingo.language.loss import sum_of_losses
+from flamingo.model import Flamingo
 from flamingo.processor import Batch, Processor
 from flamingo.training import checkpoint
 from flamingo.training.blocks import blocks as blocks_of
@@ -232,12 +233,9 @@ def accumulate_gradients(
 def _sum_of_losses(model: nn.Module, batch: Batch, bfloat16: bool) -> Tensor:
     """The losses of all tokens that are learned, added in float32 or wider."""
     dtype = torch.bfloat16 if bfloat16 else next(model.parameters()).dtype
-    logits = model(
-        batch.input_ids,
-        batch.pixels.to(dtype),
-        batch.attention_mask,
-        num_frames=batch.num_frames,
-        media_starts=batch.media_starts,
-    ).logits[:, :-1]  # position t predicts token t + 1
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
+    given: dict[str, Any] = {"num_frames": batch.num_frames, "media_starts": batch.media_starts}
+    gives_loss = type(model).forward is Flamingo.forward
+    if gives_loss:  # within its forward, around which FSDP's hooks stand
+        given |= {"labels": batch.labels, "loss_only": True, "reduction": "sum"}
+    output = model(batch.input_ids, batch.pixels.to(dtype), batch.attention_mask, **given)
+    return output.loss if gives_loss else sum_of_losses(output.logits, batch.labels)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from flamingo import Flamingo, FlamingoConfig, GatedCrossAttentionBlock, NFNet
+from flamingo.language import loss
+from tests.helpers.logits import Logits
 from tests.helpers.weights import randomise
 
 IMAGE = 256
@@ -46,6 +48,53 @@ class TestGates:
         fresh.freeze()(INPUT_IDS, pixels(), labels=INPUT_IDS).loss.backward()
         gates = {f"cross_attn.{i}.{gate}" for i in (0, 2) for gate in ("attn_gate", "ff_gate")}
         assert {n for n, p in fresh.named_parameters() if p.grad is not None and (p.grad != 0).any()} == gates
+
+
+class TestLoss:
+    """Of the next token, with logits and without."""
+
+    LABELS = INPUT_IDS.masked_fill((INPUT_IDS == IMAGE) | (INPUT_IDS == 258), -100)
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_without_logits_it_is_the_same(self, model, reduction):
+        given = (INPUT_IDS, pixels().double(), ATTENTION_MASK, self.LABELS)
+        gradients = []
+        for loss_only in (False, True):
+            logits, value = model(*given, loss_only=loss_only, reduction=reduction)
+            assert (logits is None) is loss_only
+            gradients.append([value, *torch.autograd.grad(value, list(model.parameters()))])
+        for whole, alone in zip(*gradients, strict=True):
+            torch.testing.assert_close(alone, whole, rtol=1e-9, atol=1e-9)
+        rows = model(*given[:3]).logits.log_softmax(-1)
+        learned = [(b, t) for b in range(2) for t in range(8) if self.LABELS[b, t + 1] != -100]
+        expected = -sum(rows[b, t, self.LABELS[b, t + 1]] for b, t in learned)
+        divisor = {"mean": len(learned), "sum": 1}[reduction]
+        torch.testing.assert_close(gradients[1][0], expected / divisor, rtol=1e-9, atol=0)
+
+    def test_logits_never_exist_at_once(self, fresh, monkeypatch):
+        monkeypatch.setattr(loss, "PIECE", 3 * 261)
+        for loss_only, rows in ((True, 3), (False, 18)):
+            with Logits(261) as seen:
+                fresh.freeze()(INPUT_IDS, pixels(), labels=INPUT_IDS, loss_only=loss_only).loss.backward()
+            assert seen.rows == rows
+
+    def test_clips_and_where_media_start_count(self, model):
+        """As they do for logits."""
+        frames, starts = torch.tensor([[1, 2], [2, 1]]), (INPUT_IDS == IMAGE).roll(-1, dims=1)
+        given = (INPUT_IDS, pixels(frames=2).double(), ATTENTION_MASK, self.LABELS)
+        found = [
+            model(*given, *options, loss_only=loss_only).loss.item()
+            for options in ((frames, starts), (None, starts), (frames, None))
+            for loss_only in (True, False)
+        ]
+        assert found[0::2] == pytest.approx(found[1::2], rel=1e-9)
+        assert len({round(each, 6) for each in found}) == 3
+
+    def test_a_loss_needs_labels_and_a_known_reduction(self, fresh):
+        with pytest.raises(ValueError, match="expected labels with loss_only=True, got None"):
+            fresh(INPUT_IDS, pixels(), loss_only=True)
+        with pytest.raises(ValueError, match="expected reduction 'mean' or 'sum', got 'none'"):
+            fresh(INPUT_IDS, pixels(), labels=INPUT_IDS, reduction="none")
 
 
 class TestInfluence:

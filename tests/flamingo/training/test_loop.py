@@ -7,10 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flamingo import Flamingo
+from flamingo.language import loss as language_loss
 from flamingo.training import loop, read_log, train
 from flamingo.training.blocks import blocks, recomputed
 from flamingo.training.data import Stream
 from flamingo.training.loop import accumulate_gradients
+from flamingo_kernels import patch
+from tests.helpers.logits import Logits
 from tests.helpers.tiny_run import config, datasets, is_frozen, model, pretrained, processor
 
 
@@ -86,6 +90,51 @@ def test_losses_of_bfloat16_are_added_in_float32(data):
     logits = flamingo(batch.input_ids, pixels, batch.attention_mask, **options).logits[:, :-1].float()
     expected = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten())
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def patched():
+    flamingo = model()
+    patch(flamingo, linears=True)
+    return flamingo
+
+
+@pytest.mark.parametrize("build", [model, pretrained, patched])
+def test_logits_never_exist_at_once(data, monkeypatch, build):
+    """Numbers and gradients are those of a model that gives logits, which has them all."""
+    monkeypatch.setattr(language_loss, "PIECE", 5 * 261)
+    taken, flamingo = batches(data), build()
+    results, rows = [], []
+    for each in (flamingo, GivesLogits(flamingo)):
+        flamingo.zero_grad()
+        with Logits(261) as seen:
+            losses = accumulate_gradients(each, taken)
+        rows.append(seen.rows)
+        results.append((torch.stack([*losses.values()]), copy.deepcopy(gradients(flamingo))))
+    assert rows == [5, max(batch.labels.numel() for batch in taken.values())]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+
+
+class GivesLogits(torch.nn.Module):
+    """Any model that is called as a Flamingo."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def test_a_flamingo_with_a_forward_of_its_own_is_asked_for_logits(data):
+    class Own(Flamingo):
+        def forward(self, input_ids, pixels, attention_mask, num_frames, media_starts):
+            return super().forward(input_ids, pixels, attention_mask, None, num_frames, media_starts)
+
+    flamingo, taken = model(), batches(data)
+    expected = accumulate_gradients(flamingo, taken)
+    flamingo.__class__ = Own
+    for dataset, found in accumulate_gradients(flamingo, taken).items():
+        torch.testing.assert_close(found, expected[dataset])
 
 
 def test_it_learns_and_leaves_the_frozen_parts_alone(data, tmp_path):
@@ -217,16 +266,10 @@ def test_frozen_parts_are_in_eval_mode(data, tmp_path):
 
 
 def test_a_model_of_other_parts_names_its_blocks(data, tmp_path):
-    class Other(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = model()
-
-        def forward(self, *args, **kwargs):
-            return self.inner(*args, **kwargs)
-
-    other, run = Other(), config(data, tmp_path, gradient_checkpointing=True)
-    with pytest.raises(ValueError, match=r"got Other\. Name its blocks: train\(\.\.\., blocks=\[\.\.\.\]\)"):
+    other, run = GivesLogits(model()), config(data, tmp_path, gradient_checkpointing=True)
+    with pytest.raises(
+        ValueError, match=r"got GivesLogits\. Name its blocks: train\(\.\.\., blocks=\[\.\.\.\]\)"
+    ):
         train(other, processor(), run)
     train(other, processor(), run, blocks=list(other.inner.language.layers))
     assert len(read_log(tmp_path)) == 4

@@ -11,13 +11,17 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed
 
+from flamingo.language import loss
 from flamingo.training import read_log, train
-from flamingo.training.blocks import shard
+from flamingo.training.blocks import blocks, shard
+from flamingo.training.data import Stream
+from flamingo.training.loop import accumulate_gradients
 from flamingo.training.processes import device_of, gather, leave, rank, sum_over_processes, whole, world_size
 from flamingo_kernels import patch
 from flamingo_kernels.ops.linear import config as products
 from tests.flamingo.training.test_resume import ROOT, toml
-from tests.helpers.tiny_run import config, model, pretrained, processor
+from tests.helpers.logits import Logits
+from tests.helpers.tiny_run import config, datasets, model, pretrained, processor
 
 slow = pytest.mark.slow  # what two processes do
 
@@ -54,6 +58,7 @@ def work(me: int, data: Path, folder: Path) -> None:
     for name, run in configs(data, folder).items():
         steps = 6 if name == "one" else run.steps  # one process has made the first four
         train(MODELS.get(name, model)(), processor(), replace(run, steps=steps))
+    torch.save(logits_at_once(data), folder / f"logits-{me}.pt")
     layer = torch.nn.Linear(1, 1, bias=False)
     shard(layer, [], bfloat16=True)
     layer(torch.tensor([[256.0, 1.0][me]], dtype=torch.bfloat16)).sum().backward()
@@ -63,6 +68,20 @@ def work(me: int, data: Path, folder: Path) -> None:
     distributed.barrier()  # who leaves first takes the connection along
     distributed.destroy_process_group()
     leave()
+
+
+def logits_at_once(data: Path) -> dict[str, int]:
+    """The most rows of logits in an update; a language model that is a unit of its own has all of them."""
+    loss.PIECE = 5 * 261
+    rows = {}
+    for name, units in (("blocks", lambda flamingo: []), ("language", lambda flamingo: [flamingo.language])):
+        flamingo = model()
+        shard(flamingo, [*blocks(flamingo), *units(flamingo)], bfloat16=False)
+        taken = {each: next(Stream(each, processor(), seed=0, at_once=2)) for each in datasets(data)[:1]}
+        with Logits(261) as seen:
+            accumulate_gradients(flamingo, taken)
+        rows[name] = seen.rows
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +157,14 @@ def test_the_kernels_run_in_bfloat16_too(runs, alone):
 def test_gradients_of_two_processes_meet_in_float32(runs):
     """(256 + 1) / 2: in bfloat16 that is 128."""
     assert torch.load(runs / "gradient.pt").item() == 128.5
+
+
+@slow
+def test_two_processes_make_few_logits_at_once(runs):
+    """Around a unit stand FSDP's hooks: its own forward is called, and gives logits."""
+    for me in range(2):
+        rows = torch.load(runs / f"logits-{me}.pt")
+        assert rows["blocks"] == 5 < rows["language"]
 
 
 @slow
