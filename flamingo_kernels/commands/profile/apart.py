@@ -168,7 +168,7 @@ def _serve(plan: Plan, dtype: torch.dtype, work: str, side: str, threads: int, e
         SIDES[side](subject.model)
         timed = call(work, subject.works[work], subject.model)
         for _ in range(WARM):
-            result, *_ = timed()
+            *_, result = timed()  # logits, or of a training step the last gradient
     except Exception as error:
         end.send(first_line(error))
         return

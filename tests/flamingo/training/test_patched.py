@@ -10,6 +10,8 @@ from flamingo_kernels.testing import RandomRounding, compare
 from tests.helpers.kernels import has_kernels
 from tests.helpers.tiny_run import config, model, processor
 
+DRAWS = 4  # of one alone, chance would decide
+
 
 def losses(run):
     return torch.tensor([update["loss"] for update in read_log(run)], dtype=torch.float64)
@@ -28,15 +30,18 @@ def test_patched_losses_are_those_of_the_plain_model(data, tmp_path, recompute, 
     changes = {"steps": 4, "gradient_checkpointing": recompute}
     train(model().double(), processor(), config(data, tmp_path / "exact", **changes))
     train(model(), processor(), config(data, tmp_path / "plain", **changes))
-    with RandomRounding(0):
-        train(model(), processor(), config(data, tmp_path / "drawn", **changes))
+    for draw in range(DRAWS):
+        with RandomRounding(draw):
+            train(model(), processor(), config(data, tmp_path / f"drawn-{draw}", **changes))
     patched = model()
     assert len(patch(patched, linears=True).replaced) == 7
     train(patched, processor(), config(data, tmp_path / "patched", **changes))
     assert has_kernels(patched)
-    exact, plain, fused, drawn = (losses(tmp_path / name) for name in ("exact", "plain", "patched", "drawn"))
+    exact, plain, fused = (losses(tmp_path / name) for name in ("exact", "plain", "patched"))
     assert not torch.equal(plain, fused), "the kernels did not run"
-    measured = compare("losses", fused.float(), exact, (drawn - exact).abs().max().item())
+    drawn = [losses(tmp_path / f"drawn-{draw}") for draw in range(DRAWS)]
+    rounding = max((each - exact).abs().max().item() for each in (plain, *drawn))
+    measured = compare("losses", fused.float(), exact, rounding)
     assert measured.passed, measured
 
 
