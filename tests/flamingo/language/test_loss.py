@@ -267,7 +267,11 @@ class TestLanguageModels:
     @pytest.mark.parametrize("new_tokens", [(), (VOCABULARY, 7, VOCABULARY + 1)], ids=["", "new tokens"])
     @pytest.mark.parametrize("kind", [*OWN, *FAMILIES])
     def test_losses_and_gradients_are_those_of_all_logits(self, kind, new_tokens):
-        rows = assert_same(*language(kind, new_tokens=new_tokens))
+        model, *given = language(kind, new_tokens=new_tokens)
+        if kind == "mpt":  # whose mask, in transformers 4, does not exist in float64
+            rows = assert_same(model.float(), *given, rounding=1e-4)
+        else:
+            rows = assert_same(model, *given)
         assert rows == (80 if kind == CAPPED else 3)
 
     @pytest.mark.parametrize("kind", [*OWN, "llama", "opt"])
