@@ -54,8 +54,8 @@ VARIANTS = {  # from the least to the most capable: see `Build.objects`
     "portable": "",
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512_bf16": f"{AVX512} -mavx512bf16",
-    "avx512_amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+    "avx512_bf16": f"{AVX512} -mavx512bf16 -mavx512vnni",
+    "avx512_amx": f"{AVX512} -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8",
 }
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi"
 USERS_FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))

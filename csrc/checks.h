@@ -29,12 +29,14 @@ class Checks {
 
   // [..., D] in any dtype of the kernels, with elements of a row side by side.
   void expect_rows(const char* name, const Tensor& tensor, Sizes sizes) const {
-    expect_number(name, tensor), expect_sizes(name, tensor, sizes), expect_device(name, tensor);
-    const int64_t last = tensor.dim() - 1;
-    if (tensor.numel() != 0 && tensor.size(last) != 1 && tensor.stride(last) != 1)
-      refuse(
-          operation_, ": expected ", name, " with a contiguous last dimension, got strides ",
-          in_brackets(tensor.strides()), ".");
+    expect_number(name, tensor), expect_layout_of_rows(name, tensor, sizes);
+  }
+
+  // The same in 8-bit integers.
+  void expect_int8_rows(const char* name, const Tensor& tensor, Sizes sizes) const {
+    if (tensor.scalar_type() != ScalarType::Char)
+      refuse(operation_, ": expected ", name, " in Char, got ", toString(tensor.scalar_type()), ".");
+    expect_layout_of_rows(name, tensor, sizes);
   }
 
   // The same, in the dtype of the first tensor.
@@ -81,6 +83,15 @@ class Checks {
   void expect_number(const char* name, const Tensor& tensor) const {
     if (!kernel_dtype(tensor.scalar_type()))
       refuse(operation_, ": expected ", name, " in Float, BFloat16 or Half, got ", toString(tensor.scalar_type()), ".");
+  }
+
+  void expect_layout_of_rows(const char* name, const Tensor& tensor, Sizes sizes) const {
+    expect_sizes(name, tensor, sizes), expect_device(name, tensor);
+    const int64_t last = tensor.dim() - 1;
+    if (tensor.numel() != 0 && tensor.size(last) != 1 && tensor.stride(last) != 1)
+      refuse(
+          operation_, ": expected ", name, " with a contiguous last dimension, got strides ",
+          in_brackets(tensor.strides()), ".");
   }
 
   void expect_sizes(const char* name, const Tensor& tensor, Sizes sizes) const {
@@ -165,12 +176,19 @@ inline void check_residual_bwd(const char* operation, const Tensor& dz, const Te
 }
 
 inline void check_linear(
-    const char* operation, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation,
-    const std::optional<Tensor>& gate, const std::optional<Tensor>& residual) {
+    const char* operation, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& weight_scale,
+    const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& gate,
+    const std::optional<Tensor>& residual) {
   const Checks checks(operation, "x", x, 2);
   checks.expect_dimensions("weight", weight, 2);
   const int64_t rows = x.size(0), in = x.size(1), out = weight.size(0);
-  checks.expect_rows_like_first("x", x, {rows, in}), checks.expect_rows_like_first("weight", weight, {out, in});
+  checks.expect_rows_like_first("x", x, {rows, in});
+  if (weight_scale) {
+    checks.expect_int8_rows("weight", weight, {out, in});
+    checks.expect_contiguous("weight_scale", *weight_scale, ScalarType::Float, {out});
+  } else {
+    checks.expect_rows_like_first("weight", weight, {out, in});
+  }
   if (bias) checks.expect_dimensions("bias", *bias, 1), checks.expect_rows("bias", *bias, {out});
   if (activation < 0 || activation > 5)
     refuse(operation, ": expected activation from 0 to 5, got ", activation, ".");

@@ -15,6 +15,7 @@ from .ops import (
     perceiver_attention,
 )
 from .patch import PatchReport, patch, unpatch
+from .quantize import QuantizeReport, quantize, unquantize
 
 if TYPE_CHECKING:
     from .layers import GatedCrossAttentionBlock, MaskedCrossAttention, PerceiverAttention, PerceiverResampler
@@ -31,6 +32,7 @@ __all__ = [
     "PatchReport",
     "PerceiverAttention",
     "PerceiverResampler",
+    "QuantizeReport",
     "UnsupportedError",
     "available_backends",
     "fold",
@@ -40,8 +42,10 @@ __all__ = [
     "masked_cross_attention",
     "patch",
     "perceiver_attention",
+    "quantize",
     "unfold",
     "unpatch",
+    "unquantize",
     "use_backend",
 ]
 

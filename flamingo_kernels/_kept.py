@@ -24,6 +24,7 @@ from ._predicates import (
     is_plain,
     is_recording,
     is_transformed,
+    is_unhooked,
 )
 from .mask import MediaMask, Policy
 from .sublayers.arguments import is_norm
@@ -236,12 +237,16 @@ def _sample(tensor: Tensor) -> Tensor:
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether a module computes from its input and its own parameters, and nothing else."""
-    known = is_plain(module, nn.Linear) or is_norm(module)
+    known = is_plain(module, nn.Linear) or is_norm(module) or (_says_so(module) and is_unhooked(module))
     # FSDP2 gathers new weights into the same tensors without counting a change.
     sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
     return known and not sharded
 
 
+def _says_so(module: Any) -> bool:
+    return getattr(type(module), "reads_parameters_alone", False)
+
+
 def _weights(leaf: nn.Module) -> list[Tensor]:
-    """The parameters of a leaf module, without the search that `parameters()` makes at each decoding step."""
-    return [weight for weight in leaf._parameters.values() if weight is not None]
+    """What a leaf module reads, without the search that `parameters()` makes at each decoding step."""
+    return [each for each in (*leaf._parameters.values(), *leaf._buffers.values()) if each is not None]

@@ -7,7 +7,7 @@ are infinite, so that their tanh is 1, and its scores are scaled by 1.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import ref
@@ -127,7 +127,7 @@ class FoldReport(Report):
             _restore(module)
 
 
-def fold(model: nn.Module, *, int8: bool = False) -> FoldReport:
+def fold(model: nn.Module) -> FoldReport:
     r"""Multiply the gates, norms and scales of a patched model's gated blocks into their weights. ::
 
         to_q(LN(x))                  scale (to_q.weight * w) xhat + scale (to_q.weight b)
@@ -142,7 +142,6 @@ def fold(model: nn.Module, *, int8: bool = False) -> FoldReport:
 
     Args:
         model: a model that `patch` has swapped modules of, in `eval()` mode.
-        int8: also turn the folded weights into 8-bit integers with one scale a row, by torchao. Default: no.
 
     Returns:
         What was folded and what was not, and why. `print` shows it as a table.
@@ -150,12 +149,11 @@ def fold(model: nn.Module, *, int8: bool = False) -> FoldReport:
     Raises:
         TypeError: `model` is no module.
         ValueError: the model is in training mode.
-        UnsupportedError: nothing in the model can be folded, or int8 without torchao. It is then unchanged.
+        UnsupportedError: nothing in the model can be folded. It is then unchanged.
         RuntimeError: later, by `model.train()`, `load_state_dict` and `unpatch` until `unfold(model)`.
 
     Limits: parts with hooks, adapters, other classes or shared parameters stay as they are. Weights are
-    multiplied in float32 and rounded once. int8 saves memory; on a CPU without `torch.compile` torchao widens
-    every weight again for each product, and a decoding step takes several times as long.
+    multiplied in float32 and rounded once. To make integers of them: `quantize` afterwards.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2, for the gates.
 
@@ -176,7 +174,6 @@ def fold(model: nn.Module, *, int8: bool = False) -> FoldReport:
         raise TypeError(f"fold: expected a torch.nn.Module, got {type(model).__name__}.")
     if model.training:
         raise ValueError("fold: expected a model for inference, got one in training mode; call model.eval().")
-    quantize = _quantizer() if int8 else None
     paths = [*model.named_modules(remove_duplicate=False), *model.named_parameters(remove_duplicate=False)]
     uses = Counter(id(each) for _, each in paths)
     found = {path: _Folding(module, uses) for path, module in model.named_modules() if _folds(module)}
@@ -190,7 +187,7 @@ def fold(model: nn.Module, *, int8: bool = False) -> FoldReport:
             {path: [why] for path, why in skipped.items()},
         )
     for folding in changed.values():
-        folding.apply(quantize)
+        folding.apply()
     return FoldReport(
         {path: tuple(folding.values) for path, folding in changed.items()},
         skipped,
@@ -283,7 +280,7 @@ class _Folding:
     def put(self, path: str, value: Any) -> None:
         self.values[path] = value
 
-    def apply(self, quantize: Callable[[nn.Module], None] | None) -> None:
+    def apply(self) -> None:
         """Give the module its new values; it keeps the old ones as `folded`."""
         before = {path: _get(self.module, path) for path in self.values}
         dtypes = {path: value.dtype for path, value in before.items() if isinstance(value, Tensor)}
@@ -294,9 +291,6 @@ class _Folding:
                 value = nn.Parameter(value.to(dtype), requires_grad=False)
             _set(self.module, path, value)
         self.module.folded = before
-        for linear in {path.rpartition(".")[0] for path in before if path.endswith(".weight")}:
-            if quantize and isinstance(self.module.get_submodule(linear), nn.Linear):
-                quantize(self.module.get_submodule(linear))
 
 
 def _folds(module: Any) -> tuple[Affine | Gate | Scale, ...]:
@@ -327,15 +321,3 @@ def _restore(module: nn.Module) -> None:
         if isinstance(value, Tensor) and (now.device, now.dtype) != (value.device, value.dtype):
             value = nn.Parameter(value.detach().to(now), value.requires_grad)
         _set(module, path, value)
-
-
-def _quantizer() -> Callable[[nn.Module], None]:
-    """A function that turns the weight of a linear layer into int8."""
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise UnsupportedError(
-            f"fold: int8=True needs torchao, which cannot be imported ({error}); pip install torchao.",
-            {"int8": [str(error)]},
-        ) from error
-    return lambda linear: quantize_(nn.Sequential(linear), Int8WeightOnlyConfig())

@@ -21,7 +21,10 @@ OPERATORS = {
     "gated_block_decode": (
         "(x, k, v, mask, weights, *, scale=None, eps=1e-05, activation='gelu', backend='auto')"
     ),
-    "linear": ("(x, weight, bias=None, *, activation=None, residual=None, gate=None, backend='auto')"),
+    "linear": (
+        "(x, weight, bias=None, *, weight_scale=None, activation=None, residual=None, gate=None, "
+        "backend='auto')"
+    ),
 }
 MASKS = {
     "last_preceding": "(media_locations, num_media, *, policy='zero')",
@@ -57,7 +60,10 @@ def test_the_public_names():
         "masked_cross_attention",
         "patch",
         "perceiver_attention",
+        "quantize",
+        "QuantizeReport",
         "unfold",
+        "unquantize",
         "unpatch",
         "use_backend",
     }

@@ -291,24 +291,39 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) 
 }
 
 Tensor linear_fwd(
-    Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> gate,
-    std::optional<Tensor> residual) {
+    Tensor x, Tensor weight, std::optional<Tensor> weight_scale, std::optional<Tensor> bias, int64_t activation,
+    std::optional<Tensor> gate, std::optional<Tensor> residual) {
   const Call call = {"linear_fwd"};
-  check_linear(call.operation, x, weight, bias, activation, gate, residual);
+  check_linear(call.operation, x, weight, weight_scale, bias, activation, gate, residual);
   Linear params = {};
   params.rows = x.size(0), params.in = x.size(1), params.out = weight.size(0);
   Tensor y = call.fresh(x, {params.rows, params.out}, linear_dtype(x, gate, residual));
-  params.x = matrix_of(x), params.weight = matrix_of(weight), params.y = matrix_of(y);
+  params.x = matrix_of(x), params.y = matrix_of(y);
+  params.weight = {weight.data_ptr(), params.x.dtype, weight.stride(0)};
   params.activation = Activation(activation);
   if (bias) params.bias = bias->data_ptr(), params.bias_dtype = element_type(*bias);
   const Memory<float> tanh_gate = gate ? load_tanh(call, *gate) : Memory<float>();
   if (gate) params.tanh_gate = tanh_gate.data(), params.per_channel = gate->numel() != 1;
   if (residual) params.residual = matrix_of(*residual);
-  // In float32 and to whole vectors, which is the most that a variant makes of it.
-  const Memory<float> packed(call, "working memory", params.rows * ((params.in + 63) / 64 * 64));
+  const DType dtype = params.x.dtype;
+  const int64_t whole_vectors = (params.in + 63) / 64 * 64;
+  if (!weight_scale) {
+    const Memory<float> packed(call, "working memory", params.rows * whole_vectors);  // most of it where x becomes float32
+    params.packed = packed.data();
+    run(call, variant().linear_pack(dtype), params, params.rows * params.in);
+    run(call, variant().linear_fwd(dtype), params, params.in * params.out);
+    return y;
+  }
+  // Two bytes for an element, and whole panels.
+  const int64_t most_rows = params.rows <= 16 ? 16 : (params.rows + 63) / 64 * 64;
+  const Memory<float> packed(call, "working memory", most_rows * whole_vectors / 2);
+  const Memory<float> of_rows(call, "working memory", 2 * params.rows);
   params.packed = packed.data();
-  run(call, variant().linear_pack(params.x.dtype), params, params.rows * params.in);
-  run(call, variant().linear_fwd(params.x.dtype), params, params.in * params.out);
+  params.weight_scale = weight_scale->const_data_ptr<float>();
+  params.x_scale = of_rows.data(), params.x_offset = of_rows.data() + params.rows;
+  const Product kernels = variant().linear_int8(dtype, params.rows, params.in);
+  run(call, kernels.pack, params, params.rows * params.in);
+  run(call, kernels.forward, params, params.in * params.out);
   return y;
 }
 

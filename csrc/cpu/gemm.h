@@ -1,10 +1,10 @@
 // Small matrix products on packed operands, C = A B or C += A B, the only inner loops of attention.
 //
-// A word is 32 bits: one float (Single), or two bfloat16 that follow each other along the summed
-// dimension (Pairs, for processors with a bf16 dot product). A is read one word at a time and broadcast,
+// A word is 32 bits: one float (Single), or what follows each other along the summed dimension: two bfloat16 (Pairs, for
+// processors with a bf16 dot product), two 16-bit integers (IntegerPairs) or four of 8 bits (Quads, likewise). A is read one word at a time and broadcast,
 // in any strides; B and C are read a vector at a time, their rows padded to whole vectors.
 //
-// Tiles are pairs for processors with tile registers (tiles.h). All operands are padded to whole tiles, and A's
+// Tiles are pairs, and Int8Tiles quads, for processors with tile registers (tiles.h). All operands are padded to whole tiles, and A's
 // words lie side by side (step 1).
 #pragma once
 
@@ -12,15 +12,21 @@
 
 namespace flamingo_kernels::FK_ISA {
 
+// A sum in floats, and how it is added to what is in C.
+struct FloatSums {
+  static FK_INLINE Floats close(Floats sum) { return sum; }
+  static FK_INLINE Floats add(Floats c, Floats sum) { return c + sum; }
+};
+
 // lanes: elements of a word. A product has a multiple of `depth` words, its matrices of `rows` rows.
-struct Single {
+struct Single : FloatSums {
   using Element = float;
   static constexpr int lanes = 1, depth = 1, rows = 1;
   struct Registers {};
   static FK_INLINE Floats dot(Floats sum, Floats a, Floats b) { return a * b + sum; }
 };
 
-struct Pairs {
+struct Pairs : FloatSums {
   using Element = BFloat16;
   static constexpr int lanes = 2, depth = 1, rows = 1;
   struct Registers {};
@@ -34,10 +40,40 @@ struct Pairs {
   }
 };
 
+// The sum of a block, whose length multiply() bounds, is exact in 32 bits.
+struct IntegerPairs : FloatSums {
+  using Element = int16_t;
+  static constexpr int lanes = 2, depth = 1, rows = 1;
+  struct Registers {};
+  static FK_INLINE Floats dot(Floats sum, Floats a, Floats b) {
+    return (Floats)add_pairs((Ints)sum, (Int16s)a, (Int16s)b);
+  }
+  static FK_INLINE Floats close(Floats sum) { return __builtin_convertvector((Ints)sum, Floats); }
+};
+
+// B is signed, A is not; C holds integers.
+struct Quads {
+  using Element = int8_t;
+  static constexpr int lanes = 4, depth = 1, rows = 1;
+  struct Registers {};
+  static FK_INLINE Floats dot(Floats sum, Floats a, Floats b) { return (Floats)add_quads((Ints)sum, (Bits)a, (Bits)b); }
+  static FK_INLINE Floats close(Floats sum) { return sum; }
+  static FK_INLINE Floats add(Floats c, Floats sum) { return (Floats)((Ints)c + (Ints)sum); }
+};
+
 struct Tiles {
   using Element = BFloat16;
   static constexpr int lanes = 2, depth = tile_side, rows = tile_side;
   using Registers = TileRegisters;
+  using Products = OfBFloat16;
+};
+
+// A and B are signed; C holds integers.
+struct Int8Tiles {
+  using Element = int8_t;
+  static constexpr int lanes = 4, depth = tile_side, rows = tile_side;
+  using Registers = TileRegisters;
+  using Products = OfInt8;
 };
 
 // Words that hold so many elements of the summed dimension.
@@ -88,7 +124,8 @@ FK_INLINE void multiply_tile(
     for (int j = 0; j < vectors; ++j) {
       float* to = c + i * c_row + j * width;
       // Added last, so that a sum over many blocks rounds once a block, not once a term.
-      store(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
+      const Floats closed = Dot::close(sum[i][j]);
+      store(to, accumulate ? Dot::add(load(to), closed) : closed);
     }
 }
 
@@ -125,7 +162,7 @@ template <class Dot, bool accumulate>
 FK_INLINE void multiply(
     int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t b_row, float* c, int64_t c_row) {
   if constexpr (Dot::depth > 1) {
-    multiply_in_tiles<accumulate>(rows, columns, depth, a.words, a.row, b, b_row, c, c_row);
+    multiply_in_tiles<typename Dot::Products, accumulate>(rows, columns, depth, a.words, a.row, b, b_row, c, c_row);
   } else {
     constexpr int64_t block = 64;
     multiply_block<Dot, accumulate>(rows, columns, depth < block ? depth : block, a, b, b_row, c, c_row);

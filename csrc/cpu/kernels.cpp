@@ -1,6 +1,7 @@
 // Every kernel of one instruction set: compiled once for each, with -DFK_ISA=<its name>.
 #include "gated_residual.h"
 #include "linear.h"
+#include "linear_int8.h"
 #include "masked_cross_attention.h"
 #include "perceiver_attention.h"
 #include "read_loop.h"
@@ -22,7 +23,7 @@ int64_t scratch_size(const Params& params) {
 }
 
 template <class Implementation, class Registers, class Params>
-void run_attention(const Params& params, int64_t task, float* base) {
+void run_with_registers(const Params& params, int64_t task, float* base) {
   [[maybe_unused]] const Registers registers;
   run_task<Implementation>(params, task, base);
 }
@@ -37,7 +38,7 @@ Kernel<Params> attention(DType dtype) {
   auto kernel = []<class T>(T) {
     using I = Implementation<T>;
     using Registers = typename DotFor<T>::Registers;
-    return Kernel<Params>{I::tasks, scratch_size<I, Params>, run_attention<I, Registers, Params>};
+    return Kernel<Params>{I::tasks, scratch_size<I, Params>, run_with_registers<I, Registers, Params>};
   };
   if (dtype == DType::f32) return kernel(float());
   if (dtype == DType::bf16) return kernel(BFloat16());
@@ -63,16 +64,39 @@ Kernel<GatedResidual> residual(DType x, DType y, DType z) {
   return with_y(Float16());
 }
 
-// Products: one element type.
-template <template <class> class Implementation>
+// Products: one element type, that of x.
+template <template <class> class Implementation, class Registers = Single::Registers>
 Kernel<Linear> product(DType dtype) {
   auto kernel = []<class T>(T) {
     using I = Implementation<T>;
-    return Kernel<Linear>{I::tasks, scratch_size<I, Linear>, run_task<I, Linear>};
+    return Kernel<Linear>{I::tasks, scratch_size<I, Linear>, run_with_registers<I, Registers, Linear>};
   };
   if (dtype == DType::f32) return kernel(float());
   if (dtype == DType::bf16) return kernel(BFloat16());
   return kernel(Float16());
+}
+
+template <class T>
+using PackX = linear::Pack<T, T>;
+template <class T>
+using LinearForward = linear::Forward<T, T>;
+template <class T>
+using FinePack = linear::Pack<T, int8_t>;
+template <class T>
+using FineForward = linear::Forward<T, int8_t>;
+template <class T>
+using CoarsePack = linear::Pack<T, int8_t, linear::InQuads>;
+template <class T>
+using CoarseForward = linear::Forward<T, int8_t, linear::InQuads>;
+
+// Weights of 8 bits: by the finest integers of x that are multiplied while the weights are read.
+Product linear_int8_for(DType dtype, int64_t rows, int64_t in) {
+  constexpr int64_t fine_rows = has_tiles ? 2 : has_quads ? 4 : 16, coarse_rows = has_quads && !has_tiles ? 32 : 0;
+  constexpr int64_t longest_sum = 65536;  // longer ones of products of 8-bit integers may not fit into 32 bits
+  if (rows <= fine_rows || in > longest_sum) return {product<FinePack>(dtype), product<FineForward>(dtype)};
+  if (rows <= coarse_rows) return {product<CoarsePack>(dtype), product<CoarseForward>(dtype)};
+  using Registers = linear_int8::Dot::Registers;
+  return {product<linear_int8::Pack>(dtype), product<linear_int8::Forward, Registers>(dtype)};
 }
 
 }  // namespace FK_ISA
@@ -90,8 +114,9 @@ const Variant FK_JOIN(variant_, FK_ISA) = {
     FK_ISA::attention<FK_ISA::perceiver_attention::Backward, PerceiverAttention>,
     FK_ISA::residual<FK_ISA::gated_residual::Forward>,
     FK_ISA::residual<FK_ISA::gated_residual::Backward>,
-    FK_ISA::product<FK_ISA::linear::Pack>,
-    FK_ISA::product<FK_ISA::linear::Forward>,
+    FK_ISA::product<FK_ISA::PackX>,
+    FK_ISA::product<FK_ISA::LinearForward>,
+    FK_ISA::linear_int8_for,
     FK_ISA::untyped<FK_ISA::read_loop::Forward, ReadLoop>,
 };
 

@@ -51,8 +51,11 @@ enum class Activation : int { none, gelu, gelu_tanh, relu, squared_relu, silu };
 
 struct Linear {
   int64_t rows, in, out;
-  Matrix x, weight;  // [rows, in], [out, in]
-  void* packed;      // x as the products read it
+  Matrix x;                   // [rows, in]
+  Matrix weight;              // [out, in]; of int8 where there is a weight_scale
+  const float* weight_scale;  // [out] or null
+  void* packed;               // x as the products read it
+  float *x_scale, *x_offset;  // [rows]: x is packed as integers of this scale, whose sums are this much too large
   const void* bias;  // [out] or null
   DType bias_dtype;
   Activation activation;
@@ -84,6 +87,11 @@ using AttentionKernel = Kernel<Params> (*)(DType);
 using ResidualKernel = Kernel<GatedResidual> (*)(DType x, DType y, DType z);
 using LinearKernel = Kernel<Linear> (*)(DType);
 
+// A product in two steps.
+struct Product {
+  Kernel<Linear> pack, forward;
+};
+
 struct Variant {
   const char* name;
   AttentionKernel<MaskedCrossAttention> masked_cross_attention_fwd, masked_cross_attention_bwd,
@@ -91,6 +99,7 @@ struct Variant {
   AttentionKernel<PerceiverAttention> perceiver_attention_fwd, perceiver_attention_bwd;
   ResidualKernel gated_residual_fwd, gated_residual_bwd;
   LinearKernel linear_pack, linear_fwd;
+  Product (*linear_int8)(DType, int64_t rows, int64_t in);
   Kernel<ReadLoop> read_loop;
 };
 

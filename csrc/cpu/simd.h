@@ -20,6 +20,9 @@
 #ifdef __AVX512BF16__
 #define FK_AVX512_BF16
 #endif
+#ifdef __AVX512VNNI__
+#define FK_AVX512_VNNI
+#endif
 #endif
 
 #define FK_JOIN_(a, b) a##b
@@ -34,6 +37,11 @@
 #define FK_PAIRS_avx512 0
 #define FK_PAIRS_avx512_bf16 1
 #define FK_PAIRS_avx512_amx 1
+#define FK_QUADS_portable 0
+#define FK_QUADS_avx2 0
+#define FK_QUADS_avx512 0
+#define FK_QUADS_avx512_bf16 1
+#define FK_QUADS_avx512_amx 1
 #define FK_TILES_portable 0
 #define FK_TILES_avx2 0
 #define FK_TILES_avx512 0
@@ -45,6 +53,7 @@ namespace flamingo_kernels::FK_ISA {
 
 constexpr int width = FK_JOIN(FK_WIDTH_, FK_ISA);
 constexpr bool has_pairs = FK_JOIN(FK_PAIRS_, FK_ISA);
+constexpr bool has_quads = FK_JOIN(FK_QUADS_, FK_ISA);  // products of four 8-bit integers at once
 constexpr bool has_tiles = FK_JOIN(FK_TILES_, FK_ISA);
 
 typedef float Floats __attribute__((vector_size(4 * width)));
@@ -52,6 +61,9 @@ typedef int32_t Ints __attribute__((vector_size(4 * width)));
 typedef uint32_t Bits __attribute__((vector_size(4 * width)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * width)));
 typedef double Doubles __attribute__((vector_size(8 * width)));
+typedef int8_t Bytes __attribute__((vector_size(width)));
+typedef int16_t Int16s __attribute__((vector_size(4 * width)));  // two in a lane
+typedef int8_t Int8s __attribute__((vector_size(2 * width)));    // as many
 
 struct BFloat16 {
   uint16_t bits;
@@ -104,6 +116,40 @@ FK_INLINE Bits widen(Shorts h) {
   return (Bits)_mm512_cvtepu16_epi32((__m256i)h);  // one instruction, for which GCC takes four
 #else
   return __builtin_convertvector(h, Bits);
+#endif
+}
+
+FK_INLINE Int16s widen(Int8s bytes) {
+#if defined(FK_AVX512)
+  return (Int16s)_mm512_cvtepi8_epi16((__m256i)bytes);
+#elif defined(FK_AVX2)
+  return (Int16s)_mm256_cvtepi8_epi16((__m128i)bytes);
+#else
+  return __builtin_convertvector(bytes, Int16s);
+#endif
+}
+
+// sum + the products of the two 16-bit integers in each lane.
+FK_INLINE Ints add_pairs(Ints sum, Int16s a, Int16s b) {
+#if defined(FK_AVX512_VNNI)
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(FK_AVX512)
+  return sum + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(FK_AVX2)
+  return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  const Ints low = (Ints)((Bits)a << 16) >> 16, other_low = (Ints)((Bits)b << 16) >> 16;
+  return sum + low * other_low + ((Ints)a >> 16) * ((Ints)b >> 16);
+#endif
+}
+
+// sum + the products of the four 8-bit integers in each lane, where those of a have no sign.
+FK_INLINE Ints add_quads(Ints sum, Bits a, Bits b) {
+#ifdef FK_AVX512_VNNI
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+  for (int bit = 0; bit < 32; bit += 8) sum += (Ints)((a >> bit) & 0xff) * ((Ints)(b << (24 - bit)) >> 24);
+  return sum;
 #endif
 }
 

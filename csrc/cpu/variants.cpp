@@ -28,16 +28,22 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(FK_HAVE_AVX512_BF16) || defined(FK_HAVE_AVX512_AMX)
+// With products of 8-bit integers, which all of these processors have.
+bool has_avx512_bf16() { return has_avx512() && FK_SUPPORTS("avx512bf16") && FK_SUPPORTS("avx512vnni"); }
+#endif
+
 #ifdef FK_HAVE_AVX512_AMX
-// Whether the processor has tile registers with bf16 products, and the system lets this process use them: Linux
-// wants to be asked first, once, and then saves them for all threads.
+// Whether the processor has tile registers with products of bf16 and of 8-bit integers, and the system lets this process
+// use them: Linux wants to be asked first, once, and then saves them for all threads.
 bool may_use_tiles() {
 #if defined(FK_EMULATE)
   return true;
 #elif defined(__linux__)
-  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24, amx_int8 = 1u << 25;
+  constexpr unsigned all = amx_bf16 | amx_tile | amx_int8;
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & amx_bf16) || !(d & amx_tile)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & all) != all) return false;
   constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
@@ -61,10 +67,10 @@ const Candidate candidates[] = {
     {&variant_avx512, has_avx512()},
 #endif
 #ifdef FK_HAVE_AVX512_BF16
-    {&variant_avx512_bf16, has_avx512() && FK_SUPPORTS("avx512bf16")},
+    {&variant_avx512_bf16, has_avx512_bf16()},
 #endif
 #ifdef FK_HAVE_AVX512_AMX
-    {&variant_avx512_amx, has_avx512() && FK_SUPPORTS("avx512bf16") && may_use_tiles()},
+    {&variant_avx512_amx, has_avx512_bf16() && may_use_tiles()},
 #endif
 };
 

@@ -197,7 +197,7 @@ def _kernel_reasons(why_not: str, misplaced: Callable[[Tensor], str], *tensors: 
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN and _decides_itself(tensor):
+        if type(tensor) not in _PLAIN and decides_itself(tensor):
             return [f"a tensor is a {type(tensor).__name__}, which computes in its own way"]
         if why := misplaced(tensor):
             return [why]
@@ -206,7 +206,7 @@ def _kernel_reasons(why_not: str, misplaced: Callable[[Tensor], str], *tensors: 
     return []
 
 
-def _decides_itself(tensor: Tensor) -> bool:
+def decides_itself(tensor: Tensor) -> bool:
     """Whether a subclass of Tensor, as those of shards, puts something else in the place of an operation."""
     ordinary = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     return not ordinary and not isinstance(tensor, (FakeTensor, FunctionalTensor))

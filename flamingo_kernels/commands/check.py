@@ -18,6 +18,7 @@ from ..testing import (
     Case,
     GatedBlockDecodeCase,
     GatedResidualCase,
+    Int8LinearCase,
     LinearCase,
     MaskedCrossAttentionCase,
     Measurement,
@@ -42,6 +43,8 @@ CASES: list[Case] = [
     GatedBlockDecodeCase(batch=9, dim=63, hidden=65, head_dim=40, groups=2, immediate=False, layout="slice"),
     LinearCase(rows=(1,), width=2048, out=1024, activation="gelu"),
     LinearCase(rows=(3, 6), width=63, out=65, residual=True, gate=(65,), layout="slice"),
+    Int8LinearCase(rows=(1,), width=2048, out=1024, activation="gelu"),
+    Int8LinearCase(rows=(3, 6), width=63, out=65, residual=True, gate=(65,)),
 ]
 
 

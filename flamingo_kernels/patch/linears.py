@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._predicates import is_ordinary
 from ..ops.linear import config, multiply
-from .swap import has_other_forward, is_swapped, swap
+from .swap import has_other_forward, is_swapped, original_class, swap
 
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
 
@@ -33,15 +33,20 @@ class Conv1D(nn.Module):
         return multiply(x, self.weight.t(), self.bias)
 
 
-def find(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def find(model: nn.Module, *, also_swapped: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
     """Every linear layer of a model with its path, and why it must stay as it is, or an empty string."""
     inside = _of_attention(model)
     for path, module in model.named_modules():
-        if _is_conv1d(module) or (isinstance(module, nn.Linear) and not is_swapped(module)):
+        if is_linear(module) and (also_swapped or not is_swapped(module)):
             reason = (
                 "its attention multiplies by its weight itself" if id(module) in inside else _why_not(module)
             )
             yield path, module, reason
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of torch or transformers, swapped or not."""
+    return isinstance(module, nn.Linear) or _is_conv1d(original_class(module))
 
 
 def expect_table(layers: Iterable[Any]) -> None:
@@ -61,13 +66,13 @@ def _of_attention(model: nn.Module) -> set[int]:
     return {id(module) for owner in owners for module in owner.modules() if isinstance(module, nn.Linear)}
 
 
-def _is_conv1d(module: Any) -> bool:
-    return (type(module).__module__, type(module).__name__) == _CONV1D
+def _is_conv1d(cls: type[nn.Module]) -> bool:
+    return (cls.__module__, cls.__name__) == _CONV1D
 
 
 def _why_not(module: Any) -> str:
-    cls = type(module)
-    if cls is not nn.Linear and not _is_conv1d(module):
+    cls = original_class(module)
+    if cls is not nn.Linear and not _is_conv1d(cls):
         return f"{cls.__name__} is a linear layer of another kind"
     if has_other_forward(module):
         return f"{cls.__name__} has a forward set on the instance"

@@ -31,6 +31,11 @@ def is_swapped(module: nn.Module) -> bool:
     return _ORIGINAL in vars(module)
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before it was swapped, or else its class."""
+    return cast(type[nn.Module], vars(module).get(_ORIGINAL, type(module)))
+
+
 def restore(modules: Iterable[nn.Module]) -> None:
     """Restore the original class of every swapped module among these."""
     swapped = [module for module in modules if is_swapped(module)]

@@ -20,6 +20,7 @@ from flamingo.modules import dense_masked_attention, text_time
 
 from .. import ops
 from ..mask import MediaMask, Policy
+from ..ops.linear.int8 import quantize_weight
 
 Layout = Literal["contiguous", "slice", "transposed", "strided", "expanded"]
 Outputs = tuple[Tensor, ...]
@@ -68,6 +69,10 @@ class Case(ABC):
     def options(self) -> dict[str, Any]:
         """The operator's other arguments, without the backend."""
         return {}
+
+    def excess(self) -> float:
+        """How far the results may be off, beyond rounding in their dtype, by what the operator is."""
+        return 0.0
 
     @abstractmethod
     def eager(self, *args: Any, **kwargs: Any) -> Outputs:
@@ -431,6 +436,36 @@ class LinearCase(Case):
         if gate is not None:
             y = torch.tanh(gate.reshape(gate.shape[-1:])) * y
         return (y if residual is None else residual + y,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8LinearCase(LinearCase):
+    """A call of `linear` with a weight of 8-bit integers, made of a weight in the dtype; for inference."""
+
+    differentiable: ClassVar[bool] = False
+
+    def kernel(self, backend: str, **tensors: Tensor) -> Outputs:
+        integers, scale = quantize_weight(tensors["weight"])
+        return super().kernel(backend, **tensors | {"weight": integers, "weight_scale": scale})
+
+    def eager(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Outputs:
+        integers, scale = quantize_weight(weight)
+        numbers = integers.double() * scale.double()[:, None]
+        return super().eager(x, numbers.to(weight.dtype), bias, residual, gate)
+
+    def excess(self) -> float:
+        """The kernels round a row of x to steps of a share of its largest number."""
+        tensors = {name: tensor.double() for name, tensor in self.tensors().items()}
+        largest = float(tensors["x"].abs().max()) if tensors["x"].numel() else 0.0
+        weights = float(tensors["weight"].abs().sum(1).max()) if tensors["weight"].numel() else 0.0
+        return largest / (127 if math.prod(self.rows) > 4 else 127 * 128) / 2 * weights
 
 
 CASES: dict[str, type[Case]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 
 import pytest
 import torch
@@ -274,27 +273,3 @@ def test_a_norm_without_a_bias_gives_none():
     fold(fused)
     assert fused.ff[1].bias is None
     assert fused.attn.to_q.bias is None
-
-
-class TestInt8:
-    def test_weights_are_integers_and_come_back(self):
-        pytest.importorskip("torchao", reason="int8 weights are torchao's")
-        fused = block()
-        before, weight = call(fused, 0), fused.ff[1].weight
-        report = fold(fused, int8=True)
-        for linear in (fused.ff[1], fused.ff[3], fused.attn.to_q, fused.attn.to_out):
-            assert type(linear.weight) is not nn.Parameter
-            assert linear.weight.qdata.dtype == torch.int8
-        assert "ff.1.weight" in report.folded[""]
-        folded = call(fused, 0)
-        assert 0 < (folded - before).norm() / before.norm() < 0.02
-        unfold(fused)
-        assert fused.ff[1].weight is weight
-        assert torch.equal(call(fused, 0), before)
-
-    def test_a_missing_torchao_is_named(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-        fused = block()
-        with pytest.raises(UnsupportedError, match="int8=True needs torchao"):
-            fold(fused, int8=True)
-        assert not fused.folded

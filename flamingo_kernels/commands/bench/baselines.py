@@ -6,11 +6,14 @@
 - folded: ours after `fold`, for inference.
 - compile: `torch.compile` of eager.
 - flex: `torch.compile(flex_attention)` with a block mask of the same spans.
+- bfloat16, int8pack, dynamic: for weights of 8 bits the product in bfloat16, and torch's two with integers,
+  `_weight_int8pack_mm` and the layer of `torch.ao.nn.quantized.dynamic`.
 - flash-attn: its `varlen` attention, where it is installed; the rows of a medium are one sequence.
 
 Floors, not rivals:
 - torch.add: `x + y`, which moves the bytes of a gated residual and leaves the gate out.
 - products: the linear layers of eager alone, each on the input that it gets there.
+- read: the fastest loop that reads the weight and nothing else.
 
 On a GPU ours is timed by each backend too: "cuda" and "triton", where `flamingo_kernels` takes one of them.
 
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
@@ -40,6 +44,7 @@ from flamingo_kernels._backends import cpu
 from flamingo_kernels.layers.cross_attention import Media, add_attended
 from flamingo_kernels.layers.protocols import GatedBlock
 from flamingo_kernels.ops.linear import multiply
+from flamingo_kernels.ops.linear.int8 import quantize_weight
 
 from ..measure.memory import copies_beyond_caches
 from ..measure.swapped import swapped
@@ -49,6 +54,7 @@ from .shapes import ALL_MODES, Case, Mode
 OURS = "flamingo_kernels"
 BACKENDS = ("cuda", "triton")
 FLOORS = ("torch.add", "products", "read")
+_OF_INTEGERS = 0.03  # what rounding weights and x to 8 bits may cost
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
 Randn = Callable[..., Tensor]
@@ -62,12 +68,14 @@ class Contender(NamedTuple):
         wrt: what its backward pass differentiates.
         same: whether it computes what ours does.
         modes: those in which it takes part.
+        budget: the relative error that it may have, where that is not what rounding in the dtype costs.
     """
 
     call: Call
     wrt: tuple[Tensor, ...]
     same: bool = True
     modes: tuple[Mode, ...] = ALL_MODES
+    budget: float | None = None
 
 
 Contenders = dict[str, Callable[[], Contender]]
@@ -243,6 +251,46 @@ def _linear(randn: Randn, *, rows: int, D: int, out: int) -> Contenders:
     return made
 
 
+def _linear_int8(randn: Randn, *, rows: int, D: int, out: int) -> Contenders:
+    """Eager multiplies by the numbers before they became integers; "bfloat16" does in that dtype."""
+    x, weight = randn(rows, D), randn(out, D, std=D**-0.5)
+    if not x.is_cpu or x.dtype == torch.float64:
+        return {"eager": lambda: Contender(lambda: F.linear(x, weight), ())}
+    integers, scale = quantize_weight(weight)
+
+    def over(
+        multiply: Callable[[Tensor], Tensor], weight: Tensor, budget: float | None = _OF_INTEGERS
+    ) -> Callable[[], Contender]:
+        def make() -> Contender:
+            copies = cycle(copies_beyond_caches(weight))
+            return Contender(lambda: multiply(next(copies)), (), budget=budget)
+
+        return make
+
+    def packed() -> Contender:
+        with warnings.catch_warnings():  # torch says that it will have another name
+            warnings.simplefilter("ignore")
+            layers = [torch.ao.nn.quantized.dynamic.Linear(D, out) for _ in copies_beyond_caches(integers)]
+            for layer in layers:
+                made = torch._make_per_channel_quantized_tensor(
+                    integers, scale.double(), torch.zeros(out, dtype=torch.long), 0
+                )
+                layer.set_weight_bias(made, None)
+        walk = cycle(layers)
+        return Contender(lambda: next(walk)(x.float()).to(x.dtype), (), budget=_OF_INTEGERS)
+
+    in_bfloat16, x_in_bfloat16 = weight.detach().bfloat16(), x.detach().bfloat16()
+    scale_of_x = scale.to(x.dtype)
+    return {
+        OURS: over(lambda each: fk.linear(x, each, weight_scale=scale), integers),
+        "eager": over(lambda each: F.linear(x, each), weight.detach(), None),
+        "bfloat16": over(lambda each: F.linear(x_in_bfloat16, each).to(x.dtype), in_bfloat16),
+        "int8pack": over(lambda each: torch._weight_int8pack_mm(x, each, scale_of_x), integers),
+        "dynamic": packed,
+        "read": lambda: _read(cycle(copies_beyond_caches(integers))),
+    }
+
+
 def _read(copies: Iterator[Tensor]) -> Contender:
     """Reading the weight and nothing else, by the loop that is the fastest here."""
 
@@ -294,6 +342,7 @@ _BUILDERS: dict[str, Callable[..., Contenders]] = {
     "gated_residual": _gated_residual,
     "gated_block_decode": _gated_block_decode,
     "linear": _linear,
+    "linear, int8": _linear_int8,
     "GatedCrossAttentionBlock": _gated_cross_attention_block,
     "its cross-attention sublayer": _cross_attention_sublayer,
     "its decode step": _decode_step,

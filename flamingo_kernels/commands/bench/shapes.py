@@ -131,6 +131,16 @@ CASES = (
             {(dtype, mode): (Target(1, "eager"),) for dtype in DTYPES for mode in MODES},
         )
     ),
+    *(
+        case
+        for rows, floor in ((1, [Target(0.8, "read")]), (8, [Target(0.8, "read")]), (64, []), (1024, []))
+        for case in _cases(
+            "linear, int8",
+            {"rows": rows, "D": 2048, "out": 8192},
+            {(dtype, "forward"): (*floor, Target(1, "bfloat16")) for dtype in DTYPES},
+            modes=("forward",),
+        )
+    ),
     *_cases(
         "GatedCrossAttentionBlock",
         {"B": 1, "T": 1024, "M": 8, "D": 2048, **HEADS},
@@ -237,6 +247,7 @@ QUICK = (
         "gated_block_decode", {"B": 2, "M": 3, "D": 32, **_SMALL}, dtypes=("float32",), modes=("forward",)
     ),
     *_cases("linear", {"rows": 4, "D": 32, "out": 64}, dtypes=("float32",)),
+    *_cases("linear, int8", {"rows": 4, "D": 32, "out": 64}, dtypes=("float32",), modes=("forward",)),
     *_cases("GatedCrossAttentionBlock", {"B": 1, "T": 48, "M": 3, "D": 32, **_SMALL}, dtypes=("float32",)),
     *_cases(
         "its cross-attention sublayer",

@@ -54,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only time, each in a process of its own; with --compile, sides under torch.compile beside",
     )
+    parser.add_argument(
+        "--quantize", action="store_true", help="also time inference with weights of 8-bit integers"
+    )
     parser.add_argument("--trace", metavar="FILE", help="write a Chrome trace with the parts in it (.json)")
     parser.add_argument("--json", metavar="FILE", help="write all that was found, with its conditions")
     parser.add_argument("--picture", metavar="FILE", help="draw the time by part (.png, .svg, .pdf)")
@@ -86,11 +89,13 @@ def main(options: argparse.Namespace) -> int:
         if lacking:
             return _show_counted(count.run(plan, dtype, options.device, lacking), options)
         if options.apart:
-            times = apart.run(plan, dtype=dtype, seconds=3 * seconds, compiled=options.compile)
+            also = {"compiled": options.compile, "quantized": options.quantize}
+            times = apart.run(plan, dtype=dtype, seconds=3 * seconds, **also)
             print(report.apart(times))
             _save(times, options.json)
             return 0
-        settings = {"seconds": seconds, "trace": options.trace, "compiled": options.compile}
+        settings = {"seconds": seconds, "trace": options.trace}
+        settings |= {"compiled": options.compile, "quantized": options.quantize}
         found = run.run(plan, dtype=dtype, device=options.device, **settings)
     except NothingSwappedError as error:
         print(f"profile: {error}", file=sys.stderr)

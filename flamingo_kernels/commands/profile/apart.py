@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ...patch import patch
+from ...quantize import quantize
 from ..info import conditions_on
 from ..measure.progress import ProgressBar
 from ..measure.text import dtype_name, first_line
 from ..measure.timing import Call, Spread, host_clock, interleave
-from .run import BEFORE, LINEARS, PATCHED, call
+from .run import BEFORE, INT8, LINEARS, PATCHED, call
 from .subject import STEP, Plan, Sizes
 
 COMPILED, FROZEN = "compile", "freezing"
@@ -51,7 +52,9 @@ class Apart:
     failed: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-def run(plan: Plan, *, dtype: torch.dtype, seconds: float, compiled: bool = False) -> Apart:
+def run(
+    plan: Plan, *, dtype: torch.dtype, seconds: float, compiled: bool = False, quantized: bool = False
+) -> Apart:
     """Time a model on a cpu.
 
     Args:
@@ -59,8 +62,10 @@ def run(plan: Plan, *, dtype: torch.dtype, seconds: float, compiled: bool = Fals
         dtype: of its weights and inputs.
         seconds: how long to time one kind of work, all sides together.
         compiled: whether sides under torch.compile stand beside.
+        quantized: whether a side with weights of 8-bit integers does.
     """
-    sides = [side for side in SIDES if compiled or side not in (COMPILED, FROZEN)]
+    asked = {COMPILED: compiled, FROZEN: compiled, INT8: quantized}
+    sides = [side for side in SIDES if asked.get(side, True)]
     works = list(plan.subject(dtype, "cpu").works)
     found = Apart(plan.name, dtype_name(dtype), plan.sizes, conditions_on("cpu"))
     progress = ProgressBar(len(works))
@@ -81,6 +86,11 @@ def _with_linears(model: nn.Module) -> None:
     patch(model, linears=True)
 
 
+def _with_integers(model: nn.Module) -> None:
+    patch(model)
+    quantize(model, vision=True, keep=False)
+
+
 def _frozen(model: nn.Module) -> None:
     from torch._inductor import config
 
@@ -95,6 +105,7 @@ SIDES: dict[str, Callable[[nn.Module], None]] = {
     FROZEN: _frozen,
     PATCHED: _patched,
     LINEARS: _with_linears,
+    INT8: _with_integers,
 }
 
 
@@ -110,7 +121,7 @@ def _processes(
     failed: dict[str, str] = {}
     try:
         for side in sides:
-            if (side, work) == (FROZEN, STEP):  # what is trained is not frozen
+            if work == STEP and side in (FROZEN, INT8):  # what is trained is neither
                 continue
             progress(f"{work}: starting {side}")
             ours, theirs = context.Pipe()

@@ -14,12 +14,13 @@ from ..measure.timing import Spread
 from .apart import COMPILED, FROZEN, Apart
 from .count import Counted
 from .parts import BLOCKS, INSIDE, PARTS
-from .run import BEFORE, LINEARS, PATCHED, Measured, Profile
+from .run import BEFORE, INT8, LINEARS, PATCHED, Measured, Profile
 
 _TITLES = {
     BEFORE: "as it is",
     PATCHED: "patch",
     LINEARS: "patch with linears",
+    INT8: "patch and int8",
     COMPILED: "torch.compile",
     FROZEN: "inductor, frozen",
 }
@@ -45,12 +46,19 @@ def measured(found: Profile) -> str:
         for name, by_side in found.proofs.items()
         for side, proof in by_side.items()
     ]
+    lines += [
+        _PROOF.format(f"  {name}, {_TITLES[side]}", f"{error:.1e}", "told", "").rstrip()
+        for name, by_side in found.told.items()
+        for side, error in by_side.items()
+    ]
     if not found.same:
         return "\n".join([*lines, "", "The patched model computes something else: nothing was timed."])
     sides = list(next(iter(found.works.values())).times)
     lines += ["", _heading("tokens/s, median (20% to 80%)", sides)]
     for name, work in found.works.items():
-        lines.append(_line(f"  {name}", {side: _spread(work.speed(side)) for side in sides}, _gains(work)))
+        lines.append(
+            _line(f"  {name}", {side: _spread(work.speed(side)) for side in work.times}, _gains(work))
+        )
         lines += [f"    {work.note}"] if work.note else []
     lines += ["", _heading("memory", sides), *_memory(found.works)]
     for name, work in found.works.items():
@@ -115,7 +123,7 @@ def apart_table(runs: Iterable[Mapping[str, Any]]) -> str:
     Args:
         runs: what `profile --apart --json` wrote, of one machine.
     """
-    runs, sides = list(runs), [COMPILED, FROZEN, PATCHED, LINEARS]
+    runs, sides = list(runs), [COMPILED, FROZEN, PATCHED, LINEARS, INT8]
     lines = [
         f"| model | dtype | work | batch | as it is | {' | '.join(_TITLES[side] for side in sides)} |",
         f"|---|---|---|--:|{'--:|' * (1 + len(sides))}",

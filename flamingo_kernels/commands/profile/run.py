@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ...patch import PatchReport
+from ...patch import PatchReport, patch
+from ...quantize import QuantizeReport, quantize
 from ...testing import Proof, expect, prove
 from ..info import conditions_on
 from ..measure.memory import peak_growth, saved_bytes
@@ -25,7 +26,7 @@ from ..measure.timing import Clock, Spread, clock_of, interleave
 from .parts import PARTS, device_time, each_part, host_time, labels, time_by_part
 from .subject import STEP, Plan, Subject, Work, convert
 
-BEFORE, PATCHED, LINEARS = "before", "patch", "linears"
+BEFORE, PATCHED, LINEARS, INT8 = "before", "patch", "linears", "int8"
 PROFILED = 5  # calls of every work and side under torch.profiler
 
 Call = Callable[[], tuple[Tensor, ...]]
@@ -65,9 +66,10 @@ class Profile:
     """What one run found; `works` is empty if the results are not the same.
 
     Attributes:
-        patched: what `patch` says.
+        patched: what `patch` says, and `quantize`.
         compiled: whether torch.compile made what was compared and timed; parts are those without it.
         proofs: by work and side.
+        told: errors relative to float64 that no rounding of the dtype bounds, by work and side.
     """
 
     model: str
@@ -78,6 +80,7 @@ class Profile:
     conditions: dict[str, Any]
     compiled: bool
     proofs: dict[str, dict[str, Proof]]
+    told: dict[str, dict[str, float]]
     works: dict[str, Measured] = field(default_factory=dict)
 
     @property
@@ -94,6 +97,7 @@ def run(
     trace: str | None = None,
     clock: Clock | None = None,
     compiled: bool = False,
+    quantized: bool = False,
 ) -> Profile:
     """Profile a model.
 
@@ -104,23 +108,30 @@ def run(
         trace: where to write a Chrome trace.
         clock: what keeps the time; the device's own by default.
         compiled: whether to compare and time every side under torch.compile.
+        quantized: whether a side with weights of 8-bit integers stands beside, for inference.
     """
     with _room_for_graphs() if compiled else nullcontext():
         progress = ProgressBar(6)
         progress(f"{plan.name}: building")
         subject = plan.subject(dtype, device)
         models, report = sides(subject.model)
+        said = [str(report)]
+        if quantized:
+            models[INT8], report_of_integers = integer_twin(subject.model)
+            said.append(report_of_integers.title)
         timed = {side: compiled_twin(model) for side, model in models.items()} if compiled else models
         progress("results: comparing with float64")
+        proofs, told = compare(subject, timed)
         found = Profile(
             plan.name,
             dtype_name(dtype),
             {name: list(each.shape) for name, each in subject.inputs.items()},
             sum(parameter.numel() for parameter in subject.model.parameters()),
-            str(report),
+            "\n".join(said),
             conditions_on(device),
             compiled,
-            compare(subject, timed),
+            proofs,
+            told,
         )
         if found.same:
             clock = clock or clock_of(device)
@@ -147,6 +158,18 @@ def sides(model: nn.Module) -> tuple[dict[str, nn.Module], PatchReport]:
         models[side] = twin(model)
         report = swapped(models[side], linears=side == LINEARS)
     return models, report
+
+
+def integer_twin(model: nn.Module) -> tuple[nn.Module, QuantizeReport]:
+    """A patched twin whose linear layers have integers of their own, and what became of them."""
+    integers = twin(model)
+    patch(integers)
+    return integers, quantize(integers, vision=True, keep=False)
+
+
+def sides_of(work: str, models: Iterable[str]) -> list[str]:
+    """The sides that can do a kind of work: integers do not learn."""
+    return [side for side in models if (work, side) != (STEP, INT8)]
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -177,26 +200,36 @@ def call(name: str, work: Work, model: nn.Module) -> Call:
     return step
 
 
-def compare(subject: Subject, models: Mapping[str, nn.Module]) -> dict[str, dict[str, Proof]]:
-    """Hold the results of every patched side against float64, by work and side.
+def compare(
+    subject: Subject, models: Mapping[str, nn.Module]
+) -> tuple[dict[str, dict[str, Proof]], dict[str, dict[str, float]]]:
+    """Hold the results of every patched side against float64, and tell the errors of integers.
 
     Args:
         models: by side, what shares the parameters of the subject's model.
     """
 
-    def results(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
-        return {name: _result(name, work, model) for name, work in subject.works.items()}
+    def results(side: str, model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
+        works = subject.works.items()
+        return {name: _result(name, work, model) for name, work in works if side in sides_of(name, [side])}
 
-    ours = {side: results(model) for side, model in models.items() if side != BEFORE}
+    ours = {side: results(side, model) for side, model in models.items() if side != BEFORE}
     dtype = next(subject.model.parameters()).dtype
     convert(subject.model, torch.float64)
-    exact = results(subject.model)
+    exact = results(BEFORE, subject.model)
     convert(subject.model, dtype)  # loses nothing: the numbers were of this dtype before
-    proofs = {}
+    proofs: dict[str, dict[str, Proof]] = {}
+    told: dict[str, dict[str, float]] = {}
     for name, work in subject.works.items():
         expected = expect(partial(_result, name, work, subject.model), exact[name])
-        proofs[name] = {side: prove(each[name], expected) for side, each in ours.items()}
-    return proofs
+        proofs[name] = {side: prove(each[name], expected) for side, each in ours.items() if side != INT8}
+        if INT8 in sides_of(name, ours):
+            told[name] = {INT8: _error(ours[INT8][name][0], exact[name][0])}
+    return proofs, told
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
 
 
 def _result(name: str, work: Work, model: nn.Module) -> tuple[Tensor, ...]:
@@ -212,6 +245,7 @@ def _measure(
     seconds: float,
     clock: Clock,
 ) -> Measured:
+    models = {side: models[side] for side in sides_of(name, models)}
     calls = {side: call(name, work, model) for side, model in models.items()}
     for warm in calls.values():
         warm()
@@ -230,7 +264,7 @@ def by_part(
     labelled = {
         module: part for model in models.values() for module, part in labels(model, subject.parts).items()
     }
-    spans = {(name, side): f"{name}, {side}" for name in subject.works for side in models}
+    spans = {(name, side): f"{name}, {side}" for name in subject.works for side in sides_of(name, models)}
     with profile(activities=activities) as recorded:
         for _ in range(PROFILED):
             for (name, side), span in spans.items():
@@ -242,7 +276,10 @@ def by_part(
     if trace:
         recorded.export_chrome_trace(trace)
     taken = time_by_part(recorded.events(), spans.values(), device_time if on_gpu else host_time)
-    return {name: {side: _medians(taken[spans[name, side]]) for side in models} for name in subject.works}
+    return {
+        name: {side: _medians(taken[spans[name, side]]) for side in sides_of(name, models)}
+        for name in subject.works
+    }
 
 
 def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import _checks as checks
 from ..._backends import dispatch
 from ..._predicates import is_batched, needs_grad
-from . import products, reference
+from . import int8, products, reference
 from .products import PRODUCTS
 from .schema import ACTIVATIONS
 
@@ -21,6 +21,7 @@ def linear(
     weight: Tensor,  # [out, in]
     bias: Tensor | None = None,  # [out]
     *,
+    weight_scale: Tensor | None = None,  # [out]
     activation: str | None = None,
     residual: Tensor | None = None,  # [..., out]
     gate: Tensor | None = None,  # [1] or [out]
@@ -33,23 +34,30 @@ def linear(
     For few rows a kernel reads every weight once, at the speed of the memory, and what follows costs no pass
     of its own. For many it is the library that was measured to be the fastest on processors of this kind.
 
+    With `weight_scale` the weight is `weight_scale[:, None] * weight` of 8-bit integers, a quarter of the
+    bytes of float32: see `quantize`. A kernel multiplies the integers. It rounds each row of x to 16-bit
+    integers of a scale of its own. Where the processor has products of 8 bits, x has so many from 5 rows on
+    (AVX-512 VNNI) or from 17 on (AMX).
+
     Args:
         x: `[..., in]`, float32, bfloat16 or float16 (the reference takes float64 too).
-        weight: `[out, in]`, same dtype.
-        bias: `[out]`, same dtype. Default: none.
+        weight: `[out, in]`, same dtype; int8 with `weight_scale`.
+        bias: `[out]`, in the dtype of x. Default: none.
+        weight_scale: `[out]`, float32, of a weight of integers. Default: none, for other weights.
         activation: "gelu" (erf), "gelu_tanh", "relu", "squared_relu" or "silu". Default: none.
         residual: `[..., out]`, added last; its dtype may differ. Default: none.
         gate: alpha before tanh, 1 element or one an output; its dtype may differ. Default: a factor of 1.
-        backend: "auto", "cpu" (our kernel, made for up to 16 rows), "onednn", "mkl" or "reference" (torch's
-            product, whatever that is). "auto" takes what `python -m flamingo_kernels tune linear` found, and
-            torch's product where nobody has measured.
+        backend: "auto", "cpu" (our kernel, made for up to 16 rows; of integers for any number), "onednn",
+            "mkl" or "reference" (torch's product, whatever that is). "auto" takes what `python -m
+            flamingo_kernels tune linear` found, and torch's product where nobody has measured.
 
     Returns:
         `[..., out]` in the dtype that torch's promotion gives the sum, contiguous.
 
     Raises:
         ValueError: shapes or devices that do not fit, or an unknown activation.
-        TypeError: an argument that is no dense floating-point tensor, or a product of two dtypes.
+        TypeError: an argument that is no dense floating-point tensor, a product of two dtypes, or integers
+            without a scale.
         UnsupportedError: the requested backend cannot run these inputs.
 
     Limits: "cpu" has no backward pass of its own: gradients are products as "auto" takes them. It computes in
@@ -68,23 +76,56 @@ def linear(
         >>> torch.equal(linear(x, weight, residual=residual, gate=torch.zeros(1)), residual)
         True
     """
-    _validate(x, weight, bias, activation, residual, gate)
-    x, weight, *others = checks.autocast(x, weight, *([] if bias is None else [bias]))
+    alone = activation is None and residual is None and gate is None and weight_scale is None
+    if alone and backend == dispatch.default_backend == "auto" and _is_usual(x, weight, bias):
+        return multiply(x, weight, bias)
+    _validate(x, weight, bias, weight_scale, activation, residual, gate)
+    if weight_scale is None:
+        x, weight, *others = checks.autocast(x, weight, *([] if bias is None else [bias]))
+    else:
+        x, *others = checks.autocast(x, *([] if bias is None else [bias]))
     bias = others[0] if others else None
-    checks.expect_same_dtype(_NAME, x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    same = {"x": x, "weight": weight if weight_scale is None else None, "bias": bias}
+    checks.expect_same_dtype(_NAME, **{name: each for name, each in same.items() if each is not None})
     asked = dispatch.default_backend if backend == "auto" else backend
     if asked != "auto":
-        asked = dispatch.resolve(_NAME, asked, x, weight, bias, residual, gate)
+        numbers = weight if weight_scale is None else weight_scale
+        asked = dispatch.resolve(_NAME, asked, x, numbers, bias, residual, gate)
     gate = gate.flatten() if gate is not None and gate.ndim > 1 else gate
     with checks.without_autocast(x):
         if asked == "reference" or x.numel() == 0 or len(weight) == 0:
-            return reference.linear(x, weight, bias, activation, gate, residual).contiguous()
+            return reference.linear(x, weight, bias, activation, gate, residual, weight_scale).contiguous()
+        if weight_scale is not None:
+            return _of_integers(asked, x, weight, weight_scale, bias, activation, gate, residual)
         by = _fastest(x, weight, bias) if asked == "auto" else asked
         fused = by == "cpu" and (asked == "cpu" or all(map(products.is_plain, (gate, residual))))
         if fused and not needs_grad(x, weight, bias, residual, gate):
             return products.few_rows(x, weight, bias, activation, gate, residual)
         y = _multiply(asked, by, x, weight, bias)
         return reference.follow(y, activation, gate, residual).contiguous()
+
+
+def _of_integers(
+    asked: str,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    if asked in _LIBRARIES:
+        raise dispatch.UnsupportedError(
+            f'{_NAME}: backend="{asked}" was requested but it has no products with a weight of integers.',
+            {asked: ["it has no products with a weight of integers"]},
+        )
+    plain = int8.has_kernel(x) and all(map(products.is_plain, (gate, residual)))
+    fused = asked == "cpu" or (asked == "auto" and plain)
+    if fused and not needs_grad(x, bias, residual, gate):
+        return int8.by_kernel(x, weight, weight_scale, bias, activation, gate, residual)
+    y = int8.multiply(x, weight, weight_scale, bias, asked)
+    return reference.follow(y, activation, gate, residual).contiguous()
 
 
 def multiply(
@@ -94,6 +135,14 @@ def multiply(
 ) -> Tensor:  # [..., out]
     """`F.linear` by the fastest product, for layers; it asks little, as a decoding step calls it often."""
     return _multiply("auto", _fastest(x, weight, bias), x, weight, bias)
+
+
+def _is_usual(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether there is nothing to complain of; to find that out must take less than the product of one row."""
+    if not (products.is_plain(x) and products.is_plain(weight) and x.dtype == weight.dtype):
+        return False
+    fits = x.ndim > 0 and weight.ndim == 2 and x.shape[-1] == weight.shape[1]
+    return fits and (bias is None or _is_bias(bias, weight)) and not torch.is_autocast_enabled("cpu")
 
 
 def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
@@ -150,6 +199,7 @@ def _validate(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    weight_scale: Tensor | None,
     activation: str | None,
     residual: Tensor | None,
     gate: Tensor | None,
@@ -157,7 +207,7 @@ def _validate(
     if activation not in ACTIVATIONS:
         legal = ", ".join(map(str, ACTIVATIONS))
         raise ValueError(f"{_NAME}: expected activation to be one of {legal}, got {activation!r}.")
-    given = {"bias": bias, "residual": residual, "gate": gate}
+    given = {"bias": bias, "weight_scale": weight_scale, "residual": residual, "gate": gate}
     tensors = {"x": x, "weight": weight, **{name: each for name, each in given.items() if each is not None}}
     checks.expect_tensors(_NAME, **tensors)
     if x.ndim == 0:
@@ -170,8 +220,23 @@ def _validate(
         checks.expect_shape(_NAME, "residual", residual, (*x.shape[:-1], out), "to match x and weight")
     if gate is not None and (gate.numel() not in (1, out) or gate.shape[:-1].numel() != 1):
         raise ValueError(f"{_NAME}: expected a gate of 1 or out={out} elements, got {tuple(gate.shape)}.")
-    checks.expect_floating_point(_NAME, **tensors)
+    if weight_scale is not None:
+        _expect_integers(weight, weight_scale)
+    elif weight.dtype == torch.int8:
+        raise TypeError(f"{_NAME}: expected a weight_scale [out] for a weight of torch.int8, got none.")
+    numbers = {name: each for name, each in tensors.items() if name != "weight" or weight_scale is None}
+    checks.expect_floating_point(_NAME, **numbers)
     checks.expect_same_device(_NAME, **tensors)
+
+
+def _expect_integers(weight: Tensor, weight_scale: Tensor) -> None:
+    checks.expect_shape(_NAME, "weight_scale", weight_scale, (weight.shape[0],), "to match weight")
+    if weight.dtype != torch.int8:
+        raise TypeError(f"{_NAME}: expected a weight of torch.int8 with weight_scale, got {weight.dtype}.")
+    if weight_scale.dtype != torch.float32:
+        raise TypeError(f"{_NAME}: expected weight_scale in torch.float32, got {weight_scale.dtype}.")
+    if weight_scale.requires_grad:
+        raise TypeError(f"{_NAME}: expected a weight_scale without a gradient, got one that requires it.")
 
 
 dispatch.register(

@@ -91,6 +91,7 @@ def few_rows(
     y: Tensor = FWD["cpu"](
         checks.as_rows(x),
         checks.unit_stride(weight),
+        None,
         None if bias is None else checks.unit_stride(bias),
         ACTIVATIONS.index(activation),
         gate,

@@ -26,8 +26,20 @@ def linear(
     activation: str | None = None,
     gate: Tensor | None = None,  # [], [1] or [out]
     residual: Tensor | None = None,  # [..., out]
+    weight_scale: Tensor | None = None,  # [out]
 ) -> Tensor:  # [..., out]
+    weight = weight if weight_scale is None else dequantize(weight, weight_scale, x.dtype)
     return follow(F.linear(x, weight, bias), activation, gate, residual)
+
+
+def dequantize(
+    weight: Tensor,  # [out, in], integers
+    weight_scale: Tensor,  # [out]
+    dtype: torch.dtype,
+) -> Tensor:  # [out, in]
+    """The numbers that integers and their scales stand for, rounded once."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (weight.to(wide) * weight_scale.to(wide)[:, None]).to(dtype)
 
 
 def follow(y: Tensor, activation: str | None, gate: Tensor | None, residual: Tensor | None) -> Tensor:

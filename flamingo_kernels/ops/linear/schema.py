@@ -1,4 +1,4 @@
-"""The operation of the kernel for few rows, and the shape that it returns."""
+"""The operation of the kernels, for few rows or for weights of 8 bits, and the shape that it returns."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from torch import Tensor
 
 from ..._backends.library import define, shapes_of
 
-# `activation` is a place in `ACTIVATIONS`.
+# `activation` is a place in `ACTIVATIONS`. With a scale the weight is int8.
 FWD = define(
     "linear_fwd",
-    "(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor? gate, Tensor? residual) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, int activation, Tensor? gate, "
+    "Tensor? residual) -> Tensor",
     backends=("cpu",),
 )
 
@@ -25,5 +26,5 @@ def result_dtype(x: Tensor, gate: Tensor | None, residual: Tensor | None) -> tor
 
 
 @shapes_of("linear_fwd")
-def _(x, weight, bias, activation, gate, residual):
+def _(x, weight, weight_scale, bias, activation, gate, residual):
     return x.new_empty(x.shape[0], weight.shape[0], dtype=result_dtype(x, gate, residual))

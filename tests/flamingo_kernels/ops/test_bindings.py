@@ -53,8 +53,12 @@ def _residual() -> tuple[dict, dict]:
 
 def _linear() -> dict:
     x, weight, bias, residual = torch.randn(3, T), torch.randn(D, T), torch.randn(D), torch.randn(3, D)
-    fwd = {"x": x, "weight": weight, "bias": bias, "activation": 1}
+    fwd = {"x": x, "weight": weight, "weight_scale": None, "bias": bias, "activation": 1}
     return fwd | {"gate": torch.randn(D), "residual": residual}
+
+
+def _integers() -> dict:
+    return {"weight": torch.ones(D, T, dtype=torch.int8), "weight_scale": torch.ones(D)}
 
 
 ARGUMENTS: dict[str, dict] = {}
@@ -78,7 +82,7 @@ def _tensors() -> list[tuple[str, str]]:
         (operation, argument.name)
         for operation in OPERATIONS
         for argument in library.backends_of(operation)["cpu"]._schema.arguments
-        if "Tensor" in str(argument.type)
+        if "Tensor" in str(argument.type) and argument.name != "weight_scale"
     ]
 
 
@@ -132,6 +136,34 @@ def test_an_activation_that_there_is_not_is_refused(activation):
         RuntimeError, match=rf"^linear_fwd: expected activation from 0 to 5, got {activation}\."
     ):
         call("linear_fwd", activation=activation)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weight": torch.ones(D, T)}, "expected weight in Char, got Float."),
+        ({"weight": torch.ones(D, T, dtype=torch.uint8)}, "expected weight in Char, got Byte."),
+        (
+            {"weight": torch.ones(D, T - 1, dtype=torch.int8)},
+            "expected weight with shape (8, 5), got (8, 4).",
+        ),
+        (
+            {"weight": torch.ones(T, D, dtype=torch.int8).t()},
+            "expected weight with a contiguous last dimension",
+        ),
+        ({"weight_scale": torch.ones(D).double()}, "expected weight_scale in Float, got Double."),
+        ({"weight_scale": torch.ones(D).half()}, "expected weight_scale in Float, got Half."),
+        ({"weight_scale": torch.ones(D - 1)}, "expected weight_scale with shape (8), got (7)."),
+        ({"weight_scale": torch.ones(1)}, "expected weight_scale with shape (8), got (1)."),
+        ({"weight_scale": torch.ones(D, 2)[:, 0]}, "expected a contiguous weight_scale"),
+        ({"weight_scale": None}, "expected weight in Float, BFloat16 or Half, got Char."),
+    ],
+)
+def test_integers_and_their_scales_are_checked(changed, message):
+    call("linear_fwd", **_integers())
+    with pytest.raises(RuntimeError) as error:
+        call("linear_fwd", **_integers() | changed)
+    assert str(error.value).startswith(f"linear_fwd: {message}")
 
 
 def test_the_message_names_operation_tensor_expected_and_got():
@@ -206,7 +238,7 @@ calls = {
     ],
     "gated_residual_bwd": lambda: [*[torch.zeros(1, 1 << 19).expand(64, -1)] * 2, torch.zeros(1 << 19)],
     "gated_residual_fwd": lambda: [*[torch.zeros(1, 1 << 19).expand(64, -1)] * 2, torch.zeros(1)],
-    "linear_fwd": lambda: [*[torch.zeros(1, 1 << 19).expand(64, -1)] * 2, None, 0, None, None],
+    "linear_fwd": lambda: [*[torch.zeros(1, 1 << 19).expand(64, -1)] * 2, None, None, 0, None, None],
 }
 name, mebibytes = sys.argv[1:]
 run, arguments = library.backends_of(name)["cpu"], calls[name]()

@@ -645,7 +645,7 @@ def test_any_number_of_rows_is_compiled_once(backend, measured, compiled):
 def test_the_operation_takes_nothing_too(rows, width, out, kernels):
     """As anybody can call it: linear leaves what is empty to the reference."""
     x, weight, bias = inputs(rows, width, out)
-    found = FWD["cpu"](x, weight, bias, 0, None, torch.ones(rows, out))
+    found = FWD["cpu"](x, weight, None, bias, 0, None, torch.ones(rows, out))
     assert_same(found, bias.expand(rows, -1) + 1)
 
 
@@ -657,9 +657,7 @@ def test_opcheck(dtype, residual, gate, compiled):
     case = Case(rows=(3,), dtype=dtype, gate=gate, residual=residual is not None, residual_dtype=residual)
     tensors = replace(case, gate_dtype=torch.float32).tensors()
     names = ("gate", "residual")
-    arguments = (
-        [tensors[name] for name in ("x", "weight", "bias")] + [1] + [tensors.get(name) for name in names]
-    )
+    arguments = [tensors["x"], tensors["weight"], None, tensors["bias"], 1, *map(tensors.get, names)]
     torch.library.opcheck(FWD["cpu"], tuple(arguments))
 
 

@@ -35,6 +35,17 @@ def test_each_side_has_a_process_of_its_own(tmp_path, capsys):
         assert report._TITLES[side] in shown
 
 
+def test_integers_stand_beside_when_asked_for(tmp_path):
+    file = tmp_path / "found.json"
+    asked = ["tiny", "--quick", "--apart", "--quantize", "--json", str(file)]
+    assert cli.main(["profile", *asked]) == 0
+    found = json.loads(file.read_text())
+    assert run.INT8 in found["times"][models.DECODE]
+    assert run.INT8 in found["times"][models.PREFILL]
+    assert run.INT8 not in found["times"][models.STEP]
+    assert 1e-4 < found["differences"][models.DECODE][run.INT8] < 0.1
+
+
 def test_a_side_serves_samples_until_its_end_is_closed():
     context = apart.multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()

@@ -79,6 +79,30 @@ def test_all_sides_are_compiled_when_asked_for(monkeypatch, capsys):
     assert swapped == [False, False, True]
 
 
+def test_integers_are_told_and_timed_when_asked_for(tmp_path, capsys):
+    file = tmp_path / "found.json"
+    assert cli.main(["profile", "tiny", "--quick", "--quantize", "--json", str(file)]) == 0
+    shown, found = capsys.readouterr().out, json.loads(file.read_text())
+    assert "quantize: " in shown
+    assert "patch and int8" in shown
+    for work in (models.PREFILL, models.DECODE):
+        assert 1e-4 < found["told"][work][run.INT8] < 0.1
+        assert run.INT8 in found["works"][work]["times"]
+        assert run.INT8 not in found["proofs"][work]
+    assert models.STEP not in found["told"]
+    assert run.INT8 not in found["works"][models.STEP]["times"]
+
+
+def test_a_twin_of_integers_leaves_the_model_as_it_is():
+    model = models.plan("tiny", QUICK).subject(torch.float32, "cpu").model
+    before = {name: (each.data_ptr(), each.requires_grad) for name, each in model.named_parameters()}
+    integers, report = run.integer_twin(model)
+    assert report.bytes_after < 0.3 * report.bytes_before
+    assert any(each.dtype == torch.int8 for each in integers.buffers())
+    assert all(each.is_floating_point() for each in integers.parameters())
+    assert {name: (each.data_ptr(), each.requires_grad) for name, each in model.named_parameters()} == before
+
+
 def test_a_compiled_twin_runs_the_graphs():
     model, graphs = models.plan("tiny", QUICK).subject(torch.float32, "cpu").model.resampler, []
     twin = run.compiled_twin(model, lambda graph, _: graphs.append(graph) or graph.forward)
@@ -93,7 +117,7 @@ def test_half_precision(dtype):
     subject = models.plan("tiny", QUICK).subject(dtype, "cpu")
     after = run.twin(subject.model)
     patch(after)
-    proofs = run.compare(subject, {run.BEFORE: subject.model, run.PATCHED: after})
+    proofs, _ = run.compare(subject, {run.BEFORE: subject.model, run.PATCHED: after})
     assert all(list(each) == [run.PATCHED] and each[run.PATCHED].passed for each in proofs.values())
     tensors = zip(subject.model.parameters(), after.parameters(), strict=True)
     assert all(one is other and one.dtype == dtype for one, other in tensors)

@@ -81,7 +81,7 @@ def test_it_may_say_all_by_a_subject(file):
 
 def _compare(subject):
     after, _ = run.sides(subject.model)
-    return run.compare(subject, after)
+    return run.compare(subject, after)[0]
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_half_precision(name, dtype):
     subject = plan(name).subject(dtype, "cpu")
     after = run.twin(subject.model)
     patch(after)
-    proofs = run.compare(subject, {run.PATCHED: after})
+    proofs, _ = run.compare(subject, {run.PATCHED: after})
     assert all(each[run.PATCHED].passed for each in proofs.values()), proofs
     given = [each for each in subject.inputs.values() if each.is_floating_point()]
     assert given or name == "evolla-tiny", "which reads tokens alone"

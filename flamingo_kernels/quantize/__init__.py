@@ -1,0 +1,4 @@
+from .api import quantize, unquantize
+from .report import QuantizeReport
+
+__all__ = ["QuantizeReport", "quantize", "unquantize"]
