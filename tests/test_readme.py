@@ -16,6 +16,7 @@ from flamingo_kernels._backends import dispatch, env
 from flamingo_kernels.commands import support
 from flamingo_kernels.commands.bench import report
 from flamingo_kernels.commands.bench.rows import Run
+from flamingo_kernels.commands.profile.run import INT8
 from flamingo_kernels.patch.registry import families
 from tests.helpers import ROOT
 
@@ -96,19 +97,24 @@ def test_every_model_it_names_has_gains():
     assert list(support.PROFILED) == [family.name for family in families()]
     measured = {path.name for path in (RESULTS / "apart").iterdir()}
     assert {f"{name}.float32.1.json" for name in support.PROFILED.values()} <= measured
-    for path in (RESULTS / "apart").iterdir():
+    for path in [*(RESULTS / "apart").iterdir(), *(RESULTS / "int8").iterdir()]:
         found = json.loads(path.read_text())
         assert path.stem == f"{found['model']}.{found['dtype']}.{found['sizes']['batch']}"
         assert "dirty" not in found["conditions"]["commit"], "nobody can run that again"
         for differences in found["differences"].values():
+            assert differences.pop(INT8, 0) < 0.1
             assert max(differences.values()) < (1e-4 if found["dtype"] == "float32" else 5e-2)
 
 
 def test_what_is_said_of_whole_models_is_what_was_measured():
     page = (ROOT / "benchmarks" / "README.md").read_text()
-    shown = page.partition(support.APART_BEGIN)[2].partition(support.APART_END)[0]
     make = f"support --results {RESULTS.relative_to(ROOT)} --page benchmarks/README.md"
-    assert shown.strip() == support.apart(RESULTS), f"python -m flamingo_kernels {make}"
+    for folder, begin, end in (
+        ("apart", support.APART_BEGIN, support.APART_END),
+        ("int8", support.INT8_BEGIN, support.INT8_END),
+    ):
+        shown = page.partition(begin)[2].partition(end)[0]
+        assert shown.strip() == support.apart(RESULTS, folder), f"python -m flamingo_kernels {make}"
 
 
 def test_every_preset_was_run_or_counted():

@@ -290,6 +290,17 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) 
   return {dy, dgate.add()};
 }
 
+// Whether the largest number of a row of x is so far above the others that 8 bits would leave them few steps: then
+// rounding would cost more than a few percent of a product.
+bool has_wide_rows(const Call& call, const Linear& params) {
+  constexpr float most = 16;
+  if (params.rows <= variant().fine_int8_rows) return false;
+  run(call, variant().linear_int8_spread(params.x.dtype), params, params.rows * params.in);
+  for (int64_t i = 0; i < params.rows; ++i)
+    if (params.x_scale[i] > most * params.x_offset[i]) return true;
+  return false;
+}
+
 Tensor linear_fwd(
     Tensor x, Tensor weight, std::optional<Tensor> weight_scale, std::optional<Tensor> bias, int64_t activation,
     std::optional<Tensor> gate, std::optional<Tensor> residual) {
@@ -308,20 +319,21 @@ Tensor linear_fwd(
   const DType dtype = params.x.dtype;
   const int64_t whole_vectors = (params.in + 63) / 64 * 64;
   if (!weight_scale) {
-    const Memory<float> packed(call, "working memory", params.rows * whole_vectors);  // most of it where x becomes float32
+    const Memory<float> packed(call, "working memory", params.rows * whole_vectors);  // all of it in float32
     params.packed = packed.data();
     run(call, variant().linear_pack(dtype), params, params.rows * params.in);
     run(call, variant().linear_fwd(dtype), params, params.in * params.out);
     return y;
   }
-  // Two bytes for an element, and whole panels.
-  const int64_t most_rows = params.rows <= 16 ? 16 : (params.rows + 63) / 64 * 64;
-  const Memory<float> packed(call, "working memory", most_rows * whole_vectors / 2);
+  // Two bytes for an element, and whole panels where there is more than a row or two.
+  const int64_t whole_panels = params.rows <= 2 ? params.rows : (params.rows + 63) / 64 * 64;
+  const Memory<float> packed(call, "working memory", whole_panels * whole_vectors / 2);
   const Memory<float> of_rows(call, "working memory", 2 * params.rows);
   params.packed = packed.data();
   params.weight_scale = weight_scale->const_data_ptr<float>();
   params.x_scale = of_rows.data(), params.x_offset = of_rows.data() + params.rows;
-  const Product kernels = variant().linear_int8(dtype, params.rows, params.in);
+  params.fine = has_wide_rows(call, params) || params.rows <= variant().fine_int8_rows;
+  const Product kernels = variant().linear_int8(params);
   run(call, kernels.pack, params, params.rows * params.in);
   run(call, kernels.forward, params, params.in * params.out);
   return y;

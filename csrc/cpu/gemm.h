@@ -1,11 +1,12 @@
 // Small matrix products on packed operands, C = A B or C += A B, the only inner loops of attention.
 //
-// A word is 32 bits: one float (Single), or what follows each other along the summed dimension: two bfloat16 (Pairs, for
-// processors with a bf16 dot product), two 16-bit integers (IntegerPairs) or four of 8 bits (Quads, likewise). A is read one word at a time and broadcast,
-// in any strides; B and C are read a vector at a time, their rows padded to whole vectors.
+// A word is 32 bits: one float (Single), or what follows each other along the summed dimension: two bfloat16 (Pairs,
+// for processors with a bf16 dot product), two 16-bit integers (IntegerPairs) or four of 8 bits (Quads, likewise). A is
+// read one word at a time and broadcast, in any strides; B and C are read a vector at a time, their rows padded to whole
+// vectors.
 //
-// Tiles are pairs, and Int8Tiles quads, for processors with tile registers (tiles.h). All operands are padded to whole tiles, and A's
-// words lie side by side (step 1).
+// Tiles are pairs, and Int8Tiles quads, for processors with tile registers (tiles.h). All operands are padded to whole
+// tiles, and A's words lie side by side (step 1).
 #pragma once
 
 #include "tiles.h"

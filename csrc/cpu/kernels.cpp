@@ -89,12 +89,18 @@ using CoarsePack = linear::Pack<T, int8_t, linear::InQuads>;
 template <class T>
 using CoarseForward = linear::Forward<T, int8_t, linear::InQuads>;
 
-// Weights of 8 bits: by the finest integers of x that are multiplied while the weights are read.
-Product linear_int8_for(DType dtype, int64_t rows, int64_t in) {
-  constexpr int64_t fine_rows = has_tiles ? 2 : has_quads ? 4 : 16, coarse_rows = has_quads && !has_tiles ? 32 : 0;
+constexpr int64_t fine_int8_rows = has_tiles ? 16 : has_quads ? 4 : INT64_MAX;
+
+// Weights of 8 bits: one row at a time or blocks, and integers of x as fine as cost nothing, or as its rows need.
+Product linear_int8_for(const Linear& params) {
+  constexpr int64_t row_by_row = has_tiles ? 2 : has_quads ? 4 : 16;
+  constexpr int64_t coarse_row_by_row = has_quads && !has_tiles ? 32 : 0;
   constexpr int64_t longest_sum = 65536;  // longer ones of products of 8-bit integers may not fit into 32 bits
-  if (rows <= fine_rows || in > longest_sum) return {product<FinePack>(dtype), product<FineForward>(dtype)};
-  if (rows <= coarse_rows) return {product<CoarsePack>(dtype), product<CoarseForward>(dtype)};
+  const DType dtype = params.x.dtype;
+  if (params.rows <= row_by_row || params.in > longest_sum)
+    return {product<FinePack>(dtype), product<FineForward>(dtype)};
+  if (params.rows <= coarse_row_by_row && !params.fine)
+    return {product<CoarsePack>(dtype), product<CoarseForward>(dtype)};
   using Registers = linear_int8::Dot::Registers;
   return {product<linear_int8::Pack>(dtype), product<linear_int8::Forward, Registers>(dtype)};
 }
@@ -116,6 +122,8 @@ const Variant FK_JOIN(variant_, FK_ISA) = {
     FK_ISA::residual<FK_ISA::gated_residual::Backward>,
     FK_ISA::product<FK_ISA::PackX>,
     FK_ISA::product<FK_ISA::LinearForward>,
+    FK_ISA::fine_int8_rows,
+    FK_ISA::product<FK_ISA::linear_int8::Spread>,
     FK_ISA::linear_int8_for,
     FK_ISA::untyped<FK_ISA::read_loop::Forward, ReadLoop>,
 };

@@ -2,9 +2,9 @@
 //
 // Oracle: flamingo_kernels/ops/linear/reference.py. Reads every weight once: in * out elements, at the speed of the
 // memory; 2 FLOPs a weight and a row. Weights of 8 bits with a scale an output meet x in 16 bits with a scale a row,
-// whose error is a hundredth of theirs. A task owns a block of outputs. It goes through their weights in short pieces, so
-// that the rows of x that meet them stay in the cache, and asks for the next piece while it multiplies one. A row of x
-// is added up in one order, however many rows there are.
+// whose error is a hundredth of theirs. A task owns a block of outputs. It goes through their weights in short pieces,
+// so that the rows of x that meet them stay in the cache, and asks for the next piece while it multiplies one. A row of
+// x is added up in one order, however many rows there are.
 #pragma once
 
 #include <type_traits>
@@ -53,8 +53,8 @@ struct InIntegers : IntegerPairs {
   }
 };
 
-// Fours of 8-bit integers, where those of the weight are 128 more, as the instruction wants them without a sign. Padding
-// meets zeros of x.
+// Fours of 8-bit integers, where those of the weight are 128 more, as the instruction wants them without a sign.
+// Padding meets zeros of x.
 struct InQuads {
   using Element = int8_t;
   static constexpr int64_t step = 4 * width;
@@ -111,7 +111,8 @@ struct Pack {
       [[maybe_unused]] Integers integers;
       [[maybe_unused]] Ints sum = {};
       if constexpr (has_integers<Dot>) {
-        integers = Integers(largest_magnitude(from, params.in), sizeof(Element) == 1 ? most_of_8_bits : most_of_16_bits);
+        constexpr float most = sizeof(Element) == 1 ? most_of_8_bits : most_of_16_bits;
+        integers = Integers(largest_magnitude(from, params.in), most);
         params.x_scale[first + i] = integers.scale;
       }
       for (int64_t k = 0; k < packed_row<Dot>(params); k += width) {
@@ -129,7 +130,8 @@ struct Pack {
         else
           store(here, left > 0 ? load_bits(from + k, left) : Shorts{});
       }
-      if constexpr (has_integers<Dot>) params.x_offset[first + i] = std::is_same_v<Dot, InQuads> ? offset_of(sum) : 0;
+      if constexpr (has_integers<Dot>)
+        params.x_offset[first + i] = std::is_same_v<Dot, InQuads> ? offset_of(sum) : 0;
     }
   }
 };

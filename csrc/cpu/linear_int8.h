@@ -1,12 +1,12 @@
 // y = residual + tanh(gate) * act(x @ (scale * weight).T + bias), for weights of 8 bits and many rows of x.
 //
-// Oracle: flamingo_kernels/ops/linear/reference.py. 2 operations a weight and a row; reads in * out bytes of weights for
-// each `block_rows` rows of x. Each row of x is rounded to integers of its own scale, of 8 bits where the processor
-// multiplies those: 1/254 of the row's largest number. On tile registers few rows are also multiplied here, as two columns
-// of 8 bits a row, with an error a hundredth of that.
+// Oracle: flamingo_kernels/ops/linear/reference.py. 2 operations a weight and a row; reads in * out bytes of weights
+// for each `block_rows` rows of x. Each row of x is rounded to integers of its own scale, of 8 bits where the processor
+// multiplies those: 1/254 of the row's largest number. Where that is too coarse for a row, each is two columns of 8
+// bits, with an error a hundredth of that. On tile registers few rows, too: there a second column costs nothing.
 //
-// A task owns a block of outputs and of rows: it multiplies a piece of their weights, as words, by panels of x, and turns
-// the sums into rows of y. Tiles read whole blocks of weights where they are; others are brought to the cache.
+// A task owns a block of outputs and of rows: it multiplies a piece of their weights, as words, by panels of x, and
+// turns the sums into rows of y. Tiles read whole blocks of weights where they are; others are brought to the cache.
 #pragma once
 
 #include <type_traits>
@@ -28,14 +28,37 @@ constexpr int64_t piece_words = 128;  // of a row of the weight in a piece
 constexpr int64_t panel = has_tiles ? 2 * tile_side : tile_vectors * width;  // columns of x that are multiplied at once
 constexpr int64_t sums_row = block_rows + 16;  // a skew, so that rows do not fall into the same cache sets
 
-constexpr int64_t fine_rows = has_tiles ? 16 : 0;  // up to so many rows of x are two columns each
-constexpr int32_t fine_step = 128;                 // of the first column, in steps of the second
+constexpr int32_t fine_step = 128;  // of the first column of a row, in steps of the second
 constexpr float most_of_two = 127 * fine_step;
 
 FK_INLINE int64_t count_words(const Params& params) { return words<Dot>(params.in); }
 FK_INLINE int64_t count_blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
-FK_INLINE bool is_fine(const Params& params) { return params.rows <= fine_rows; }
+FK_INLINE bool is_fine(const Params& params) { return Dot::lanes == 4 && params.fine; }
 FK_INLINE int64_t count_columns(const Params& params) { return is_fine(params) ? 2 * params.rows : params.rows; }
+
+// The largest magnitude and the root of the mean square of each row of x, in the place of its scale and offset.
+template <class T>
+struct Spread {
+  static constexpr int64_t rows_of_a_task = 16;
+
+  Spread(Scratch&, const Params&) {}
+  static int64_t tasks(const Params& params) { return count_blocks(params.rows, rows_of_a_task); }
+
+  void run(const Params& params, int64_t task) {
+    for (int64_t row = task * rows_of_a_task; row < smaller((task + 1) * rows_of_a_task, params.rows); ++row) {
+      const T* from = (const T*)params.x.data + row * params.x.row;
+      const float largest = largest_magnitude(from, params.in);
+      const float unit = 1 / largest;  // squares of shares do not overflow
+      Floats squares = {};
+      for (int64_t k = 0; k < params.in; k += width) {
+        const Floats share = load(from + k, params.in - k) * unit;
+        squares += share * share;
+      }
+      params.x_scale[row] = largest;
+      params.x_offset[row] = largest * __builtin_sqrtf(sum(squares) / params.in);
+    }
+  }
+};
 
 // The columns of x as panels of [words][columns of the panel], zeros behind the last element and column.
 template <class T>
@@ -71,7 +94,8 @@ struct Pack {
  private:
   static FK_INLINE void round_row(const Params& params, int64_t row, int64_t elements, Element* to) {
     Ints sum = {};
-    each_vector(params, row, elements, Dot::lanes == 4 ? most_of_8_bits : most_of_16_bits, [&](int64_t k, Ints rounded) {
+    constexpr float most = Dot::lanes == 4 ? most_of_8_bits : most_of_16_bits;
+    each_vector(params, row, elements, most, [&](int64_t k, Ints rounded) {
       if constexpr (Dot::lanes == 2)
         write(to + k, __builtin_convertvector(rounded, Shorts));
       else
@@ -83,12 +107,14 @@ struct Pack {
 
   // As two columns: steps of 128, and what is left of them.
   static FK_INLINE void round_finely(const Params& params, int64_t row, int64_t elements, Element* to) {
+    Ints sum = {};
     each_vector(params, row, elements, most_of_two, [&](int64_t k, Ints rounded) {
+      if constexpr (in_quads) sum += rounded;
       const Ints coarse = (rounded + fine_step / 2) >> 7;
       write(to + k, __builtin_convertvector(coarse, Bytes));
       write(to + elements + k, __builtin_convertvector(rounded - coarse * fine_step, Bytes));
     });
-    params.x_offset[row] = 0;
+    params.x_offset[row] = offset_of(sum);
   }
 
   template <class Visit>
@@ -165,8 +191,8 @@ struct Forward {
     }
   }
 
-  // A piece of a row of the weight, as words with zeros behind it, and behind the last row. Quads are 128 more, as their
-  // instruction wants the weights without a sign.
+  // A piece of a row of the weight, as words with zeros behind it, and behind the last row. Quads are 128 more, as
+  // their instruction wants the weights without a sign.
   static FK_INLINE void bring(const Params& params, int64_t row, int64_t first_word, int64_t depth, float* to) {
     constexpr int64_t step = width * Dot::lanes;
     const int64_t begin = first_word * Dot::lanes;

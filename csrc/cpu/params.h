@@ -56,6 +56,7 @@ struct Linear {
   const float* weight_scale;  // [out] or null
   void* packed;               // x as the products read it
   float *x_scale, *x_offset;  // [rows]: x is packed as integers of this scale, whose sums are this much too large
+  bool fine;                  // blocks of weights of 8 bits meet each row of x as two columns
   const void* bias;  // [out] or null
   DType bias_dtype;
   Activation activation;
@@ -99,7 +100,9 @@ struct Variant {
   AttentionKernel<PerceiverAttention> perceiver_attention_fwd, perceiver_attention_bwd;
   ResidualKernel gated_residual_fwd, gated_residual_bwd;
   LinearKernel linear_pack, linear_fwd;
-  Product (*linear_int8)(DType, int64_t rows, int64_t in);
+  int64_t fine_int8_rows;  // up to so many rows of x have 16 bits anyway
+  LinearKernel linear_int8_spread;
+  Product (*linear_int8)(const Linear&);
   Kernel<ReadLoop> read_loop;
 };
 

@@ -125,8 +125,8 @@ struct OfInt8 {
 
 #endif
 
-// down x across tiles of C, each loaded for two products where there are two. Asks for A some tiles ahead where that is in
-// memory.
+// down x across tiles of C, each loaded for two products where there are two. Asks for A some tiles ahead where that is
+// in memory.
 template <class Products, bool accumulate, int down, int across>
 FK_INLINE void multiply_tiles(
     int64_t depth, const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, bool ahead) {
@@ -170,9 +170,11 @@ __attribute__((noinline)) void multiply_in_tiles(
     for (int64_t j = 0; j < columns; j += two) {
       const bool first = ahead && j == 0;
       if (j + tile_side < columns)
-        multiply_tiles<Products, accumulate, down, 2>(depth, rows_of_a, a_row, b + j, b_row, rows_of_c + j, c_row, first);
+        multiply_tiles<Products, accumulate, down, 2>(
+            depth, rows_of_a, a_row, b + j, b_row, rows_of_c + j, c_row, first);
       else
-        multiply_tiles<Products, accumulate, down, 1>(depth, rows_of_a, a_row, b + j, b_row, rows_of_c + j, c_row, first);
+        multiply_tiles<Products, accumulate, down, 1>(
+            depth, rows_of_a, a_row, b + j, b_row, rows_of_c + j, c_row, first);
     }
   };
   int64_t i = 0;

@@ -34,8 +34,8 @@ bool has_avx512_bf16() { return has_avx512() && FK_SUPPORTS("avx512bf16") && FK_
 #endif
 
 #ifdef FK_HAVE_AVX512_AMX
-// Whether the processor has tile registers with products of bf16 and of 8-bit integers, and the system lets this process
-// use them: Linux wants to be asked first, once, and then saves them for all threads.
+// Whether the processor has tile registers with products of bf16 and of 8-bit integers, and the system lets this
+// process use them: Linux wants to be asked first, once, and then saves them for all threads.
 bool may_use_tiles() {
 #if defined(FK_EMULATE)
   return true;

@@ -17,6 +17,7 @@ BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
 VERSIONS_BEGIN, VERSIONS_END = "<!-- versions: begin -->", "<!-- versions: end -->"
 APART_BEGIN, APART_END = "<!-- apart: begin -->", "<!-- apart: end -->"
+INT8_BEGIN, INT8_END = "<!-- int8: begin -->", "<!-- int8: end -->"
 PRESETS_BEGIN, PRESETS_END = "<!-- presets: begin -->", "<!-- presets: end -->"
 
 # By family, what `profile` calls the model whose gains stand in its row.
@@ -55,7 +56,7 @@ _REPRODUCIBLE: dict[str | tuple[str, str], str] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--results", metavar="DIR", help="what was measured on one machine, with folders models and apart"
+        "--results", metavar="DIR", help="what was measured on one machine, with folders models, apart, int8"
     )
     parser.add_argument("--readme", metavar="FILE", help="replace the tables between this file's markers")
     parser.add_argument("--page", metavar="FILE", help="the same for the table of whole models")
@@ -67,19 +68,21 @@ def main(options: argparse.Namespace) -> int:
     if options.readme:
         update_readme(options.readme, options.results)
     if options.page:
-        readme.replace(options.page, APART_BEGIN, APART_END, apart(options.results))
+        readme.replace(options.page, APART_BEGIN, APART_END, apart(options.results, "apart"))
+        readme.replace(options.page, INT8_BEGIN, INT8_END, apart(options.results, "int8"))
     return 0
 
 
-def apart(results: str | Path) -> str:
+def apart(results: str | Path, folder: str) -> str:
     """Gains of whole models, in Markdown.
 
     Args:
-        results: a folder with `apart`, where `profile NAME --apart --json` wrote.
+        results: what was measured on one machine.
+        folder: in it, where `profile NAME --apart --json` wrote.
     """
     from .profile.report import apart_table
 
-    return apart_table(json.loads(path.read_text()) for path in sorted(Path(results, "apart").glob("*.json")))
+    return apart_table(json.loads(path.read_text()) for path in sorted(Path(results, folder).glob("*.json")))
 
 
 def table() -> str:

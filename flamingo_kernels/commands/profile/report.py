@@ -123,7 +123,9 @@ def apart_table(runs: Iterable[Mapping[str, Any]]) -> str:
     Args:
         runs: what `profile --apart --json` wrote, of one machine.
     """
-    runs, sides = list(runs), [COMPILED, FROZEN, PATCHED, LINEARS, INT8]
+    runs = list(runs)
+    measured = {side for run in runs for times in run["times"].values() for side in times}
+    sides = [side for side in (COMPILED, FROZEN, PATCHED, LINEARS, INT8) if side in measured]
     lines = [
         f"| model | dtype | work | batch | as it is | {' | '.join(_TITLES[side] for side in sides)} |",
         f"|---|---|---|--:|{'--:|' * (1 + len(sides))}",

@@ -119,6 +119,23 @@ def test_what_follows_the_product(activation, gate, residual, rows, kernels):
     assert found.dtype == plain.dtype
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("outliers", ["channels", "a row"])
+def test_outliers_cost_no_accuracy(outliers, dtype, kernels):
+    """A few channels of large numbers, as language models have them, leave 8 bits no steps for the others."""
+    for rows in (2, 8, 20, 40, 130, 300):
+        given = inputs(rows, 2100, 70, dtype)
+        if outliers == "channels":
+            given.x[:, [7, 500, 1300]] *= 100
+        else:
+            given.x[rows // 2, 100] = 1000
+        found, right = linear(**given.keywords(), backend=kernels).double(), exact(given)
+        assert ((found - right).abs() <= bound(given, kernels, 1)).all(), rows
+        without = given._replace(x=given.x.masked_fill(given.x.abs() > 10, 0))
+        shares = (linear(**without.keywords(), backend=kernels).double() - exact(without)).norm(dim=1)
+        assert (shares < 0.02 * exact(without).norm(dim=1)).all()
+
+
 @pytest.mark.parametrize("rows", [1, 5, 16, 17, 40])
 def test_a_row_depends_on_no_other(rows, kernels):
     """But for how many there are: many are rounded in another way."""

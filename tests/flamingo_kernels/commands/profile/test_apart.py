@@ -107,6 +107,11 @@ def test_the_table_has_a_line_a_work_and_marks_what_overlaps():
         "conditions": {"device": "X", "threads": 2, "torch": "2", "commit": "abc", "time": "2026-01-02T03"},
         "times": {"decode": {"before": times(4.0), "patch": times(3.9), "linears": times(2.0)}},
     }
+    more = made | {"times": {"decode": made["times"]["decode"] | {"int8": times(1.0)}}, "dtype": "bfloat16"}
     table = report.apart_table([made])
-    assert "| mine | float32 | decode | 8 | 4 ms | - | - | ~1.03x | 2.00x |" in table
+    assert "| as it is | patch | patch with linears |\n" in table
+    assert "| mine | float32 | decode | 8 | 4 ms | ~1.03x | 2.00x |" in table
+    both = report.apart_table([more, made])
+    assert "| mine | float32 | decode | 8 | 4 ms | ~1.03x | 2.00x | - |" in both
+    assert "| mine | bfloat16 | decode | 8 | 4 ms | ~1.03x | 2.00x | 4.00x |" in both
     assert "X, 2 threads, torch 2, commit abc, 2026-01-02." in table
