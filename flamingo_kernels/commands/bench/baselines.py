@@ -253,42 +253,47 @@ def _linear(randn: Randn, *, rows: int, D: int, out: int) -> Contenders:
 
 def _linear_int8(randn: Randn, *, rows: int, D: int, out: int) -> Contenders:
     """Eager multiplies by the numbers before they became integers; "bfloat16" does in that dtype."""
-    x, weight = randn(rows, D), randn(out, D, std=D**-0.5)
+    x, weight = randn(rows, D).detach(), randn(out, D, std=D**-0.5).detach()
     if not x.is_cpu or x.dtype == torch.float64:
         return {"eager": lambda: Contender(lambda: F.linear(x, weight), ())}
     integers, scale = quantize_weight(weight)
+    copies = cycle(copies_beyond_caches(integers))
 
-    def over(
-        multiply: Callable[[Tensor], Tensor], weight: Tensor, budget: float | None = _OF_INTEGERS
-    ) -> Callable[[], Contender]:
+    def of_integers(multiply: Callable[[Tensor], Tensor]) -> Callable[[], Contender]:
+        return lambda: Contender(lambda: multiply(next(copies)), (), budget=_OF_INTEGERS)
+
+    def of_numbers(weight: Tensor, budget: float | None) -> Callable[[], Contender]:
         def make() -> Contender:
-            copies = cycle(copies_beyond_caches(weight))
-            return Contender(lambda: multiply(next(copies)), (), budget=budget)
+            numbers, rounded = cycle(copies_beyond_caches(weight)), x.to(weight.dtype)
+            return Contender(lambda: F.linear(rounded, next(numbers)).to(x.dtype), (), budget=budget)
 
         return make
 
-    def packed() -> Contender:
-        with warnings.catch_warnings():  # torch says that it will have another name
-            warnings.simplefilter("ignore")
-            layers = [torch.ao.nn.quantized.dynamic.Linear(D, out) for _ in copies_beyond_caches(integers)]
-            for layer in layers:
-                made = torch._make_per_channel_quantized_tensor(
-                    integers, scale.double(), torch.zeros(out, dtype=torch.long), 0
-                )
-                layer.set_weight_bias(made, None)
-        walk = cycle(layers)
-        return Contender(lambda: next(walk)(x.float()).to(x.dtype), (), budget=_OF_INTEGERS)
-
-    in_bfloat16, x_in_bfloat16 = weight.detach().bfloat16(), x.detach().bfloat16()
     scale_of_x = scale.to(x.dtype)
-    return {
-        OURS: over(lambda each: fk.linear(x, each, weight_scale=scale), integers),
-        "eager": over(lambda each: F.linear(x, each), weight.detach(), None),
-        "bfloat16": over(lambda each: F.linear(x_in_bfloat16, each).to(x.dtype), in_bfloat16),
-        "int8pack": over(lambda each: torch._weight_int8pack_mm(x, each, scale_of_x), integers),
-        "dynamic": packed,
-        "read": lambda: _read(cycle(copies_beyond_caches(integers))),
+    made = {
+        OURS: of_integers(lambda each: fk.linear(x, each, weight_scale=scale)),
+        "eager": of_numbers(weight, None),
+        "int8pack": of_integers(lambda each: torch._weight_int8pack_mm(x, each, scale_of_x)),
+        "dynamic": lambda: _dynamic(x, integers, scale),
+        "read": lambda: _read(copies),
     }
+    if x.dtype != torch.bfloat16:
+        made["bfloat16"] = of_numbers(weight.bfloat16(), _OF_INTEGERS)
+    return made
+
+
+def _dynamic(x: Tensor, integers: Tensor, scale: Tensor) -> Contender:
+    """torch's layer whose weight is packed integers, and which rounds x by one scale for all rows."""
+    zeros = torch.zeros(len(scale), dtype=torch.long)
+    weight = torch._make_per_channel_quantized_tensor(integers, scale.double(), zeros, 0)
+    layers = []
+    for _ in copies_beyond_caches(integers):
+        with warnings.catch_warnings():  # torch says that this has another name now
+            warnings.simplefilter("ignore")
+            layers.append(torch.ao.nn.quantized.dynamic.Linear(*reversed(integers.shape)))
+        layers[-1].set_weight_bias(weight, None)
+    walk = cycle(layers)
+    return Contender(lambda: next(walk)(x.float()).to(x.dtype), (), budget=_OF_INTEGERS)
 
 
 def _read(copies: Iterator[Tensor]) -> Contender:
