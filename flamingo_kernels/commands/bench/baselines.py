@@ -254,29 +254,31 @@ def _linear(randn: Randn, *, rows: int, D: int, out: int) -> Contenders:
 def _linear_int8(randn: Randn, *, rows: int, D: int, out: int) -> Contenders:
     """Eager multiplies by the numbers before they became integers; "bfloat16" does in that dtype."""
     x, weight = randn(rows, D).detach(), randn(out, D, std=D**-0.5).detach()
-    if not x.is_cpu or x.dtype == torch.float64:
-        return {"eager": lambda: Contender(lambda: F.linear(x, weight), ())}
+    on_cpu = x.is_cpu and x.dtype != torch.float64
     integers, scale = quantize_weight(weight)
-    copies = cycle(copies_beyond_caches(integers))
+    copies = cycle(copies_beyond_caches(integers) if on_cpu else [integers])
 
     def of_integers(multiply: Callable[[Tensor], Tensor]) -> Callable[[], Contender]:
         return lambda: Contender(lambda: multiply(next(copies)), (), budget=_OF_INTEGERS)
 
     def of_numbers(weight: Tensor, budget: float | None) -> Callable[[], Contender]:
         def make() -> Contender:
-            numbers, rounded = cycle(copies_beyond_caches(weight)), x.to(weight.dtype)
+            numbers = cycle(copies_beyond_caches(weight) if on_cpu else [weight])
+            rounded = x.to(weight.dtype)
             return Contender(lambda: F.linear(rounded, next(numbers)).to(x.dtype), (), budget=budget)
 
         return make
 
-    scale_of_x = scale.to(x.dtype)
     made = {
         OURS: of_integers(lambda each: fk.linear(x, each, weight_scale=scale)),
         "eager": of_numbers(weight, None),
-        "int8pack": of_integers(lambda each: torch._weight_int8pack_mm(x, each, scale_of_x)),
-        "dynamic": lambda: _dynamic(x, integers, scale),
-        "read": lambda: _read(copies),
     }
+    if not on_cpu:
+        return made
+    scale_of_x = scale.to(x.dtype)
+    made["int8pack"] = of_integers(lambda each: torch._weight_int8pack_mm(x, each, scale_of_x))
+    made["dynamic"] = lambda: _dynamic(x, integers, scale)
+    made["read"] = lambda: _read(copies)
     if x.dtype != torch.bfloat16:
         made["bfloat16"] = of_numbers(weight.bfloat16(), _OF_INTEGERS)
     return made

@@ -237,7 +237,7 @@ def test_the_time_of_a_call_is_told_by_kernel(gated):
 
 
 # linear has no kernel of CUDA
-@pytest.mark.parametrize("case", [case for case in shapes.QUICK if case.op != "linear"], ids=str)
+@pytest.mark.parametrize("case", [case for case in shapes.QUICK if not case.op.startswith("linear")], ids=str)
 def test_compiling_rivals_loads_no_kernel_of_ours(case, monkeypatch):
     """Those of CUDA are being built meanwhile, and a process asks for them once."""
     asked = []
