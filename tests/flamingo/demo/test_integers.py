@@ -45,25 +45,18 @@ def trained():
     return model.eval(), load_digits()[1]
 
 
-def changed(model, kind):
-    model = copy.deepcopy(model)
-    if kind == "int8":
-        patch(model)
-        quantize(model, vision=True, keep=False)
-        return model
-    return model.to(getattr(torch, kind))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "most"), [("int8", 0.01), ("bfloat16", 0.02), ("float16", 0.01)])
-def test_a_trained_model_answers_alike(kind, most, trained):
+def test_a_trained_model_answers_alike(trained):
     model, digits = trained
-    before, after = scores(model, digits), scores(changed(model, kind), digits)
+    integers = copy.deepcopy(model)
+    patch(integers)
+    quantize(integers, vision=True, keep=False)
+    before, after = scores(model, digits), scores(integers, digits)
     others = sum(int((a.argmax(1) != b.argmax(1)).sum()) for a, b in zip(before, after, strict=True))
     divergence = sum(
-        float(F.kl_div(b.float().log_softmax(1), a.log_softmax(1), reduction="sum", log_target=True))
+        float(F.kl_div(b.log_softmax(1), a.log_softmax(1), reduction="sum", log_target=True))
         for a, b in zip(before, after, strict=True)
     ) / sum(count for *_, count in ASKED)
-    print(f"{kind}: {others} of 1000 answers differ, KL of the candidates {divergence:.1e}")
-    assert others <= 1000 * most
+    print(f"{others} of 1000 answers differ, KL of the candidates {divergence:.1e}")
+    assert others <= 10
     assert divergence < 1e-2
