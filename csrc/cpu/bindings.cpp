@@ -294,7 +294,6 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) 
 // rounding would cost more than a few percent of a product.
 bool has_wide_rows(const Call& call, const Linear& params) {
   constexpr float most = 16;
-  if (params.rows <= variant().fine_int8_rows) return false;
   run(call, variant().linear_int8_spread(params.x.dtype), params, params.rows * params.in);
   for (int64_t i = 0; i < params.rows; ++i)
     if (params.x_scale[i] > most * params.x_offset[i]) return true;
@@ -332,7 +331,7 @@ Tensor linear_fwd(
   params.packed = packed.data();
   params.weight_scale = weight_scale->const_data_ptr<float>();
   params.x_scale = of_rows.data(), params.x_offset = of_rows.data() + params.rows;
-  params.fine = has_wide_rows(call, params) || params.rows <= variant().fine_int8_rows;
+  params.fine = params.rows <= variant().fine_int8_rows || has_wide_rows(call, params);
   const Product kernels = variant().linear_int8(params);
   run(call, kernels.pack, params, params.rows * params.in);
   run(call, kernels.forward, params, params.in * params.out);

@@ -19,7 +19,7 @@ from torch import Tensor
 from .._checks import autocast, expect_same_dtype, expect_shape, expect_tensors, unit_stride
 from .._predicates import autocast_dtype, is_eager
 from ..ops.gated_residual.schema import BWD, FWD, residual_dtype
-from ..ops.linear.products import PRODUCTS, fastest, few_rows
+from ..ops.linear.products import PRODUCTS, by_kernel, fastest
 from .labels import GATE, labelled
 from .norm import Norm
 from .scratch import scratch
@@ -100,7 +100,7 @@ def forward(x: Tensor, a: Tensor, linear: Linear, gate: Tensor | None, backend: 
     """
     by = fastest("forward", a, linear.weight, linear.weight.numel())
     if by == "cpu":
-        return few_rows(a, linear.weight, linear.bias, gate=gate, residual=x)
+        return by_kernel(a, linear.weight, linear.bias, gate=gate, residual=x)
     if by != "torch" or not is_eager(x) or linear.bias is not None or not _in_one_dtype(x, a, gate):
         return x + linear(a) if gate is None else FWD[backend](x, linear(a), gate)
     if gate is None:

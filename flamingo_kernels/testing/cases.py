@@ -418,6 +418,10 @@ class LinearCase(Case):
     def options(self) -> dict[str, Any]:
         return {"activation": self.activation}
 
+    def multiplied(self, weight: Tensor) -> Tensor:
+        """The weight that x is multiplied by."""
+        return weight
+
     def eager(
         self,
         x: Tensor,
@@ -426,6 +430,7 @@ class LinearCase(Case):
         residual: Tensor | None = None,
         gate: Tensor | None = None,
     ) -> Outputs:
+        weight = self.multiplied(weight)
         y = F.linear(x.reshape(math.prod(self.rows), self.width), weight, bias).view(*self.rows, self.out)
         if self.activation in ("gelu", "gelu_tanh"):
             y = F.gelu(y, approximate="none" if self.activation == "gelu" else "tanh")
@@ -448,17 +453,9 @@ class Int8LinearCase(LinearCase):
         integers, scale = quantize_weight(tensors["weight"])
         return super().kernel(backend, **tensors | {"weight": integers, "weight_scale": scale})
 
-    def eager(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-        gate: Tensor | None = None,
-    ) -> Outputs:
+    def multiplied(self, weight: Tensor) -> Tensor:
         integers, scale = quantize_weight(weight)
-        numbers = integers.double() * scale.double()[:, None]
-        return super().eager(x, numbers.to(weight.dtype), bias, residual, gate)
+        return (integers.double() * scale.double()[:, None]).to(weight.dtype)
 
     def excess(self) -> float:
         """The kernels round a row of x to steps of a share of its largest number."""

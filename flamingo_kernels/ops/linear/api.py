@@ -101,7 +101,7 @@ def linear(
         by = _fastest(x, weight, bias) if asked == "auto" else asked
         fused = by == "cpu" and (asked == "cpu" or all(map(products.is_plain, (gate, residual))))
         if fused and not needs_grad(x, weight, bias, residual, gate):
-            return products.few_rows(x, weight, bias, activation, gate, residual)
+            return products.by_kernel(x, weight, bias, activation, gate, residual)
         y = _multiply(asked, by, x, weight, bias)
         return reference.follow(y, activation, gate, residual).contiguous()
 
@@ -124,7 +124,7 @@ def _of_integers(
     plain = int8.has_kernel(x) and all(map(products.is_plain, (gate, residual)))
     fused = asked == "cpu" or (asked == "auto" and plain)
     if fused and not needs_grad(x, bias, residual, gate):
-        return int8.by_kernel(x, weight, weight_scale, bias, activation, gate, residual)
+        return products.by_kernel(x, weight, bias, activation, gate, residual, weight_scale)
     y = int8.multiply(x, weight, weight_scale, bias, asked)
     return reference.follow(y, activation, gate, residual).contiguous()
 

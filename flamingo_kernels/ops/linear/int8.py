@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ... import _checks as checks
 from ..._backends import cpu, dispatch
 from ..._predicates import is_batched, needs_grad, transform
+from .products import by_kernel
 from .reference import dequantize
-from .schema import ACTIVATIONS, FWD
 
 MOST = 127
 _LEAST_SCALE = 2.0**-100  # what is smaller has no inverse in float32
@@ -68,28 +68,6 @@ def multiply(
     return product(x, weight, weight_scale, bias, backend)
 
 
-def by_kernel(
-    x: Tensor,  # [..., in]
-    weight: Tensor,  # [out, in], int8
-    weight_scale: Tensor,  # [out]
-    bias: Tensor | None = None,  # [out]
-    activation: str | None = None,
-    gate: Tensor | None = None,  # 1 or out elements
-    residual: Tensor | None = None,  # [..., out]
-) -> Tensor:  # [..., out]
-    """The kernels on the processor, with what follows the product; x and residual in any strides."""
-    y: Tensor = FWD["cpu"](
-        checks.as_rows(x),
-        checks.unit_stride(weight),
-        weight_scale,
-        None if bias is None else checks.unit_stride(bias),
-        ACTIVATIONS.index(activation),
-        gate,
-        None if residual is None else checks.as_rows(residual),
-    )
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], len(weight))
-
-
 def has_kernel(x: Tensor) -> bool:
     """Whether a kernel on the processor can multiply this x; then it is the fastest that there is."""
     plain = type(x) in (Tensor, nn.Parameter) or not dispatch.decides_itself(x)
@@ -100,7 +78,9 @@ def _product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | Non
     if backend == "auto":
         backend = dispatch.default_backend
     chosen = backend == "cpu" or (backend == "auto" and has_kernel(x))
-    return (by_kernel if chosen else _by_torch)(x, weight, weight_scale, bias)
+    if chosen:
+        return by_kernel(x, weight, bias, weight_scale=weight_scale)
+    return _by_torch(x, weight, weight_scale, bias)
 
 
 def _by_torch(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -79,19 +79,20 @@ def is_plain(tensor: Tensor | None) -> bool:
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def few_rows(
+def by_kernel(
     x: Tensor,  # [..., in]
     weight: Tensor,  # [out, in]
     bias: Tensor | None = None,  # [out]
     activation: str | None = None,
     gate: Tensor | None = None,  # 1 or out elements
     residual: Tensor | None = None,  # [..., out]
+    weight_scale: Tensor | None = None,  # [out], of a weight of int8
 ) -> Tensor:  # [..., out]
-    """The kernel for few rows, with what follows the product; x and residual in any strides."""
+    """The kernels on the processor, with what follows the product; x and residual in any strides."""
     y: Tensor = FWD["cpu"](
         checks.as_rows(x),
         checks.unit_stride(weight),
-        None,
+        weight_scale,
         None if bias is None else checks.unit_stride(bias),
         ACTIVATIONS.index(activation),
         gate,
@@ -145,7 +146,7 @@ _BY_TORCH = Product(F.linear, torch.mm, lambda dy, x: torch.mm(dy.t(), x), lambd
 # By name; "torch" is what F.linear and the gradients of it call, and "cpu" has gradients of that kind.
 PRODUCTS = {
     "torch": _BY_TORCH,
-    "cpu": _BY_TORCH._replace(forward=few_rows, why_not=lambda dtype: cpu.why_not()),
+    "cpu": _BY_TORCH._replace(forward=by_kernel, why_not=lambda dtype: cpu.why_not()),
     "mkl": _BY_TORCH._replace(why_not=_why_no_mkl),
     "onednn": Product(
         _multiply_by_onednn,

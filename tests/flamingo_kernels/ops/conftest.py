@@ -14,15 +14,15 @@ BY_VARIANT = [name for each in BACKENDS for name in ([each, *OTHERS] if each == 
 
 @pytest.fixture(params=BY_VARIANT)
 def backend(request, running, select_variant) -> str:
-    return _select(request.param, running, select_variant)
+    return select(request.param, running, select_variant)
 
 
 @pytest.fixture(params=BY_VARIANT[1:])
 def kernels(request, running, select_variant) -> str:
-    return _select(request.param, running, select_variant)
+    return select(request.param, running, select_variant)
 
 
-def _select(name, running, select_variant) -> str:
+def select(name, running, select_variant) -> str:
     backend, _, variant = name.partition(", ")
     running(backend)
     if variant:

@@ -15,7 +15,7 @@ from flamingo_kernels._backends import cpu
 from flamingo_kernels.ops.linear import int8
 from flamingo_kernels.ops.linear.schema import ACTIVATIONS, FWD
 from flamingo_kernels.testing import DTYPES, lay_out
-from tests.flamingo_kernels.ops.conftest import OTHERS
+from tests.flamingo_kernels.ops.conftest import OTHERS, select
 from tests.helpers.same import assert_same
 
 ROWS = [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 64, 65, 257]
@@ -27,20 +27,12 @@ MOST_FINE = {"avx512_bf16": 4, "avx512_amx": 16}  # rows, of the instruction set
 
 @pytest.fixture(params=["reference", "cpu", *OTHERS])
 def backend(request, running, select_variant) -> str:
-    return _select(request.param, running, select_variant)
+    return select(request.param, running, select_variant)
 
 
 @pytest.fixture(params=["cpu", *OTHERS])
 def kernels(request, running, select_variant) -> str:
-    return _select(request.param, running, select_variant)
-
-
-def _select(name, running, select_variant) -> str:
-    backend, _, variant = name.partition(", ")
-    running(backend)
-    if variant:
-        select_variant(variant)
-    return backend
+    return select(request.param, running, select_variant)
 
 
 class Inputs(NamedTuple):

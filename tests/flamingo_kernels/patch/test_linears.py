@@ -234,7 +234,7 @@ def test_a_table_that_is_none_is_refused_before_a_product_asks_for_it(weights, m
 
 
 def test_a_small_weight_is_left_to_torch(monkeypatch):
-    monkeypatch.setattr(products, "few_rows", None)
+    monkeypatch.setattr(products, "by_kernel", None)
     layer = nn.Linear(8, 8)
     patch(layer, linears=True)
     assert layer(torch.ones(2, 8)).shape == (2, 8)
