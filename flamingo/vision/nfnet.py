@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from flamingo.vision.frames import as_images
+
 ALPHA = 0.2  # weight of a residual branch
 STRIDES = (1, 2, 2, 2)  # of the stages; the stem has divided the sides by 4
 # GELU of a standard normal has variance 1 / GAMMA^2.
@@ -257,13 +259,14 @@ class NFNet(nn.Module):
 
         Raises:
             ValueError: if pixels has another shape.
+            TypeError: pixels are integers.
         """
         if pixels.ndim != 6 or pixels.shape[3] != 3:
             raise ValueError(
                 f"NFNet: expected pixels with shape (B, M, F, 3, h, w), got {tuple(pixels.shape)}. Processor "
                 "makes them."
             )
-        grid = self.grid(pixels.flatten(0, 2))
+        grid = self.grid(as_images(self, pixels, next(self.parameters()).dtype))
         return rearrange(grid, "n d rows columns -> n (rows columns) d").unflatten(0, pixels.shape[:3])
 
     def grid(self, images: Tensor) -> Tensor:

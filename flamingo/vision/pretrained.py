@@ -1,11 +1,11 @@
 """Image towers of CLIP and SigLIP from transformers, as vision encoders."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from flamingo.vision.frames import expect_frames
+from flamingo.vision.frames import as_images, expect_frames
 
 # By the model_type of a tower's configuration: mean and standard deviation of the pixels it was trained on,
 # and how many of its tokens come before the patches.
@@ -100,8 +100,10 @@ class PretrainedVision(nn.Module):
 
         Raises:
             ValueError: if pixels has another shape.
+            TypeError: pixels are integers.
         """
         expect_frames(self, pixels, self.image_size)
+        images = as_images(self, pixels, cast(torch.dtype, self.tower.dtype))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            tokens = self.tower(pixel_values=pixels.flatten(0, 2)).last_hidden_state
+            tokens = self.tower(pixel_values=images).last_hidden_state
         return tokens[:, self._before_patches :].unflatten(0, pixels.shape[:3])

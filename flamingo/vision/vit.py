@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from flamingo.modules import FeedForward
 from flamingo.self_attention import SelfAttention
-from flamingo.vision.frames import expect_frames
+from flamingo.vision.frames import as_images, expect_frames
 
 
 class FullSelfAttention(SelfAttention):
@@ -60,9 +60,12 @@ class VisionEncoder(nn.Module):
 
         Raises:
             ValueError: if pixels has another shape.
+            TypeError: pixels are integers.
         """
         expect_frames(self, pixels, self.image_size)
-        patches = self.to_patches(pixels.flatten(0, 2))  # [B * M * F, dim, rows, columns]
+        patches = self.to_patches(
+            as_images(self, pixels, self.positions.dtype)
+        )  # [B * M * F, dim, rows, columns]
         x = rearrange(patches, "n d rows columns -> n (rows columns) d") + self.positions
         for layer in self.layers:
             x = layer(x)
