@@ -175,6 +175,19 @@ inline void check_residual_bwd(const char* operation, const Tensor& dz, const Te
         toString(dz.scalar_type()), ".");
 }
 
+inline void expect_activation(const char* operation, int64_t activation) {
+  const int64_t last = static_cast<int64_t>(Activation::silu);
+  if (activation < 0 || activation > last)
+    refuse(operation, ": expected activation from 0 to ", last, ", got ", activation, ".");
+}
+
+// Parameters with an element for each of so many channels, side by side.
+inline void expect_vector(
+    const Checks& checks, const char* operation, const char* name, const Tensor& vector, int64_t channels) {
+  checks.expect_parameter(name, vector, channels, false);
+  if (!vector.is_contiguous()) refuse(operation, ": expected a contiguous ", name, ".");
+}
+
 inline void check_linear(
     const char* operation, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& weight_scale,
     const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& gate,
@@ -190,8 +203,7 @@ inline void check_linear(
     checks.expect_rows_like_first("weight", weight, {out, in});
   }
   if (bias) checks.expect_dimensions("bias", *bias, 1), checks.expect_rows("bias", *bias, {out});
-  if (activation < 0 || activation > 5)
-    refuse(operation, ": expected activation from 0 to 5, got ", activation, ".");
+  expect_activation(operation, activation);
   if (gate) checks.expect_parameter("gate", *gate, out, true);
   if (residual) checks.expect_rows("residual", *residual, {rows, out});
 }

@@ -98,7 +98,9 @@ Params gated_residual_params(const Tensor& y, const Tensor& gate) {
   library.impl("perceiver_attention_fwd" overload, TORCH_BOX(&perceiver_attention_fwd));       \
   library.impl("perceiver_attention_bwd" overload, TORCH_BOX(&perceiver_attention_bwd));       \
   library.impl("gated_residual_fwd" overload, TORCH_BOX(&gated_residual_fwd));                 \
-  library.impl("gated_residual_bwd" overload, TORCH_BOX(&gated_residual_bwd))
+  library.impl("gated_residual_bwd" overload, TORCH_BOX(&gated_residual_bwd));                 \
+  library.impl("gated_block_decode_fwd" overload, TORCH_BOX(&gated_block_decode_fwd));         \
+  library.impl("linear_fwd" overload, TORCH_BOX(&linear_fwd))
 
 // What Python asks a library through ctypes.
 #define FK_EXPORT extern "C" __attribute__((visibility("default")))

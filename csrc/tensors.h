@@ -50,12 +50,16 @@ inline ScalarType residual_dtype(const Tensor& x, const Tensor& y, const Tensor&
   return wider(x.scalar_type(), branch);
 }
 
-// The dtype of residual + tanh(gate) * y, where y is in the dtype of x, and either may be missing.
+// The dtype of residual + tanh(gate) * y, where there may be no gate.
+inline ScalarType gated_dtype(ScalarType y, const Tensor* gate, ScalarType residual) {
+  return wider(residual, gate && gate->dim() != 0 ? wider(y, gate->scalar_type()) : y);
+}
+
+// The same where y is in the dtype of x, and there may be no residual either.
 inline ScalarType linear_dtype(
     const Tensor& x, const std::optional<Tensor>& gate, const std::optional<Tensor>& residual) {
   const ScalarType y = x.scalar_type();
-  const ScalarType branch = gate && gate->dim() != 0 ? wider(y, gate->scalar_type()) : y;
-  return residual ? wider(residual->scalar_type(), branch) : branch;
+  return gated_dtype(y, gate ? &*gate : nullptr, residual ? residual->scalar_type() : y);
 }
 
 template <class Numbers>

@@ -8,6 +8,8 @@ from .mask import MediaMask
 from .media_cache import MediaCache
 from .ops import (
     GatedBlockWeights,
+    Linear,
+    Norm,
     gated_block_decode,
     gated_residual,
     linear,
@@ -26,9 +28,11 @@ __all__ = [
     "FoldReport",
     "GatedBlockWeights",
     "GatedCrossAttentionBlock",
+    "Linear",
     "MaskedCrossAttention",
     "MediaCache",
     "MediaMask",
+    "Norm",
     "PatchReport",
     "PerceiverAttention",
     "PerceiverResampler",

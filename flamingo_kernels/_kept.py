@@ -135,12 +135,20 @@ class MaskKey(NamedTuple):
 
 
 def kept_mask(locations: Tensor, key: MaskKey, layer: object) -> MediaMask:
-    """The mask for these locations, built by the first layer of a forward pass that asks."""
-    return cast(MediaMask, once(_build, (locations,), key, layer=layer))
+    """The mask for these locations, built by the first layer of a forward pass that asks.
+
+    The tokens that follow a text ask for the same again and again. On a CPU it costs less to see that.
+    """
+    read = _build_or_keep if key.length == 1 and locations.is_cpu else _build
+    return cast(MediaMask, once(read, (locations,), key, layer=layer))
 
 
 def _build(locations: Tensor, key: MaskKey) -> MediaMask:
     return key.build(locations)
+
+
+def _build_or_keep(locations: Tensor, key: MaskKey) -> MediaMask:
+    return cast(MediaMask, once_for_equal(_build, (locations,), key))
 
 
 class _Kept(NamedTuple):

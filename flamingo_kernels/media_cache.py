@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._kept import kept_kv
+from ._labels import PROJECTIONS, labelled
 from ._predicates import autocast_dtype, is_ordinary, is_plain, needs_grad
-from .sublayers.labels import PROJECTIONS, labelled
 
 
 class Source(NamedTuple):

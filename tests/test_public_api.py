@@ -18,9 +18,7 @@ OPERATORS = {
         "(q, k_media, v_media, k_latents, v_latents, *, media_lengths=None, scale=None, backend='auto')"
     ),
     "gated_residual": "(x, y, gate, *, backend='auto')",
-    "gated_block_decode": (
-        "(x, k, v, mask, weights, *, scale=None, eps=1e-05, activation='gelu', backend='auto')"
-    ),
+    "gated_block_decode": ("(x, k, v, mask, weights, *, scale=None, backend='auto')"),
     "linear": (
         "(x, weight, bias=None, *, weight_scale=None, activation=None, residual=None, gate=None, "
         "backend='auto')"
@@ -45,9 +43,11 @@ def test_the_public_names():
         "FoldReport",
         "GatedBlockWeights",
         "GatedCrossAttentionBlock",
+        "Linear",
         "MaskedCrossAttention",
         "MediaCache",
         "MediaMask",
+        "Norm",
         "PatchReport",
         "PerceiverAttention",
         "PerceiverResampler",

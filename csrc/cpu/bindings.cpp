@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../gated_block.h"
 #include "../operators.h"
 #include "params.h"
 
@@ -300,42 +301,156 @@ bool has_wide_rows(const Call& call, const Linear& params) {
   return false;
 }
 
-Tensor linear_fwd(
-    Tensor x, Tensor weight, std::optional<Tensor> weight_scale, std::optional<Tensor> bias, int64_t activation,
-    std::optional<Tensor> gate, std::optional<Tensor> residual) {
-  const Call call = {"linear_fwd"};
-  check_linear(call.operation, x, weight, weight_scale, bias, activation, gate, residual);
-  Linear params = {};
-  params.rows = x.size(0), params.in = x.size(1), params.out = weight.size(0);
-  Tensor y = call.fresh(x, {params.rows, params.out}, linear_dtype(x, gate, residual));
-  params.x = matrix_of(x), params.y = matrix_of(y);
-  params.weight = {weight.data_ptr(), params.x.dtype, weight.stride(0)};
-  params.activation = Activation(activation);
-  if (bias) params.bias = bias->data_ptr(), params.bias_dtype = element_type(*bias);
-  const Memory<float> tanh_gate = gate ? load_tanh(call, *gate) : Memory<float>();
-  if (gate) params.tanh_gate = tanh_gate.data(), params.per_channel = gate->numel() != 1;
-  if (residual) params.residual = matrix_of(*residual);
-  const DType dtype = params.x.dtype;
+// The product that the params describe, by the kernels for its weight and number of rows.
+void multiply(const Call& call, Linear params) {
   const int64_t whole_vectors = (params.in + 63) / 64 * 64;
-  if (!weight_scale) {
-    const Memory<float> packed(call, "working memory", params.rows * whole_vectors);  // all of it in float32
+  if (!params.weight_scale) {
+    const Product kernels = variant().linear(params);
+    const int64_t whole_panels = (params.rows + 31) / 32 * 32;  // of two bytes an element, or rows in float32
+    const Memory<float> packed(call, "working memory", std::max(params.rows, whole_panels / 2) * whole_vectors);
     params.packed = packed.data();
-    run(call, variant().linear_pack(dtype), params, params.rows * params.in);
-    run(call, variant().linear_fwd(dtype), params, params.in * params.out);
-    return y;
+    run(call, kernels.pack, params, params.rows * params.in);
+    return run(call, kernels.forward, params, params.in * params.out);
   }
   // Two bytes for an element, and whole panels where there is more than a row or two.
   const int64_t whole_panels = params.rows <= 2 ? params.rows : (params.rows + 63) / 64 * 64;
   const Memory<float> packed(call, "working memory", whole_panels * whole_vectors / 2);
   const Memory<float> of_rows(call, "working memory", 2 * params.rows);
   params.packed = packed.data();
-  params.weight_scale = weight_scale->const_data_ptr<float>();
   params.x_scale = of_rows.data(), params.x_offset = of_rows.data() + params.rows;
   params.fine = params.rows <= variant().fine_int8_rows || has_wide_rows(call, params);
   const Product kernels = variant().linear_int8(params);
   run(call, kernels.pack, params, params.rows * params.in);
   run(call, kernels.forward, params, params.in * params.out);
+}
+
+Linear linear_params(const Matrix& x, int64_t rows, const LinearWeights& weights) {
+  Linear params = {};
+  params.rows = rows, params.in = weights.weight->size(1), params.out = weights.weight->size(0);
+  params.x = x, params.weight = {weights.weight->data_ptr(), x.dtype, weights.weight->stride(0)};
+  if (weights.scale) params.weight_scale = weights.scale->const_data_ptr<float>();
+  if (weights.bias) params.bias = weights.bias->data_ptr(), params.bias_dtype = element_type(*weights.bias);
+  return params;
+}
+
+template <class T>
+const T* pointer_to(const std::optional<T>& value) {
+  return value ? &*value : nullptr;
+}
+
+Tensor linear_fwd(
+    Tensor x, Tensor weight, std::optional<Tensor> weight_scale, std::optional<Tensor> bias, int64_t activation,
+    std::optional<Tensor> gate, std::optional<Tensor> residual) {
+  const Call call = {"linear_fwd"};
+  check_linear(call.operation, x, weight, weight_scale, bias, activation, gate, residual);
+  Tensor y = call.fresh(x, {x.size(0), weight.size(0)}, linear_dtype(x, gate, residual));
+  Linear params = linear_params(matrix_of(x), x.size(0), {&weight, pointer_to(bias), pointer_to(weight_scale)});
+  params.y = matrix_of(y), params.activation = Activation(activation);
+  const Memory<float> tanh_gate = gate ? load_tanh(call, *gate) : Memory<float>();
+  if (gate) params.tanh_gate = tanh_gate.data(), params.per_channel = gate->numel() != 1;
+  if (residual) params.residual = matrix_of(*residual);
+  multiply(call, params);
   return y;
+}
+
+RowNorm norm_params(const NormWeights& norm) {
+  RowNorm params = {};
+  if (!norm.weight) return params;
+  params.rms = norm.rms, params.eps = norm.eps;
+  params.weight = norm.weight->data_ptr(), params.weight_dtype = element_type(*norm.weight);
+  if (norm.bias) params.bias = norm.bias->data_ptr(), params.bias_dtype = element_type(*norm.bias);
+  return params;
+}
+
+// One token of every text through a gated block: a list of kernels over its rows, in memory of their own.
+class Step {
+ public:
+  Step(const Call& call, const GatedBlock& block, int64_t rows, DType dtype)
+      : call_(call), block_(block), rows_(rows), dtype_(dtype) {}
+
+  // norm(x), as the products read it.
+  Matrix normed(const NormWeights& norm, const Matrix& x, int64_t columns) {
+    RowNorm params = norm_params(norm);
+    params.rows = rows_, params.columns = columns, params.x = x, params.y = fresh(columns, dtype_);
+    run(call_, variant().row_norm, params, rows_ * columns);
+    return params.y;
+  }
+
+  // act(x @ weight.T + bias) * factor
+  Matrix projected(
+      const LinearWeights& weights, const Matrix& x, DType dtype, Activation activation = Activation::none,
+      const Matrix& factor = {}) {
+    Linear params = linear_params(x, rows_, weights);
+    params.y = fresh(params.out, dtype), params.activation = activation, params.factor = factor;
+    multiply(call_, params);
+    return params.y;
+  }
+
+  // y = residual + tanh(gate) * (x @ weight.T + bias)
+  void add(const LinearWeights& weights, const Matrix& x, const Tensor* gate, const Matrix& residual, const Matrix& y) {
+    Linear params = linear_params(x, rows_, weights);
+    const Memory<float> tanh_gate = gate ? load_tanh(call_, *gate) : Memory<float>();
+    if (gate) params.tanh_gate = tanh_gate.data(), params.per_channel = gate->numel() != 1;
+    params.residual = residual, params.y = y;
+    multiply(call_, params);
+  }
+
+  Matrix attended(DecodeAttention params, const Matrix& q) {
+    params.q = (const float*)q.data, params.q_norm = norm_params(block_.q_norm);
+    const int64_t splits = variant().decode_splits(params), row_floats = (params.head_dim + 15) / 16 * 16;
+    const int64_t kept = splits == 1 ? 0 : params.batch * params.heads * splits;
+    const Memory<float> partials(call_, "working memory", kept * (row_floats + 2));
+    params.partial_out = partials.data();
+    params.row_max = params.partial_out + kept * row_floats, params.row_sum = params.row_max + kept;
+    params.out = fresh(params.heads * params.head_dim, dtype_);
+    const int64_t keys = params.media * params.latents, rows = params.batch * params.heads;
+    const int64_t work = attention_work(rows, keys, params.batch * params.kv_heads * keys, params.head_dim);
+    run(call_, variant().decode_attention(dtype_), params, work);
+    run(call_, variant().decode_merge, params, kept * row_floats);
+    return params.out;
+  }
+
+  Matrix fresh(int64_t columns, DType dtype) {
+    kept_.emplace_back(call_, "working memory", rows_ * columns);
+    return {kept_.back().data(), dtype, columns};
+  }
+
+ private:
+  const Call& call_;
+  const GatedBlock& block_;
+  int64_t rows_;
+  DType dtype_;  // of the products
+  std::vector<Memory<float>> kept_;
+};
+
+Tensor gated_block_decode_fwd(
+    Tensor x, Tensor k, Tensor v, Tensor lo, Tensor hi, std::vector<Tensor> weights, int64_t heads, double scale,
+    std::vector<double> eps, std::vector<int64_t> rms, int64_t activation) {
+  const Call call = {"gated_block_decode_fwd"};
+  const GatedBlock block(call.operation, weights, eps, rms, activation);
+  check_gated_block_decode(call.operation, x, k, v, lo, hi, block, heads);
+  const int64_t rows = x.size(0), columns = x.size(1);
+  const ScalarType z_dtype = gated_dtype(k.scalar_type(), block.gate, x.scalar_type());
+  Tensor out = call.fresh(x, {rows, columns}, gated_dtype(k.scalar_type(), block.ff_gate, z_dtype));
+  if (out.numel() == 0) return out;
+  const DType dtype = element_type(k);
+  Step step(call, block, rows, dtype);
+
+  DecodeAttention attention = {};
+  attention.batch = rows, attention.texts = rows / k.size(0), attention.heads = heads, attention.kv_heads = k.size(3);
+  attention.head_dim = k.size(4), attention.media = k.size(1), attention.latents = k.size(2), attention.scale = scale;
+  attention.lo = lo.const_data_ptr<int32_t>(), attention.hi = hi.const_data_ptr<int32_t>();
+  attention.k = media_of(k), attention.v = media_of(v);
+  const Matrix q = step.projected(block.to_q, step.normed(block.norm, matrix_of(x), columns), DType::f32);
+  const Matrix attended = step.attended(attention, q), z = step.fresh(columns, DType::f32);
+  step.add(block.to_out, attended, block.gate, matrix_of(x), z);
+
+  const Matrix n = step.normed(block.ff_norm, z, columns);
+  const Matrix up = step.projected(block.up, n, block.has_glu() ? DType::f32 : dtype,
+                                   block.has_glu() ? Activation::none : block.activation);
+  const Matrix h = block.has_glu() ? step.projected(block.gate_proj, n, dtype, block.activation, up) : up;
+  step.add(block.down, h, block.ff_gate, z, matrix_of(out));
+  return out;
 }
 
 // The sum of whole blocks of memory, so that no compiler leaves a read out.
@@ -351,7 +466,6 @@ uint32_t read_all(const void* data, int64_t bytes, int way) {
 
 STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CPU, library) {
   FK_REGISTER_OPERATORS(library, "");
-  library.impl("linear_fwd", TORCH_BOX(&linear_fwd));
 }
 
 }  // namespace flamingo_kernels

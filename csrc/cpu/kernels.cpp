@@ -1,7 +1,9 @@
 // Every kernel of one instruction set: compiled once for each, with -DFK_ISA=<its name>.
+#include "gated_block_decode.h"
 #include "gated_residual.h"
 #include "linear.h"
 #include "linear_int8.h"
+#include "linear_tiles.h"
 #include "masked_cross_attention.h"
 #include "perceiver_attention.h"
 #include "read_loop.h"
@@ -89,6 +91,20 @@ using CoarsePack = linear::Pack<T, int8_t, linear::InQuads>;
 template <class T>
 using CoarseForward = linear::Forward<T, int8_t, linear::InQuads>;
 
+template <class Implementation>
+Kernel<Linear> product_on_tiles() {
+  return {Implementation::tasks, scratch_size<Implementation, Linear>, run_with_registers<Implementation, TileRegisters, Linear>};
+}
+
+// Weights of floating-point numbers: one row at a time, or in bfloat16 blocks on tile registers.
+Product linear_for(const Linear& params) {
+  const DType dtype = params.x.dtype;
+  if constexpr (has_tiles)
+    if (dtype == DType::bf16 && params.rows >= linear_tiles::least_rows && linear_tiles::fits(params))
+      return {product_on_tiles<linear_tiles::Pack>(), product_on_tiles<linear_tiles::Forward>()};
+  return {product<PackX>(dtype), product<LinearForward>(dtype)};
+}
+
 constexpr int64_t fine_int8_rows = has_tiles ? 16 : has_quads ? 4 : INT64_MAX;
 
 // Weights of 8 bits: one row at a time or blocks, and integers of x as fine as cost nothing, or as its rows need.
@@ -103,6 +119,13 @@ Product linear_int8_for(const Linear& params) {
     return {product<CoarsePack>(dtype), product<CoarseForward>(dtype)};
   using Registers = linear_int8::Dot::Registers;
   return {product<linear_int8::Pack>(dtype), product<linear_int8::Forward, Registers>(dtype)};
+}
+
+// A step's attention: one element type, that of k and v.
+Kernel<DecodeAttention> decode_attention(DType dtype) {
+  if (dtype == DType::f32) return untyped<gated_block_decode::Attend<float>, DecodeAttention>;
+  if (dtype == DType::bf16) return untyped<gated_block_decode::Attend<BFloat16>, DecodeAttention>;
+  return untyped<gated_block_decode::Attend<Float16>, DecodeAttention>;
 }
 
 }  // namespace FK_ISA
@@ -120,11 +143,14 @@ const Variant FK_JOIN(variant_, FK_ISA) = {
     FK_ISA::attention<FK_ISA::perceiver_attention::Backward, PerceiverAttention>,
     FK_ISA::residual<FK_ISA::gated_residual::Forward>,
     FK_ISA::residual<FK_ISA::gated_residual::Backward>,
-    FK_ISA::product<FK_ISA::PackX>,
-    FK_ISA::product<FK_ISA::LinearForward>,
+    FK_ISA::linear_for,
     FK_ISA::fine_int8_rows,
     FK_ISA::product<FK_ISA::linear_int8::Spread>,
     FK_ISA::linear_int8_for,
+    FK_ISA::untyped<FK_ISA::gated_block_decode::Normalize, RowNorm>,
+    FK_ISA::decode_attention,
+    FK_ISA::untyped<FK_ISA::gated_block_decode::Merge, DecodeAttention>,
+    FK_ISA::gated_block_decode::count_splits,
     FK_ISA::untyped<FK_ISA::read_loop::Forward, ReadLoop>,
 };
 

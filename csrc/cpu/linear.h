@@ -1,4 +1,4 @@
-// y = residual + tanh(gate) * act(x @ weight.T + bias), for few rows of x.
+// y = residual + tanh(gate) * act(x @ weight.T + bias) * factor, for few rows of x.
 //
 // Oracle: flamingo_kernels/ops/linear/reference.py. Reads every weight once: in * out elements, at the speed of the
 // memory; 2 FLOPs a weight and a row. Weights of 8 bits with a scale an output meet x in 16 bits with a scale a row,
@@ -225,6 +225,7 @@ FK_INLINE void finish(const Params& params, int64_t row, int64_t begin, int64_t 
       y = (y - params.x_offset[row]) * (params.x_scale[row] * load(params.weight_scale + j, left));
     if (params.bias) y += load_any(params.bias, params.bias_dtype, j, left);
     y = activate(params.activation, y);
+    if (params.factor.data) y *= load_any(params.factor.data, params.factor.dtype, row * params.factor.row + j, left);
     if (params.tanh_gate) y *= params.per_channel ? load(params.tanh_gate + j, left) : splat(params.tanh_gate[0]);
     const Matrix& residual = params.residual;
     if (residual.data) y += load_any(residual.data, residual.dtype, row * residual.row + j, left);

@@ -47,8 +47,6 @@ struct GatedResidual {
   float* dgate;  // partial sums [tasks, D or 1] of dz * y
 };
 
-enum class Activation : int { none, gelu, gelu_tanh, relu, squared_relu, silu };
-
 struct Linear {
   int64_t rows, in, out;
   Matrix x;                   // [rows, in]
@@ -62,7 +60,30 @@ struct Linear {
   Activation activation;
   const float* tanh_gate;  // [1] or [out], or null: 1
   bool per_channel;        // the gate has `out` elements, not 1
+  Matrix factor;           // [rows, out], by which the activation's result is multiplied; its data may be null
   Matrix residual, y;      // [rows, out]; data of no residual is null
+};
+
+// y = norm(x) * weight + bias
+struct RowNorm {
+  int64_t rows, columns;
+  bool rms;
+  float eps;
+  const void *weight, *bias;  // [columns]; the bias may be null
+  DType weight_dtype, bias_dtype;
+  Matrix x, y;
+};
+
+// One row of each text attends to the media of its sequence.
+struct DecodeAttention {
+  int64_t batch, texts, heads, kv_heads, head_dim, media, latents;  // texts: in a row, that share a sequence
+  float scale;
+  const int32_t *lo, *hi;  // [B]
+  const float* q;          // [B, H, d]
+  RowNorm q_norm;          // of each row of q; without a weight there is none
+  Media k, v;
+  float *partial_out, *row_max, *row_sum;  // [B, H, splits] rows of d in whole vectors, and numbers
+  Matrix out;                              // [B, H d]
 };
 
 struct ReadLoop {
@@ -99,10 +120,14 @@ struct Variant {
       masked_cross_attention_dq;
   AttentionKernel<PerceiverAttention> perceiver_attention_fwd, perceiver_attention_bwd;
   ResidualKernel gated_residual_fwd, gated_residual_bwd;
-  LinearKernel linear_pack, linear_fwd;
+  Product (*linear)(const Linear&);
   int64_t fine_int8_rows;  // up to so many rows of x have 16 bits anyway
   LinearKernel linear_int8_spread;
   Product (*linear_int8)(const Linear&);
+  Kernel<RowNorm> row_norm;
+  Kernel<DecodeAttention> (*decode_attention)(DType);
+  Kernel<DecodeAttention> decode_merge;
+  int64_t (*decode_splits)(const DecodeAttention&);
   Kernel<ReadLoop> read_loop;
 };
 

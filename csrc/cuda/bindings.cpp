@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../gated_block.h"
 #include "../operators.h"
 #include "kernels.h"
 
@@ -53,8 +54,8 @@ Tensor zeroed(Tensor tensor) {
 
 Vector vector_of(const Tensor& t) { return {t.data_ptr(), element_type(t)}; }
 
-// The largest sizes that the kernels take.
-constexpr int64_t kMostColumns = 128, kMostSequences = 16, kMostInner = 16384;
+// The largest head_dim that the kernels take.
+constexpr int64_t kMostColumns = 128;
 
 void expect_at_most(const char* operation, const char* name, int64_t size, int64_t most) {
   if (size > most) refuse(operation, ": expected ", name, " of at most ", most, ", got ", size, ".");
@@ -243,89 +244,108 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dz, Tensor y, Tensor gate) 
   return {dy, dgate.add(call)};
 }
 
-DecodeLinear linear_params(const Tensor& input, const Tensor& weight, const Tensor& output) {
-  DecodeLinear params = {};
-  params.dtype = element_type(input);
-  params.batch = input.size(0), params.rows = weight.size(0), params.columns = weight.size(1);
-  params.input = input.data_ptr(), params.weight = weight.data_ptr(), params.output = output.data_ptr();
+Norm norm_of(const NormWeights& weights) {
+  Norm norm = {};
+  if (weights.weight) norm = {vector_of(*weights.weight), {}, float(weights.eps), weights.rms};
+  if (weights.bias) norm.bias = vector_of(*weights.bias);
+  return norm;
+}
+
+Weights weights_of(const LinearWeights& linear) {
+  Weights weights = {};
+  weights.data = linear.weight->data_ptr(), weights.row = linear.weight->stride(0);
+  weights.wide = is_wide(*linear.weight);
+  if (linear.scale) weights.scale = linear.scale->const_data_ptr<float>();
+  if (linear.bias) weights.bias = vector_of(*linear.bias);
+  return weights;
+}
+
+// y = weight x + bias, where products are in this dtype.
+Linear linear_params(DType dtype, const Tensor& x, const LinearWeights& weights, const Tensor& y) {
+  Linear params = {};
+  params.dtype = dtype, params.rows = x.size(0), params.in = x.size(1), params.out = y.size(1);
+  params.x = matrix_of(x), params.y = matrix_of(y), params.weight = weights_of(weights);
   return params;
 }
 
-void add_norm(DecodeLinear& params, const Tensor& weight, const std::optional<Tensor>& bias, double eps) {
-  params.norm_weight = vector_of(weight), params.eps = eps;
-  if (bias) params.norm_bias = vector_of(*bias);
+void set_gate(Linear& params, const Tensor& gate) {
+  params.gate = vector_of(gate), params.per_channel = gate.numel() != 1;
 }
 
-void add_residual(DecodeLinear& params, const Tensor& residual, const Tensor& gate) {
-  params.residual = residual.data_ptr(), params.gate = vector_of(gate), params.per_channel = gate.numel() > 1;
-}
+const Tensor* pointer_to(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
 
-void check_gated_block_decode(
-    const char* operation, const Tensor& x, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi,
-    const Tensor& norm, const std::optional<Tensor>& norm_bias, const Tensor& to_q, const Tensor& to_out,
-    const Tensor& gate, const Tensor& ff_norm, const std::optional<Tensor>& ff_norm_bias, const Tensor& up,
-    const Tensor& down, const Tensor& ff_gate, int64_t heads, int64_t activation) {
-  const Checks checks(operation, "x", x, 2);
-  checks.expect_dimensions("k", k, 5), checks.expect_dimensions("up", up, 2);
-  const int64_t batch = x.size(0), dim = x.size(1), inner = heads * k.size(4), hidden = up.size(0);
-  // The caller makes all of it contiguous once: copying the weights in every step would take most of the time.
-  const auto expect_matrix = [&](const char* name, const Tensor& matrix, int64_t rows, int64_t columns) {
-    checks.expect_contiguous(name, matrix, x.scalar_type(), {rows, columns});
-  };
-  const auto expect_vector = [&](const char* name, const Tensor& vector, bool one_for_all) {
-    checks.expect_parameter(name, vector, dim, one_for_all);
-    if (!vector.is_contiguous()) refuse(operation, ": expected a contiguous ", name, ".");
-  };
-  checks.expect_rows("x", x, {batch, dim}), expect_matrix("x", x, batch, dim);
-  expect_matrix("to_q", to_q, inner, dim), expect_matrix("to_out", to_out, dim, inner);
-  expect_matrix("up", up, hidden, dim), expect_matrix("down", down, dim, hidden);
-  expect_vector("norm", norm, false), expect_vector("ff_norm", ff_norm, false);
-  if (norm_bias) expect_vector("norm_bias", *norm_bias, false);
-  if (ff_norm_bias) expect_vector("ff_norm_bias", *ff_norm_bias, false);
-  expect_vector("gate", gate, true), expect_vector("ff_gate", ff_gate, true);
-  for (const auto& [name, keys] : {std::pair("k", k), std::pair("v", v)})
-    checks.expect_rows_like_first(name, keys, {batch, k.size(1), k.size(2), k.size(3), k.size(4)});
-  checks.expect_latents("k", k, 2), checks.expect_head_groups(heads, k.size(3));
-  for (const auto& [name, span] : {std::pair("lo", lo), std::pair("hi", hi)})
-    checks.expect_contiguous(name, span, ScalarType::Int, {batch, 1});
-  expect_at_most(operation, "B", batch, kMostSequences), expect_at_most(operation, "head_dim", k.size(4), kMostColumns);
-  expect_at_most(operation, "H * d", inner, kMostInner);
-  if (activation < 0 || activation > static_cast<int64_t>(Activation::relu))
-    refuse(operation, ": expected an activation from 0 to 3, got ", activation, ".");
-}
-
-Tensor gated_block_decode(
-    Tensor x, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor norm, std::optional<Tensor> norm_bias, Tensor to_q,
-    Tensor to_out, Tensor gate, Tensor ff_norm, std::optional<Tensor> ff_norm_bias, Tensor up, Tensor down,
-    Tensor ff_gate, int64_t heads, double scale, double eps, int64_t activation) {
-  const char* operation = "gated_block_decode";
-  check_gated_block_decode(
-      operation, x, k, v, lo, hi, norm, norm_bias, to_q, to_out, gate, ff_norm, ff_norm_bias, up, down, ff_gate, heads,
-      activation);
+Tensor linear_fwd(
+    Tensor x, Tensor weight, std::optional<Tensor> weight_scale, std::optional<Tensor> bias, int64_t activation,
+    std::optional<Tensor> gate, std::optional<Tensor> residual) {
+  check_linear("linear_fwd", x, weight, weight_scale, bias, activation, gate, residual);
   const Call call(x);
-  const int64_t batch = x.size(0);
-  const Tensor q = call.fresh(x, {batch, to_q.size(0)}, x.scalar_type()), z = fresh_like(call, x),
-               hidden = call.fresh(x, {batch, up.size(0)}, x.scalar_type());
-  Tensor out = fresh_like(call, x);
-  if (x.numel() == 0) return out;
+  Tensor y = call.fresh(x, {x.size(0), weight.size(0)}, linear_dtype(x, gate, residual));
+  if (y.numel() == 0) return y;
+  for (std::optional<Tensor>* each : {&bias, &gate})
+    if (*each) *each = torch::stable::contiguous(**each);
+  Linear params = linear_params(element_type(x), x, {&weight, pointer_to(bias), pointer_to(weight_scale)}, y);
+  params.activation = static_cast<Activation>(activation);
+  if (gate) set_gate(params, *gate);
+  if (residual) params.residual = matrix_of(*residual);
+  kernels::linear_fwd(params, call.stream);
+  return y;
+}
 
-  DecodeLinear q_proj = linear_params(x, to_q, q), up_proj = linear_params(z, up, hidden),
-               down_proj = linear_params(hidden, down, out);
-  add_norm(q_proj, norm, norm_bias, eps), add_norm(up_proj, ff_norm, ff_norm_bias, eps);
-  up_proj.activation = static_cast<Activation>(activation);
-  add_residual(down_proj, z, ff_gate);
-  DecodeAttention attention = {};
-  attention.out = linear_params(q, to_out, z);
-  add_residual(attention.out, x, gate);
-  attention.heads = heads, attention.kv_heads = k.size(3), attention.head_dim = k.size(4);
-  attention.media = k.size(1), attention.latents = k.size(2), attention.scale = scale;
-  attention.lo = lo.const_data_ptr<int32_t>(), attention.hi = hi.const_data_ptr<int32_t>();
-  attention.q = q.data_ptr(), attention.k = media_of(k), attention.v = media_of(v);
+// The attention of a block's step from q to out [B, H d].
+void run_decode_attention(
+    const Call& call, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lo, const Tensor& hi,
+    const GatedBlock& block, int64_t heads, double scale, const Tensor& out) {
+  DecodeAttention params = {};
+  params.dtype = element_type(k), params.scale = scale;
+  params.batch = q.size(0), params.texts = q.size(0) / k.size(0), params.media = k.size(1), params.latents = k.size(2);
+  params.heads = heads, params.kv_heads = k.size(3), params.head_dim = k.size(4);
+  params.lo = lo.const_data_ptr<int32_t>(), params.hi = hi.const_data_ptr<int32_t>();
+  params.q = q.data_ptr(), params.q_norm = norm_of(block.q_norm), params.out = out.data_ptr();
+  params.k = media_of(k), params.v = media_of(v);
+  params.splits = kernels::count_gated_block_decode_splits(params);
+  const Tensor acc = fresh_partials(call, out, params.splits > 1 ? params.splits : 0),
+               softmax = call.fresh(out, {2, params.splits, params.batch, heads}, ScalarType::Float);
+  params.acc = acc.mutable_data_ptr<float>();
+  params.row_max = softmax.mutable_data_ptr<float>(), params.row_sum = params.row_max + softmax.numel() / 2;
+  kernels::gated_block_decode_attention(params, call.stream);
+}
 
-  kernels::gated_block_decode_linear(q_proj, call.stream);
-  kernels::gated_block_decode_attention(attention, call.stream);
-  kernels::gated_block_decode_linear(up_proj, call.stream);
-  kernels::gated_block_decode_linear(down_proj, call.stream);
+// y = residual + tanh(gate) * (weight x + bias), as each half of a block ends.
+void add_branch(
+    const Call& call, const Tensor& x, const LinearWeights& weights, const Tensor* gate, const Tensor& residual,
+    const Tensor& y) {
+  Linear params = linear_params(element_type(x), x, weights, y);
+  if (gate) set_gate(params, *gate);
+  params.residual = matrix_of(residual);
+  kernels::linear_fwd(params, call.stream);
+}
+
+Tensor gated_block_decode_fwd(
+    Tensor x, Tensor k, Tensor v, Tensor lo, Tensor hi, std::vector<Tensor> weights, int64_t heads, double scale,
+    std::vector<double> eps, std::vector<int64_t> rms, int64_t activation) {
+  const char* operation = "gated_block_decode_fwd";
+  const GatedBlock block(operation, weights, eps, rms, activation);
+  check_gated_block_decode(operation, x, k, v, lo, hi, block, heads);
+  expect_at_most(operation, "head_dim", k.size(4), kMostColumns);
+  const Call call(x);
+  const auto fresh = [&](const LinearWeights& linear, ScalarType dtype) {
+    return call.fresh(x, {x.size(0), linear.weight->size(0)}, dtype);
+  };
+  const ScalarType dtype = k.scalar_type(), z_dtype = gated_dtype(dtype, block.gate, x.scalar_type());
+  const Tensor q = fresh(block.to_q, dtype), attended = fresh(block.to_q, dtype), z = fresh(block.to_out, z_dtype),
+               hidden = fresh(block.up, dtype), out = fresh(block.down, gated_dtype(dtype, block.ff_gate, z_dtype));
+  if (out.numel() == 0) return out;
+
+  Linear to_q = linear_params(element_type(k), x, block.to_q, q);
+  to_q.norm = norm_of(block.norm);
+  kernels::linear_fwd(to_q, call.stream);
+  run_decode_attention(call, q, k, v, lo, hi, block, heads, scale, attended);
+  add_branch(call, attended, block.to_out, block.gate, x, z);
+  Linear up = linear_params(element_type(k), z, block.up, hidden);
+  up.norm = norm_of(block.ff_norm), up.activation = block.activation;
+  if (block.has_glu()) up.gate_proj = weights_of(block.gate_proj);
+  kernels::linear_fwd(up, call.stream);
+  add_branch(call, hidden, block.down, block.ff_gate, z, out);
   return out;
 }
 
@@ -337,7 +357,6 @@ STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CPU, library) {
 STABLE_TORCH_LIBRARY_IMPL(flamingo_kernels, CUDA, library) {
 #endif
   FK_REGISTER_OPERATORS(library, ".cuda");
-  library.impl("gated_block_decode.cuda", TORCH_BOX(&gated_block_decode));
 }
 
 }  // namespace flamingo_kernels

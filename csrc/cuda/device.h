@@ -45,6 +45,10 @@ __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t
 
 constexpr float kInfinity = __builtin_huge_valf();
 
+// Of a thread in a block of one dimension.
+__device__ inline int lane() { return threadIdx.x % 32; }
+__device__ inline int warp() { return threadIdx.x / 32; }
+
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A grid of so many blocks. CUDA would drop those beyond its limits, and their results.

@@ -26,8 +26,10 @@ bool is_whole(const PerceiverAttention&);
 void perceiver_attention_fwd(const PerceiverAttention&, float* partial_softmax, Stream);
 void perceiver_attention_bwd(const PerceiverAttention&, Stream);
 
-// The two kernels of gated_block_decode.
-void gated_block_decode_linear(const DecodeLinear&, Stream);
+void linear_fwd(const Linear&, Stream);
+
+// The attention of gated_block_decode; its linear layers are linear_fwd.
+int64_t count_gated_block_decode_splits(const DecodeAttention&);
 void gated_block_decode_attention(const DecodeAttention&, Stream);
 
 void sum_partials(const Sum&, Stream);

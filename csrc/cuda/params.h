@@ -10,7 +10,7 @@ namespace flamingo_kernels {
 
 using Stream = void*;  // a cudaStream_t
 
-struct Vector {  // [D] or [1], contiguous
+struct Vector {  // [D] or [1], contiguous; no data where there is none
   const void* data;
   DType dtype;
 };
@@ -60,30 +60,47 @@ struct PerceiverAttention : Attention {
   Rows k[2], v[2], dk[2], dv[2];
 };
 
-enum class Activation : int { none, gelu, squared_relu, relu };
-
-// A linear layer and what surrounds it: output = act(weight norm(input)), or residual + tanh(gate) * weight input.
-struct DecodeLinear {
-  DType dtype;
-  int64_t batch, rows, columns;
-  const void *input, *weight;     // [B, columns], [rows, columns], contiguous
-  Vector norm_weight, norm_bias;  // the data is null where there is no norm
+struct Norm {
+  Vector weight, bias;  // no weight, no norm
   float eps;
-  Activation activation;
-  const void* residual;  // [B, rows] or null
-  Vector gate;
-  bool per_channel;
-  void* output;  // [B, rows]
+  bool rms;
 };
 
-// One token of every sequence attends to its media, and the result goes through a linear layer [D, H d].
+struct Weights {  // [out, in]
+  const void* data;
+  int64_t row;         // stride of a row
+  bool wide;           // as in views.h
+  const float* scale;  // [out], of weights of int8; else null
+  Vector bias;         // [out]
+};
+
+// y = residual + tanh(gate) * act(weight norm(x) + bias); with a gate_proj, act(gate_proj norm(x) + bias) *
+// (weight norm(x) + bias) in the place of act(...).
+struct Linear {
+  DType dtype;  // what is multiplied has: x once it is normed, and weights that are no integers
+  int64_t rows, in, out;
+  Matrix x;  // [rows, in]
+  Norm norm;
+  Weights weight, gate_proj;  // no data of gate_proj where there is none
+  Activation activation;
+  Vector gate;
+  bool per_channel;    // the gate has `out` elements, not 1
+  Matrix residual, y;  // [rows, out]; no data of residual where there is none
+};
+
+// One token of every text attends to its media, which `texts` in a row share.
 struct DecodeAttention {
-  DecodeLinear out;                                          // its input is the attention's output
-  int64_t heads, kv_heads, head_dim, media, latents, slice;  // slice: rows of a block
+  DType dtype;
+  int64_t batch, texts, heads, kv_heads, head_dim, media, latents;
   float scale;
   const int32_t *lo, *hi;  // [B]
   const void* q;           // [B, H, d]
-  Media k, v;
+  Norm q_norm;             // over d
+  Media k, v;              // [B / texts, M, R, Hkv, d]
+  void* out;               // [B, H, d]
+  int64_t splits;          // into how many the keys of a text are cut
+  // the softmax of each split, where there are several: [splits, B, H, d], [splits, B, H], [splits, B, H]
+  float *acc, *row_max, *row_sum;
 };
 
 // total[size] = partials[0] + partials[1] + ..., in order and rounded once.

@@ -78,10 +78,29 @@ __device__ inline void store(const Matrix& matrix, int64_t row, Columns columns,
   });
 }
 
+// The same of a matrix that says both its dtype and its width at run time; 0 beyond the end.
+__device__ inline void load(float (&values)[kVector], const Matrix& matrix, int64_t row, Columns columns) {
+  if (matrix.wide && columns.inside())
+    load<Mixed, true>(values, matrix, row, columns);
+  else
+    load<Mixed, false>(values, matrix, row, columns);
+}
+
 __device__ inline float element(const Vector& vector, int64_t i) {
   float value;
   with_type<Mixed>(vector.dtype, [&](auto type) { value = to_float(((const decltype(type)*)vector.data)[i]); });
   return value;
+}
+
+__device__ inline float element(const Matrix& matrix, int64_t row, int64_t column) {
+  return element(Vector{matrix.data, matrix.dtype}, row * matrix.row + column);
+}
+
+__device__ inline void store_element(const Matrix& matrix, int64_t row, int64_t column, float value) {
+  with_type<Mixed>(matrix.dtype, [&](auto type) {
+    using Element = decltype(type);
+    ((Element*)matrix.data)[row * matrix.row + column] = from_float<Element>(value);
+  });
 }
 
 // The thread's elements of a vector of parameters; 0 beyond the end.

@@ -17,7 +17,6 @@ constexpr int kTile = sizeof(T) == 2 ? 64 : 32;
 template <class T>
 constexpr int kThreads = kTile<T> * 2;  // a warp for 16 rows
 
-__device__ inline int lane() { return threadIdx.x % 32; }
 __device__ inline int first_row_of_warp() { return threadIdx.x / 32 * 16; }
 __device__ inline int fragment_row(int i) { return lane() / 4 + i / 2 * 8; }
 __device__ inline int fragment_column(int j, int i) { return j * 8 + lane() % 4 * 2 + i % 2; }

@@ -110,6 +110,15 @@ def is_chosen(operator: str, backend: str, *tensors: Tensor | None) -> bool:
     return default_backend == backend and not _why_not(operator, backend, *tensors)
 
 
+def kernel_for(operator: str, *tensors: Tensor | None) -> str:
+    """The backend whose kernels run a call that leaves the choice open; empty where they do not."""
+    if default_backend != "auto":
+        chosen = default_backend != "reference" and not _why_not(operator, default_backend, *tensors)
+        return default_backend if chosen else ""
+    backend = resolve(operator, "auto", *tensors)
+    return "" if backend == "reference" else backend
+
+
 def resolve(operator: str, backend: str, *tensors: Tensor | None) -> str:
     """The name of the backend that runs `operator` on these tensors; an explicit choice never falls back."""
     if backend == "auto":

@@ -15,19 +15,20 @@ from flamingo import modules
 
 from .._anatomy import Alpha, Kind, Linear, Norm, Number, Part
 from .._kept import MaskKey, kept_mask
+from .._labels import ATTENTION, labelled
 from ..fold import Affine
 from ..mask import MediaMask
 from ..media_cache import MediaCache, Source, load_or_project
 from ..ops import masked_cross_attention
 from ..sublayers import arguments, gated_cross_attention
-from ..sublayers.labels import ATTENTION, labelled
-from .decode import decode, may_decode
+from .decode import Parts, may_decode, step_of
 from .fused import (
     ATTENTION_FOLDS,
     BLOCK_FOLDS,
     Fused,
     add_feed_forward,
     add_gated,
+    chain_of,
     gate_unless_open,
     is_fused,
     sequential_feed_forward,
@@ -206,64 +207,52 @@ def attend(
 
 def gated_block(block: GatedBlock, x: Tensor, media: Media) -> Tensor:  # [B, T, D]
     """A gated cross-attention block: one operator if it can decode, else sublayers where they are plain."""
-    inputs = _gather(block.attn, x, media)
-    if inputs is not None and may_decode(x):
-        decoded = _decoded(block, x, inputs)
+    if may_decode(x):
+        decoded = _decode(block, x, media)
         if decoded is not None:
             return decoded
-    z = _add_attended(block, inputs, x, media)
+    z = add_attended(block, x, media)
     ff = sequential_feed_forward(block.ff, z)
     return add_feed_forward(z, ff, block.ff, gate_unless_open(block, "ff_gate"))
 
 
-def add_attended(block: GatedBlock, x: Tensor, media: Media) -> Tensor:  # [B, T, D]
-    """`x + tanh(attn_gate) * attn(x, media)`, as one sublayer where attn is plain."""
-    return _add_attended(block, _gather(block.attn, x, media), x, media)
-
-
-class _Inputs(NamedTuple):
-    """The arguments of `gated_cross_attention` for an attention of plain parts."""
-
-    plain: arguments.CrossAttention
-    k: Tensor  # [B, M, R, H, d], or a divisor of B
-    v: Tensor
-    mask: MediaMask
-    scale: float
-
-
-def _gather(module: nn.Module, x: Tensor, media: Media) -> _Inputs | None:
-    """The inputs of a fused attention of plain parts; None for any other module."""
-    if not is_fused(module):
+def _decode(block: GatedBlock, x: Tensor, media: Media) -> Tensor | None:  # [B, 1, D]
+    """The block's result for one token by one operator, or None if the operator does not compute it."""
+    chain = chain_of(block.ff)
+    if chain is None or not is_fused(block.attn):
         return None
-    attn = cast(MediaAttention, module)
-    plain = arguments.as_cross_attention(x, attn.norm, attn.to_q, attn.to_out)
-    if plain is None:
+    attn = cast(MediaAttention, block.attn)
+    ff_norm, up, activation, down = chain
+    parts = Parts(
+        norm=attn.norm,
+        to_q=attn.to_q,
+        to_out=attn.to_out,
+        gate=gate_unless_open(block, "attn_gate"),
+        ff_norm=ff_norm,
+        up=up,
+        activation=activation,
+        down=down,
+        ff_gate=gate_unless_open(block, "ff_gate"),
+    )
+    step = step_of(cast(nn.Module, block), parts, x)
+    if step is None:
         return None
     k, v = load_or_project(attn, x, media.features, follows=media.cached)
-    return _Inputs(plain, k, v, media_mask(attn, x, k, media.locations, media.cached), attn.scale)
+    return step.run(x, k, v, media_mask(attn, x, k, media.locations, media.cached), attn.scale)
 
 
-def _decoded(block: GatedBlock, x: Tensor, inputs: _Inputs) -> Tensor | None:  # [B, 1, D]
-    """The block's result for one token by one operator, or None if the operator does not compute it."""
-    attn, k, v, mask, scale = inputs
-    ff = sequential_feed_forward(block.ff, x)
-    if ff is None or len(x) != len(k):
-        return None
-    return decode(x, k, v, mask, attn, ff, (block.attn_gate, block.ff_gate), scale)
-
-
-def _add_attended(
-    block: GatedBlock,
-    inputs: _Inputs | None,
-    x: Tensor,
-    media: Media,
-) -> Tensor:  # [B, T, D]
+def add_attended(block: GatedBlock, x: Tensor, media: Media) -> Tensor:  # [B, T, D]
+    """`x + tanh(attn_gate) * attn(x, media)`, as one sublayer where attn is plain."""
     gate = gate_unless_open(block, "attn_gate")
-    if inputs is None:
+    attn, plain = cast(MediaAttention, block.attn), None
+    if is_fused(block.attn):
+        plain = arguments.as_cross_attention(x, attn.norm, attn.to_q, attn.to_out)
+    if plain is None:
         cached = (True,) if media.cached else ()
         return add_gated(x, block.attn(x, media.features, media.locations, *cached), gate)
-    plain, k, v, mask, scale = inputs
-    z = gated_cross_attention(_join(x, k), k, v, mask, gate=gate, scale=scale, **plain._asdict())
+    k, v = load_or_project(attn, x, media.features, follows=media.cached)
+    mask = media_mask(attn, x, k, media.locations, media.cached)
+    z = gated_cross_attention(_join(x, k), k, v, mask, gate=gate, scale=attn.scale, **plain._asdict())
     return z.view(x.shape)
 
 

@@ -1,61 +1,142 @@
-"""One token through a gated block by `gated_block_decode`, if its kernels can compute the whole block."""
+"""One token through a gated block by `gated_block_decode`, if its kernels can compute the whole block.
+
+A step of a small model takes no longer than to find out what its modules are. So that is asked once, and kept
+with what would change the answer.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .._backends import dispatch
+from .._predicates import is_eager, is_unhooked
 from ..mask import MediaMask
-from ..ops import GatedBlockWeights, gated_block_decode
-from ..ops.gated_block_decode.weights import ACTIVATIONS
-from ..sublayers.arguments import CrossAttention, FeedForward
+from ..ops import GatedBlockWeights
+from ..ops.gated_block_decode import api
+from ..ops.linear import config
+from ..sublayers.arguments import as_activation, as_norm, as_weight, has_integers
+
+_NAME = "gated_block_decode"
+# On a processor, of x: the kernels of floating-point weights are made for so many at least.
+_MOST_ROWS = 16
+
+
+class Parts(NamedTuple):
+    """The modules and gates of a block; see `GatedBlockWeights`, which has their parameters."""
+
+    norm: nn.Module
+    to_q: nn.Module
+    to_out: nn.Module
+    ff_norm: nn.Module
+    up: nn.Module
+    activation: nn.Module
+    down: nn.Module
+    gate: Tensor | None
+    ff_gate: Tensor | None
+    q_norm: nn.Module | None = None
+    gate_proj: nn.Module | None = None
 
 
 def may_decode(x: Tensor) -> bool:
-    """Whether x is one token a sequence, without gradients and autocast, on a device with these kernels."""
-    alone = x.shape[1] == 1 and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
-    return alone and dispatch.is_chosen("gated_block_decode", "cuda")
+    """Whether x `[B, T, D]` is one token a text, without gradients and autocast."""
+    alone = x.shape[1] == 1 and x.numel() > 0 and not torch.is_grad_enabled()
+    return alone and not torch.is_autocast_enabled(x.device.type)
 
 
-def decode(
-    x: Tensor,  # [B, 1, D]
-    k: Tensor,  # [B, M, R, H, d]
-    v: Tensor,  # [B, M, R, H, d]
-    mask: MediaMask,
-    attn: CrossAttention,
-    ff: FeedForward,
-    gates: tuple[Tensor, Tensor],
-    scale: float,
-) -> Tensor | None:  # [B, 1, D]
-    """The result of a block with these arguments, or None if the operator cannot compute exactly that."""
-    linears = (attn.to_q, attn.to_out, ff.up, ff.down)
-    weights = GatedBlockWeights(
-        norm=attn.norm.weight,
-        norm_bias=attn.norm.bias,
-        to_q=attn.to_q.weight,
-        to_out=attn.to_out.weight,
-        gate=gates[0],
-        ff_norm=ff.norm.weight,
-        ff_norm_bias=ff.norm.bias,
-        up=ff.up.weight,
-        down=ff.down.weight,
-        ff_gate=gates[1],
-    )
-    tensors = (x[:, 0], k, v, *weights)
-    if (
-        attn.q_norm is not None
-        or ff.gate_proj is not None
-        or attn.norm.rms
-        or ff.norm.rms
-        or attn.norm.eps != ff.norm.eps
-        or ff.activation not in ACTIVATIONS
-        or any(linear.bias is not None or not linear.weight.is_contiguous() for linear in linears)
-        or any(tensor is not None and tensor.dtype != x.dtype for tensor in tensors)
-        or not dispatch.is_chosen("gated_block_decode", "cuda", *tensors)
-    ):
+def step_of(layer: nn.Module, parts: Parts, x: Tensor) -> Step | None:
+    """A block as the operator takes it, kept for the next token; None where it does not compute just that."""
+    if not is_eager(x):
+        return _make(parts, x)
+    step: Step | None = _steps.get(layer)
+    if step is None or not step.holds(parts):
+        step = _make(parts, x)
+        _steps[layer] = step
+    return step
+
+
+_steps = WeakIdKeyDictionary()
+
+
+class Step:
+    """The weights of a block as the operator takes them, while the block is what it was."""
+
+    def __init__(self, parts: Parts, weights: GatedBlockWeights) -> None:
+        self._parts, self._seen = parts, [_Seen.of(part) for part in parts if isinstance(part, nn.Module)]
+        self._given = list(weights.by_name().values())
+        self._layouts = self._read_layouts()
+        self._tensors, self._options = weights.tensors(), weights.options()
+        dtypes = {each.weight.dtype for each in weights.linears.values() if each.scale is None}
+        self._dtype = next(iter(dtypes), None)
+
+    def holds(self, parts: Parts) -> bool:
+        """Whether these are the same parts, with nothing changed but the numbers in their memory."""
+        same = all(map(operator.is_, parts, self._parts)) and all(seen.is_same() for seen in self._seen)
+        return same and self._read_layouts() == self._layouts
+
+    def _read_layouts(self) -> list[Any]:
+        return [(tensor.data_ptr(), tensor.dtype, tensor.stride()) for tensor in self._given]
+
+    def run(self, x: Tensor, k: Tensor, v: Tensor, mask: MediaMask, scale: float) -> Tensor | None:
+        """The block for x `[B, 1, D]` and the media of B sequences or fewer; None where no kernel can."""
+        if k.dtype != (self._dtype or k.dtype) or len(k) == 0 or len(x) % len(k):
+            return None
+        backend = dispatch.kernel_for(_NAME, x, k, v)
+        if not backend or (backend == "cpu" and not self._pays(len(x))):
+            return None
+        return api.run(backend, x[:, 0], k, v, mask, self._tensors, self._options, scale)[:, None]
+
+    def _pays(self, rows: int) -> bool:
+        """Whether the products of a processor's kernels are fast for so many rows."""
+        of_integers = self._dtype is None
+        return of_integers or rows <= _MOST_ROWS or config.choose("forward", self._dtype, rows) == "cpu"
+
+
+class _Seen(NamedTuple):
+    """A module, as it was when its parameters were taken."""
+
+    module: nn.Module
+    cls: type[nn.Module]
+    tensors: tuple[Tensor | None, ...]
+    settings: tuple[Any, ...]
+
+    @staticmethod
+    def of(module: nn.Module) -> _Seen:
+        return _Seen(module, type(module), _tensors_of(module), _settings_of(module))
+
+    def is_same(self) -> bool:
+        module = self.module
+        unchanged = type(module) is self.cls and is_unhooked(module) and _settings_of(module) == self.settings
+        return unchanged and all(map(operator.is_, _tensors_of(module), self.tensors))
+
+
+def _tensors_of(module: Any) -> tuple[Tensor | None, ...]:
+    if has_integers(module):
+        return (*module.integer_weight(), module.bias)
+    return module._parameters.get("weight"), module._parameters.get("bias")
+
+
+def _settings_of(module: nn.Module) -> tuple[Any, ...]:
+    return tuple(map(vars(module).get, ("eps", "variance_epsilon", "approximate", "act")))
+
+
+def _make(parts: Parts, x: Tensor) -> Step | None:
+    norms = {name: getattr(parts, name) for name in ("norm", "ff_norm", "q_norm")}
+    linears = {name: getattr(parts, name) for name in ("to_q", "to_out", "up", "down", "gate_proj")}
+    found: dict[str, Any] = {"gate": parts.gate, "ff_gate": parts.ff_gate}
+    found |= {name: as_norm(module, x) for name, module in norms.items()}
+    found |= {name: as_weight(module, x) for name, module in linears.items()}
+    found["activation"] = as_activation(parts.activation)
+    if any(found[name] is None for name in Parts._fields if getattr(parts, name) is not None):
         return None
-    options: dict[str, Any] = {"scale": scale, "eps": ff.norm.eps, "activation": ff.activation}
-    return gated_block_decode(x[:, 0], k, v, mask, weights, **options)[:, None]
+    weights = GatedBlockWeights(**found)
+    tensors = weights.by_name().values()
+    dtypes = {each.weight.dtype for each in weights.linears.values() if each.scale is None}
+    fit = all(tensor.is_contiguous() and tensor.device == x.device for tensor in tensors)
+    known = all(tensor.dtype in (*dispatch.KERNEL_DTYPES, torch.int8) for tensor in tensors)
+    gates_fit = all(gate.numel() in (1, x.shape[-1]) for gate in weights.gates.values())
+    return Step(parts, weights) if fit and known and gates_fit and dtypes <= {x.dtype} else None

@@ -98,5 +98,11 @@ def add_feed_forward(
 
 def sequential_feed_forward(ff: nn.Module, x: Tensor) -> arguments.FeedForward | None:
     """The plain norm, linear layer, activation and linear layer of an `nn.Sequential`."""
-    chain: list[Any] = list(ff) if isinstance(ff, nn.Sequential) and is_plain(ff, nn.Sequential) else []
-    return arguments.as_feed_forward(x, *chain) if len(chain) == 4 else None
+    chain = chain_of(ff)
+    return None if chain is None else arguments.as_feed_forward(x, *chain)
+
+
+def chain_of(ff: nn.Module) -> list[nn.Module] | None:
+    """The four modules of a feed-forward network that is an `nn.Sequential` without hooks."""
+    chain = list(ff) if isinstance(ff, nn.Sequential) and is_plain(ff, nn.Sequential) else []
+    return chain if len(chain) == 4 else None

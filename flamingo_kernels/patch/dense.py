@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .._kept import newest, once, once_for_equal
+from .._labels import ATTENTION, labelled
 from .._predicates import is_recording
 from ..mask import LARGEST_LATENTS, MediaMask, largest_divisor
-from ..sublayers.labels import ATTENTION, labelled
 
 # A kernel does not pay for media of fewer latents than this among many keys.
 _FEWEST_LATENTS = 16

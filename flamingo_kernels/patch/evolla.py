@@ -15,6 +15,7 @@ from .._anatomy import Alpha, Linear, Norm, Number, Part
 from .._kept import once
 from .._predicates import is_plain, is_recording
 from ..fold import Affine, Gate, Scale
+from ..layers.decode import Parts, may_decode, step_of
 from ..layers.fused import Fused, add_feed_forward, add_gated, gate_unless_open
 from ..layers.resampler import LatentAttention, perceive
 from ..mask import LARGEST_LATENTS, MediaMask, largest_divisor
@@ -121,7 +122,12 @@ class EvollaSequenceAlignerCrossAttention(Fused):
             return cast(Tensor, super().forward(*states, *masks, *batch_masks, cache))
         if spans.num_media == 0:
             return query_states  # no sequence of the batch has a protein
-        z = self._add_attended(query_states, cast(Tensor, protein_kv_states).to(query_states), spans)
+        media = cast(Tensor, protein_kv_states).to(query_states)
+        if may_decode(query_states):
+            decoded = self._decode(query_states, media, spans)
+            if decoded is not None:
+                return decoded
+        z = self._add_attended(query_states, media, spans)
         z = add_feed_forward(z, self._feed_forward(z), self.ff, gate_unless_open(self, "gate_ffw"))
         if torch.compiler.is_compiling():
             return torch.where(cast(Tensor, protein_batch_mask).any(), z, query_states.to(z.dtype))
@@ -134,10 +140,33 @@ class EvollaSequenceAlignerCrossAttention(Fused):
             return _spans_of_all(rows, batch, media.shape[1]) if torch.compiler.is_compiling() else None
         return cast("MediaMask | None", once(_read_spans, (rows, batch), media.shape[1], layer=self))
 
+    def _decode(self, x: Tensor, media: Tensor, spans: MediaMask) -> Tensor | None:  # [B, 1, D]
+        ff: Any = self.ff
+        if torch.compiler.is_compiling() or not is_plain(ff, _FEED_FORWARD):
+            return None
+        parts = Parts(
+            norm=self.attention_norm,
+            to_q=self.query,
+            to_out=self.out_proj,
+            gate=gate_unless_open(self, "gate_attention"),
+            ff_norm=ff.norm,
+            up=ff.fc1,
+            activation=ff.activation,
+            down=ff.fc2,
+            ff_gate=gate_unless_open(self, "gate_ffw"),
+        )
+        step = step_of(self, parts, x)
+        return None if step is None else step.run(x, *self._kv(media, spans), spans, self.scale)
+
+    def _kv(self, media: Tensor, spans: MediaMask) -> tuple[Tensor, Tensor]:  # [B, M, R, H, d] each
+        split = (spans.num_media, media.shape[1] // spans.num_media)
+        k, v = (project(media).unflatten(1, split) for project in (self.key_protein, self.value_protein))
+        heads = (self.num_attention_heads, -1)
+        return k.unflatten(-1, heads), v.unflatten(-1, heads)
+
     def _add_attended(self, x: Tensor, media: Tensor, spans: MediaMask) -> Tensor:
         heads, gate = (self.num_attention_heads, -1), gate_unless_open(self, "gate_attention")
-        k, v = (p(media).unflatten(-1, heads) for p in (self.key_protein, self.value_protein))
-        k, v = (kv.unflatten(1, (spans.num_media, -1)) for kv in (k, v))  # [B, M, R, H, d]
+        k, v = self._kv(media, spans)
         plain = arguments.as_cross_attention(x, self.attention_norm, self.query, self.out_proj)
         if plain is None:
             q = self.query(self.attention_norm(x)).unflatten(-1, heads)  # [B, T, H, d]

@@ -16,12 +16,13 @@ from torch.nn import functional as F
 from .._anatomy import Alpha, Linear, Norm, Number, Part
 from .._kept import kept_kv
 from .._predicates import is_plain
+from ..layers.decode import Parts, may_decode, step_of
 from ..layers.fused import Fused, add_feed_forward, add_gated, gate_unless_open
 from ..mask import Policy
 from ..ops import masked_cross_attention, perceiver_attention
 from ..sublayers import arguments, gated_cross_attention
 from .decoder_layer import DecoderLayer, folds_of
-from .dense import key_spans, reads_when_run
+from .dense import KeySpans, key_spans, reads_when_run
 from .dense_attention import dense_cross_attention
 from .family import TRANSFORMERS, Family
 from .softmax import is_sdpa, is_softmax
@@ -62,30 +63,67 @@ class IdeficsGatedCrossAttentionLayer(DecoderLayer):
         if media is None or sees is None or cache is not None or self.is_watched():
             given = (attention_mask, media, image_attention_mask, sees)
             return cast(Tensor, super().forward(hidden_states, *given, cache, **kwargs))
-        z = self._add_attended(hidden_states, media, image_attention_mask, sees, kwargs)
-        norm, mlp, drops = self.post_attention_layernorm, self.mlp, self._drops()
+        x, mask, drops = hidden_states, image_attention_mask, self._drops()
+        spans = None
+        if mask is not None and _replaceable(self.cross_attn):
+            spans = key_spans(mask, x, sees, layer=self)
+        if spans is not None and not drops and may_decode(x):
+            decoded = self._decode(x, media, spans)
+            if decoded is not None:
+                return decoded
+        z = self._add_attended(x, media, mask, sees, spans, kwargs)
+        norm, mlp = self.post_attention_layernorm, self.mlp
         plain = None if drops else arguments.as_glu(z, norm, mlp, _MLP)
         gate = gate_unless_open(self, "alpha_dense")
         return add_feed_forward(z, plain, lambda x: self._drop(mlp(norm(x))), gate)
 
+    def _decode(self, x: Tensor, media: Tensor, spans: KeySpans) -> Tensor | None:  # [B, 1, D]
+        attn, mlp = self.cross_attn, self.mlp
+        if not is_plain(mlp, _MLP):
+            return None
+        parts = Parts(
+            norm=self.input_layernorm,
+            to_q=attn.q_proj,
+            q_norm=_query_norm(attn),
+            to_out=attn.o_proj,
+            gate=gate_unless_open(self, "alpha_cross_attn"),
+            ff_norm=self.post_attention_layernorm,
+            gate_proj=mlp.gate_proj,
+            up=mlp.up_proj,
+            activation=mlp.act_fn,
+            down=mlp.down_proj,
+            ff_gate=gate_unless_open(self, "alpha_dense"),
+        )
+        step = step_of(self, parts, x)
+        if step is None:
+            return None
+        return step.run(x, *self._kv(media, spans, step=True), spans.mask, attn.scaling)
+
+    def _kv(self, media: Tensor, spans: KeySpans, *, step: bool) -> tuple[Tensor, Tensor]:
+        attn = self.cross_attn
+        k, v = kept_kv(self, media, _kv_modules(attn), lambda: _project(attn, media), step=step)
+        return spans.media(k), spans.media(v)
+
     def _add_attended(
-        self, x: Tensor, media: Tensor, mask: Tensor | None, sees: Tensor, kwargs: dict[str, Any]
+        self,
+        x: Tensor,
+        media: Tensor,
+        mask: Tensor | None,
+        sees: Tensor,
+        spans: KeySpans | None,
+        kwargs: dict[str, Any],
     ) -> Tensor:
         attn, norm, gate = self.cross_attn, self.input_layernorm, gate_unless_open(self, "alpha_cross_attn")
-        replaceable = _replaceable(attn)
-        spans = key_spans(mask, x, sees, layer=self) if mask is not None and replaceable else None
         if spans is None:
-            if mask is not None and replaceable and reads_when_run(mask, x, sees, sdpa=is_sdpa(attn)):
-                y = _attend(attn, norm(x), media, mask, sees)
+            replaceable = mask is not None and _replaceable(attn)
+            if replaceable and reads_when_run(cast(Tensor, mask), x, sees, sdpa=is_sdpa(attn)):
+                y = _attend(attn, norm(x), media, cast(Tensor, mask), sees)
             else:
                 y, _ = attn(hidden_states=norm(x), key_value_states=media, attention_mask=mask, **kwargs)
             y = self._drop(y).masked_fill((sees == 0)[..., None], 0)
             return add_gated(x, y, gate)
-        step = x.shape[1] == 1
-        kv = kept_kv(self, media, _kv_modules(attn), lambda: _project(attn, media), step=step)
-        k, v = map(spans.media, kv)
-        q_norm = attn.q_layer_norm if attn.qk_layer_norms else None
-        plain = arguments.as_cross_attention(x, norm, attn.q_proj, attn.o_proj, q_norm)
+        k, v = self._kv(media, spans, step=x.shape[1] == 1)
+        plain = arguments.as_cross_attention(x, norm, attn.q_proj, attn.o_proj, _query_norm(attn))
         if plain is None or self._drops():
             q = _queries(attn, norm(x))
             out = masked_cross_attention(q, k, v, spans.mask, scale=attn.scaling)
@@ -106,6 +144,10 @@ def _replaceable(attn: Any) -> bool:
     # Rows without an image are 0 in the original; with a bias the block would give them that.
     biased = any("bias" in name for name, _ in attn.o_proj.named_parameters())
     return known and not dropout and not biased
+
+
+def _query_norm(attn: Any) -> nn.Module | None:
+    return attn.q_layer_norm if attn.qk_layer_norms else None
 
 
 def _heads(attn: Any, x: Tensor) -> Tensor:

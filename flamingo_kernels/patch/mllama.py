@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._anatomy import Alpha, Norm
-from .._predicates import is_unhooked
+from .._kept import once
+from .._predicates import is_plain, is_unhooked
+from ..layers.decode import Parts, may_decode, step_of
 from ..layers.fused import add_feed_forward, add_gated, gate_unless_open
 from ..ops import masked_cross_attention
 from ..sublayers import arguments, gated_cross_attention
@@ -142,6 +144,10 @@ class MllamaCrossAttentionDecoderLayer(DecoderLayer):
         **kwargs: Any,
     ) -> Tensor:  # [B, T, D]
         x, rows = hidden_states, full_text_row_masked_out_mask
+        if may_decode(x) and cross_attention_states is None:
+            decoded = self._decode(x, cache, cross_attention_mask, rows, kwargs)
+            if decoded is not None:
+                return decoded
         if not self.fixes and _is_short_step(x, cross_attention_states, cross_attention_mask):
             given = (cross_attention_states, cross_attention_mask, attention_mask, rows, position_ids)
             return cast(Tensor, super().forward(x, *given, cache, use_cache, **kwargs))
@@ -155,6 +161,33 @@ class MllamaCrossAttentionDecoderLayer(DecoderLayer):
         )
         out = add_feed_forward(z, arguments.as_glu(z, norm, mlp, _MLP), lambda x: mlp(norm(x)), gate)
         return _where_seeing(rows, out, z)
+
+    def _decode(
+        self, x: Tensor, cache: Any, mask: Tensor | None, rows: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor | None:  # [B, 1, D]
+        attn, mlp = self.cross_attn, self.mlp
+        replaceable = isinstance(attn, MllamaTextCrossAttention) and is_unhooked(attn) and is_plain(mlp, _MLP)
+        if not replaceable or mask is None or cache is None or attn.must_stay(attn.dropout, kwargs):
+            return None
+        parts = Parts(
+            norm=self.input_layernorm,
+            to_q=attn.q_proj,
+            q_norm=attn.q_norm,
+            to_out=attn.o_proj,
+            gate=gate_unless_open(self, "cross_attn_attn_gate"),
+            ff_norm=self.post_attention_layernorm,
+            gate_proj=mlp.gate_proj,
+            up=mlp.up_proj,
+            activation=mlp.act_fn,
+            down=mlp.down_proj,
+            ff_gate=gate_unless_open(self, "cross_attn_mlp_gate"),
+        )
+        step = step_of(self, parts, x)
+        spans = None if step is None else key_spans(mask, x, layer=self)
+        if step is None or spans is None or not (rows is None or once(_all_see, (rows,), layer=self)):
+            return None
+        k, v = (spans.media(each) for each in attn.kv(len(x), None, cache, kwargs))
+        return step.run(x, k, v, spans.mask, attn.scaling)
 
     def _add_attended(
         self, x: Tensor, states: Tensor | None, cache: Any, mask: Tensor | None, kwargs: dict[str, Any]
@@ -179,6 +212,11 @@ def _positions(kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a cache takes beside keys and values before transformers 5.4."""
     position = kwargs.get("cache_position")
     return {} if position is None else {"cache_kwargs": {"cache_position": position}}
+
+
+def _all_see(rows: Tensor) -> bool:
+    """Whether every token sees an image."""
+    return bool((rows != 0).all())
 
 
 def _is_short_step(x: Tensor, states: Tensor | None, mask: Tensor | None) -> bool:

@@ -73,10 +73,11 @@ class Quantized(nn.Module):
     was: type[nn.Module]
 
     def forward(self, input: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        weight, scale = self._integers()
+        weight, scale = self.integer_weight()
         return int8.multiply(input, weight, scale, self.bias)
 
-    def _integers(self) -> tuple[Tensor, Tensor]:
+    def integer_weight(self) -> tuple[Tensor, Tensor]:
+        """The integers and their scales, those of the weight as it is now."""
         source, kept = self.weight, self.integers
         if source.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(

@@ -8,14 +8,12 @@ norm              LayerNorm and RMSNorm
 activation        functions of a hidden layer
 gradients         gradients by name, and in the order of autograd
 scratch           memory for tensors that live within one call
-labels            what a profiler shows
 arguments         modules as arguments of the sublayers
 reference         the same sublayers, operation by operation
 """
 
+from ..ops.weights import Linear, Norm
 from .cross_attention import gated_cross_attention
 from .feed_forward import gated_feed_forward
-from .gated_linear import Linear
-from .norm import Norm
 
 __all__ = ["Linear", "Norm", "gated_cross_attention", "gated_feed_forward"]

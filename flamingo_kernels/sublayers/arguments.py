@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._backends import dispatch
-from .._predicates import autocast_dtype, is_eager, is_ordinary, is_plain
+from .._predicates import autocast_dtype, is_eager, is_ordinary, is_plain, is_unhooked
+from ..ops.weights import Linear, Norm
 from .activation import ACTIVATIONS
-from .gated_linear import Linear
-from .norm import Norm
 
 _LARGEST_STEP = 2**18  # bytes of x: 16 sequences in float32 at a width of 4096
 _MODELS = "transformers.models"
@@ -54,6 +53,20 @@ def as_linear(module: Any, x: Tensor) -> Linear | None:
         return None
     dtypes = (x.dtype,) if autocast_dtype(x.device) is None else dispatch.KERNEL_DTYPES
     return Linear(module.weight, module.bias) if module.weight.dtype in dtypes else None
+
+
+def has_integers(module: Any) -> bool:
+    """Whether a module is a linear layer with a weight of integers, see `quantize`."""
+    return hasattr(type(module), "integer_weight")
+
+
+def as_weight(module: Any, x: Tensor) -> Linear | None:
+    """The same for a decoding step, which takes weights of integers, too."""
+    if not has_integers(module):
+        return as_linear(module, x)
+    fits = is_unhooked(module) and (module.bias is None or module.bias.dtype == x.dtype)
+    weight, scale = module.integer_weight()
+    return Linear(weight, module.bias, scale) if fits else None
 
 
 def as_activation(module: Any) -> str | None:
@@ -121,10 +134,6 @@ def as_cross_attention(
 
 
 def _is_small_step(x: Tensor) -> bool:
-    """Whether x `[B, 1, D]` is one token a sequence on a CPU, where a sublayer would save nothing.
-
-    It is not where CUDA is emulated on the CPU, since `gated_block_decode` needs the arguments there.
-    """
+    """Whether x `[B, 1, D]` is one token a sequence on a CPU, where a sublayer would save nothing."""
     few = x.device.type == "cpu" and x.shape[-2] == 1 and x.numel() * x.dtype.itemsize < _LARGEST_STEP
-    called = few and not torch.is_grad_enabled() and is_eager(x)
-    return called and not dispatch.is_chosen("gated_block_decode", "cuda")
+    return few and not torch.is_grad_enabled() and is_eager(x)

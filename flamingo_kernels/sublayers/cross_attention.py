@@ -24,18 +24,19 @@ from .._checks import (
     unit_stride,
     without_autocast,
 )
+from .._labels import PROJECTIONS, labelled
 from .._predicates import needs_grad
 from ..mask import MediaMask
 from ..ops.masked_cross_attention.api import expect_media
 from ..ops.masked_cross_attention.schema import BWD, FWD
 from ..ops.once_differentiable import once_differentiable
+from ..ops.weights import Linear, Norm, expect_gate, expect_linear, expect_norm, named_parameters
 from . import gated_linear, normed_linear, reference
 from . import norm as norms
 from .arguments import CrossAttention
-from .gated_linear import Linear, expect_gate, expect_linear, expect_one_dtype, named_parameters
+from .gated_linear import expect_one_dtype
 from .gradients import in_order, learns, pair, unpack
-from .labels import PROJECTIONS, labelled
-from .norm import Norm, Statistics, expect_norm
+from .norm import Statistics
 
 _NAME = "gated_cross_attention"
 
@@ -108,7 +109,7 @@ def gated_cross_attention(
     (k, v), to_q, to_out = autocast(k, v), to_q.autocast(), to_out.autocast()
     expect_one_dtype(_NAME, x, {"to_q": to_q, "to_out": to_out}, k=k, v=v)
     scale = expect_scale(_NAME, scale, k.shape[-1])
-    parameters = (gate, norm.weight, norm.bias, *(q_norm or (None, None))[:2], *to_q, *to_out)
+    parameters = (gate, norm.weight, norm.bias, *(q_norm or (None, None))[:2], *to_q[:2], *to_out[:2])
     backend = dispatch.resolve("masked_cross_attention", backend, x, k, v, *parameters)
     if backend == "reference" or 0 in to_q.weight.shape:  # without a feature there is nothing to fuse
         weights = CrossAttention(norm, to_q, to_out, q_norm)
@@ -145,7 +146,7 @@ def _validate(
         )
     expect_head_groups(_NAME, inner // head_dim, k.shape[3])
     expect_linear(_NAME, "to_out", to_out, (width, inner), "to match to_q.weight")
-    expect_gate(_NAME, gate, width)
+    expect_gate(_NAME, "gate", gate, width)
     if q_norm is not None:
         expect_norm(_NAME, "q_norm", q_norm, head_dim)
     parameters = named_parameters(norm=norm, to_q=to_q, to_out=to_out, q_norm=q_norm)

@@ -20,14 +20,15 @@ from .._checks import (
     expect_tensors,
     without_autocast,
 )
+from .._labels import FEED_FORWARD, labelled
 from .._predicates import needs_grad
 from ..ops.once_differentiable import once_differentiable
+from ..ops.weights import Linear, Norm, expect_gate, expect_linear, expect_norm, named_parameters
 from . import gated_linear, normed_linear, reference
 from .activation import ACTIVATIONS
-from .gated_linear import Linear, expect_gate, expect_linear, expect_one_dtype, named_parameters
+from .gated_linear import expect_one_dtype
 from .gradients import in_order, learns, pair, unpack
-from .labels import FEED_FORWARD, labelled
-from .norm import Norm, Statistics, expect_norm
+from .norm import Statistics
 from .scratch import scratch
 
 _NAME = "gated_feed_forward"
@@ -94,7 +95,7 @@ def gated_feed_forward(
     _validate(x, norm, up, down, gate_proj, gate, activation)
     up, down, gate_proj = up.autocast(), down.autocast(), gate_proj and gate_proj.autocast()
     expect_one_dtype(_NAME, x, {"up": up, "down": down, "gate_proj": gate_proj})
-    parameters = (gate, norm.weight, norm.bias, *up, *down, *(gate_proj or (None, None)))
+    parameters = (gate, norm.weight, norm.bias, *up[:2], *down[:2], *(gate_proj or (None, None))[:2])
     backend = dispatch.resolve("gated_residual", backend, x, *parameters)
     if backend == "reference" or 0 in up.weight.shape:  # without a feature there is nothing to fuse
         return reference.gated_feed_forward(x, norm, up, down, gate, activation, gate_proj)
@@ -129,7 +130,7 @@ def _validate(
     expect_linear(_NAME, "down", down, (width, inner), "to match up.weight")
     if gate_proj is not None:
         expect_linear(_NAME, "gate_proj", gate_proj, (inner, width), "to match up.weight")
-    expect_gate(_NAME, gate, width)
+    expect_gate(_NAME, "gate", gate, width)
     parameters = named_parameters(norm=norm, up=up, down=down, gate_proj=gate_proj)
     expect_floating_point(_NAME, x=x, **parameters, gate=gate)
     expect_same_device(_NAME, x=x, **parameters, gate=gate)

@@ -11,80 +11,27 @@ is 0. The backward kernel of a gated residual computes just this sum and this fa
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._checks import autocast, expect_same_dtype, expect_shape, expect_tensors, unit_stride
+from .._checks import expect_same_dtype, unit_stride
+from .._labels import GATE, labelled
 from .._predicates import autocast_dtype, is_eager
 from ..ops.gated_residual.schema import BWD, FWD, residual_dtype
 from ..ops.linear.products import PRODUCTS, by_kernel, fastest
-from .labels import GATE, labelled
-from .norm import Norm
+from ..ops.weights import Linear, named_parameters
 from .scratch import scratch
-
-
-class Linear(NamedTuple):
-    """A projection `a @ weight.T + bias`.
-
-    Args:
-        weight: `[out, in]`.
-        bias: `[out]`, or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def autocast(self) -> Linear:
-        """The same projection with its parameters in the dtype of torch.autocast, if that is on."""
-        return Linear(*autocast(*(each for each in self if each is not None)))
-
-    def __call__(self, a: Tensor, into: Tensor | None = None) -> Tensor:  # [N, out]
-        """The projection by the fastest product, which may write `into` a tensor."""
-        by = fastest("forward", a, self.weight, self.weight.numel())
-        if by != "torch":
-            return PRODUCTS[by].forward(a, self.weight, self.bias)
-        if self.bias is None:
-            return torch.mm(a, self.weight.t(), out=into)
-        return torch.addmm(self.bias, a, self.weight.t(), out=into)
-
-
-def expect_linear(operator: str, name: str, linear: Any, shape: tuple[int | str, int], why: str) -> None:
-    """Raise TypeError or ValueError unless it is a Linear whose weight has this shape."""
-    if not isinstance(linear, Linear):
-        raise TypeError(f"{operator}: expected {name} to be a Linear, got {type(linear).__name__}.")
-    weight, bias = linear
-    expect_tensors(operator, **{f"{name}.weight": weight})
-    expect_shape(operator, f"{name}.weight", weight, shape, why)
-    if bias is not None:
-        expect_tensors(operator, **{f"{name}.bias": bias})
-        expect_shape(operator, f"{name}.bias", bias, tuple(weight.shape[:1]), f"to match {name}.weight")
-
-
-def expect_gate(operator: str, gate: Any, width: int) -> None:
-    """Raise TypeError or ValueError unless it is a gate of 1 or D elements, or None."""
-    if gate is None:
-        return
-    expect_tensors(operator, gate=gate)
-    if gate.numel() not in (1, width):
-        raise ValueError(f"{operator}: expected a gate of 1 or D={width} elements, got {tuple(gate.shape)}.")
 
 
 def expect_one_dtype(operator: str, x: Tensor, linears: dict[str, Linear | None], **media: Tensor) -> None:
     """Raise TypeError unless everything in a matrix product has the dtype of x; autocast casts x itself."""
+    for name, linear in linears.items():
+        if linear is not None and linear.scale is not None:
+            raise TypeError(f"{operator}: expected {name} without a scale, got one; `linear` takes integers.")
     text = {} if autocast_dtype(x.device) else {"x": x}
     expect_same_dtype(operator, **text, **named_parameters(**linears), **media)
-
-
-def named_parameters(**owners: Linear | Norm | None) -> dict[str, Tensor]:
-    """The parameters of projections and norms by name, as "to_q.weight"."""
-    return {
-        f"{name}.{field}": getattr(owner, field)
-        for name, owner in owners.items()
-        for field in ("weight", "bias")
-        if getattr(owner, field, None) is not None
-    }
 
 
 class Gradients(NamedTuple):

@@ -2,53 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import expect_number, expect_shape, expect_tensors
-from .labels import NORM, labelled
+from .._labels import NORM, labelled
+from ..ops.weights import Norm
 from .scratch import scratch
-
-
-class Norm(NamedTuple):
-    """A LayerNorm or an RMSNorm with its parameters.
-
-    Args:
-        weight: `[D]`.
-        bias: `[D]`, or None; an RMSNorm has none.
-        eps: added to the variance, or to the mean square.
-        rms: RMSNorm rather than LayerNorm.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    eps: float = 1e-5
-    rms: bool = False
-
-    @labelled(NORM)
-    def __call__(self, x: Tensor) -> Tensor:
-        """The normed rows."""
-        shape = x.shape[-1:]
-        if self.rms:
-            return F.rms_norm(x, shape, self.weight, self.eps)
-        return F.layer_norm(x, shape, self.weight, self.bias, self.eps)
-
-
-def expect_norm(operator: str, name: str, norm: Any, width: int) -> None:
-    """Raise TypeError or ValueError unless it is a Norm over this width."""
-    if not isinstance(norm, Norm):
-        raise TypeError(f"{operator}: expected {name} to be a Norm, got {type(norm).__name__}.")
-    expect_tensors(operator, **{f"{name}.weight": norm.weight})
-    expect_shape(operator, f"{name}.weight", norm.weight, (width,), "to match what it norms")
-    if norm.bias is not None:
-        if norm.rms:
-            raise ValueError(f"{operator}: expected no {name}.bias with rms=True.")
-        expect_tensors(operator, **{f"{name}.bias": norm.bias})
-        expect_shape(operator, f"{name}.bias", norm.bias, (width,), "to match what it norms")
-    expect_number(operator, f"{name}.eps", norm.eps, least=0)
 
 
 class Statistics(NamedTuple):

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..ops.weights import Linear, Norm
 from . import norm as norms
-from .gated_linear import Linear, outer, times
-from .norm import Norm, Statistics
+from .gated_linear import outer, times
+from .norm import Statistics
 from .scratch import scratch
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._labels import ATTENTION, GATE, labelled
 from ..mask import MediaMask
 from ..ops.gated_residual.api import gated_residual
 from ..ops.masked_cross_attention.api import masked_cross_attention
+from ..ops.weights import Linear, Norm
 from .activation import ACTIVATIONS
 from .arguments import CrossAttention
-from .gated_linear import Linear
-from .labels import ATTENTION, GATE, labelled
-from .norm import Norm
 
 _attend = labelled(ATTENTION)(masked_cross_attention)
 _add = labelled(GATE)(gated_residual)
@@ -28,10 +27,10 @@ def gated_cross_attention(
     scale: float,
 ) -> Tensor:  # [B, T, D]
     norm, to_q, to_out, q_norm = weights
-    q = F.linear(norm(x), *to_q).unflatten(-1, (-1, k.shape[-1]))  # [B, T, H, d]
+    q = F.linear(norm(x), *to_q[:2]).unflatten(-1, (-1, k.shape[-1]))  # [B, T, H, d]
     q = q if q_norm is None else q_norm(q)
     out = _attend(q, k, v, mask, scale=scale, backend="reference")
-    y = F.linear(out.flatten(2), *to_out)
+    y = F.linear(out.flatten(2), *to_out[:2])
     return x + y if gate is None else _add(x, y, gate, backend="reference")
 
 
@@ -46,7 +45,7 @@ def gated_feed_forward(
 ) -> Tensor:  # [..., D]
     n = norm(x)
     act = ACTIVATIONS[activation].eager
-    h = F.linear(n, *up)
-    h = act(h) if gate_proj is None else act(F.linear(n, *gate_proj)) * h
-    y = F.linear(h, *down)
+    h = F.linear(n, *up[:2])
+    h = act(h) if gate_proj is None else act(F.linear(n, *gate_proj[:2])) * h
+    y = F.linear(h, *down[:2])
     return x + y if gate is None else _add(x, y, gate, backend="reference")

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,9 @@ from ..ops.linear.int8 import quantize_weight
 Layout = Literal["contiguous", "slice", "transposed", "strided", "expanded"]
 Outputs = tuple[Tensor, ...]
 Tensors = dict[str, Tensor]
-Spec = tuple[tuple[int, ...], torch.dtype]
+Shape = tuple[int, ...]
+Spec = tuple[Shape, torch.dtype]
+Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "silu"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -286,12 +288,19 @@ class GatedBlockDecodeCase(Case):
 
     Args:
         batch, dim, hidden, media, latents, heads, head_dim: B, D, F, M, R, H, d.
+        texts: how many in a row share media, B / S.
         groups: query heads that share one key/value head, H / Hkv.
-        immediate, policy: of the MediaMask; sequence b has b % (M + 2) media before it.
-        gate: shape of both gates: `(1,)` or `(D,)`.
-        bias: whether the norms have one.
-        activation: of the feed-forward network.
-        eps: of both norms.
+        immediate, policy: of the MediaMask; text b has b % (M + 2) media before it.
+        gate: shape of both gates: `(1,)` or `(D,)`; None for none.
+        rms: RMSNorms rather than LayerNorms.
+        norm_bias: whether LayerNorms have one.
+        q_norm: whether queries are normed.
+        bias: whether linear layers have one.
+        glu: whether the feed-forward network is a gated linear unit.
+        activation: of it.
+        eps: of all norms.
+        integers: whether weights are of 8 bits.
+        x_dtype, gate_dtype: where they differ from dtype.
     """
 
     operator: ClassVar[str] = "gated_block_decode"
@@ -305,67 +314,120 @@ class GatedBlockDecodeCase(Case):
     latents: int = 8
     heads: int = 4
     head_dim: int = 16
+    texts: int = 1
     groups: int = 1
     immediate: bool = True
     policy: Policy = "zero"
-    gate: tuple[int, ...] = (1,)
-    bias: bool = True
-    activation: Literal["gelu", "squared_relu", "relu"] = "gelu"
+    gate: tuple[int, ...] | None = (1,)
+    rms: bool = False
+    norm_bias: bool = True
+    q_norm: bool = False
+    bias: bool = False
+    glu: bool = False
+    activation: Activation = "gelu"
     eps: float = 1e-5
+    integers: bool = False
+    x_dtype: torch.dtype | None = None
+    gate_dtype: torch.dtype | None = None
 
     def specs(self) -> dict[str, Spec]:
-        inner = self.heads * self.head_dim
-        media = (self.batch, self.media, self.latents, self.heads // self.groups, self.head_dim)
-        shapes: dict[str, tuple[int, ...]] = {
-            "x": (self.batch, self.dim),
-            "k": media,
-            "v": media,
-            "norm": (self.dim,),
-            "norm_bias": (self.dim,),
-            "to_q": (inner, self.dim),
-            "to_out": (self.dim, inner),
-            "gate": self.gate,
-            "ff_norm": (self.dim,),
-            "ff_norm_bias": (self.dim,),
-            "up": (self.hidden, self.dim),
-            "down": (self.dim, self.hidden),
-            "ff_gate": self.gate,
-        }
-        return {
-            name: (shape, self.dtype) for name, shape in shapes.items() if self.bias or "bias" not in name
-        }
+        inner, kv_heads = self.heads * self.head_dim, self.heads // self.groups
+        media = (self.batch // self.texts, self.media, self.latents, kv_heads, self.head_dim)
+        norms = {"norm": self.dim, "ff_norm": self.dim} | ({"q_norm": self.head_dim} if self.q_norm else {})
+        matrices = {"to_q": (inner, self.dim), "to_out": (self.dim, inner)}
+        matrices |= {"up": (self.hidden, self.dim), "down": (self.dim, self.hidden)}
+        matrices |= {"gate_proj": (self.hidden, self.dim)} if self.glu else {}
+        shapes: dict[str, tuple[int, ...]] = {"k": media, "v": media}
+        for name, width in norms.items():
+            shapes[f"{name}.weight"] = (width,)
+            if self.norm_bias and not self.rms:
+                shapes[f"{name}.bias"] = (width,)
+        for name, (out, width) in matrices.items():
+            shapes[f"{name}.weight"] = (out, width)
+            if self.bias:
+                shapes[f"{name}.bias"] = (out,)
+        specs: dict[str, Spec] = {"x": ((self.batch, self.dim), self.x_dtype or self.dtype)}
+        specs |= {name: (shape, self.dtype) for name, shape in shapes.items()}
+        gates = ("gate", "ff_gate") if self.gate is not None else ()
+        return specs | {name: (cast(Shape, self.gate), self.gate_dtype or self.dtype) for name in gates}
 
     def tensors(self) -> Tensors:
         tensors = super().tensors()
-        for name in ("to_q", "to_out", "up", "down"):  # products of numbers around 1 stay around 1
-            tensors[name] = tensors[name].contiguous() / tensors[name].shape[1] ** 0.5
+        for name, tensor in tensors.items():  # products of numbers around 1 stay around 1
+            if name.endswith(".weight") and tensor.ndim == 2:
+                tensors[name] = tensor.contiguous() / max(tensor.shape[1], 1) ** 0.5
         return tensors
 
     def options(self) -> dict[str, Any]:
         rule: dict[str, Any] = {"immediate": self.immediate, "policy": self.policy}
         mask = MediaMask.from_text_time(self.text_time(), self.media, **rule)
-        return {"mask": mask, "activation": self.activation, "eps": self.eps}
+        return {"mask": mask if self.texts == 1 else mask.fold(self.texts)}
+
+    def weights(self, tensors: Tensors) -> ops.GatedBlockWeights:
+        """What the operator is given of the block, in the place of these tensors."""
+
+        def norm(name: str) -> ops.Norm:
+            return ops.Norm(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), self.eps, self.rms)
+
+        def linear(name: str) -> ops.Linear:
+            weight, scale = tensors[f"{name}.weight"], None
+            if self.integers:
+                weight, scale = quantize_weight(weight)
+            return ops.Linear(weight, tensors.get(f"{name}.bias"), scale)
+
+        return ops.GatedBlockWeights(
+            *(norm("norm"), linear("to_q"), linear("to_out")),
+            *(norm("ff_norm"), linear("up"), linear("down")),
+            *(tensors.get("gate"), tensors.get("ff_gate")),
+            q_norm=norm("q_norm") if self.q_norm else None,
+            gate_proj=linear("gate_proj") if self.glu else None,
+            activation=self.activation,
+        )
 
     def call(self, tensors: Tensors, options: dict[str, Any], backend: str = "auto") -> Outputs:
-        names = ops.GatedBlockWeights._fields
-        weights = ops.GatedBlockWeights(*map(tensors.get, names))  # type: ignore[arg-type]
         x, k, v = (tensors[name] for name in ("x", "k", "v"))
-        return (self.function(x, k, v, weights=weights, **options, backend=backend),)
+        return (self.function(x, k, v, weights=self.weights(tensors), **options, backend=backend),)
 
     def eager(self, x: Tensor, k: Tensor, v: Tensor, **weights: Tensor) -> Outputs:
-        w, time = weights, self.text_time()
-        k, v = (tensor.repeat_interleave(self.groups, dim=3) for tensor in (k, v))
-        n = F.layer_norm(x, (self.dim,), w["norm"], w.get("norm_bias"), self.eps)
-        q = (n @ w["to_q"].T).view(self.batch, 1, self.heads, self.head_dim)
+        heads = (self.batch, self.heads, self.head_dim)
+        k, v = (each.repeat_interleave(self.groups, dim=3) for each in (k, v))
+        k, v = (each.repeat_interleave(self.texts, dim=0) for each in (k, v))
+
+        def norm(x: Tensor, name: str) -> Tensor:
+            weight, bias = (weights.get(f"{name}.{field}") for field in ("weight", "bias"))
+            weight, bias = (each if each is None else each.to(x.dtype) for each in (weight, bias))
+            if self.rms:
+                return F.rms_norm(x, x.shape[-1:], weight, self.eps).to(k.dtype)
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps).to(k.dtype)
+
+        def linear(x: Tensor, name: str) -> Tensor:
+            weight = weights[f"{name}.weight"]
+            return F.linear(x, dequantized(weight) if self.integers else weight, weights.get(f"{name}.bias"))
+
+        def add(x: Tensor, y: Tensor, name: str) -> Tensor:
+            if self.gate is None:
+                return x + y
+            return x + torch.tanh(weights[name].reshape(self.gate[-1:])) * y
+
+        q = linear(norm(x, "norm"), "to_q").view(heads)
+        q = norm(q, "q_norm") if self.q_norm else q
         rule: dict[str, Any] = {"only_immediate": self.immediate, "policy": self.policy}
-        attended = dense_masked_attention(q, k, v, time, **rule).flatten(1)
-        z = x + torch.tanh(w["gate"]) * (attended @ w["to_out"].T)
-        n = F.layer_norm(z, (self.dim,), w["ff_norm"], w.get("ff_norm_bias"), self.eps)
-        act = {"gelu": F.gelu, "squared_relu": lambda u: F.relu(u) ** 2, "relu": F.relu}[self.activation]
-        return (z + torch.tanh(w["ff_gate"]) * (act(n @ w["up"].T) @ w["down"].T),)
+        attended = dense_masked_attention(q[:, None], k, v, self.text_time(), **rule).flatten(1)
+        z = add(x, linear(attended, "to_out"), "gate")
+        n = norm(z, "ff_norm")
+        first = activate(linear(n, "gate_proj" if self.glu else "up"), self.activation)
+        h = first * linear(n, "up") if self.glu else first
+        return (add(z, linear(h, "down"), "ff_gate"),)
+
+    def excess(self) -> float:
+        """Kernels of integers round a row to steps of a share of its largest number, before each product."""
+        if not self.integers or self.batch == 0:
+            return 0.0
+        (out,) = self.eager(**self.tensors())
+        return float(out.abs().max()) / (64 if self.batch > 4 else 64 * 128)
 
     def text_time(self) -> Tensor:
-        """How many media are before the token of each sequence, int64 `[B, 1]`."""
+        """How many media are before the token of each text, int64 `[B, 1]`."""
         return torch.arange(self.batch, device=self.device)[:, None] % (self.media + 2)
 
 
@@ -390,7 +452,7 @@ class LinearCase(Case):
     width: int = 40
     out: int = 24
     bias: bool = True
-    activation: Literal["gelu", "gelu_tanh", "relu", "squared_relu", "silu"] | None = None
+    activation: Activation | None = None
     gate: tuple[int, ...] | None = None
     residual: bool = False
     residual_dtype: torch.dtype | None = None
@@ -432,12 +494,7 @@ class LinearCase(Case):
     ) -> Outputs:
         weight = self.multiplied(weight)
         y = F.linear(x.reshape(math.prod(self.rows), self.width), weight, bias).view(*self.rows, self.out)
-        if self.activation in ("gelu", "gelu_tanh"):
-            y = F.gelu(y, approximate="none" if self.activation == "gelu" else "tanh")
-        elif self.activation == "silu":
-            y = F.silu(y)
-        elif self.activation is not None:
-            y = F.relu(y) if self.activation == "relu" else F.relu(y) ** 2
+        y = y if self.activation is None else activate(y, self.activation)
         if gate is not None:
             y = torch.tanh(gate.reshape(gate.shape[-1:])) * y
         return (y if residual is None else residual + y,)
@@ -449,13 +506,12 @@ class Int8LinearCase(LinearCase):
 
     differentiable: ClassVar[bool] = False
 
-    def kernel(self, backend: str, **tensors: Tensor) -> Outputs:
+    def call(self, tensors: Tensors, options: dict[str, Any], backend: str = "auto") -> Outputs:
         integers, scale = quantize_weight(tensors["weight"])
-        return super().kernel(backend, **tensors | {"weight": integers, "weight_scale": scale})
+        return super().call(tensors | {"weight": integers, "weight_scale": scale}, options, backend)
 
     def multiplied(self, weight: Tensor) -> Tensor:
-        integers, scale = quantize_weight(weight)
-        return (integers.double() * scale.double()[:, None]).to(weight.dtype)
+        return dequantized(weight)
 
     def excess(self) -> float:
         """The kernels round a row of x to steps of a share of its largest number."""
@@ -475,6 +531,21 @@ CASES: dict[str, type[Case]] = {
         LinearCase,
     )
 }
+
+
+def activate(y: Tensor, activation: Activation) -> Tensor:
+    """An activation by torch."""
+    if activation in ("gelu", "gelu_tanh"):
+        return F.gelu(y, approximate="none" if activation == "gelu" else "tanh")
+    if activation == "silu":
+        return F.silu(y)
+    return F.relu(y) if activation == "relu" else F.relu(y) ** 2
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """What the 8-bit integers of a weight stand for."""
+    integers, scale = quantize_weight(weight)
+    return (integers.double() * scale.double()[:, None]).to(weight.dtype)
 
 
 def lay_out(tensor: Tensor, layout: Layout) -> Tensor:

@@ -97,9 +97,9 @@ class RandomResidual(RandomCase, GatedResidualCase):
 @dataclass(frozen=True, kw_only=True)
 class RandomBlockDecode(RandomCase, GatedBlockDecodeCase):
     def tensors(self) -> Tensors:
-        """The CUDA kernels refuse other matrices than contiguous ones."""
-        matrices = ("to_q", "to_out", "up", "down")
-        return {n: t.contiguous() if n in matrices else t for n, t in super().tensors().items()}
+        """Kernels refuse other matrices than contiguous ones."""
+        tensors = super().tensors().items()
+        return {n: t.contiguous() if n.endswith(".weight") and t.ndim == 2 else t for n, t in tensors}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,10 +184,12 @@ def residuals(draw):
 @st.composite
 def decodes(draw):
     width = draw(WIDTHS)
-    fields = {"dim": just(width), "hidden": WIDTHS, "gate": sampled_from([(1,), (width,)])}
-    fields |= {**MEDIA, "policy": POLICIES}
-    activations = sampled_from(["gelu", "squared_relu", "relu"])
-    return draw(attentions(RandomBlockDecode, bias=booleans(), activation=activations, **fields))
+    texts = draw(sampled_from([1, 1, 2, 3]))
+    fields = {"dim": just(width), "hidden": WIDTHS, "gate": none() | _gates(width), "texts": just(texts)}
+    fields |= {**MEDIA, "batch": FEW.map(lambda batch: batch * texts), "policy": POLICIES, "rms": booleans()}
+    fields |= {"norm_bias": booleans(), "bias": booleans(), "glu": booleans(), "x_dtype": OTHER_DTYPE}
+    fields |= {"activation": sampled_from(OF_LINEAR[1:]), "gate_dtype": OTHER_DTYPE}
+    return draw(attentions(RandomBlockDecode, **fields))
 
 
 @st.composite

@@ -158,11 +158,13 @@ class CrossAttentionCase(SublayerCase):
 
     def eager(self, **t: Any) -> Outputs:
         k, v = (t[name].repeat_interleave(self.groups, dim=3) for name in ("k", "v"))
-        q = F.linear(self.eager_norm(t, t["x"]), *linear(t, "q")).unflatten(-1, (self.heads, self.head_dim))
+        q = F.linear(self.eager_norm(t, t["x"]), *linear(t, "q")[:2]).unflatten(
+            -1, (self.heads, self.head_dim)
+        )
         q = self.eager_norm(t, q, "q_norm", self.q_eps) if self.q_norm else q
         rule: dict[str, Any] = {"only_immediate": self.immediate, "policy": self.policy, "scale": self.scale}
         out = dense_masked_attention(q, k, v, text_time(self.locations()), **rule)
-        return (self.eager_residual(t, F.linear(out.flatten(2), *linear(t, "out"))),)
+        return (self.eager_residual(t, F.linear(out.flatten(2), *linear(t, "out")[:2])),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +210,6 @@ class FeedForwardCase(SublayerCase):
 
     def eager(self, **t: Any) -> Outputs:
         n = self.eager_norm(t, t["x"])
-        act, h = EAGER[self.activation], F.linear(n, *linear(t, "up"))
-        h = act(F.linear(n, *linear(t, "gate_proj"))) * h if self.glu else act(h)
-        return (self.eager_residual(t, F.linear(h, *linear(t, "down"))),)
+        act, h = EAGER[self.activation], F.linear(n, *linear(t, "up")[:2])
+        h = act(F.linear(n, *linear(t, "gate_proj")[:2])) * h if self.glu else act(h)
+        return (self.eager_residual(t, F.linear(h, *linear(t, "down")[:2])),)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ...ops.weights import Linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,8 +35,7 @@ class Checks:
         """`[..., D]` in any dtype of the kernels, with the elements of a row side by side."""
         self._number(name, tensor)
         self._place(name, tensor, shape)
-        if tensor.stride(-1) != 1 and tensor.shape[-1] != 1 and tensor.numel():
-            self._refuse(ValueError, f"{name} with a contiguous last dimension", f"strides {tensor.stride()}")
+        self._side_by_side(name, tensor)
 
     def rows_like_first(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         """The same, in the dtype of the first tensor."""
@@ -47,10 +50,43 @@ class Checks:
         if tensor.numel() not in (1, channels):
             self._refuse(ValueError, f"{name} with 1 or {channels} elements", f"shape {tuple(tensor.shape)}")
 
+    def vector(self, name: str, tensor: Tensor, size: int) -> None:
+        """`[size]` in any dtype of the kernels and any layout."""
+        self._number(name, tensor)
+        self._place(name, tensor, (size,))
+
+    def layer(self, names: Sequence[str], layer: Linear, shape: tuple[int, int]) -> None:
+        """A weight in the dtype of the first tensor, or of int8 with a scale in float32; perhaps a bias. The
+        names are those of weight, bias and scale.
+        """
+        weight, bias, scale = names
+        if layer.scale is None:
+            self.rows_like_first(weight, layer.weight, shape)
+        else:
+            self._dtype(weight, layer.weight, torch.int8)
+            self._place(weight, layer.weight, shape)
+            self._side_by_side(weight, layer.weight)
+            self._dtype(scale, layer.scale, torch.float32)
+            self._place(scale, layer.scale, shape[:1])
+        if layer.bias is not None:
+            self.vector(bias, layer.bias, shape[0])
+
+    def place(self, name: str, place: int, size: int) -> None:
+        """One in a table of so many."""
+        if not 0 <= place < size:
+            self._refuse(ValueError, f"{name} from 0 to {size - 1}", place)
+
+    def count(self, name: str, values: Sequence[Any], size: int) -> None:
+        if len(values) != size:
+            self._refuse(ValueError, f"{size} {name}", len(values))
+
+    def given(self, name: str, tensor: Tensor | None) -> None:
+        if tensor is None:
+            self._refuse(ValueError, name, "none")
+
     def whole(self, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Contiguous, in one dtype."""
-        if tensor.dtype != dtype:
-            self._refuse(TypeError, f"{name} in {dtype}", tensor.dtype)
+        self._dtype(name, tensor, dtype)
         self._place(name, tensor, shape)
         if not tensor.is_contiguous():
             self._refuse(ValueError, f"a contiguous {name}", f"strides {tensor.stride()}")
@@ -59,6 +95,11 @@ class Checks:
         """A softmax needs at least one key."""
         if tensor.shape[dim] == 0:
             self._refuse(ValueError, f"{name} with at least one latent", tuple(tensor.shape))
+
+    def divisor(self, name: str, sequences: int, texts: int) -> None:
+        """Texts in a row may share a sequence of media."""
+        if texts % sequences if sequences else texts:
+            self._refuse(ValueError, f"{name} of {texts} sequences or a divisor of them", sequences)
 
     def head_groups(self, heads: int, kv_heads: int) -> None:
         if kv_heads == 0 or heads % kv_heads:
@@ -69,6 +110,14 @@ class Checks:
     def _number(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype not in DTYPES:
             self._refuse(TypeError, f"{name} in float32, bfloat16 or float16", tensor.dtype)
+
+    def _dtype(self, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+        if tensor.dtype != dtype:
+            self._refuse(TypeError, f"{name} in {dtype}", tensor.dtype)
+
+    def _side_by_side(self, name: str, tensor: Tensor) -> None:
+        if tensor.stride(-1) != 1 and tensor.shape[-1] != 1 and tensor.numel():
+            self._refuse(ValueError, f"{name} with a contiguous last dimension", f"strides {tensor.stride()}")
 
     def _place(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         if tensor.shape != shape:

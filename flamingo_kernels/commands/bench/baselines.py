@@ -4,10 +4,12 @@
 - eager: the reference modules of `flamingo`, dense scores and all.
 - sdpa: `scaled_dot_product_attention`, with the dense boolean mask where there is one.
 - folded: ours after `fold`, for inference.
+- int8: ours with weights of 8 bits.
 - compile: `torch.compile` of eager.
 - flex: `torch.compile(flex_attention)` with a block mask of the same spans.
-- bfloat16, int8pack, dynamic: for weights of 8 bits the product in bfloat16, and torch's two with integers,
-  `_weight_int8pack_mm` and the layer of `torch.ao.nn.quantized.dynamic`.
+- bfloat16, int8pack, dynamic, torchao: for weights of 8 bits the product in bfloat16, torch's two with
+  integers, `_weight_int8pack_mm` and the layer of `torch.ao.nn.quantized.dynamic`, and torchao's, where it is
+  installed.
 - flash-attn: its `varlen` attention, where it is installed; the rows of a medium are one sequence.
 
 Floors, not rivals:
@@ -27,7 +29,7 @@ from __future__ import annotations
 import copy
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple, cast
@@ -160,28 +162,53 @@ def _gated_residual(randn: Randn, *, rows: int, D: int) -> Contenders:
 
 
 def _gated_block_decode(randn: Randn, *, B: int, M: int, D: int, R: int, H: int, d: int) -> Contenders:
-    x, k, v = randn(B, D), randn(B, M, R, H, d), randn(B, M, R, H, d)
+    """Every contender walks over copies of the matrices, as the blocks of a model bring theirs."""
+    x, k, v = (randn(*shape).detach() for shape in ((B, D), (B, M, R, H, d), (B, M, R, H, d)))
+    on_cpu = x.is_cpu and x.dtype != torch.float64
     time = torch.full((B, 1), M, device=x.device)
     mask = fk.MediaMask.from_text_time(time, M)
+    norms = [fk.Norm(randn(D, mean=1.0, std=0.1).detach(), randn(D).detach()) for _ in range(2)]
+    gates = [randn(1).detach() for _ in range(2)]
+    shapes = ((H * d, D), (D, H * d), (4 * D, D), (D, 4 * D))
+    matrices = [randn(*shape, std=shape[1] ** -0.5).detach() for shape in shapes]
 
-    def matrix(rows: int, columns: int) -> Tensor:
-        return randn(rows, columns, std=columns**-0.5)
+    def walk(matrices: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Copies of them all, one after the other, in one tensor each."""
+        whole = torch.cat([matrix.flatten() for matrix in matrices])
+        return cycle(copies_beyond_caches(whole) if on_cpu else [whole])
 
-    def norm() -> tuple[Tensor, Tensor]:
-        return randn(D, mean=1.0, std=0.1), randn(D)
+    def split(whole: Tensor) -> list[Tensor]:
+        sizes = [rows * columns for rows, columns in shapes]
+        return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
 
-    attn, ff = (matrix(H * d, D), matrix(D, H * d), randn(1)), (matrix(4 * D, D), matrix(D, 4 * D), randn(1))
-    weights = fk.GatedBlockWeights(*norm(), *attn, *norm(), *ff)
-
-    def eager() -> Tensor:
-        w = weights
-        q = (F.layer_norm(x, (D,), w.norm, w.norm_bias) @ w.to_q.T).view(B, 1, H, d)
+    def eager(to_q: Tensor, to_out: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        q = (norms[0](x) @ to_q.T).view(B, 1, H, d)
         attended = modules.dense_masked_attention(q, k, v, time).flatten(1)
-        z = x + torch.tanh(w.gate) * (attended @ w.to_out.T)
-        hidden = F.gelu(F.layer_norm(z, (D,), w.ff_norm, w.ff_norm_bias) @ w.up.T)
-        return z + torch.tanh(w.ff_gate) * (hidden @ w.down.T)
+        z = x + torch.tanh(gates[0]) * (attended @ to_out.T)
+        return z + torch.tanh(gates[1]) * (F.gelu(norms[1](z) @ up.T) @ down.T)
 
-    return _over((x, k, v), ours=lambda: fk.gated_block_decode(x, k, v, mask, weights), eager=eager)
+    def of_step(matrices: Sequence[Tensor], scales: Sequence[Tensor | None]) -> Call:
+        copies = walk(matrices)
+
+        def step() -> Tensor:
+            to_q, to_out, up, down = map(fk.Linear, split(next(copies)), (None,) * 4, scales)
+            weights = fk.GatedBlockWeights(norms[0], to_q, to_out, norms[1], up, down, gates[0], gates[1])
+            return fk.gated_block_decode(x, k, v, mask, weights)
+
+        return step
+
+    def of_eager(call: Callable[..., Tensor]) -> Contender:
+        copies = walk(matrices)
+        return Contender(lambda: call(*split(next(copies))), ())
+
+    integers, scales = zip(*map(quantize_weight, matrices), strict=True)
+    return {
+        OURS: lambda: Contender(of_step(matrices, (None,) * 4), ()),
+        "eager": lambda: of_eager(eager),
+        "compile": lambda: of_eager(torch.compile(eager, dynamic=False)),
+        "int8": lambda: Contender(of_step(integers, scales), (), budget=_OF_INTEGERS),
+        **({"read": lambda: _read(walk(matrices))} if on_cpu else {}),
+    }
 
 
 def _gated_cross_attention_block(
@@ -278,6 +305,7 @@ def _linear_int8(randn: Randn, *, rows: int, D: int, out: int) -> Contenders:
     scale_of_x = scale.to(x.dtype)
     made["int8pack"] = of_integers(lambda each: torch._weight_int8pack_mm(x, each, scale_of_x))
     made["dynamic"] = lambda: _dynamic(x, integers, scale)
+    made["torchao"] = lambda: _torchao(x, weight)
     made["read"] = lambda: _read(copies)
     if x.dtype != torch.bfloat16:
         made["bfloat16"] = of_numbers(weight.bfloat16(), _OF_INTEGERS)
@@ -296,6 +324,19 @@ def _dynamic(x: Tensor, integers: Tensor, scale: Tensor) -> Contender:
         layers[-1].set_weight_bias(weight, None)
     walk = cycle(layers)
     return Contender(lambda: next(walk)(x.float()).to(x.dtype), (), budget=_OF_INTEGERS)
+
+
+def _torchao(x: Tensor, weight: Tensor) -> Contender:
+    """A layer whose weight is integers by torchao, where it is installed; x stays as it is."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    layers, (out, width) = [], weight.shape
+    for each in copies_beyond_caches(weight):
+        layers.append(nn.Linear(width, out, bias=False, dtype=weight.dtype).requires_grad_(False))
+        layers[-1].weight.copy_(each)
+        quantize_(layers[-1], Int8WeightOnlyConfig())
+    walk = cycle(layers)
+    return Contender(lambda: next(walk)(x), (), budget=_OF_INTEGERS)
 
 
 def _read(copies: Iterator[Tensor]) -> Contender:

@@ -15,8 +15,9 @@ from .shapes import CASES_OF, FLAT_MEMORY, HEADS, Floor, Target
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 COLUMNS = {"eager": "eager", "sdpa": "SDPA", "compile": "compile"}
+_OF_INTEGERS = ("int8", "bfloat16", "dynamic", "int8pack", "torchao")
 MORE_COLUMNS = {
-    name: name for name in ("flex", "flash-attn", *BACKENDS, "folded", "onednn", "few rows")
+    name: name for name in ("flex", "flash-attn", *BACKENDS, "folded", "onednn", "few rows", *_OF_INTEGERS)
 }  # where there are any
 RIVALS = (*COLUMNS, *MORE_COLUMNS, *FLOORS)
 
@@ -215,8 +216,16 @@ _COLOURS = {
     "cuda": "#76b041",
     "triton": "#c9a227",
     "folded": "#3d5a80",
+    "onednn": "#5c946e",
+    "few rows": "#a44a3f",
+    "int8": "#2a9d8f",
+    "bfloat16": "#e9c46a",
+    "dynamic": "#8d99ae",
+    "int8pack": "#bc6c25",
+    "torchao": "#606c38",
     "torch.add": "#93b7be",
     "products": "#b0a8b9",
+    "read": "#adb5bd",
 }
 
 

@@ -143,6 +143,19 @@ CASES = (
             modes=("forward",),
         )
     ),
+    *(
+        case
+        for batch, above, ratios in ((1, 1.2, (2.4, 1.9)), (8, 1.6, (4, 3.5)))
+        for case in _cases(
+            "gated_block_decode",
+            {"B": batch, "M": 5, "D": 2048, **HEADS},
+            {
+                (dtype, "forward"): (Target(1 / above, "read"), Target(ratio, "eager"))
+                for dtype, ratio in zip(DTYPES, ratios, strict=True)
+            },
+            modes=("forward",),
+        )
+    ),
     *_cases(
         "GatedCrossAttentionBlock",
         {"B": 1, "T": 1024, "M": 8, "D": 2048, **HEADS},
@@ -226,6 +239,18 @@ GPU_CASES = (
             "gated_block_decode",
             {"B": batch, "M": 5, "D": 2048, **HEADS},
             {("bfloat16", "forward"): targets},
+            _HALF,
+            ("forward",),
+        )
+    ),
+    *(
+        case
+        for op, ratio in (("linear", 1), ("linear, int8", 1.5))
+        for rows in (1, 8)
+        for case in _cases(
+            op,
+            {"rows": rows, "D": 2048, "out": 8192},
+            {("bfloat16", "forward"): (Target(ratio, "eager"),)},
             _HALF,
             ("forward",),
         )

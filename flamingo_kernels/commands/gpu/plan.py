@@ -14,6 +14,8 @@ from ...testing import (
     Case,
     GatedBlockDecodeCase,
     GatedResidualCase,
+    Int8LinearCase,
+    LinearCase,
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
 )
@@ -24,7 +26,6 @@ from . import sanitizer
 from .proofs import Task
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)  # the one that models use first
-CHECKED = sanitizer.on_gpus(check.CASES)
 HEAD_DIMS = (16, 40, 64, 80, 96, 128, 256)
 
 _RULES: list[dict[str, Any]] = [
@@ -71,6 +72,7 @@ ROWS: list[Case] = [
     GatedResidualCase(shape=(100, 96), y_dtype=torch.bfloat16, gate_dtype=torch.float32),
     GatedResidualCase(shape=(0, 64)),
 ]
+_LLAMA: dict[str, Any] = {"rms": True, "q_norm": True, "glu": True, "activation": "silu", "head_dim": 128}
 DECODE: list[Case] = [
     GatedBlockDecodeCase(batch=1, dim=2048, hidden=8192, media=5, latents=64, heads=8, head_dim=64),
     GatedBlockDecodeCase(batch=8, dim=4096, hidden=400, heads=32, head_dim=128, latents=64, groups=4),
@@ -78,13 +80,25 @@ DECODE: list[Case] = [
         GatedBlockDecodeCase(batch=16, dim=520, head_dim=head_dim, latents=65, gate=(520,))
         for head_dim in (40, 80, 96)
     ),
-    GatedBlockDecodeCase(batch=2, activation="squared_relu"),
-    GatedBlockDecodeCase(batch=2, activation="relu"),
-    GatedBlockDecodeCase(batch=9, immediate=False, policy="open_flamingo", bias=False, media=5),
+    GatedBlockDecodeCase(batch=2, dim=4096, hidden=400, heads=32, groups=4, media=4, latents=1601, **_LLAMA),
+    GatedBlockDecodeCase(batch=64, activation="squared_relu", bias=True),
+    GatedBlockDecodeCase(batch=8, activation="relu", texts=4, gate=None),
+    GatedBlockDecodeCase(batch=9, immediate=False, policy="open_flamingo", norm_bias=False, media=5),
     GatedBlockDecodeCase(batch=3, dim=63, hidden=65, head_dim=7, latents=70),
+    GatedBlockDecodeCase(batch=3, x_dtype=torch.float32, gate_dtype=torch.float32),
+    GatedBlockDecodeCase(batch=4, integers=True, bias=True),
     *(GatedBlockDecodeCase(layout=layout) for layout in ("slice", "transposed", "strided", "expanded")),
     GatedBlockDecodeCase(batch=0),
     GatedBlockDecodeCase(media=0, policy="open_flamingo"),
+]
+LINEAR: list[Case] = [
+    LinearCase(rows=(8,), width=2048, out=2048, gate=(1,), residual=True),
+    Int8LinearCase(rows=(1,), width=2048, out=8192),
+    *(LinearCase(rows=(rows,), width=520, out=136, activation="gelu") for rows in (1, 16, 17, 65, 300)),
+    *(Int8LinearCase(rows=(rows,), width=520, out=136, activation="silu") for rows in (1, 16, 17, 65, 300)),
+    Int8LinearCase(rows=(3,), width=63, out=65, bias=False, gate=(65,), residual=True),
+    *(LinearCase(layout=layout) for layout in ("slice", "strided", "expanded")),
+    LinearCase(rows=(0,)),
 ]
 REPEATED: list[Case] = [
     MaskedCrossAttentionCase(batch=4, length=1024, media=8, latents=64, heads=8, head_dim=64),
@@ -94,8 +108,9 @@ REPEATED: list[Case] = [
     GatedResidualCase(shape=(8192, 2048)),
     GatedResidualCase(shape=(2048, 2048), gate=(2048,)),
     DECODE[0],
+    LINEAR[0],
 ]
-# Without gated_block_decode: its 16 sequences make no tensor so large.
+# Without a step and a linear layer: the tensors that grow with their rows are small.
 LARGE: list[Case] = [
     MaskedCrossAttentionCase(batch=1, length=2048, media=2, latents=64, heads=8, head_dim=64),
     PerceiverAttentionCase(clips=1, queries=64, features=2048, latents=64, heads=8, head_dim=64),
@@ -131,7 +146,7 @@ class Plan:
     steps: Mapping[str, Time] = field(hash=False)
     seconds: float
     cases: list[Case] = field(default_factory=list)
-    first: int = len(CHECKED)
+    first: int = len(check.CASES)
     dtypes: tuple[torch.dtype, ...] = DTYPES
     repeated: list[Case] = field(default_factory=list)
     large: list[Case] = field(default_factory=list)
@@ -147,7 +162,11 @@ def _in_turn(*groups: list[Case]) -> list[Case]:
 
 
 FULL = Plan(
-    cases=list(dict.fromkeys([*CHECKED, *sanitizer.SMALL, *_in_turn(MASKED, PERCEIVER, ROWS, DECODE)])),
+    cases=list(
+        dict.fromkeys(
+            [*check.CASES, *sanitizer.SMALL, *_in_turn(MASKED, PERCEIVER, ROWS, DECODE, LINEAR)],
+        )
+    ),
     repeated=REPEATED,
     large=LARGE,
     timed=shapes.GPU_CASES,
@@ -170,7 +189,7 @@ FULL = Plan(
     },
 )
 QUICK = Plan(
-    cases=CHECKED,
+    cases=list(check.CASES),
     repeated=REPEATED[::2],
     timed=tuple(case for case in shapes.GPU_CASES if case.targets),
     against=("eager", "sdpa", "torch.add", *BACKENDS),
@@ -196,7 +215,7 @@ CONFIGS = Plan(
 REHEARSAL = Plan(
     cases=sanitizer.EXAMPLES,
     repeated=sanitizer.EXAMPLES,
-    timed=tuple(case for case in shapes.QUICK if case.op != "gated_block_decode"),  # Triton has none
+    timed=shapes.QUICK,
     against=("eager", "sdpa", "torch.add"),
     seconds_each=0.0,
     seconds=480,

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.autograd import DeviceType
 
-from ...sublayers.labels import ATTENTION, BLOCKS, FEED_FORWARD, GATE, INSIDE, NORM, PROJECTIONS
+from ..._labels import ATTENTION, BLOCKS, FEED_FORWARD, GATE, INSIDE, NORM, PROJECTIONS
 
 RESAMPLER, VISION, LANGUAGE = "resampler", "vision", "language model"
 BETWEEN = "Python and autograd"  # on a cpu, the time in no operator

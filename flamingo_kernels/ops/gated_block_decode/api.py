@@ -2,157 +2,231 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ... import _checks as checks
 from ..._backends import dispatch
 from ..._predicates import needs_grad
 from ...mask import MediaMask
-from ..masked_cross_attention.api import expect_media
+from ..linear.schema import ACTIVATIONS
+from ..weights import Linear, expect_gate, expect_linear, expect_norm
 from . import reference
-from .schema import STEP
-from .weights import ACTIVATIONS, GatedBlockWeights
+from .schema import FWD
+from .weights import GatedBlockWeights
 
 _NAME = "gated_block_decode"
-_MATRICES = ("to_q", "to_out", "up", "down")
-_OPTIONAL = ("norm_bias", "ff_norm_bias")
+_NAMES = ", ".join(map(str, ACTIVATIONS[1:]))
 
 
 def gated_block_decode(
     x: Tensor,  # [B, D]
-    k: Tensor,  # [B, M, R, Hkv, d]
-    v: Tensor,  # [B, M, R, Hkv, d]
+    k: Tensor,  # [S, M, R, Hkv, d]
+    v: Tensor,  # [S, M, R, Hkv, d]
     mask: MediaMask,
     weights: GatedBlockWeights,
     *,
     scale: float | None = None,
-    eps: float = 1e-5,
-    activation: str = "gelu",
     backend: str = "auto",
 ) -> Tensor:  # [B, D]
-    """The gated block for one new token of every sequence, in four launches on a GPU::
+    """The gated block for one new token of every sequence, each weight read once for all of them::
 
-        z   = x + tanh(gate) * attention(norm(x) @ to_q.T, k, v) @ to_out.T
-        out = z + tanh(ff_gate) * activation(ff_norm(z) @ up.T) @ down.T
+        q   = to_q(norm(x))                          or  q_norm(to_q(norm(x))), over each head
+        z   = x + tanh(gate) * to_out(attention(q, k, v))
+        out = z + tanh(ff_gate) * down(act(up(ff_norm(z))))
+                                       or  down(act(gate_proj(ff_norm(z))) * up(ff_norm(z)))
 
     Args:
         x: residual stream `[B, D]`, float32, bfloat16 or float16.
-        k: cached keys of the media `[B, M, R, Hkv, d]`, same dtype; Hkv divides H.
+        k: cached keys of the media `[S, M, R, Hkv, d]`, in the dtype of the products; Hkv divides H. S is B,
+            or a divisor of it where B / S texts in a row share media, as the beams of a search do.
         v: cached values, like k.
-        mask: which media each row sees, for one row a sequence: `MediaMask.cached(locations, M, length=1)`.
-        weights: see `GatedBlockWeights`; matrices in the dtype of x.
+        mask: which media each row sees, for one row a text:
+            `MediaMask.cached(locations, num_media=M, length=1)`, and `.fold(B // S)` of it where texts share
+            media.
+        weights: see `GatedBlockWeights`; matrices in the dtype of k, or of 8-bit integers with a scale.
         scale: factor on the scores. Default: `d ** -0.5`.
-        eps: added to the variance in both LayerNorms. Default: 1e-5.
-        activation: "gelu" (exact), "squared_relu" or "relu". Default: "gelu".
-        backend: "auto", "cuda" or "reference".
+        backend: "auto", "triton", "cuda", "cpu" or "reference".
 
     Returns:
-        `[B, D]` in the dtype of x.
+        `[B, D]` in the dtype that torch's promotion gives the sums.
 
     Raises:
         ValueError: a shape, device, activation or mask that does not fit.
         TypeError: dtypes that differ.
         UnsupportedError: the requested backend cannot run these inputs, or a gradient is asked for.
 
-    Limits: inference only. cuda takes up to 16 sequences, head_dim up to 128, H * d up to 16384, and
-        contiguous
-    matrices: a copy in every step would take as long as the step. It reads no value on the host and takes its
-    working memory from torch, so a CUDA graph can capture it. Bitwise deterministic.
+    Limits: inference only. Kernels take contiguous matrices, as a copy in every step would take as long as
+    the step. cuda takes head_dim up to 128. The kernels read no value on the host and take their working
+    memory from torch, so a CUDA graph can capture a step. They compute in float32, round what a product reads
+    to its dtype (for weights of integers see `linear`), and the sums once. Bitwise deterministic, for any
+    number of threads. Under torch.autocast products take its dtype; matrices in another are cast at each
+    call.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2.
 
     Example:
+        >>> from flamingo_kernels.sublayers import Linear, Norm
         >>> x, k, v = torch.randn(2, 16), torch.randn(2, 3, 5, 2, 8), torch.randn(2, 3, 5, 2, 8)
         >>> mask = MediaMask.cached(torch.tensor([[0, 1, 0], [1, 0, 1]]), num_media=3, length=1)
-        >>> norm, gate = (torch.ones(16), torch.zeros(16)), torch.ones(1)
-        >>> attn, ff = (torch.randn(16, 16), torch.randn(16, 16)), (torch.randn(64, 16), torch.randn(16, 64))
-        >>> weights = GatedBlockWeights(*norm, *attn, gate, *norm, *ff, gate)
+        >>> norm, gate, square = Norm(torch.ones(16)), torch.zeros(1), Linear(torch.randn(16, 16))
+        >>> up, down = Linear(torch.randn(64, 16)), Linear(torch.randn(16, 64))
+        >>> weights = GatedBlockWeights(norm, square, square, norm, up, down, gate, gate)
         >>> gated_block_decode(x, k, v, mask, weights).shape
         torch.Size([2, 16])
     """
-    scale = _validate(x, k, v, mask, weights, activation, scale)
-    eps = checks.expect_number(_NAME, "eps", eps, least=0)
-    backend = dispatch.resolve(_NAME, backend, x, k, v, *weights)
-    if backend == "reference":
-        return reference.gated_block_decode(x, k, v, mask, weights, scale, eps, activation)
-    if reason := _why_not(x, k, v, weights):
-        raise dispatch.UnsupportedError(f"{_NAME}: {reason}.", {backend: [reason]})
-    x, k, v = x.contiguous(), checks.unit_stride(k), checks.unit_stride(v)
-    weights = GatedBlockWeights(*(None if t is None else t.contiguous() for t in weights))  # type: ignore[arg-type]
-    heads = weights.to_q.shape[0] // k.shape[-1]
-    options = (heads, scale, eps, ACTIVATIONS.index(activation))
-    lo, hi, *_ = mask.spans
-    return STEP["cuda"](x, k, v, lo, hi, *weights, *options)
+    scale = _validate(x, k, v, mask, weights, scale)
+    k, v, weights = _autocast(x, k, v, weights)
+    _expect_dtypes(k, v, weights)
+    backend = dispatch.resolve(_NAME, backend, x, k, v, *_numbers(weights))
+    with checks.without_autocast(x):
+        if backend == "reference" or 0 in (
+            *x.shape,
+            weights.to_q.weight.shape[0],
+            weights.up.weight.shape[0],
+        ):
+            return reference.gated_block_decode(x, k, v, mask, weights, scale)
+        if reason := why_not(x, k, v, weights):
+            raise dispatch.UnsupportedError(f"{_NAME}: {reason}.", {backend: [reason]})
+        return run(backend, x, k, v, mask, weights.tensors(), weights.options(), scale)
 
 
-def _validate(
+def run(
+    backend: str,
     x: Tensor,
     k: Tensor,
     v: Tensor,
     mask: MediaMask,
-    weights: GatedBlockWeights,
-    activation: str,
-    scale: float | None,
+    tensors: list[Tensor],
+    options: tuple[list[float], list[int], int],
+    scale: float,
+) -> Tensor:
+    """The kernels of a backend, of inputs that fit, with `GatedBlockWeights.tensors` and its options."""
+    heads = tensors[2].shape[0] // k.shape[-1]  # those of to_q
+    lo, hi = mask.lo.reshape(-1), mask.hi.reshape(-1)
+    step = (checks.unit_stride(x), checks.unit_stride(k), checks.unit_stride(v), lo, hi)
+    out: Tensor = FWD[backend](*step, tensors, heads, scale, *options)
+    return out
+
+
+def why_not(x: Tensor, k: Tensor, v: Tensor, weights: GatedBlockWeights) -> str:
+    """Why the kernels refuse a call that the reference takes, or an empty string."""
+    if needs_grad(x, k, v, *weights.by_name().values()):
+        return "it has no gradient; call it under torch.no_grad()"
+    for name, linear in weights.linears.items():
+        if not linear.weight.is_contiguous():
+            strides = linear.weight.stride()
+            return f"expected a contiguous {name}.weight, got strides {strides}; make it so once"
+    return ""
+
+
+def _numbers(weights: GatedBlockWeights) -> list[Tensor]:
+    """The tensors whose dtype the kernels must know; integers are known where they are expected."""
+    return [tensor for tensor in weights.by_name().values() if tensor.dtype != torch.int8]
+
+
+def _autocast(
+    x: Tensor, k: Tensor, v: Tensor, weights: GatedBlockWeights
+) -> tuple[Tensor, Tensor, GatedBlockWeights]:
+    """Keys, values and projections in the dtype of torch.autocast, if that is on."""
+    k, v = checks.autocast(k, v)
+
+    def cast(linear: Linear | None) -> Linear | None:
+        if linear is None or linear.scale is None:
+            return linear and linear.autocast()
+        return linear if linear.bias is None else linear._replace(bias=checks.autocast(linear.bias)[0])
+
+    linears = {name: cast(linear) for name, linear in weights.linears.items()}
+    return k, v, weights._replace(**linears)  # type: ignore[arg-type]
+
+
+def _validate(
+    x: Tensor, k: Tensor, v: Tensor, mask: MediaMask, weights: GatedBlockWeights, scale: float | None
 ) -> float:
     """Raise unless the arguments fit; returns the scale."""
-    if activation not in ACTIVATIONS[1:]:
-        legal = ", ".join(map(str, ACTIVATIONS[1:]))
-        raise ValueError(f"{_NAME}: activation={activation!r} is not one of {legal}.")
     if not isinstance(weights, GatedBlockWeights):
         raise TypeError(f"{_NAME}: expected weights to be GatedBlockWeights, got {type(weights).__name__}.")
-    given = {
-        name: weight
-        for name, weight in weights._asdict().items()
-        if name not in _OPTIONAL or weight is not None
-    }
-    checks.expect_tensors(_NAME, x=x, k=k, v=v, **given)
+    if weights.activation not in ACTIVATIONS[1:]:
+        raise ValueError(f"{_NAME}: expected activation to be one of {_NAMES}, got {weights.activation!r}.")
+    checks.expect_tensors(_NAME, x=x, k=k, v=v)
     checks.expect_shape(_NAME, "x", x, ("B", "D"), "")
-    batch, dim = x.shape
-    expect_media(_NAME, k, v, mask, (batch, 1, "d"), of="x")
+    _expect_media(x, k, v, mask)
     scale = checks.expect_scale(_NAME, scale, k.shape[-1])
-    checks.expect_shape(_NAME, "to_q", weights.to_q, ("H * d", dim), "to match x")
-    checks.expect_shape(_NAME, "up", weights.up, ("F", dim), "to match x")
-    inner, hidden = weights.to_q.shape[0], weights.up.shape[0]
-    checks.expect_head_groups(_NAME, inner // k.shape[-1], k.shape[3])
-    checks.expect_shape(
-        _NAME, "to_q", weights.to_q, (inner // k.shape[-1] * k.shape[-1], dim), "to match x and k"
-    )
-    checks.expect_shape(_NAME, "to_out", weights.to_out, (dim, inner), "to match to_q")
-    checks.expect_shape(_NAME, "down", weights.down, (dim, hidden), "to match up")
-    for name in ("norm", "norm_bias", "ff_norm", "ff_norm_bias"):
-        if (vector := getattr(weights, name)) is not None:
-            checks.expect_shape(_NAME, name, vector, (dim,), "to match x")
-    for name in ("gate", "ff_gate"):
-        if getattr(weights, name).numel() not in (1, dim):
-            shape = tuple(getattr(weights, name).shape)
-            raise ValueError(f"{_NAME}: expected {name} of 1 or D={dim} elements, got {shape}.")
-    checks.expect_same_dtype(_NAME, x=x, k=k, v=v, **{name: getattr(weights, name) for name in _MATRICES})
-    checks.expect_floating_point(_NAME, **given)
+    _expect_weights(weights, x.shape[1], k.shape[3], k.shape[4])
+    given = weights.by_name()
+    integers = [f"{name}.weight" for name, linear in weights.linears.items() if linear.scale is not None]
+    numbers = {name: tensor for name, tensor in given.items() if name not in integers}
+    checks.expect_floating_point(_NAME, x=x, k=k, v=v, **numbers)
     checks.expect_same_device(_NAME, x=x, k=k, v=v, mask=mask.lo, **given)
     return scale
 
 
-def _why_not(x: Tensor, k: Tensor, v: Tensor, weights: GatedBlockWeights) -> str:
-    """Why the kernels refuse a call that the reference takes, or an empty string."""
-    if needs_grad(x, k, v, *weights):
-        return "it has no gradient; call it under torch.no_grad()"
-    for name in _MATRICES:
-        if not getattr(weights, name).is_contiguous():
-            strides = getattr(weights, name).stride()
-            return f"expected a contiguous {name}, got strides {strides}; make it so once"
-    return ""
+def _expect_media(x: Tensor, k: Tensor, v: Tensor, mask: MediaMask) -> None:
+    """Keys and values of a divisor of B sequences, and a mask with a row for each text."""
+    if not isinstance(mask, MediaMask):
+        raise TypeError(
+            f"{_NAME}: expected a MediaMask, got {type(mask).__name__}; build one with "
+            "MediaMask.cached(media_locations, num_media, length=1)."
+        )
+    checks.expect_shape(_NAME, "k", k, ("S", "M", "R", "Hkv", "d"), "")
+    batch, sequences = len(x), len(k)
+    if batch != sequences and (sequences == 0 or batch % sequences):
+        raise ValueError(f"{_NAME}: expected k of B={batch} sequences or a divisor of them, got {sequences}.")
+    checks.expect_shape(_NAME, "v", v, tuple(k.shape), "to match k")
+    checks.expect_latents(_NAME, "k", k, 2)
+    rows = (sequences, batch // sequences if sequences else "texts")
+    checks.expect_shape(_NAME, "a mask", mask.lo, rows, "to match x and k")
+    checks.expect_shape(_NAME, "a mask over media", mask.start, tuple(k.shape[:2]), "to match k[:, :M]")
 
 
-def _sizes(x: Tensor, k: Tensor, v: Tensor, *weights: Tensor | None) -> dict[str, int]:
-    to_q = weights[2]
-    assert to_q is not None
-    return {"B": x.shape[0], "head_dim": k.shape[4], "H * d": to_q.shape[0]}
+def _expect_weights(weights: GatedBlockWeights, width: int, kv_heads: int, head_dim: int) -> None:
+    w = weights
+    expect_norm(_NAME, "norm", w.norm, width)
+    expect_linear(_NAME, "to_q", w.to_q, ("H * d", width), "to match x")
+    inner = len(w.to_q.weight)
+    checks.expect_head_groups(_NAME, inner // head_dim, kv_heads)
+    whole = (inner // head_dim * head_dim, width)
+    checks.expect_shape(_NAME, "to_q.weight", w.to_q.weight, whole, "to match x and k")
+    expect_linear(_NAME, "to_out", w.to_out, (width, inner), "to match to_q.weight")
+    expect_norm(_NAME, "ff_norm", w.ff_norm, width)
+    expect_linear(_NAME, "up", w.up, ("F", width), "to match x")
+    hidden = len(w.up.weight)
+    expect_linear(_NAME, "down", w.down, (width, hidden), "to match up.weight")
+    if w.gate_proj is not None:
+        expect_linear(_NAME, "gate_proj", w.gate_proj, (hidden, width), "to match up.weight")
+    if w.q_norm is not None:
+        expect_norm(_NAME, "q_norm", w.q_norm, head_dim)
+    expect_gate(_NAME, "gate", w.gate, width)
+    expect_gate(_NAME, "ff_gate", w.ff_gate, width)
+
+
+def _expect_dtypes(k: Tensor, v: Tensor, weights: GatedBlockWeights) -> None:
+    """Products are in one dtype, that of k, or of integers."""
+    linears = weights.linears
+    matrices = {f"{name}.weight": each.weight for name, each in linears.items() if each.scale is None}
+    biases = {f"{name}.bias": each.bias for name, each in linears.items() if each.bias is not None}
+    checks.expect_same_dtype(_NAME, k=k, v=v, **matrices, **biases)
+    for name, linear in linears.items():
+        if linear.scale is None:
+            continue
+        for field, tensor, dtype in (
+            ("weight", linear.weight, torch.int8),
+            ("scale", linear.scale, torch.float32),
+        ):
+            if tensor.dtype != dtype:
+                raise TypeError(f"{_NAME}: expected {name}.{field} in {dtype}, got {tensor.dtype}.")
+
+
+def _sizes(x: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> dict[str, int]:
+    return {"head_dim": k.shape[4]}
 
 
 dispatch.register(
     _NAME,
     sizes=_sizes,
     differentiable=False,
-    cuda={"B": 16, "head_dim": 128, "H * d": 16384},
+    triton={},
+    cuda={"head_dim": 128},
+    cpu={},
     reference={},
 )

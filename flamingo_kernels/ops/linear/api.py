@@ -9,7 +9,7 @@ from ... import _checks as checks
 from ..._backends import dispatch
 from ..._predicates import is_batched, needs_grad
 from . import int8, products, reference
-from .products import PRODUCTS
+from .products import KERNELS, PRODUCTS
 from .schema import ACTIVATIONS
 
 _NAME = "linear"
@@ -35,10 +35,11 @@ def linear(
     of its own. For many it is the library that was measured to be the fastest on processors of this kind.
 
     With `weight_scale` the weight is `weight_scale[:, None] * weight` of 8-bit integers, a quarter of the
-    bytes of float32: see `quantize`. A kernel multiplies the integers. It rounds each row of x to 16-bit
-    integers of a scale of its own. Where the processor has products of 8 bits, x has so many from 5 rows on
-    (AVX-512 VNNI) or from 17 on (AMX), unless the largest number of a row is above 16 times the root of its
-    mean square: 8 bits would leave the others few steps.
+    bytes of float32: see `quantize`. On a processor a kernel multiplies the integers. It rounds each row of x
+    to 16-bit integers of a scale of its own. Where the processor has products of 8 bits, x has so many from 5
+    rows on (AVX-512 VNNI) or from 17 on (AMX), unless the largest number of a row is above 16 times the root
+    of its mean square: 8 bits would leave the others few steps. On a GPU the integers become numbers in the
+    dtype of x in registers, which is exact.
 
     Args:
         x: `[..., in]`, float32, bfloat16 or float16 (the reference takes float64 too).
@@ -48,9 +49,11 @@ def linear(
         activation: "gelu" (erf), "gelu_tanh", "relu", "squared_relu" or "silu". Default: none.
         residual: `[..., out]`, added last; its dtype may differ. Default: none.
         gate: alpha before tanh, 1 element or one an output; its dtype may differ. Default: a factor of 1.
-        backend: "auto", "cpu" (our kernel, made for up to 16 rows; of integers for any number), "onednn",
-            "mkl" or "reference" (torch's product, whatever that is). "auto" takes what `python -m
-            flamingo_kernels tune linear` found, and torch's product where nobody has measured.
+        backend: "auto", "cpu", "triton" or "cuda" (our kernels, made for up to 16 rows; "cpu" takes any
+            number of rows where the weight is of integers), "onednn", "mkl" or "reference" (torch's product,
+            whatever that is). "auto" takes what `python -m flamingo_kernels tune linear` found, and torch's
+            product where nobody has measured; of integers on a GPU a kernel for few rows, and for more
+            torch's product with the weight in the dtype of x.
 
     Returns:
         `[..., out]` in the dtype that torch's promotion gives the sum, contiguous.
@@ -61,12 +64,13 @@ def linear(
             without a scale.
         UnsupportedError: the requested backend cannot run these inputs.
 
-    Limits: "cpu" has no backward pass of its own: gradients are products as "auto" takes them. It computes in
-    float32 and rounds once; a row's result is the same to the last bit for any number of threads and of other
-    rows. The libraries' products are as deterministic as torch's, whose switches they heed
-    (`torch.backends.mkldnn.flags`, `torch.set_float32_matmul_precision`). Differentiable as often as torch's
-    own. Under torch.autocast the product takes its dtype. Under a compiler, in torch.func's transforms and
-    on a GPU "auto" is torch's product; the libraries are refused there.
+    Limits: our kernels have no backward pass of their own: gradients are products as "auto" takes them. They
+    compute in float32 and round once; a row's result is the same to the last bit for any number of threads,
+    and on a processor of other rows. The libraries' products are as deterministic as torch's, whose switches
+    they heed (`torch.backends.mkldnn.flags`, `torch.set_float32_matmul_precision`). Differentiable as often
+    as torch's own. Under torch.autocast the product takes its dtype. Under a compiler, in torch.func's
+    transforms and on a GPU "auto" is torch's product of weights that are no integers; the libraries are
+    refused there.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2, for gate and residual.
 
@@ -99,9 +103,9 @@ def linear(
         if weight_scale is not None:
             return _of_integers(asked, x, weight, weight_scale, bias, activation, gate, residual)
         by = _fastest(x, weight, bias) if asked == "auto" else asked
-        fused = by == "cpu" and (asked == "cpu" or all(map(products.is_plain, (gate, residual))))
+        fused = by in KERNELS and (asked == by or all(map(products.is_plain, (gate, residual))))
         if fused and not needs_grad(x, weight, bias, residual, gate):
-            return products.by_kernel(x, weight, bias, activation, gate, residual)
+            return products.by_kernel(x, weight, bias, activation, gate, residual, backend=by)
         y = _multiply(asked, by, x, weight, bias)
         return reference.follow(y, activation, gate, residual).contiguous()
 
@@ -121,10 +125,10 @@ def _of_integers(
             f'{_NAME}: backend="{asked}" was requested but it has no products with a weight of integers.',
             {asked: ["it has no products with a weight of integers"]},
         )
-    plain = int8.has_kernel(x) and all(map(products.is_plain, (gate, residual)))
-    fused = asked == "cpu" or (asked == "auto" and plain)
+    by = int8.fastest(x) if asked == "auto" else asked
+    fused = by in KERNELS and (asked == by or all(map(products.is_plain, (gate, residual))))
     if fused and not needs_grad(x, bias, residual, gate):
-        return products.by_kernel(x, weight, bias, activation, gate, residual, weight_scale)
+        return products.by_kernel(x, weight, bias, activation, gate, residual, weight_scale, by)
     y = int8.multiply(x, weight, weight_scale, bias, asked)
     return reference.follow(y, activation, gate, residual).contiguous()
 
@@ -244,6 +248,8 @@ dispatch.register(
     _NAME,
     sizes=lambda *_: {},
     libraries={name: PRODUCTS[name].why_not for name in _LIBRARIES},
+    triton={},
+    cuda={},
     cpu={},
     reference={},
 )

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from ... import _checks as checks
 from ..._backends import cpu, dispatch
 from ..._predicates import is_batched, needs_grad, transform
-from .products import by_kernel
+from .products import KERNELS, by_kernel
 from .reference import dequantize
 
 MOST = 127
 _LEAST_SCALE = 2.0**-100  # what is smaller has no inverse in float32
 _PIECE = 2**20  # numbers of a weight that are converted at once
+# On a GPU, of x: beyond so many the bytes that a kernel saves are few beside the time of its products.
+# Reckoned from an H200's memory and its rate of products, and measured by nobody.
+_FEW_ROWS = 64
 
 
 def quantize_weight(
@@ -68,18 +71,24 @@ def multiply(
     return product(x, weight, weight_scale, bias, backend)
 
 
-def has_kernel(x: Tensor) -> bool:
-    """Whether a kernel on the processor can multiply this x; then it is the fastest that there is."""
+def fastest(x: Tensor) -> str:
+    """The backend whose kernel multiplies this x the fastest, or "reference": torch's product."""
     plain = type(x) in (Tensor, nn.Parameter) or not dispatch.decides_itself(x)
-    return plain and x.is_cpu and x.dtype in dispatch.KERNEL_DTYPES and not cpu.why_not() and not transform()
+    if not plain or x.dtype not in dispatch.KERNEL_DTYPES or transform():
+        return "reference"
+    if x.is_cpu:
+        return "reference" if cpu.why_not() else "cpu"
+    if not x.is_cuda or x.numel() > _FEW_ROWS * x.shape[-1]:
+        return "reference"
+    return next((name for name in ("triton", "cuda") if not KERNELS[name].why_not(x.dtype)), "reference")
 
 
 def _product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     if backend == "auto":
         backend = dispatch.default_backend
-    chosen = backend == "cpu" or (backend == "auto" and has_kernel(x))
-    if chosen:
-        return by_kernel(x, weight, bias, weight_scale=weight_scale)
+    by = fastest(x) if backend == "auto" else backend
+    if by in KERNELS:
+        return by_kernel(x, weight, bias, weight_scale=weight_scale, backend=by)
     return _by_torch(x, weight, weight_scale, bias)
 
 

@@ -9,7 +9,7 @@ only as torch's own switches allow.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import _checks as checks
-from ..._backends import cpu, dispatch
+from ..._backends import cpu, cuda, dispatch, triton
 from ..._predicates import is_eager
 from . import config
 from .schema import ACTIVATIONS, FWD
@@ -52,8 +52,14 @@ def fastest(way: str, a: Tensor, b: Tensor, weights: int) -> str:
     name = config.choose(way, a.dtype, a.numel() // (a.shape[-1] if a.numel() and a.ndim else 1))
     if name == "torch" or not _are_plain(a, b) or PRODUCTS[name].why_not(a.dtype):
         return "torch"
-    # The kernel would copy a transposed weight, which takes longer than to multiply.
-    return "torch" if name == "cpu" and b.stride(-1) != 1 else name
+    return "torch" if name == "cpu" and not _suits_kernel(a, b) else name
+
+
+def _suits_kernel(a: Tensor, b: Tensor) -> bool:
+    """Whether the kernel is what was measured: not where it must copy a transposed weight, nor for many rows
+    where tiles, which are 32 wide, cannot take them.
+    """
+    return b.stride(-1) == 1 and (a.numel() <= _FEW_ROWS * a.shape[-1] or b.shape[-1] % 32 == 0)
 
 
 def _are_plain(a: Tensor, b: Tensor) -> bool:
@@ -77,6 +83,7 @@ def is_plain(tensor: Tensor | None) -> bool:
 
 
 _PLAIN = (Tensor, nn.Parameter)
+_FEW_ROWS = 16  # the kernel multiplies one at a time
 
 
 def by_kernel(
@@ -87,9 +94,10 @@ def by_kernel(
     gate: Tensor | None = None,  # 1 or out elements
     residual: Tensor | None = None,  # [..., out]
     weight_scale: Tensor | None = None,  # [out], of a weight of int8
+    backend: str = "cpu",
 ) -> Tensor:  # [..., out]
-    """The kernels on the processor, with what follows the product; x and residual in any strides."""
-    y: Tensor = FWD["cpu"](
+    """Our kernels, with what follows the product; x and residual in any strides."""
+    y: Tensor = FWD[backend](
         checks.as_rows(x),
         checks.unit_stride(weight),
         weight_scale,
@@ -143,10 +151,21 @@ def _multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 _BY_TORCH = Product(F.linear, torch.mm, lambda dy, x: torch.mm(dy.t(), x), lambda dtype: "")
 
-# By name; "torch" is what F.linear and the gradients of it call, and "cpu" has gradients of that kind.
+
+def _of_kernel(backend: str, why_not: Callable[[], str]) -> Product:
+    return _BY_TORCH._replace(forward=partial(by_kernel, backend=backend), why_not=lambda dtype: why_not())
+
+
+# Ours by backend, with gradients of torch's kind.
+KERNELS = {
+    "cpu": _of_kernel("cpu", cpu.why_not),
+    "cuda": _of_kernel("cuda", cuda.why_not),
+    "triton": _of_kernel("triton", triton.why_not),
+}
+# By name; "torch" is what F.linear and the gradients of it call.
 PRODUCTS = {
     "torch": _BY_TORCH,
-    "cpu": _BY_TORCH._replace(forward=by_kernel, why_not=lambda dtype: cpu.why_not()),
+    **KERNELS,
     "mkl": _BY_TORCH._replace(why_not=_why_no_mkl),
     "onednn": Product(
         _multiply_by_onednn,

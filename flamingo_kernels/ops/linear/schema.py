@@ -12,10 +12,9 @@ FWD = define(
     "linear_fwd",
     "(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, int activation, Tensor? gate, "
     "Tensor? residual) -> Tensor",
-    backends=("cpu",),
 )
 
-# As `Activation` in csrc/cpu/params.h counts them.
+# As `Activation` in csrc/views.h counts them.
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "squared_relu", "silu")
 
 

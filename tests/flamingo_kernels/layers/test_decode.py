@@ -1,4 +1,4 @@
-"""A patched block decodes by one operator where the CUDA kernels run, and elsewhere as before."""
+"""A patched block decodes by one operator where its kernels run, and elsewhere as before."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from flamingo import modules
-from flamingo_kernels import MediaCache, MediaMask, fold, patch, use_backend
+from flamingo_kernels import MediaCache, fold, patch, quantize, use_backend
 from flamingo_kernels.layers import cross_attention, decode
-from flamingo_kernels.sublayers import arguments
 from flamingo_kernels.testing import DTYPES
 from tests.helpers.parity import hold
 from tests.helpers.weights import randomise
@@ -20,9 +20,15 @@ SIZES = {"dim": 24, "dim_visual": 12, "dim_head": 8, "heads": 3}
 LOCATIONS = torch.tensor([[0, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0]]).bool()
 
 
+@pytest.fixture(params=["cpu", "triton", "cuda"])
+def backend(request, running):
+    with use_backend(running(request.param)):
+        yield request.param
+
+
 @pytest.fixture
-def cuda(cuda):
-    with use_backend(cuda):
+def cpu(running):
+    with use_backend(running("cpu")):
         yield
 
 
@@ -30,13 +36,13 @@ def cuda(cuda):
 def steps(monkeypatch):
     """The shapes of x of all calls of the operator by layers."""
     met = []
-    operator = decode.gated_block_decode
+    operator = decode.api.run
 
-    def record(x, *arguments, **options):
+    def record(backend, x, *arguments):
         met.append(tuple(x.shape))
-        return operator(x, *arguments, **options)
+        return operator(backend, x, *arguments)
 
-    monkeypatch.setattr(decode, "gated_block_decode", record)
+    monkeypatch.setattr(decode.api, "run", record)
     return met
 
 
@@ -61,7 +67,7 @@ def inputs(dtype=torch.float32, length=1, batch=2):
     ids=str,
 )
 @torch.no_grad()
-def test_a_step_is_within_the_budget(options, cached, dtype, cuda, steps):
+def test_a_step_is_within_the_budget(options, cached, dtype, backend, steps):
     reference = block(dtype, **options)
     fused = copy.deepcopy(reference)
     patch(fused)
@@ -79,20 +85,15 @@ def test_without_the_kernels_a_step_is_as_before(steps):
     fused = block()
     patch(fused)
     x, media = inputs()
-    fused(x, media, LOCATIONS, True)
     with use_backend("reference"):
         fused(x, media, LOCATIONS, True)
     assert steps == []
 
 
 @torch.no_grad()
-def test_a_folded_block_decodes_too(cuda, steps):
-    """Its gates are infinite, its norms without effect."""
+def test_a_folded_block_decodes_too(backend, steps):
+    """It has no gates, and its linear layers have biases."""
     reference = block(norm_media=True).eval()
-    (
-        reference.attn.norm.bias.zero_(),
-        reference.ff[0].bias.zero_(),
-    )  # where they are not, linear layers get a bias
     fused = copy.deepcopy(reference)
     patch(fused)
     fold(fused)
@@ -102,92 +103,196 @@ def test_a_folded_block_decodes_too(cuda, steps):
     torch.testing.assert_close(found, reference(x, media, LOCATIONS, True), rtol=1e-4, atol=1e-5)
 
 
-def change(how):
-    fused = block()
-    if how == "a bias":
-        fused.ff[1] = torch.nn.Linear(24, 96)
-    if how == "another eps":
-        fused.ff[0].eps = 1e-3
-    if how == "a hook":
-        fused.ff[3].register_forward_hook(lambda module, inputs, output: output * 2)
-    if how == "strided weights":
-        fused.attn.to_out.weight.data = fused.attn.to_out.weight.data.T.contiguous().T
-    if how == "another activation":
-        fused.ff[2] = torch.nn.SiLU()
-    if how == "a gate in another dtype":
-        fused.ff_gate.data = fused.ff_gate.data.double()
-    return fused
-
-
-@pytest.mark.parametrize(
-    "how",
-    ["a bias", "another eps", "a hook", "strided weights", "another activation", "a gate in another dtype"],
-)
+@pytest.mark.parametrize("keep", [True, False])
 @torch.no_grad()
-def test_what_the_operator_does_not_compute_is_computed_as_before(how, cuda, steps):
-    reference = change(how)
+def test_weights_of_integers_decode_too(keep, backend, steps):
+    fused = block().eval()
+    patch(fused)
+    x, media = inputs()
+    exact = fused(x, media, LOCATIONS, True)
+    quantize(fused, keep=keep)
+    found = fused(x, media, LOCATIONS, True)
+    assert len(steps) == 2
+    assert not torch.equal(found, exact)
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+def test_texts_that_share_media_decode_too(backend, steps):
+    reference = block()
+    fused = copy.deepcopy(reference)
+    patch(fused)
+    x, media = inputs(batch=6)
+    locations = LOCATIONS.repeat_interleave(3, 0)
+    found = fused(x, MediaCache(fused, media), locations, True)
+    assert steps == [(6, 24)]
+    expected = reference(x, media.repeat_interleave(3, 0), locations, True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def a_hook(block):
+    block.ff[3].register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def a_hook_on_a_norm(block):
+    block.attn.norm.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def an_activation_that_nobody_knows(block):
+    block.ff[2] = nn.Softsign()
+
+
+def strided_weights(block):
+    block.attn.to_out.weight.data = block.attn.to_out.weight.data.T.contiguous().T
+
+
+def a_gate_in_another_dtype(block):
+    block.ff_gate.data = block.ff_gate.data.double()
+
+
+def weights_in_another_dtype(block):
+    block.ff[1].to(torch.float64)
+
+
+def a_layer_in_front(block):
+    block.attn.to_q = nn.Sequential(nn.Linear(24, 24), block.attn.to_q)
+
+
+UNKNOWN = [
+    a_hook,
+    a_hook_on_a_norm,
+    an_activation_that_nobody_knows,
+    strided_weights,
+    a_gate_in_another_dtype,
+    a_layer_in_front,
+]
+
+
+@pytest.mark.parametrize("when", ["before the first step", "after it"])
+@pytest.mark.parametrize("change", UNKNOWN, ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_what_the_operator_does_not_compute_is_computed_as_before(change, when, cpu, steps):
+    reference = block()
     fused = copy.deepcopy(reference)
     patch(fused)
     x, media = inputs()
-    with use_backend("reference") if "dtype" in how else use_backend("cuda"):
+    if when == "after it":
+        fused(x, media, LOCATIONS, True)
+    steps.clear()
+    torch.manual_seed(0), change(fused)
+    torch.manual_seed(0), change(reference)
+    context = use_backend("reference") if change is a_gate_in_another_dtype else use_backend("cpu")
+    with context:
         found = fused(x, media, LOCATIONS, True)
     assert steps == []
     torch.testing.assert_close(found, reference(x, media, LOCATIONS, True), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "how", ["nothing", "an RMS norm", "another RMS norm", "a norm of queries", "a gated unit"]
-)
+def numbers(block):
+    block.attn.to_q.weight.mul_(2)
+
+
+def numbers_behind_torch(block):
+    block.ff[1].weight.data.mul_(2)
+
+
+def other_memory(block):
+    block.ff[1].weight.data = block.ff[1].weight.data * 2
+
+
+def another_parameter(block):
+    block.ff[1].weight = nn.Parameter(block.ff[1].weight * 2)
+
+
+def another_module(block):
+    block.ff[3] = nn.Linear(96, 24)
+
+
+def another_norm(block):
+    block.ff[0] = nn.LayerNorm(24, eps=0.1)
+
+
+def another_eps(block):
+    block.attn.norm.eps = 0.5
+
+
+def another_approximation(block):
+    block.ff[2].approximate = "tanh"
+
+
+def a_bias(block):
+    block.ff[1] = nn.Linear(24, 96)
+
+
+def another_activation(block):
+    block.ff[2] = nn.SiLU()
+
+
+def another_gate(block):
+    block.attn_gate = nn.Parameter(torch.tensor([0.3]))
+
+
+def a_gate_of_each_channel(block):
+    block.ff_gate = nn.Parameter(torch.linspace(-1, 1, 24))
+
+
+CHANGES = [
+    *(numbers, numbers_behind_torch, other_memory, another_parameter, another_module, another_norm),
+    *(another_eps, another_approximation, a_bias, another_activation, another_gate, a_gate_of_each_channel),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @torch.no_grad()
-def test_what_a_step_of_the_operator_lacks(how, cuda, steps):
-    """No block of ours has these, but one of another library might."""
+def test_a_change_between_two_steps_is_seen(change, cpu, steps):
+    reference = block()
+    fused = copy.deepcopy(reference)
+    patch(fused)
+    x, media = inputs()
+    before = fused(x, media, LOCATIONS, True)
+    for each in (fused, reference):
+        torch.manual_seed(0), change(each)
+    found = fused(x, media, LOCATIONS, True)
+    assert len(steps) == 2
+    assert not torch.equal(found, before)
+    torch.testing.assert_close(found, reference(x, media, LOCATIONS, True), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@torch.no_grad()
+def test_a_change_of_quantized_weights_is_seen(keep, cpu, steps):
+    fused = block().eval()
+    patch(fused)
+    quantize(fused, keep=keep)
+    x, media = inputs()
+    before = fused(x, media, LOCATIONS, True)
+    weight = fused.ff[3].weight
+    weight.copy_(-weight)
+    changed = fused(x, media, LOCATIONS, True)
+    assert len(steps) == 2
+    again = copy.deepcopy(fused)
+    torch.testing.assert_close(changed, again(x, media, LOCATIONS, True), rtol=0, atol=0)
+    assert not torch.allclose(changed, before)
+
+
+@torch.no_grad()
+def test_an_unchanged_block_is_looked_at_once(cpu, monkeypatch):
+    made = []
+    make = decode._make
+    monkeypatch.setattr(decode, "_make", lambda *given: made.append(given) or make(*given))
     fused = block()
     patch(fused)
     x, media = inputs()
-    attn = arguments.as_cross_attention(x, fused.attn.norm, fused.attn.to_q, fused.attn.to_out)
-    ff = arguments.as_feed_forward(x, *fused.ff)
-    if how == "an RMS norm":
-        attn = attn._replace(norm=attn.norm._replace(rms=True))
-    if how == "another RMS norm":
-        ff = ff._replace(norm=ff.norm._replace(rms=True))
-    if how == "a norm of queries":
-        attn = attn._replace(q_norm=attn.norm)
-    if how == "a gated unit":
-        ff = ff._replace(gate_proj=ff.up)
-    mask = MediaMask.cached(LOCATIONS, 2, 1)
-    k, v = fused.attn.media_source()(media)
-    out = decode.decode(x, k, v, mask, attn, ff, (fused.attn_gate, fused.ff_gate), fused.attn.scale)
-    assert (out is not None) == (how == "nothing") == bool(steps)
+    for _ in range(3):
+        fused(x, media, LOCATIONS, True)
+    assert len(made) == 1
+    gone = len(decode._steps)
+    del fused, made[:]
+    assert len(decode._steps) < gone  # what was kept goes with its block
 
 
-@torch.no_grad()
-def test_a_refused_step_gathers_its_inputs_once(cuda, steps, monkeypatch):
-    """The sublayers take the projected media, the mask and the plain modules that the operator refused."""
-    fused = change("another eps")
-    patch(fused)
-    x, media = inputs()
-    calls = []
-
-    def count(home, name):
-        function = getattr(home, name)
-
-        def call(*args, **kwargs):
-            calls.append(name)
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(home, name, call)
-
-    count(cross_attention, "load_or_project")
-    count(cross_attention, "media_mask")
-    count(cross_attention.arguments, "as_cross_attention")
-    count(cross_attention, "decode")
-    fused(x, media, LOCATIONS, True)
-    assert steps == []
-    assert sorted(calls) == ["as_cross_attention", "decode", "load_or_project", "media_mask"]
-
-
-def test_calls_that_are_no_step(cuda, steps):
-    """More than one token, a gradient, autocast, and texts that share media."""
+def test_calls_that_are_no_step(cpu, steps):
+    """More than one token, a gradient, and autocast."""
     fused = block()
     patch(fused)
     x, media = inputs()
@@ -195,7 +300,6 @@ def test_calls_that_are_no_step(cuda, steps):
     cache = MediaCache(fused, media)
     with torch.no_grad():
         fused(inputs(length=6)[0], media, LOCATIONS)
-        fused(inputs(batch=4)[0], MediaCache(fused, media), LOCATIONS.repeat(2, 1), True)
         with torch.autocast("cpu", torch.bfloat16):
             fused(x, media, LOCATIONS, True)
             fused(x, cache, LOCATIONS, True)
@@ -205,12 +309,51 @@ def test_calls_that_are_no_step(cuda, steps):
 
 
 @torch.no_grad()
+def test_more_rows_than_pay_on_a_processor(cpu, steps):
+    reference = block()
+    fused = copy.deepcopy(reference)
+    patch(fused)
+    x, media = torch.randn(18, 1, 24), torch.randn(18, 2, 5, 12)
+    locations = LOCATIONS.repeat(9, 1)
+    for rows in (16, 18):
+        given = x[:rows], media[:rows], locations[:rows], True
+        torch.testing.assert_close(fused(*given), reference(*given), rtol=1e-4, atol=1e-5)
+    assert steps == [(16, 24)]
+    quantize(fused)
+    fused(x, media, locations, True)
+    assert steps[1:] == [(18, 24)]
+
+
+@torch.no_grad()
 def test_a_step_compiles_in_one_piece(cuda, steps):
+    with use_backend(cuda):
+        fused = block()
+        patch(fused)
+        x, media = inputs()
+        cache = MediaCache(fused, media)
+        expected = fused(x, cache, LOCATIONS, True)
+        run = partial(fused, media=cache, media_locations=LOCATIONS, use_cached_media=True)
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), expected)
+        assert steps[1:]
+
+
+@torch.no_grad()
+def test_keys_in_another_dtype_are_left_to_the_sublayers(cpu, steps):
     fused = block()
     patch(fused)
-    x, media = inputs()
-    cache = MediaCache(fused, media)
-    expected = fused(x, cache, LOCATIONS, True)
-    compiled = torch.compile(lambda x: fused(x, cache, LOCATIONS, True), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), expected)
-    assert steps[1:]
+    x, _ = inputs()
+    step = decode.step_of(fused, parts_of(fused), x)
+    k, v = torch.randn(2, 2, 2, 5, 3, 8, dtype=torch.bfloat16)
+    mask = cross_attention.MediaMask.cached(LOCATIONS, 2, 1)
+    assert step.run(x, k, v, mask, 1.0) is None
+    assert step.run(x, k.float()[:0], v.float()[:0], mask, 1.0) is None
+    assert steps == []
+
+
+def parts_of(block):
+    ff_norm, up, activation, down = block.ff
+    attn = block.attn
+    return decode.Parts(
+        attn.norm, attn.to_q, attn.to_out, ff_norm, up, activation, down, block.attn_gate, block.ff_gate
+    )

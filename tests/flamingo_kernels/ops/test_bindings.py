@@ -13,7 +13,8 @@ from flamingo_kernels import MediaMask
 from flamingo_kernels._backends import library
 from tests.helpers import ROOT
 
-OPERATIONS = [name for name in library.operations() if "cpu" in library.backends_of(name)]
+# A step's tensors come in a list, see test_raw_calls.py.
+OPERATIONS = [name for name in library.operations() if name != "gated_block_decode_fwd"]
 B, T, M, R, H, HKV, D = 2, 5, 3, 4, 4, 2, 8
 NO_HEADS = "expected the 4 heads of q to be a multiple of the heads of the keys, got 0."
 OWN_DTYPE = ("x", "y", "residual", "gate", "bias")  # it need not be that of the first tensor

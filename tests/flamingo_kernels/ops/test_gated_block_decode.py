@@ -1,127 +1,260 @@
-"""gated_block_decode against float64, for every path of its two kernels."""
+"""gated_block_decode against float64: every backend, every option of a block."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flamingo_kernels import (
-    GatedBlockWeights,
-    MediaMask,
-    UnsupportedError,
-    gated_block_decode,
-    use_backend,
-)
-from flamingo_kernels.testing import DTYPES, GatedBlockDecodeCase, assert_within_budget
+from flamingo_kernels import MediaMask, UnsupportedError, gated_block_decode, use_backend
+from flamingo_kernels.testing import DTYPES, GatedBlockDecodeCase, assert_within_budget, lay_out
+from tests.helpers.sizes import skip_unless_supported
 
 Case = GatedBlockDecodeCase
+BACKENDS = ["reference", "triton", "cuda", "cpu"]
+EVERYTHING: dict[str, Any] = {"bias": True, "glu": True, "q_norm": True, "gate": (64,), "groups": 2}
 CASES = [
     Case(),
     Case(batch=1, dim=1, heads=1, head_dim=1, media=1, latents=1, hidden=1),
     Case(batch=5, immediate=False, policy="open_flamingo"),
     Case(batch=9, policy="open_flamingo", groups=2, activation="squared_relu"),
     Case(batch=16, dim=40, hidden=72, head_dim=40, heads=3, activation="relu", gate=(40,)),
-    Case(batch=3, dim=63, hidden=65, head_dim=7, latents=70, bias=False),  # nothing is aligned
-    Case(batch=1, dim=2100, heads=2, head_dim=128, hidden=40, latents=64, immediate=False),  # in chunks
+    Case(batch=3, dim=63, hidden=65, head_dim=7, latents=70, norm_bias=False),  # nothing is aligned
+    Case(batch=1, dim=2100, heads=2, head_dim=128, hidden=40, latents=64, immediate=False),
+    Case(batch=2, head_dim=256, heads=2, groups=2),
+    Case(batch=17, heads=2, head_dim=8),
+    Case(batch=64, dim=40, hidden=24, heads=2, head_dim=8),
+    Case(batch=3, heads=20, groups=20, head_dim=8),  # more heads of a key head than a tile has rows
+    # keys of many programs, in one medium and over several
+    Case(batch=2, heads=1, media=1, latents=1601),
+    Case(batch=4, heads=1, media=4, latents=70, immediate=False, policy="open_flamingo"),
+    Case(batch=1, heads=1, media=2, latents=70, immediate=False, policy="open_flamingo"),  # averages them
+    *(Case(activation=each) for each in ("gelu_tanh", "silu")),
+    Case(rms=True),
+    Case(rms=True, q_norm=True),
+    Case(q_norm=True, head_dim=20),
+    Case(q_norm=True, norm_bias=False),
+    Case(bias=True),
+    *(Case(glu=True, activation=each) for each in ("gelu", "silu")),
+    Case(gate=None),
+    Case(gate=(64,)),
+    Case(batch=5, **EVERYTHING),
+    Case(batch=6, texts=3, **EVERYTHING),
+    Case(batch=6, texts=2, immediate=False, policy="open_flamingo", latents=70),
+    Case(batch=4, texts=4, media=2),
     Case(eps=0.1),
+    Case(eps=0.1, q_norm=True, rms=True),
     Case(media=0, policy="open_flamingo"),
     Case(batch=0),
-    *(Case(layout=layout, head_dim=40) for layout in ("slice", "transposed", "strided", "expanded")),
+    *(Case(integers=True, batch=batch) for batch in (1, 5, 17)),
+    Case(integers=True, batch=6, texts=3, dim=63, hidden=65, **EVERYTHING | {"gate": (63,)}),
+    *(Case(batch=4, layout=layout, head_dim=40) for layout in ("slice", "transposed", "strided", "expanded")),
+    *(Case(batch=4, layout=layout, **EVERYTHING) for layout in ("slice", "strided")),
+]
+MIXES = [
+    {"x_dtype": torch.float32},
+    {"x_dtype": torch.float32, "gate_dtype": torch.float32, "gate": (64,)},
+    {"gate_dtype": torch.float32},
+    {"gate_dtype": torch.float32, "gate": (64,)},
+    {"x_dtype": torch.float32, "integers": True, "q_norm": True, "rms": True},
 ]
 
 
-@pytest.fixture(params=["reference", "cuda"])
+@pytest.fixture(params=BACKENDS)
 def backend(request, running) -> str:
+    return running(request.param)
+
+
+@pytest.fixture(params=BACKENDS[1:])
+def kernels(request, running) -> str:
     return running(request.param)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_oracle(case, dtype, backend):
+    skip_unless_supported(case, backend)
     assert_within_budget(replace(case, dtype=dtype), backend)
 
 
-def test_what_a_row_does_not_see_is_not_read(backend):
-    case = Case(batch=4)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_oracle_of_mixed_dtypes(mix, dtype, backend):
+    """The dtypes of the results are those of torch's promotion: the budget compares them first."""
+    assert_within_budget(Case(dtype=dtype, **mix), backend)
+
+
+def test_each_norm_has_its_own_eps_and_each_branch_its_own_gate(kernels):
+    case = Case(q_norm=True)
+    tensors, options = case.tensors(), case.options()
+    tensors["gate"].fill_(0.1), tensors["ff_gate"].fill_(2)
+    x, k, v = (tensors[name] for name in ("x", "k", "v"))
+    weights = case.weights(tensors)
+    norms = {"norm": 1e-3, "q_norm": 0.1, "ff_norm": 1.0}
+    weights = weights._replace(**{name: weights.norms[name]._replace(eps=eps) for name, eps in norms.items()})
+    expected = gated_block_decode(x, k, v, weights=weights, **options, backend="reference")
+    found = gated_block_decode(x, k, v, weights=weights, **options, backend=kernels)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 3.0])
+def test_a_scale_of_its_own(scale, backend):
+    case = Case(batch=4, heads=1, latents=70)
+    tensors, options = case.tensors(), case.options()
+    (found,) = case.call(tensors, options | {"scale": scale}, backend)
+    doubles = {name: tensor.double() for name, tensor in tensors.items()}
+    (right,) = case.call(doubles, options | {"scale": scale}, "reference")
+    torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rule", [{}, {"immediate": False}, {"texts": 2}, {"latents": 70, "heads": 1}], ids=str
+)
+def test_what_a_row_does_not_see_is_not_read(rule, backend):
+    case = Case(batch=4, **rule)
     tensors, options = case.tensors(), case.options()
     (expected,) = case.call(tensors, options, backend)
     for medium in range(case.media):
-        unseen = ~options["mask"].sees(medium)[:, 0]
+        unseen = ~options["mask"].sees(medium).any(1)
         tensors["k"][unseen, medium] = tensors["v"][unseen, medium] = torch.nan
     assert torch.equal(case.call(tensors, options, backend)[0], expected)
     assert expected.isfinite().all()
 
 
+def test_the_mean_of_all_values_asks_no_key(kernels):
+    case = Case(batch=1, heads=1, latents=70, immediate=False, policy="open_flamingo")
+    tensors, options = case.tensors(), case.options()
+    assert options["mask"].averages().all()
+    (expected,) = case.call(tensors, options, kernels)
+    tensors["k"].fill_(torch.nan)
+    assert torch.equal(case.call(tensors, options, kernels)[0], expected)
+    assert expected.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["x", "k", "v"])
+def test_nan_and_infinity_stay_in_their_row(name, value, kernels):
+    case = Case(batch=4, heads=1, latents=70)
+    tensors, options = case.tensors(), case.options()
+    (clean,) = case.call(tensors, options, kernels)
+    index = (2, 7) if name == "x" else (2, 1, 69, 0, 3)  # the second medium, which row 2 sees
+    tensors[name][index] = value
+    (found,) = case.call(tensors, options, kernels)
+    others = torch.arange(4) != 2
+    assert torch.equal(found[others], clean[others])
+    if (name, value) != ("k", torch.inf):  # a weight of 1 or of 0
+        assert found[2].isnan().any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_calls_give_the_same_bits(dtype, backend):
-    case = Case(batch=9, dim=63, hidden=65, latents=70, dtype=dtype)
+    case = Case(batch=9, dim=63, hidden=65, latents=70, heads=1, dtype=dtype)
     assert torch.equal(*(case.kernel(backend, **case.tensors())[0] for _ in range(2)))
 
 
-def test_no_host_sync(backend):
+@pytest.mark.parametrize("case", [Case(), Case(batch=6, texts=3, integers=True, **EVERYTHING)], ids=str)
+def test_no_host_sync(case, backend):
     """Tensors without values pass through every check: none of them looks at one."""
-    case = Case()
+    tensors, options = case.tensors(), case.options()
+    weights = case.weights(tensors)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, use_backend(backend):
-        tensors = {name: mode.from_tensor(tensor) for name, tensor in case.tensors().items()}
-        assert case.kernel("auto", **tensors)[0].shape == (2, 64)
+        x, k, v = (mode.from_tensor(tensors[name]) for name in ("x", "k", "v"))
+        assert gated_block_decode(x, k, v, weights=weights, **options).shape == x.shape
 
 
-def test_a_gradient_is_refused(cuda):
+def test_a_gradient_is_refused(kernels):
     tensors = Case().tensors()
     tensors["x"].requires_grad_()
     with pytest.raises(UnsupportedError, match=r"no gradient; call it under torch\.no_grad"):
-        Case().kernel(cuda, **tensors)
+        Case().kernel(kernels, **tensors)
     with torch.no_grad():
-        Case().kernel(cuda, **tensors)
+        Case().kernel(kernels, **tensors)
 
 
-def test_a_branch_is_rounded_before_it_meets_the_residual(backend):
-    """As separate operations would: 2^-8 + 2^-17 is 2^-8 in bfloat16, and 1 + 2^-8 is 1, to the even."""
-    case = Case(batch=1, dtype=torch.bfloat16)
-    tensors = {name: torch.zeros_like(tensor) for name, tensor in case.tensors().items()}
-    tensors["x"].fill_(1)
-    tensors["v"][..., 0, 0], tensors["v"][..., 0, 1] = 2**-8, 2**-17
-    tensors["to_out"][:, :2] = 1
-    tensors["gate"].fill_(100)
-    mask = MediaMask.cached(torch.ones(1, 3, dtype=torch.bool), num_media=3, length=1)
-    (out,) = case.call(tensors, {"mask": mask}, backend)
-    assert torch.equal(out, torch.ones_like(out))
+@pytest.mark.parametrize("name", ["to_q", "to_out", "gate_proj", "up", "down"])
+def test_a_matrix_that_would_be_copied_in_every_step_is_named(name, kernels):
+    case = Case(glu=True)
+    tensors = case.tensors()
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].T.contiguous().T
+    with pytest.raises(UnsupportedError, match=rf"expected a contiguous {name}\.weight, got strides"):
+        case.kernel(kernels, **tensors)
 
 
-def test_more_sequences_than_fit_are_named(cuda):
-    case = Case(batch=17)
-    with pytest.raises(UnsupportedError, match="B=17 is above 16"):
-        case.kernel(cuda, **case.tensors())
-    assert case.kernel("auto", **case.tensors())[0].shape == (17, 64)
-
-
-@pytest.mark.parametrize("name", ["to_q", "to_out", "up", "down"])
-def test_a_matrix_that_would_be_copied_in_every_step_is_named(name, cuda):
-    tensors = Case().tensors()
-    tensors[name] = tensors[name].T.contiguous().T
-    with pytest.raises(UnsupportedError, match=f"expected a contiguous {name}, got strides"):
-        Case().kernel(cuda, **tensors)
+@pytest.mark.parametrize("layout", ["slice", "strided"])
+@pytest.mark.parametrize("name", ["x", "k", "v", "norm.weight", "to_q.bias", "gate", "q_norm.bias"])
+def test_each_tensor_has_strides_of_its_own(name, layout, kernels):
+    """NaN lies behind every row of a slice."""
+    case = Case(batch=5, **EVERYTHING)
+    tensors, options = case.tensors(), case.options()
+    (expected,) = case.call(tensors, options, kernels)
+    tensors[name] = lay_out(tensors[name], layout)
+    assert torch.equal(case.call(tensors, options, kernels)[0], expected)
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("to_out", (64, 63), r"to_out with shape \(64, 64\)"),
-        ("up", (96, 63), r"up with shape \(F, 64\)"),
-        ("down", (64, 95), r"down with shape \(64, 96\)"),
-        ("ff_norm", (63,), r"ff_norm with shape \(64,\)"),
+        ("to_out.weight", (64, 63), r"to_out\.weight with shape \(64, 64\)"),
+        ("up.weight", (96, 63), r"up\.weight with shape \(F, 64\)"),
+        ("down.weight", (64, 95), r"down\.weight with shape \(64, 96\)"),
+        ("gate_proj.weight", (95, 64), r"gate_proj\.weight with shape \(96, 64\)"),
+        ("up.bias", (95,), r"up\.bias with shape \(96,\)"),
+        ("norm.bias", (63,), r"norm\.bias with shape \(64,\)"),
+        ("ff_norm.weight", (63,), r"ff_norm\.weight with shape \(64,\)"),
+        ("q_norm.weight", (64,), r"q_norm\.weight with shape \(16,\)"),
         ("gate", (5,), r"gate of 1 or D=64 elements, got \(5,\)"),
+        ("k", (3, 3, 8, 2, 16), r"k of B=5 sequences or a divisor of them, got 3"),
+        ("v", (5, 3, 8, 1, 16), r"v with shape \(5, 3, 8, 2, 16\)"),
     ],
 )
 def test_a_mistake_is_named(name, shape, message):
-    tensors = Case().tensors() | {name: torch.zeros(shape)}
-    x, k, v = (tensors.pop(key) for key in ("x", "k", "v"))
-    weights = GatedBlockWeights(**tensors)
+    case = Case(batch=5, **EVERYTHING)
+    tensors = case.tensors() | {name: torch.zeros(shape)}
     with pytest.raises(ValueError, match=f"^gated_block_decode: expected .*{message}"):
-        gated_block_decode(x, k, v, weights=weights, **Case().options())
+        case.kernel("reference", **tensors)
+
+
+def test_queries_that_are_no_whole_heads_are_named():
+    case = Case(groups=4)
+    tensors = case.tensors() | {"to_q.weight": torch.zeros(60, 64)}
+    with pytest.raises(ValueError, match=r"^gated_block_decode: expected to_q\.weight with shape \(48, 64\)"):
+        case.kernel("reference", **tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("v", torch.bfloat16, "v"),
+        ("up.weight", torch.bfloat16, r"up\.weight"),
+        ("down.bias", torch.bfloat16, r"down\.bias"),
+        ("to_q.weight", torch.int8, r"to_q\.weight"),
+        ("norm.weight", torch.int32, r"norm\.weight"),
+    ],
+)
+def test_a_dtype_that_does_not_fit_is_named(name, dtype, message):
+    case = Case(**EVERYTHING)
+    tensors = case.tensors()
+    with pytest.raises(TypeError, match=f"^gated_block_decode: expected .*{message}"):
+        case.kernel("reference", **tensors | {name: tensors[name].to(dtype)})
+
+
+def test_an_rms_norm_with_a_bias_is_named():
+    case = Case()
+    weights = case.weights(case.tensors())
+    weights = weights._replace(norm=weights.norm._replace(rms=True))
+    x, k, v = (case.tensors()[name] for name in ("x", "k", "v"))
+    with pytest.raises(ValueError, match=r"^gated_block_decode: expected no norm\.bias with rms=True"):
+        gated_block_decode(x, k, v, weights=weights, **case.options())
+
+
+def test_a_mask_of_other_rows_is_named():
+    case = Case(batch=6, texts=3)
+    mask = MediaMask.from_text_time(case.text_time(), case.media)  # not folded
+    with pytest.raises(ValueError, match="a mask with shape"):
+        case.call(case.tensors(), {"mask": mask}, "reference")
 
 
 def test_no_key_at_all_is_named():

@@ -198,8 +198,10 @@ def decode_inputs():
 
 
 def decode(x, k, v, backend="auto", eps=1e-5, **weights):
-    weights = GatedBlockWeights(norm_bias=None, ff_norm_bias=None, **weights)
-    return gated_block_decode(x, k, v, mask(length=1), weights, eps=eps, backend=backend)
+    norms = {name: Norm(weights[name], eps=eps) for name in ("norm", "ff_norm")}
+    linears = {name: Linear(weights[name]) for name in ("to_q", "to_out", "up", "down")}
+    given = GatedBlockWeights(**{**weights, **norms, **linears})
+    return gated_block_decode(x, k, v, mask(length=1), given, backend=backend)
 
 
 def layer_inputs():
@@ -214,6 +216,7 @@ OPERATORS = (
     "linear",
 )
 OPTIONAL = {
+    "gated_block_decode": ("gate", "ff_gate"),
     "gated_cross_attention": ("gate",),
     "gated_feed_forward": ("gate",),
     "linear": ("bias", "residual", "gate"),

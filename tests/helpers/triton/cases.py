@@ -13,7 +13,10 @@ from flamingo_kernels._backends.triton import config
 from flamingo_kernels._backends.triton.config import Device
 from flamingo_kernels.testing import (
     Case,
+    GatedBlockDecodeCase,
     GatedResidualCase,
+    Int8LinearCase,
+    LinearCase,
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
 )
@@ -51,6 +54,11 @@ PERCEIVER = PerceiverAttentionCase(
     clips=160, queries=64, features=256, latents=64, heads=8, head_dim=64, **BF16
 )
 RESIDUAL = GatedResidualCase(shape=(4096, 2048), **BF16)
+LINEAR = LinearCase(rows=(8,), width=2048, out=2048, **BF16)
+INT8 = Int8LinearCase(rows=(8,), width=2048, out=2048, **BF16)
+DECODE = GatedBlockDecodeCase(
+    batch=8, dim=1024, hidden=4096, media=5, latents=64, heads=8, head_dim=64, **BF16
+)
 
 # "usual": what the models people run launch, for every target. "rest": every other branch, dtype and size.
 CASES: dict[str, list[Case]] = {
@@ -61,6 +69,11 @@ CASES: dict[str, list[Case]] = {
         PERCEIVER,
         replace(PERCEIVER, heads=16, head_dim=96),
         RESIDUAL,
+        LINEAR,
+        replace(INT8, activation="gelu", residual=True, gate=(1,)),
+        DECODE,
+        replace(DECODE, glu=True, rms=True, q_norm=True, groups=4, heads=16, head_dim=128, activation="silu"),
+        replace(DECODE, integers=True, x_dtype=torch.float32),
     ],
     "rest": [
         *(replace(MASKED, head_dim=d) for d in (80, 96, 128, 256)),
@@ -76,5 +89,12 @@ CASES: dict[str, list[Case]] = {
         *(replace(PERCEIVER, head_dim=d, dtype=torch.float32) for d in (64, 128)),
         replace(RESIDUAL, gate=(2048,), dtype=torch.float32),
         replace(RESIDUAL, shape=(4096, 63), dtype=torch.float16),
+        *(replace(kind, rows=(rows,)) for rows in (33, 512) for kind in (LINEAR, INT8)),
+        *(replace(LINEAR, rows=(rows,), dtype=torch.float32) for rows in (8, 33)),
+        *(replace(INT8, rows=(rows,), dtype=torch.float32) for rows in (8, 33)),
+        *(replace(LINEAR, activation=each, bias=False) for each in ("gelu_tanh", "relu", "squared_relu")),
+        *(replace(DECODE, head_dim=d, immediate=False, latents=1601) for d in (80, 96, 128, 256)),
+        replace(DECODE, dtype=torch.float16, batch=64, texts=4, groups=8, bias=True, gate=(1024,)),
+        *(replace(DECODE, dtype=torch.float32, head_dim=d, q_norm=True, glu=True) for d in (64, 128, 256)),
     ],
 }

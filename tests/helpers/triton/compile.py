@@ -17,9 +17,9 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from flamingo_kernels._backends import dispatch, env
+from flamingo_kernels._backends import dispatch, env, library
 from flamingo_kernels._backends.triton import launch, tuning
-from flamingo_kernels.testing import Case
+from flamingo_kernels.testing import Case, cases
 from tests.helpers.triton.binary import read
 from tests.helpers.triton.cases import CASES, TARGETS, Target, modules_that_ask
 
@@ -56,10 +56,12 @@ def prepare(target: Target) -> list[tuple[str, dict[str, Any], Any]]:
 
     launch.start, tuning.choose, env.AUTOTUNE = start, choose, True
     dispatch.resolve = lambda *_: "triton"
+    cases.quantize_weight = lambda weight: (weight.to(torch.int8), weight.new_empty(len(weight)).float())
     for operator in filter(has_triton, dispatch.operators()):
         folder = f"flamingo_kernels.ops.{operator}"
-        api = import_module(f"{folder}.api")
-        for way, calls in (("fwd", api.FWD), ("bwd", api.BWD)):
+        schema = import_module(f"{folder}.schema")
+        for way in ways(operator):
+            calls = getattr(schema, way.upper())
             calls["triton"] = getattr(import_module(f"{folder}.triton_{way}"), f"{operator}_{way}")
     for module in modules_that_ask():
         module.device_of = lambda device: target.device
@@ -70,14 +72,21 @@ def has_triton(operator: str) -> bool:
     return "triton" in dispatch.limits(operator)
 
 
+def ways(operator: str) -> list[str]:
+    """Forward, and backward unless the kernels are for inference alone."""
+    return [way for way in ("fwd", "bwd") if f"{operator}_{way}" in library.operations()]
+
+
 def run(case: Case) -> None:
-    """Forward and backward on tensors without data."""
-    leaves = {name: tensor.to("meta").requires_grad_() for name, tensor in case.tensors().items()}
+    """Every way on tensors without data."""
+    backward = "bwd" in ways(case.operator)
+    leaves = {name: tensor.to("meta").requires_grad_(backward) for name, tensor in case.tensors().items()}
     options = {
         name: value.to("meta") if hasattr(value, "to") else value for name, value in case.options().items()
     }
-    outputs = case.call(leaves, options)
-    torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(out) for out in outputs])
+    outputs = case.call(leaves, options, "triton")
+    if backward:
+        torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(out) for out in outputs])
 
 
 def main(target: str, *groups: str) -> Iterator[dict[str, Any]]:

@@ -32,12 +32,13 @@ BLOCKS = {
     r"attention_fwd_kernel<\w+, 64": 3,
     r"attention_bwd_rows_kernel<\w+, 64": 3,
     r"attention_\w+_kernel": 2,
-    r"gated_block_decode_\w+_kernel": 2,
+    r"linear_fwd_kernel": 2,
+    r"gated_block_decode_\w+_kernel": 4,
     r"gated_residual_bwd_kernel<Mixed": 3,
     r"gated_residual_\w+_kernel": 4,
 }
 THREADS = {
-    r"gated_block_decode": 256,
+    r"gated_block_decode": 128,
     r"attention_\w+_kernel<float": 64,
     r"attention_": 128,
     r"": 256,
@@ -48,7 +49,7 @@ NARROW = (
     "sum_partials_kernel",
     "masked_cross_attention_bwd_averaged_dv_kernel",
     "perceiver_attention_fwd_combine_kernel",
-    "gated_block_decode_linear_kernel<float",
+    "gated_block_decode_merge_kernel",
 )
 
 
@@ -88,7 +89,7 @@ def enough_blocks_fit(kernel: Kernel) -> bool:
 
 def tensor_cores_multiply(kernel: Kernel) -> bool:
     """But not in float32, whose products are exact."""
-    multiplies = re.search(r"attention_(fwd|bwd_rows|bwd_keys)_kernel|decode_linear", kernel.name) is not None
+    multiplies = re.search(r"attention_(fwd|bwd_rows|bwd_keys)_kernel|linear_fwd", kernel.name) is not None
     return not multiplies or "float" in kernel.name or kernel.products > 0
 
 
@@ -96,7 +97,7 @@ def accesses_are_wide(kernel: Kernel) -> bool:
     """Where all rows are: a kernel of odd ones says `false`, one of mixed dtypes decides as it runs."""
     if any(name in kernel.name for name in NARROW) or (", false" in kernel.name and "gated" in kernel.name):
         return True
-    decoding = kernel.name.startswith("gated_block_decode")  # few numbers leave it
+    decoding = kernel.name.startswith(("gated_block_decode", "linear_fwd"))  # few numbers leave them
     return kernel.wide_loads > 0 and (kernel.wide_stores > 0 or decoding or "float" in kernel.name)
 
 

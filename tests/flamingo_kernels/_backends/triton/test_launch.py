@@ -10,7 +10,9 @@ import torch
 
 from flamingo_kernels.testing import (
     Case,
+    GatedBlockDecodeCase,
     GatedResidualCase,
+    LinearCase,
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
 )
@@ -36,6 +38,13 @@ CALLS += [
     for queries in (9, 300)
 ]
 CALLS.append(tuple(GatedResidualCase(shape=(rows, 40)) for rows in (1, 7, 640)))
+CALLS += [tuple(LinearCase(rows=(rows,)) for rows in each) for each in ((1, 7, 16), (65, 96, 640))]
+CALLS.append(
+    tuple(
+        GatedBlockDecodeCase(batch=batch, media=media, q_norm=True, glu=True)
+        for batch, media in ((1, 1), (3, 3), (16, 16))
+    )
+)
 
 
 def specialised(value: Any) -> Any:
@@ -48,6 +57,7 @@ def specialised(value: Any) -> Any:
 @pytest.mark.parametrize("calls", CALLS, ids=lambda calls: f"{calls[0].operator}-{calls[0]}")
 def test_other_sizes_take_the_same_kernels(calls, monkeypatch):
     seen: dict[str, set[Any]] = {}
+    first: dict[str, int] = {}  # a call may launch a kernel in several ways
 
     def start(kernel: Any, count: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         tuples = tuple(each for each in arguments if isinstance(each, tuple))
@@ -55,11 +65,13 @@ def test_other_sizes_take_the_same_kernels(calls, monkeypatch):
 
     monkeypatch.setattr(launch, "start", start)
     for case in calls:
-        leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors().items()}
+        leaves = {name: t.requires_grad_(case.differentiable) for name, t in case.tensors().items()}
         outputs = case.kernel("triton", **leaves)
-        torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(out) for out in outputs])
-    assert len(seen) > 1
-    assert {name: len(kinds) for name, kinds in seen.items()} == dict.fromkeys(seen, 1)
+        if case.differentiable:
+            torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(out) for out in outputs])
+        first = {name: len(kinds) for name, kinds in seen.items()} | first
+    assert first
+    assert {name: len(kinds) for name, kinds in seen.items()} == first
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flamingo_kernels._backends import dispatch
+from flamingo_kernels._backends import dispatch, library
 
 pytest.importorskip("triton", reason="the Triton backend is optional")
 
@@ -15,6 +15,8 @@ PREFIXES = {
     "masked_cross_attention": "_masked_xattn_{}_",
     "perceiver_attention": "_perceiver_{}_",
     "gated_residual": "_gated_residual_{}_",
+    "gated_block_decode": "_gated_block_decode_{}_",
+    "linear": "_linear_{}_",
 }
 MOST_PARAMETERS = 17
 
@@ -32,6 +34,7 @@ def modules() -> dict[str, str]:
         f"flamingo_kernels.ops.{operator}.triton_{way}": PREFIXES[operator].format(way)
         for operator in operators
         for way in ("fwd", "bwd")
+        if f"{operator}_{way}" in library.operations()
     }
     return named | {"flamingo_kernels._backends.triton.reduction": "_sum_"}
 

@@ -10,7 +10,9 @@ import torch
 from flamingo_kernels import MediaMask, masked_cross_attention
 from flamingo_kernels.testing import (
     Case,
+    GatedBlockDecodeCase,
     GatedResidualCase,
+    LinearCase,
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
 )
@@ -70,6 +72,22 @@ def test_every_byte_moves_once(case, forward, backward):
 def test_nothing_is_written_twice(case):
     for launch in [each for launches in traffic(case) for each in launches]:
         assert launch.written_twice == 0, launch.kernel
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        LinearCase(rows=(5,), width=512, out=256, residual=True, activation="gelu", **BF16),
+        GatedBlockDecodeCase(batch=2, dim=256, hidden=512, head_dim=64, glu=True, q_norm=True, **BF16),
+    ],
+    ids=lambda case: case.operator,
+)
+def test_few_rows_move_every_weight_once(case):
+    tensors = case.tensors()
+    with counted() as launches:
+        case.kernel("triton", **tensors)
+    assert moved(launches) <= 1.1 * size(case, *tensors, *case.outputs)
+    assert all(launch.written_twice == 0 for launch in launches)
 
 
 def test_rows_that_see_several_media_cost_a_second_reading():

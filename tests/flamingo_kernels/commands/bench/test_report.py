@@ -245,3 +245,8 @@ def test_a_picture_without_matplotlib_names_the_extra(outcome, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install flamingo-kernels\[bench\]"):
         report.picture(outcome, tmp_path / "bench.png")
+
+
+def test_every_rival_and_floor_has_a_colour_of_its_own():
+    assert set(report._COLOURS) == set(report.RIVALS)
+    assert len(set(report._COLOURS.values())) == len(report.RIVALS)

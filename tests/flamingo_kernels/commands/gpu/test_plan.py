@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import torch
@@ -29,8 +30,9 @@ def test_a_task_for_each_dtype_case_and_backend():
 
 def test_the_full_plan_leaves_nothing_out():
     full = plan.FULL
-    checked = [case for case in check.CASES if case.operator != "linear"]  # which has no kernel for GPUs
-    every = [*checked, *sanitizer.SMALL, *plan.MASKED, *plan.PERCEIVER, *plan.ROWS, *plan.DECODE]
+    checked = list(check.CASES)
+    groups = (plan.MASKED, plan.PERCEIVER, plan.ROWS, plan.DECODE, plan.LINEAR)
+    every = [*checked, *sanitizer.SMALL, *itertools.chain(*groups)]
     assert set(full.cases) == set(every)
     assert max(Counter(full.cases).values()) == 1
     assert full.cases[: full.first] == checked
@@ -38,7 +40,7 @@ def test_the_full_plan_leaves_nothing_out():
     operators = {case.operator for case in checked}
     for cases in (full.cases, full.repeated, plan.QUICK.cases):
         assert {case.operator for case in cases} == operators
-    assert {case.operator for case in full.large} == operators - {"gated_block_decode"}
+    assert {case.operator for case in full.large} == operators - {"gated_block_decode", "linear"}
 
 
 def test_where_time_runs_out_it_does_for_all_operators_alike():

@@ -17,6 +17,7 @@ from flamingo_kernels.testing import (
     CASES,
     GatedBlockDecodeCase,
     GatedResidualCase,
+    LinearCase,
     MaskedCrossAttentionCase,
     PerceiverAttentionCase,
 )
@@ -26,6 +27,7 @@ SMALL = [
     PerceiverAttentionCase(features=5, latents=2, queries=3, heads=1, lengths=(3, 5)),
     GatedResidualCase(shape=(3, 40)),
     GatedBlockDecodeCase(dim=8, hidden=9, heads=1),
+    LinearCase(rows=(2,), width=5, out=3),
 ]
 GATED = SMALL[2]
 
@@ -202,5 +204,4 @@ def test_a_finding_can_be_stored():
 
 
 def test_all_operators_are_in_these_tests():
-    """But for linear, which has no kernel for GPUs."""
-    assert {case.operator for case in SMALL} == set(CASES) - {"linear"}
+    assert {case.operator for case in SMALL} == set(CASES)

@@ -108,5 +108,4 @@ def test_when_the_time_is_over_all_its_processes_end(install, tmp_path, monkeypa
 
 
 def test_every_operator_is_among_the_small_calls():
-    """But for linear, which has no kernel for GPUs."""
-    assert {case.operator for case in sanitizer.SMALL} == set(sanitizer.CASES) - {"linear"}
+    assert {case.operator for case in sanitizer.SMALL} == set(sanitizer.CASES)

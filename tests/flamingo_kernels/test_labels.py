@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from flamingo_kernels._labels import FEED_FORWARD, INSIDE, NORM
 from flamingo_kernels.sublayers import Linear, Norm, gated_feed_forward
-from flamingo_kernels.sublayers.labels import FEED_FORWARD, INSIDE, NORM
 
 
 def feed_forward(x: torch.Tensor) -> torch.Tensor:
