@@ -64,10 +64,14 @@ class GatedBlockWeights(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """One tensor for each name in `TENSORS`, without an element where there is none."""
-        given = self.by_name()
         none = torch.empty(0, device=self.to_q.weight.device)
-        tensors = (given.get(name, none) for name in TENSORS)
-        return [tensor if tensor.ndim == 2 else tensor.contiguous() for tensor in tensors]
+        q_norm, gate_proj = self.q_norm or (None, None), self.gate_proj or (None, None, None)
+        tensors = (
+            *(*self.norm[:2], *self.to_q, *q_norm[:2], *self.to_out, self.gate),
+            *(*self.ff_norm[:2], *gate_proj, *self.up, *self.down, self.ff_gate),
+        )
+        given = (none if tensor is None else tensor for tensor in tensors)
+        return [tensor if tensor.ndim == 2 else tensor.contiguous() for tensor in given]
 
     def options(self) -> tuple[list[float], list[int], int]:
         """The eps of each norm, whether it is an RMSNorm, and the place of the activation."""

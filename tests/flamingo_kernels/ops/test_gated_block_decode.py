@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flamingo_kernels import MediaMask, UnsupportedError, gated_block_decode, use_backend
+from flamingo_kernels.ops.gated_block_decode import api
 from flamingo_kernels.testing import DTYPES, GatedBlockDecodeCase, assert_within_budget, lay_out
 from tests.helpers.sizes import skip_unless_supported
 
@@ -194,6 +195,50 @@ def test_each_tensor_has_strides_of_its_own(name, layout, kernels):
     assert torch.equal(case.call(tensors, options, kernels)[0], expected)
 
 
+@pytest.fixture(params=["reference", "cpu"])
+def asked(request, running):
+    """Without gradients the kernels of a processor are called before anything is asked in Python."""
+    with torch.set_grad_enabled(request.param == "reference"):
+        yield running(request.param)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scale": torch.nan}, ValueError, "scale to be a finite number, got nan"),
+        ({"scale": True}, TypeError, "scale to be a number, got bool"),
+        ({"eps": -1.0}, ValueError, r"norm\.eps to be a finite number of at least 0"),
+        ({"activation": "tanh"}, ValueError, "activation to be one of gelu"),
+        ({"mask": None}, TypeError, "a MediaMask, got NoneType"),
+        ({"weights": ()}, TypeError, "weights to be GatedBlockWeights, got tuple"),
+        ({"x": None}, TypeError, r"x to be a torch\.Tensor"),
+    ],
+    ids=str,
+)
+def test_an_option_that_cannot_be_meant_is_named(change, error, message, asked):
+    case = Case()
+    tensors = case.tensors()
+    weights = case.weights(tensors)
+    if "eps" in change:
+        weights = weights._replace(norm=weights.norm._replace(eps=change["eps"]))
+    if "activation" in change:
+        weights = weights._replace(activation=change["activation"])
+    given = {name: tensors[name] for name in ("x", "k", "v")} | {"weights": weights, **case.options()}
+    given |= {name: each for name, each in change.items() if name not in ("eps", "activation")}
+    with pytest.raises(error, match=f"^gated_block_decode: expected .*{message}"):
+        gated_block_decode(**given, backend=asked)
+
+
+@torch.no_grad()
+def test_a_usual_call_on_a_processor_asks_nothing_in_python(monkeypatch, running):
+    running("cpu")
+    case = Case(**EVERYTHING)
+    tensors = case.tensors()
+    expected = case.kernel("cpu", **tensors)
+    monkeypatch.setattr(api, "_validate", None)
+    assert torch.equal(case.kernel("auto", **tensors)[0], expected[0])
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
@@ -210,18 +255,18 @@ def test_each_tensor_has_strides_of_its_own(name, layout, kernels):
         ("v", (5, 3, 8, 1, 16), r"v with shape \(5, 3, 8, 2, 16\)"),
     ],
 )
-def test_a_mistake_is_named(name, shape, message):
+def test_a_mistake_is_named(name, shape, message, asked):
     case = Case(batch=5, **EVERYTHING)
     tensors = case.tensors() | {name: torch.zeros(shape)}
     with pytest.raises(ValueError, match=f"^gated_block_decode: expected .*{message}"):
-        case.kernel("reference", **tensors)
+        case.kernel(asked, **tensors)
 
 
-def test_queries_that_are_no_whole_heads_are_named():
+def test_queries_that_are_no_whole_heads_are_named(asked):
     case = Case(groups=4)
     tensors = case.tensors() | {"to_q.weight": torch.zeros(60, 64)}
     with pytest.raises(ValueError, match=r"^gated_block_decode: expected to_q\.weight with shape \(48, 64\)"):
-        case.kernel("reference", **tensors)
+        case.kernel(asked, **tensors)
 
 
 @pytest.mark.parametrize(
@@ -234,30 +279,30 @@ def test_queries_that_are_no_whole_heads_are_named():
         ("norm.weight", torch.int32, r"norm\.weight"),
     ],
 )
-def test_a_dtype_that_does_not_fit_is_named(name, dtype, message):
+def test_a_dtype_that_does_not_fit_is_named(name, dtype, message, asked):
     case = Case(**EVERYTHING)
     tensors = case.tensors()
     with pytest.raises(TypeError, match=f"^gated_block_decode: expected .*{message}"):
-        case.kernel("reference", **tensors | {name: tensors[name].to(dtype)})
+        case.kernel(asked, **tensors | {name: tensors[name].to(dtype)})
 
 
-def test_an_rms_norm_with_a_bias_is_named():
+def test_an_rms_norm_with_a_bias_is_named(asked):
     case = Case()
     weights = case.weights(case.tensors())
     weights = weights._replace(norm=weights.norm._replace(rms=True))
     x, k, v = (case.tensors()[name] for name in ("x", "k", "v"))
     with pytest.raises(ValueError, match=r"^gated_block_decode: expected no norm\.bias with rms=True"):
-        gated_block_decode(x, k, v, weights=weights, **case.options())
+        gated_block_decode(x, k, v, weights=weights, **case.options(), backend=asked)
 
 
-def test_a_mask_of_other_rows_is_named():
+def test_a_mask_of_other_rows_is_named(asked):
     case = Case(batch=6, texts=3)
     mask = MediaMask.from_text_time(case.text_time(), case.media)  # not folded
     with pytest.raises(ValueError, match="a mask with shape"):
-        case.call(case.tensors(), {"mask": mask}, "reference")
+        case.call(case.tensors(), {"mask": mask}, asked)
 
 
-def test_no_key_at_all_is_named():
+def test_no_key_at_all_is_named(asked):
     case = Case(latents=0)
     with pytest.raises(ValueError, match="at least one latent key"):
-        case.kernel("reference", **case.tensors())
+        case.kernel(asked, **case.tensors())

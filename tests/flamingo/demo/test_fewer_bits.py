@@ -1,4 +1,4 @@
-"""What rounding weights costs a Flamingo that was trained: the answers, and how far its logits move."""
+"""What fewer bits cost a Flamingo that was trained: the answers, and how far its logits move."""
 
 from __future__ import annotations
 
@@ -45,18 +45,37 @@ def trained():
     return model.eval(), load_digits()[1]
 
 
+def in_integers(model):
+    patch(model)
+    quantize(model, vision=True, keep=False)
+    return model
+
+
+def patched(model):
+    patch(model)
+    return model
+
+
+CHANGES = {
+    "integers": in_integers,
+    "bfloat16": lambda model: model.bfloat16(),
+    "bfloat16, patched": lambda model: patched(model.bfloat16()),
+    "float16": lambda model: model.half(),
+    "integers in bfloat16": lambda model: in_integers(model.bfloat16()),
+}
+
+
 @pytest.mark.slow
-def test_a_trained_model_answers_alike(trained):
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_trained_model_answers_alike(change, trained):
     model, digits = trained
-    integers = copy.deepcopy(model)
-    patch(integers)
-    quantize(integers, vision=True, keep=False)
-    before, after = scores(model, digits), scores(integers, digits)
+    before = scores(model, digits)
+    after = [each.float() for each in scores(CHANGES[change](copy.deepcopy(model)), digits)]
     others = sum(int((a.argmax(1) != b.argmax(1)).sum()) for a, b in zip(before, after, strict=True))
     divergence = sum(
         float(F.kl_div(b.log_softmax(1), a.log_softmax(1), reduction="sum", log_target=True))
         for a, b in zip(before, after, strict=True)
     ) / sum(count for *_, count in ASKED)
-    print(f"{others} of 1000 answers differ, KL of the candidates {divergence:.1e}")
+    print(f"{change}: {others} of 1000 answers differ, KL of the candidates {divergence:.1e}")
     assert others <= 10
     assert divergence < 1e-2
