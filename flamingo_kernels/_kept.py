@@ -34,6 +34,9 @@ T = TypeVar("T")
 _SAMPLE = 128  # how many numbers of a large tensor are compared
 _SMALL = 2**15  # tensors up to this size are compared whole
 
+# A block as the operator of a decoding step takes it, see layers/decode.py: with its weights.
+STEPS = WeakIdKeyDictionary()
+
 # Each thread keeps the last result of every reader, for the layers of one forward pass, and one result of
 # every holder, which goes when the holder or the source of the result does.
 _threads = threading.local()

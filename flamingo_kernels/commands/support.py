@@ -50,7 +50,8 @@ _NO_GRADIENTS = "none: for inference"
 _REPRODUCIBLE: dict[str | tuple[str, str], str] = {
     **dict.fromkeys(("reference", "mkl", "onednn"), "as PyTorch is"),
     "cpu": "yes, for any number of threads",
-    ("linear", "cpu"): "yes, for any number of threads and of other rows; gradients as PyTorch is",
+    ("linear", "cpu"): "yes, for any number of threads; gradients as PyTorch is",
+    **{("linear", backend): "yes; gradients as PyTorch is" for backend in ("cuda", "triton")},
 }
 
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .._backends import dispatch
+from .._kept import STEPS
 from .._predicates import is_eager, is_unhooked
 from ..mask import MediaMask
 from ..ops import GatedBlockWeights
@@ -52,14 +52,11 @@ def step_of(layer: nn.Module, parts: Parts, x: Tensor) -> Step | None:
     """A block as the operator takes it, kept for the next token; None where it does not compute just that."""
     if not is_eager(x):
         return _make(parts, x)
-    step: Step | None = _steps.get(layer)
+    step: Step | None = STEPS.get(layer)
     if step is None or not step.holds(parts):
         step = _make(parts, x)
-        _steps[layer] = step
+        STEPS[layer] = step
     return step
-
-
-_steps = WeakIdKeyDictionary()
 
 
 class Step:

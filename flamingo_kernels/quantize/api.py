@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .._backends.dispatch import KERNEL_DTYPES, UnsupportedError
+from .._kept import STEPS
 from ..patch import linears
 from ..patch.registry import match
 from .layer import integers_of, is_quantized, quantize_layer, restore_layer
@@ -66,7 +67,7 @@ def quantize(
     own stays; one whose weight is shared, as a head's with an embedding, keeps the original also without
     `keep`. Weights that integers stand for get no gradients, what flows through them does. Changes through
     `.data` are found in a sample of the weight, and under torch.compile none are. Rounding: see `linear`.
-    On a GPU the numbers are made anew for each product.
+    On a GPU products of more than 64 rows make the numbers anew.
 
     Source: symmetric rounding to integers by output, as in LLM.int8() (arXiv 2208.07339), section 2.1.
 
@@ -85,6 +86,7 @@ def quantize(
     reasons = _why_not(model, layers, list(skip), keep)
     shared = _shared(model)
     quantized: dict[str, QuantizedLayer] = {}
+    STEPS.clear()  # they would hold the originals
     for path, layer in layers.items():
         if path in reasons:
             continue

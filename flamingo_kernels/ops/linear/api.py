@@ -66,7 +66,8 @@ def linear(
 
     Limits: our kernels have no backward pass of their own: gradients are products as "auto" takes them. They
     compute in float32 and round once; a row's result is the same to the last bit for any number of threads,
-    and on a processor of other rows. The libraries' products are as deterministic as torch's, whose switches
+    and on a processor of other rows, but where weights are of integers, and that bfloat16 on AMX takes tiles
+    from 5 rows on. The libraries' products are as deterministic as torch's, whose switches
     they heed (`torch.backends.mkldnn.flags`, `torch.set_float32_matmul_precision`). Differentiable as often
     as torch's own. Under torch.autocast the product takes its dtype. Under a compiler, in torch.func's
     transforms and on a GPU "auto" is torch's product of weights that are no integers; the libraries are

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -276,6 +278,18 @@ def test_a_change_of_quantized_weights_is_seen(keep, cpu, steps):
 
 
 @torch.no_grad()
+def test_quantizing_frees_what_a_step_kept(cpu):
+    fused = block().eval()
+    patch(fused)
+    x, media = inputs()
+    fused(x, media, LOCATIONS, True)
+    original = weakref.ref(fused.ff[1].weight)
+    quantize(fused, keep=False)
+    gc.collect()
+    assert original() is None
+
+
+@torch.no_grad()
 def test_an_unchanged_block_is_looked_at_once(cpu, monkeypatch):
     made = []
     make = decode._make
@@ -286,9 +300,9 @@ def test_an_unchanged_block_is_looked_at_once(cpu, monkeypatch):
     for _ in range(3):
         fused(x, media, LOCATIONS, True)
     assert len(made) == 1
-    gone = len(decode._steps)
+    gone = len(decode.STEPS)
     del fused, made[:]
-    assert len(decode._steps) < gone  # what was kept goes with its block
+    assert len(decode.STEPS) < gone  # what was kept goes with its block
 
 
 def test_calls_that_are_no_step(cpu, steps):
