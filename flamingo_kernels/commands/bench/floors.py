@@ -59,7 +59,8 @@ def least_bytes(case: Case) -> int | None:
         return None
     size = getattr(torch, case.dtype).itemsize
     counted = passes(**case.sizes)
-    return size * sum(counted[mode] for mode in _PARTS[case.mode])
+    of_numbers = size * sum(counted[mode] for mode in _PARTS[case.mode])
+    return of_numbers + (_bytes_of_integers(**case.sizes) if case.op == "linear, int8" else 0)
 
 
 _PARTS: dict[Mode, tuple[Mode, ...]] = {
@@ -95,10 +96,21 @@ def _linear(*, rows: int, D: int, out: int) -> dict[Mode, int]:
     return {"forward": rows * (D + out) + D * out, "backward": rows * (out + 2 * D) + 2 * D * out}
 
 
+def _rows_of_linear(*, rows: int, D: int, out: int) -> dict[Mode, int]:
+    # x y; the weight is counted by itself
+    return {"forward": rows * (D + out)}
+
+
+def _bytes_of_integers(*, rows: int, D: int, out: int) -> int:
+    # the weight, and its scales in float32
+    return D * out + 4 * out
+
+
 _PASSES: dict[str, Callable[..., dict[Mode, int]]] = {
     "masked_cross_attention": _masked_cross_attention,
     "perceiver_attention": _perceiver_attention,
     "gated_residual": _gated_residual,
     "gated_block_decode": _gated_block_decode,
     "linear": _linear,
+    "linear, int8": _rows_of_linear,
 }

@@ -190,7 +190,7 @@ FULL = Plan(
 )
 QUICK = Plan(
     cases=list(check.CASES),
-    repeated=REPEATED[::2],
+    repeated=[*REPEATED[::2], LINEAR[0]],
     timed=tuple(case for case in shapes.GPU_CASES if case.targets),
     against=("eager", "sdpa", "torch.add", *BACKENDS),
     seconds_each=0.3,

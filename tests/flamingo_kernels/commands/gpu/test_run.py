@@ -33,6 +33,8 @@ def timed(op, *modes):
     return tuple(case for case in shapes.QUICK if case.op == op and case.mode in modes)
 
 
+LARGE = {case.operator for case in plans.FULL.large}
+
 PLAN = Plan(
     cases=GATED,
     dtypes=(torch.float32,),
@@ -92,16 +94,18 @@ def test_every_operator_is_proved_and_timed_in_the_interpreter(stubs, quick_ceil
             "cases": SMALL,
             "repeated": [],
             "steps": {name: PLAN.steps[name] for name in ("build", "parity", "floors", "bench", "large")},
-            "large": SMALL,
+            "large": [case for case in SMALL if case.operator in LARGE],
             "timed": tuple(case for case in shapes.QUICK if case.op in CASES and case.mode == "forward"),
         }
     )
     assert outcome.failures == []
-    for check in ("parity", "past 2^31 elements"):
+    for check, operators in (("parity", set(CASES)), ("past 2^31 elements", LARGE)):
         proved = [each for each in outcome.findings if each.check == check and each.status == "ok"]
-        assert {each.operator for each in proved if each.backend == "triton/interpreter"} == set(CASES)
+        assert {each.operator for each in proved if each.backend == "triton/interpreter"} == operators
     ours = [row for row in outcome.bench.rows if row.contender == OURS]
-    assert {row.op: row.variant for row in ours} == dict.fromkeys(CASES, "triton/interpreter")
+    variants = {row.op: row.variant for row in ours}
+    assert variants.pop("linear") != "triton/interpreter"  # "auto" there is a product of the processor's
+    assert variants == dict.fromkeys(set(CASES) - {"linear"}, "triton/interpreter")
 
 
 @pytest.fixture
@@ -247,7 +251,8 @@ def test_compiling_rivals_loads_no_kernel_of_ours(case, monkeypatch):
 
 
 def test_an_operator_without_a_kernel_here_is_left_out(stubs, quick_ceilings, monkeypatch):  # noqa: F811
-    able = lambda _, operator: {"triton": operator != "gated_block_decode", "reference": True}  # noqa: E731
+    missing = {"gated_block_decode": "no kernel"}
+    able = lambda _, operator: {"triton": missing.get(operator, True), "reference": True}  # noqa: E731
     monkeypatch.setattr(module.check, "backends_on", able)
     decode = [CASES["gated_block_decode"]()]
     changes = {
@@ -257,7 +262,7 @@ def test_an_operator_without_a_kernel_here_is_left_out(stubs, quick_ceilings, mo
         "timed": timed("gated_block_decode", "forward"),
     }
     outcome = gate(changes)
-    assert outcome.failures == []
+    assert outcome.failures == ["gated_block_decode, triton: it does not run here: no kernel"]
     assert statuses(outcome, "parity") == {"reference": "ok"}
     assert outcome.bench.rows == []
     (shape,) = outcome.dropped
