@@ -49,17 +49,18 @@ def fastest(way: str, a: Tensor, b: Tensor, weights: int) -> str:
     """
     if torch.compiler.is_compiling() or weights < config.LEAST_WEIGHTS or type(a) not in _PLAIN:
         return "torch"
-    name = config.choose(way, a.dtype, a.numel() // (a.shape[-1] if a.numel() and a.ndim else 1))
+    rows = a.numel() // (a.shape[-1] if a.numel() and a.ndim else 1)
+    name = config.choose(way, a.dtype, rows)
     if name == "torch" or not _are_plain(a, b) or PRODUCTS[name].why_not(a.dtype):
         return "torch"
-    return "torch" if name == "cpu" and not _suits_kernel(a, b) else name
+    return "torch" if name == "cpu" and not _suits_kernel(rows, b) else name
 
 
-def _suits_kernel(a: Tensor, b: Tensor) -> bool:
+def _suits_kernel(rows: int, b: Tensor) -> bool:
     """Whether the kernel is what was measured: not where it must copy a transposed weight, nor for many rows
     where tiles, which are 32 wide, cannot take them.
     """
-    return b.stride(-1) == 1 and (a.numel() <= _FEW_ROWS * a.shape[-1] or b.shape[-1] % 32 == 0)
+    return b.stride(-1) == 1 and (rows <= _FEW_ROWS or b.shape[-1] % 32 == 0)
 
 
 def _are_plain(a: Tensor, b: Tensor) -> bool:

@@ -19,6 +19,7 @@ from tests.flamingo_kernels.ops.conftest import OTHERS, select
 from tests.helpers.same import assert_same
 
 ROWS = [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 64, 65, 257]
+_MOST_INTERPRETED = 2**18  # numbers of x: a test in Triton's interpreter takes seconds for more
 SHAPES = [(40, 24), (64, 64), (130, 65), (1, 1), (3, 70), (63, 17), (128, 128), (2100, 37), (4096, 80)]
 # What the largest number of a row of x becomes at least: with few rows, and with many.
 FINE, COARSE = 127 * 128, 127
@@ -80,6 +81,8 @@ def bound(given: Inputs, backend: str, rows: int) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_oracle(shape, dtype, backend):
     for rows in ROWS:
+        if backend == "triton" and rows * shape[0] > _MOST_INTERPRETED:
+            continue
         given = inputs(rows, *shape, dtype)
         found = linear(**given.keywords(), backend=backend)
         assert found.dtype == dtype
@@ -117,6 +120,8 @@ def test_what_follows_the_product(activation, gate, residual, rows, kernels):
 @pytest.mark.parametrize("outliers", ["channels", "a row"])
 def test_outliers_cost_no_accuracy(outliers, dtype, kernels):
     """A few channels of large numbers, as language models have them, leave 8 bits no steps for the others."""
+    if not kernels.startswith("cpu"):
+        pytest.skip("its kernels round no row of x")
     for rows in (2, 8, 20, 40, 130, 300):
         given = inputs(rows, 2100, 70, dtype)
         if outliers == "channels":

@@ -179,16 +179,16 @@ def normed(x, norm):
 
 
 def eager_attention(t):
-    q = F.linear(normed(t["x"], t["norm"]), *t["to_q"]).unflatten(-1, (H, HEAD))
+    q = F.linear(normed(t["x"], t["norm"]), *t["to_q"][:2]).unflatten(-1, (H, HEAD))
     times = text_time(LOCATIONS)
     out = dense_masked_attention(normed(q, t["q_norm"]), t["k"], t["v"], times)
-    return t["x"] + t["gate"].tanh() * F.linear(out.flatten(2), *t["to_out"])
+    return t["x"] + t["gate"].tanh() * F.linear(out.flatten(2), *t["to_out"][:2])
 
 
 def eager_feed_forward(t):
     n = normed(t["x"], t["norm"])
-    h = F.gelu(F.linear(n, *t["gate_proj"])) * F.linear(n, *t["up"])
-    return t["x"] + t["gate"].tanh() * F.linear(h, *t["down"])
+    h = F.gelu(F.linear(n, *t["gate_proj"][:2])) * F.linear(n, *t["up"][:2])
+    return t["x"] + t["gate"].tanh() * F.linear(h, *t["down"][:2])
 
 
 EAGER = {attention: eager_attention, feed_forward: eager_feed_forward}

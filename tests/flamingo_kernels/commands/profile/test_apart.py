@@ -35,6 +35,7 @@ def test_each_side_has_a_process_of_its_own(tmp_path, capsys):
         assert report._TITLES[side] in shown
 
 
+@pytest.mark.slow  # five processes
 def test_integers_stand_beside_when_asked_for(tmp_path):
     file = tmp_path / "found.json"
     asked = ["tiny", "--quick", "--apart", "--quantize", "--json", str(file)]
