@@ -103,20 +103,11 @@ def is_differentiable(operator: str) -> bool:
     return operator not in _INFERENCE
 
 
-def is_chosen(operator: str, backend: str, *tensors: Tensor | None) -> bool:
-    """Whether a call that leaves the choice open runs on this backend."""
+def choice(operator: str, *tensors: Tensor | None) -> str:
+    """The backend that runs a call which leaves it open; empty where the call would end with an error."""
     if default_backend == "auto":
-        return resolve(operator, "auto", *tensors) == backend
-    return default_backend == backend and not _why_not(operator, backend, *tensors)
-
-
-def kernel_for(operator: str, *tensors: Tensor | None) -> str:
-    """The backend whose kernels run a call that leaves the choice open; empty where they do not."""
-    if default_backend != "auto":
-        chosen = default_backend != "reference" and not _why_not(operator, default_backend, *tensors)
-        return default_backend if chosen else ""
-    backend = resolve(operator, "auto", *tensors)
-    return "" if backend == "reference" else backend
+        return resolve(operator, "auto", *tensors)
+    return "" if _why_not(operator, default_backend, *tensors) else default_backend
 
 
 def resolve(operator: str, backend: str, *tensors: Tensor | None) -> str:

@@ -19,11 +19,10 @@ from ..mask import MediaMask
 from ..ops import GatedBlockWeights
 from ..ops.gated_block_decode import api
 from ..ops.linear import config
+from ..ops.linear.products import FEW_ROWS
 from ..sublayers.arguments import as_activation, as_norm, as_weight, has_integers
 
 _NAME = "gated_block_decode"
-# On a processor, of x: the kernels of floating-point weights are made for so many at least.
-_MOST_ROWS = 16
 
 
 class Parts(NamedTuple):
@@ -62,13 +61,13 @@ def step_of(layer: nn.Module, parts: Parts, x: Tensor) -> Step | None:
 class Step:
     """The weights of a block as the operator takes them, while the block is what it was."""
 
-    def __init__(self, parts: Parts, weights: GatedBlockWeights) -> None:
+    def __init__(self, parts: Parts, weights: GatedBlockWeights, dtype: torch.dtype | None) -> None:
+        """dtype: of the matrices; None where all are integers."""
         self._parts, self._seen = parts, [_Seen.of(part) for part in parts if isinstance(part, nn.Module)]
         self._given = list(weights.by_name().values())
         self._layouts = self._read_layouts()
         self._tensors, self._options = weights.tensors(), weights.options()
-        dtypes = {each.weight.dtype for each in weights.linears.values() if each.scale is None}
-        self._dtype = next(iter(dtypes), None)
+        self._dtype = dtype
 
     def holds(self, parts: Parts) -> bool:
         """Whether these are the same parts, with nothing changed but the numbers in their memory."""
@@ -82,15 +81,15 @@ class Step:
         """The block for x `[B, 1, D]` and the media of B sequences or fewer; None where no kernel can."""
         if k.dtype != (self._dtype or k.dtype) or len(k) == 0 or len(x) % len(k):
             return None
-        backend = dispatch.kernel_for(_NAME, x, k, v)
-        if not backend or (backend == "cpu" and not self._pays(len(x))):
+        backend = dispatch.choice(_NAME, x, k, v)
+        if backend in ("", "reference") or (backend == "cpu" and not self._pays(len(x))):
             return None
         return api.run(backend, x[:, 0], k, v, mask, self._tensors, self._options, scale)[:, None]
 
     def _pays(self, rows: int) -> bool:
         """Whether the products of a processor's kernels are fast for so many rows."""
         of_integers = self._dtype is None
-        return of_integers or rows <= _MOST_ROWS or config.choose("forward", self._dtype, rows) == "cpu"
+        return of_integers or rows <= FEW_ROWS or config.choose("forward", self._dtype, rows) == "cpu"
 
 
 class _Seen(NamedTuple):
@@ -136,4 +135,6 @@ def _make(parts: Parts, x: Tensor) -> Step | None:
     fit = all(tensor.is_contiguous() and tensor.device == x.device for tensor in tensors)
     known = all(tensor.dtype in (*dispatch.KERNEL_DTYPES, torch.int8) for tensor in tensors)
     gates_fit = all(gate.numel() in (1, x.shape[-1]) for gate in weights.gates.values())
-    return Step(parts, weights) if fit and known and gates_fit and dtypes <= {x.dtype} else None
+    if not (fit and known and gates_fit and dtypes <= {x.dtype}):
+        return None
+    return Step(parts, weights, x.dtype if dtypes else None)

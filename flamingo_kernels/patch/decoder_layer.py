@@ -10,6 +10,8 @@ from torch import nn
 from .._anatomy import Kind, Norm, Part
 from ..fold import Affine, Gate, Scale
 from ..layers import Fused
+from ..layers.decode import Parts
+from ..layers.fused import gate_unless_open
 
 
 class DecoderLayer(Fused):
@@ -26,6 +28,23 @@ class DecoderLayer(Fused):
     mlp: Any
     input_layernorm: nn.Module
     post_attention_layernorm: nn.Module
+
+    def parts(self, q_norm: nn.Module | None, attn_gate: str, mlp_gate: str) -> Parts:
+        """The layer as a decoding step takes it; its gates by name."""
+        attn, mlp = self.cross_attn, self.mlp
+        return Parts(
+            norm=self.input_layernorm,
+            to_q=attn.q_proj,
+            q_norm=q_norm,
+            to_out=attn.o_proj,
+            gate=gate_unless_open(self, attn_gate),
+            ff_norm=self.post_attention_layernorm,
+            gate_proj=mlp.gate_proj,
+            up=mlp.up_proj,
+            activation=mlp.act_fn,
+            down=mlp.down_proj,
+            ff_gate=gate_unless_open(self, mlp_gate),
+        )
 
 
 def folds_of(attn_gate: str, mlp_gate: str, *, queries: tuple[str, ...]) -> tuple[Affine | Gate | Scale, ...]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .._anatomy import Alpha, Linear, Norm, Number, Part
 from .._kept import kept_kv
 from .._predicates import is_plain
-from ..layers.decode import Parts, may_decode, step_of
+from ..layers.decode import may_decode, step_of
 from ..layers.fused import Fused, add_feed_forward, add_gated, gate_unless_open
 from ..mask import Policy
 from ..ops import masked_cross_attention, perceiver_attention
@@ -78,22 +78,10 @@ class IdeficsGatedCrossAttentionLayer(DecoderLayer):
         return add_feed_forward(z, plain, lambda x: self._drop(mlp(norm(x))), gate)
 
     def _decode(self, x: Tensor, media: Tensor, spans: KeySpans) -> Tensor | None:  # [B, 1, D]
-        attn, mlp = self.cross_attn, self.mlp
-        if not is_plain(mlp, _MLP):
+        attn = self.cross_attn
+        if not is_plain(self.mlp, _MLP):
             return None
-        parts = Parts(
-            norm=self.input_layernorm,
-            to_q=attn.q_proj,
-            q_norm=_query_norm(attn),
-            to_out=attn.o_proj,
-            gate=gate_unless_open(self, "alpha_cross_attn"),
-            ff_norm=self.post_attention_layernorm,
-            gate_proj=mlp.gate_proj,
-            up=mlp.up_proj,
-            activation=mlp.act_fn,
-            down=mlp.down_proj,
-            ff_gate=gate_unless_open(self, "alpha_dense"),
-        )
+        parts = self.parts(_query_norm(attn), "alpha_cross_attn", "alpha_dense")
         step = step_of(self, parts, x)
         if step is None:
             return None

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .._anatomy import Alpha, Norm
 from .._kept import once
 from .._predicates import is_plain, is_unhooked
-from ..layers.decode import Parts, may_decode, step_of
+from ..layers.decode import may_decode, step_of
 from ..layers.fused import add_feed_forward, add_gated, gate_unless_open
 from ..ops import masked_cross_attention
 from ..sublayers import arguments, gated_cross_attention
@@ -165,23 +165,12 @@ class MllamaCrossAttentionDecoderLayer(DecoderLayer):
     def _decode(
         self, x: Tensor, cache: Any, mask: Tensor | None, rows: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor | None:  # [B, 1, D]
-        attn, mlp = self.cross_attn, self.mlp
-        replaceable = isinstance(attn, MllamaTextCrossAttention) and is_unhooked(attn) and is_plain(mlp, _MLP)
+        attn = self.cross_attn
+        known = isinstance(attn, MllamaTextCrossAttention) and is_unhooked(attn)
+        replaceable = known and is_plain(self.mlp, _MLP)
         if not replaceable or mask is None or cache is None or attn.must_stay(attn.dropout, kwargs):
             return None
-        parts = Parts(
-            norm=self.input_layernorm,
-            to_q=attn.q_proj,
-            q_norm=attn.q_norm,
-            to_out=attn.o_proj,
-            gate=gate_unless_open(self, "cross_attn_attn_gate"),
-            ff_norm=self.post_attention_layernorm,
-            gate_proj=mlp.gate_proj,
-            up=mlp.up_proj,
-            activation=mlp.act_fn,
-            down=mlp.down_proj,
-            ff_gate=gate_unless_open(self, "cross_attn_mlp_gate"),
-        )
+        parts = self.parts(attn.q_norm, "cross_attn_attn_gate", "cross_attn_mlp_gate")
         step = step_of(self, parts, x)
         spans = None if step is None else key_spans(mask, x, layer=self)
         if step is None or spans is None or not (rows is None or once(_all_see, (rows,), layer=self)):

@@ -60,7 +60,7 @@ def _suits_kernel(rows: int, b: Tensor) -> bool:
     """Whether the kernel is what was measured: not where it must copy a transposed weight, nor for many rows
     where tiles, which are 32 wide, cannot take them.
     """
-    return b.stride(-1) == 1 and (rows <= _FEW_ROWS or b.shape[-1] % 32 == 0)
+    return b.stride(-1) == 1 and (rows <= FEW_ROWS or b.shape[-1] % 32 == 0)
 
 
 def _are_plain(a: Tensor, b: Tensor) -> bool:
@@ -84,7 +84,7 @@ def is_plain(tensor: Tensor | None) -> bool:
 
 
 _PLAIN = (Tensor, nn.Parameter)
-_FEW_ROWS = 16  # the kernel multiplies one at a time
+FEW_ROWS = 16  # of x, which the kernel on a processor multiplies one at a time
 
 
 def by_kernel(
