@@ -53,6 +53,7 @@ AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
 VARIANTS = {  # from the least to the most capable: see `Build.objects`
     "portable": "",
     "avx2": AVX2,
+    "avx2_vnni": f"{AVX2} -mavxvnni",
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16 -mavx512vnni",
     "avx512_amx": f"{AVX512} -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8",

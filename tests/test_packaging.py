@@ -21,10 +21,11 @@ import flamingo_kernels
 from tests.helpers import ROOT
 
 EXTENSION = Path(flamingo_kernels.__file__).with_name("_C.abi3.so")
-WIDE = re.compile(r"flamingo_kernels::(avx512_amx|avx512_bf16|avx512|avx2)::")
+WIDE = re.compile(r"flamingo_kernels::(avx512_amx|avx512_bf16|avx512|avx2_vnni|avx2)::")
 ALLOWED = {
     "": set(),
     "avx2": {"ymm"},
+    "avx2_vnni": {"ymm"},
     "avx512": {"ymm", "zmm"},
     "avx512_bf16": {"ymm", "zmm"},
     "avx512_amx": {"ymm", "zmm", "tmm"},

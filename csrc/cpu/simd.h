@@ -23,27 +23,34 @@
 #ifdef __AVX512VNNI__
 #define FK_AVX512_VNNI
 #endif
+#ifdef __AVXVNNI__
+#define FK_AVX_VNNI
+#endif
 #endif
 
 #define FK_JOIN_(a, b) a##b
 #define FK_JOIN(a, b) FK_JOIN_(a, b)
 #define FK_WIDTH_portable 4
 #define FK_WIDTH_avx2 8
+#define FK_WIDTH_avx2_vnni 8
 #define FK_WIDTH_avx512 16
 #define FK_WIDTH_avx512_bf16 16
 #define FK_WIDTH_avx512_amx 16
 #define FK_PAIRS_portable 0
 #define FK_PAIRS_avx2 0
+#define FK_PAIRS_avx2_vnni 0
 #define FK_PAIRS_avx512 0
 #define FK_PAIRS_avx512_bf16 1
 #define FK_PAIRS_avx512_amx 1
 #define FK_QUADS_portable 0
 #define FK_QUADS_avx2 0
+#define FK_QUADS_avx2_vnni 1
 #define FK_QUADS_avx512 0
 #define FK_QUADS_avx512_bf16 1
 #define FK_QUADS_avx512_amx 1
 #define FK_TILES_portable 0
 #define FK_TILES_avx2 0
+#define FK_TILES_avx2_vnni 0
 #define FK_TILES_avx512 0
 #define FK_TILES_avx512_bf16 0
 #define FK_TILES_avx512_amx 1
@@ -147,6 +154,8 @@ FK_INLINE Ints add_pairs(Ints sum, Int16s a, Int16s b) {
 FK_INLINE Ints add_quads(Ints sum, Bits a, Bits b) {
 #ifdef FK_AVX512_VNNI
   return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(FK_AVX_VNNI)
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
 #else
   for (int bit = 0; bit < 32; bit += 8) sum += (Ints)((a >> bit) & 0xff) * ((Ints)(b << (24 - bit)) >> 24);
   return sum;

@@ -131,6 +131,7 @@ template <class Products, bool accumulate, int down, int across>
 FK_INLINE void multiply_tiles(
     int64_t depth, const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, bool ahead) {
   constexpr int64_t distance = 4 * tile_side;
+  const float* below = a + down * tile_side * a_row;
   const auto each_of_c = [&](auto visit) {
     visit.template operator()<0>(c);
     if constexpr (across > 1) visit.template operator()<1>(c + tile_side);
@@ -144,8 +145,10 @@ FK_INLINE void multiply_tiles(
       clear_tile<tile>();
   });
   for (int64_t k = 0; k < depth; k += tile_side) {
-    if (ahead)
-      for (int64_t i = 0; i < down * tile_side; ++i) __builtin_prefetch(a + i * a_row + k + distance, 0, 2);
+    if (ahead) {
+      const float* next = k + distance < depth ? a + k + distance : below + k + distance - depth;
+      for (int64_t i = 0; i < down * tile_side; ++i) __builtin_prefetch(next + i * a_row, 0, 2);
+    }
     load_tile<4>(a + k, a_row);
     load_tile<6>(b + k * b_row, b_row);
     Products::template add_product<0, 4, 6>();

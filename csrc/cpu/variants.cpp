@@ -1,8 +1,10 @@
 // Chooses at run time which instruction set's kernels to use.
 #include <cstring>
 #include <string>
-#if defined(FK_HAVE_AVX512_AMX) && defined(__linux__)
+#if defined(FK_HAVE_AVX2_VNNI) || defined(FK_HAVE_AVX512_AMX)
 #include <cpuid.h>
+#endif
+#if defined(FK_HAVE_AVX512_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -11,7 +13,8 @@
 
 namespace flamingo_kernels {
 
-extern const Variant variant_portable, variant_avx2, variant_avx512, variant_avx512_bf16, variant_avx512_amx;
+extern const Variant variant_portable, variant_avx2, variant_avx2_vnni;
+extern const Variant variant_avx512, variant_avx512_bf16, variant_avx512_amx;
 
 namespace {
 
@@ -20,6 +23,23 @@ namespace {
 #define FK_SUPPORTS(feature) true
 #else
 #define FK_SUPPORTS(feature) (__builtin_cpu_supports(feature) != 0)
+#endif
+
+#if defined(FK_HAVE_AVX2) || defined(FK_HAVE_AVX2_VNNI)
+bool has_avx2() { return FK_SUPPORTS("avx2") && FK_SUPPORTS("fma"); }
+#endif
+
+#ifdef FK_HAVE_AVX2_VNNI
+// Products of 8-bit integers in registers of AVX2: compilers differ in whether they know this by name.
+bool has_avx_vnni() {
+#ifdef FK_EMULATE
+  return true;
+#else
+  constexpr unsigned avx_vnni = 1u << 4;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx_vnni);
+#endif
+}
 #endif
 
 #ifdef FK_HAVE_AVX512
@@ -61,7 +81,10 @@ struct Candidate {
 const Candidate candidates[] = {
     {&variant_portable, true},
 #ifdef FK_HAVE_AVX2
-    {&variant_avx2, FK_SUPPORTS("avx2") && FK_SUPPORTS("fma")},
+    {&variant_avx2, has_avx2()},
+#endif
+#ifdef FK_HAVE_AVX2_VNNI
+    {&variant_avx2_vnni, has_avx2() && has_avx_vnni()},
 #endif
 #ifdef FK_HAVE_AVX512
     {&variant_avx512, has_avx512()},

@@ -12,57 +12,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from flamingo.language.cache import KVCache
 from flamingo.language.loss import is_plain_linear, is_watched, sum_of_losses, sum_of_losses_in_pieces
 from flamingo.language.new_tokens import NewTokens
 from flamingo.language.positions import Places, positions_of, rotary_angles, rotate, sinusoids
 from flamingo.self_attention import SelfAttention
 
 PositionKind = Literal["rotary", "relative"]
-
-
-class KVCache:
-    """Keys and values of all tokens read so far, with the methods of transformers' caches.
-
-    >>> language, cache = LanguageModel(vocab_size=10, dim=16, layers=1, heads=2), KVCache()
-    >>> _ = language(torch.tensor([[1, 2, 3]]), cache=cache)
-    >>> cache.get_seq_length()
-    3
-    """
-
-    def __init__(self):
-        self.layers: list[tuple[Tensor, Tensor]] = []  # k and v, each [B, H, K, d]
-        self.distances: list[Tensor] = []  # [H, K, d], with relative positions: of the distances 0 to K - 1
-
-    def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Adds the keys and values `[B, H, T, d]` of new tokens and returns all of the layer."""
-        if layer == len(self.layers):
-            self.layers.append((k, v))
-        else:
-            old_k, old_v = self.layers[layer]
-            self.layers[layer] = (torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2))
-        return self.layers[layer]
-
-    def update_distances(self, r: Tensor, layer: int) -> Tensor:
-        """Adds the keys `[H, n, d]` of longer distances and returns all of the layer."""
-        if layer == len(self.distances):
-            self.distances.append(r)
-        else:
-            self.distances[layer] = torch.cat((self.distances[layer], r), dim=1)
-        return self.distances[layer]
-
-    def get_seq_length(self) -> int:
-        """The number K of tokens."""
-        return self.layers[0][0].shape[2] if self.layers else 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Makes the texts those of the rows beam_idx `[n]`; a row may come again or not at all."""
-        self.layers = [(k.index_select(0, beam_idx), v.index_select(0, beam_idx)) for k, v in self.layers]
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last n tokens, given -n."""
-        if tokens_to_remove < 0:
-            self.layers = [(k[:, :, :tokens_to_remove], v[:, :, :tokens_to_remove]) for k, v in self.layers]
-            self.distances = [r[:, :tokens_to_remove] for r in self.distances]
 
 
 class CausalSelfAttention(SelfAttention):

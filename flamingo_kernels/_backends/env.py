@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-CPU_VARIANTS = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_amx")
+CPU_VARIANTS = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "avx512_amx")
 
 
 def _choice(name: str, default: str, legal: tuple[str, ...]) -> str:

@@ -246,7 +246,7 @@ def presets(results: str | Path | None = None) -> str:
 
 
 def _run_line(found: dict[str, Any]) -> str:
-    speeds = (_speeds(found["works"][work]) for work in WORKS)
+    speeds = (_speeds(found["works"].get(work)) for work in WORKS)
     return readme.row(found["model"], found["dtype"], f"{rounded(found['parameters'] / 1e6)} M", *speeds)
 
 
@@ -259,7 +259,9 @@ def _counted_line(found: dict[str, Any]) -> str:
     return readme.row(found["model"], found["dtype"], f"{rounded(size / 1e9)} G", weights, *flops, kept)
 
 
-def _speeds(measured: dict[str, Any]) -> str:
+def _speeds(measured: dict[str, Any] | None) -> str:
+    if measured is None:
+        return "-"
     before, *_, after = (each["median"] for each in measured["tokens_per_s"].values())
     return f"{rounded(before)} to {rounded(after)} ({factor(after / before)})"
 

@@ -26,17 +26,36 @@ def peak_growth(call: Callable[[], object], device: str | torch.device = "cpu") 
     if torch.device(device).type == "cuda":
         return _peak_on_gpu(call, device)
     try:
-        with suppress(AttributeError):  # the C library may not be glibc
-            ctypes.CDLL(None).malloc_trim(0)
-        gc.collect()
-        before = _kibibytes(_PROCESS / "status", "VmRSS")
-        (_PROCESS / "clear_refs").write_text("5")
+        before = _reset()
         result = call()
         peak = _kibibytes(_PROCESS / "status", "VmHWM")
         del result
     except OSError:
         return None
     return 1024 * max(peak - before, 0)
+
+
+def peak_resident(call: Callable[[], object]) -> int | None:
+    """Bytes of memory that this process holds at most during a call, with all that was there before it.
+
+    None where that cannot be measured.
+    """
+    try:
+        _reset()
+        call()
+        return 1024 * _kibibytes(_PROCESS / "status", "VmHWM")
+    except OSError:
+        return None
+
+
+def _reset() -> int:
+    """Has Linux count the peak anew, after free memory went back to the system; KiB that are resident."""
+    with suppress(AttributeError):  # the C library may not be glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    gc.collect()
+    before = _kibibytes(_PROCESS / "status", "VmRSS")
+    (_PROCESS / "clear_refs").write_text("5")
+    return before
 
 
 def _peak_on_gpu(call: Callable[[], object], device: str | torch.device) -> int:

@@ -3,6 +3,7 @@
 models         what can be profiled: a registry of models, each with its inputs and its kinds of work
 third_party    the tiny models of other libraries for that registry
 own            the user's own model
+exact          a model in float64, whole or one block at a time
 run            compare, then time, weigh and profile
 apart          time each side in a process of its own, compiled ones beside
 parts          which module belongs to which part, and what torch.profiler says each part took
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from .count import Counted
     from .subject import Plan
 
@@ -39,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, help="in a text (default: 1024)")
     parser.add_argument("--images", type=int, help="in a text (default: 8)")
     parser.add_argument("--batch", type=int, default=1, help="how many texts (default: 1)")
-    parser.add_argument("--only", metavar="WORK", nargs="+", help="prefill, decode, training step")
+    parser.add_argument("--new", type=int, default=0, metavar="TOKENS", help="also generate, with --apart")
+    parser.add_argument(
+        "--only", metavar="WORK", nargs="+", help="prefill, decode, generation, training step"
+    )
     parser.add_argument("--device", default="cpu", help='where to run, as in "cuda:0" (default: cpu)')
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--threads", type=int, help="of the cpu (default: as torch chooses)")
@@ -57,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize", action="store_true", help="also time inference with weights of 8-bit integers"
     )
+    parser.add_argument(
+        "--fold", action="store_true", help="also time inference with folded weights, with --apart"
+    )
     parser.add_argument("--trace", metavar="FILE", help="write a Chrome trace with the parts in it (.json)")
     parser.add_argument("--json", metavar="FILE", help="write all that was found, with its conditions")
     parser.add_argument("--picture", metavar="FILE", help="draw the time by part (.png, .svg, .pdf)")
@@ -73,8 +82,15 @@ def main(options: argparse.Namespace) -> int:
     seconds = 0.1 if options.quick else 5.0
     try:
         _refuse_early(options)
-        plan = _plan(options)
-        lacking = count.lacking_memory(plan, dtype, options.device)
+        whole = _plan(options)
+        plan = whole.only(options.only) if options.only else whole
+        size = apart.Size.of(plan, dtype) if options.apart else None
+        lacking = (
+            apart.lacking_memory(size, dtype) if size else count.lacking_memory(plan, dtype, options.device)
+        )
+        by_block = bool(lacking) and not options.apart and _fits_by_block(whole, options, dtype)
+        if by_block:
+            plan, lacking = whole.only(_inference(options)), ""
         if lacking and (options.apart or options.model):
             raise ValueError(f"it {lacking}.")
     except (ImportError, ValueError) as error:
@@ -87,15 +103,15 @@ def main(options: argparse.Namespace) -> int:
         torch.cuda.set_device(device.index or 0)
     try:
         if lacking:
-            return _show_counted(count.run(plan, dtype, options.device, lacking), options)
-        if options.apart:
-            also = {"compiled": options.compile, "quantized": options.quantize}
-            times = apart.run(plan, dtype=dtype, seconds=3 * seconds, **also)
+            return _show_counted(count.run(whole, dtype, options.device, lacking), options)
+        if size:
+            sides = apart.asked(compiled=options.compile, quantized=options.quantize, folded=options.fold)
+            times = apart.run(plan, size, dtype=dtype, seconds=3 * seconds, sides=sides)
             print(report.apart(times))
             _save(times, options.json)
             return 0
         settings = {"seconds": seconds, "trace": options.trace}
-        settings |= {"compiled": options.compile, "quantized": options.quantize}
+        settings |= {"compiled": options.compile, "quantized": options.quantize, "by_block": by_block}
         found = run.run(plan, dtype=dtype, device=options.device, **settings)
     except NothingSwappedError as error:
         print(f"profile: {error}", file=sys.stderr)
@@ -105,6 +121,19 @@ def main(options: argparse.Namespace) -> int:
     if options.picture and found.same:
         report.picture(found, options.picture)
     return int(not found.same)
+
+
+def _inference(options: argparse.Namespace) -> list[str]:
+    """What is asked for and needs no gradients."""
+    from .subject import INFERENCE
+
+    return [work for work in options.only or INFERENCE if work in INFERENCE]
+
+
+def _fits_by_block(plan: Plan, options: argparse.Namespace, dtype: torch.dtype) -> bool:
+    from .count import lacking_memory
+
+    return bool(_inference(options)) and not lacking_memory(plan, dtype, options.device, by_block=True)
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -119,14 +148,14 @@ def _plan(options: argparse.Namespace) -> Plan:
         text=usual.text if options.tokens is None else options.tokens,
         media=usual.media if options.images is None else options.images,
         batch=options.batch,
+        new=options.new,
     )
-    if min(sizes) < 1 or sizes.text < 2 * sizes.media:
+    if min(sizes.text, sizes.media, sizes.batch) < 1 or sizes.text < 2 * sizes.media:
         raise ValueError(
             "expected a batch and images of at least 1, and two tokens for each image, got "
             f"{sizes.text} tokens, {sizes.media} images and a batch of {sizes.batch}."
         )
-    plan = own.plan(options.model, sizes) if options.model else models.plan(options.name, sizes)
-    return plan.only(options.only) if options.only else plan
+    return own.plan(options.model, sizes) if options.model else models.plan(options.name, sizes)
 
 
 def _show_counted(found: Counted, options: argparse.Namespace) -> int:
@@ -148,6 +177,10 @@ def _refuse_early(options: argparse.Namespace) -> None:
         raise ValueError(f"{why}.")
     if options.apart and (options.trace or options.picture or options.device != "cpu"):
         raise ValueError("expected --apart on a cpu, without --trace and --picture.")
+    if (options.new or options.fold) and not options.apart:
+        raise ValueError("expected --new and --fold with --apart.")
+    if options.new < 0:
+        raise ValueError(f"expected --new of 1 or more tokens, got {options.new}.")
     if options.picture:
         new_figure()
     for path in filter(None, (options.trace, options.json, options.picture)):

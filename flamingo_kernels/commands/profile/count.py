@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ..measure.memory import available, saved_bytes
 from ..measure.swapped import swapped
 from ..measure.text import dtype_name, gibibytes
+from .exact import bytes_needed
 from .parts import LANGUAGE, PARTS, each_part, labels
 from .run import BEFORE, PATCHED, call, twin
 from .subject import PREFILL, STEP, Plan
@@ -58,14 +59,14 @@ class Counted:
     saved: dict[str, int]
 
 
-def lacking_memory(plan: Plan, dtype: torch.dtype, device: str) -> str:
+def lacking_memory(plan: Plan, dtype: torch.dtype, device: str, *, by_block: bool = False) -> str:
     """Why a model cannot be run here, or an empty string.
 
-    The comparison in float64 takes most: its weights, and about as much again for its gradients.
+    The comparison in float64 takes most: see `bytes_needed`.
     """
     with nullcontext() if plan.needs_memory else FakeTensorMode():
         model = plan.subject(dtype, device).model
-    needed = 2 * 8 * sum(parameter.numel() for parameter in model.parameters())
+    needed = bytes_needed(model, by_block=by_block)
     there = available(device)
     if there is None or needed <= there:
         return ""

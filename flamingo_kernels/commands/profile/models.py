@@ -19,6 +19,7 @@ from .parts import BLOCKS, RESAMPLER, VISION
 from .subject import (
     DECODE,
     FULL,
+    GENERATION,
     PREFILL,
     STEP,
     Plan,
@@ -42,7 +43,7 @@ def plan(name: str, sizes: Sizes = FULL) -> Plan:
 
 
 def _flamingo(preset: str, sizes: Sizes, **changes: Any) -> Subject:
-    from flamingo import Flamingo, FlamingoConfig
+    from flamingo import Flamingo, FlamingoConfig, generate
 
     config = FlamingoConfig.preset(preset, **changes)
     model = open_gates(Flamingo(config).freeze())
@@ -72,15 +73,22 @@ def _flamingo(preset: str, sizes: Sizes, **changes: Any) -> Subject:
         seen = images(model)
         return lambda: model(ids, seen, labels=ids).loss
 
+    def generation(model: Flamingo) -> Callable[[], Tensor]:
+        seen = images(model)
+        return lambda: generate(model, ids, seen, max_new_tokens=sizes.new)
+
     works = {
         PREFILL: Work(prefill, sizes.batch * sizes.text),
         DECODE: Work(decode, sizes.batch, "a token after the whole text, keys and values in the cache"),
+        GENERATION: Work(generation, sizes.batch * sizes.new, "images, prompt and all new tokens"),
         STEP: Work(
             step,
             sizes.batch * sizes.text,
             "forward and backward, vision and language model frozen, no optimizer",
         ),
     }
+    if not sizes.new:
+        del works[GENERATION]
     parts = {"vision": VISION, "resampler": RESAMPLER, r"cross_attn\.\d+": BLOCKS}
     return Subject(model, {"input_ids": ids, "pixels": pixels}, parts, works)
 
@@ -88,7 +96,8 @@ def _flamingo(preset: str, sizes: Sizes, **changes: Any) -> Subject:
 def _third_party(name: str, sizes: Sizes, *, config: Any = None, **wide: Any) -> Subject:
     from .third_party import build
 
-    return build(name, tiny.Sizes(sizes.batch, sizes.text, sizes.media, **wide), **(config or {}))
+    shape = tiny.Sizes(sizes.batch, sizes.text, sizes.media, **wide)
+    return build(name, shape, new=sizes.new, **(config or {}))
 
 
 # The "small" models are as wide as real ones and have few layers.

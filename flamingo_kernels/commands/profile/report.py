@@ -11,7 +11,7 @@ from .. import readme
 from ..measure.figure import new_figure
 from ..measure.text import duration, factor, mebibytes, rounded, verdict
 from ..measure.timing import Spread
-from .apart import COMPILED, FROZEN, Apart
+from .apart import COMPILED, FOLDED, FROZEN, Apart
 from .count import Counted
 from .parts import BLOCKS, INSIDE, PARTS
 from .run import BEFORE, INT8, LINEARS, PATCHED, Measured, Profile
@@ -21,6 +21,7 @@ _TITLES = {
     PATCHED: "patch",
     LINEARS: "patch with linears",
     INT8: "patch and int8",
+    FOLDED: "linears, folded",
     COMPILED: "torch.compile",
     FROZEN: "inductor, frozen",
 }
@@ -35,6 +36,11 @@ def measured(found: Profile) -> str:
     lines = [
         f"{found.model}, {found.dtype}, {size}; {_shapes(found.inputs)}",
         *(["all under torch.compile; their parts without it"] if found.compiled else []),
+        *(
+            ["float64 of a block at a time, no training step: all of it does not fit"]
+            if found.by_block
+            else []
+        ),
         f"{setting['device']}{threads}, torch {setting['torch']}",
         "",
         found.patched,
@@ -97,23 +103,32 @@ def _by_part(work: Measured) -> list[str]:
 
 def apart(found: Apart) -> str:
     """Times of processes of their own, as a page of text."""
-    setting, sizes, row = found.conditions, found.sizes, "{:<24}{:>12}{:>24}{:>9}{:>14}"
+    setting, sizes, row = found.conditions, found.sizes, "{:<24}{:>12}{:>24}{:>9}{:>12}{:>12}{:>14}"
+    generated = f", {sizes.new} to generate" if sizes.new else ""
     lines = [
-        f"{found.model}, {found.dtype}; {sizes.batch} x {sizes.text} tokens, {sizes.media} images",
+        f"{found.model}, {found.dtype}, {rounded(found.parameters / 1e6)} M random parameters; "
+        f"{sizes.batch} x {sizes.text} tokens{generated}, {sizes.media} images",
         f"{setting['device']}, {setting['threads']} threads, torch {setting['torch']}",
-        "each in a process of its own",
+        "each in a process of its own" + (", beside the model as it is" if found.beside else ""),
     ]
     for work, times in found.times.items():
-        lines += ["", row.format(f"{work}, ms", "median", "20% to 80%", "gain", "difference")]
+        heading = f"{work}, ms", "median", "20% to 80%", "gain", "tokens/s", "memory", "difference"
+        lines += ["", row.format(*heading)]
         for side, spread in times.items():
-            between = f"{rounded(spread.p20)} to {rounded(spread.p80)}"
-            gain = factor(times[BEFORE].median / spread.median)
-            difference = found.differences[work].get(side)
-            shown = "" if difference is None else f"{difference:.1e}"
-            lines.append(
-                row.format(f"  {_TITLES[side]}", rounded(spread.median), between, gain, shown).rstrip()
+            before = found.beside.get(work, {}).get(side) or times.get(BEFORE)
+            peak = found.peak[work][side]
+            difference = found.differences.get(work, {}).get(side)
+            cells = (
+                rounded(spread.median),
+                f"{rounded(spread.p20)} to {rounded(spread.p80)}",
+                factor(before.median / spread.median) if before else "",
+                rounded(1e3 * found.tokens[work] / spread.median),
+                "" if peak is None else mebibytes(peak),
+                "" if difference is None else f"{difference:.1e}",
             )
-        lines += [f"  {_TITLES[side]} failed: {error}" for side, error in found.failed[work].items()]
+            lines.append(row.format(f"  {_TITLES[side]}", *cells).rstrip())
+    for work, failed in found.failed.items():
+        lines += [f"{work}, {_TITLES[side]}, failed: {error}" for side, error in failed.items()]
     return "\n".join(lines)
 
 
@@ -125,7 +140,7 @@ def apart_table(runs: Iterable[Mapping[str, Any]]) -> str:
     """
     runs = list(runs)
     measured = {side for run in runs for times in run["times"].values() for side in times}
-    sides = [side for side in (COMPILED, FROZEN, PATCHED, LINEARS, INT8) if side in measured]
+    sides = [side for side in (COMPILED, FROZEN, PATCHED, LINEARS, FOLDED, INT8) if side in measured]
     lines = [
         f"| model | dtype | work | batch | as it is | {' | '.join(_TITLES[side] for side in sides)} |",
         f"|---|---|---|--:|{'--:|' * (1 + len(sides))}",
@@ -133,7 +148,8 @@ def apart_table(runs: Iterable[Mapping[str, Any]]) -> str:
     for run in sorted(runs, key=lambda run: (run["model"], run["dtype"] != "float32", run["sizes"]["batch"])):
         for work, times in run["times"].items():
             cells = run["model"], run["dtype"], work, str(run["sizes"]["batch"])
-            gains = (_apart_gain(times, side) for side in sides)
+            beside = run.get("beside", {}).get(work, {})
+            gains = (_apart_gain(times, side, beside.get(side)) for side in sides)
             lines.append(readme.row(*cells, duration(times[BEFORE]["median"]), *gains))
     said = {
         key: " and ".join(dict.fromkeys(str(run["conditions"][key]) for run in runs))
@@ -149,10 +165,10 @@ def apart_table(runs: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _apart_gain(times: Mapping[str, Mapping[str, float]], side: str) -> str:
+def _apart_gain(times: Mapping[str, Any], side: str, before: Mapping[str, float] | None = None) -> str:
     if side not in times:
         return "-"
-    before, after = times[BEFORE], times[side]
+    before, after = before or times[BEFORE], times[side]
     overlap = before["p20"] <= after["p80"] and after["p20"] <= before["p80"]
     return f"{'~' * overlap}{factor(before['median'] / after['median'])}"
 

@@ -23,8 +23,9 @@ from ..measure.progress import ProgressBar
 from ..measure.swapped import swapped
 from ..measure.text import dtype_name
 from ..measure.timing import Clock, Spread, clock_of, interleave
+from .exact import in_float64
 from .parts import PARTS, device_time, each_part, host_time, labels, time_by_part
-from .subject import STEP, Plan, Subject, Work, convert
+from .subject import STEP, Plan, Subject, Work
 
 BEFORE, PATCHED, LINEARS, INT8 = "before", "patch", "linears", "int8"
 PROFILED = 5  # calls of every work and side under torch.profiler
@@ -68,6 +69,7 @@ class Profile:
     Attributes:
         patched: what `patch` says, and `quantize`.
         compiled: whether torch.compile made what was compared and timed; parts are those without it.
+        by_block: whether it was compared with float64 of one block at a time, and so without a training step.
         proofs: by work and side.
         told: errors relative to float64 that no rounding of the dtype bounds, by work and side.
     """
@@ -79,6 +81,7 @@ class Profile:
     patched: str
     conditions: dict[str, Any]
     compiled: bool
+    by_block: bool
     proofs: dict[str, dict[str, Proof]]
     told: dict[str, dict[str, float]]
     works: dict[str, Measured] = field(default_factory=dict)
@@ -98,6 +101,7 @@ def run(
     clock: Clock | None = None,
     compiled: bool = False,
     quantized: bool = False,
+    by_block: bool = False,
 ) -> Profile:
     """Profile a model.
 
@@ -109,6 +113,7 @@ def run(
         clock: what keeps the time; the device's own by default.
         compiled: whether to compare and time every side under torch.compile.
         quantized: whether a side with weights of 8-bit integers stands beside, for inference.
+        by_block: whether float64 is of one block at a time: see `in_float64`.
     """
     with _room_for_graphs() if compiled else nullcontext():
         progress = ProgressBar(6)
@@ -121,7 +126,7 @@ def run(
             said.append(report_of_integers.title)
         timed = {side: compiled_twin(model) for side, model in models.items()} if compiled else models
         progress("results: comparing with float64")
-        proofs, told = compare(subject, timed)
+        proofs, told = compare(subject, timed, by_block)
         found = Profile(
             plan.name,
             dtype_name(dtype),
@@ -130,6 +135,7 @@ def run(
             "\n".join(said),
             conditions_on(device),
             compiled,
+            by_block,
             proofs,
             told,
         )
@@ -201,12 +207,13 @@ def call(name: str, work: Work, model: nn.Module) -> Call:
 
 
 def compare(
-    subject: Subject, models: Mapping[str, nn.Module]
+    subject: Subject, models: Mapping[str, nn.Module], by_block: bool = False
 ) -> tuple[dict[str, dict[str, Proof]], dict[str, dict[str, float]]]:
     """Hold the results of every patched side against float64, and tell the errors of integers.
 
     Args:
         models: by side, what shares the parameters of the subject's model.
+        by_block: see `in_float64`.
     """
 
     def results(side: str, model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
@@ -214,10 +221,8 @@ def compare(
         return {name: _result(name, work, model) for name, work in works if side in sides_of(name, [side])}
 
     ours = {side: results(side, model) for side, model in models.items() if side != BEFORE}
-    dtype = next(subject.model.parameters()).dtype
-    convert(subject.model, torch.float64)
-    exact = results(BEFORE, subject.model)
-    convert(subject.model, dtype)  # loses nothing: the numbers were of this dtype before
+    with in_float64(subject.model, by_block=by_block):
+        exact = results(BEFORE, subject.model)
     proofs: dict[str, dict[str, Proof]] = {}
     told: dict[str, dict[str, float]] = {}
     for name, work in subject.works.items():

@@ -10,15 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-PREFILL, DECODE, STEP = "prefill", "decode", "training step"
+PREFILL, DECODE, GENERATION, STEP = WORKS = ("prefill", "decode", "generation", "training step")
+INFERENCE = (PREFILL, DECODE)
 
 
 class Sizes(NamedTuple):
-    """The inputs: `batch` sequences of `text` tokens, and `media` images in each."""
+    """The inputs: `batch` sequences of `text` tokens and `media` images, and `new` tokens to generate."""
 
     text: int
     media: int
     batch: int = 1
+    new: int = 0
 
 
 FULL, QUICK = Sizes(text=1024, media=8), Sizes(text=48, media=3)
@@ -29,7 +31,7 @@ class Work(NamedTuple):
 
     Attributes:
         start: prepares a model, in whatever dtype it is, and returns the call that is timed. It gives logits,
-            or in a training step the loss, which its caller differentiates.
+            new tokens, or in a training step the loss, which its caller differentiates.
         tokens: how many one call handles.
         note: what a reader of the row must know.
     """
@@ -47,7 +49,7 @@ class Subject:
         model: what is trained in it requires gradients, the rest does not.
         inputs: by name, to be shown.
         parts: regular expressions for the paths of modules, and the part of the model that those are.
-        works: PREFILL, DECODE and STEP.
+        works: of `WORKS`; GENERATION where new tokens are asked for.
     """
 
     model: nn.Module
@@ -72,9 +74,8 @@ class Plan(NamedTuple):
         """The same with these kinds of work alone. Raises ValueError if there is none of that name."""
         names = list(works)
         for name in names:
-            if name not in (PREFILL, DECODE, STEP):
-                raise ValueError(f"expected {PREFILL}, {DECODE} or {STEP}, got {name!r}.")
-
+            if name not in WORKS:
+                raise ValueError(f"expected one of {', '.join(WORKS)}, got {name!r}.")
         return self._replace(build=partial(_only, self.build, names))
 
     def subject(self, dtype: torch.dtype, device: str) -> Subject:

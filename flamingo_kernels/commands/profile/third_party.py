@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...testing import tiny
 from .parts import BLOCKS, RESAMPLER, VISION, labels
-from .subject import DECODE, PREFILL, STEP, Subject, Work
+from .subject import DECODE, GENERATION, PREFILL, STEP, WORKS, Subject, Work
 
 PARTS = {
     "open_flamingo-tiny": {"perceiver": RESAMPLER, r"lang_encoder\.gated_cross_attn_layers\.\d+": BLOCKS},
@@ -52,8 +52,13 @@ _IMAGES_AGAIN: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 
 
-def build(name: str, sizes: tiny.Sizes, **config: Any) -> Subject:
+def build(name: str, sizes: tiny.Sizes, *, new: int = 0, **config: Any) -> Subject:
     """An entry of `MODELS`; what reads images in the language model is trained, the rest is frozen.
+
+    Args:
+        name, config: as of `tiny.build`.
+        sizes: of the model and its inputs.
+        new: tokens to generate. Default: none.
 
     Raises:
         ImportError: its library is not installed.
@@ -80,8 +85,10 @@ def build(name: str, sizes: tiny.Sizes, **config: Any) -> Subject:
     if name in _IMAGES_AGAIN:
         decode = partial(_decode, inputs, built.tokens.shape, _IMAGES_AGAIN[name])
         note = "the last token of the text, with the model's own cache, which the call crops again"
-        works = {PREFILL: works[PREFILL], DECODE: Work(decode, batch, note), STEP: works[STEP]}
-    return Subject(model, inputs, PARTS[name], works)
+        works[DECODE] = Work(decode, batch, note)
+    if new and hasattr(model, "generate"):
+        works[GENERATION] = Work(partial(_generation, inputs, new), batch * new, "the model's own generate")
+    return Subject(model, inputs, PARTS[name], {name: works[name] for name in WORKS if name in works})
 
 
 def _cast(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
@@ -100,6 +107,11 @@ def _step(inputs: dict[str, Tensor], tokens: Tensor, model: Any) -> Callable[[],
     if hasattr(model, "generate"):
         given["use_cache"] = False
     return lambda: _loss(_logits(model(**given)), tokens)
+
+
+def _generation(inputs: dict[str, Tensor], new: int, model: Any) -> Callable[[], Tensor]:
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    return lambda: model.generate(**_cast(inputs, model), **options)
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -37,9 +37,9 @@ def linear(
     With `weight_scale` the weight is `weight_scale[:, None] * weight` of 8-bit integers, a quarter of the
     bytes of float32: see `quantize`. On a processor a kernel multiplies the integers. It rounds each row of x
     to 16-bit integers of a scale of its own. Where the processor has products of 8 bits, x has so many from 5
-    rows on (AVX-512 VNNI) or from 17 on (AMX), unless the largest number of a row is above 16 times the root
-    of its mean square: 8 bits would leave the others few steps. On a GPU the integers become numbers in the
-    dtype of x in registers, which is exact.
+    rows on (AVX-VNNI, AVX-512 VNNI) or from 17 on (AMX), unless the largest number of a row is above 16 times
+    the root of its mean square: 8 bits would leave the others few steps. On a GPU the integers become numbers
+    in the dtype of x in registers, which is exact.
 
     Args:
         x: `[..., in]`, float32, bfloat16 or float16 (the reference takes float64 too).

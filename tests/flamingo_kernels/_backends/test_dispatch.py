@@ -305,7 +305,7 @@ def test_why_cuda_kernels_cannot_run(monkeypatch):
     ("variable", "legal"),
     [
         ("FLAMINGO_KERNELS_BACKEND", "auto, cuda, triton, cpu, reference"),
-        ("FLAMINGO_KERNELS_CPU_VARIANT", "auto, portable, avx2, avx512, avx512_bf16, avx512_amx"),
+        ("FLAMINGO_KERNELS_CPU_VARIANT", "auto, portable, avx2, avx2_vnni, avx512, avx512_bf16, avx512_amx"),
     ],
 )
 def test_a_misspelt_environment_lists_the_legal_values(variable, legal):

@@ -23,7 +23,11 @@ _MOST_INTERPRETED = 2**18  # numbers of x: a test in Triton's interpreter takes 
 SHAPES = [(40, 24), (64, 64), (130, 65), (1, 1), (3, 70), (63, 17), (128, 128), (2100, 37), (4096, 80)]
 # What the largest number of a row of x becomes at least: with few rows, and with many.
 FINE, COARSE = 127 * 128, 127
-MOST_FINE = {"avx512_bf16": 4, "avx512_amx": 16}  # rows, of the instruction sets that multiply 8 bits at once
+MOST_FINE = {
+    "avx2_vnni": 4,
+    "avx512_bf16": 4,
+    "avx512_amx": 16,
+}  # rows, of the instruction sets that multiply 8 bits at once
 
 
 @pytest.fixture(params=["reference", "triton", "cuda", "cpu", *OTHERS])

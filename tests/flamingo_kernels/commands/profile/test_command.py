@@ -146,7 +146,7 @@ def test_a_model_of_which_nothing_is_swapped(lacking, monkeypatch, capsys):
         monkeypatch.setattr(
             cls, "forward", lambda self, *args, other=other, **kwargs: other(self, *args, **kwargs)
         )
-    monkeypatch.setattr(count, "lacking_memory", lambda *_: lacking)
+    monkeypatch.setattr(count, "lacking_memory", lambda *_, **__: lacking)
     assert cli.main(["profile", "tiny", *ASKED]) == 2
     shown = capsys.readouterr()
     assert "expected modules that patch swaps in Flamingo, got none" in shown.err

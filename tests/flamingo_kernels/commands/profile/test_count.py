@@ -24,7 +24,7 @@ def counted():
 
 
 def test_flops_are_those_of_the_matrix_products(counted):
-    config, (text, media, _) = FlamingoConfig.preset("tiny"), PLAN.sizes
+    config, (text, media, *_) = FlamingoConfig.preset("tiny"), PLAN.sizes
     width, blocks = config.language_dim, len(config.cross_attn_layers)
     inner, keys = config.cross_attn_heads * config.cross_attn_dim_head, media * config.num_latents
     kv = keys * config.resampler_dim * 2 * inner
