@@ -117,6 +117,19 @@ def test_what_is_said_of_whole_models_is_what_was_measured():
         assert shown.strip() == support.apart(RESULTS, folder), f"python -m flamingo_kernels {make}"
 
 
+def test_its_real_size_is_that_of_a_run():
+    shown = README.partition(support.REAL_BEGIN)[2].partition(support.REAL_END)[0]
+    make = f"python -m flamingo_kernels support --results {RESULTS.relative_to(ROOT)} --readme README.md"
+    assert shown.strip() == support.real(RESULTS), make
+    (path,) = (RESULTS / "real").iterdir()
+    found = json.loads(path.read_text())
+    assert "dirty" not in found["conditions"]["commit"], "nobody can run that again"
+    assert found["failed"] == {}
+    for differences in found["differences"].values():
+        assert differences.pop(INT8, 0) < 0.2
+        assert max(differences.values()) < 5e-2
+
+
 def test_every_preset_was_run_or_counted():
     assert {path.stem for path in (RESULTS / "models").iterdir()} == {"flamingo-small", *PRESETS}
     for path in (RESULTS / "models").iterdir():
@@ -126,6 +139,7 @@ def test_every_preset_was_run_or_counted():
             assert "in float64" in found["lacking"]
             continue
         assert list(found["works"]) == list(found["proofs"])
+        assert found.get("by_block") or len(found["works"]) == 3
         proofs = [proof for by_side in found["proofs"].values() for proof in by_side.values()]
         assert len(proofs) == 2 * len(found["works"])
         assert all(proof["err"] <= proof["budget"] for proof in proofs)

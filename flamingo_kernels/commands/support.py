@@ -18,6 +18,7 @@ MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
 VERSIONS_BEGIN, VERSIONS_END = "<!-- versions: begin -->", "<!-- versions: end -->"
 APART_BEGIN, APART_END = "<!-- apart: begin -->", "<!-- apart: end -->"
 INT8_BEGIN, INT8_END = "<!-- int8: begin -->", "<!-- int8: end -->"
+REAL_BEGIN, REAL_END = "<!-- real: begin -->", "<!-- real: end -->"
 PRESETS_BEGIN, PRESETS_END = "<!-- presets: begin -->", "<!-- presets: end -->"
 
 # By family, what `profile` calls the model whose gains stand in its row.
@@ -57,7 +58,9 @@ _REPRODUCIBLE: dict[str | tuple[str, str], str] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--results", metavar="DIR", help="what was measured on one machine, with folders models, apart, int8"
+        "--results",
+        metavar="DIR",
+        help="what was measured on one machine, with folders models, apart, int8, real",
     )
     parser.add_argument("--readme", metavar="FILE", help="replace the tables between this file's markers")
     parser.add_argument("--page", metavar="FILE", help="the same for the table of whole models")
@@ -65,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """The command `support`."""
-    print(table(), models(options.results), versions(), presets(options.results), sep="\n\n")
+    tables = models(options.results), versions(), presets(options.results), real(options.results)
+    print(table(), *tables, sep="\n\n")
     if options.readme:
         update_readme(options.readme, options.results)
     if options.page:
@@ -84,6 +88,19 @@ def apart(results: str | Path, folder: str) -> str:
     from .profile.report import apart_table
 
     return apart_table(json.loads(path.read_text()) for path in sorted(Path(results, folder).glob("*.json")))
+
+
+def real(results: str | Path | None = None) -> str:
+    """Times and memory of a model of real size, in Markdown.
+
+    Args:
+        results: as for `apart`, with a folder `real`, where `profile openflamingo-3b --apart --new 64 --json`
+            wrote. Default: none.
+    """
+    from .profile.report import real_table
+
+    paths = sorted(Path(results, "real").glob("*.json")) if results else []
+    return "\n\n".join(real_table(json.loads(path.read_text())) for path in paths)
 
 
 def table() -> str:
@@ -272,6 +289,7 @@ def update_readme(path: str | Path, results: str | Path | None = None) -> None:
     readme.replace(path, MODELS_BEGIN, MODELS_END, models(results))
     readme.replace(path, VERSIONS_BEGIN, VERSIONS_END, versions())
     readme.replace(path, PRESETS_BEGIN, PRESETS_END, presets(results))
+    readme.replace(path, REAL_BEGIN, REAL_END, real(results))
 
 
 def _dtypes() -> str:

@@ -15,13 +15,14 @@ from .apart import COMPILED, FOLDED, FROZEN, Apart
 from .count import Counted
 from .parts import BLOCKS, INSIDE, PARTS
 from .run import BEFORE, INT8, LINEARS, PATCHED, Measured, Profile
+from .subject import DECODE, GENERATION, PREFILL, STEP
 
 _TITLES = {
     BEFORE: "as it is",
     PATCHED: "patch",
     LINEARS: "patch with linears",
-    INT8: "patch and int8",
     FOLDED: "linears, folded",
+    INT8: "patch and int8",
     COMPILED: "torch.compile",
     FROZEN: "inductor, frozen",
 }
@@ -163,6 +164,55 @@ def apart_table(runs: Iterable[Mapping[str, Any]]) -> str:
         f"torch {said['torch']}, commit {said['commit']}, {latest[:10]}.",
     ]
     return "\n".join(lines)
+
+
+def real_table(run: Mapping[str, Any]) -> str:
+    """What a user of one model sees of each side, in Markdown: times, tokens a second, gains and memory.
+
+    Args:
+        run: what `profile NAME --apart --new TOKENS --json` wrote.
+    """
+    sizes, said = run["sizes"], run["conditions"]
+    sides = [side for side in _TITLES if side in run["times"][DECODE]]
+    headings = {
+        PREFILL: "time to the first token",
+        DECODE: "tokens/s",
+        GENERATION: f"all of {sizes['new']} tokens",
+        STEP: "training step",
+    }
+    works = [work for work in headings if work in run["times"]]
+    lines = [
+        f"| {run['model']}, {run['dtype']} | {' | '.join(headings[work] for work in works)} | memory |",
+        f"|---|{'--:|' * len(works)}--:|",
+    ]
+    for side in sides:
+        cells = [_real_cell(run, work, side) for work in works]
+        peaks = [run["peak"][work].get(side) for work in works if work != STEP]
+        known = [peak for peak in peaks if peak is not None]
+        memory = f"{max(known) / 2**30:.2f} GiB" if known else "-"
+        lines.append(readme.row(_TITLES[side], *cells, memory))
+    images = f"{sizes['media']} images" if sizes["media"] > 1 else "an image"
+    lines += [
+        "",
+        f"{rounded(run['parameters'] / 1e9)} G random parameters, {sizes['batch']} x {sizes['text']} tokens "
+        f"with {images}. Each in a process of its own, in turn with the model as it is: gains are of the same "
+        "minutes, and a machine whose speed drifts makes other rows look unlike them. Memory is what the "
+        'process holds at most in inference. "~": the spreads, 20% to 80%, overlap. Medians on '
+        f"{said['device']}, {said['threads']} threads, torch {said['torch']}, commit {said['commit']}, "
+        f"{said['time'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
+def _real_cell(run: Mapping[str, Any], work: str, side: str) -> str:
+    times = run["times"][work]
+    if side not in times:
+        return "-"
+    median = times[side]["median"]
+    shown = rounded(1e3 * run["tokens"][work] / median) if work == DECODE else duration(median)
+    if side == BEFORE:
+        return shown
+    return f"{shown} ({_apart_gain(times, side, run['beside'].get(work, {}).get(side))})"
 
 
 def _apart_gain(times: Mapping[str, Any], side: str, before: Mapping[str, float] | None = None) -> str:
