@@ -8,8 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from ._constant import constant
 
-@torch.compiler.assume_constant_result
+
+@constant
 def transform() -> str:
     """The name of what transforms the running code, operation by operation, or an empty string."""
     if torch._C._are_functorch_transforms_active():

@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Callable
 
 from tests.helpers import ROOT
@@ -70,14 +71,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave to the slow tests what goes the way of another case, where that is slow or often repeated.
 
     That is float16, which goes where bfloat16 goes, and infinity, which goes where NaN goes, in Triton's
-    interpreter and with instruction sets other than the one that the library chooses.
+    interpreter and with instruction sets other than the one that the library chooses. The interpreter also
+    leaves them every second case in bfloat16, by its name.
     """
     for item in items:
         given = item.callspec.params if hasattr(item, "callspec") else {}
         backend = str(given.get("backend", given.get("kernels")))
-        if backend.startswith(("triton", "cpu, ")) and (
-            given.get("dtype") == torch.float16 or given.get("value") == math.inf
-        ):
+        repeats = given.get("dtype") == torch.float16 or given.get("value") == math.inf
+        second = given.get("dtype") == torch.bfloat16 and zlib.crc32(item.name.encode()) % 2
+        if (backend.startswith(("triton", "cpu, ")) and repeats) or (backend == "triton" and second):
             item.add_marker(pytest.mark.slow)
 
 

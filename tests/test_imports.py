@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from flamingo_kernels._constant import constant
 from tests.helpers import ROOT
 
 OPTIONAL = (
@@ -62,6 +64,24 @@ def test_flamingo_needs_no_library_of_models():
     modules += ", flamingo.training.command"
     done = python(BLOCK.format(blocked=blocked) + f"import {modules}")
     assert done.returncode == 0, done.stderr
+
+
+def test_torchs_compiler_is_not_imported():
+    """It takes as long as torch, and sympy comes with it."""
+    done = python(
+        "import flamingo_kernels, flamingo, sys\nprint({'torch._dynamo', 'sympy'} & {*sys.modules})"
+    )
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_a_constant_function_is_one_to_torchs_compiler():
+    def ours():
+        return 1
+
+    def theirs():
+        return 1
+
+    assert vars(constant(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
 
 
 def test_the_block_blocks():

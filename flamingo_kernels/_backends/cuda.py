@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from .._constant import constant
 from . import env
 from .cpu import why_missing
 
@@ -73,13 +74,13 @@ def _no_gpu() -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
+@constant
 def why_not() -> str:
     """Why no CUDA kernel can run in this process, or an empty string."""
     return _load()[1]
 
 
-@torch.compiler.assume_constant_result
+@constant
 def emulated() -> bool:
     """Whether the kernels run on the processor."""
     library, _ = _load()

@@ -20,6 +20,7 @@ from importlib import metadata, util
 import torch
 from torch import Tensor
 
+from ..._constant import constant
 from .. import env
 
 OLDEST = (3, 6)  # the Triton of torch 2.10
@@ -36,7 +37,7 @@ def misplaced(tensor: Tensor) -> str:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant
 def why_not() -> str:
     """Why no Triton kernel can run in this process, or an empty string."""
     return _why_not()

@@ -112,6 +112,8 @@ def main(options: argparse.Namespace) -> int:
             return 0
         settings = {"seconds": seconds, "trace": options.trace}
         settings |= {"compiled": options.compile, "quantized": options.quantize, "by_block": by_block}
+        if options.quick:
+            settings["profiled"] = 1
         found = run.run(plan, dtype=dtype, device=options.device, **settings)
     except NothingSwappedError as error:
         print(f"profile: {error}", file=sys.stderr)

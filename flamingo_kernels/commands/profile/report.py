@@ -195,9 +195,9 @@ def real_table(run: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{rounded(run['parameters'] / 1e9)} G random parameters, {sizes['batch']} x {sizes['text']} tokens "
-        f"with {images}. Each in a process of its own, in turn with the model as it is: gains are of the same "
-        "minutes, and a machine whose speed drifts makes other rows look unlike them. Memory is what the "
-        'process holds at most in inference. "~": the spreads, 20% to 80%, overlap. Medians on '
+        f"with {images}. Each in a process of its own, in turn with the model as it is: gains are those of "
+        "the same minutes, and a machine whose speed drifts makes other rows look unlike them. Memory is "
+        'what the process holds at most in inference. "~": the spreads, 20% to 80%, overlap. Medians on '
         f"{said['device']}, {said['threads']} threads, torch {said['torch']}, commit {said['commit']}, "
         f"{said['time'][:10]}.",
     ]

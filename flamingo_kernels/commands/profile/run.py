@@ -28,7 +28,7 @@ from .parts import PARTS, device_time, each_part, host_time, labels, time_by_par
 from .subject import STEP, Plan, Subject, Work
 
 BEFORE, PATCHED, LINEARS, INT8 = "before", "patch", "linears", "int8"
-PROFILED = 5  # calls of every work and side under torch.profiler
+PROFILED = 5  # calls of every work and side under torch.profiler, whose events take seconds to read
 
 Call = Callable[[], tuple[Tensor, ...]]
 
@@ -102,6 +102,7 @@ def run(
     compiled: bool = False,
     quantized: bool = False,
     by_block: bool = False,
+    profiled: int | None = None,
 ) -> Profile:
     """Profile a model.
 
@@ -114,6 +115,7 @@ def run(
         compiled: whether to compare and time every side under torch.compile.
         quantized: whether a side with weights of 8-bit integers stands beside, for inference.
         by_block: whether float64 is of one block at a time: see `in_float64`.
+        profiled: calls of every work and side under torch.profiler. Default: `PROFILED`.
     """
     with _room_for_graphs() if compiled else nullcontext():
         progress = ProgressBar(6)
@@ -142,7 +144,7 @@ def run(
         if found.same:
             clock = clock or clock_of(device)
             progress("parts: under torch.profiler")
-            parts = by_part(subject, models, device, trace)
+            parts = by_part(subject, models, device, trace, profiled)
             for name, work in subject.works.items():
                 progress(f"{name}: timing")
                 found.works[name] = _measure(name, work, timed, parts[name], device, seconds, clock)
@@ -261,7 +263,11 @@ def _measure(
 
 
 def by_part(
-    subject: Subject, models: dict[str, nn.Module], device: str, trace: str | None = None
+    subject: Subject,
+    models: dict[str, nn.Module],
+    device: str,
+    trace: str | None = None,
+    calls: int | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Milliseconds by work, side and part: medians of a few calls, the sides in turn."""
     on_gpu = torch.device(device).type == "cuda"
@@ -271,7 +277,7 @@ def by_part(
     }
     spans = {(name, side): f"{name}, {side}" for name in subject.works for side in sides_of(name, models)}
     with profile(activities=activities) as recorded:
-        for _ in range(PROFILED):
+        for _ in range(calls or PROFILED):
             for (name, side), span in spans.items():
                 prepared = call(name, subject.works[name], models[side])
                 with each_part(labelled, record_function), record_function(span):

@@ -24,7 +24,7 @@ def other_products(monkeypatch):
     monkeypatch.setattr(products, "choose", lambda *_: "onednn")
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_patched_losses_are_those_of_the_plain_model(data, tmp_path, recompute, other_products):
     """By the error budget over the whole run, against a run in float64."""
     changes = {"steps": 4, "gradient_checkpointing": recompute}

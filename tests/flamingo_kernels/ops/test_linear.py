@@ -207,7 +207,7 @@ def test_threads_and_repeats_change_nothing(dtype, rows, kernels, set_threads):
     tensors = Case(rows=(rows,), width=1100, out=333, dtype=dtype, residual=True, gate=(333,)).tensors()
     set_threads(1)
     expected = linear(**tensors, activation="gelu", backend=kernels)
-    for threads in (2, 4, 4, 3):
+    for threads in (2, 4, 4, 3) if kernels.startswith("cpu") else (2,):
         set_threads(threads)
         assert torch.equal(linear(**tensors, activation="gelu", backend=kernels), expected)
         assert cpu.threads_of_latest_run() == threads or not kernels.startswith("cpu")

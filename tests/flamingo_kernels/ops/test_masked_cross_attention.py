@@ -108,7 +108,10 @@ def test_gradcheck_of_the_reference(immediate, policy):
 @pytest.mark.parametrize(("immediate", "policy"), RULES)
 def test_rows_that_see_nothing(immediate, policy, backend):
     """They return exactly 0 and send no gradient, unless the policy has them average all values."""
-    case = Case(batch=3, length=63, immediate=immediate, policy=policy, times="jumps")
+    few = backend == "triton"  # whose interpreter takes seconds
+    case = Case(
+        batch=2 if few else 3, length=33 if few else 63, immediate=immediate, policy=policy, times="jumps"
+    )
     tensors = case.tensors()
     (dout,) = case.douts(case.eager(**tensors))
     blind, average = _rows(case)

@@ -56,7 +56,6 @@ def pair(request):
 def test_a_profile(name, monkeypatch, tmp_path, capsys):
     plan(name)
     whole = run.run
-    monkeypatch.setattr(run, "PROFILED", 1)
     monkeypatch.setattr(run, "run", lambda *args, **kwargs: whole(*args, **{**kwargs, "seconds": 0}))
     file = tmp_path / "found.json"
     assert cli.main(["profile", name, "--quick", "--threads", "1", "--json", str(file)]) == 0
@@ -118,9 +117,8 @@ def test_what_is_trained(pair):
 def test_an_operator_counts_for_the_part_that_calls_it(pair, monkeypatch, operator, expected):
     subject, sides = pair
     monkeypatch.setattr(config, "choose", lambda *_: "torch")  # other products have another tanh
-    monkeypatch.setattr(run, "PROFILED", 1)
     monkeypatch.setattr(run, "host_time", lambda event: 1000 * (event.name == operator))
-    found = run.by_part(subject, sides, "cpu")[models.PREFILL]
+    found = run.by_part(subject, sides, "cpu", calls=1)[models.PREFILL]
     assert {side: set(taken) for side, taken in found.items()} == expected
 
 
