@@ -30,7 +30,7 @@ import copy
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import cycle
 from typing import Any, NamedTuple, cast
 
@@ -161,9 +161,14 @@ def _gated_residual(randn: Randn, *, rows: int, D: int) -> Contenders:
     }
 
 
-def _gated_block_decode(randn: Randn, *, B: int, M: int, D: int, R: int, H: int, d: int) -> Contenders:
-    """Every contender walks over copies of the matrices, as the blocks of a model bring theirs."""
-    x, k, v = (randn(*shape).detach() for shape in ((B, D), (B, M, R, H, d), (B, M, R, H, d)))
+def _gated_block_decode(
+    randn: Randn, *, B: int, M: int, D: int, R: int, H: int, d: int, Hkv: int | None = None
+) -> Contenders:
+    """Every contender walks over copies of the matrices, and of the keys and values that the token sees, as
+    the blocks of a model bring theirs.
+    """
+    media = B, M, R, Hkv or H, d
+    x, k, v = (randn(*shape).detach() for shape in ((B, D), media, media))
     on_cpu = x.is_cpu and x.dtype != torch.float64
     time = torch.full((B, 1), M, device=x.device)
     mask = fk.MediaMask.from_text_time(time, M)
@@ -172,42 +177,45 @@ def _gated_block_decode(randn: Randn, *, B: int, M: int, D: int, R: int, H: int,
     shapes = ((H * d, D), (D, H * d), (4 * D, D), (D, 4 * D))
     matrices = [randn(*shape, std=shape[1] ** -0.5).detach() for shape in shapes]
 
-    def walk(matrices: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Copies of them all, one after the other, in one tensor each."""
-        whole = torch.cat([matrix.flatten() for matrix in matrices])
+    def copies(*tensors: Tensor) -> Iterator[Tensor]:
+        """Of all of them in one tensor each."""
+        whole = torch.cat([tensor.flatten() for tensor in tensors])
         return cycle(copies_beyond_caches(whole) if on_cpu else [whole])
+
+    # One walk for all contenders: none meets what the one before it has read.
+    numbers, seen = cache(lambda: copies(*matrices)), cache(lambda: copies(k, v))
 
     def split(whole: Tensor) -> list[Tensor]:
         sizes = [rows * columns for rows, columns in shapes]
         return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
 
-    def eager(to_q: Tensor, to_out: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    def eager(kv: Tensor, to_q: Tensor, to_out: Tensor, up: Tensor, down: Tensor) -> Tensor:
         q = (norms[0](x) @ to_q.T).view(B, 1, H, d)
+        groups = H // media[-2]
+        k, v = (each.repeat_interleave(groups, dim=-2) if groups > 1 else each for each in kv.view(2, *media))
         attended = modules.dense_masked_attention(q, k, v, time).flatten(1)
         z = x + torch.tanh(gates[0]) * (attended @ to_out.T)
         return z + torch.tanh(gates[1]) * (F.gelu(norms[1](z) @ up.T) @ down.T)
 
-    def of_step(matrices: Sequence[Tensor], scales: Sequence[Tensor | None]) -> Call:
-        copies = walk(matrices)
-
+    def of_step(wholes: Iterator[Tensor], scales: Sequence[Tensor | None]) -> Call:
         def step() -> Tensor:
-            to_q, to_out, up, down = map(fk.Linear, split(next(copies)), (None,) * 4, scales)
+            to_q, to_out, up, down = map(fk.Linear, split(next(wholes)), (None,) * 4, scales)
             weights = fk.GatedBlockWeights(norms[0], to_q, to_out, norms[1], up, down, gates[0], gates[1])
+            k, v = next(seen()).view(2, *media)
             return fk.gated_block_decode(x, k, v, mask, weights)
 
         return step
 
     def of_eager(call: Callable[..., Tensor]) -> Contender:
-        copies = walk(matrices)
-        return Contender(lambda: call(*split(next(copies))), ())
+        return Contender(lambda: call(next(seen()), *split(next(numbers()))), ())
 
     integers, scales = zip(*map(quantize_weight, matrices), strict=True)
     return {
-        OURS: lambda: Contender(of_step(matrices, (None,) * 4), ()),
+        OURS: lambda: Contender(of_step(numbers(), (None,) * 4), ()),
         "eager": lambda: of_eager(eager),
         "compile": lambda: of_eager(torch.compile(eager, dynamic=False)),
-        "int8": lambda: Contender(of_step(integers, scales), (), budget=_OF_INTEGERS),
-        **({"read": lambda: _read(walk(matrices))} if on_cpu else {}),
+        "int8": lambda: Contender(of_step(copies(*integers), scales), (), budget=_OF_INTEGERS),
+        **({"read": lambda: _read(copies(*matrices, k[:, -1], v[:, -1]))} if on_cpu else {}),
     }
 
 

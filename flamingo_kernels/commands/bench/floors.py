@@ -86,9 +86,11 @@ def _gated_residual(*, rows: int, D: int) -> dict[Mode, int]:
     return {"forward": 3 * rows * D, "backward": 3 * rows * D}
 
 
-def _gated_block_decode(*, B: int, M: int, D: int, R: int, H: int, d: int) -> dict[Mode, int]:
+def _gated_block_decode(
+    *, B: int, M: int, D: int, R: int, H: int, d: int, Hkv: int | None = None
+) -> dict[Mode, int]:
     # the matrices, whose hidden layer is 4 D wide; one medium's k and v of each sequence; x out
-    return {"forward": 2 * D * H * d + 8 * D * D + 2 * B * R * H * d + 2 * B * D}
+    return {"forward": 2 * D * H * d + 8 * D * D + 2 * B * R * (Hkv or H) * d + 2 * B * D}
 
 
 def _linear(*, rows: int, D: int, out: int) -> dict[Mode, int]:

@@ -1,7 +1,7 @@
 """What is timed, and what must be reached: shapes and targets as data.
 
 Letters: B batch, T text tokens, M media per sequence, R latents per medium, H heads, d head dim, N clips,
-S media keys per clip, D width.
+S media keys per clip, Hkv heads of keys, D width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ Mode = Literal["forward", "backward", "forward+backward"]
 ALL_MODES: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
 MODES: tuple[Mode, ...] = ("forward", "forward+backward")
 DTYPES = ("float32", "bfloat16")
-HEADS = {"H": 8, "d": 64, "R": 64}  # every attention below is of this size, as in all OpenFlamingo models
+HEADS = {"H": 8, "d": 64, "R": 64}  # most attentions below are of this size, as in all OpenFlamingo models
+_LLAMA_VISION = {
+    "H": 32,
+    "Hkv": 8,
+    "d": 128,
+    "R": 6404,
+}  # Llama 3.2 Vision: an image of four tiles at 560 pixels
 
 
 class Target:
@@ -153,6 +159,16 @@ CASES = (
                 (dtype, "forward"): (Target(1 / above, "read"), Target(ratio, "eager"))
                 for dtype, ratio in zip(DTYPES, ratios, strict=True)
             },
+            modes=("forward",),
+        )
+    ),
+    *(
+        case
+        for batch in (1, 8)
+        for case in _cases(
+            "gated_block_decode",
+            {"B": batch, "M": 1, "D": 4096, **_LLAMA_VISION},
+            {(dtype, "forward"): (Target(1 / 1.3, "read"),) for dtype in DTYPES},
             modes=("forward",),
         )
     ),
