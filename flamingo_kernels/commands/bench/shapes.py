@@ -14,12 +14,7 @@ ALL_MODES: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
 MODES: tuple[Mode, ...] = ("forward", "forward+backward")
 DTYPES = ("float32", "bfloat16")
 HEADS = {"H": 8, "d": 64, "R": 64}  # most attentions below are of this size, as in all OpenFlamingo models
-_LLAMA_VISION = {
-    "H": 32,
-    "Hkv": 8,
-    "d": 128,
-    "R": 6404,
-}  # Llama 3.2 Vision: an image of four tiles at 560 pixels
+_LLAMA_VISION = {"H": 32, "Hkv": 8, "d": 128, "R": 6404}  # Llama 3.2 Vision: four tiles at 560 pixels
 
 
 class Target:
