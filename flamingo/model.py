@@ -9,6 +9,7 @@
 
 from typing import Any, Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -152,7 +153,12 @@ class Flamingo(nn.Module):
 
     def encode_media(self, pixels: Tensor, num_frames: Tensor | None = None) -> Tensor:
         """pixels `[B, M, F, 3, h, w]` to media `[B, M, R, D_v]`."""
-        return self.resampler(self.vision(pixels), num_frames)
+        return self.resampler(self._in_our_dtype(self.vision(pixels)), num_frames)
+
+    def _in_our_dtype(self, x: Tensor) -> Tensor:
+        """What a tower makes, in the dtype of the layers between the towers; theirs may be another."""
+        chosen_by_autocast = torch.is_autocast_enabled(x.device.type)
+        return x if chosen_by_autocast else x.to(self.resampler.latents.dtype)
 
     def decode(
         self,
@@ -196,7 +202,7 @@ class Flamingo(nn.Module):
                 return x
             # Texts that share media see the same ones: to a block they are one longer text.
             texts = rearrange(x, "(b n) t d -> b (n t) d", b=len(media)) if len(x) != len(media) else x
-            seen = self.cross_attn[str(index)](texts, media, locations, follows)
+            seen = self.cross_attn[str(index)](self._in_our_dtype(texts), media, locations, follows)
             return seen.view(x.shape).to(x.dtype)  # gates in float32 promote
 
         if labels is not None:

@@ -156,7 +156,8 @@ def _build_or_keep(locations: Tensor, key: MaskKey) -> MediaMask:
 
 class _Kept(NamedTuple):
     state: tuple[Any, ...]
-    samples: list[Tensor]
+    storages: list[StorageWeakRef]  # keep the addresses in `state` from being given to other memory
+    samples: list[Tensor]  # copies
     result: Any
 
 
@@ -204,14 +205,17 @@ def newest(
     if torch.is_grad_enabled() or not all(map(_is_known, tensors)):
         return make()
     kept = vars(_threads).setdefault("kept", WeakIdKeyDictionary())
-    state, samples = _state(tensors), [_sample(tensor) for tensor in tensors if tensor.device.type == "cpu"]
+    state, samples = _state(tensors), [_sample(tensor) for tensor in tensors if tensor.is_cpu]
     last: _Kept | None = kept.get(holder, {}).get(source) if reuse else None
     if last is not None and last.state == state and all(map(torch.equal, last.samples, samples)):
         return cast(T, last.result)
     kept.pop(holder, None)  # before `make` runs, as two results would need twice the memory
+    samples = [sample.clone() for sample in samples]
     result = make()
     kept[holder] = by_source = WeakIdKeyDictionary()
-    by_source[source] = _Kept(state, samples, result)
+    by_source[source] = _Kept(
+        state, [StorageWeakRef(each.untyped_storage()) for each in tensors], samples, result
+    )
     return result
 
 
@@ -222,13 +226,10 @@ def _is_known(tensor: Tensor) -> bool:
 
 
 def _state(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
-    """Values that differ if the tensors have changed, or would be multiplied in another dtype now.
-
-    They refer to the memory weakly, which keeps its address from being given to other memory.
-    """
+    """Values that differ if the tensors have changed, or would be multiplied in another dtype now."""
     return tuple(
         (
-            *(StorageWeakRef(each.untyped_storage()), each.storage_offset(), each.shape, each.stride()),
+            *(each.untyped_storage()._cdata, each.storage_offset(), each.shape, each.stride()),
             *(each.dtype, each._version, current_stream(each), autocast_dtype(each.device)),
         )
         for each in tensors
@@ -236,14 +237,14 @@ def _state(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """A copy of a small tensor, or of some numbers from all over the memory of a large one."""
+    """A small tensor, or some numbers from all over the memory of a large one; a view of it."""
     if tensor.numel() <= _SMALL:
-        return tensor.clone()
+        return tensor
     span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     if span <= _SMALL:  # a broadcast tensor has little memory
-        return tensor.as_strided((span,), (1,)).clone()
+        return tensor.as_strided((span,), (1,))
     step = (span - 1) // (_SAMPLE - 1)
-    return tensor.as_strided((_SAMPLE,), (step - 1 + step % 2,)).clone()  # an odd step meets all columns
+    return tensor.as_strided((_SAMPLE,), (step - 1 + step % 2,))  # an odd step meets all columns
 
 
 def _is_leaf(module: nn.Module) -> bool:

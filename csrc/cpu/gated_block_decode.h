@@ -125,9 +125,11 @@ struct Attend {
       if (average)
         for (int64_t j = 0; j < rows * block_keys; ++j) scores[j] = 0;
       else
-        score<rows>(params, k, keys);
+        score<rows>(params, k, v, keys);
       weigh<rows>(keys);
-      add_values<rows>(params, v, keys);
+      const int64_t next = key + keys < end ? key + keys : key;
+      add_values<rows>(
+          params, v, at(params.k, sequence, next / params.latents, next % params.latents, kv_head), keys);
     }
   }
 
@@ -154,13 +156,23 @@ struct Attend {
     }
   }
 
-  // scores = q k^T
+  // scores = q k^T; asks for the values meanwhile. The rows of a head lie apart, which the processor does not foresee.
   template <int rows>
-  FK_INLINE void score(const DecodeAttention& params, const T* k, int64_t keys) {
+  FK_INLINE void score(const DecodeAttention& params, const T* k, const T* v, int64_t keys) {
     constexpr int of_a_vector = width / linear::power_of_two(rows), at_once = of_a_vector < 4 ? of_a_vector : 4;
     int64_t j = 0;
-    for (; j + at_once <= keys; j += at_once) score_some<rows, at_once>(params, k + j * params.k.latent, scores + j);
-    for (; j < keys; ++j) score_some<rows, 1>(params, k + j * params.k.latent, scores + j);
+    for (; j + at_once <= keys; j += at_once) {
+      for (int i = 0; i < at_once; ++i) fetch(v + (j + i) * params.v.latent, params.head_dim);
+      score_some<rows, at_once>(params, k + j * params.k.latent, scores + j);
+    }
+    for (; j < keys; ++j) {
+      fetch(v + j * params.v.latent, params.head_dim);
+      score_some<rows, 1>(params, k + j * params.k.latent, scores + j);
+    }
+  }
+
+  static FK_INLINE void fetch(const T* from, int64_t count) {
+    for (int64_t j = 0; j < count; j += 64 / sizeof(T)) __builtin_prefetch(from + j);
   }
 
   template <int rows, int keys>
@@ -209,27 +221,30 @@ struct Attend {
     }
   }
 
+  // acc += p v; asks for the next block's keys meanwhile.
   template <int rows>
-  FK_INLINE void add_values(const DecodeAttention& params, const T* v, int64_t keys) {
+  FK_INLINE void add_values(const DecodeAttention& params, const T* v, const T* next_k, int64_t keys) {
     constexpr int vectors = width == 16 ? 4 : 2;
     int64_t j = 0;
     const auto by_vector = [](const T* from) { return load(from); };
     for (; j + vectors * width <= params.head_dim; j += vectors * width)
-      add_columns<rows, vectors>(params, v, keys, j, by_vector);
-    for (; j + width <= params.head_dim; j += width) add_columns<rows, 1>(params, v, keys, j, by_vector);
+      add_columns<rows, vectors>(params, v, next_k, keys, j, by_vector);
+    for (; j + width <= params.head_dim; j += width) add_columns<rows, 1>(params, v, next_k, keys, j, by_vector);
     if (const int64_t left = params.head_dim - j; left > 0)
-      add_columns<rows, 1>(params, v, keys, j, [=](const T* from) { return load(from, left); });
+      add_columns<rows, 1>(params, v, next_k, keys, j, [=](const T* from) { return load(from, left); });
   }
 
   template <int rows, int vectors, class Load>
   FK_INLINE void add_columns(
-      const DecodeAttention& params, const T* v, int64_t keys, int64_t first, const Load& load_value) {
+      const DecodeAttention& params, const T* v, const T* next_k, int64_t keys, int64_t first,
+      const Load& load_value) {
     Floats sums[rows][vectors];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
       for (int i = 0; i < vectors; ++i) sums[r][i] = load(acc + r * row_floats + first + i * width);
     for (int64_t j = 0; j < keys; ++j) {
+      fetch(next_k + j * params.k.latent + first, vectors * width);
       Floats v_j[vectors];
 #pragma GCC unroll 4
       for (int i = 0; i < vectors; ++i) v_j[i] = load_value(v + j * params.v.latent + first + i * width);

@@ -73,3 +73,30 @@ class TestAnEncoder:
     def test_refuses_integers(self, make):
         with pytest.raises(TypeError, match=r"expected floating-point pixels, got torch\.uint8"):
             make()(torch.zeros(1, 1, 1, 3, 32, 32, dtype=torch.uint8))
+
+
+class TestTowersBesideFloat32:
+    """As they are loaded with `dtype=torch.bfloat16`, beside new layers in float32."""
+
+    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("how", ["as it is", "patched", "quantized"])
+    def test_scores(self, model, dtype, how):
+        half = copy.deepcopy(model)
+        half.vision.to(dtype), half.language.to(dtype)
+        half = prepared(half, how)
+        processor, images = Processor(image_size=32), list(torch.rand(2, 3, 16, 20))
+        documents = [[images[0], "one.", images[1], DOCUMENT_ENDS[0]]]
+        expected = log_likelihoods(model, processor, documents, ["a", "a long candidate"])
+        found = log_likelihoods(half, processor, documents, ["a", "a long candidate"])
+        torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.5)
+        assert len(complete(half, processor, documents, max_new_tokens=3)) == 1
+
+    @pytest.mark.parametrize("how", ["as it is", "patched"])
+    def test_training_step(self, model, how):
+        model.vision.bfloat16(), model.language.bfloat16()
+        model = prepared(model.freeze().train(), how)
+        input_ids = torch.tensor([[256, 65, 66, 67]])
+        model(input_ids, torch.rand(1, 1, 1, 3, 32, 32), labels=input_ids).loss.backward()
+        learned = [each for each in model.parameters() if each.requires_grad]
+        assert {each.grad.dtype for each in learned} >= {torch.float32}
+        assert all(each.grad.isfinite().all() for each in learned)
