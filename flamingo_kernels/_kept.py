@@ -154,10 +154,26 @@ def _build_or_keep(locations: Tensor, key: MaskKey) -> MediaMask:
     return cast(MediaMask, once_for_equal(_build, (locations,), key))
 
 
+class Snapshot:
+    """What tells whether tensors have changed since, in a way that torch counts or on a CPU in any.
+
+    It refers to their memory weakly, which keeps its address from being given to other memory. The numbers of
+    small tensors are compared whole, of large ones a sample.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        tensors = tuple(tensors)
+        self._state = _state(tensors)
+        self._storages = [StorageWeakRef(each.untyped_storage()) for each in tensors]
+        self._samples = [sample.clone() for sample in _samples(tensors)]
+
+    def is_of(self, tensors: Iterable[Tensor]) -> bool:
+        tensors = tuple(tensors)
+        return self._state == _state(tensors) and all(map(torch.equal, self._samples, _samples(tensors)))
+
+
 class _Kept(NamedTuple):
-    state: tuple[Any, ...]
-    storages: list[StorageWeakRef]  # keep the addresses in `state` from being given to other memory
-    samples: list[Tensor]  # copies
+    snapshot: Snapshot
     result: Any
 
 
@@ -202,31 +218,27 @@ def newest(
         make: makes the result, which must not refer to the holder or the source.
         reuse: whether the last result may serve.
     """
-    if torch.is_grad_enabled() or not all(map(_is_known, tensors)):
+    if torch.is_grad_enabled() or not all(map(counts_changes, tensors)):
         return make()
     kept = vars(_threads).setdefault("kept", WeakIdKeyDictionary())
-    state, samples = _state(tensors), [_sample(tensor) for tensor in tensors if tensor.is_cpu]
     last: _Kept | None = kept.get(holder, {}).get(source) if reuse else None
-    if last is not None and last.state == state and all(map(torch.equal, last.samples, samples)):
+    if last is not None and last.snapshot.is_of(tensors):
         return cast(T, last.result)
     kept.pop(holder, None)  # before `make` runs, as two results would need twice the memory
-    samples = [sample.clone() for sample in samples]
-    result = make()
+    snapshot, result = Snapshot(tensors), make()
     kept[holder] = by_source = WeakIdKeyDictionary()
-    by_source[source] = _Kept(
-        state, [StorageWeakRef(each.untyped_storage()) for each in tensors], samples, result
-    )
+    by_source[source] = _Kept(snapshot, result)
     return result
 
 
-def _is_known(tensor: Tensor) -> bool:
+def counts_changes(tensor: Tensor) -> bool:
     """Whether a tensor has memory of its own whose changes torch counts."""
     plain = not is_recording(tensor) and is_eager(tensor) and not is_transformed(tensor)
     return plain and not tensor.is_inference()
 
 
 def _state(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
-    """Values that differ if the tensors have changed, or would be multiplied in another dtype now."""
+    """Values that differ if torch counts a change, or would multiply the tensors in another dtype now."""
     return tuple(
         (
             *(each.untyped_storage()._cdata, each.storage_offset(), each.shape, each.stride()),
@@ -234,6 +246,10 @@ def _state(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
         )
         for each in tensors
     )
+
+
+def _samples(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [_sample(tensor) for tensor in tensors if tensor.is_cpu]
 
 
 def _sample(tensor: Tensor) -> Tensor:

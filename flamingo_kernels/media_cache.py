@@ -197,7 +197,7 @@ def load_or_project(
     """A layer's keys and values for a text x: cached, new, or the last ones if x `follows` a text."""
     if isinstance(media, MediaCache):
         return media.of(cast(nn.Module, layer), x)
-    if len(media) not in (1, len(x)):  # open_flamingo broadcasts one
+    if media.shape[0] not in (1, x.shape[0]):  # open_flamingo broadcasts one
         raise ValueError(
             f"MaskedCrossAttention: expected media with B={len(x)} like x, got {len(media)}; "
             "texts that share media take a MediaCache."

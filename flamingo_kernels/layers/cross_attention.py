@@ -207,7 +207,7 @@ def attend(
 
 def gated_block(block: GatedBlock, x: Tensor, media: Media) -> Tensor:  # [B, T, D]
     """A gated cross-attention block: one operator if it can decode, else sublayers where they are plain."""
-    if may_decode(x):
+    if may_decode(cast(nn.Module, block), x):
         decoded = _decode(block, x, media)
         if decoded is not None:
             return decoded
@@ -284,7 +284,7 @@ def media_mask(
 
 def _texts(x: Tensor, k: Tensor) -> int:
     """How many texts in a row share a sequence of media."""
-    batch, sequences = len(x), len(k)
+    batch, sequences = x.shape[0], k.shape[0]
     if batch != sequences and (sequences == 0 or batch % sequences):
         raise ValueError(
             f"MaskedCrossAttention: expected media with B={batch} like x, or a MediaCache with a divisor of "

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .._backends import dispatch
-from .._kept import STEPS
-from .._predicates import is_eager, is_unhooked
+from .._kept import STEPS, Snapshot, counts_changes
+from .._predicates import autocast_dtype, is_eager, is_unhooked
 from ..mask import MediaMask
 from ..ops import GatedBlockWeights
 from ..ops.gated_block_decode import api
@@ -41,48 +41,60 @@ class Parts(NamedTuple):
     gate_proj: nn.Module | None = None
 
 
-def may_decode(x: Tensor) -> bool:
-    """Whether x `[B, T, D]` is one token a text, without gradients and autocast."""
-    alone = x.shape[1] == 1 and x.numel() > 0 and not torch.is_grad_enabled()
-    return alone and not torch.is_autocast_enabled(x.device.type)
+def may_decode(layer: nn.Module, x: Tensor) -> bool:
+    """Whether x `[B, T, D]` is one token a text, without gradients; any other text ends the last step."""
+    may = x.shape[1] == 1 and x.numel() > 0 and not torch.is_grad_enabled()
+    if not may and is_eager(x):
+        STEPS.pop(layer, None)  # its copies of weights are a part of the model's size
+    return may
 
 
 def step_of(layer: nn.Module, parts: Parts, x: Tensor) -> Step | None:
     """A block as the operator takes it, kept for the next token; None where it does not compute just that."""
     if not is_eager(x):
-        return _make(parts, x)
+        return None if autocast_dtype(x.device) else _make(parts, x)
     step: Step | None = STEPS.get(layer)
-    if step is None or not step.holds(parts):
+    if step is None or not step.holds(parts, x):
+        STEPS.pop(layer, None)  # before the next one is made, as two would need twice the memory
         step = _make(parts, x)
         STEPS[layer] = step
     return step
 
 
 class Step:
-    """The weights of a block as the operator takes them, while the block is what it was."""
+    """The weights of a block as the operator takes them, while the block is what it was.
 
-    def __init__(self, parts: Parts, weights: GatedBlockWeights, dtype: torch.dtype | None) -> None:
-        """dtype: of the matrices; None where all are integers."""
+    Under torch.autocast they are copies in its dtype: torch makes some of what is trained alone, and they end
+    with the context.
+    """
+
+    def __init__(self, parts: Parts, given: GatedBlockWeights, x: Tensor) -> None:
         self._parts, self._seen = parts, [_Seen.of(part) for part in parts if isinstance(part, nn.Module)]
-        self._given = list(weights.by_name().values())
+        self._given, taken = list(given.by_name().values()), given.autocast()
         self._layouts = self._read_layouts()
-        self._tensors, self._options = weights.tensors(), weights.options()
-        self._dtype = dtype
+        self._products = autocast_dtype(x.device)
+        self._tensors, self._options = taken.tensors(), taken.options()
+        self._dtype = _dtype_of(taken)
+        pairs = zip(self._given, taken.by_name().values(), strict=True)
+        self._originals = [before for before, now in pairs if now is not before]
+        self._snapshot = Snapshot(self._originals)
 
-    def holds(self, parts: Parts) -> bool:
+    def holds(self, parts: Parts, x: Tensor) -> bool:
         """Whether these are the same parts, with nothing changed but the numbers in their memory."""
         same = all(map(operator.is_, parts, self._parts)) and all(seen.is_same() for seen in self._seen)
-        return same and self._read_layouts() == self._layouts
+        same = same and self._products == autocast_dtype(x.device) and self._read_layouts() == self._layouts
+        return same and (not self._originals or self._snapshot.is_of(self._originals))
 
     def _read_layouts(self) -> list[Any]:
         return [(tensor.data_ptr(), tensor.dtype, tensor.stride()) for tensor in self._given]
 
     def run(self, x: Tensor, k: Tensor, v: Tensor, mask: MediaMask, scale: float) -> Tensor | None:
         """The block for x `[B, 1, D]` and the media of B sequences or fewer; None where no kernel can."""
-        if k.dtype != (self._dtype or k.dtype) or len(k) == 0 or len(x) % len(k):
+        batch, sequences = x.shape[0], k.shape[0]
+        if k.dtype != (self._dtype or k.dtype) or sequences == 0 or batch % sequences:
             return None
         backend = dispatch.choice(_NAME, x, k, v)
-        if backend in ("", "reference") or (backend == "cpu" and not self._pays(len(x))):
+        if backend in ("", "reference") or (backend == "cpu" and not self._pays(batch)):
             return None
         return api.run(backend, x[:, 0], k, v, mask, self._tensors, self._options, scale)[:, None]
 
@@ -131,10 +143,19 @@ def _make(parts: Parts, x: Tensor) -> Step | None:
         return None
     weights = GatedBlockWeights(**found)
     tensors = weights.by_name().values()
-    dtypes = {each.weight.dtype for each in weights.linears.values() if each.scale is None}
     fit = all(tensor.is_contiguous() and tensor.device == x.device for tensor in tensors)
     known = all(tensor.dtype in (*dispatch.KERNEL_DTYPES, torch.int8) for tensor in tensors)
     gates_fit = all(gate.numel() in (1, x.shape[-1]) for gate in weights.gates.values())
-    if not (fit and known and gates_fit and dtypes <= {x.dtype}):
-        return None
-    return Step(parts, weights, x.dtype if dtypes else None)
+    return Step(parts, weights, x) if fit and known and gates_fit and _may_cast(weights, x) else None
+
+
+def _may_cast(weights: GatedBlockWeights, x: Tensor) -> bool:
+    """Whether products are in the dtype of x, or in that of autocast, of which a copy may be kept."""
+    if autocast_dtype(x.device) is None:
+        return _dtype_of(weights) in (None, x.dtype)
+    return x.dtype in dispatch.KERNEL_DTYPES and all(map(counts_changes, weights.by_name().values()))
+
+
+def _dtype_of(weights: GatedBlockWeights) -> torch.dtype | None:
+    """The dtype of the matrices; None where all are integers."""
+    return next((each.weight.dtype for each in weights.linears.values() if each.scale is None), None)

@@ -28,7 +28,9 @@ class Linear(NamedTuple):
 
     def autocast(self) -> Linear:
         """The same projection with its parameters in the dtype of torch.autocast, if that is on."""
-        return Linear(*checks.autocast(*(each for each in self[:2] if each is not None)))
+        if self.scale is None:
+            return Linear(*checks.autocast(*(each for each in self[:2] if each is not None)))
+        return self if self.bias is None else self._replace(bias=checks.autocast(self.bias)[0])
 
     def __call__(self, a: Tensor, into: Tensor | None = None) -> Tensor:  # [N, out]
         """The projection by the fastest product, which may write `into` a tensor; not of integers."""

@@ -123,7 +123,7 @@ class EvollaSequenceAlignerCrossAttention(Fused):
         if spans.num_media == 0:
             return query_states  # no sequence of the batch has a protein
         media = cast(Tensor, protein_kv_states).to(query_states)
-        if may_decode(query_states):
+        if may_decode(self, query_states):
             decoded = self._decode(query_states, media, spans)
             if decoded is not None:
                 return decoded

@@ -67,7 +67,7 @@ class IdeficsGatedCrossAttentionLayer(DecoderLayer):
         spans = None
         if mask is not None and _replaceable(self.cross_attn):
             spans = key_spans(mask, x, sees, layer=self)
-        if spans is not None and not drops and may_decode(x):
+        if may_decode(self, x) and spans is not None and not drops:
             decoded = self._decode(x, media, spans)
             if decoded is not None:
                 return decoded

@@ -144,7 +144,7 @@ class MllamaCrossAttentionDecoderLayer(DecoderLayer):
         **kwargs: Any,
     ) -> Tensor:  # [B, T, D]
         x, rows = hidden_states, full_text_row_masked_out_mask
-        if may_decode(x) and cross_attention_states is None:
+        if may_decode(self, x) and cross_attention_states is None:
             decoded = self._decode(x, cache, cross_attention_mask, rows, kwargs)
             if decoded is not None:
                 return decoded

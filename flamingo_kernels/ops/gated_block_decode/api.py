@@ -12,7 +12,7 @@ from ..._backends import cpu, dispatch
 from ..._predicates import is_eager, needs_grad
 from ...mask import MediaMask
 from ..linear.schema import ACTIVATIONS
-from ..weights import Linear, Norm, expect_gate, expect_linear, expect_norm
+from ..weights import Norm, expect_gate, expect_linear, expect_norm
 from . import reference
 from .schema import FWD
 from .weights import GatedBlockWeights
@@ -81,7 +81,8 @@ def gated_block_decode(
     if asked in ("auto", "cpu") and (out := _at_once(x, k, v, mask, weights, scale)) is not None:
         return out
     scale = _validate(x, k, v, mask, weights, scale)
-    k, v, weights = _autocast(x, k, v, weights)
+    k, v = checks.autocast(k, v)
+    weights = weights.autocast()
     _expect_dtypes(k, v, weights)
     backend = dispatch.resolve(_NAME, backend, x, k, v, *_numbers(weights))
     with checks.without_autocast(x):
@@ -175,21 +176,6 @@ def why_not(x: Tensor, k: Tensor, v: Tensor, weights: GatedBlockWeights) -> str:
 def _numbers(weights: GatedBlockWeights) -> list[Tensor]:
     """The tensors whose dtype the kernels must know; integers are known where they are expected."""
     return [tensor for tensor in weights.by_name().values() if tensor.dtype != torch.int8]
-
-
-def _autocast(
-    x: Tensor, k: Tensor, v: Tensor, weights: GatedBlockWeights
-) -> tuple[Tensor, Tensor, GatedBlockWeights]:
-    """Keys, values and projections in the dtype of torch.autocast, if that is on."""
-    k, v = checks.autocast(k, v)
-
-    def cast(linear: Linear | None) -> Linear | None:
-        if linear is None or linear.scale is None:
-            return linear and linear.autocast()
-        return linear if linear.bias is None else linear._replace(bias=checks.autocast(linear.bias)[0])
-
-    linears = {name: cast(linear) for name, linear in weights.linears.items()}
-    return k, v, weights._replace(**linears)  # type: ignore[arg-type]
 
 
 def _validate(

@@ -58,6 +58,11 @@ class GatedBlockWeights(NamedTuple):
         gates = {"gate": self.gate, "ff_gate": self.ff_gate}
         return {name: gate for name, gate in gates.items() if gate is not None}
 
+    def autocast(self) -> GatedBlockWeights:
+        """The same with what products read in the dtype of torch.autocast, if that is on."""
+        cast: Any = {name: linear.autocast() for name, linear in self.linears.items()}
+        return self._replace(**cast)
+
     def by_name(self) -> dict[str, Tensor]:
         """Every tensor, as "to_q.weight" and "gate"."""
         return {**named_parameters(**self.norms, **self.linears), **self.gates}

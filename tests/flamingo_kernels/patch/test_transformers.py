@@ -575,7 +575,7 @@ class TestMllama:
             "key_spans",
             lambda mask, x, **asker: read.append(x.shape[1]) or dense.key_spans(mask, x, **asker),
         )
-        monkeypatch.setattr(mllama, "may_decode", lambda x: False)
+        monkeypatch.setattr(mllama, "may_decode", lambda layer, x: False)
         if not few:
             monkeypatch.setattr(mllama, "_FEW", 0)
         original = build("mllama-tiny")
