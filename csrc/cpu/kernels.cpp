@@ -121,13 +121,6 @@ Product linear_int8_for(const Linear& params) {
   return {product<linear_int8::Pack>(dtype), product<linear_int8::Forward, Registers>(dtype)};
 }
 
-// A step's attention: one element type, that of k and v.
-Kernel<DecodeAttention> decode_attention(DType dtype) {
-  if (dtype == DType::f32) return untyped<gated_block_decode::Attend<float>, DecodeAttention>;
-  if (dtype == DType::bf16) return untyped<gated_block_decode::Attend<BFloat16>, DecodeAttention>;
-  return untyped<gated_block_decode::Attend<Float16>, DecodeAttention>;
-}
-
 }  // namespace FK_ISA
 
 #define FK_NAME_(isa) #isa
@@ -148,7 +141,7 @@ const Variant FK_JOIN(variant_, FK_ISA) = {
     FK_ISA::product<FK_ISA::linear_int8::Spread>,
     FK_ISA::linear_int8_for,
     FK_ISA::untyped<FK_ISA::gated_block_decode::Normalize, RowNorm>,
-    FK_ISA::decode_attention,
+    FK_ISA::attention<FK_ISA::gated_block_decode::Attend, DecodeAttention>,
     FK_ISA::untyped<FK_ISA::gated_block_decode::Merge, DecodeAttention>,
     FK_ISA::gated_block_decode::count_splits,
     FK_ISA::untyped<FK_ISA::read_loop::Forward, ReadLoop>,

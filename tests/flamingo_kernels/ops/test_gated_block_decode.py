@@ -33,6 +33,10 @@ CASES = [
     Case(batch=2, heads=1, media=1, latents=1601),
     Case(batch=4, heads=1, media=4, latents=70, immediate=False, policy="open_flamingo"),
     Case(batch=1, heads=1, media=2, latents=70, immediate=False, policy="open_flamingo"),  # averages them
+    Case(batch=2, heads=4, groups=2, media=1, latents=700, head_dim=64),
+    # whole tiles of keys and a rest, by heads that are two groups
+    Case(batch=3, heads=12, groups=6, latents=83, head_dim=32, q_norm=True),
+    Case(layout="slice", latents=20, head_dim=32),
     *(Case(activation=each) for each in ("gelu_tanh", "silu")),
     Case(rms=True),
     Case(rms=True, q_norm=True),
