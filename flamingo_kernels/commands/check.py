@@ -29,7 +29,7 @@ from ..testing import (
 from . import info
 from .measure.text import dtype_name
 
-# A shape of real use and an awkward one for each operator.
+# Shapes of real use and awkward ones for each operator.
 CASES: list[Case] = [
     MaskedCrossAttentionCase(length=256, media=4, latents=64, heads=8, head_dim=64),
     MaskedCrossAttentionCase(
@@ -41,6 +41,10 @@ CASES: list[Case] = [
     GatedResidualCase(shape=(111, 63), gate=(63,), layout="strided"),
     GatedBlockDecodeCase(batch=1, dim=2048, hidden=8192, media=5, latents=64, heads=8, head_dim=64),
     GatedBlockDecodeCase(batch=9, dim=63, hidden=65, head_dim=40, groups=2, immediate=False, layout="slice"),
+    GatedBlockDecodeCase(
+        dim=256, media=1, latents=1601, heads=8, groups=4, head_dim=64, rms=True, q_norm=True, glu=True
+    ),
+    GatedBlockDecodeCase(batch=6, texts=3, dim=256, hidden=512, integers=True, bias=True),
     LinearCase(rows=(1,), width=2048, out=1024, activation="gelu"),
     LinearCase(rows=(3, 6), width=63, out=65, residual=True, gate=(65,), layout="slice"),
     Int8LinearCase(rows=(1,), width=2048, out=1024, activation="gelu"),

@@ -195,6 +195,13 @@ CASES = (
             modes=("forward",),
         )
     ),
+    *_cases(  # so small that it takes as long as the host's checks
+        "its decode step",
+        {"B": 1, "M": 2, "D": 256, "H": 4, "d": 64, "R": 64},
+        {("float32", "forward"): (Target(1, "eager"),)},
+        dtypes=("float32",),
+        modes=("forward",),
+    ),
     *_cases(
         "PerceiverResampler",
         {"N": 8, "S": 256, "D": 1024, "layers": 6, **HEADS},
