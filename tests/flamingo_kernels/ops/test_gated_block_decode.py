@@ -115,6 +115,18 @@ def test_a_scale_of_its_own(scale, backend):
     torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_heads_that_share_keys_have_queries_of_their_own(dtype, backend):
+    """Under scores so large that each head attends to other keys."""
+    case = Case(heads=12, groups=6, latents=83, head_dim=32, gate=None, dtype=dtype)
+    tensors, options = case.tensors(), case.options()
+    tensors["down.weight"].zero_()
+    (found,) = case.call(tensors, options | {"scale": 1.0}, backend)
+    doubles = {name: tensor.double() for name, tensor in tensors.items()}
+    (right,) = case.call(doubles, options | {"scale": 1.0}, "reference")
+    torch.testing.assert_close(found.double(), right, rtol=0.02, atol=0.05)
+
+
 @pytest.mark.parametrize(
     "rule", [{}, {"immediate": False}, {"texts": 2}, {"latents": 70, "heads": 1}], ids=str
 )
