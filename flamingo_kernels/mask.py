@@ -12,7 +12,6 @@ from torch import Tensor
 from ._checks import INTEGERS, expect_count, expect_same_device, expect_shape, expect_tensors
 
 Policy = Literal["zero", "open_flamingo"]
-LARGEST_LATENTS = 256  # a medium may have in the kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +159,7 @@ class MediaMask:
 
     @classmethod
     def from_dense(
-        cls, visible: Tensor, *, averages: Tensor | None = None, max_latents: int = LARGEST_LATENTS
+        cls, visible: Tensor, *, averages: Tensor | None = None, max_latents: int | None = None
     ) -> MediaMask:
         """A mask from a dense one over keys, in which every row sees one run of keys.
 
@@ -170,14 +169,14 @@ class MediaMask:
             row 0       . . # # # # . .         . # # .                 1   3
             row 1       . . . . . . . .         . . . .                 0   0
 
-        The keys are cut into equal media, the largest of at most `max_latents` keys that leave every run
+        The keys are cut into equal media, the largest that leave every run
         whole: M is `mask.num_media`, and K and V become `[B, M, S // M, Hkv, d]`.
 
         Args:
             visible: bool `[B, T, S]`, True where a row sees a key.
             averages: bool `[B, T]`, rows without a visible key that average every value, see policy
                 "open_flamingo". Default: none.
-            max_latents: the largest R. Default: 256, what the kernels take.
+            max_latents: the largest R. Default: any.
 
         Returns:
             A mask with policy "zero", or "open_flamingo" where some rows average.
@@ -195,7 +194,8 @@ class MediaMask:
             >>> mask.num_media, mask.lo.item(), mask.hi.item()
             (4, 1, 3)
         """
-        max_latents = expect_count("MediaMask", "max_latents", max_latents, least=1)
+        if max_latents is not None:
+            expect_count("MediaMask", "max_latents", max_latents, least=1)
         lo, hi, gap = _runs(visible)
         if averages is not None:
             expect_tensors("MediaMask", averages=averages)
@@ -208,7 +208,9 @@ class MediaMask:
                 "attention must compute such a mask."
             )
         keys = visible.shape[-1]
-        latents = largest_divisor(math.gcd(keys, *lo.unique().tolist(), *hi.unique().tolist()), max_latents)
+        latents = math.gcd(keys, *lo.unique().tolist(), *hi.unique().tolist())
+        if max_latents is not None:
+            latents = _largest_divisor(latents, max_latents)
         num_media = keys // latents if latents else 0
         lo, hi = (span.div(max(latents, 1), rounding_mode="floor") for span in (lo, hi))
         start, stop = _token_ranges(lo, hi, hi > lo, num_media)
@@ -296,7 +298,7 @@ def _runs(visible: Tensor) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
     return lo, hi, tuple(gaps[0].tolist()) if len(gaps) else None
 
 
-def largest_divisor(number: int, most: int) -> int:
+def _largest_divisor(number: int, most: int) -> int:
     """The largest divisor of a number up to `most`; 0 if there is none."""
     return next((divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0), 0)
 

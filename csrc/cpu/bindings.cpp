@@ -138,15 +138,19 @@ int64_t count_elements(const PerceiverAttention& params) {
 
 int64_t count_elements(const GatedResidual& params) { return params.rows * params.columns; }
 
+// Whether a row sees one block of keys at the most; `makes_anew` in schema.py says the same.
+bool is_one_shot(bool immediate, const Tensor& k) { return immediate && k.size(2) <= most_keys; }
+
 std::tuple<Tensor, Tensor> masked_cross_attention_fwd(
     Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor start, Tensor stop, bool immediate, bool averages,
     double scale) {
   const Call call = {"masked_cross_attention_fwd"};
   check_masked_cross_attention(call.operation, q, k, v, lo, hi, start, stop);
-  Tensor out = fresh_like(call, q), softmax = fresh_softmax(call, q, immediate ? 0 : q.size(1));
+  const bool one_shot = is_one_shot(immediate, k);
+  Tensor out = fresh_like(call, q), softmax = fresh_softmax(call, q, one_shot ? 0 : q.size(1));
   auto params =
       masked_cross_attention_params<MaskedCrossAttention>(q, k, v, lo, hi, start, stop, averages, scale, out, softmax);
-  params.immediate = immediate;
+  params.immediate = immediate, params.one_shot = one_shot;
   run(call, variant().masked_cross_attention_fwd(params.dtype), params, count_elements(params));
   return {out, softmax};
 }
@@ -155,13 +159,14 @@ std::tuple<Tensor, Tensor, Tensor> masked_cross_attention_bwd(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor lo, Tensor hi, Tensor start,
     Tensor stop, bool immediate, bool averages, double scale) {
   const Call call = {"masked_cross_attention_bwd"};
-  const int64_t kept = immediate ? 0 : q.size(1);
+  const bool one_shot = is_one_shot(immediate, k);
+  const int64_t kept = one_shot ? 0 : q.size(1);
   const Checks checks = check_masked_cross_attention(call.operation, q, k, v, lo, hi, start, stop);
   check_attention_bwd(checks, dout, q, out, softmax, kept);
   Tensor dq = fresh_like(call, q), dk = fresh_like(call, k), dv = fresh_like(call, v);
   auto params =
       masked_cross_attention_params<MaskedCrossAttention>(q, k, v, lo, hi, start, stop, averages, scale, out, softmax);
-  params.immediate = immediate;
+  params.immediate = immediate, params.one_shot = one_shot;
   const Memory<float> delta(call, "working memory", params.batch * params.heads * kept);
   set_gradients(params, dout, dq, dk, dv), params.delta = delta.data();
   run(call, variant().masked_cross_attention_dq(params.dtype), params, count_elements(params));

@@ -5,10 +5,10 @@
 // once. FLOPs are 4 per (row, visible key, channel) forward and 10 backward, 14 where rows see several media, and 4
 // more for rows in which one key has most of the weight.
 //
-// Where no row sees two media (`immediate`), a task is a medium of one head: its keys are packed once, each row's
-// softmax needs one pass, and the backward pass owns dk, dv and the rows of dq. Otherwise forward and dq take a task
-// for each block of rows and visit the media that these rows see; dq comes first and leaves each row's delta to dk and
-// dv.
+// Keys are packed in blocks: a medium, or where it has many, parts of it. Where no row sees two blocks (`one_shot`), a
+// task is a medium of one head: its keys are packed once, each row's softmax needs one pass, and the backward pass owns
+// dk, dv and the rows of dq. Otherwise forward and dq take a task for each block of rows and visit the keys that these
+// rows see; dq comes first and leaves each row's delta to dk and dv.
 #pragma once
 
 #include "attention.h"
@@ -18,8 +18,15 @@ namespace flamingo_kernels::FK_ISA::masked_cross_attention {
 using Params = MaskedCrossAttention;
 
 template <class T>
-FK_INLINE Strided<T> latents_of(const Media& media, int64_t b, int64_t m, int64_t h) {
-  return {(T*)media.data + b * media.batch + m * media.medium + h * media.head, media.latent};
+FK_INLINE Strided<T> latents_of(const Media& media, int64_t b, int64_t m, int64_t h, int64_t first = 0) {
+  return {(T*)media.data + b * media.batch + m * media.medium + first * media.latent + h * media.head, media.latent};
+}
+
+// Blocks of a medium, and the keys of each but the last, in whole words and tiles where there are several.
+FK_INLINE int64_t count_blocks(const Params& params) { return (params.latents + most_keys - 1) / most_keys; }
+FK_INLINE int64_t block_keys(const Params& params) {
+  const int64_t blocks = count_blocks(params);
+  return blocks <= 1 ? params.latents : round_up((params.latents + blocks - 1) / blocks, 2 * tile_side);
 }
 
 struct Range {
@@ -54,10 +61,13 @@ FK_INLINE void store_softmax(const Params& params, int64_t b, int64_t h, int64_t
   params.row_max[row] = row_max, params.row_sum[row] = row_sum;
 }
 
-// Packs the keys and values of a medium.
+// Packs the keys and values of block i of a medium.
 template <class T, class Block>
-FK_INLINE void pack(Block& block, const Params& params, int64_t b, int64_t hk, int64_t m) {
-  block.pack(latents_of<const T>(params.k, b, m, hk), latents_of<const T>(params.v, b, m, hk), params.latents);
+FK_INLINE void pack(Block& block, const Params& params, int64_t b, int64_t hk, int64_t m, int64_t i = 0) {
+  const int64_t first = i * block_keys(params), left = params.latents - first;
+  block.pack(
+      latents_of<const T>(params.k, b, m, hk, first), latents_of<const T>(params.v, b, m, hk, first),
+      left < block_keys(params) ? left : block_keys(params));
 }
 
 // Calls `visit(rows, count)` with every `most` rows of a range that see medium m.
@@ -89,7 +99,7 @@ void write_masked_rows(const Params& params, int64_t b, int64_t h, int64_t begin
     if (averages(params, b, t) && !ready) average_values<T>(params, b, h, mean), ready = true;
     for (int64_t j = 0; j < params.head_dim; j += width)
       store(out[t] + j, averages(params, b, t) ? load(mean + j) : Floats{}, params.head_dim - j);
-    if (!params.immediate) store_softmax(params, b, h, t, 0, 1);
+    if (!params.one_shot) store_softmax(params, b, h, t, 0, 1);
   }
 }
 
@@ -101,20 +111,20 @@ struct Forward {
   float* mean;
 
   Forward(Scratch& scratch, const Params& params)
-      : block(scratch, params.latents, params.head_dim),
-        tile(scratch, params.latents, params.head_dim),
+      : block(scratch, block_keys(params), params.head_dim),
+        tile(scratch, block_keys(params), params.head_dim),
         online(scratch, params.head_dim),
         mean(scratch.take(padded(params.head_dim))) {}
 
   static int64_t tasks(const Params& params) {
     const int64_t media = params.media + 1,
                   blocks = (params.length + OnlineSoftmax<T>::most - 1) / OnlineSoftmax<T>::most;
-    return params.batch * params.heads * (params.immediate ? media : blocks);
+    return params.batch * params.heads * (params.one_shot ? media : blocks);
   }
 
   void run(const Params& params, int64_t task) {
     const int64_t h = task % params.heads, rest = task / params.heads;
-    if (!params.immediate) {
+    if (!params.one_shot) {
       const int64_t blocks = (params.length + OnlineSoftmax<T>::most - 1) / OnlineSoftmax<T>::most;
       return attend_block(params, rest / blocks, h, rest % blocks * OnlineSoftmax<T>::most);
     }
@@ -147,21 +157,22 @@ struct Forward {
     });
   }
 
-  // A block of rows, and every medium that one of them sees.
+  // A block of rows, and every block of keys that one of them sees.
   void attend_block(const Params& params, int64_t b, int64_t h, int64_t begin) {
     const int64_t end = begin + OnlineSoftmax<T>::most < params.length ? begin + OnlineSoftmax<T>::most : params.length;
     Strided<const T> q = rows_of<const T>(params.q, b, h);
     online.reset(end - begin);
     for (int64_t m = 0; m < params.media; ++m) {
       const Range near = rows_near(params, b, m, {begin, end});
-      if (near.begin >= near.end) continue;
-      pack<T>(block, params, b, kv_head(params, h), m);
-      visit_rows_seeing<forward_rows<T>>(params, b, m, near, [&](const int64_t* rows, int64_t count) {
-        int64_t members[forward_rows<T>];
-        tile.count = 0;
-        for (int64_t i = 0; i < count; ++i) tile.add(q[rows[i]]), members[i] = rows[i] - begin;
-        online.attend(tile, block, params.scale, members);
-      });
+      for (int64_t i = 0; i < count_blocks(params) && near.begin < near.end; ++i) {
+        pack<T>(block, params, b, kv_head(params, h), m, i);
+        visit_rows_seeing<forward_rows<T>>(params, b, m, near, [&](const int64_t* rows, int64_t count) {
+          int64_t members[forward_rows<T>];
+          tile.count = 0;
+          for (int64_t i = 0; i < count; ++i) tile.add(q[rows[i]]), members[i] = rows[i] - begin;
+          online.attend(tile, block, params.scale, members);
+        });
+      }
     }
     Strided<T> out = rows_of<T>(params.out, b, h);
     for (int64_t t = begin; t < end; ++t) {
@@ -186,7 +197,7 @@ FK_INLINE void fill(
   }
 }
 
-// dk and dv of one medium; where rows see one medium only, also their dq.
+// dk and dv of one block of keys; where rows see no other, also their dq.
 template <class T>
 struct Backward {
   KeyGradients<T> block;
@@ -194,26 +205,28 @@ struct Backward {
   float* averaged_dv;
 
   Backward(Scratch& scratch, const Params& params)
-      : block(scratch, params.latents, params.head_dim),
-        tile(scratch, params.latents, params.head_dim),
+      : block(scratch, block_keys(params), params.head_dim),
+        tile(scratch, block_keys(params), params.head_dim),
         averaged_dv(scratch.take(padded(params.head_dim))) {}
 
-  static int64_t tasks(const Params& params) { return params.batch * params.kv_heads * params.media; }
+  static int64_t tasks(const Params& params) {
+    return params.batch * params.kv_heads * params.media * count_blocks(params);
+  }
 
   void run(const Params& params, int64_t task) {
-    const int64_t hk = task % params.kv_heads, m = task / params.kv_heads % params.media,
-                  b = task / params.kv_heads / params.media;
-    const int64_t group = params.heads / params.kv_heads;
-    pack<T>(block, params, b, hk, m);
+    const int64_t hk = task % params.kv_heads, rest = task / params.kv_heads, i = rest % count_blocks(params);
+    const int64_t m = rest / count_blocks(params) % params.media, b = rest / count_blocks(params) / params.media;
+    const int64_t group = params.heads / params.kv_heads, first = i * block_keys(params);
+    pack<T>(block, params, b, hk, m, i);
     block.reset();
-    if (hk + 1 < params.kv_heads) {  // the next task's
+    if (params.one_shot && hk + 1 < params.kv_heads) {  // the next task's
       tile.prefetch.plan(0, latents_of<const T>(params.k, b, m, hk + 1), params.latents);
       tile.prefetch.plan(1, latents_of<const T>(params.v, b, m, hk + 1), params.latents);
     }
     for (int64_t h = hk * group; h < (hk + 1) * group; ++h) collect(params, b, h, m);
     if (params.averages)
       for (int64_t h = hk * group; h < (hk + 1) * group; ++h) add_averaged_dv(params, b, h);
-    block.write(latents_of<T>(params.dk, b, m, hk), latents_of<T>(params.dv, b, m, hk));
+    block.write(latents_of<T>(params.dk, b, m, hk, first), latents_of<T>(params.dv, b, m, hk, first));
   }
 
   void collect(const Params& params, int64_t b, int64_t h, int64_t m) {
@@ -221,7 +234,7 @@ struct Backward {
     Strided<const T> q = rows_of<const T>(params.q, b, h), dout = rows_of<const T>(params.dout, b, h);
     Strided<T> dq = rows_of<T>(params.dq, b, h);
     visit_rows_seeing<backward_rows<T>>(params, b, m, near, [&](const int64_t* rows, int64_t count) {
-      if (!params.immediate) {
+      if (!params.one_shot) {
         fill(tile, params, b, h, rows, count);
         tile.compute_p_ds(block, params.scale);
         return tile.add_dk_dv(block);
@@ -263,7 +276,7 @@ struct Backward {
   }
 };
 
-// dq of the rows that Backward leaves: those that see nothing or, where rows see several media, all, and their delta.
+// dq of the rows that Backward leaves: those that see nothing or, where rows see several blocks, all, and their delta.
 template <class T>
 struct QueryBackward {
   static constexpr int64_t most = backward_rows<T> * 4;
@@ -272,8 +285,8 @@ struct QueryBackward {
   float* dq;
 
   QueryBackward(Scratch& scratch, const Params& params)
-      : block(scratch, params.latents, params.head_dim),
-        tile(scratch, params.latents, params.head_dim),
+      : block(scratch, block_keys(params), params.head_dim),
+        tile(scratch, block_keys(params), params.head_dim),
         dq(scratch.take(most * padded(params.head_dim))) {}
 
   static int64_t tasks(const Params& params) {
@@ -285,13 +298,13 @@ struct QueryBackward {
     const int64_t b = task / params.heads / blocks, begin = task / params.heads % blocks * most;
     const int64_t end = begin + most < params.length ? begin + most : params.length, row = padded(params.head_dim);
     for (int64_t i = 0; i < (end - begin) * row; ++i) dq[i] = 0;
-    if (!params.immediate) {
+    if (!params.one_shot) {
       find_delta(params, b, h, {begin, end});
       for (int64_t m = 0; m < params.media; ++m) collect(params, b, h, m, {begin, end});
     }
     Strided<T> to = rows_of<T>(params.dq, b, h);
     for (int64_t t = begin; t < end; ++t)
-      if (!params.immediate || fully_masked(params, b, t)) write_row(to[t], dq + (t - begin) * row, params.head_dim, 1);
+      if (!params.one_shot || fully_masked(params, b, t)) write_row(to[t], dq + (t - begin) * row, params.head_dim, 1);
   }
 
   void find_delta(const Params& params, int64_t b, int64_t h, Range block_rows) {
@@ -303,31 +316,34 @@ struct QueryBackward {
     for (int64_t m = 0; m < params.media; ++m) {
       const Range near = rows_near(params, b, m, block_rows);
       const auto wanted = [&](int64_t t) { return saturated(t) && sees(params, b, t, m); };
-      bool packed = false;
-      visit_rows<backward_rows<T>>(near.begin, near.end, wanted, [&](const int64_t* rows, int64_t count) {
-        if (!packed) pack<T>(block, params, b, kv_head(params, h), m), packed = true;
-        fill(tile, params, b, h, rows, count);
-        tile.add_delta(block, params.scale);
-        for (int64_t i = 0; i < count; ++i) params.delta[row + rows[i]] = tile.delta[i];
-      });
+      for (int64_t i = 0; i < count_blocks(params); ++i) {
+        bool packed = false;
+        visit_rows<backward_rows<T>>(near.begin, near.end, wanted, [&](const int64_t* rows, int64_t count) {
+          if (!packed) pack<T>(block, params, b, kv_head(params, h), m, i), packed = true;
+          fill(tile, params, b, h, rows, count);
+          tile.add_delta(block, params.scale);
+          for (int64_t i = 0; i < count; ++i) params.delta[row + rows[i]] = tile.delta[i];
+        });
+      }
     }
   }
 
   void collect(const Params& params, int64_t b, int64_t h, int64_t m, Range block_rows) {
     const int64_t row = padded(params.head_dim);
     const Range near = rows_near(params, b, m, block_rows);
-    if (near.begin >= near.end) return;
-    pack<T>(block, params, b, kv_head(params, h), m);
-    visit_rows_seeing<backward_rows<T>>(params, b, m, near, [&](const int64_t* rows, int64_t count) {
-      fill(tile, params, b, h, rows, count);
-      tile.compute_p_ds(block, params.scale);
-      tile.template multiply_dq<false>(block, tile.dq);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = 0; j < params.head_dim; j += width) {
-          float* sum = dq + (rows[i] - block_rows.begin) * row + j;
-          store(sum, load(sum) + load(tile.dq + i * tile.channel_row + j));
-        }
-    });
+    for (int64_t i = 0; i < count_blocks(params) && near.begin < near.end; ++i) {
+      pack<T>(block, params, b, kv_head(params, h), m, i);
+      visit_rows_seeing<backward_rows<T>>(params, b, m, near, [&](const int64_t* rows, int64_t count) {
+        fill(tile, params, b, h, rows, count);
+        tile.compute_p_ds(block, params.scale);
+        tile.template multiply_dq<false>(block, tile.dq);
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t j = 0; j < params.head_dim; j += width) {
+            float* sum = dq + (rows[i] - block_rows.begin) * row + j;
+            store(sum, load(sum) + load(tile.dq + i * tile.channel_row + j));
+          }
+      });
+    }
   }
 };
 

@@ -22,9 +22,13 @@ struct Attention {
   float* delta;  // [B, H, T]
 };
 
+// The most keys of a medium that are packed at once; schema.py of masked_cross_attention says the same.
+constexpr int64_t most_keys = 256;
+
 struct MaskedCrossAttention : Attention {
   int64_t media, latents;
-  bool immediate;               // no row sees more than one medium; then row_max, row_sum and delta are null
+  bool immediate;               // no row sees more than one medium
+  bool one_shot;                // nor more than one block of keys; then row_max, row_sum and delta are null
   bool averages;                // rows with hi < 0 may be there: they average all values
   const int32_t *lo, *hi;       // [B, T] contiguous
   const int32_t *start, *stop;  // [B, M] contiguous

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._kept import newest, once, once_for_equal
 from .._labels import ATTENTION, labelled
 from .._predicates import is_recording
-from ..mask import LARGEST_LATENTS, MediaMask, largest_divisor
+from ..mask import MediaMask
 
 # A kernel does not pay for media of fewer latents than this among many keys.
 _FEWEST_LATENTS = 16
@@ -85,12 +85,7 @@ def reads_when_run(mask: Tensor, text: Tensor, rows: Tensor | None = None, *, sd
         rows: as for `key_spans`.
         sdpa: whether a mask that is no spans is for "sdpa", which takes bool ones too.
     """
-    if not _is_compiled(mask, sdpa) or text.shape[1] == 1 or not _fits(mask, text, rows):
-        return False
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    keys = mask.shape[-1]
-    return not (has_static_value(keys) and are_small(largest_divisor(keys, LARGEST_LATENTS), keys))
+    return _is_compiled(mask, sdpa) and text.shape[1] > 1 and _fits(mask, text, rows)
 
 
 def _is_compiled(mask: Tensor, sdpa: bool) -> bool:
@@ -106,7 +101,7 @@ def _fits(mask: Tensor, text: Tensor, rows: Tensor | None) -> bool:
     return one_each and (rows is None or rows.shape == (batch, length))
 
 
-def are_small(latents: int, keys: int) -> bool:
+def _are_small(latents: int, keys: int) -> bool:
     """Whether media of so many latents are too small for a kernel, among so many keys."""
     return keys > _FEW_KEYS and latents < _FEWEST_LATENTS
 
@@ -141,7 +136,7 @@ def read_mask(seen: Tensor, averages: Tensor | None = None) -> MediaMask | None:
     except ValueError:
         return None
     keys = seen.shape[-1]
-    return None if mask.num_media > 0 and are_small(keys // mask.num_media, keys) else mask
+    return None if mask.num_media > 0 and _are_small(keys // mask.num_media, keys) else mask
 
 
 def _used_first(seen: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ from ..fold import Affine, Gate, Scale
 from ..layers.decode import Parts, may_decode, step_of
 from ..layers.fused import Fused, add_feed_forward, add_gated, gate_unless_open
 from ..layers.resampler import LatentAttention, perceive
-from ..mask import LARGEST_LATENTS, MediaMask, largest_divisor
+from ..mask import MediaMask
 from ..media_cache import Source
 from ..ops import masked_cross_attention
 from ..sublayers import arguments, gated_cross_attention
-from .dense import are_small, in_order, media_first, read_mask, reads_padding_when_run
+from .dense import in_order, media_first, read_mask, reads_padding_when_run
 from .dense_attention import dense_perceiver_attention
 from .family import TRANSFORMERS, Family
 
@@ -189,12 +189,9 @@ def _seeing(rows: Tensor, batch: Tensor) -> Tensor:  # [B, T]
 
 def _spans_of_all(rows: Tensor, batch: Tensor, keys: int) -> MediaMask | None:
     """What `_read_spans` finds, from shapes: a traced model has no numbers to read."""
-    latents = largest_divisor(keys, LARGEST_LATENTS)
-    if latents == 0 or are_small(latents, keys):
+    if keys == 0:
         return None
-    media = keys // latents
-    last = torch.where(_seeing(rows, batch), media, 0)
-    return MediaMask.from_text_time(last, media, immediate=False, policy="open_flamingo")
+    return MediaMask.from_text_time(_seeing(rows, batch).long(), 1, immediate=False, policy="open_flamingo")
 
 
 def _read_spans(rows: Tensor, batch: Tensor, keys: int) -> MediaMask | None:

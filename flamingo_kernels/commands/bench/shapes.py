@@ -95,6 +95,12 @@ CASES = (
             ("bfloat16", "forward"): (Target(25, "sdpa", "eager"),),
         },
     ),
+    # tiles of Llama 3.2 Vision at 560 pixels
+    *_cases(
+        "masked_cross_attention",
+        {"B": 1, "T": 256, "M": 2, "H": 8, "d": 128, "R": 1601},
+        {(dtype, mode): (Target(1, "sdpa", "eager"),) for dtype in DTYPES for mode in MODES},
+    ),
     *(
         case
         for sizes in ({"N": 8, "S": 256}, {"N": 1, "S": 7680})

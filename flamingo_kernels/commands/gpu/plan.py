@@ -37,7 +37,7 @@ _RULES: list[dict[str, Any]] = [
 MASKED: list[Case] = [
     MaskedCrossAttentionCase(batch=4, length=1024, media=8, latents=64, heads=8, head_dim=64),
     *(MaskedCrossAttentionCase(length=111, latents=64, head_dim=d) for d in HEAD_DIMS),
-    *(MaskedCrossAttentionCase(length=65, latents=r, head_dim=64) for r in (1, 100, 256)),
+    *(MaskedCrossAttentionCase(length=65, latents=r, head_dim=64) for r in (1, 100, 256, 1601)),
     *(MaskedCrossAttentionCase(length=t, media=1, latents=64) for t in (1, 63, 257)),
     *(MaskedCrossAttentionCase(length=257, media=5, latents=60, **rule) for rule in _RULES),
     MaskedCrossAttentionCase(length=300, latents=64, heads=8, head_dim=64, groups=4, immediate=False),

@@ -14,8 +14,7 @@ from . import reference
 from .schema import BWD, FWD
 
 _NAME = "masked_cross_attention"
-_LARGEST_OF_CUDA = 128  # head_dim
-_LARGEST = 256  # latents a medium, and head_dim, that the compiled kernels keep in one block
+_LARGEST_OF_CUDA, _LARGEST = 128, 256  # head_dim that kernels keep in one block
 
 
 def masked_cross_attention(
@@ -56,8 +55,8 @@ def masked_cross_attention(
         TypeError: k or v in another dtype than q, or an argument that is no dense floating-point tensor.
         UnsupportedError: the requested backend cannot run these inputs.
 
-    Limits: cpu and triton take R and d up to 256, cuda d up to 128; any strides (a non-contiguous last
-    dimension is copied). Accumulates in float32 (triton multiplies float32 in tf32 where torch's own switch
+    Limits: cpu and triton take d up to 256, cuda up to 128; any strides (a non-contiguous last dimension is
+    copied). Accumulates in float32 (triton multiplies float32 in tf32 where torch's own switch
     asks for it). Differentiable once in q, k and v; for second derivatives: backend="reference", which "auto"
     takes under torch.func's transforms and in forward mode. Bitwise deterministic, for any number of threads.
     Memory beside inputs and outputs does not grow with T * M.
@@ -122,15 +121,15 @@ def expect_media(
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> dict[str, int]:
-    return {"R": k.shape[2], "head_dim": k.shape[4]}
+    return {"head_dim": k.shape[4]}
 
 
 dispatch.register(
     _NAME,
     sizes=_sizes,
     cuda={"head_dim": _LARGEST_OF_CUDA},
-    triton={"R": _LARGEST, "head_dim": _LARGEST},
-    cpu={"R": _LARGEST, "head_dim": _LARGEST},
+    triton={"head_dim": _LARGEST},
+    cpu={"head_dim": _LARGEST},
     reference={},
 )
 

@@ -26,11 +26,16 @@ BWD = define(
 )
 
 
+_PACKED_AT_ONCE = 256  # keys of a medium, by the C++ kernels; csrc/cpu/params.h says the same
+
+
 def makes_anew(backend, immediate, k):
     """Whether the backward pass makes the softmax of k `[B, M, R, Hkv, d]` anew, so that none is kept."""
     if backend == "triton":
         return is_one_shot(immediate, k.shape[2], k.shape[-1], k.dtype)
-    return cuda.is_one_shot(immediate, k.shape[2], k.dtype) if backend == "cuda" else immediate
+    if backend == "cuda":
+        return cuda.is_one_shot(immediate, k.shape[2], k.dtype)
+    return immediate and k.shape[2] <= _PACKED_AT_ONCE
 
 
 @shapes_of("masked_cross_attention_fwd", "cpu")

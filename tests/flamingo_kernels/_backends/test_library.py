@@ -27,6 +27,7 @@ NAMES = ("masked_cross_attention", "perceiver_attention", "gated_residual")
 CASES = [
     MaskedCrossAttentionCase(length=11),
     MaskedCrossAttentionCase(length=11, immediate=False, policy="open_flamingo", groups=2),
+    MaskedCrossAttentionCase(length=11, media=1, latents=300),
     PerceiverAttentionCase(lengths=(3, 21)),
     GatedResidualCase(gate=(40,)),
     GatedResidualCase(gate=()),

@@ -262,11 +262,6 @@ def wide_head(**more):
     return masked(q=zeros(2, 5, 4, 264), k=media, v=media, **more)
 
 
-def many_latents(**more):
-    media = zeros(2, 3, 300, 2, 8)
-    return masked(k=media, v=media, **more)
-
-
 def wide_perceiver(**more):
     media, latents = zeros(2, 6, 2, 264), zeros(2, 3, 2, 264)
     keys = {"k_media": media, "v_media": media, "k_latents": latents, "v_latents": latents}
@@ -291,7 +286,6 @@ def double_attention(**more):
     ("call", "reason"),
     [
         (wide_head, r"head_dim=264 is above 256"),
-        (many_latents, r"R=300 is above 256"),
         (wide_perceiver, r"head_dim=264 is above 256"),
         (double_residual, r"dtype torch.float64 is not one of float32, bfloat16, float16"),
         (double_layer, r"dtype torch.float64 is not one of float32, bfloat16, float16"),

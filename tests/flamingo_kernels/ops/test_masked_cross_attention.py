@@ -35,6 +35,13 @@ CASES = [
     Case(batch=1, length=257, media=5, latents=60, heads=2, head_dim=128, immediate=False),
     Case(batch=1, length=63, latents=200, heads=1, head_dim=256, policy="open_flamingo"),
     Case(batch=1, length=63, latents=256, heads=1, head_dim=7, immediate=False),
+    # media of several blocks of keys, the last a part of one
+    Case(batch=1, length=40, media=2, latents=257, heads=1, head_dim=16),
+    Case(batch=1, length=21, media=1, latents=1601, heads=2, groups=2, head_dim=40, policy="open_flamingo"),
+    Case(batch=2, length=33, media=3, latents=300, heads=2, groups=2, head_dim=64, immediate=False),
+    Case(
+        batch=1, length=33, media=2, latents=650, heads=1, immediate=False, policy="open_flamingo", layout="slice"
+    ),
     # few keys, so that their rows are cut into parts, with rows that average all values
     *(
         Case(batch=1, length=257, media=1, heads=1, immediate=i, policy="open_flamingo")
