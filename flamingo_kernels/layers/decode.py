@@ -64,8 +64,8 @@ def step_of(layer: nn.Module, parts: Parts, x: Tensor) -> Step | None:
 class Step:
     """The weights of a block as the operator takes them, while the block is what it was.
 
-    Under torch.autocast they are copies in its dtype. torch's own cache has copies of trainable weights alone,
-    and loses them where the context ends.
+    Under torch.autocast they are copies in its dtype. torch's own cache has copies of trainable weights
+    alone, and loses them where the context ends.
     """
 
     def __init__(self, parts: Parts, given: GatedBlockWeights, x: Tensor) -> None:

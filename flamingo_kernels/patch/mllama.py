@@ -1,9 +1,10 @@
 """Mllama (Llama 3.2 Vision) of transformers: its cross-attention layers.
 
-The module's own attention computes what no kernel can take: masks that are no spans even with the padding tiles
-moved behind; dropout in training; attention implementations other than "eager" and "sdpa"; calls that ask for
-attention weights; one token in a compiled model, which reads other masks when it runs. Gates, residuals and the norm between are fused all the same. K
-and V are kept where the original keeps them, in the model's cache.
+The module's own attention computes what no kernel can take: masks that are no spans even with the padding
+tiles moved behind; dropout in training; attention implementations other than "eager" and "sdpa"; calls
+that ask for attention weights; one token in a compiled model, which reads other masks when it runs.
+Gates, residuals and the norm between are fused all the same. K and V are kept where the original keeps
+them, in the model's cache.
 """
 
 from __future__ import annotations

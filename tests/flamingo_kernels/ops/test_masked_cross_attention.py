@@ -40,7 +40,14 @@ CASES = [
     Case(batch=1, length=21, media=1, latents=1601, heads=2, groups=2, head_dim=40, policy="open_flamingo"),
     Case(batch=2, length=33, media=3, latents=300, heads=2, groups=2, head_dim=64, immediate=False),
     Case(
-        batch=1, length=33, media=2, latents=650, heads=1, immediate=False, policy="open_flamingo", layout="slice"
+        batch=1,
+        length=33,
+        media=2,
+        latents=650,
+        heads=1,
+        immediate=False,
+        policy="open_flamingo",
+        layout="slice",
     ),
     # few keys, so that their rows are cut into parts, with rows that average all values
     *(

@@ -78,8 +78,14 @@ class TestKeySpans:
     def test_of_a_step_that_sees_nothing_of_media_that_cannot_be_cut(self):
         """257 keys, as of 16 x 16 patches and a class token, have no useful divisor."""
         spans = spans_for(added(keys("." * 257)), torch.zeros(1, 1))
-        assert spans.media(torch.randn(1, 257, 2, 3)).shape == (1, 1, 1, 2, 3)
-        assert not spans.mask.dense(1).any()
+        assert spans.media(torch.randn(1, 257, 2, 3)).shape == (1, 1, 257, 2, 3)
+        assert not spans.mask.dense(257).any()
+
+    def test_of_a_step_that_sees_a_part_of_media_that_cannot_be_cut(self):
+        """It takes what it sees, as one medium."""
+        visible = torch.arange(257) < 250
+        spans, kv = spans_for(added(visible[None, None])), torch.randn(1, 257, 2, 3)
+        assert torch.equal(spans.media(kv), kv[:, :250].unflatten(1, (1, 250)))
 
     def test_keys_and_values_follow_the_order(self):
         visible = keys("##..##", "######")
@@ -98,7 +104,7 @@ class TestKeySpans:
             *(torch.tensor([0.0, value])[None, None, None] for value in BIASES),
             added(keys("##.."))[:, 0],
             added(keys("##..")).expand(1, 2, 1, 4),  # another mask for every head
-            added(torch.ones(1, 1, 1600).bool() & (torch.arange(1600) < 7)),  # media of one key
+            added(torch.arange(1600) < torch.tensor([[[7], [1600]]])),  # media of one key
         ],
         ids=["gap", "blind row", *map(str, BIASES), "no heads", "two heads", "small media"],
     )
