@@ -157,8 +157,10 @@ class Flamingo(nn.Module):
 
     def _in_our_dtype(self, x: Tensor) -> Tensor:
         """What a tower makes, in the dtype of the layers between the towers; theirs may be another."""
-        chosen_by_autocast = torch.is_autocast_enabled(x.device.type)
-        return x if chosen_by_autocast else x.to(self.resampler.latents.dtype)
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return x  # autocast casts it where it must be
+        return x.to(self.resampler.latents.dtype)
 
     def decode(
         self,
