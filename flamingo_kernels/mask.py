@@ -169,8 +169,8 @@ class MediaMask:
             row 0       . . # # # # . .         . # # .                 1   3
             row 1       . . . . . . . .         . . . .                 0   0
 
-        The keys are cut into equal media, the largest that leave every run
-        whole: M is `mask.num_media`, and K and V become `[B, M, S // M, Hkv, d]`.
+        The keys are cut into equal media, the largest that leave every run whole: M is `mask.num_media`, and
+        K and V become `[B, M, S // M, Hkv, d]`.
 
         Args:
             visible: bool `[B, T, S]`, True where a row sees a key.

@@ -48,7 +48,7 @@ struct Normalize {
 };
 
 constexpr int64_t split_keys = 512;
-constexpr int64_t group = 4;        // heads that read a key at once
+constexpr int64_t group = 4;  // heads that read a key at once
 constexpr float lowest = -__builtin_inff();
 
 FK_INLINE int64_t count_splits(const DecodeAttention& params) {

@@ -83,7 +83,7 @@ class Step:
         """Whether these are the same parts, with nothing changed but the numbers in their memory."""
         same = all(map(operator.is_, parts, self._parts)) and all(seen.is_same() for seen in self._seen)
         same = same and self._products == autocast_dtype(x.device) and self._read_layouts() == self._layouts
-        return same and (not self._originals or self._snapshot.is_of(self._originals))
+        return same and self._snapshot.is_of(self._originals)
 
     def _read_layouts(self) -> list[Any]:
         return [(tensor.data_ptr(), tensor.dtype, tensor.stride()) for tensor in self._given]

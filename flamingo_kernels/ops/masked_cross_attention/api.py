@@ -55,8 +55,8 @@ def masked_cross_attention(
         TypeError: k or v in another dtype than q, or an argument that is no dense floating-point tensor.
         UnsupportedError: the requested backend cannot run these inputs.
 
-    Limits: cpu and triton take d up to 256, cuda up to 128; any strides (a non-contiguous last dimension is
-    copied). Accumulates in float32 (triton multiplies float32 in tf32 where torch's own switch
+    Limits: cpu and triton take d up to 256, cuda up to 128; any R and any strides (a non-contiguous last
+    dimension is copied). Accumulates in float32 (triton multiplies float32 in tf32 where torch's own switch
     asks for it). Differentiable once in q, k and v; for second derivatives: backend="reference", which "auto"
     takes under torch.func's transforms and in forward mode. Bitwise deterministic, for any number of threads.
     Memory beside inputs and outputs does not grow with T * M.

@@ -233,6 +233,16 @@ def test_the_largest_size_is_taken_and_the_next_is_named(operator, backend, name
     assert caught.value.reasons == {backend: [f"{name}={most + 1} is above {most}"]}
 
 
+def test_every_size_that_is_too_large_is_named(everywhere, monkeypatch):
+    monkeypatch.setattr(dispatch, "_OPERATORS", dict(dispatch._OPERATORS))
+    for table in ("_LIMITS", "_LIBRARIES"):
+        monkeypatch.setattr(dispatch, table, dict(getattr(dispatch, table)))
+    sizes = {"R": 300, "head_dim": 301}
+    dispatch.register("made up", sizes=lambda *_: sizes, cpu={"R": 256, "head_dim": 256})
+    with pytest.raises(UnsupportedError, match=r"R=300 is above 256; head_dim=301 is above 256\.$"):
+        dispatch.resolve("made up", "cpu", numbers(1))
+
+
 @pytest.mark.parametrize(
     ("operator", "order"),
     [
