@@ -97,9 +97,9 @@ class Recogniser:
         if claimed is not None:
             return self._by_claim(module, *claimed)
         known = match(type(module))
-        if known is not None:
-            return self._by_place(module, known)
-        return self._by_code(module) or _namesake(module)
+        if known is None:
+            return self._by_code(module) or _namesake(module)
+        return self._as_another(module, known) or self._by_place(module, known)
 
     def _claimed(self, cls: type) -> tuple[Match, _Claim] | None:
         for base in cls.__mro__:
@@ -167,6 +167,12 @@ class Recogniser:
         else:
             if code not in KNOWN[name]:
                 yield LookupError(f"its forward is not one that is known: hash {code}")
+
+    def _as_another(self, module: nn.Module, known: Match) -> Found | Left | None:
+        """A module at the place of a known class whose code is that of another one, as in an older release."""
+        if self._is_copy(module, known):
+            return None
+        return self._by_code(module)
 
     def _by_code(self, module: nn.Module) -> Found | Left | None:
         """A module whose class, or a base of it, is an exact copy of a known class."""
