@@ -113,6 +113,7 @@ class MaskKey(NamedTuple):
         length: T if the text follows the locations, None if it is the text of the locations.
         texts: how many texts in a row share a sequence of media.
         adds: whether numbers in the locations are added up, as in open_flamingo; else each but 0 is a medium.
+        ahead: whether text sees the medium after it, in bool locations.
     """
 
     num_media: int
@@ -121,10 +122,14 @@ class MaskKey(NamedTuple):
     length: int | None
     texts: int = 1
     adds: bool = False
+    ahead: bool = False
 
     def build(self, locations: Tensor) -> MediaMask:
-        num_media, immediate, policy, length, texts, adds = self
-        if adds and length is None and locations.dtype != torch.bool:
+        num_media, immediate, policy, length, texts, adds, ahead = self
+        if ahead:
+            time = _next_medium(locations)
+            mask = MediaMask.from_text_time(time, num_media, immediate=immediate, policy=policy)
+        elif adds and length is None and locations.dtype != torch.bool:
             time = locations.cumsum(1)
             if immediate:  # a row below 0 names no medium, and averages all
                 time = time.where(time >= 0, num_media + 1)
@@ -135,6 +140,14 @@ class MaskKey(NamedTuple):
             build = MediaMask.last_preceding if immediate else MediaMask.all_preceding
             mask = build(locations, num_media, policy=policy)
         return mask if texts == 1 else mask.fold(texts)
+
+
+def _next_medium(locations: Tensor) -> Tensor:  # [B, T]
+    """The number of a token's own medium, or of the next one; 0 where none comes."""
+    if locations.dtype != torch.bool:
+        raise TypeError(f"MaskedCrossAttention: expected bool media_locations, got {locations.dtype}.")
+    time = locations.cumsum(1) + ~locations
+    return time.where(time <= locations.sum(1, keepdim=True), 0)
 
 
 def kept_mask(locations: Tensor, key: MaskKey, layer: object) -> MediaMask:

@@ -31,6 +31,7 @@ from .fused import (
     chain_of,
     gate_unless_open,
     is_fused,
+    network_of,
     sequential_feed_forward,
 )
 from .protocols import GatedBlock, MediaAttention
@@ -57,11 +58,23 @@ class Media(NamedTuple):
         features: `[B, M, R, D_visual]`, or the keys and values made of them.
         locations: `[B, T]`, where the text has its media; None if all of it sees every medium.
         cached: whether the text follows these locations.
+        ahead: whether text sees the medium after it, not the one before.
     """
 
     features: Tensor | MediaCache
     locations: Tensor | None
-    cached: bool
+    cached: bool = False
+    ahead: bool = False
+
+    def follows(self, x: Tensor) -> bool:
+        """Whether x `[B, T, ...]` comes after another text, whose keys and values may serve."""
+        longer = self.locations is not None and self.locations.shape[-1] > x.shape[1]
+        return self.cached or longer
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As an original takes them, with the last one, whatever that is there, only if it is not usual."""
+        unusual = (True,) if self.cached else (False,) if self.ahead else ()
+        return (self.features, self.locations, *unusual)
 
 
 class FusedCrossAttention(Fused):
@@ -74,11 +87,18 @@ class FusedCrossAttention(Fused):
         media_locations: Tensor | None = None,  # [B, T]
         use_cached_media: bool = False,
     ) -> Tensor:  # [B, T, D]
-        given = Media(media, media_locations, use_cached_media)
-        if self.is_watched() and self.original_takes(given):
-            cached = (True,) if use_cached_media else ()  # not every original has this argument
-            return cast(Tensor, super().forward(x, media, media_locations, *cached))
-        return self.compute(x, given)
+        return self.run(x, Media(media, media_locations, use_cached_media))
+
+    def run(self, x: Tensor, media: Media) -> Tensor:
+        """The result, by the original's forward where hooks must see the calls of its parts."""
+        watched = self.is_watched() and self.original_takes(media)
+        if watched or not self.fits(x, media):
+            return cast(Tensor, super().forward(x, *media.arguments()))
+        return self.compute(x, media)
+
+    def fits(self, x: Tensor, media: Media) -> bool:
+        """Whether the operators compute a call, or say what is wrong with it."""
+        return True
 
     def original_takes(self, media: Media) -> bool:
         """Whether the original's forward can compute a call with these media."""
@@ -138,6 +158,9 @@ class MaskedCrossAttention(FusedCrossAttention, modules.MaskedCrossAttention):
     ) -> Tensor:
         return attend(self, q, k, v, media_locations, use_cached_media)
 
+    def mask(self, x: Tensor, k: Tensor, media: Media) -> MediaMask:
+        return media_mask(self, x, k, media)
+
     def media_source(self) -> Source:
         norm = self.norm_media if isinstance(self.norm_media, nn.LayerNorm) else None
         return Source(self.to_kv, self.heads, norm)
@@ -187,7 +210,7 @@ def _expect_inputs(x: Tensor, media: Media) -> None:
 
 def attend_to_media(attn: MediaAttention, x: Tensor, media: Media) -> Tensor:  # [B, T, D]
     """A masked cross-attention module, operator by operator."""
-    k, v = load_or_project(attn, x, media.features, follows=media.cached)
+    k, v = load_or_project(attn, x, media.features, follows=media.follows(x))
     q = attn.to_q(attn.norm(x)).unflatten(-1, (attn.heads, -1))  # [B, T, H, d]
     return attn.to_out(attn.attend(q, k, v, media.locations, media.cached).flatten(-2))
 
@@ -201,7 +224,7 @@ def attend(
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, H, d]
     """The core of a masked cross-attention module."""
-    mask = media_mask(attn, q, k, media_locations, use_cached_media)
+    mask = attn.mask(q, k, Media(k, media_locations, use_cached_media))
     return masked_cross_attention(_join(q, k), k, v, mask, scale=attn.scale).view(q.shape)
 
 
@@ -212,8 +235,13 @@ def gated_block(block: GatedBlock, x: Tensor, media: Media) -> Tensor:  # [B, T,
         if decoded is not None:
             return decoded
     z = add_attended(block, x, media)
-    ff = sequential_feed_forward(block.ff, z)
-    return add_feed_forward(z, ff, block.ff, gate_unless_open(block, "ff_gate"))
+    return add_network(block, z)
+
+
+def add_network(block: GatedBlock, z: Tensor) -> Tensor:  # [B, T, D]
+    """`z + tanh(ff_gate) * ff(z)`."""
+    plain = sequential_feed_forward(block.ff, z)
+    return add_feed_forward(z, plain, network_of(block.ff), gate_unless_open(block, "ff_gate"))
 
 
 def _decode(block: GatedBlock, x: Tensor, media: Media) -> Tensor | None:  # [B, 1, D]
@@ -237,8 +265,8 @@ def _decode(block: GatedBlock, x: Tensor, media: Media) -> Tensor | None:  # [B,
     step = step_of(cast(nn.Module, block), parts, x)
     if step is None:
         return None
-    k, v = load_or_project(attn, x, media.features, follows=media.cached)
-    return step.run(x, k, v, media_mask(attn, x, k, media.locations, media.cached), attn.scale)
+    k, v = load_or_project(attn, x, media.features, follows=media.follows(x))
+    return step.run(x, k, v, attn.mask(x, k, media), attn.scale)
 
 
 def add_attended(block: GatedBlock, x: Tensor, media: Media) -> Tensor:  # [B, T, D]
@@ -248,10 +276,9 @@ def add_attended(block: GatedBlock, x: Tensor, media: Media) -> Tensor:  # [B, T
     if is_fused(block.attn):
         plain = arguments.as_cross_attention(x, attn.norm, attn.to_q, attn.to_out)
     if plain is None:
-        cached = (True,) if media.cached else ()
-        return add_gated(x, block.attn(x, media.features, media.locations, *cached), gate)
-    k, v = load_or_project(attn, x, media.features, follows=media.cached)
-    mask = media_mask(attn, x, k, media.locations, media.cached)
+        return add_gated(x, block.attn(x, *media.arguments()), gate)
+    k, v = load_or_project(attn, x, media.features, follows=media.follows(x))
+    mask = attn.mask(x, k, media)
     z = gated_cross_attention(_join(x, k), k, v, mask, gate=gate, scale=attn.scale, **plain._asdict())
     return z.view(x.shape)
 
@@ -261,25 +288,29 @@ def media_mask(
     attn: MediaAttention,
     x: Tensor,  # [B, T, ...]
     k: Tensor,  # [B, M, R, H, d], or a divisor of B
-    media_locations: Tensor | None,  # [B, T]
-    use_cached_media: bool,
+    media: Media,
 ) -> MediaMask:
     """Which media the text of a module sees. Without locations every row sees every medium."""
     (batch, length), (sequences, num_media) = x.shape[:2], k.shape[:2]
     texts = _texts(x, k)
-    if media_locations is None:
+    if media.locations is None:
         last = torch.full((sequences, texts * length), num_media, device=x.device)
         return MediaMask.from_text_time(last, num_media, immediate=False)
-    if not use_cached_media and media_locations.shape[-1] != length:
+    if not media.cached and media.locations.shape[-1] != length:
         raise ValueError(
             f"MaskedCrossAttention: expected media_locations with shape {(batch, length)} to match x, got "
-            f"{tuple(media_locations.shape)}. Pass use_cached_media=True if the text follows these locations."
+            f"{tuple(media.locations.shape)}. Pass use_cached_media=True if the text follows these locations."
         )
-    cached = length if use_cached_media else None
     key = MaskKey(
-        num_media, attn.only_attend_immediate_media, attn.policy, cached, texts, attn.adds_locations
+        num_media,
+        attn.only_attend_immediate_media,
+        attn.policy,
+        length if media.cached else None,
+        texts,
+        attn.adds_locations,
+        media.ahead,
     )
-    return kept_mask(media_locations, key, attn)
+    return kept_mask(media.locations, key, attn)
 
 
 def _texts(x: Tensor, k: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -103,6 +104,19 @@ def sequential_feed_forward(ff: nn.Module, x: Tensor) -> arguments.FeedForward |
 
 
 def chain_of(ff: nn.Module) -> list[nn.Module] | None:
-    """The four modules of a feed-forward network that is an `nn.Sequential` without hooks."""
-    chain = list(ff) if isinstance(ff, nn.Sequential) and is_plain(ff, nn.Sequential) else []
+    """The four modules of a feed-forward network that calls one after the other and has no hooks."""
+    chain: list[nn.Module] = []
+    if isinstance(ff, nn.Sequential | nn.ModuleList) and is_plain(ff, nn.Sequential, nn.ModuleList):
+        chain = list(ff)
     return chain if len(chain) == 4 else None
+
+
+def network_of(ff: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The feed-forward network as a function; one in a list has no forward."""
+    return partial(_call_in_turn, ff) if isinstance(ff, nn.ModuleList) else ff
+
+
+def _call_in_turn(modules: nn.ModuleList, x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..mask import Policy
+from ..mask import MediaMask, Policy
 from ..media_cache import MediaLayer
 
 
@@ -43,6 +43,9 @@ class MediaAttention(MediaLayer, Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, media_locations: Tensor | None, use_cached_media: bool
     ) -> Tensor:
         """The attention itself, between the projections."""
+
+    def mask(self, x: Tensor, k: Tensor, media: Any) -> MediaMask:
+        """Which `Media` of keys k the text x sees."""
 
 
 class GatedBlock(Protocol):

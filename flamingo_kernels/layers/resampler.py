@@ -12,7 +12,7 @@ from flamingo import modules
 from .._anatomy import Kind, Linear, Norm, Number, Part, Weight
 from ..media_cache import Source, keys_and_values
 from ..ops import perceiver_attention
-from .fused import Fused, add_feed_forward, is_fused, sequential_feed_forward
+from .fused import Fused, add_feed_forward, is_fused, network_of, sequential_feed_forward
 
 
 class LatentAttention(Fused):
@@ -125,17 +125,18 @@ def resample(
         latents = latents.expand(*x.shape[:2], -1, -1)
         for attn, ff in zip(attns, ffs, strict=True):
             attended = attn(x, latents) if lengths is None else attn(x, latents, lengths)
-            latents = _add_feed_forward(latents + attended, ff)
+            latents = add_network(latents + attended, ff)
         return latents
     sources = [Source(attn.to_kv, attn.heads, attn.norm_media) for attn in attns]
     flat = None if lengths is None else lengths.flatten()
     for attn, ff, kv in zip(attns, ffs, keys_and_values(sources, x), strict=True):
-        latents = _add_feed_forward(latents + perceive(attn, latents, *kv, flat), ff)
+        latents = add_network(latents + perceive(attn, latents, *kv, flat), ff)
     return latents
 
 
-def _add_feed_forward(x: Tensor, ff: nn.Module) -> Tensor:
-    return add_feed_forward(x, sequential_feed_forward(ff, x), ff, None)
+def add_network(x: Tensor, ff: nn.Module) -> Tensor:
+    """`x + ff(x)`."""
+    return add_feed_forward(x, sequential_feed_forward(ff, x), network_of(ff), None)
 
 
 def perceive(

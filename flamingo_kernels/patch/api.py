@@ -178,7 +178,7 @@ def _expect_fixes(model: nn.Module, wanted: frozenset[str], found: Iterable[tupl
                     "patched without it; unpatch(model), then patch it with all fixes."
                 )
         if fix not in possible and not any(fix in _fixes_of(module) for module in swapped.values()):
-            homes = " and ".join(family.name for family in families() if fix in family.fixes)
+            homes = ", ".join(family.name for family in families() if fix in family.fixes)
             raise ValueError(
                 f"patch: expected fixes of the modules found in {type(model).__name__}, got {fix!r}, which "
                 f"is of {homes}."

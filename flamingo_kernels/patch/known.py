@@ -43,6 +43,38 @@ KNOWN: Mapping[str, Mapping[str, str]] = {
         "1e08ed73f12b15c7": "open-flamingo 0.0.2 to 2.0.1",
         "f50d4cdba35a0052": "mmpretrain 1.2.0",
     },
+    "open_flamingo_v1.src.helpers.MaskedCrossAttention": {
+        "825ec420653ee3a3": "open-flamingo 0.0.2",
+        "d8f8f4a777fdac6c": "mmpretrain 1.2.0",
+    },
+    "open_flamingo_v1.src.helpers.GatedCrossAttentionBlock": {
+        "2a06425635803021": "open-flamingo 0.0.2",
+    },
+    "open_flamingo_vlm.src.helpers.MaskedCrossAttention": {
+        "489d6802192311f7": "open_flamingo@mllm 2023.12",
+    },
+    "open_flamingo_vlm.src.helpers.PerceiverResampler": {
+        "ce16666a2f249768": "open_flamingo@mllm 2023.12",
+    },
+    "xgen_mm.src.helpers.PerceiverAttention": {
+        "0743d48dd526ba6c": "LAVIS@xgen-mm 2024.10",
+    },
+    "xgen_mm.src.helpers.PerceiverResampler": {
+        "38e7d0e3653debf4": "LAVIS@xgen-mm 2024.10",
+    },
+    "otter_ai.models.otter.modeling_otter.OtterMaskedCrossAttention": {
+        "55e0419d0e32a628": "otter-ai 0.0.0a8",
+        "b91d4e393f6c3248": "otter-ai 0.0.0a8",
+    },
+    "otter_ai.models.otter.modeling_otter.OtterGatedCrossAttentionBlock": {
+        "07e5ea7f478ce7ea": "otter-ai 0.0.0a8",
+    },
+    "otter_ai.models.otter.modeling_otter.OtterPerceiverBlock": {
+        "54c4f87cb4c6cb8b": "otter-ai 0.0.0a8",
+    },
+    "otter_ai.models.otter.modeling_otter.OtterPerceiverResampler": {
+        "f81f345f13cdbbe7": "otter-ai 0.0.0a8",
+    },
     "flamingo_pytorch.flamingo_pytorch.MaskedCrossAttention": {
         "3ca1bb121539714f": "flamingo-pytorch 0.1.2",
     },

@@ -43,6 +43,7 @@ class MaskedCrossAttention(FusedCrossAttention):
 
     compute = cross_attention.attend_to_media
     attend = cross_attention.attend
+    mask = cross_attention.media_mask
 
     def media_source(self) -> Source:
         return Source(self.to_kv, self.heads)
@@ -93,7 +94,10 @@ class PerceiverResampler(Fused):
     ) -> Tensor:  # [B, M, R, D]
         if self.is_watched():
             return cast(Tensor, super().forward(x))
-        return self.norm(resample(self.latents, self.layers, self.add_positions(x), None))
+        return self.norm(self.resample(self.add_positions(x)))
+
+    def resample(self, x: Tensor) -> Tensor:  # [B, M, R, D], from [B, M, S, D]
+        return resample(self.latents, self.layers, x, None)
 
     def add_positions(self, x: Tensor) -> Tensor:  # [B, M, S, D]
         if self.frame_embs is not None:

@@ -169,7 +169,7 @@ class Recogniser:
                 yield LookupError(f"its forward is not one that is known: hash {code}")
 
     def _as_another(self, module: nn.Module, known: Match) -> Found | Left | None:
-        """A module at the place of a known class whose code is that of another one, as in an older release."""
+        """A module at the place of a known class, with the code of another one, as in an older release."""
         if self._is_copy(module, known):
             return None
         return self._by_code(module)

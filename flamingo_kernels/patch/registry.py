@@ -33,11 +33,27 @@ class Match(NamedTuple):
 @cache
 def families() -> tuple[Family, ...]:
     """All families. Their libraries are not imported, since a model comes with its own."""
-    from . import evolla, flamingo, flamingo_pytorch, idefics, idefics2, mllama, open_flamingo
+    from . import (
+        evolla,
+        flamingo,
+        flamingo_pytorch,
+        idefics,
+        idefics2,
+        mllama,
+        open_flamingo,
+        open_flamingo_v1,
+        open_flamingo_vlm,
+        otter,
+        xgen_mm,
+    )
 
     return (
         flamingo.FAMILY,
         open_flamingo.FAMILY,
+        open_flamingo_v1.FAMILY,
+        open_flamingo_vlm.FAMILY,
+        otter.FAMILY,
+        xgen_mm.FAMILY,
         flamingo_pytorch.FAMILY,
         idefics.FAMILY,
         idefics.RESAMPLER,

@@ -91,9 +91,11 @@ def feed_forward(dim, mult):
 class Gated(nn.Module):
     """A GatedCrossAttentionBlock."""
 
+    attention = LooksAtMedia
+
     def __init__(self, *, dim, dim_visual, ff_mult=4, **sizes):
         super().__init__()
-        self.attn = LooksAtMedia(dim=dim, dim_visual=dim_visual, **sizes)
+        self.attn = self.attention(dim=dim, dim_visual=dim_visual, **sizes)
         self.ff = feed_forward(dim, ff_mult)
         self.attn_gate, self.ff_gate = (nn.Parameter(torch.zeros(1)) for _ in range(2))
 
@@ -106,6 +108,56 @@ class Gated(nn.Module):
 
     def add_feed_forward(self, x):
         return x + self.ff_gate.tanh() * self.ff(x)
+
+
+class LooksAhead(LooksAtMedia):
+    """A MaskedCrossAttention of the first release: it counts the images of the call alone."""
+
+    def forward(self, x, media, media_locations=None, attend_previous=True):
+        return self.result(x, media, media_locations, attend_previous)
+
+    def times(self, x, places, attend_previous):
+        times = places.cumsum(1)
+        if attend_previous:
+            return times
+        ahead = times + ~places
+        return ahead.where(ahead <= places.count_nonzero(1)[:, None], 0)
+
+
+class GatedAhead(Gated):
+    """A GatedCrossAttentionBlock of the first release."""
+
+    attention = LooksAhead
+
+    def forward(self, x, media, media_locations=None, attend_previous=True):
+        return self.add_feed_forward(self.add_media(x, media, media_locations, attend_previous))
+
+
+class ListedAhead(GatedAhead):
+    """A gated block of Otter."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.feed_forward = nn.ModuleList(self.ff)
+        del self.ff
+
+    def add_feed_forward(self, x):
+        y = x
+        for module in self.feed_forward:
+            y = module(y)
+        return x + self.ff_gate.tanh() * y
+
+
+class LooksFromTheEnd(LooksAtMedia):
+    """A MaskedCrossAttention of the branches: the text is the end of its locations."""
+
+    def forward(self, x, media, media_locations=None):
+        if media_locations.shape[1] < x.shape[1]:
+            raise AssertionError("the text is longer than its locations")
+        return self.result(x, media, media_locations, False)
+
+    def times(self, x, places, follows):
+        return super().times(x, places, follows)[:, -x.shape[1] :]
 
 
 class Reads(nn.Module):
@@ -140,6 +192,8 @@ class Reads(nn.Module):
 class Sums(nn.Module):
     """A PerceiverResampler."""
 
+    attention = Reads
+
     def __init__(
         self,
         *,
@@ -157,7 +211,9 @@ class Sums(nn.Module):
         self.frame_embs = max_num_frames and nn.Parameter(torch.randn(max_num_frames, dim))
         self.media_time_embs = max_num_media and nn.Parameter(torch.randn(max_num_media, 1, dim))
         self.layers = nn.ModuleList(
-            nn.ModuleList([Reads(dim=dim, dim_head=dim_head, heads=heads), self.network(dim, ff_mult)])
+            nn.ModuleList(
+                [self.attention(dim=dim, dim_head=dim_head, heads=heads), self.network(dim, ff_mult)]
+            )
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
@@ -186,7 +242,93 @@ class Sums(nn.Module):
         return self.norm(latents)
 
 
+class SumsProjected(Sums):
+    """A resampler of the branches."""
+
+    def __init__(self, *, dim, dim_inner=None, **sizes):
+        super().__init__(dim=dim_inner or dim, **sizes)
+        self.projection = dim_inner and nn.Linear(dim, dim_inner)
+
+    def positioned(self, x):
+        return super().positioned(x if self.projection is None else self.projection(x))
+
+
+class ReadsSome(Reads):
+    """An attention of xGen-MM's resampler."""
+
+    def forward(self, x, latents, vision_attn_masks=None):
+        x, latents = self.norm_media(x), self.norm_latents(latents)
+        k, v = (split(each, self.heads) for each in self.to_kv(self.seen(x, latents)).chunk(2, -1))
+        scores = self.scores(split(self.to_q(latents), self.heads), k)
+        if vision_attn_masks is not None:
+            own = torch.ones(len(x), latents.shape[-2], dtype=vision_attn_masks.dtype)
+            seen = torch.cat((vision_attn_masks, own), -1) != 0
+            scores = scores.masked_fill(~seen[:, None, None, None], -torch.inf)
+        return self.to_out(merge(scores.softmax(-1) @ v))
+
+
+class SumsSome(Sums):
+    """xGen-MM's resampler."""
+
+    attention = ReadsSome
+
+    def __init__(self, *, dim, dim_inner=None, **sizes):
+        super().__init__(dim=dim, **sizes)
+        self.projection = dim_inner and nn.Linear(dim, dim_inner)
+
+    def forward(self, x, vision_attn_masks):
+        x = self.positioned(x)
+        latents = self.latents.expand(*x.shape[:2], -1, -1)
+        for attn, ff in self.layers:
+            latents = latents + attn(x, latents, vision_attn_masks)
+            latents = latents + ff(latents)
+        return self.last(latents)
+
+    def last(self, latents):
+        latents = super().last(latents)
+        return latents if self.projection is None else self.projection(latents)
+
+
+class ReadsOn(Reads):
+    """A block of Otter's resampler."""
+
+    def __init__(self, *, dim, **sizes):
+        super().__init__(dim=dim, **sizes)
+        self.feed_forward = nn.ModuleList(feed_forward(dim, 4))
+
+    def forward(self, x, latents):
+        latents = y = latents + super().forward(x, latents)
+        for module in self.feed_forward:
+            y = module(y)
+        return latents + y
+
+
+class SumsOn(Sums):
+    """Otter's resampler."""
+
+    def __init__(self, *, dim, depth=6, dim_head=64, heads=8, **sizes):
+        super().__init__(dim=dim, depth=0, **sizes)
+        blocks = (ReadsOn(dim=dim, dim_head=dim_head, heads=heads) for _ in range(depth))
+        self.layers = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        x = self.positioned(x)
+        latents = self.latents.expand(*x.shape[:2], -1, -1)
+        for block in self.layers:
+            latents = block(x, latents)
+        return self.last(latents)
+
+
 TARGETS = {
+    LooksAhead: "open_flamingo_v1.MaskedCrossAttention",
+    GatedAhead: "open_flamingo_v1.GatedCrossAttentionBlock",
+    ListedAhead: "otter_ai.OtterGatedCrossAttentionBlock",
+    LooksFromTheEnd: "open_flamingo_vlm.MaskedCrossAttention",
+    SumsProjected: "open_flamingo_vlm.PerceiverResampler",
+    ReadsSome: "xgen_mm.PerceiverAttention",
+    SumsSome: "xgen_mm.PerceiverResampler",
+    ReadsOn: "otter_ai.OtterPerceiverBlock",
+    SumsOn: "otter_ai.OtterPerceiverResampler",
     LooksAtMedia: "open_flamingo.MaskedCrossAttention",
     Gated: "open_flamingo.GatedCrossAttentionBlock",
     Reads: "open_flamingo.PerceiverAttention",
@@ -195,7 +337,8 @@ TARGETS = {
 
 
 def target(cls):
-    return next(name for base, name in TARGETS.items() if issubclass(cls, base))
+    """The known class that a class, or the nearest base of it, looks like."""
+    return next(TARGETS[base] for base in cls.__mro__ if base in TARGETS)
 
 
 def make(cls, **options):

@@ -1,16 +1,17 @@
-"""Small instances of open_flamingo's and flamingo_pytorch's classes, and calls in which copies may differ."""
+"""Small instances of open_flamingo's classes and of what descends from it, and calls that may differ."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import flamingo_pytorch, open_flamingo
+from .. import flamingo_pytorch, open_flamingo, open_flamingo_v1, open_flamingo_vlm, otter, xgen_mm
 from .call import Arguments, Call, Sample, randn
 
 # No two sizes that meet are equal, so that none is taken for another.
@@ -37,6 +38,8 @@ def _build(cls: type[nn.Module], module: nn.Module) -> nn.Module:
         sizes["depth"] = len(layers)
     if getattr(module, "frame_embs", None) is not None:
         sizes["max_num_frames"] = 3
+    if getattr(module, "projection", None) is not None:
+        sizes["dim_inner"] = 14
     takes = set(_constructor(cls))
     return cls(**{name: size for name, size in sizes.items() if name in takes})
 
@@ -103,7 +106,15 @@ def _masked_calls(module: nn.Module) -> Iterator[Call]:
     yield call("one token", _PLACES[:, 1:2], text=1)
     yield call("fewer tokens than locations", _PLACES, text=4)
     yield call("one token of more", _PLACES, text=1)
-    if "use_cached_media" in inspect.signature(type(module).forward).parameters:
+    takes = inspect.signature(type(module).forward).parameters
+    if "attend_previous" in takes:
+        yield call("images ahead", _PLACES, attend_previous=False)
+        yield call("more images ahead than media", _MORE_IMAGES, media=2, attend_previous=False)
+        yield call("no image ahead", _NO_IMAGE, attend_previous=False)
+        yield call("one token with an image ahead", _PLACES[:, 1:2], text=1, attend_previous=False)
+        yield call("one token with no image ahead", _PLACES[:, :1], text=1, attend_previous=False)
+        yield call("nowhere ahead", None, attend_previous=False)
+    if "use_cached_media" in takes:
         for places, name in (
             (_PLACES, "images"),
             (_MORE_IMAGES, "more images than media"),
@@ -149,7 +160,8 @@ def _perceiver_calls(module: nn.Module) -> Iterator[Call]:
 
 def _resampler_calls(module: nn.Module) -> Iterator[Call]:
     resampler: Any = module
-    width = resampler.latents.shape[-1]
+    projection = getattr(resampler, "projection", None)
+    width = resampler.latents.shape[-1] if projection is None else projection.in_features
     shapes = {
         "media of one frame": (2, 3, 1, 5, width),
         "one medium": (2, 1, 1, 5, width),
@@ -169,6 +181,30 @@ def _resampler_calls(module: nn.Module) -> Iterator[Call]:
     yield Call("a blank medium", functools.partial(_features, (2, 3, 1, 5, width), blank=True))
 
 
+def _with_masks(calls: Callable[[nn.Module], Iterator[Call]], module: nn.Module) -> Iterator[Call]:
+    """The calls of a class that takes a mask of the features too, each with none, all, some and none seen."""
+
+    def make(call: Call, seen: Callable[[Tensor], Tensor] | None, dtype: torch.dtype) -> Arguments:
+        (x, *rest), _ = call.make(dtype)
+        if seen is None:
+            return (x, *rest, None), {}
+        all_seen = torch.ones(x.shape[0], math.prod(x.shape[2:-1]), dtype=torch.int64)
+        return (x, *rest, seen(all_seen)), {}
+
+    for call in calls(module):
+        for title, seen in _SEEN.items():
+            yield call._replace(title=f"{call.title}, {title}", make=functools.partial(make, call, seen))
+
+
+_SEEN: Mapping[str, Callable[[Tensor], Tensor] | None] = {
+    "no mask": None,
+    "every feature": lambda seen: seen,
+    "the first features": lambda seen: seen.cumsum(1) * 2 <= seen.shape[1] + 1,
+    "every second feature": lambda seen: (seen.cumsum(1) % 2).double(),
+    "no feature": lambda seen: seen * 0,
+}
+
+
 def _features(shape: tuple[int, ...], dtype: torch.dtype, blank: bool = False) -> Arguments:
     return (randn(dtype, *shape, blank=blank),), {}
 
@@ -179,12 +215,27 @@ SAMPLES: Mapping[type[nn.Module], Sample] = {
         for cls in (
             open_flamingo.MaskedCrossAttention,
             open_flamingo.GatedCrossAttentionBlock,
+            open_flamingo_v1.MaskedCrossAttention,
+            open_flamingo_v1.GatedCrossAttentionBlock,
+            otter.OtterMaskedCrossAttention,
+            otter.OtterGatedCrossAttentionBlock,
+            open_flamingo_vlm.MaskedCrossAttention,
             flamingo_pytorch.GatedCrossAttentionBlock,
         )
     },
-    open_flamingo.PerceiverAttention: Sample(_build, _perceiver_calls),
+    **{
+        cls: Sample(_build, _perceiver_calls)
+        for cls in (open_flamingo.PerceiverAttention, otter.OtterPerceiverBlock)
+    },
     **{
         cls: Sample(_build, _resampler_calls)
-        for cls in (open_flamingo.PerceiverResampler, flamingo_pytorch.PerceiverResampler)
+        for cls in (
+            open_flamingo.PerceiverResampler,
+            otter.OtterPerceiverResampler,
+            open_flamingo_vlm.PerceiverResampler,
+            flamingo_pytorch.PerceiverResampler,
+        )
     },
+    xgen_mm.PerceiverAttention: Sample(_build, functools.partial(_with_masks, _perceiver_calls)),
+    xgen_mm.PerceiverResampler: Sample(_build, functools.partial(_with_masks, _resampler_calls)),
 }
