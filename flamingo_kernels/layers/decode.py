@@ -125,7 +125,7 @@ class _Seen(NamedTuple):
 def _tensors_of(module: Any) -> tuple[Tensor | None, ...]:
     if has_integers(module):
         return (*module.integer_weight(), module.bias)
-    return module._parameters.get("weight"), module._parameters.get("bias")
+    return tuple(module._parameters.values())
 
 
 def _settings_of(module: nn.Module) -> tuple[Any, ...]:

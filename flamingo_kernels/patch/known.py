@@ -153,6 +153,21 @@ KNOWN: Mapping[str, Mapping[str, str]] = {
     "transformers.models.evolla.modeling_evolla.EvollaRMSNorm": {
         "f48863d8f97ba423": "transformers 4.57.6 to 5.24.0",
     },
+    "torchtune.modules.transformer.TransformerCrossAttentionLayer": {
+        "0b36eea78d0ad876": "torchtune 0.5.0 to 0.6.1",
+    },
+    "torchtune.modules.attention.MultiHeadAttention": {
+        "11205f46a5fa9a49": "torchtune 0.5.0 to 0.6.1",
+    },
+    "torchtune.modules.rms_norm.RMSNorm": {
+        "c4fda1712a91141f": "torchtune 0.5.0 to 0.6.1",
+    },
+    "torchtune.modules.feed_forward.FeedForward": {
+        "d89c6228df7635be": "torchtune 0.5.0 to 0.6.1",
+    },
+    "torchtune.modules.tanh_gate.TanhGate": {
+        "c4eb33690616810d": "torchtune 0.5.0 to 0.6.1",
+    },
     "transformers.activations.ReLUSquaredActivation": {
         "7035acac655aec0c": "transformers 4.57.6 to 5.24.0",
     },

@@ -44,6 +44,7 @@ def families() -> tuple[Family, ...]:
         open_flamingo_v1,
         open_flamingo_vlm,
         otter,
+        torchtune,
         xgen_mm,
     )
 
@@ -60,6 +61,7 @@ def families() -> tuple[Family, ...]:
         idefics2.FAMILY,
         mllama.FAMILY,
         evolla.FAMILY,
+        torchtune.FAMILY,
     )
 
 

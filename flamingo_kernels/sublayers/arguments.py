@@ -21,11 +21,12 @@ from .activation import ACTIVATIONS
 
 _LARGEST_STEP = 2**18  # bytes of x: 16 sequences in float32 at a width of 4096
 _MODELS = "transformers.models"
-_RMS_NORMS = (
-    f"{_MODELS}.idefics.modeling_idefics.IdeficsRMSNorm",
-    f"{_MODELS}.mllama.modeling_mllama.MllamaTextRMSNorm",
-    f"{_MODELS}.evolla.modeling_evolla.EvollaRMSNorm",
-)
+_RMS_NORMS = {  # what each calls its weight and its eps
+    f"{_MODELS}.idefics.modeling_idefics.IdeficsRMSNorm": ("weight", "variance_epsilon"),
+    f"{_MODELS}.mllama.modeling_mllama.MllamaTextRMSNorm": ("weight", "variance_epsilon"),
+    f"{_MODELS}.evolla.modeling_evolla.EvollaRMSNorm": ("weight", "variance_epsilon"),
+    "torchtune.modules.rms_norm.RMSNorm": ("scale", "eps"),
+}
 
 
 def as_norm(module: Any, x: Tensor) -> Norm | None:
@@ -34,17 +35,22 @@ def as_norm(module: Any, x: Tensor) -> Norm | None:
         return None
     if isinstance(module, nn.LayerNorm):
         return Norm(module.weight, module.bias, module.eps)
-    if module.weight.dtype != x.dtype:
-        return None
-    return Norm(module.weight, eps=module.variance_epsilon, rms=True)
+    weight, eps = (getattr(module, name) for name in _names_of(module))
+    return Norm(weight, eps=eps, rms=True) if weight.dtype == x.dtype else None
 
 
 def is_norm(module: Any) -> bool:
     """Whether a module is a plain LayerNorm or RMSNorm over one dimension, with a weight."""
-    weight: Any = getattr(module, "weight", None)
+    weight: Any = getattr(module, _names_of(module)[0], None)
     if not is_ordinary(weight) or weight.ndim != 1:  # quantised layers have a method of that name
         return False
     return is_plain(module, nn.LayerNorm, *_RMS_NORMS)
+
+
+def _names_of(norm: Any) -> tuple[str, str]:
+    """What a norm calls its weight and its eps."""
+    cls = type(norm)
+    return _RMS_NORMS.get(f"{cls.__module__}.{cls.__name__}", ("weight", "eps"))
 
 
 def as_linear(module: Any, x: Tensor) -> Linear | None:
