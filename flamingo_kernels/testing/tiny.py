@@ -172,10 +172,13 @@ def _language(sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def _mllama(sizes: Sizes, **config: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def _mllama(
+    sizes: Sizes, *, image: int = 32, patch: int = 8, most_tiles: bool = False, **config: Any
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Images are of one, two and four tiles in turn, or all of four."""
     import transformers
 
-    image, patch, tiles = 32, 8, 4
+    tiles = 4
     rope = {"rope_type": "default", "rope_theta": 10000.0}  # under its name in transformers 5, and in 4
     vision = {
         "hidden_size": sizes.visual,
@@ -204,6 +207,7 @@ def _mllama(sizes: Sizes, **config: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     model = transformers.MllamaForConditionalGeneration(options)
     tokens, locations = _text(sizes)
     ratios = torch.arange(sizes.images).expand(sizes.batch, -1) % 3 + 1  # of one, two or four tiles
+    ratios = torch.full_like(ratios, 3) if most_tiles else ratios
     valid = torch.arange(tiles) < torch.tensor([0, 1, 2, 4])[ratios][..., None]  # [B, M, tiles]
     return model, {
         "input_ids": tokens,

@@ -125,6 +125,18 @@ _OPT_350M = {
     "do_layer_norm_before": False,
 }
 
+# Two of the 40 layers of Llama 3.2 Vision 11B, one of them of cross-attention, in their widths, without its
+# vocabulary; its images are four tiles of 560 pixels, with 1601 tokens each.
+MLLAMA_560 = "mllama-560"
+_WIDE_MLLAMA: dict[str, Any] = {"width": 4096, "heads": 32, "layers": 2, "visual": 1280}
+_MLLAMA_560 = {
+    "image": 560,
+    "patch": 14,
+    "most_tiles": True,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+}
+
 
 def _registry() -> dict[str, Callable[[Sizes], Subject]]:
     return {
@@ -133,6 +145,7 @@ def _registry() -> dict[str, Callable[[Sizes], Subject]]:
         **{name: partial(_third_party, name) for name in tiny.names()},
         **{small_of(name): partial(_third_party, name, **WIDE) for name in tiny.names()},
         OPT_350M: partial(_third_party, "open_flamingo-tiny", config=_OPT_350M, **_WIDE_OPT_350M),
+        MLLAMA_560: partial(_third_party, "mllama-tiny", config=_MLLAMA_560, **_WIDE_MLLAMA),
     }
 
 
