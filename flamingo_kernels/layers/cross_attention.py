@@ -55,12 +55,13 @@ class Media(NamedTuple):
 
     Attributes:
         features: `[B, M, R, D_visual]`, or the keys and values made of them.
-        locations: `[B, T]`, where the text has its media; None if all of it sees every medium.
+        locations: `[B, T]`, where the text has its media; None if all of it sees every medium; or the mask,
+            where a library has a rule of its own.
         cached: whether the text follows these locations.
     """
 
     features: Tensor | MediaCache
-    locations: Tensor | None
+    locations: Tensor | MediaMask | None
     cached: bool
 
 
@@ -134,7 +135,12 @@ class MaskedCrossAttention(FusedCrossAttention, modules.MaskedCrossAttention):
         return attend_to_media(self, x, media)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, media_locations: Tensor | None, use_cached_media: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        media_locations: Tensor | MediaMask | None,
+        use_cached_media: bool,
     ) -> Tensor:
         return attend(self, q, k, v, media_locations, use_cached_media)
 
@@ -197,7 +203,7 @@ def attend(
     q: Tensor,  # [B, T, H, d]
     k: Tensor,  # [B, M, R, H, d], or a divisor of B, so that several texts in a row share media
     v: Tensor,  # like k
-    media_locations: Tensor | None,  # [B, T]
+    media_locations: Tensor | MediaMask | None,  # [B, T]
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, H, d]
     """The core of a masked cross-attention module."""
@@ -247,6 +253,8 @@ def add_attended(block: GatedBlock, x: Tensor, media: Media) -> Tensor:  # [B, T
     attn, plain = cast(MediaAttention, block.attn), None
     if is_fused(block.attn):
         plain = arguments.as_cross_attention(x, attn.norm, attn.to_q, attn.to_out)
+    if plain is None and is_fused(block.attn):
+        return add_gated(x, attend_to_media(attn, x, media), gate)
     if plain is None:
         cached = (True,) if media.cached else ()
         return add_gated(x, block.attn(x, media.features, media.locations, *cached), gate)
@@ -261,10 +269,12 @@ def media_mask(
     attn: MediaAttention,
     x: Tensor,  # [B, T, ...]
     k: Tensor,  # [B, M, R, H, d], or a divisor of B
-    media_locations: Tensor | None,  # [B, T]
+    media_locations: Tensor | MediaMask | None,  # [B, T]
     use_cached_media: bool,
 ) -> MediaMask:
     """Which media the text of a module sees. Without locations every row sees every medium."""
+    if isinstance(media_locations, MediaMask):
+        return media_locations
     (batch, length), (sequences, num_media) = x.shape[:2], k.shape[:2]
     texts = _texts(x, k)
     if media_locations is None:

@@ -33,7 +33,18 @@ class Match(NamedTuple):
 @cache
 def families() -> tuple[Family, ...]:
     """All families. Their libraries are not imported, since a model comes with its own."""
-    from . import evolla, flamingo, flamingo_pytorch, idefics, idefics2, mllama, open_flamingo
+    from . import (
+        audio_flamingo,
+        audio_flamingo_inference,
+        evolla,
+        flamingo,
+        flamingo_pytorch,
+        idefics,
+        idefics2,
+        mllama,
+        open_flamingo,
+        whisper_flamingo,
+    )
 
     return (
         flamingo.FAMILY,
@@ -44,6 +55,9 @@ def families() -> tuple[Family, ...]:
         idefics2.FAMILY,
         mllama.FAMILY,
         evolla.FAMILY,
+        audio_flamingo.FAMILY,
+        audio_flamingo_inference.FAMILY,
+        whisper_flamingo.FAMILY,
     )
 
 
