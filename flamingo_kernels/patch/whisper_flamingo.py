@@ -66,7 +66,8 @@ class ResidualAttentionBlock(Fused):
         kv_cache: dict[nn.Module, Tensor] | None = None,
         xv: Tensor | None = None,  # the video, like the audio
     ) -> Tensor:  # [B, T, D]
-        if not self.add_gated_x_attn or xv is None or is_recording(x) or self.is_watched():
+        stays = not self.add_gated_x_attn or is_recording(x) or self.is_watched()
+        if stays or xv is None or not _are_for(xv, x):
             return cast(Tensor, super().forward(x, xa, mask, kv_cache, xv))
         follows = grows(self, x.shape[1])
         y = _attend(self.gated_x_attn, self.gated_x_attn_ln(x), xv, None, follows=follows)
@@ -106,11 +107,15 @@ def _attend(
 
 
 def _takes(attn: nn.Module, x: Tensor, media: Tensor) -> bool:
-    """Whether an attention is Whisper's own, and media are for these texts."""
+    """Whether an attention is Whisper's own, and what it would get fits."""
     alike = media.dtype == x.dtype or autocast_dtype(x.device) is not None
+    return alike and _are_for(media, x) and _is_known(attn, "MultiHeadAttention")
+
+
+def _are_for(media: Tensor, x: Tensor) -> bool:
+    """Whether there are media for each text, or for all."""
     fits = x.ndim == media.ndim == 3 and media.shape[0] in (1, x.shape[0])
-    filled = x.numel() > 0 and media.numel() > 0
-    return alike and fits and filled and _is_known(attn, "MultiHeadAttention")
+    return fits and x.numel() > 0 and media.numel() > 0
 
 
 def _is_linear(module: nn.Module) -> bool:
