@@ -21,7 +21,7 @@ INT8_BEGIN, INT8_END = "<!-- int8: begin -->", "<!-- int8: end -->"
 REAL_BEGIN, REAL_END = "<!-- real: begin -->", "<!-- real: end -->"
 PRESETS_BEGIN, PRESETS_END = "<!-- presets: begin -->", "<!-- presets: end -->"
 
-# By family, what `profile` calls the model whose gains stand in its row.
+# By family, what `profile` calls the model whose gains stand in its row; the others have no model there.
 PROFILED = {
     "flamingo": "flamingo-small",
     "open_flamingo": "open_flamingo-small",

@@ -188,7 +188,8 @@ class GatedCrossAttentionBlock(FusedCrossAttention, modules.GatedCrossAttentionB
 
 def _expect_inputs(x: Tensor, media: Media) -> None:
     if not isinstance(media.features, MediaCache):
-        modules.check_cross_attention_inputs(x, media.features, media.locations)
+        locations = cast("Tensor | None", media.locations)
+        modules.check_cross_attention_inputs(x, media.features, locations)
 
 
 def attend_to_media(attn: MediaAttention, x: Tensor, media: Media) -> Tensor:  # [B, T, D]

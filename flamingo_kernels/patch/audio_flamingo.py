@@ -171,5 +171,5 @@ FAMILY = Family(
     "Audio Flamingo 1 and 2",
     "audio_flamingo_2.src.helpers",
     (MaskedCrossAttention, GatedCrossAttentionBlock),
-    "audio-flamingo, branches legacy_audio_flamingo_1 and audio_flamingo_2",
+    "audio-flamingo 1 to 2",
 )

@@ -17,5 +17,5 @@ FAMILY = Family(
     "Audio Flamingo 2, inference",
     "inference_HF_pretrained.src.helpers",
     (MaskedCrossAttention,),
-    "audio-flamingo, branch audio_flamingo_2",
+    "audio-flamingo 2",
 )

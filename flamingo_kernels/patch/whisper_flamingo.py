@@ -124,17 +124,16 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _is_known(module: nn.Module, name: str) -> bool:
     """Whether calling a module runs the known forward of the class of this name in Whisper, and no other."""
-    return is_plain(module, type(module)) and _has_known_code(type(module), name)
+    cls: Any = type(module)
+    return is_plain(module, cls) and _has_known_code(cls, name)
 
 
 @functools.cache
-def _has_known_code(cls: type[nn.Module], name: str) -> bool:
+def _has_known_code(cls: Any, name: str) -> bool:
     try:
         return code_hash(cls, origin=_HOME) in KNOWN[f"{_HOME}.{name}"]
     except Unreadable:
         return False
 
 
-FAMILY = Family(
-    "Whisper-Flamingo", _HOME, (ResidualAttentionBlock,), "whisper-flamingo and mwhisper-flamingo"
-)
+FAMILY = Family("Whisper-Flamingo", _HOME, (ResidualAttentionBlock,), "whisper-flamingo main")
