@@ -20,8 +20,7 @@ _NO_AUDIO = torch.tensor([[0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]]).bool()
 _HEARD = {
     "no padding": torch.ones(2, _KEYS),
     "padding at the end": torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]),
-    "padding between": torch.tensor([[1, 0, 1, 0, 1, 1], [0, 1, 1, 1, 0, 1]]),
-    "padding first": torch.tensor([[0, 0, 1, 1, 0, 1], [0, 0, 0, 1, 1, 1]]),
+    "padding between": torch.tensor([[1, 0, 1, 0, 1, 1], [0, 0, 1, 1, 0, 1]]),
     "nothing but padding": torch.tensor([[0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 1, 1]]),
 }
 
@@ -59,13 +58,13 @@ def _calls(module: nn.Module) -> Iterator[Call]:
 
     for heard in _HEARD:
         yield call(heard, heard, _PLACES)
-        yield call(f"{heard}, adjacent audios", heard, _ADJACENT)
-        yield call(f"{heard}, a text without an audio", heard, _NO_AUDIO)
-        yield call(f"a token, {heard}", heard, _PLACES[:, 1:2], length=1)
         yield call(f"a step, {heard}", heard, _PLACES, length=1, follows=True)
-        yield call(f"a step after adjacent audios, {heard}", heard, _ADJACENT, length=1, follows=True)
-        yield call(f"text after audios, {heard}", heard, _PLACES, length=4, follows=True)
         yield call(f"no locations, {heard}", heard, None, follows=True)
+    for name, places in (("adjacent audios", _ADJACENT), ("a text without an audio", _NO_AUDIO)):
+        yield call(name, "padding between", places)
+        yield call(f"a step after {name}", "no padding", places, length=1, follows=True)
+    yield call("a token", "padding at the end", _PLACES[:, 1:2], length=1)
+    yield call("text after audios", "padding between", _PLACES, length=4, follows=True)
     yield call("longer text after audios", "no padding", _PLACES, length=9, follows=True)
     yield call("one sequence", "padding at the end", _PLACES, batch=1)
     yield call("locations as numbers", "padding between", _PLACES.long() * 2)
