@@ -93,7 +93,7 @@ class MaskedCrossAttention(Fused):
         """Whether the shapes are those that the original does not refuse, and nothing is broadcast."""
         if is_recording(x) or x.is_meta or x.ndim != 3 or self.only_attend_immediate_media is not False:
             return False
-        (batch, length, _), keys, window = x.shape, padding.shape[1], self.max_window_per_audio
+        (batch, length, _), keys, window = x.shape, media.shape[1], self.max_window_per_audio
         fits = media.shape[:-1] == padding.shape == (batch, keys, 1) and window > 0 and keys % window == 0
         if locations is None:
             placed = follows
