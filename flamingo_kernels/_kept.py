@@ -197,6 +197,7 @@ def kept_kv(
     project: Callable[[], T],
     *,
     step: bool,
+    also: Callable[[nn.Module], bool] = lambda module: False,
 ) -> T:
     """`project()`, the K and V of media: made anew for every text, and kept for the tokens that follow it.
 
@@ -206,12 +207,22 @@ def kept_kv(
         modules: the modules that `project` calls; nothing is kept unless each depends on its own parameters
             alone.
         step: whether the text continues an earlier call, whose K and V may then serve.
+        also: says of a module of another library whether it depends on its own parameters alone.
     """
-    if is_recording(media) or not all(map(_is_leaf, modules)):
+    may_keep = not is_recording(media) and not _are_sharded()
+    if not may_keep or not all(_is_leaf(module) or also(module) for module in modules):
         return project()
     weights = [weight for module in modules for weight in _weights(module)]
     base = media if media._base is None else media._base
     return newest(layer, base, (media, *weights), project, reuse=step)
+
+
+def grows(holder: object, length: int) -> bool:
+    """Whether a text is longer than the holder's last one, as where each step repeats the text before it."""
+    lengths = vars(_threads).setdefault("lengths", WeakIdKeyDictionary())
+    last = lengths.get(holder, length)
+    lengths[holder] = length
+    return length > last
 
 
 def newest(
@@ -278,10 +289,12 @@ def _sample(tensor: Tensor) -> Tensor:
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether a module computes from its input and its own parameters, and nothing else."""
-    known = is_plain(module, nn.Linear) or is_norm(module) or (_says_so(module) and is_unhooked(module))
-    # FSDP2 gathers new weights into the same tensors without counting a change.
-    sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return known and not sharded
+    return is_plain(module, nn.Linear) or is_norm(module) or (_says_so(module) and is_unhooked(module))
+
+
+def _are_sharded() -> bool:
+    """Whether weights may be: FSDP2 gathers new ones into the same tensors without counting a change."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _says_so(module: Any) -> bool:

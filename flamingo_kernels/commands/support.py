@@ -21,7 +21,7 @@ INT8_BEGIN, INT8_END = "<!-- int8: begin -->", "<!-- int8: end -->"
 REAL_BEGIN, REAL_END = "<!-- real: begin -->", "<!-- real: end -->"
 PRESETS_BEGIN, PRESETS_END = "<!-- presets: begin -->", "<!-- presets: end -->"
 
-# By family, what `profile` calls the model whose gains stand in its row.
+# By family, what `profile` calls the model whose gains stand in its row; the others have no model there.
 PROFILED = {
     "flamingo": "flamingo-small",
     "open_flamingo": "open_flamingo-small",
@@ -146,7 +146,7 @@ def models(results: str | Path | None = None) -> str:
     ]
     for family in families():
         swapped = ", ".join(f"`{name}`" for name in family.fused)
-        gains = (_gain(found[PROFILED[family.name]], work) for work in WORKS)
+        gains = (_gain(found.get(PROFILED.get(family.name, ""), {}), work) for work in WORKS)
         fixes = "; ".join(f"`{name}`: {bug}" for name, bug in family.fixes.items())
         lines.append(readme.row(family.name, family.versions, swapped, *gains, fixes))
     return "\n".join([*lines, *_conditions([each for each in found.values() if each])])

@@ -56,19 +56,20 @@ class Media(NamedTuple):
 
     Attributes:
         features: `[B, M, R, D_visual]`, or the keys and values made of them.
-        locations: `[B, T]`, where the text has its media; None if all of it sees every medium.
+        locations: `[B, T]`, where the text has its media; None if all of it sees every medium; or the mask,
+            where a library has a rule of its own.
         cached: whether the text follows these locations.
         ahead: whether text sees the medium after it, not the one before.
     """
 
     features: Tensor | MediaCache
-    locations: Tensor | None
+    locations: Tensor | MediaMask | None
     cached: bool = False
     ahead: bool = False
 
     def follows(self, x: Tensor) -> bool:
         """Whether x `[B, T, ...]` comes after another text, whose keys and values may serve."""
-        longer = self.locations is not None and self.locations.shape[-1] > x.shape[1]
+        longer = isinstance(self.locations, Tensor) and self.locations.shape[-1] > x.shape[1]
         return self.cached or longer
 
     def arguments(self) -> tuple[Any, ...]:
@@ -154,7 +155,12 @@ class MaskedCrossAttention(FusedCrossAttention, modules.MaskedCrossAttention):
         return attend_to_media(self, x, media)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, media_locations: Tensor | None, use_cached_media: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        media_locations: Tensor | MediaMask | None,
+        use_cached_media: bool,
     ) -> Tensor:
         return attend(self, q, k, v, media_locations, use_cached_media)
 
@@ -205,7 +211,8 @@ class GatedCrossAttentionBlock(FusedCrossAttention, modules.GatedCrossAttentionB
 
 def _expect_inputs(x: Tensor, media: Media) -> None:
     if not isinstance(media.features, MediaCache):
-        modules.check_cross_attention_inputs(x, media.features, media.locations)
+        locations = cast("Tensor | None", media.locations)
+        modules.check_cross_attention_inputs(x, media.features, locations)
 
 
 def attend_to_media(attn: MediaAttention, x: Tensor, media: Media) -> Tensor:  # [B, T, D]
@@ -220,7 +227,7 @@ def attend(
     q: Tensor,  # [B, T, H, d]
     k: Tensor,  # [B, M, R, H, d], or a divisor of B, so that several texts in a row share media
     v: Tensor,  # like k
-    media_locations: Tensor | None,  # [B, T]
+    media_locations: Tensor | MediaMask | None,  # [B, T]
     use_cached_media: bool,
 ) -> Tensor:  # [B, T, H, d]
     """The core of a masked cross-attention module."""
@@ -275,6 +282,8 @@ def add_attended(block: GatedBlock, x: Tensor, media: Media) -> Tensor:  # [B, T
     attn, plain = cast(MediaAttention, block.attn), None
     if is_fused(block.attn):
         plain = arguments.as_cross_attention(x, attn.norm, attn.to_q, attn.to_out)
+    if plain is None and is_fused(block.attn):
+        return add_gated(x, attend_to_media(attn, x, media), gate)
     if plain is None:
         return add_gated(x, block.attn(x, *media.arguments()), gate)
     k, v = load_or_project(attn, x, media.features, follows=media.follows(x))
@@ -291,6 +300,8 @@ def media_mask(
     media: Media,
 ) -> MediaMask:
     """Which media the text of a module sees. Without locations every row sees every medium."""
+    if isinstance(media.locations, MediaMask):
+        return media.locations
     (batch, length), (sequences, num_media) = x.shape[:2], k.shape[:2]
     texts = _texts(x, k)
     if media.locations is None:

@@ -40,7 +40,12 @@ class MediaAttention(MediaLayer, Protocol):
     def to_out(self) -> nn.Module: ...
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, media_locations: Tensor | None, use_cached_media: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        media_locations: Tensor | MediaMask | None,
+        use_cached_media: bool,
     ) -> Tensor:
         """The attention itself, between the projections."""
 

@@ -141,10 +141,10 @@ def read_mask(seen: Tensor, averages: Tensor | None = None) -> MediaMask | None:
 
 def _used_first(seen: Tensor) -> Tensor:
     """An order of the keys with the unseen ones last; rows that see all keys fit any order."""
-    return _first((seen & ~seen.all(-1, keepdim=True)).any(1))
+    return chosen_first((seen & ~seen.all(-1, keepdim=True)).any(1))
 
 
-def _first(chosen: Tensor) -> Tensor:
+def chosen_first(chosen: Tensor) -> Tensor:
     """An order of the last dimension with the chosen entries first."""
     return chosen.int().argsort(dim=-1, descending=True, stable=True)
 
@@ -199,7 +199,7 @@ def read_padding(mask: Tensor, latents: int) -> tuple[Tensor | None, Tensor] | N
     media, own = seen[:, 0].split([seen.shape[-1] - latents, latents], dim=-1)
     if not bool((seen == seen[:, :1]).all() & own.all()):
         return None
-    order = _first(media)
+    order = chosen_first(media)
     sorted_already = bool((media == in_order(media, order)).all())
     return None if sorted_already else order, media.sum(-1)
 

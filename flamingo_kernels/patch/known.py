@@ -168,6 +168,24 @@ KNOWN: Mapping[str, Mapping[str, str]] = {
     "torchtune.modules.tanh_gate.TanhGate": {
         "c4eb33690616810d": "torchtune 0.5.0 to 0.6.1",
     },
+    "audio_flamingo_2.src.helpers.MaskedCrossAttention": {
+        "521e4d328615819f": "audio-flamingo 1 to 2",
+    },
+    "audio_flamingo_2.src.helpers.GatedCrossAttentionBlock": {
+        "2f80b7781b8988d4": "audio-flamingo 1 to 2",
+    },
+    "inference_HF_pretrained.src.helpers.MaskedCrossAttention": {
+        "50e0ca2f97e5c427": "audio-flamingo 2",
+    },
+    "whisper_flamingo.whisper.model.ResidualAttentionBlock": {
+        "e4a7eae02aa5c269": "whisper-flamingo main",
+    },
+    "whisper_flamingo.whisper.model.MultiHeadAttention": {
+        "3f76f20c7659d758": "whisper-flamingo main",
+    },
+    "whisper_flamingo.whisper.model.Linear": {
+        "04eed6ceb42a2f87": "whisper-flamingo main",
+    },
     "transformers.activations.ReLUSquaredActivation": {
         "7035acac655aec0c": "transformers 4.57.6 to 5.24.0",
     },

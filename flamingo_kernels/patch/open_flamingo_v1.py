@@ -42,7 +42,7 @@ class FirstVersion(FusedCrossAttention):
 
     def fits(self, x: Tensor, media: Media) -> bool:
         locations = media.locations
-        if locations is None or isinstance(media.features, MediaCache):
+        if not isinstance(locations, Tensor) or isinstance(media.features, MediaCache):
             return True
         return locations.shape == x.shape[:2] and (locations.dtype == torch.bool or not media.ahead)
 
@@ -68,7 +68,8 @@ class GatedCrossAttentionBlock(FirstVersion, open_flamingo.GatedCrossAttentionBl
 
 def is_blind(attn: Any, x: Tensor, media: Media) -> bool:
     """Whether a text without gradients has no image, so that the result of its attention is 0."""
-    if not attn.only_attend_immediate_media or media.locations is None or torch.is_grad_enabled():
+    located = isinstance(media.locations, Tensor) and attn.only_attend_immediate_media
+    if not located or torch.is_grad_enabled():
         return False
     keeps_zeros = is_plain(attn.to_out, nn.Linear) and attn.to_out.bias is None
     return keeps_zeros and is_eager(x) and not once(_has_media, (media.locations,), layer=attn)

@@ -29,10 +29,10 @@ class MaskedCrossAttention(open_flamingo.MaskedCrossAttention):
         return self.run(x, Media(media, media_locations))
 
     def fits(self, x: Tensor, media: Media) -> bool:
-        return media.locations is not None and media.locations.shape[-1] >= x.shape[1]
+        return isinstance(media.locations, Tensor) and media.locations.shape[-1] >= x.shape[1]
 
     def mask(self, x: Tensor, k: Tensor, media: Media) -> MediaMask:
-        if media.locations is not None and media.follows(x):
+        if isinstance(media.locations, Tensor) and media.follows(x):
             end = once(_end, (media.locations,), x.shape[1], layer=self)
             media = media._replace(locations=end)
         return media_mask(self, x, k, media)

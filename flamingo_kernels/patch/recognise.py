@@ -197,11 +197,18 @@ class Recogniser:
 
     def _swap_all(self, module: nn.Module, known: Match) -> None:
         """Swap a module, and those of its parts that would be swapped in a model."""
-        parts = [(part, self(part)) for part in module.modules() if part is not module]
+        parts = [(part, self._part(part)) for part in module.modules() if part is not module]
         swap(module, known.fused)
         for part, found in parts:
             if isinstance(found, Found):
                 swap(part, found.match.fused)
+
+    def _part(self, module: nn.Module) -> Found | Left | None:
+        """What a part of a small module is; None too if no claim holds for it, with the flags that it has."""
+        try:
+            return self(module)
+        except UnsupportedError:
+            return None
 
     def expect_all_used(self, model: nn.Module) -> None:
         """Raise ValueError if the caller speaks of a class that no module has or had before a swap."""

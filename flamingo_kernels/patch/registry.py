@@ -34,6 +34,8 @@ class Match(NamedTuple):
 def families() -> tuple[Family, ...]:
     """All families. Their libraries are not imported, since a model comes with its own."""
     from . import (
+        audio_flamingo,
+        audio_flamingo_inference,
         evolla,
         flamingo,
         flamingo_pytorch,
@@ -45,6 +47,7 @@ def families() -> tuple[Family, ...]:
         open_flamingo_vlm,
         otter,
         torchtune,
+        whisper_flamingo,
         xgen_mm,
     )
 
@@ -62,6 +65,9 @@ def families() -> tuple[Family, ...]:
         mllama.FAMILY,
         evolla.FAMILY,
         torchtune.FAMILY,
+        audio_flamingo.FAMILY,
+        audio_flamingo_inference.FAMILY,
+        whisper_flamingo.FAMILY,
     )
 
 

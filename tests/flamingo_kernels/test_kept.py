@@ -15,7 +15,7 @@ from torch.func import functional_call, vmap
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from flamingo_kernels import patch
-from flamingo_kernels._kept import kept_kv, newest, once, once_for_equal
+from flamingo_kernels._kept import grows, kept_kv, newest, once, once_for_equal
 from tests.helpers.families import FAMILIES, cross_attention, media_width
 
 LOCATIONS = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 0, 0, 0]])
@@ -238,6 +238,26 @@ class TestKeptKV:
         assert torch.equal(layer(media)[0], layer.k(media))
 
     @torch.no_grad()
+    def test_what_another_class_computes_if_the_caller_knows_it(self):
+        class Own(nn.Linear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        layer, media = Layer(), torch.randn(2, 4)
+        layer.k = Own(4, 6)
+        for known, calls in ((False, 2), (True, 3)):
+            for _ in range(2):
+                kept_kv(
+                    layer,
+                    media,
+                    (layer.k, layer.v),
+                    lambda: layer.project(media),
+                    step=True,
+                    also=lambda module, known=known: known and module is layer.k,
+                )
+            assert layer.calls == calls
+
+    @torch.no_grad()
     def test_not_where_weights_may_be_sharded(self, monkeypatch):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         layer, media = Layer(), torch.randn(2, 4)
@@ -427,3 +447,22 @@ class TestBlocks:
         for media in (*every, *every):
             x = torch.randn(2, 1, width)
             torch.testing.assert_close(fused(x, media, LOCATIONS, True), original(x, media, LOCATIONS, True))
+
+
+def test_a_text_that_grows():
+    """Each holder has its own, in each thread."""
+    holders = nn.Linear(1, 1), nn.Linear(1, 1)
+    assert [grows(holders[0], length) for length in (3, 4, 4, 6, 5, 6)] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert not grows(holders[1], 7)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(grows(holders[0], 9)))
+    thread.start()
+    thread.join()
+    assert found == [False]

@@ -1,8 +1,9 @@
 """Small instances of the classes that can be swapped, and calls in which others may turn out to differ.
 
-call           what a sample is
-open_flamingo  those of open_flamingo and flamingo_pytorch
-transformers   those of transformers
+call            what a sample is
+audio_flamingo  those of Audio Flamingo
+open_flamingo   those of open_flamingo and flamingo_pytorch
+transformers    those of transformers
 """
 
 from __future__ import annotations
@@ -18,12 +19,10 @@ from .call import Call, Sample
 @cache
 def samples() -> Mapping[type[nn.Module], Sample]:
     """All samples, by the fused class."""
-    from . import (
-        open_flamingo,
-        transformers,
-    )  # they need `flamingo`, which `import flamingo_kernels` does not
+    # they need `flamingo`, which `import flamingo_kernels` does not
+    from . import audio_flamingo, open_flamingo, transformers
 
-    return {**open_flamingo.SAMPLES, **transformers.SAMPLES}
+    return {**open_flamingo.SAMPLES, **transformers.SAMPLES, **audio_flamingo.SAMPLES}
 
 
 __all__ = ["Call", "Sample", "samples"]
