@@ -68,11 +68,11 @@ class GatedCrossAttentionBlock(FirstVersion, open_flamingo.GatedCrossAttentionBl
 
 def is_blind(attn: Any, x: Tensor, media: Media) -> bool:
     """Whether a text without gradients has no image, so that the result of its attention is 0."""
-    located = isinstance(media.locations, Tensor) and attn.only_attend_immediate_media
-    if not located or torch.is_grad_enabled():
+    locations = media.locations
+    if not isinstance(locations, Tensor) or not attn.only_attend_immediate_media or torch.is_grad_enabled():
         return False
     keeps_zeros = is_plain(attn.to_out, nn.Linear) and attn.to_out.bias is None
-    return keeps_zeros and is_eager(x) and not once(_has_media, (media.locations,), layer=attn)
+    return keeps_zeros and is_eager(x) and not once(_has_media, (locations,), layer=attn)
 
 
 def _has_media(locations: Tensor) -> bool:
