@@ -192,9 +192,11 @@ class MediaLayer(Protocol):
 
 @labelled(PROJECTIONS)
 def load_or_project(
-    layer: MediaLayer, x: Tensor, media: Tensor | MediaCache, *, follows: bool
+    layer: MediaLayer, x: Tensor, media: Tensor | MediaCache | tuple[Tensor, Tensor], *, follows: bool
 ) -> tuple[Tensor, Tensor]:  # [B, M, R, H, d] each
-    """A layer's keys and values for a text x: cached, new, or the last ones if x `follows` a text."""
+    """A layer's keys and values for a text x: given, cached, new, or the last ones if x `follows` a text."""
+    if isinstance(media, tuple):
+        return media
     if isinstance(media, MediaCache):
         return media.of(cast(nn.Module, layer), x)
     if media.shape[0] not in (1, x.shape[0]):  # open_flamingo broadcasts one

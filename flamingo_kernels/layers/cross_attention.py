@@ -55,14 +55,14 @@ class Media(NamedTuple):
     """The media of a text, as the forward of a layer takes them.
 
     Attributes:
-        features: `[B, M, R, D_visual]`, or the keys and values made of them.
+        features: `[B, M, R, D_visual]`, or the keys and values made of them, `[B, M, R, H, d]` each.
         locations: `[B, T]`, where the text has its media; None if all of it sees every medium; or the mask,
             where a library has a rule of its own.
         cached: whether the text follows these locations.
         ahead: whether text sees the medium after it, not the one before.
     """
 
-    features: Tensor | MediaCache
+    features: Tensor | MediaCache | tuple[Tensor, Tensor]
     locations: Tensor | MediaMask | None
     cached: bool = False
     ahead: bool = False
@@ -210,7 +210,7 @@ class GatedCrossAttentionBlock(FusedCrossAttention, modules.GatedCrossAttentionB
 
 
 def _expect_inputs(x: Tensor, media: Media) -> None:
-    if not isinstance(media.features, MediaCache):
+    if isinstance(media.features, Tensor):
         locations = cast("Tensor | None", media.locations)
         modules.check_cross_attention_inputs(x, media.features, locations)
 

@@ -153,6 +153,15 @@ KNOWN: Mapping[str, Mapping[str, str]] = {
     "transformers.models.evolla.modeling_evolla.EvollaRMSNorm": {
         "f48863d8f97ba423": "transformers 4.57.6 to 5.24.0",
     },
+    "flamingo_mini.gated_cross_attention.MaskedCrossAttention": {
+        "0b13ecd38632c08f": "flamingo-mini main",
+    },
+    "flamingo_mini.gated_cross_attention.GatedCrossAttentionBlock": {
+        "579a673668e132a2": "flamingo-mini main",
+    },
+    "flamingo_mini.perceiver_resampler.PerceiverAttentionLayer": {
+        "88f09851b0800af1": "flamingo-mini main",
+    },
     "torchtune.modules.transformer.TransformerCrossAttentionLayer": {
         "0b36eea78d0ad876": "torchtune 0.5.0 to 0.6.1",
     },

@@ -160,6 +160,42 @@ class LooksFromTheEnd(LooksAtMedia):
         return super().times(x, places, follows)[:, -x.shape[1] :]
 
 
+class LooksAndGives(LooksAtMedia):
+    """A MaskedCrossAttention of flamingo-mini: it gives its keys and values back, and takes them again."""
+
+    def __init__(self, *, n_visual=4, **sizes):
+        super().__init__(**sizes)
+        self.n_visual = n_visual
+        del self.only_attend_immediate_media
+
+    def forward(self, y, media_locations, visual_features, previous_kv=None, output_kv=False):
+        kv = previous_kv or (self.keys(visual_features), self.values(visual_features))
+        times = media_locations.cumsum(1)
+        if previous_kv is not None:
+            times = times[:, -y.shape[1] :]
+        media = visual_features.shape[1] if previous_kv is None else kv[0].shape[2] // self.n_visual
+        image = torch.arange(1, media + 1).repeat_interleave(self.n_visual)
+        scores = self.scores(self.queries(y), kv[0])
+        scores = scores.masked_fill((times[..., None] != image)[:, None], self.hidden(scores))
+        p = scores.softmax(-1).masked_fill((times == 0)[:, None, :, None], 0)
+        return self.to_out(merge(p @ kv[1])), kv if output_kv else None
+
+
+class GatedAndGives(nn.Module):
+    """A gated block of flamingo-mini."""
+
+    def __init__(self, *, dim, dim_visual, ff_mult=4, **sizes):
+        super().__init__()
+        self.attn = LooksAndGives(dim=dim, dim_visual=dim_visual, **sizes)
+        self.ffw = feed_forward(dim, ff_mult)
+        self.alpha_attn, self.alpha_ffw = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+
+    def forward(self, y, visual_features, media_locations, previous_kv=None, output_kv=False):
+        attended, kv = self.attn(y, media_locations, visual_features, previous_kv, output_kv)
+        y = y + self.alpha_attn.tanh() * attended
+        return y + self.alpha_ffw.tanh() * self.ffw(y), kv
+
+
 class Reads(nn.Module):
     """A PerceiverAttention."""
 
@@ -289,6 +325,27 @@ class SumsSome(Sums):
         return latents if self.projection is None else self.projection(latents)
 
 
+class ReadsApart(nn.Module):
+    """A perceiver attention of flamingo-mini: with two projections, and no axis of media."""
+
+    def __init__(self, *, dim, dim_head=64, heads=8):
+        super().__init__()
+        self.heads, self.scale, self.dim_head = heads, dim_head**-0.5, dim_head
+        self.norm_media, self.norm_latents = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, heads * dim_head, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def forward(self, features, latents):
+        if features.ndim != 3:
+            raise AssertionError("features have three dimensions")
+        latents = self.norm_latents(latents)
+        both = torch.cat((self.norm_media(features), latents), 1)
+        q, k, v = (
+            split(f(x), self.heads) for f, x in ((self.to_q, latents), (self.to_k, both), (self.to_v, both))
+        )
+        return self.to_out(merge((self.scale * q @ k.transpose(-1, -2)).softmax(-1) @ v))
+
+
 class ReadsOn(Reads):
     """A block of Otter's resampler."""
 
@@ -327,6 +384,9 @@ TARGETS = {
     SumsProjected: "open_flamingo_vlm.PerceiverResampler",
     ReadsSome: "xgen_mm.PerceiverAttention",
     SumsSome: "xgen_mm.PerceiverResampler",
+    LooksAndGives: "flamingo_mini.MaskedCrossAttention",
+    GatedAndGives: "flamingo_mini.GatedCrossAttentionBlock",
+    ReadsApart: "flamingo_mini.PerceiverAttentionLayer",
     ReadsOn: "otter_ai.OtterPerceiverBlock",
     SumsOn: "otter_ai.OtterPerceiverResampler",
     LooksAtMedia: "open_flamingo.MaskedCrossAttention",
@@ -344,7 +404,7 @@ def target(cls):
 def make(cls, **options):
     """A module with random weights, gates too, in the sizes of a user."""
     sizes = dict(SIZES)
-    if issubclass(cls, (LooksAtMedia, Gated)):
+    if issubclass(cls, (LooksAtMedia, Gated, GatedAndGives)):
         sizes["dim_visual"] = VISUAL
     if issubclass(cls, Sums):
         sizes |= {"depth": 3, "num_latents": 5, "ff_mult": 2}

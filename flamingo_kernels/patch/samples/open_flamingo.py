@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import flamingo_pytorch, open_flamingo, open_flamingo_v1, open_flamingo_vlm, otter, xgen_mm
+from .. import (
+    flamingo_mini,
+    flamingo_pytorch,
+    open_flamingo,
+    open_flamingo_v1,
+    open_flamingo_vlm,
+    otter,
+    xgen_mm,
+)
 from .call import Arguments, Call, Sample, randn
 
 # No two sizes that meet are equal, so that none is taken for another.
@@ -22,6 +30,7 @@ _SIZES = {
     "ff_mult": 3,
     "num_latents": 4,
     "dim_visual": 10,
+    "n_visual": 5,
 }
 
 
@@ -124,6 +133,51 @@ def _masked_calls(module: nn.Module) -> Iterator[Call]:
             yield call(f"text after {name}", places, text=4, use_cached_media=True)
         yield call("a step of one sequence", _PLACES[:1], batch=1, text=1, use_cached_media=True)
         yield call("a step without locations", None, text=1, use_cached_media=True)
+
+
+def _mini_calls(module: nn.Module) -> Iterator[Call]:
+    """Text with media, and text that comes with keys and values."""
+    attn: Any = module if hasattr(module, "to_q") else module.attn
+    inner, width, visual = attn.to_q.out_features, attn.to_q.in_features, attn.to_kv.in_features
+
+    def call(
+        title: str, places: Tensor, *, text: int = 12, media: int = 4, kv: bool = False, give: bool = True
+    ) -> Call:
+        def make(dtype: torch.dtype) -> Arguments:
+            batch, size, seen = len(places), attn.n_visual, places.clone()
+            y, features = randn(dtype, batch, text, width), randn(dtype, batch, media, size, visual)
+            flags: dict[str, Any] = {"output_kv": give}
+            if kv:
+                shape = (batch, attn.heads, media * size, inner // attn.heads)
+                flags["previous_kv"] = (randn(dtype, *shape), randn(dtype, *shape))
+            return (y, seen, features) if attn is module else (y, features, seen), flags
+
+        return Call(title, make)
+
+    yield call("text before, at and after images", _PLACES)
+    yield call("nothing given back", _PLACES, give=False)
+    yield call("more images than media", _MORE_IMAGES, media=2)
+    yield call("no image", _NO_IMAGE)
+    yield call("one medium", _PLACES, media=1)
+    yield call("one sequence", _PLACES[:1])
+    yield call("many images", _MANY, text=42, media=14)
+    yield call("numbers that add up", _PLACES.long() * 2)
+    yield call("fewer tokens than locations", _PLACES, text=4)
+    for places, name in ((_PLACES, "images"), (_MORE_IMAGES, "many images"), (_NO_IMAGE, "no image")):
+        yield call(f"a step after {name}", places, text=1, kv=True)
+        yield call(f"text after {name}", places, text=4, kv=True)
+    yield call("text with keys and values of its own", _PLACES, kv=True, give=False)
+
+
+def _layer_calls(module: nn.Module) -> Iterator[Call]:
+    attn: Any = module
+
+    def make(clips: int, features: int, latents: int, dtype: torch.dtype) -> Arguments:
+        width = attn.to_q.in_features
+        return (randn(dtype, clips, features, width), randn(dtype, clips, latents, width)), {}
+
+    for shape in ((2, 5, 3), (1, 2, 4), (3, 1, 1), (1, 300, 70), (2, 4, 4)):
+        yield Call("{} clips of {} features, {} latents".format(*shape), functools.partial(make, *shape))
 
 
 def _perceiver_calls(module: nn.Module) -> Iterator[Call]:
@@ -236,6 +290,9 @@ SAMPLES: Mapping[type[nn.Module], Sample] = {
             flamingo_pytorch.PerceiverResampler,
         )
     },
+    flamingo_mini.MaskedCrossAttention: Sample(_build, _mini_calls),
+    flamingo_mini.GatedCrossAttentionBlock: Sample(_build, _mini_calls),
+    flamingo_mini.PerceiverAttentionLayer: Sample(_build, _layer_calls),
     xgen_mm.PerceiverAttention: Sample(_build, functools.partial(_with_masks, _perceiver_calls)),
     xgen_mm.PerceiverResampler: Sample(_build, functools.partial(_with_masks, _resampler_calls)),
 }
