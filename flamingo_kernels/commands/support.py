@@ -21,7 +21,7 @@ INT8_BEGIN, INT8_END = "<!-- int8: begin -->", "<!-- int8: end -->"
 REAL_BEGIN, REAL_END = "<!-- real: begin -->", "<!-- real: end -->"
 PRESETS_BEGIN, PRESETS_END = "<!-- presets: begin -->", "<!-- presets: end -->"
 
-# By family, what `profile` calls the model whose gains stand in its row.
+# By family, what `profile` calls the model whose gains stand in its row; others have none.
 PROFILED = {
     "flamingo": "flamingo-small",
     "open_flamingo": "open_flamingo-small",
@@ -146,7 +146,8 @@ def models(results: str | Path | None = None) -> str:
     ]
     for family in families():
         swapped = ", ".join(f"`{name}`" for name in family.fused)
-        gains = (_gain(found[PROFILED[family.name]], work) for work in WORKS)
+        profiled = found.get(PROFILED.get(family.name, ""), {})
+        gains = (_gain(profiled, work) for work in WORKS)
         fixes = "; ".join(f"`{name}`: {bug}" for name, bug in family.fixes.items())
         lines.append(readme.row(family.name, family.versions, swapped, *gains, fixes))
     return "\n".join([*lines, *_conditions([each for each in found.values() if each])])
@@ -191,8 +192,8 @@ def _conditions(found: list[dict[str, Any]]) -> list[str]:
         "whole model, each in a process of its own (`python -m flamingo_kernels profile NAME --apart`). "
         f"NAME: {names}. Random weights, {dtypes}, D {WIDE['width']}, {Sizes().layers} layers of which every "
         f"second reads images; one text of {FULL.text} tokens and {FULL.media} images, for Evolla a protein. "
-        '"~": its spread, 20% to 80%, overlaps with that before. "-": it has no cache to decode with. '
-        "The two rows of Idefics are one measurement. "
+        '"~": its spread, 20% to 80%, overlaps with that before. "-": it has no cache to decode with, or was '
+        "not timed. The two rows of Idefics are one measurement. "
         f"Medians on {said['device']}, {said['threads']} threads, torch {said['torch']}, "
         f"commit {said['commit']}, {max(each['conditions']['time'] for each in found)}.",
     ]

@@ -59,8 +59,9 @@ def patch(
     whose wrapped classes cannot be taken back; modules inside FSDP1 and `torch.compile` wrappers are found.
 
     Args:
-        model: a model, or a single module, of `flamingo`, open-flamingo, flamingo-pytorch or transformers
-            (Idefics, Mllama, Idefics2's and Evolla's resamplers, Evolla's aligner); versions: see the README.
+        model: a model, or a single module, of `flamingo`, open-flamingo, flamingo-pytorch, transformers
+            (Idefics, Mllama, Idefics2's and Evolla's resamplers, Evolla's aligner) or IP-Adapter (its
+            resampler); versions: see the README.
             Subclasses of their classes are swapped too, unless they override what would be replaced.
         fixes: names from the table above, for bugs that the model has. Default: none.
         like: known classes, as "open_flamingo.PerceiverResampler", by the classes of the model that compute

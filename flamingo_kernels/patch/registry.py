@@ -33,7 +33,7 @@ class Match(NamedTuple):
 @cache
 def families() -> tuple[Family, ...]:
     """All families. Their libraries are not imported, since a model comes with its own."""
-    from . import evolla, flamingo, flamingo_pytorch, idefics, idefics2, mllama, open_flamingo
+    from . import evolla, flamingo, flamingo_pytorch, idefics, idefics2, ip_adapter, mllama, open_flamingo
 
     return (
         flamingo.FAMILY,
@@ -44,6 +44,7 @@ def families() -> tuple[Family, ...]:
         idefics2.FAMILY,
         mllama.FAMILY,
         evolla.FAMILY,
+        ip_adapter.FAMILY,
     )
 
 

@@ -2,6 +2,7 @@
 
 call           what a sample is
 open_flamingo  those of open_flamingo and flamingo_pytorch
+ip_adapter     those of IP-Adapter
 transformers   those of transformers
 """
 
@@ -18,12 +19,10 @@ from .call import Call, Sample
 @cache
 def samples() -> Mapping[type[nn.Module], Sample]:
     """All samples, by the fused class."""
-    from . import (
-        open_flamingo,
-        transformers,
-    )  # they need `flamingo`, which `import flamingo_kernels` does not
+    # they need `flamingo`, which `import flamingo_kernels` does not
+    from . import ip_adapter, open_flamingo, transformers
 
-    return {**open_flamingo.SAMPLES, **transformers.SAMPLES}
+    return {**open_flamingo.SAMPLES, **ip_adapter.SAMPLES, **transformers.SAMPLES}
 
 
 __all__ = ["Call", "Sample", "samples"]
