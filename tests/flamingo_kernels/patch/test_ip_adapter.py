@@ -180,6 +180,11 @@ class TestResampler:
         with use_backend(backend):
             assert_parity(original, swapped(original), (2, 7, FEATURES), dtype=dtype)
 
+    def test_many_features(self):
+        """More than a weight has rows, so that all layers' keys and values come of one product."""
+        original = resampler()
+        assert_parity(original, swapped(original), (4, 20, FEATURES), count=1)
+
     def test_latents_of_the_mean(self):
         original = resampler(num_latents_mean_pooled=3, apply_pos_emb=True)
         fused = swapped(original)
