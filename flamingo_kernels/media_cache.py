@@ -59,11 +59,12 @@ def keys_and_values(sources: Sequence[Source], media: Tensor) -> list[tuple[Tens
 
     So a backward pass keeps the normed media once. If the media need no gradient, the norms' parameters get
     theirs from the weights, without a product over the media. Without a backward pass a CPU takes one product
-    a layer: a single one would be no faster, and joining the weights takes half as long as the product.
+    a layer: a single one would be no faster, and joining the weights takes half as long as the product. So it
+    does for media that need a gradient and are few: the weights of all would be kept, which are more.
     """
     parameters = [parameter for source in sources for parameter in source.parameters()]
     one_by_one = media.device.type == "cpu" and not needs_grad(media, *parameters)
-    if one_by_one or not _alike(sources):
+    if one_by_one or not _alike(sources) or _are_few(media, sources[0].linear):
         return [source(media) for source in sources]
     norm = sources[0].norm
     xhat = media if norm is None else F.layer_norm(media, norm.normalized_shape, eps=norm.eps)
@@ -71,6 +72,12 @@ def keys_and_values(sources: Sequence[Source], media: Tensor) -> list[tuple[Tens
     bias = None if biases[0] is None else torch.cat(biases)
     kv = F.linear(xhat, torch.cat(weights), bias).split([len(weight) for weight in weights], dim=-1)
     return [source.split(each) for source, each in zip(sources, kv, strict=True)]
+
+
+def _are_few(media: Tensor, linear: nn.Linear) -> bool:
+    """Whether media that need a gradient are fewer than a weight's rows, on a CPU."""
+    fewer = media.numel() < linear.out_features * media.shape[-1]
+    return media.device.type == "cpu" and media.requires_grad and fewer
 
 
 def _alike(sources: Sequence[Source]) -> bool:

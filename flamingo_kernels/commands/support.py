@@ -191,8 +191,8 @@ def _conditions(found: list[dict[str, Any]]) -> list[str]:
         "whole model, each in a process of its own (`python -m flamingo_kernels profile NAME --apart`). "
         f"NAME: {names}. Random weights, {dtypes}, D {WIDE['width']}, {Sizes().layers} layers of which every "
         f"second reads images; one text of {FULL.text} tokens and {FULL.media} images, for Evolla a protein. "
-        '"~": its spread, 20% to 80%, overlaps with that before. "-": it has no cache to decode with. '
-        "The two rows of Idefics are one measurement. "
+        '"~": its spread, 20% to 80%, overlaps with that before. "-": it has no cache to decode with, or was '
+        "not timed. The two rows of Idefics are one measurement. "
         f"Medians on {said['device']}, {said['threads']} threads, torch {said['torch']}, "
         f"commit {said['commit']}, {max(each['conditions']['time'] for each in found)}.",
     ]

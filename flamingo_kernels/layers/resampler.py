@@ -45,6 +45,15 @@ class LatentAttention(Fused):
     to_kv: nn.Linear
     to_out: nn.Linear
 
+    @property
+    def norms(self) -> tuple[nn.LayerNorm, nn.LayerNorm]:
+        """Over the features, and over the latents."""
+        return self.norm_media, self.norm_latents
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.scale
+
 
 class PerceiverAttention(LatentAttention, modules.PerceiverAttention):
     """Latents attend to the features of their medium and to themselves, without concatenating the two.
@@ -110,7 +119,7 @@ class PerceiverResampler(Fused, modules.PerceiverResampler):
 
 
 def resample(
-    latents: Tensor,  # [R, D]
+    latents: Tensor,  # [R, D] for all media, or [B, M, R, D], where B and M may be 1
     layers: Iterable[nn.Module],  # of an attention and a feed-forward network each
     x: Tensor,  # [B, M, S, D]
     lengths: Tensor | None,  # [B, M]
@@ -120,14 +129,14 @@ def resample(
     In the first layer the latents are the same for all media, so they are projected once.
     """
     attns, ffs = zip(*(layer.children() for layer in layers), strict=True)
-    latents = latents[None, None]  # [1, 1, R, D]
+    latents = latents if latents.ndim == 4 else latents[None, None]
     if not all(map(is_fused, attns)):
         latents = latents.expand(*x.shape[:2], -1, -1)
         for attn, ff in zip(attns, ffs, strict=True):
             attended = attn(x, latents) if lengths is None else attn(x, latents, lengths)
             latents = add_network(latents + attended, ff)
         return latents
-    sources = [Source(attn.to_kv, attn.heads, attn.norm_media) for attn in attns]
+    sources = [Source(attn.to_kv, attn.heads, attn.norms[0]) for attn in attns]
     flat = None if lengths is None else lengths.flatten()
     for attn, ff, kv in zip(attns, ffs, keys_and_values(sources, x), strict=True):
         latents = add_network(latents + perceive(attn, latents, *kv, flat), ff)
@@ -148,11 +157,10 @@ def perceive(
 ) -> Tensor:  # [B, M, R, D]
     """A perceiver attention whose features are keys and values already."""
     batch, media = k_media.shape[:2]
-    n = attn.norm_latents(latents)
+    n = attn.norms[1](latents)
     q = attn.to_q(n).unflatten(-1, (attn.heads, -1))
     k, v = Source(attn.to_kv, attn.heads)(n)
     q, k, v = (each.expand(batch, media, *each.shape[2:]).flatten(0, 1) for each in (q, k, v))
-    out = perceiver_attention(
-        q, k_media.flatten(0, 1), v_media.flatten(0, 1), k, v, media_lengths=lengths, scale=attn.scale
-    )
+    media_kv, scale = (k_media.flatten(0, 1), v_media.flatten(0, 1)), attn.softmax_scale
+    out = perceiver_attention(q, *media_kv, k, v, media_lengths=lengths, scale=scale)
     return attn.to_out(out.flatten(-2)).unflatten(0, (batch, media))

@@ -195,6 +195,13 @@ KNOWN: Mapping[str, Mapping[str, str]] = {
     "whisper_flamingo.whisper.model.Linear": {
         "04eed6ceb42a2f87": "whisper-flamingo main",
     },
+    "ip_adapter.resampler.PerceiverAttention": {
+        "345dac61ee8da60b": "IP-Adapter 2023.8.23 to 2024.6.28",
+    },
+    "ip_adapter.resampler.Resampler": {
+        "6755ef65b316ca47": "IP-Adapter 2023.8.23",
+        "62489ec5d0ee9cd0": "IP-Adapter 2023.11.8 to 2024.6.28",
+    },
     "transformers.activations.ReLUSquaredActivation": {
         "7035acac655aec0c": "transformers 4.57.6 to 5.24.0",
     },

@@ -67,6 +67,17 @@ def test_one_product_for_all_layers(device, recorded):
     assert all(k.shape == v.shape == (2, 2, 5, 3, 8) for k, v in every)
 
 
+@pytest.mark.parametrize(("rows", "products"), [(47, 3), (48, 1)])
+def test_few_media_that_need_a_gradient(rows, products):
+    """Fewer than the 48 rows of a weight: weights that are laid side by side would cost more."""
+    fused = blocks(norm_media=True)
+    patch(fused)
+    media = torch.randn(1, 1, rows, 12, requires_grad=True)
+    with Products() as counted:
+        keys_and_values([block.attn.media_source() for block in fused], media)
+    assert len([shape for shape in counted.shapes if shape[0] == rows]) == products, counted.shapes
+
+
 @pytest.mark.parametrize("immediate", [True, False])
 @pytest.mark.parametrize("cached", [False, True], ids=["prefill", "decoding"])
 @torch.no_grad()
@@ -135,8 +146,8 @@ class TestRecorded:
 
     def assert_each_its_own(self, sources):
         parameters = [each for source in sources for each in source.parameters()]
-        media = torch.randn(2, 2, 5, 12, requires_grad=True)
-        dout = torch.randn(2, 2, 5, 3, 16)
+        media = torch.randn(2, 2, 12, 12, requires_grad=True)
+        dout = torch.randn(2, 2, 12, 3, 16)
         found = []
         for every in (keys_and_values(sources, media), [source(media) for source in sources]):
             every = [torch.cat(pair, dim=-1) for pair in every]

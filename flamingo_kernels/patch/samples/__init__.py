@@ -2,7 +2,8 @@
 
 call            what a sample is
 audio_flamingo  those of Audio Flamingo
-open_flamingo   those of open_flamingo and flamingo_pytorch
+open_flamingo   those of open_flamingo and of what descends from it
+ip_adapter      those of IP-Adapter
 transformers    those of transformers
 """
 
@@ -20,9 +21,14 @@ from .call import Call, Sample
 def samples() -> Mapping[type[nn.Module], Sample]:
     """All samples, by the fused class."""
     # they need `flamingo`, which `import flamingo_kernels` does not
-    from . import audio_flamingo, open_flamingo, transformers
+    from . import audio_flamingo, ip_adapter, open_flamingo, transformers
 
-    return {**open_flamingo.SAMPLES, **transformers.SAMPLES, **audio_flamingo.SAMPLES}
+    return {
+        **open_flamingo.SAMPLES,
+        **transformers.SAMPLES,
+        **audio_flamingo.SAMPLES,
+        **ip_adapter.SAMPLES,
+    }
 
 
 __all__ = ["Call", "Sample", "samples"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -45,3 +46,19 @@ def randn(dtype: torch.dtype, *shape: int, size: float = 1, blank: bool = False)
     if blank:
         numbers[:, -1] = 0
     return numbers.to(dtype).requires_grad_()
+
+
+def build(cls: type[nn.Module], sizes: Mapping[str, Any]) -> nn.Module:
+    """An instance by those of the sizes that its constructor names."""
+    takes = set(_constructor(cls))
+    return cls(**{name: size for name, size in sizes.items() if name in takes})
+
+
+def _constructor(cls: type[nn.Module]) -> Iterator[str]:
+    """The names of a constructor's arguments, with those of its bases if it takes any names."""
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+            yield from (each.name for each in parameters)
+            if all(each.kind != each.VAR_KEYWORD for each in parameters):
+                return

@@ -20,7 +20,7 @@ from .. import (
     otter,
     xgen_mm,
 )
-from .call import Arguments, Call, Sample, randn
+from .call import Arguments, Call, Sample, build, randn
 
 # No two sizes that meet are equal, so that none is taken for another.
 _SIZES = {
@@ -35,7 +35,7 @@ _SIZES = {
 
 
 def _build(cls: type[nn.Module], module: nn.Module) -> nn.Module:
-    """An instance by those of the sizes that its constructor names, with the optional parts of the module."""
+    """An instance with the optional parts of the module."""
     sizes: dict[str, Any] = dict(_SIZES)
     if hasattr(module, "only_attend_immediate_media"):
         sizes["only_attend_immediate_media"] = module.only_attend_immediate_media
@@ -49,18 +49,7 @@ def _build(cls: type[nn.Module], module: nn.Module) -> nn.Module:
         sizes["max_num_frames"] = 3
     if getattr(module, "projection", None) is not None:
         sizes["dim_inner"] = 14
-    takes = set(_constructor(cls))
-    return cls(**{name: size for name, size in sizes.items() if name in takes})
-
-
-def _constructor(cls: type[nn.Module]) -> Iterator[str]:
-    """The names of a constructor's arguments, with those of its bases if it takes any names."""
-    for base in cls.__mro__:
-        if "__init__" in vars(base):
-            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-            yield from (each.name for each in parameters)
-            if all(each.kind != each.VAR_KEYWORD for each in parameters):
-                return
+    return build(cls, sizes)
 
 
 def _places(*rows: str) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._anatomy import contents, measure
-from ..registry import Match
+from ..registry import Match, targets
 from .rounds import Disagreement, Round
 
 _SOFTMAX_SCALES = ("scale", "scaling", "qk_scale")
@@ -65,7 +65,7 @@ def is_torchs(module: nn.Module) -> bool:
 
 def _copy_values(small: nn.Module, module: nn.Module, known: Match) -> None:
     """Give a small module the values of the user's that are no sizes."""
-    sizes = sizes_of(small, module, known)
+    sizes = sizes_of(small, module)
     small_d, users_d = (measure(each, known.fused.anatomy)[0].get("d", 1) for each in (small, module))
     for _, ours, theirs in _in_both(small.named_modules(), module.named_modules()):
         for name, value in _values(theirs) if type(ours) is type(theirs) else ():
@@ -75,15 +75,23 @@ def _copy_values(small: nn.Module, module: nn.Module, known: Match) -> None:
                 setattr(ours, name, value)
 
 
-def sizes_of(small: nn.Module, module: nn.Module, known: Match) -> set[tuple[Any, Any]]:
-    """The sizes of a small module, each with that of the user's."""
-    letters, users = (measure(each, known.fused.anatomy)[0] for each in (small, module))
-    sizes = {(letters[each], users[each]) for each in letters.keys() & users.keys()}
+def sizes_of(small: nn.Module, module: nn.Module) -> set[tuple[Any, Any]]:
+    """The sizes of a small module and of its parts, each with that of the user's."""
+    sizes: set[tuple[Any, Any]] = set()
     for _, ours, theirs in _in_both(small.named_parameters(), module.named_parameters()):
         sizes |= {*zip(ours.shape, theirs.shape, strict=False)}
     for _, ours, theirs in _in_both(small.named_modules(), module.named_modules()):
         sizes.add((len(ours._modules), len(theirs._modules)))
+        sizes |= {*_letters(ours, theirs)}
     return sizes
+
+
+def _letters(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[int, int]]:
+    """The sizes of two modules by every anatomy that fits both."""
+    for fused, _ in targets().values():
+        (small, wrong), (users, other) = (measure(each, fused.anatomy) for each in (ours, theirs))
+        if not (wrong or other):
+            yield from ((small[letter], users[letter]) for letter in small.keys() & users.keys())
 
 
 def _in_both(ours: Iterator[Any], theirs: Iterator[Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -96,7 +96,7 @@ class Trial:
     def _is_unknown(self, name: str) -> bool:
         """Whether an attribute that the fused class does not read may choose what the original computes."""
         small, users = (getattr(each, name, None) for each in (self.small, self.module))
-        pairs = sizes_of(self.small, self.module, self.known)
+        pairs = sizes_of(self.small, self.module)
         is_size = isinstance(small, int) and (small, users) in pairs
         known = name in self.known.fused.anatomy or is_size or self._is_flag(name)
         return self._is_value(name) and not known

@@ -220,6 +220,12 @@ class TestSettings:
         with pytest.raises(UnsupportedError, match="the result differs"):
             patch(make(OtherLast, depth=5), like={OtherLast: target(OtherLast)})
 
+    @pytest.mark.parametrize(("heads", "dim_head"), [(7, 24), (16, 8)])
+    def test_sizes_of_parts(self, heads, dim_head):
+        """Those of the user's attentions are not those of a small resampler."""
+        like = {Sums: target(Sums), Reads: target(Reads)}
+        assert len(patch(make(Sums, heads=heads, dim_head=dim_head), like=like).replaced) == 4
+
     def test_other_parts(self):
         """The user's module has a bias that a new one would not have."""
         attn = make(Reads)
