@@ -126,9 +126,9 @@ _OPT_350M = {
 }
 
 # Two of the 40 layers of Llama 3.2 Vision 11B, one of them of cross-attention, in their widths, without its
-# vocabulary; its images are four tiles of 560 pixels, with 1601 tokens each.
+# vocabulary; its images are four tiles of 560 pixels, with 1601 tokens each, of a narrow vision encoder.
 MLLAMA_560 = "mllama-560"
-_WIDE_MLLAMA: dict[str, Any] = {"width": 4096, "heads": 32, "layers": 2, "visual": 1280}
+_WIDE_MLLAMA: dict[str, Any] = {"width": 4096, "heads": 32, "layers": 2, "visual": 256}
 _MLLAMA_560 = {
     "image": 560,
     "patch": 14,
