@@ -99,5 +99,5 @@ FAMILY = Family(
     "IP-Adapter",
     "ip_adapter.resampler",
     (PerceiverAttention, Resampler),
-    "IP-Adapter, its repository from 2023-08-23 to 2024-06-28",
+    "IP-Adapter 2023.8.23 to 2024.6.28",
 )
