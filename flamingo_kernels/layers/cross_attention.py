@@ -215,6 +215,7 @@ def _expect_inputs(x: Tensor, media: Media) -> None:
         modules.check_cross_attention_inputs(x, media.features, locations)
 
 
+@labelled(ATTENTION)
 def attend_to_media(attn: MediaAttention, x: Tensor, media: Media) -> Tensor:  # [B, T, D]
     """A masked cross-attention module, operator by operator."""
     k, v = load_or_project(attn, x, media.features, follows=media.follows(x))

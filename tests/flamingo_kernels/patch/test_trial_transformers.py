@@ -107,6 +107,7 @@ def test_a_release_of_other_source(model, cls, edit, right, tmp_path, monkeypatc
 def release(model, cls, edit, folder, monkeypatch):
     """A tiny model whose home has an edit within one class."""
     home = importlib.import_module(f"{HOME}.{model}.modeling_{model}")
+    built = tiny.build(f"{model}-tiny").model  # transformers keeps the classes that it finds at first
     source = Path(home.__file__).read_text()
     begin = source.index(f"class {cls}(")
     end = source.index("\nclass ", begin)
@@ -116,7 +117,6 @@ def release(model, cls, edit, folder, monkeypatch):
     other = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, home.__name__, other)
     spec.loader.exec_module(other)
-    built = tiny.build(f"{model}-tiny").model
     monkeypatch.setattr(home, cls, getattr(other, cls))
     for module in built.modules():
         if type(module).__name__ == cls:
