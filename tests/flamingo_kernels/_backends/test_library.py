@@ -129,7 +129,7 @@ def test_compiled_forward_and_backward(case, backend):
 @pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler"
 )
-@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=case_name)
+@pytest.mark.parametrize("case", [CASES[1], pytest.param(CASES[3], marks=pytest.mark.slow)], ids=case_name)
 def test_compiled_by_inductor(case, compiled):
     assert_same_compiled(case, compiled, "inductor")
 

@@ -208,8 +208,8 @@ class TestOttersResampler:
     ("cls", "parts"),
     [
         (LooksAhead, ()),
-        (GatedAhead, (LooksAhead,)),
-        (ListedAhead, (LooksAhead,)),
+        pytest.param(GatedAhead, (LooksAhead,), marks=pytest.mark.slow),
+        pytest.param(ListedAhead, (LooksAhead,), marks=pytest.mark.slow),
         (ReadsOn, ()),
         (SumsOn, (ReadsOn,)),
     ],

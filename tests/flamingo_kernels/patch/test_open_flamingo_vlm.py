@@ -191,7 +191,12 @@ class TestResamplers:
 
 @pytest.mark.parametrize(
     ("cls", "parts"),
-    [(LooksFromTheEnd, ()), (SumsProjected, ()), (ReadsSome, ()), (SumsSome, (ReadsSome,))],
+    [
+        (LooksFromTheEnd, ()),
+        (SumsProjected, ()),
+        (ReadsSome, ()),
+        pytest.param(SumsSome, (ReadsSome,), marks=pytest.mark.slow),
+    ],
 )
 def test_a_trial_finds_the_same(cls, parts):
     assert_a_trial_finds(cls, *parts)
