@@ -220,7 +220,8 @@ def attend_to_media(attn: MediaAttention, x: Tensor, media: Media) -> Tensor:  #
     """A masked cross-attention module, operator by operator."""
     k, v = load_or_project(attn, x, media.features, follows=media.follows(x))
     q = attn.to_q(attn.norm(x)).unflatten(-1, (attn.heads, -1))  # [B, T, H, d]
-    return attn.to_out(attn.attend(q, k, v, media.locations, media.cached).flatten(-2))
+    seen = attn.mask(q, k, media) if media.ahead else media.locations  # `attend` knows no other rule
+    return attn.to_out(attn.attend(q, k, v, seen, media.cached).flatten(-2))
 
 
 def attend(

@@ -12,17 +12,16 @@ and here it is not computed. The resampler is that of open-flamingo 2.0.1.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._kept import once
 from .._predicates import autocast_dtype, is_eager, is_plain
-from ..layers.cross_attention import FusedCrossAttention, Media, add_network, gated_block
+from ..layers.cross_attention import FusedCrossAttention, Media, add_network, attend_to_media, gated_block
 from ..layers.fused import gate_unless_open, is_fused
-from ..media_cache import MediaCache, load_or_project
-from ..ops import masked_cross_attention
+from ..media_cache import MediaCache
 from . import open_flamingo
 from .family import Family
 from .open_flamingo import FIXES
@@ -51,10 +50,7 @@ class MaskedCrossAttention(FirstVersion, open_flamingo.MaskedCrossAttention):
     def compute(self, x: Tensor, media: Media) -> Tensor:
         if is_blind(self, x, media):
             return torch.zeros_like(x, dtype=_dtype_of_products(x))
-        k, v = load_or_project(self, x, media.features, follows=False)
-        q = self.to_q(self.norm(x)).unflatten(-1, (self.heads, -1))  # [B, T, H, d]
-        out = masked_cross_attention(q, k, v, self.mask(q, k, media), scale=self.scale)
-        return cast(Tensor, self.to_out(out.flatten(-2)))
+        return attend_to_media(self, x, media)
 
 
 class GatedCrossAttentionBlock(FirstVersion, open_flamingo.GatedCrossAttentionBlock):

@@ -58,6 +58,15 @@ class TestLocations:
                 for each in (places, places.long() * 2, places & False):
                     assert_same(original, swapped, x[:, -text:], media, each)
 
+    @pytest.mark.parametrize("part", ["to_q", "to_kv", "to_out"])
+    def test_adapted_projections(self, immediate, part):
+        original, swapped = in_a_block(immediate)
+        for block in (original, swapped):
+            setattr(block.attn, part, Doubled(getattr(block.attn, part)))
+        x, media, places = inputs(LooksFromTheEnd(dim=16, dim_visual=VISUAL))
+        for text in (1, 4, 9):
+            assert_same(original, swapped, x[:, -text:], media, places)
+
     def test_steps_of_a_generation(self, immediate):
         """Each has one place more; keys and values are made once."""
         for original, swapped in both(immediate):
