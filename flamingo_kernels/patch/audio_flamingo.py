@@ -25,33 +25,22 @@ from torch import Tensor, nn
 from .._anatomy import Number
 from .._kept import once, once_for_equal
 from .._predicates import is_recording
-from ..layers import cross_attention
 from ..layers.cross_attention import ATTENTION_ANATOMY, BLOCK_ANATOMY, Media, attend_to_media, gated_block
-from ..layers.fused import ATTENTION_FOLDS, BLOCK_FOLDS, Fused, is_fused
+from ..layers.fused import BLOCK_FOLDS, Fused, is_fused
 from ..mask import Policy
-from ..media_cache import Source
 from .dense import KeySpans, chosen_first, read_mask
 from .family import Family
+from .open_flamingo import AttentionToMedia
 
 
-class MaskedCrossAttention(Fused):
-    folds = ATTENTION_FOLDS
+class MaskedCrossAttention(AttentionToMedia):
     anatomy = {**ATTENTION_ANATOMY, "max_window_per_audio": Number("W")}
     policy: Policy = "open_flamingo"
     adds_locations = False
     reads_locations = True
 
-    heads: int
-    scale: float
     max_window_per_audio: int
     only_attend_immediate_media: bool
-    norm: nn.LayerNorm
-    to_q: nn.Linear
-    to_kv: nn.Linear
-    to_out: nn.Linear
-
-    attend = cross_attention.attend
-    mask = cross_attention.media_mask
 
     def forward(
         self,
@@ -66,9 +55,6 @@ class MaskedCrossAttention(Fused):
         if heard is None:
             return cast(Tensor, super().forward(x, *given))
         return attend_to_media(self, x, heard)
-
-    def media_source(self) -> Source:
-        return Source(self.to_kv, self.heads)
 
     def heard(
         self, x: Tensor, media: Tensor, padding: Tensor, locations: Tensor | None, follows: bool

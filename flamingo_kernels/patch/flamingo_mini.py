@@ -12,34 +12,24 @@ from torch import Tensor, nn
 
 from .._anatomy import Alpha, Linear, Norm, Number, Part
 from .._kept import once
-from ..layers import cross_attention
 from ..layers.cross_attention import ATTENTION_ANATOMY, Media, attend_to_media, gated_block
-from ..layers.fused import ATTENTION_FOLDS, Fused, is_fused
+from ..layers.fused import Fused, is_fused
 from ..mask import MediaMask, Policy
-from ..media_cache import MediaCache, Source, load_or_project
+from ..media_cache import MediaCache, load_or_project
 from ..ops import perceiver_attention
 from .family import Family
+from .open_flamingo import AttentionToMedia
 
 KV = tuple[Tensor, Tensor]  # [B, H, M * R, d] each
 
 
-class MaskedCrossAttention(Fused):
-    folds = ATTENTION_FOLDS
+class MaskedCrossAttention(AttentionToMedia):
     anatomy = {**ATTENTION_ANATOMY, "n_visual": Number("R")}
     policy: Policy = "open_flamingo"
     adds_locations = True
     only_attend_immediate_media = True
 
-    heads: int
-    scale: float
     n_visual: int
-    norm: nn.LayerNorm
-    to_q: nn.Linear
-    to_kv: nn.Linear
-    to_out: nn.Linear
-
-    attend = cross_attention.attend
-    mask = cross_attention.media_mask
 
     def forward(
         self,
@@ -54,9 +44,6 @@ class MaskedCrossAttention(Fused):
             given = (y, media_locations, visual_features, previous_kv, output_kv)
             return cast("tuple[Tensor, KV | None]", super().forward(*given))
         return attend_to_media(self, y, media), (previous_kv or kv_of(media)) if output_kv else None
-
-    def media_source(self) -> Source:
-        return Source(self.to_kv, self.heads)
 
     def seen(
         self, y: Tensor, features: Tensor | MediaCache, locations: Tensor, kv: KV | None

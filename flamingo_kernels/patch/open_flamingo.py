@@ -21,18 +21,30 @@ from ..media_cache import MediaCache, Source
 from .family import Family
 
 
-class MaskedCrossAttention(FusedCrossAttention):
+class AttentionToMedia(Fused):
+    """Base class of the masked cross-attentions with open_flamingo's names, whatever their forward takes."""
+
     folds = ATTENTION_FOLDS
     anatomy = ATTENTION_ANATOMY
-    adds_locations = True
 
     heads: int
     scale: float
-    only_attend_immediate_media: bool
     norm: nn.LayerNorm
     to_q: nn.Linear
     to_kv: nn.Linear
     to_out: nn.Linear
+
+    attend = cross_attention.attend
+    mask = cross_attention.media_mask
+
+    def media_source(self) -> Source:
+        return Source(self.to_kv, self.heads)
+
+
+class MaskedCrossAttention(AttentionToMedia, FusedCrossAttention):
+    adds_locations = True
+
+    only_attend_immediate_media: bool
 
     @property
     def policy(self) -> Policy:
@@ -42,11 +54,6 @@ class MaskedCrossAttention(FusedCrossAttention):
         return media.locations is not None and not isinstance(media.features, MediaCache)
 
     compute = cross_attention.attend_to_media
-    attend = cross_attention.attend
-    mask = cross_attention.media_mask
-
-    def media_source(self) -> Source:
-        return Source(self.to_kv, self.heads)
 
 
 class GatedCrossAttentionBlock(FusedCrossAttention):
