@@ -50,9 +50,9 @@ def peak_resident(call: Callable[[], object]) -> int | None:
 
 def _reset() -> int:
     """Has Linux count the peak anew, after free memory went back to the system; KiB that are resident."""
+    gc.collect()
     with suppress(AttributeError):  # the C library may not be glibc
         ctypes.CDLL(None).malloc_trim(0)
-    gc.collect()
     before = _kibibytes(_PROCESS / "status", "VmRSS")
     (_PROCESS / "clear_refs").write_text("5")
     return before

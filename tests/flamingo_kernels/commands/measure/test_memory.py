@@ -1,3 +1,5 @@
+from statistics import median
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +15,12 @@ def test_peak_counts_what_is_freed_again():
         return np.ones(32 * MIB, np.uint8).sum()  # allocated, touched and freed
 
     call()
-    growth = peak_growth(call)
-    if growth is None:
+    growths = [peak_growth(call) for _ in range(5)]
+    if None in growths:
         pytest.skip("this system has no resettable high-water mark")
-    assert growth == pytest.approx(32 * MIB, rel=0.2)
-    assert peak_growth(lambda: None) < MIB
+    # the system may take pages of files from this process meanwhile, which count as well
+    assert median(growths) == pytest.approx(32 * MIB, rel=0.2)
+    assert median(peak_growth(lambda: None) for _ in range(5)) < MIB
 
 
 def test_on_a_gpu_torchs_allocator_is_asked(monkeypatch):
