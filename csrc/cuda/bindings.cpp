@@ -52,7 +52,10 @@ Tensor zeroed(Tensor tensor) {
   return tensor;
 }
 
-Vector vector_of(const Tensor& t) { return {t.data_ptr(), element_type(t)}; }
+Vector vector_of(const Tensor& t) {  // a thread takes 8 elements, whatever their size
+  const bool wide = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && t.numel() % 8 == 0;
+  return {t.data_ptr(), element_type(t), wide};
+}
 
 // The largest head_dim that the kernels take.
 constexpr int64_t kMostColumns = 128;
@@ -310,6 +313,15 @@ void run_decode_attention(
   kernels::gated_block_decode_attention(params, call.stream);
 }
 
+// The same with the norm before it, as each half of a block begins.
+void run_with_norm(const Call& call, const Tensor& x, Linear params, const NormWeights& norm, const Tensor& y) {
+  params.norm = norm_of(norm);
+  const bool apart = kernels::norms_apart(params);
+  const Tensor normed = call.fresh(x, {apart ? x.size(0) : 0, x.size(1)}, y.scalar_type());
+  if (apart) params.normed = matrix_of(normed);
+  kernels::linear_fwd(params, call.stream);
+}
+
 // y = residual + tanh(gate) * (weight x + bias), as each half of a block ends.
 void add_branch(
     const Call& call, const Tensor& x, const LinearWeights& weights, const Tensor* gate, const Tensor& residual,
@@ -336,15 +348,13 @@ Tensor gated_block_decode_fwd(
                hidden = fresh(block.up, dtype), out = fresh(block.down, gated_dtype(dtype, block.ff_gate, z_dtype));
   if (out.numel() == 0) return out;
 
-  Linear to_q = linear_params(element_type(k), x, block.to_q, q);
-  to_q.norm = norm_of(block.norm);
-  kernels::linear_fwd(to_q, call.stream);
+  run_with_norm(call, x, linear_params(element_type(k), x, block.to_q, q), block.norm, q);
   run_decode_attention(call, q, k, v, lo, hi, block, heads, scale, attended);
   add_branch(call, attended, block.to_out, block.gate, x, z);
   Linear up = linear_params(element_type(k), z, block.up, hidden);
-  up.norm = norm_of(block.ff_norm), up.activation = block.activation;
+  up.activation = block.activation;
   if (block.has_glu()) up.gate_proj = weights_of(block.gate_proj);
-  kernels::linear_fwd(up, call.stream);
+  run_with_norm(call, z, up, block.ff_norm, hidden);
   add_branch(call, hidden, block.down, block.ff_gate, z, out);
   return out;
 }

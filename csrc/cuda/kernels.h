@@ -26,7 +26,8 @@ bool is_whole(const PerceiverAttention&);
 void perceiver_attention_fwd(const PerceiverAttention&, float* partial_softmax, Stream);
 void perceiver_attention_bwd(const PerceiverAttention&, Stream);
 
-void linear_fwd(const Linear&, Stream);
+bool norms_apart(const Linear&);  // whether it needs room for x once it is normed
+void linear_fwd(Linear, Stream);
 
 // The attention of gated_block_decode; its linear layers are linear_fwd.
 int64_t count_gated_block_decode_splits(const DecodeAttention&);

@@ -13,6 +13,7 @@ using Stream = void*;  // a cudaStream_t
 struct Vector {  // [D] or [1], contiguous; no data where there is none
   const void* data;
   DType dtype;
+  bool wide = false;  // as in views.h
 };
 
 struct GatedResidual {
@@ -78,9 +79,11 @@ struct Weights {  // [out, in]
 // (weight norm(x) + bias) in the place of act(...).
 struct Linear {
   DType dtype;  // what is multiplied has: x once it is normed, and weights that are no integers
-  int64_t rows, in, out;
-  Matrix x;  // [rows, in]
+  int64_t rows, out;
+  int in, chunk;  // columns of x, and those that a block keeps at once: the launch says how many
+  Matrix x;       // [rows, in]
   Norm norm;
+  Matrix normed;  // [rows, in], where a kernel of its own makes it: `norms_apart`
   Weights weight, gate_proj;  // no data of gate_proj where there is none
   Activation activation;
   Vector gate;

@@ -78,35 +78,50 @@ __device__ inline void store(const Matrix& matrix, int64_t row, Columns columns,
   });
 }
 
-// The same of a matrix that says both its dtype and its width at run time; 0 beyond the end.
+// The same of a matrix that says its width at run time, and its dtype too where T is Mixed; 0 beyond the end.
+template <class T = Mixed>
 __device__ inline void load(float (&values)[kVector], const Matrix& matrix, int64_t row, Columns columns) {
   if (matrix.wide && columns.inside())
-    load<Mixed, true>(values, matrix, row, columns);
+    load<T, true>(values, matrix, row, columns);
   else
-    load<Mixed, false>(values, matrix, row, columns);
+    load<T, false>(values, matrix, row, columns);
 }
 
+template <class T = Mixed>
 __device__ inline float element(const Vector& vector, int64_t i) {
   float value;
-  with_type<Mixed>(vector.dtype, [&](auto type) { value = to_float(((const decltype(type)*)vector.data)[i]); });
+  with_type<T>(vector.dtype, [&](auto type) { value = to_float(((const decltype(type)*)vector.data)[i]); });
   return value;
 }
 
+template <class T = Mixed>
 __device__ inline float element(const Matrix& matrix, int64_t row, int64_t column) {
-  return element(Vector{matrix.data, matrix.dtype}, row * matrix.row + column);
+  return element<T>(Vector{matrix.data, matrix.dtype}, row * matrix.row + column);
 }
 
+template <class T = Mixed>
 __device__ inline void store_element(const Matrix& matrix, int64_t row, int64_t column, float value) {
-  with_type<Mixed>(matrix.dtype, [&](auto type) {
+  with_type<T>(matrix.dtype, [&](auto type) {
     using Element = decltype(type);
     ((Element*)matrix.data)[row * matrix.row + column] = from_float<Element>(value);
   });
 }
 
 // The thread's elements of a vector of parameters; 0 beyond the end.
+template <class T, bool wide>
 __device__ inline void load(float (&values)[kVector], const Vector& vector, Columns columns) {
-  for (int i = 0; i < kVector; ++i)
-    values[i] = columns.first + i < columns.count ? element(vector, columns.first + i) : 0.0f;
+  with_type<T>(vector.dtype, [&](auto type) {
+    using Element = decltype(type);
+    load_typed<Element, wide>(values, static_cast<const Element*>(vector.data) + columns.first, columns);
+  });
+}
+
+// The same of one that says its dtype and whether it is wide at run time.
+__device__ inline void load(float (&values)[kVector], const Vector& vector, Columns columns) {
+  if (vector.wide && columns.inside())
+    load<Mixed, true>(values, vector, columns);
+  else
+    load<Mixed, false>(values, vector, columns);
 }
 
 // Calls a function with an element type that all of these matrices have, or Mixed, and whether accesses are wide.

@@ -16,16 +16,24 @@ class Config:
     Args:
         num_warps: warps of one program.
         num_stages: how many iterations of a loop have their loads under way.
+        maxnreg: registers of a thread, at most, so that a multiprocessor holds more programs; None where the
+            compiler chooses. NVIDIA alone.
     """
 
     num_warps: int = 4
     num_stages: int = 2
+    maxnreg: int | None = None
 
     @cached_property
     def keywords(self) -> dict[str, Any]:
         """What the kernel is launched with: block sizes in capitals, as kernels spell their constants."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name if name.startswith("num_") else name.upper(): value for name, value in named.items()}
+        options = {f.name for f in fields(Config)}
+        return {
+            name if name in options else name.upper(): value
+            for name, value in named.items()
+            if value is not None
+        }
 
 
 C = TypeVar("C", bound=Config)
@@ -78,7 +86,7 @@ def power_of_two(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def count_splits(programs: int, most: int, device: Device) -> int:
-    """How many programs, at most `most`, share the work of each, so that they fill the device twice."""
-    wanted = 2 * device.multiprocessors // max(programs, 1)
+def count_splits(programs: int, most: int, device: Device, resident: int = 2) -> int:
+    """How many programs, at most `most`, share the work of each, so that every multiprocessor has `resident`."""
+    wanted = resident * device.multiprocessors // max(programs, 1)
     return max(1, min(wanted, most))

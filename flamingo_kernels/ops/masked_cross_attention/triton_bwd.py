@@ -115,29 +115,32 @@ def _masked_xattn_bwd_one_shot_kernel(
     k, v = load_keys(media_ptrs(inputs, strides, batch, kv_head), strides, medium, latents, R, D)
 
     dk, dv = initial_sums(dv_share_ptr, batch, kv_head, split, kv_heads, BLOCK_R, D)
+    seen = tl.zeros([BLOCK_T], tl.int1)
     begin, end = rows_in_split(spans, batch * M + medium, split, splits, T, BLOCK_T)
     for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         for first in range(begin, end, BLOCK_T):
             rows, here = rows_that_see(medium, spans, batch, first, end, T, M, BLOCK_T)
+            seen |= here
             q, dout = load_q_and_dout(inputs, strides, batch, rows, head, here, D)
 
             s = scores(q, k, (latents < R)[None, :], sign, PRECISION)  # [BLOCK_T, BLOCK_R]
             p = scaled_exp2(s, tl.max(s, 1)[:, None], scale_log2)
-            p = p / tl.sum(p, 1)[:, None]
+            p = tl.where(here[:, None], p * (1 / tl.sum(p, 1))[:, None], 0.0)
             dp = dot(dout, tl.trans(v), PRECISION)
             delta = tl.sum(p * dp, 1)
-            ds = tl.where(here[:, None], p * (dp - delta[:, None]), 0.0).to(q.dtype)
-            p = tl.where(here[:, None], p, 0.0)
+            ds = (p * (dp - delta[:, None])).to(q.dtype)
 
             dv += dot(tl.trans(p.to(dout.dtype)), dout, PRECISION)
             dk += dot(tl.trans(ds), q, PRECISION)
             dq = dot(ds, k, PRECISION) * scale
             store_rows(grads[0], batch, rows, head, dq, here, T, H, D)
 
-    store_latents(grads[1], dk * scale, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
-    store_latents(grads[2], dv, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
+    if tl.max(seen.to(tl.int32)) == 0:  # NaN of a medium that lies among rows, but none sees, stays there
+        dk, dv = initial_sums(dv_share_ptr, batch, kv_head, split, kv_heads, BLOCK_R, D)
     place = medium * splits + split
     clear_blind_rows(grads[0], spans, batch, place, M * splits, kv_head, T, M, H, GROUP, D, BLOCK_T)
+    store_latents(grads[1], dk * scale, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
+    store_latents(grads[2], dv, split, batch, medium, latents, kv_head, B, M, R, kv_heads, D)
 
 
 @triton.jit(do_not_specialize=["T", "M"])

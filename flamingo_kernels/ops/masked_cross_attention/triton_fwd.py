@@ -91,7 +91,7 @@ def _masked_xattn_fwd_one_shot_kernel(
     batch, rows, head, lo, hi = program_rows(spans, T, M, H, BLOCK_T)
     sees = lo < hi
     media = media_ptrs(inputs, strides, batch, head // GROUP)
-    q = load_head(inputs[0], strides[0], batch, rows, head, sees, D)
+    q = load_head(inputs[0], strides[0], batch, rows, head, rows < T, D)
     latents = tl.arange(0, BLOCK_R)
 
     acc = tl.zeros([BLOCK_T, power_of_two(D)], tl.float32)

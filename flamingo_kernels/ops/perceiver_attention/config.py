@@ -31,9 +31,10 @@ class Tiles(Queries):
     block_s: int = 16
 
 
-def count_key_splits(programs: int, keys: int, device: Device) -> int:
+def count_key_splits(programs: int, keys: int, tiles: Tiles, device: Device) -> int:
     """Among how many programs to split the keys of a clip."""
-    return count_splits(programs, keys // _LEAST_KEYS, device)
+    resident = 3 if device.architecture == "sm_90" and tiles.num_warps <= 4 else 2
+    return count_splits(programs, keys // _LEAST_KEYS, device, resident)
 
 
 def is_whole(queries: int, head_dim: int, dtype: torch.dtype, group: int) -> bool:

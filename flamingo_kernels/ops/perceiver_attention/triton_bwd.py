@@ -64,7 +64,7 @@ def perceiver_attention_bwd(
         return clips * triton.cdiv(queries, tiles.block_r) * heads
 
     choice = backward_queries(whole, queries, head_dim, q.dtype, device)
-    splits = count_key_splits(programs(choice.default), features + latents, device)
+    splits = count_key_splits(programs(choice.default), features + latents, choice.default, device)
     dkv = ((dk_media, dk_latents), (dv_media, dv_latents)) if whole else (None, None)
     partial_dq = dq if splits == 1 else q.new_empty(splits, *q.shape, dtype=torch.float32)
     launch(

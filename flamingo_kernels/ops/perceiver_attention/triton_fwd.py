@@ -46,7 +46,7 @@ def perceiver_attention_fwd(q, k_media, v_media, k_latents, v_latents, media_len
 
     device = device_of(q.device)
     choice = forward(queries, head_dim, q.dtype, device)
-    splits = count_key_splits(programs(choice.default), features + latents, device)
+    splits = count_key_splits(programs(choice.default), features + latents, choice.default, device)
     outputs = (out, tuple(softmax))
     partials = outputs
     if splits > 1:

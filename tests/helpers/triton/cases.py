@@ -79,7 +79,7 @@ CASES: dict[str, list[Case]] = {
         *(replace(MASKED, head_dim=d) for d in (80, 96, 128, 256)),
         *(replace(MASKED, head_dim=d, immediate=False) for d in (80, 128, 256)),
         replace(MASKED, dtype=torch.float16, policy="open_flamingo", groups=4),
-        replace(MASKED, latents=256),
+        *(replace(MASKED, latents=r) for r in (128, 256)),
         *(replace(MASKED, head_dim=d, dtype=torch.float32) for d in (64, 128, 256)),
         replace(MASKED, immediate=False, dtype=torch.float32),
         replace(PERCEIVER, clips=8, features=7680, lengths=(7680, 100)),

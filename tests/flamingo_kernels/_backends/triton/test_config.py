@@ -49,10 +49,16 @@ def test_a_block_holds_all_elements_and_a_dot_takes_it():
     assert [power_of_two(size) for size in sizes] == [16, 16, 32, 32, 64, 64, 64, 128]
 
 
-def test_work_is_split_until_it_fills_the_device_twice():
+def test_work_is_split_until_it_fills_the_device():
     device = Device("sm_90", 4)
     assert [count_splits(programs, 5, device) for programs in (0, 1, 2, 3, 4, 8, 9)] == [5, 5, 4, 2, 2, 1, 1]
+    assert [count_splits(programs, 9, device, 3) for programs in (1, 2, 3, 4, 6, 7)] == [9, 6, 4, 3, 2, 1]
     assert count_splits(1, 0, device) == 1
+
+
+def test_a_kernel_is_launched_with_its_sizes_and_options():
+    assert Config(num_warps=8).keywords == {"num_warps": 8, "num_stages": 2}
+    assert Config(maxnreg=128).keywords == {"num_warps": 4, "num_stages": 2, "maxnreg": 128}
 
 
 def test_programs_share_all_rows():
