@@ -7,10 +7,11 @@
 // Oracle: ops/gated_block_decode/reference.py. The four linear layers, with what surrounds them, are launches of
 // linear.cu; this is what happens between the first and the second.
 //
-// A warp owns a head of a text and one of the splits into which the visible keys are cut. A lane has the score of a
-// key, then some columns of the values. Warps of a block have neighbouring heads, which may share keys. Each split has
-// a softmax of its own; a second kernel merges them in order. How many there are depends on shapes and the device
-// alone, so that a CUDA graph may capture a step; which keys each has, on what the text sees.
+// A block has a head of a text, and one of the splits into which many visible keys are cut. Its warps take 32 keys in
+// turn: a lane has the score of a key, then neighbouring columns of the values. Each warp has a softmax of its own, and
+// the block merges them in order; where there are several splits, a second kernel merges those. How many there are
+// depends on shapes and the device alone, so that a CUDA graph may capture a step; which keys each has, on what the
+// text sees.
 //
 // Bytes: what a text sees of k and v once, from the cache where texts share it; partial results of the splits twice.
 // FLOPs: 4 d a key and head.
@@ -22,184 +23,239 @@
 namespace flamingo_kernels {
 namespace {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kMostColumns = 128, kColumns = kMostColumns / 32;  // of a head, of a lane: 32 apart
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kMostColumns = 128;
+constexpr int kKeysOfSplit = 1024;  // at least, where a text sees all
 
-// What a warp computes.
+// What a block computes.
 struct Place {
-  int64_t text, head, split;
-  __device__ int64_t row(const DecodeAttention& params) const { return text * params.heads + head; }
+  int text, head, split;
+  __device__ int row(const DecodeAttention& params) const { return text * params.heads + head; }
   __device__ int64_t partial(const DecodeAttention& params) const {
-    return split * params.batch * params.heads + row(params);
+    return int64_t(split) * params.batch * params.heads + row(params);
   }
 };
 
 // Keys counted through all media.
 struct Keys {
-  int64_t begin, end;
+  int begin, end;
 };
 
-__device__ inline bool averages(const DecodeAttention& params, int64_t text) { return params.hi[text] < 0; }
+__device__ inline bool averages(const DecodeAttention& params, int text) { return params.hi[text] < 0; }
 
-__device__ inline Keys visible_keys(const DecodeAttention& params, int64_t text) {
+__device__ inline Keys visible_keys(const DecodeAttention& params, int text) {
   if (averages(params, text)) return {0, params.media * params.latents};
-  const int64_t begin = max(params.lo[text], 0), end = min(int64_t(params.hi[text]), params.media);
+  const int begin = max(params.lo[text], 0), end = min(params.hi[text], params.media);
   return {begin * params.latents, max(begin, end) * params.latents};
 }
 
 __device__ inline Keys keys_of_split(const DecodeAttention& params, Place place) {
   const Keys all = visible_keys(params, place.text);
-  const int64_t size = divide_up(divide_up(all.end - all.begin, params.splits), 32) * 32;
-  const int64_t begin = min(all.begin + place.split * size, all.end);
+  const int tiles = (all.end - all.begin + 31) / 32, size = (tiles + params.splits - 1) / params.splits * 32;
+  const int begin = min(all.begin + place.split * size, all.end);
   return {begin, min(begin + size, all.end)};
 }
 
-__device__ inline void apply_norm(float (&q)[kColumns], const Norm& norm, int columns) {
+// What a warp keeps while it goes through keys, and then leaves for the block.
+struct Shared {
+  alignas(16) float query[kMostColumns];  // 0 beyond the end
+  struct OfWarp {
+    alignas(16) float p[32];
+    int64_t values[32];  // where the values of each key begin
+    float acc[kMostColumns], row_max, row_sum;
+  } warps[kWarps];
+};
+
+__device__ inline void apply_norm(float (&q)[4], const Norm& norm, int columns) {
   float sum = 0, squares = 0;
   for (float value : q) sum += value;  // 0 beyond the end
   const float mean = norm.rms ? 0.0f : warp_sum(sum) / columns;
-  for (int i = 0; i < kColumns; ++i)
+  for (int i = 0; i < 4; ++i)
     if (lane() + 32 * i < columns) squares += (q[i] - mean) * (q[i] - mean);
   const float rstd = 1 / sqrtf(warp_sum(squares) / columns + norm.eps);
-  for (int i = 0; i < kColumns; ++i)
+  for (int i = 0; i < 4; ++i)
     if (const int column = lane() + 32 * i; column < columns)
       q[i] = (q[i] - mean) * rstd * element(norm.weight, column) + (norm.bias.data ? element(norm.bias, column) : 0);
 }
 
-// The query of a head, normed where there is a norm, times what makes scores powers of 2; 0 beyond the end.
+// The query, normed where there is a norm, times what makes scores powers of 2; 0 beyond the end. By the first warp.
 template <class T>
 __device__ inline void load_query(float* query, const DecodeAttention& params, Place place) {
-  const T* from = static_cast<const T*>(params.q) + place.row(params) * params.head_dim;
+  const T* from = static_cast<const T*>(params.q) + int64_t(place.row(params)) * params.head_dim;
   const int columns = params.head_dim;
-  float q[kColumns];
-  for (int i = 0; i < kColumns; ++i) q[i] = lane() + 32 * i < columns ? to_float(from[lane() + 32 * i]) : 0.0f;
+  float q[4];
+  for (int i = 0; i < 4; ++i) q[i] = lane() + 32 * i < columns ? to_float(from[lane() + 32 * i]) : 0.0f;
   if (params.q_norm.weight.data) apply_norm(q, params.q_norm, columns);
-  for (int i = 0; i < kColumns; ++i) query[lane() + 32 * i] = q[i] * params.scale * kLog2E;
-  __syncwarp();
+  for (int i = 0; i < 4; ++i) query[lane() + 32 * i] = q[i] * params.scale * kLog2E;
 }
 
-template <class T, bool wide>
-__device__ inline float score_of(const float* query, const T* key, int64_t columns) {
+template <class T, int columns, bool wide>
+__device__ inline float score_of(const float* query, const T* key, int head_dim) {
+  constexpr int kAtOnce = 64 * 2 / sizeof(T);  // columns whose loads are under way together
   float score = 0;
-#pragma unroll(wide ? 4 : 1)
-  for (int i = 0; i < columns; i += kVector) {
-    float values[kVector];
-    load_typed<T, wide>(values, key + i, {i, columns});
-    for (int j = 0; j < kVector; ++j) score += values[j] * query[i + j];
+  for (int first = 0; first < columns; first += kAtOnce) {
+    float values[kAtOnce / kVector][kVector] = {};
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i += kVector)
+      if (first + i < head_dim) load_typed<T, wide>(values[i / kVector], key + first + i, {first + i, head_dim});
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) score += values[i / kVector][i % kVector] * query[first + i];
   }
   return score;
 }
 
-// Where the latents of a medium begin, from one on.
-template <class T>
-__device__ inline const T* latents_of(
-    const Media& media, const DecodeAttention& params, Place place, int64_t medium, int64_t latent) {
-  const int64_t kv_head = place.head * params.kv_heads / params.heads;
-  return static_cast<const T*>(media.data) + place.text / params.texts * media.batch + medium * media.medium +
-      latent * media.latent + kv_head * media.head;
-}
+// A lane's neighbouring columns of the values of a key, as they were in memory: nothing waits for them before they are
+// used. 0 beyond the end.
+template <class T, int count>
+struct OwnColumns {
+  uint32_t words[count * sizeof(T) / 4] = {};
 
-// The softmax of some keys: sum of e^(score - row_max) times their values, and of e^(score - row_max) alone.
-struct Partial {
-  float acc[kColumns] = {}, row_max = -kInfinity, row_sum = 0;
+  template <bool wide>
+  __device__ void load(const T* from, int first, int head_dim) {
+    if constexpr (wide) {
+      if (first < head_dim) memcpy(words, __builtin_assume_aligned(from + first, sizeof words), sizeof words);
+    } else {
+      T values[count] = {};
+      for (int i = 0; i < count; ++i)
+        if (first + i < head_dim) values[i] = from[first + i];
+      memcpy(words, values, sizeof words);
+    }
+  }
+
+  __device__ void add_to(float (&acc)[count], float p) const {
+    T values[count];
+    memcpy(values, words, sizeof words);
+    for (int i = 0; i < count; ++i) acc[i] += p * to_float(values[i]);
+  }
 };
 
-template <class T>
-__device__ inline void attend(
-    Partial& partial, const DecodeAttention& params, Place place, Keys keys, const float* query, float* p) {
-  const bool average = averages(params, place.text), wide = params.k.wide && params.head_dim % kVector == 0;
-  for (int64_t at = keys.begin; at < keys.end;) {
-    const int64_t medium = at / params.latents, latent = at % params.latents;
-    const int count = min(min(params.latents - latent, keys.end - at), int64_t(32));  // none of the next medium
-    const T* key = latents_of<T>(params.k, params, place, medium, latent + lane());
-    float score = lane() < count ? 0.0f : -kInfinity;
-    if (lane() < count && !average)
-      score = wide ? score_of<T, true>(query, key, params.head_dim) : score_of<T, false>(query, key, params.head_dim);
-    const float new_max = fmaxf(partial.row_max, warp_max(score)), own_p = scaled_exp2(score, new_max);
-    const float alpha = scaled_exp2(partial.row_max, new_max);
-    partial.row_sum = partial.row_sum * alpha + warp_sum(own_p), partial.row_max = new_max;
-    p[lane()] = own_p;
+// Where a latent of a medium begins, keys counted through all media.
+__device__ inline int64_t latent_at(const Media& media, const DecodeAttention& params, Place place, int key) {
+  const int64_t kv_head = place.head * params.kv_heads / params.heads;
+  return place.text / params.texts * media.batch + key / params.latents * media.medium +
+      key % params.latents * media.latent + kv_head * media.head;
+}
+
+// A warp's share of the keys: the sum of e^(score - row_max) times their values, and of e^(score - row_max) alone.
+template <class T, int columns, bool wide>
+__device__ inline void attend(Shared& shared, const DecodeAttention& params, Place place, Keys keys) {
+  constexpr int own = columns / 32;  // columns of a lane
+  auto& warp_shared = shared.warps[warp()];
+  const bool average = averages(params, place.text);
+  float acc[own] = {}, row_max = -kInfinity, row_sum = 0;
+  for (int first = keys.begin + warp() * 32; first < keys.end; first += kThreads) {
+    const int count = min(keys.end - first, 32);
+    const int key = first + min(lane(), count - 1);
+    warp_shared.values[lane()] = latent_at(params.v, params, place, key);
     __syncwarp();
-    const T* values = latents_of<T>(params.v, params, place, medium, latent);
-    for (int i = 0; i < kColumns; ++i) {
-      const int column = lane() + 32 * i;
-      partial.acc[i] *= alpha;
-#pragma unroll 8
-      for (int j = 0; j < count && column < params.head_dim; ++j)
-        partial.acc[i] += p[j] * to_float(values[j * params.v.latent + column]);
+    OwnColumns<T, own> values[32];  // keys beyond the last have its values, and a p of 0
+    const auto load_values = [&] {
+#pragma unroll
+      for (int j = 0; j < 32; ++j)
+        values[j].template load<wide>(
+            static_cast<const T*>(params.v.data) + warp_shared.values[j], lane() * own, params.head_dim);
+    };
+    constexpr bool ahead = wide && sizeof(T) == 2;  // others have no registers for it
+    if constexpr (ahead) load_values();
+    float score = -kInfinity;
+    if (lane() < count) {
+      const T* k = static_cast<const T*>(params.k.data) + latent_at(params.k, params, place, key);
+      score = average ? 0.0f : score_of<T, columns, wide>(shared.query, k, params.head_dim);
     }
+    const float new_max = fmaxf(row_max, warp_max(score)), own_p = scaled_exp2(score, new_max);
+    const float alpha = scaled_exp2(row_max, new_max);
+    row_sum = row_sum * alpha + warp_sum(own_p), row_max = new_max;
+    warp_shared.p[lane()] = own_p;
+    for (float& sum : acc) sum *= alpha;
+    __syncwarp();
+    if constexpr (!ahead) load_values();
+#pragma unroll
+    for (int j = 0; j < 32; ++j) values[j].add_to(acc, warp_shared.p[j]);
     __syncwarp();  // p is free
-    at += count;
   }
+  for (int i = 0; i < own; ++i) warp_shared.acc[lane() * own + i] = acc[i];
+  if (lane() == 0) warp_shared.row_max = row_max, warp_shared.row_sum = row_sum;
 }
 
-// Writes the attention of a head; 0 where a text sees nothing.
+// Writes one column of the attention of a head; 0 where a text sees nothing.
 template <class T>
-__device__ inline void store_attention(
-    const DecodeAttention& params, Place place, const float (&acc)[kColumns], float row_sum) {
+__device__ inline void store_attention(const DecodeAttention& params, Place place, int column, float acc, float row_sum) {
   const Keys keys = visible_keys(params, place.text);
-  T* out = static_cast<T*>(params.out) + place.row(params) * params.head_dim;
-  for (int i = 0; i < kColumns; ++i)
-    if (const int column = lane() + 32 * i; column < params.head_dim)
-      out[column] = from_float<T>(keys.begin < keys.end ? acc[i] / row_sum : 0.0f);
+  T* out = static_cast<T*>(params.out) + int64_t(place.row(params)) * params.head_dim;
+  out[column] = from_float<T>(keys.begin < keys.end ? acc / row_sum : 0.0f);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 4) gated_block_decode_attention_kernel(DecodeAttention params) {
-  float* query = static_cast<float*>(shared_memory()) + warp() * (kMostColumns + 32);
-  const int64_t unit = int64_t(blockIdx.x) * kWarps + warp(), of_text = params.splits * params.heads;
-  if (unit >= params.batch * of_text) return;
-  const Place place = {unit / of_text, unit % params.heads, unit % of_text / params.heads};
-  load_query<T>(query, params, place);
-  Partial partial;
-  attend<T>(partial, params, place, keys_of_split(params, place), query, query + kMostColumns);
-  if (params.splits == 1) return store_attention<T>(params, place, partial.acc, partial.row_sum);
+template <class T, int columns, bool wide>
+__global__ void __launch_bounds__(kThreads) gated_block_decode_attention_kernel(DecodeAttention params) {
+  Shared& shared = *static_cast<Shared*>(shared_memory());
+  const int block = blockIdx.x;
+  const Place place = {int(blockIdx.y), block % params.heads, block / params.heads};
+  if (warp() == 0) load_query<T>(shared.query, params, place);
+  __syncthreads();
+  attend<T, columns, wide>(shared, params, place, keys_of_split(params, place));
+  __syncthreads();
+  const int column = threadIdx.x;
+  if (column >= params.head_dim) return;
+  float acc = 0, row_max = -kInfinity, row_sum = 0;
+  for (const auto& partial : shared.warps) row_max = fmaxf(row_max, partial.row_max);
+  for (const auto& partial : shared.warps) {
+    const float alpha = scaled_exp2(partial.row_max, row_max);
+    acc += alpha * partial.acc[column], row_sum += alpha * partial.row_sum;
+  }
+  if (params.splits == 1) return store_attention<T>(params, place, column, acc, row_sum);
   const int64_t to = place.partial(params);
-  for (int i = 0; i < kColumns; ++i)
-    if (const int column = lane() + 32 * i; column < params.head_dim)
-      params.acc[to * params.head_dim + column] = partial.acc[i];
-  if (lane() == 0) params.row_max[to] = partial.row_max, params.row_sum[to] = partial.row_sum;
+  params.acc[to * params.head_dim + column] = acc;
+  if (column == 0) params.row_max[to] = row_max, params.row_sum[to] = row_sum;
 }
 
-// A warp merges the splits of one head of a text, in order.
+// A block merges the splits of one head of a text, in order.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4) gated_block_decode_merge_kernel(DecodeAttention params) {
-  const int64_t unit = int64_t(blockIdx.x) * kWarps + warp();
-  if (unit >= params.batch * params.heads) return;
-  Place place = {unit / params.heads, unit % params.heads, 0};
-  float acc[kColumns] = {}, row_max = -kInfinity, row_sum = 0;
+__global__ void __launch_bounds__(kMostColumns) gated_block_decode_merge_kernel(DecodeAttention params) {
+  const int block = blockIdx.x;
+  Place place = {block / params.heads, block % params.heads, 0};
+  const int column = threadIdx.x;
+  if (column >= params.head_dim) return;
+  float acc = 0, row_max = -kInfinity, row_sum = 0;
   for (place.split = 0; place.split < params.splits; ++place.split)
     row_max = fmaxf(row_max, params.row_max[place.partial(params)]);
   for (place.split = 0; place.split < params.splits; ++place.split) {
     const int64_t from = place.partial(params);
     const float alpha = scaled_exp2(params.row_max[from], row_max);
-    row_sum += alpha * params.row_sum[from];
-    for (int i = 0; i < kColumns; ++i)
-      if (const int column = lane() + 32 * i; column < params.head_dim)
-        acc[i] += alpha * params.acc[from * params.head_dim + column];
+    row_sum += alpha * params.row_sum[from], acc += alpha * params.acc[from * params.head_dim + column];
   }
-  store_attention<T>(params, place, acc, row_sum);
+  store_attention<T>(params, place, column, acc, row_sum);
+}
+
+template <class T, int columns, bool wide>
+void launch_attention(const DecodeAttention& params, Stream stream) {
+  const dim3 grid = make_grid(int64_t(params.heads) * params.splits, params.batch);
+  launch(
+      stream, gated_block_decode_attention_kernel<T, columns, wide>, grid, dim3(kThreads), sizeof(Shared), params);
+}
+
+template <class T, int columns>
+void launch_attention(const DecodeAttention& params, Stream stream) {
+  const bool wide = params.k.wide && params.v.wide && params.head_dim % kVector == 0;
+  wide ? launch_attention<T, columns, true>(params, stream) : launch_attention<T, columns, false>(params, stream);
 }
 
 }  // namespace
 
 namespace kernels {
 
-// As many as make 16 warps for each multiprocessor, of at least 64 keys where a text sees all.
+// As many as make two blocks for each multiprocessor.
 int64_t count_gated_block_decode_splits(const DecodeAttention& params) {
-  const int64_t wanted = 16 * multiprocessors() / (params.batch * params.heads);
-  return std::max<int64_t>(1, std::min(wanted, params.media * params.latents / 64));
+  const int wanted = 2 * multiprocessors() / (params.batch * params.heads);
+  return std::max(1, std::min(wanted, params.media * params.latents / kKeysOfSplit));
 }
 
 void gated_block_decode_attention(const DecodeAttention& params, Stream stream) {
   by_type(params.dtype, [&](auto type) {
     using T = decltype(type);
-    const int64_t heads = params.batch * params.heads;
-    const dim3 block(kThreads), grid = make_grid(divide_up(heads * params.splits, kWarps));
-    const size_t shared = kWarps * (kMostColumns + 32) * sizeof(float);
-    launch(stream, gated_block_decode_attention_kernel<T>, grid, block, shared, params);
+    params.head_dim <= 64 ? launch_attention<T, 64>(params, stream) : launch_attention<T, 128>(params, stream);
     if (params.splits == 1) return;
-    launch(stream, gated_block_decode_merge_kernel<T>, make_grid(divide_up(heads, kWarps)), block, 0, params);
+    const dim3 grid = make_grid(int64_t(params.batch) * params.heads);
+    launch(stream, gated_block_decode_merge_kernel<T>, grid, dim3(kMostColumns), 0, params);
   });
 }
 

@@ -94,14 +94,14 @@ struct Linear {
 // One token of every text attends to its media, which `texts` in a row share.
 struct DecodeAttention {
   DType dtype;
-  int64_t batch, texts, heads, kv_heads, head_dim, media, latents;
+  int batch, texts, heads, kv_heads, head_dim, media, latents;
   float scale;
   const int32_t *lo, *hi;  // [B]
   const void* q;           // [B, H, d]
   Norm q_norm;             // over d
   Media k, v;              // [B / texts, M, R, Hkv, d]
   void* out;               // [B, H, d]
-  int64_t splits;          // into how many the keys of a text are cut
+  int splits;              // into how many the keys of a text are cut
   // the softmax of each split, where there are several: [splits, B, H, d], [splits, B, H], [splits, B, H]
   float *acc, *row_max, *row_sum;
 };
