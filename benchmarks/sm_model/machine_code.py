@@ -65,12 +65,14 @@ _WORDS = re.compile(
 
 
 def read(binary: Path, kernel: str = "") -> list[Instruction]:
-    """The instructions of the kernel whose readable name matches a pattern; of the only one without a pattern."""
+    """The instructions of the kernel whose readable name matches a pattern, or of the only one."""
     assembly = subprocess.run(
         [str(tool()), "-sass", str(binary)], text=True, capture_output=True, check=True
     ).stdout
     parts = re.split(r"Function : (\S+)", assembly)
-    found = {name: body for name, body in zip(parts[1::2], parts[2::2], strict=True) if _named(name, kernel)}
+    found = {
+        name: body for name, body in zip(parts[1::2], parts[2::2], strict=True) if is_named(name, kernel)
+    }
     if len(found) != 1:
         raise ValueError(
             f"{binary.name} has {len(found)} kernels that match {kernel!r}, not one: {list(found)}"
@@ -94,6 +96,7 @@ def parse(assembly: str) -> Iterator[Instruction]:
         )
 
 
-def _named(name: str, pattern: str) -> bool:
+def is_named(name: str, pattern: str) -> bool:
+    """Whether the readable name of a kernel matches a pattern."""
     readable = subprocess.run(["c++filt", name], text=True, capture_output=True, check=True).stdout
     return re.search(pattern, readable) is not None

@@ -1,15 +1,15 @@
 """A model of one multiprocessor: predicts the time of a kernel from the instructions that its warps execute.
 
-Four schedulers issue one instruction a cycle each, of the warp that has been ready longest. A warp issues in order:
-the next instruction waits for the stall count of the last, for the scoreboard barriers in its mask, and for
-its unit. Units, and L2 and memory behind them, are queues of a fixed rate.
+Four schedulers issue one instruction a cycle each, of the warp that has been ready longest. A warp issues in
+order: the next instruction waits for the stall count of the last, for the scoreboard barriers in its mask
+and for its unit. Units, and L2 and memory behind them, are queues of a fixed rate.
 
 What it assumes, beside the numbers below:
 
 - Every warp of a launch executes the same instructions.
-- Accesses of 16 bytes a lane come from memory, narrower ones (positions, sums) and those that the caller names
-  from L2. Memory moves what the operator must, in all, spread evenly over its accesses; so a tile that L2 has,
-  or rows that a mask leaves out, cost the average.
+- Accesses of 16 bytes a lane come from memory, narrower ones (positions, sums) and those that the caller
+  names from L2. Memory moves what the operator must, in all, spread evenly over its accesses; so a tile that
+  L2 has, or rows that a mask leaves out, cost the average.
 - Blocks are alike and start as others end. A launch costs nothing; nothing is left in a cache by the last.
 
 Ratios of two versions of a kernel are worth something, microseconds are not until a real run has set the
@@ -275,7 +275,7 @@ def _is_wide(each: Instruction) -> bool:
 
 
 def cost(each: Instruction) -> tuple[str, int]:
-    """The unit of an instruction and the cycles it takes there, of its scheduler; of all for shared memory."""
+    """The unit of an instruction, and the cycles it takes there: of its scheduler, or of all schedulers."""
     if each.opcode == "HGMMA":
         rows, columns, depth = map(int, re.search(r"(\d+)x(\d+)x(\d+)", each.name).groups())
         return "tensor", max(1, rows // SCHEDULERS * columns * depth // 512)
