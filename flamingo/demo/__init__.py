@@ -21,8 +21,8 @@ saved     the model in a file
 Source: arXiv 2204.14198: sections 2.1 to 2.4, and B.1.4 for the evaluation.
 """
 
+from flamingo.demo.command import main
 from flamingo.demo.digits import load_digits
-from flamingo.demo.run import main
 from flamingo.demo.saved import load_model
 
 __all__ = ["load_digits", "load_model", "main"]
