@@ -2,15 +2,14 @@
 
 ::
 
-    repeats   lamp is nine is river lamp is nine is river ...        to 85 % right, at about step 150
-    pairs     lamp nine river two lamp nine ...                      to 90 %
-    lists     lamp is nine <EOC> river is two <EOC> lamp is nine ... to 95 %
-    the last steps, in which the rates fall
+    repeats        lamp is nine is river lamp is nine is river ...          to 85 % right
+    pairs          lamp nine river two lamp nine ...                        to 90 %
+    lists          lamp is nine <EOC> river is two <EOC> lamp is nine ...   to 95 %
+    and in each    Question: is nine odd? Answer: yes <EOC> ...             to the same
 
-To look up what was said of a word is learnt all at once, and from lists alone it is not learnt for
-thousands of steps: a model that guesses what was said lately is right half of the time, and no small change
-makes it better. In repeats nearly every word can be looked up; pairs and lists then take few steps. Facts are
-read along with each lesson.
+Lists alone do not teach to look up whose number is asked for. To guess a number said lately is right half of
+the time, no small change makes it better, and there a model stays for more than a thousand steps. In repeats
+nearly every word can be looked up, so that is learnt there, all at once; pairs and lists then take few steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from flamingo.demo.stages import CONFIG, LENGTH, update
 from flamingo.demo.words import Text, facts, lists, pairs, repeats
@@ -27,7 +26,7 @@ from flamingo.model import language_model
 
 FACTS_LENGTH = 5
 MEASURED = 20  # steps from one measurement of recall to the next
-WARM_UP = 30
+WARM_UP = 30  # steps in which the rates rise
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ class Course:
     """How the lessons went.
 
     Attributes:
-        ends: after which step each lesson was learnt, and of all.
-        recall: by step, see `recall`.
+        ends: by lesson, the step after which it was learnt; "all" is the last step.
+        recall: by step, every 20 and the last, what `recall` measured.
     """
 
     ends: dict[str, int] = field(default_factory=dict)
@@ -84,13 +83,13 @@ def pretrain_language(
 ) -> tuple[LanguageModel, Course]:
     """A language model that looks up what a text has said before, and knows facts about numbers.
 
-    A lesson ends by a running mean of what is right while it learns. No text is read twice, so that is what
+    A lesson ends by the running mean of what is right while it learns. No text is read twice, so that is what
     it knows of texts it has not seen.
 
     Args:
-        lessons: in their order; each is read with fewer texts in those that follow.
-        limit: steps of all lessons, at most.
-        last: steps after them, in which the rates fall.
+        lessons: in their order; fewer texts of each are read in those that follow.
+        limit: steps of all lessons at most.
+        last: steps after them on whole texts, in which the rates fall.
         seed: of the texts.
         report: is told the step, the lesson and the recall, every 20 steps.
 
@@ -114,6 +113,7 @@ def pretrain_language(
         reader.read(lessons, rate=left / last, whole=True)
         _measure(reader, course, "all", report)
     course.ends["all"] = reader.steps
+    course.recall[reader.steps] = recall(reader.model)
     return reader.model, course
 
 
@@ -151,7 +151,8 @@ class _Reader:
         Args:
             lessons: that have begun.
             rate: factor of the learning rates.
-            whole: learn every word, not the known ones alone: to guess nouns hides the way to look up numbers.
+            whole: learn every word, not the known ones alone. Guesses at nouns, which are drawn, would hide
+                the way to look up their numbers.
 
         Returns:
             What was right of the last lesson's known words, and of the facts.

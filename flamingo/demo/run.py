@@ -84,7 +84,7 @@ def _read(found: Findings, quick: bool) -> LanguageModel:
     model, found.course = lessons.pretrain_language(
         taken, last=2 if quick else 100, seed=found.seed, report=_recall
     )
-    found.recall, found.knowledge = lessons.recall(model), lessons.knowledge(model)
+    found.recall, found.knowledge = found.course.recall[found.course.ends["all"]], lessons.knowledge(model)
     ends = ", ".join(f"{name} {step}" for name, step in found.course.ends.items())
     print(f"  learnt by step: {ends}")
     print(f"  knows what a text has said before: {found.recall:.1%}, and facts: {found.knowledge:.1%}")

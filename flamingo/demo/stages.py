@@ -5,7 +5,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flamingo.config import FlamingoConfig, sizes
