@@ -25,7 +25,7 @@ from flamingo.language import LanguageModel
 from flamingo.model import language_model
 
 FACTS_LENGTH = 5
-MEASURED = 20  # steps from one measurement of recall to the next
+MEASURED = 30  # steps from one measurement of recall to the next
 WARM_UP = 30  # steps in which the rates rise
 
 
@@ -59,7 +59,7 @@ class Course:
 
     Attributes:
         ends: by lesson, the step after which it was learnt; "all" is the last step.
-        recall: by step, every 20 and the last, what `recall` measured.
+        recall: by step, every 30 and the last, what `recall` measured.
     """
 
     ends: dict[str, int] = field(default_factory=dict)
@@ -91,7 +91,7 @@ def pretrain_language(
         limit: steps of all lessons at most.
         last: steps after them on whole texts, in which the rates fall.
         seed: of the texts.
-        report: is told the step, the lesson and the recall, every 20 steps.
+        report: is told the step, the lesson and the recall, every 30 steps.
 
     Raises:
         NotLearntError: at the limit.

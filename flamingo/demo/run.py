@@ -51,7 +51,7 @@ def run(*, seed: int = 0, kernels: bool = True, quick: bool = False) -> tuple[Fi
         print(f"  the first losses differ by at most {found.difference:.1e} from those without")
     with _stage("resampler and gated blocks on documents", found):
         batches = stages.documents(digits, stages.make_processor(), seed=seed)
-        stages.train(model, batches, steps=2 if quick else 400, report=_loss_every(50))
+        stages.train(model, batches, steps=2 if quick else 300, report=_loss_every(50))
     with _stage("questions about digits never seen", found):
         shots, episodes = ((0, 1), 4) if quick else (SHOTS, EPISODES)
         found.accuracy = {
@@ -117,8 +117,7 @@ def _stage(name: str, found: Findings) -> Iterator[None]:
 
 
 def _recall(step: int, lesson: str, recall: float) -> None:
-    if step % 60 == 0:
-        print(f"  step {step}, {lesson}: knows {recall:.1%} of what a list has said before", flush=True)
+    print(f"  step {step}, {lesson}: knows {recall:.1%} of what a list has said before", flush=True)
 
 
 def _loss_every(steps: int) -> stages.Report:

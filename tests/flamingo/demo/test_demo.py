@@ -89,13 +89,16 @@ def test_prompts():
     assert abs(stages._normalised(digits.images).mean()) < 0.01
 
 
-def test_what_is_frozen_stays_and_what_is_not_learns():
+def test_what_is_frozen_stays_and_what_is_not_learns(monkeypatch):
     digits, _ = load_digits()
     torch.manual_seed(0)
     model = run.Flamingo(stages.CONFIG).freeze()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    make, made = stages._optimizer, []
+    monkeypatch.setattr(stages, "_optimizer", lambda *args: made.append(make(*args)) or made[0])
     losses = stages.train(model, stages.documents(digits, stages.make_processor(), count=8), steps=12)
     assert losses[-1] < losses[0]
+    assert made[0][1].last_epoch == 12, "the rates rise and fall"
     for name, parameter in model.named_parameters():
         frozen = name.startswith(("vision.", "language."))
         assert torch.equal(parameter, before[name]) == frozen, name

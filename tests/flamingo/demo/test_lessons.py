@@ -62,8 +62,8 @@ def test_a_lesson_ends_when_it_is_learnt(monkeypatch):
     monkeypatch.setattr(lessons, "_Reader", lambda seed: pupil)
     _, course = lessons.pretrain_language(last=4, report=lambda *line: told.append(line))
     assert course.ends == {"repeats": 19, "pairs": 41, "lists": 70, "all": 74}
-    assert course.recall == {20: 1.0, 40: 1.0, 60: 1.0, 74: 1.0}
-    assert told == [(20, "pairs", 1.0), (40, "pairs", 1.0), (60, "lists", 1.0)]
+    assert course.recall == {30: 1.0, 60: 1.0, 74: 1.0}
+    assert told == [(30, "pairs", 1.0), (60, "lists", 1.0)]
     assert pupil.given[:41] == [(["repeats"], 1, False)] * 19 + [(["repeats", "pairs"], 1, False)] * 22
     every = ["repeats", "pairs", "lists"]
     assert pupil.given[41:70] == [(every, 1, False)] * 29
