@@ -38,14 +38,21 @@ def test_options(monkeypatch):
     ]
 
 
-def refused(capsys, *arguments):
-    """What is said on one line of stderr, by exit status 2, before anything else is said or written."""
-    assert flamingo_command(["demo", *arguments]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.count("\n") == 1
-    assert not [each for each in os.listdir() if each != "folder"]
-    return said.err
+@pytest.fixture
+def refused(folder, capsys, monkeypatch):
+    """What is said on one line of stderr, by exit status 2, before any work, and with no file left."""
+    (folder / "folder").mkdir()
+    monkeypatch.setattr(command, "run", lambda **options: pytest.fail("the work has begun"))
+
+    def refused(arguments=""):
+        assert flamingo_command(["demo", *arguments.split()]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.count("\n") == 1
+        assert os.listdir() == ["folder"]
+        return said.err
+
+    return refused
 
 
 @pytest.mark.parametrize(
@@ -63,20 +70,19 @@ def refused(capsys, *arguments):
         ("--json x --model x", "demo: expected a file for each of what is written, got digits.png, x, x."),
     ],
 )
-def test_mistakes_are_told_before_the_work(folder, capsys, arguments, said):
-    (folder / "folder").mkdir()
-    assert said in refused(capsys, *arguments.split())
+def test_mistakes_are_told_before_the_work(refused, arguments, said):
+    assert said in refused(arguments)
 
 
 @pytest.mark.parametrize("missing", ["sklearn", "safetensors", "matplotlib"])
-def test_what_is_missing_is_told_before_the_work(capsys, monkeypatch, missing):
+def test_what_is_missing_is_told_before_the_work(refused, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    assert refused(capsys) == f'demo: {missing} is missing: pip install "flamingo-kernels[demo]"\n'
+    assert refused() == f'demo: {missing} is missing: pip install "flamingo-kernels[demo]"\n'
 
 
-def test_files_that_are_there_stay_until_the_end(folder, capsys):
+def test_files_that_are_there_stay_as_they_are(folder):
     (folder / "digits.png").write_text("of a run before")
-    assert flamingo_command(["demo", "--threads", "0"]) == 2
+    assert flamingo_command(["demo", "--json", "none/x.json"]) == 2
     assert (folder / "digits.png").read_text() == "of a run before"
 
 
@@ -91,7 +97,7 @@ def test_a_lesson_that_is_not_learnt_is_status_1(folder, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("eight", "status"), [(0.9, 0), (0.3, 1)])
-def test_what_was_not_learnt_in_context_is_status_1(folder, monkeypatch, eight, status):
+def test_what_was_not_learnt_in_context_is_said_and_status_1(folder, capsys, monkeypatch, eight, status):
     """Its files are written all the same."""
     threads = []
 
@@ -104,6 +110,7 @@ def test_what_was_not_learnt_in_context_is_status_1(folder, monkeypatch, eight, 
     before = torch.get_num_threads()
     many = min(2, os.cpu_count())
     assert flamingo_command(["demo", "--seed", "7", "--threads", str(many), "--json", "x.json"]) == status
+    assert ("demo: drawn names after 8 shots: expected 80%" in capsys.readouterr().err) == bool(status)
     assert json.loads((folder / "x.json").read_text())["seed"] == 7
     assert {each.name for each in folder.iterdir()} == {"digits.png", "digits.safetensors", "x.json"}
     assert threads == [many]

@@ -19,12 +19,20 @@ def found(known=0.98, none=0.1, eight=0.92):
 
 
 @pytest.mark.parametrize(
-    ("of", "learnt"),
-    [({}, True), ({"known": 0.94}, False), ({"eight": 0.75}, False), ({"none": 0.4}, False)],
+    ("of", "missed"),
+    [
+        ({}, []),
+        ({"known": 0.945}, ["known names after no shot: expected 95% right or more, got 94.5%."]),
+        ({"eight": 0.75}, ["drawn names after 8 shots: expected 80% right or more, got 75.0%."]),
+        (
+            {"none": 0.4},
+            ["drawn names after 8 shots more than after none: expected 60% right or more, got 52.0%."],
+        ),
+    ],
 )
-def test_what_counts_as_learnt(of, learnt):
+def test_what_counts_as_learnt(of, missed):
     """Names that are known, names that are looked up, and that by the shots."""
-    assert found(**of).has_learnt() == learnt
+    assert found(**of).missed() == missed
 
 
 def test_as_json():
