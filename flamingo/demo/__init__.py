@@ -8,8 +8,8 @@
     4. digits never seen        -->  accuracy by the number of shots
 
 The digits are scikit-learn's, 1797 real ones of 8 x 8 pixels, and the text is made: words that are repeated,
-pairs, and lists like "lamp is nine <EOC> river is two <EOC> lamp is nine", from which a language model learns to
-look up what was said before, and facts like "Question: is nine odd? Answer: yes". The frozen model knows
+pairs, and lists like "lamp is nine <EOC> river is two <EOC> lamp is nine", from which a language model learns
+to look up what was said before, and facts like "Question: is nine odd? Answer: yes". The frozen model knows
 these, and no digit. The new layers learn to show it an image as if it were such a word.
 
 words      its tokenizer, and the text

@@ -83,8 +83,8 @@ def pretrain_language(
 ) -> tuple[LanguageModel, Course]:
     """A language model that looks up what a text has said before, and knows facts about numbers.
 
-    A lesson ends by the running mean of what is right while it learns. No text is read twice, so that is what
-    it knows of texts it has not seen.
+    A lesson ends by the running mean of what is right while it learns. No text but a fact is read twice, so
+    that is what it knows of texts it has not seen.
 
     Args:
         lessons: in their order; fewer texts of each are read in those that follow.
@@ -137,8 +137,7 @@ class _Reader:
         self.model = language_model(CONFIG)
         self.steps = 0
         matrices = [p for p in self.model.layers.parameters() if p.ndim == 2]
-        held = {id(p) for p in matrices}
-        others = [p for p in self.model.parameters() if id(p) not in held]
+        others = [p for p in self.model.parameters() if all(p is not each for each in matrices)]
         self.optimizers = (
             torch.optim.Muon(matrices, lr=2e-2, weight_decay=0.01),
             torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01),
