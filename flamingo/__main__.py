@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     demo.add_argument("--json", metavar="FILE", help="for what was found (default: none)")
     demo.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
-    demo.add_argument("--threads", type=int, help="of torch (default: torch's own)")
+    demo.add_argument("--threads", type=int, default=1, help="of torch (default: 1, its products are small)")
     demo.add_argument("--no-kernels", action="store_true", help="train without the kernels")
     demo.add_argument("--quick", action="store_true", help="a few steps of each stage, to see that it runs")
     demo.set_defaults(run=_demo)

@@ -29,7 +29,7 @@ def test_options(monkeypatch):
     assert calls == [
         (
             ("digits.png", "digits.safetensors"),
-            {"json": None, "seed": 0, "threads": None, "kernels": True, "quick": False},
+            {"json": None, "seed": 0, "threads": 1, "kernels": True, "quick": False},
         ),
         (
             ("x.png", "x.safetensors"),
