@@ -35,8 +35,8 @@ def main(
             and known ones, by the number of shots, and how often the language model knows a number that a
             text has said before.
         seed: of the weights, and of all that is drawn for training.
-        threads: of torch, 1 to the machine's cores. Its products are small: two threads save a third of the
-            time where both have a core, and where something else runs they wait for each other.
+        threads: of torch, 1 to the machine's cores. Its products are small: two threads are faster where
+            both have a core, and wait for each other where something else runs.
         kernels: train with the kernels, where they are installed.
         quick: a few steps of each stage, to see that it runs.
 
