@@ -38,7 +38,7 @@ def run(*, seed: int = 0, kernels: bool = True, quick: bool = False) -> tuple[Fi
     print(f"{len(digits.labels)} real digits to learn from, {len(held_out.labels)} others to be asked about")
     with _stage("vision encoder by contrast", found):
         vision, found.zero_shot = stages.pretrain_vision(
-            digits, held_out, steps=5 if quick else 800, seed=seed
+            digits, held_out, steps=5 if quick else 1600, seed=seed
         )
     print(f"  names digits it has not seen: {found.zero_shot:.1%}")
     with _stage("language model on text", found):

@@ -45,7 +45,7 @@ class NameEncoder(nn.Module):
 
 
 def pretrain_vision(
-    digits: Digits, held_out: Digits, *, steps: int = 800, seed: int = 0
+    digits: Digits, held_out: Digits, *, steps: int = 1600, seed: int = 0
 ) -> tuple[nn.Module, float]:
     """A vision encoder, taught which digit goes with which name, and its zero-shot accuracy."""
     generator = torch.Generator().manual_seed(seed)
