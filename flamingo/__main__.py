@@ -22,6 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument(
         "--model", metavar="FILE", default="digits.safetensors", help="default: digits.safetensors"
     )
+    demo.add_argument("--json", metavar="FILE", help="for what was found (default: none)")
+    demo.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
+    demo.add_argument("--threads", type=int, default=1, help="of torch (default: 1, its products are small)")
     demo.add_argument("--no-kernels", action="store_true", help="train without the kernels")
     demo.add_argument("--quick", action="store_true", help="a few steps of each stage, to see that it runs")
     demo.set_defaults(run=_demo)
@@ -39,7 +42,15 @@ def _train(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from flamingo.demo import main as run
 
-    return run(options.picture, options.model, kernels=not options.no_kernels, quick=options.quick)
+    return run(
+        options.picture,
+        options.model,
+        json=options.json,
+        seed=options.seed,
+        threads=options.threads,
+        kernels=not options.no_kernels,
+        quick=options.quick,
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The few words of the demo, and text made of them."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# What lists are about. The language model never reads about digits, so none of these is one.
+# What numbers are given to. The language model never reads about digits, so none of these is one.
 NOUNS = (
     *("acorn", "anchor", "apple", "arrow", "badge", "barrel", "basket", "beetle", "bell", "bench"),
     *("blanket", "boat", "bottle", "branch", "bridge", "broom", "bucket", "button", "cabin", "candle"),
@@ -63,39 +65,65 @@ class WordTokenizer:
         return " ".join(self.words[id] for id in map(int, ids) if id not in hidden)
 
 
-def lists(count: int, length: int, generator: torch.Generator) -> Tensor:
-    """Texts in which nouns are given numbers and, said again, keep them: int64 `[count, 1 + 4 * length]`.
+class Text(NamedTuple):
+    """Texts of one length."""
+
+    ids: Tensor  # int64 [count, T]
+    known: Tensor  # bool [count, T], True at words that follow from those before them
+
+
+def repeats(count: int, length: int, generator: torch.Generator) -> Text:
+    """Texts that say 3 to 8 words over and over: `[count, length]`.
+
+    ::
+
+        lamp is nine is river lamp is nine is river lamp is ...
+
+    Known is every word after the first round. The words are nouns and numbers, but three of ten are "is":
+    what follows one of these only the word before it tells, as in lists.
+    """
+    is_id, first = WordTokenizer().encode(f"is {NAMES[0]}")
+    words = torch.randint(first, first + len(NAMES) + len(NOUNS), (count, 8), generator=generator)
+    words[torch.rand(count, 8, generator=generator) < 0.3] = is_id
+    round_ = torch.randint(3, 9, (count, 1), generator=generator)
+    places = torch.arange(length).expand(count, length)
+    return Text(words.gather(1, places % round_), places >= round_)
+
+
+def pairs(count: int, length: int, generator: torch.Generator) -> Text:
+    """Texts in which nouns are given numbers and, said again, keep them: `[count, 2 * length]`.
+
+    ::
+
+        lamp nine river two lamp nine ...
+
+    Known is the number of a noun that was said before.
+    """
+    nouns, numbers, again = _numbered(count, length, generator)
+    return Text(_side_by_side(nouns, numbers), _side_by_side(False, again))
+
+
+def lists(count: int, length: int, generator: torch.Generator) -> Text:
+    """Pairs as sentences: `[count, 1 + 4 * length]`.
 
     ::
 
         <BOS> lamp is nine <EOC> river is two <EOC> lamp is nine <EOC> ...
-
-    Every text has 2 to 8 nouns of its own, with numbers drawn for it.
     """
-    tokenizer = WordTokenizer()
-    nouns = torch.rand(count, len(NOUNS), generator=generator).argsort(dim=1)[:, :8]
-    numbers = torch.randint(len(NAMES), (count, 8), generator=generator)
-    different = torch.randint(2, 9, (count, 1), generator=generator)
-    said = (torch.rand(count, length, generator=generator) * different).long()
-    first_noun, first_name = tokenizer.encode(f"{NOUNS[0]} {NAMES[0]}")
-    (is_id,) = tokenizer.encode("is")
-    items = [
-        nouns.gather(1, said) + first_noun,
-        is_id,
-        numbers.gather(1, said) + first_name,
-        tokenizer.eoc_id,
-    ]
-    columns = [torch.as_tensor(item).expand(count, length) for item in items]
-    text = torch.stack(columns, dim=-1).flatten(1)
-    return torch.cat((torch.full((count, 1), tokenizer.bos_id), text), dim=1)
+    (is_id,) = WordTokenizer().encode("is")
+    nouns, numbers, again = _numbered(count, length, generator)
+    ids = _side_by_side(nouns, is_id, numbers, WordTokenizer.eoc_id)
+    return _begun(Text(ids, _side_by_side(False, False, again, False)))
 
 
-def facts(count: int, length: int, generator: torch.Generator) -> Tensor:
-    """Texts about what is true of numbers: int64 `[count, 1 + 7 * length]`.
+def facts(count: int, length: int, generator: torch.Generator) -> Text:
+    """Texts about what is true of numbers: `[count, 1 + 7 * length]`.
 
     ::
 
         <BOS> Question: is nine odd? Answer: yes <EOC> Question: is two large? Answer: no <EOC> ...
+
+    Known are the answers.
     """
     tokenizer = WordTokenizer()
     every = torch.tensor(
@@ -107,5 +135,30 @@ def facts(count: int, length: int, generator: torch.Generator) -> Tensor:
             for digit, name in enumerate(NAMES)
         ]
     )
-    text = every[torch.randint(len(every), (count, length), generator=generator)].flatten(1)
-    return torch.cat((torch.full((count, 1), tokenizer.bos_id), text), dim=1)
+    ids = every[torch.randint(len(every), (count, length), generator=generator)].flatten(1)
+    is_answer = torch.arange(every.shape[1]) == 5
+    return _begun(Text(ids, is_answer.repeat(count, length)))
+
+
+def _numbered(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Nouns, their numbers, and whether a noun was said before: `[count, length]` each.
+
+    Every text has 2 to 8 nouns of its own, with numbers drawn for it.
+    """
+    first_noun, first_name = WordTokenizer().encode(f"{NOUNS[0]} {NAMES[0]}")
+    nouns = torch.rand(count, len(NOUNS), generator=generator).argsort(dim=1)[:, :8]
+    numbers = torch.randint(len(NAMES), (count, 8), generator=generator)
+    different = torch.randint(2, 9, (count, 1), generator=generator)
+    said = (torch.rand(count, length, generator=generator) * different).long()
+    again = (said[:, :, None] == said[:, None, :]).tril(diagonal=-1).any(dim=-1)
+    return nouns.gather(1, said) + first_noun, numbers.gather(1, said) + first_name, again
+
+
+def _side_by_side(*columns: Tensor | int) -> Tensor:
+    """`[count, length]` each, or one word for all, to `[count, len(columns) * length]`."""
+    return torch.stack(torch.broadcast_tensors(*map(torch.as_tensor, columns)), dim=-1).flatten(1)
+
+
+def _begun(text: Text) -> Text:
+    """The same after `<BOS>`."""
+    return Text(F.pad(text.ids, (1, 0), value=WordTokenizer.bos_id), F.pad(text.known, (1, 0), value=False))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from flamingo.threads import SPINS
+from flamingo.threads import DEMO_SPINS, SPINS
 
 COMMAND = "sys.argv, sys.orig_argv = ['-m'], ['python', '-m', 'flamingo', 'train']"
 SHOW = "import flamingo, os; print(os.environ.get('GOMP_SPINCOUNT'))"
@@ -29,6 +29,7 @@ def spins(*lines, **variables):
 
 def test_a_command_sets_it_before_torch_is_imported():
     assert spins(COMMAND) == SPINS
+    assert spins(COMMAND.replace("train", "demo")) == DEMO_SPINS
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
-"""The demo: its text, its documents, its trainings, and (slow) that it learns."""
+"""The demo: its documents, its training on them, and its model in a file."""
 
 import copy
 
 import pytest
 import torch
 
-from flamingo.demo import load_digits, load_model, run, stages
+from flamingo.demo import command, load_digits, load_model, main, run, stages
 from flamingo.demo.digits import TEMPLATES, WAYS, episode
 from flamingo.demo.saved import save_model
-from flamingo.demo.words import NAMES, NOUNS, WordTokenizer, facts, lists
+from flamingo.demo.words import NAMES, WordTokenizer
 from flamingo_kernels import patch
+from tests.flamingo.demo.test_words import TRUE
 from tests.helpers.kernels import has_kernels
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
@@ -17,35 +18,6 @@ pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def test_tokenizer():
-    tokenizer = WordTokenizer()
-    ids = tokenizer.encode("lamp is nine<EOC><image>")
-    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.pad_id]) == "lamp is nine <EOC> <image>"
-    assert len(set(tokenizer.words)) == tokenizer.vocab_size
-    with pytest.raises(ValueError, match="expected words of the demo, got 'dog'"):
-        tokenizer.encode("dog is nine")
-
-
-def test_a_noun_keeps_its_number():
-    tokenizer = WordTokenizer()
-    texts = lists(50, 9, generator())
-    assert texts.shape == (50, 37)
-    again = 0
-    for text in texts:
-        words = tokenizer.decode(text).replace(" <EOC>", "").split()
-        assert words[1::3] == ["is"] * 9
-        pairs = list(zip(words[::3], words[2::3], strict=True))
-        numbers = dict(pairs)
-        assert all(noun in NOUNS and number in NAMES for noun, number in pairs)
-        assert all(numbers[noun] == number for noun, number in pairs)
-        again += 9 - len(numbers)
-    assert again > 50
-    numbers = {
-        dict(zip(t[1::4].tolist(), t[3::4].tolist(), strict=True)).get(texts[0, 1].item()) for t in texts
-    }
-    assert len(numbers - {None}) > 1, "a noun has a number of its own in every text"
 
 
 def test_digits_are_held_out():
@@ -81,14 +53,6 @@ def test_names(kind):
     assert own == (0 if kind == "codes" else 20)
 
 
-TRUE = {
-    "even?": {0, 2, 4, 6, 8},
-    "odd?": {1, 3, 5, 7, 9},
-    "small?": {0, 1, 2, 3, 4},
-    "large?": {5, 6, 7, 8, 9},
-}
-
-
 def test_questions():
     digits, _ = load_digits()
     label_of, draw, asked = labels_of(digits), generator(), set()
@@ -102,47 +66,11 @@ def test_questions():
     assert len(asked) == 8
 
 
-def test_facts_are_true():
-    texts, asked = facts(50, 5, generator()), set()
-    assert texts.shape == (50, 36)
-    for text in texts:
-        for fact in WordTokenizer().decode(text).split(" <EOC>")[:-1]:
-            question, is_, name, word, answer, said = fact.split()
-            assert (question, is_, answer) == ("Question:", "is", "Answer:")
-            assert said == ("yes" if NAMES.index(name) in TRUE[word] else "no")
-            asked.add((name, word))
-    assert len(asked) == 40
-
-
-def follows(text, next_token):
-    """Logits of a language model that expects this token after each place."""
-    return torch.nn.functional.one_hot(next_token, WordTokenizer.vocab_size).expand(*text.shape, -1)
-
-
-def test_a_model_that_knows_its_text_is_found_to():
-    """It says a number again that was said of a noun, and nothing where a noun is new."""
-
-    def reader(text):
-        said = torch.zeros_like(text)
-        for row, words in enumerate(text.tolist()):
-            known = {}
-            for place in range(1, len(words), 4):
-                said[row, place + 1] = known.get(words[place], 0)
-                known[words[place]] = words[place + 2]
-        return follows(text, said)
-
-    assert stages.recall(reader) == 1
-    assert stages.knowledge(lambda text: follows(text, text.roll(-1, dims=1))) == 1
-    for nothing in (stages.recall, stages.knowledge):
-        assert nothing(lambda text: follows(text, torch.zeros_like(text))) == 0
-
-
 def test_an_update_is_by_its_own_gradient_of_length_one():
     weight = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    for towards, found in (([3.0, 4.0], [0.6, 0.8]), ([4.0, -3.0], [0.6 + 0.5 * 0.8, 0.8 - 0.5 * 0.6])):
-        stages._update(-(weight * torch.tensor(towards)).sum(), optimizer, schedule)
+    for towards, found in (([3.0, 4.0], [0.6, 0.8]), ([4.0, -3.0], [0.6 + 0.8, 0.8 - 0.6])):
+        stages.update(-(weight * torch.tensor(towards)).sum(), optimizer)
         assert weight.tolist() == pytest.approx(found)
 
 
@@ -161,13 +89,16 @@ def test_prompts():
     assert abs(stages._normalised(digits.images).mean()) < 0.01
 
 
-def test_what_is_frozen_stays_and_what_is_not_learns():
+def test_what_is_frozen_stays_and_what_is_not_learns(monkeypatch):
     digits, _ = load_digits()
     torch.manual_seed(0)
     model = run.Flamingo(stages.CONFIG).freeze()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    make, made = stages._optimizer, []
+    monkeypatch.setattr(stages, "_optimizer", lambda *args: made.append(make(*args)) or made[0])
     losses = stages.train(model, stages.documents(digits, stages.make_processor(), count=8), steps=12)
     assert losses[-1] < losses[0]
+    assert made[0][1].last_epoch == 12, "the rates rise and fall"
     for name, parameter in model.named_parameters():
         frozen = name.startswith(("vision.", "language."))
         assert torch.equal(parameter, before[name]) == frozen, name
@@ -184,9 +115,11 @@ def test_quick(capsys, tmp_path, monkeypatch, switch, kernels, line):
     pytest.importorskip("matplotlib")
     swapped = []
     monkeypatch.setattr(
-        run, "save_model", lambda model, path: swapped.append(has_kernels(model)) or save_model(model, path)
+        command,
+        "save_model",
+        lambda model, path: swapped.append(has_kernels(model)) or save_model(model, path),
     )
-    assert run.main(tmp_path / "digits.png", tmp_path / "digits.safetensors", quick=True, **switch) == 0
+    assert main(tmp_path / "digits.png", tmp_path / "digits.safetensors", quick=True, **switch) == 0
     said = capsys.readouterr().out
     assert swapped == [kernels]
     assert line in said
@@ -219,17 +152,3 @@ def test_patched_training_has_the_same_losses():
     wrong.resampler.latents.data.mul_(1.01)
     assert 0 < run._difference(model, fused, digits, steps=10) < 1e-5
     assert run._difference(model, wrong, digits, steps=10) > 1e-5
-
-
-def test_what_counts_as_learnt():
-    def found(zero, eight, names):
-        return run.Findings(accuracy={"captions": {0: names}, "codes": {0: zero, 8: eight}})
-
-    assert run._has_learnt(found(0.1, 0.8, 0.95))
-    assert not run._has_learnt(found(0.1, 0.25, 0.95))
-    assert not run._has_learnt(found(0.1, 0.8, 0.85))
-
-
-@pytest.mark.slow
-def test_it_learns(tmp_path):
-    assert run.main(tmp_path / "digits.png", tmp_path / "digits.safetensors") == 0

@@ -1,13 +1,14 @@
-"""A run of the demo: what its stages learn, what is asked at the end, and what is said and drawn of it."""
+"""A run of the demo: what its stages learn from, what is asked at the end, what is said and drawn of it."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from flamingo.__main__ import main
-from flamingo.demo import run, stages
+from flamingo.demo import lessons, main, run, stages
 from flamingo.demo.digits import load_digits
 from flamingo.demo.words import ANSWERS, NAMES, WordTokenizer
 
@@ -24,18 +25,49 @@ def test_the_vision_encoder_learns_what_the_digits_are(seed):
     assert zero_shot > 0.3
 
 
-def test_the_language_model_learns_its_text(seed):
-    losses = []
-    stages.pretrain_language(steps=20, report=lambda step, loss: losses.append(loss))
-    assert losses[-1] < 0.9 * losses[0]
+def rms_to_the_nearest(digits, pixels):
+    shown = stages._normalised(digits.images).flatten(1)
+    return (
+        torch.cdist(pixels.reshape(-1, shown.shape[1]), shown).amin(dim=1).mean().item()
+        / shown.shape[1] ** 0.5
+    )
+
+
+def test_noise_is_grey_and_drawn_anew():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (stages._noisy(torch.zeros(50, 3, 8, 8), generator) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, first[:, :1].expand_as(first))
+    assert first.std() == pytest.approx(stages.NOISE, rel=0.1)
+
+
+def test_the_vision_encoder_learns_from_noise_and_is_asked_without(monkeypatch):
+    step, learnt, asked = stages.training_step, [], []
+
+    def training_step(model, optimizer, pairs, **options):
+        learnt.extend(pairs)
+        return step(model, optimizer, pairs, **options)
+
+    def zero_shot(model, pixels, classes):
+        asked.append(pixels)
+        return torch.zeros(len(pixels), 10)
+
+    monkeypatch.setattr(stages, "training_step", training_step)
+    monkeypatch.setattr(stages, "zero_shot", zero_shot)
+    digits, held_out = load_digits()
+    stages.pretrain_vision(digits, held_out, steps=1)
+    assert 0.25 < rms_to_the_nearest(digits, learnt[0].pixels) < 0.35
+    assert torch.equal(asked[0], stages._normalised(held_out.images))
 
 
 def test_it_learns_from_nine_digits_a_document():
     """Eight shots and one more, all with their answers, of each kind in turn."""
-    batches = stages.documents(load_digits()[0], stages.make_processor(), count=4)
+    digits = load_digits()[0]
+    batches = stages.documents(digits, stages.make_processor(), count=4)
     for words, answers, count in (("Output:", NAMES, 1), ("Question:", ANSWERS, 1), ("is", NAMES, 4)) * 2:
         batch = next(batches)
         assert batch.pixels.shape == (count, 9, 1, 3, 8, 8)
+        assert 0.25 < rms_to_the_nearest(digits, batch.pixels) < 0.35, "with noise"
         for ids in batch.input_ids:
             told = WordTokenizer().decode(ids).split("<image> ")[1:]
             assert len(told) == 9
@@ -64,24 +96,18 @@ def test_what_is_found_is_said_and_drawn(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(
         figure, "savefig", lambda self, *args, **options: drawn.append(self) or save(self, *args)
     )
-    assert run.main("digits.png", kernels=False, quick=True) == 0
+    monkeypatch.setattr(lessons, "MEASURED", 2)
+    assert main("digits.png", json="digits.json", kernels=False, quick=True) == 0
     assert trained == {"resampler", "cross_attn"}
     by_name = right[:2]  # after no shot and after one
     assert 0 < min(by_name) <= max(by_name) < 1
     table = re.search(r"^shots +0 +1\n.* (\d+\.\d)% +(\d+\.\d)%\n", capsys.readouterr().out, re.MULTILINE)
     assert [float(each) / 100 for each in table.groups()] == pytest.approx(by_name, abs=1e-3)
-    line = drawn[0].axes[0].lines[0]
-    assert list(line.get_xdata()) == [0, 1]
-    assert list(line.get_ydata()) == pytest.approx([100 * each for each in by_name])
+    of_lessons, of_shots = (axes.lines[0] for axes in drawn[0].axes)
+    assert list(of_shots.get_xdata()) == [0, 1]
+    assert list(of_shots.get_ydata()) == pytest.approx([100 * each for each in by_name])
+    told = json.loads(Path("digits.json").read_text())
+    assert list(told["known"].values()) == by_name
+    assert list(of_lessons.get_xdata()) == [2, 4, 5]
+    assert of_lessons.get_ydata()[-1] == pytest.approx(100 * told["recall"])
     assert (tmp_path / "digits.png").stat().st_size > 1000
-
-
-def test_the_command(monkeypatch):
-    calls = []
-    monkeypatch.setattr("flamingo.demo.main", lambda *args, **options: calls.append((args, options)) or 3)
-    files = ["--picture", "x.png", "--model", "x.safetensors"]
-    assert main(["demo"]) == main(["demo", *files, "--no-kernels", "--quick"]) == 3
-    assert calls == [
-        (("digits.png", "digits.safetensors"), {"kernels": True, "quick": False}),
-        (("x.png", "x.safetensors"), {"kernels": False, "quick": True}),
-    ]

@@ -1,0 +1,99 @@
+"""`python -m flamingo demo`: mistakes are told before the work begins, findings are written after it."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from json import dumps
+from pathlib import Path
+
+import torch
+
+from flamingo.demo.lessons import NotLearntError
+from flamingo.demo.picture import check_format, draw
+from flamingo.demo.run import run
+from flamingo.demo.saved import save_model
+
+
+def main(
+    picture: str | Path = "digits.png",
+    model: str | Path = "digits.safetensors",
+    *,
+    json: str | Path | None = None,
+    seed: int = 0,
+    threads: int = 1,
+    kernels: bool = True,
+    quick: bool = False,
+) -> int:
+    """Run the demo, print what it finds, draw it and save the model.
+
+    Args:
+        picture, model: files to write; see `load_model`.
+        json: a file for what was found; None writes none. Shares of 1: `{"drawn": {"0": 0.11, ..., "8":
+            0.92}, "known": {"0": 0.98, ...}, "recall": 0.99, ...}`. Names that are drawn for each document
+            and known ones, by the number of shots, and how often the language model knows a number that a
+            text has said before.
+        seed: of the weights, and of all that is drawn for training.
+        threads: of torch, 1 to the machine's cores. Its products are small: two threads are faster where
+            both have a core, and wait for each other where something else runs.
+        kernels: train with the kernels, where they are installed.
+        quick: a few steps of each stage, to see that it runs.
+
+    Returns:
+        0; 1 if it has not learnt what it should; 2 for a mistake, which one line on stderr tells.
+    """
+    files = [Path(file) for file in (picture, model, json) if file is not None]
+    try:
+        _check(files, seed, threads)
+        check_format(Path(picture))
+    except ImportError as error:
+        print(f'demo: {error.name} is missing: pip install "flamingo-kernels[demo]"', file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    try:
+        with _threads(threads):
+            found, trained = run(seed=seed, kernels=kernels, quick=quick)
+    except NotLearntError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    save_model(trained, model)
+    draw(found, Path(picture))
+    if json is not None:
+        Path(json).write_text(dumps(found.as_json(), indent=2) + "\n")
+    print("written:", *files)
+    missed = [] if quick else found.missed()
+    for line in missed:
+        print(f"demo: {line}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def _check(files: Sequence[Path], seed: int, threads: int) -> None:
+    """Raises what would otherwise be raised in the middle of the work, or after it."""
+    for module in ("sklearn", "safetensors", "matplotlib"):
+        import_module(module)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"expected --seed from 0 to 2**64 - 1, got {seed}.")
+    cores = os.cpu_count() or 1
+    if not 1 <= threads <= cores:
+        raise ValueError(f"expected --threads from 1 to {cores}, the cores of this machine, got {threads}.")
+    if len({file.resolve() for file in files}) < len(files):
+        raise ValueError(f"expected a file for each of what is written, got {', '.join(map(str, files))}.")
+    for file in files:
+        existed = file.exists()
+        file.open("ab").close()
+        if not existed:
+            file.unlink()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads of torch, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
