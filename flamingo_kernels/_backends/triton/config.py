@@ -87,6 +87,6 @@ def power_of_two(size: int, least: int = 16) -> int:
 
 
 def count_splits(programs: int, most: int, device: Device, resident: int = 2) -> int:
-    """How many programs, at most `most`, share the work of each, so that every multiprocessor has `resident`."""
+    """How many programs, at most `most`, share the work of each: every multiprocessor gets `resident`."""
     wanted = resident * device.multiprocessors // max(programs, 1)
     return max(1, min(wanted, most))

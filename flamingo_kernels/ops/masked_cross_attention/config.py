@@ -83,7 +83,8 @@ def forward(static: Static, one_shot: bool) -> Choice[Rows]:
     if one_shot and static.small_on_hopper:
         return _choose(static, Rows(block_t=64, maxnreg=128), Rows(block_t=64), Rows(block_t=32))
     if static.head_dim <= 64:
-        return _choose(static, Rows(block_t=64), Rows(block_t=32), Rows(block_t=32, num_warps=8))
+        tall = [] if one_shot and static.latents > 64 and not static.wide_tiles else [Rows(block_t=64)]
+        return _choose(static, *tall, Rows(block_t=32), Rows(block_t=32, num_warps=8))
     if static.head_dim <= 128 and static.wide_tiles:
         return _choose(static, Rows(block_t=64, num_warps=8), Rows(block_t=32, num_warps=8))
     if static.head_dim > 128 and static.device.architecture == "sm_90" and not one_shot:  # eight warps spill
@@ -110,7 +111,7 @@ def backward_keys(static: Static, one_shot: bool) -> Choice[Rows]:
     """The kernels that own keys: dk and dv stay in registers, which leaves the fewer for the rows."""
     small, architecture = static.head_dim <= 64, static.device.architecture
     if static.amd:
-        fast = small and not static.exact
+        fast = small and not static.exact and not (one_shot and static.latents > 64)
         return _choose(static, *([replace(_AMD, block_t=64), replace(_AMD, num_warps=2)] if fast else [_AMD]))
     if static.exact and one_shot:
         return _choose(static, Rows(block_t=16, num_warps=8))
@@ -123,7 +124,7 @@ def backward_keys(static: Static, one_shot: bool) -> Choice[Rows]:
         # Loads ahead would only cost registers: most media have one or two tiles of rows.
         full = Rows(block_t=64, num_stages=1, maxnreg=168)
         return _choose(static, full, Rows(block_t=64), replace(full, block_t=32), replace(full, maxnreg=None))
-    if architecture == "sm_90" and small and not static.few_rows:
+    if architecture == "sm_90" and small and not static.few_rows and not (one_shot and static.latents > 64):
         return _choose(static, Rows(block_t=64), Rows(block_t=32), Rows(block_t=32, num_warps=8))
     return _choose(static, Rows(block_t=32, num_warps=8), Rows(block_t=16, num_warps=8))
 

@@ -36,6 +36,7 @@ CASES = [
     ),  # keys in splits
     LinearCase(rows=(20,), width=100, residual=True, gate=(24,)),
     Int8LinearCase(rows=(3,), width=2100),
+    LinearCase(rows=(16,), width=2100),  # in two chunks
 ]
 
 
