@@ -33,12 +33,16 @@ BLOCKS = {
     r"attention_bwd_rows_kernel<\w+, 64": 3,
     r"attention_\w+_kernel": 2,
     r"linear_fwd_kernel": 2,
-    r"gated_block_decode_\w+_kernel": 4,
+    r"linear_norm_kernel": 4,
+    r"gated_block_decode_attention_kernel<\w+, \d+, false|gated_block_decode_attention_kernel<float": 1,
+    r"gated_block_decode_attention_kernel": 2,
+    r"gated_block_decode_merge_kernel": 4,
     r"gated_residual_bwd_kernel<Mixed": 3,
     r"gated_residual_\w+_kernel": 4,
 }
 THREADS = {
-    r"gated_block_decode": 128,
+    r"gated_block_decode_merge": 128,
+    r"gated_block_decode_attention": 256,
     r"attention_\w+_kernel<float": 64,
     r"attention_": 128,
     r"": 256,
@@ -95,9 +99,10 @@ def tensor_cores_multiply(kernel: Kernel) -> bool:
 
 def accesses_are_wide(kernel: Kernel) -> bool:
     """Where all rows are: a kernel of odd ones says `false`, one of mixed dtypes decides as it runs."""
-    if any(name in kernel.name for name in NARROW) or (", false" in kernel.name and "gated" in kernel.name):
+    narrow = ", false" in kernel.name and re.match("gated|linear", kernel.name)
+    if narrow or any(name in kernel.name for name in NARROW):
         return True
-    decoding = kernel.name.startswith(("gated_block_decode", "linear_fwd"))  # few numbers leave them
+    decoding = kernel.name.startswith(("gated_block_decode", "linear"))  # few numbers leave them
     return kernel.wide_loads > 0 and (kernel.wide_stores > 0 or decoding or "float" in kernel.name)
 
 
