@@ -31,7 +31,8 @@ CASES = [
     Case(batch=3, heads=20, groups=20, head_dim=8),  # more heads of a key head than a tile has rows
     # keys of many programs, in one medium and over several
     Case(batch=2, heads=1, media=1, latents=1601),
-    Case(batch=1, heads=1, media=2, latents=1601, immediate=False),  # so many that they are cut into splits
+    # so many keys that they are cut into splits: of none, one and both media
+    Case(batch=3, heads=1, media=2, latents=1601, immediate=False, policy="open_flamingo"),
     Case(batch=4, heads=1, media=4, latents=70, immediate=False, policy="open_flamingo"),
     Case(batch=1, heads=1, media=2, latents=70, immediate=False, policy="open_flamingo"),  # averages them
     Case(batch=2, heads=4, groups=2, media=1, latents=700, head_dim=64),

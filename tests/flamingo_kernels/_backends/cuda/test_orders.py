@@ -32,7 +32,7 @@ CASES = [
     GatedBlockDecodeCase(batch=9, dim=100, hidden=70, latents=70, immediate=False),
     GatedBlockDecodeCase(dim=2100, hidden=40, policy="open_flamingo", media=1),  # inputs in chunks
     GatedBlockDecodeCase(
-        batch=1, heads=2, media=2, latents=1100, immediate=False, q_norm=True, glu=True
+        batch=3, heads=1, media=2, latents=1100, immediate=False, q_norm=True, glu=True
     ),  # keys in splits
     LinearCase(rows=(20,), width=100, residual=True, gate=(24,)),
     Int8LinearCase(rows=(3,), width=2100),
