@@ -6,6 +6,7 @@ config         sizes, and the presets of the published models
 open_flamingo  the weights of OpenFlamingo's published models
 processor      documents of text and images to tensors
 media          images and videos, in memory or in files, to frames
+pixels         images of every type and mode to colours
 tokenizer      bytes and special tokens, or any tokenizer of transformers
 vision         vision encoders: a small ViT, NFNet, CLIP and SigLIP
 contrastive    pre-training of a vision encoder on pairs of images and texts

@@ -1,5 +1,6 @@
 """Documents of interleaved text and images to the tensors a Flamingo takes."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -7,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flamingo.media import MAX_PIXELS, read_frames
+from flamingo.media import MAX_PIXELS, Features, read_frames
 from flamingo.modules import text_time
-from flamingo.tokenizer import ByteTokenizer, Tokenizer
+from flamingo.tokenizer import IMAGE, ByteTokenizer, Tokenizer
 
 
 class Batch(NamedTuple):
@@ -17,7 +18,7 @@ class Batch(NamedTuple):
 
     input_ids: Tensor  # int64 [B, T]
     attention_mask: Tensor  # bool [B, T], False at padding
-    pixels: Tensor  # float32 [B, M, F, 3, image_size, image_size]
+    pixels: Tensor  # float32 [B, M, F, 3, image_size, image_size], or features [B, M, F, v, dim]
     num_media: Tensor  # int64 [B], the rest of M is padding
     num_frames: Tensor | None  # int64 [B, M] where clips differ in length, else None
     media_starts: Tensor  # bool [B, T], True where the text that sees the next medium begins
@@ -56,9 +57,12 @@ class Processor:
 
     A document is a list of texts and media in reading order, or a tuple `(text, list of media)` whose text
     has one `<image>` for every medium. A medium is an image, or a list of images: the frames of a clip. An
-    image is a PIL image, an array `[h, w]` or `[h, w, 3]`, or a tensor `[1, h, w]` or `[3, h, w]`, of uint8
-    or of floats in 0..1. A `pathlib.Path` is a file: an image, read by Pillow, or by its suffix a video, read
-    by PyAV.
+    image is a PIL image, an array `[h, w]` or `[h, w, 3]`, or a tensor `[1, h, w]` or `[3, h, w]`, of uint8,
+    uint16 or floats in 0..1, or the bytes of a file. One channel more is alpha, and is put on white. A
+    `pathlib.Path` is a file: an image, read by Pillow, or by its suffix a video, read by PyAV. However an
+    image comes in, it has the same pixels.
+
+    In the texts of a list `<image>` is a word like any other, never an image.
 
     Tokens are laid out as in the paper, `<EOC>` before every image and at the end::
 
@@ -195,24 +199,41 @@ class Processor:
         ids, media = [*self._beginning], []
         for part in _interleave(document, name):
             if isinstance(part, str):
-                ids += tokenizer.encode(part)
+                ids += self.encode(part)
             else:
                 ids += [*self._end_of_chunk(ids), tokenizer.image_id]
                 media.append(part)
         return Layout(ids if prompt else [*ids, *self._end_of_chunk(ids), tokenizer.eos_id], media)
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, none of which is an image: one that is spelled out is taken apart."""
+        pieces = re.split(f"(?<={IMAGE[0]})(?={IMAGE[1:]})", text)
+        return [id for piece in pieces for id in self.tokenizer.encode(piece)]
+
     def clip(self, medium: Any) -> Tensor:
-        """A medium, read and resized: float32 `[F, 3, image_size, image_size]`."""
+        """A medium, read and resized: float32 `[F, 3, image_size, image_size]`; features as they are."""
+        if isinstance(medium, Features):
+            return medium.tensor
         frames = read_frames(medium, fps=self.fps, max_frames=self.max_frames, max_pixels=self.max_pixels)
         return torch.stack([self._square(frame) for frame in frames])
 
     def pad_clips(self, clip_lists: list[list[Tensor]]) -> tuple[Tensor, Tensor | None]:
         """The clips of each document to pixels `[B, M, F, 3, image_size, image_size]` and num_frames
-        `[B, M]`, which is None where all clips have F frames."""
+        `[B, M]`, which is None where all clips have F frames; features to `[B, M, F, v, dim]`.
+
+        Raises:
+            ValueError: if some are features and others are not, or features have several sizes.
+        """
         most_media = max(map(len, clip_lists), default=0)
         most_frames = max((len(clip) for clips in clip_lists for clip in clips), default=1)
-        size = self.image_size
-        pixels = torch.zeros(len(clip_lists), most_media, most_frames, 3, size, size)
+        shapes = {clip.shape[1:] for clips in clip_lists for clip in clips}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"Processor: expected all media as images, or all as features of one size, got frames of the "
+                f"shapes {', '.join(map(str, sorted(map(tuple, shapes))))}."
+            )
+        shape = shapes.pop() if shapes else (3, self.image_size, self.image_size)
+        pixels = torch.zeros(len(clip_lists), most_media, most_frames, *shape)
         num_frames = torch.full((len(clip_lists), most_media), most_frames)
         for row, clips in enumerate(clip_lists):
             for column, clip in enumerate(clips):
@@ -275,8 +296,9 @@ class Processor:
         return F.pad(image, (left, size - width - left, top, size - height - top))
 
     def _cropped(self, image: Tensor) -> Tensor:
-        """As torchvision's Resize and CenterCrop do it."""
+        """As torchvision's Resize and CenterCrop do it; of a thin image the middle alone is resized."""
         size = self.image_size
+        image = _middle(image)
         height, width = (size * side // min(image.shape[1:]) for side in image.shape[1:])
         image = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
         top, left = round((height - size) / 2), round((width - size) / 2)
@@ -295,6 +317,16 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> Tensor:
     return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), length)
 
 
+def _middle(image: Tensor, *, longest: int = 8) -> Tensor:
+    """An image without most of what a crop to a square would cut off, both ends alike.
+
+    A line of 16,000 x 1 pixels would be resized to 10 GiB.
+    """
+    shorter = min(image.shape[1:])
+    top, left = (max(0, (side - longest * shorter) // 2) for side in image.shape[1:])
+    return image[:, top : image.shape[1] - top, left : image.shape[2] - left]
+
+
 def _interleave(document: Any, name: str) -> list:
     """Either form of a document to one list of texts and media."""
     if isinstance(document, tuple):
@@ -304,7 +336,7 @@ def _interleave(document: Any, name: str) -> list:
                 f"{', '.join(type(part).__name__ for part in document)}."
             )
         text, media = document
-        chunks = text.split("<image>")
+        chunks = text.split(IMAGE)
         if len(chunks) - 1 != len(media):
             raise ValueError(
                 f"Processor: expected one image for each <image> of {name}, got {len(media)} images and "
@@ -319,10 +351,5 @@ def _interleave(document: Any, name: str) -> list:
     if not isinstance(document, list):
         raise TypeError(
             f"Processor: expected {name} to be a list of texts and images, got {type(document).__name__}."
-        )
-    if any(isinstance(part, str) and "<image>" in part for part in document):
-        raise ValueError(
-            f"Processor: expected no <image> in the texts of {name}, got one without an image. Put the image "
-            "itself in that place, or pass a tuple (text, list of images)."
         )
     return list(document)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from flamingo.media import to_image
+from flamingo.pixels import to_image
 from flamingo.tokenizer import ByteTokenizer
 from flamingo.training.config import Clips, Documents, Pairs
 from flamingo.training.samples import to_document, window
