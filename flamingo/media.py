@@ -94,6 +94,8 @@ def _open_image(file: Path | BinaryIO, max_pixels: int) -> Any:
         return pillow.open(file, formats=[name for name in _IMAGES if name in pillow.OPEN])
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
         raise _too_large(file, str(error), max_pixels) from error
+    except import_module("PIL").UnidentifiedImageError as error:  # it would give the file's place in memory
+        raise _unreadable(file, ValueError(f"none of {', '.join(_IMAGES)}")) from error
     except Exception as error:
         raise _unreadable(file, error) from error
 

@@ -12,10 +12,12 @@ from flamingo.kernels import use_kernels
 from flamingo.model import Flamingo
 from flamingo.processor import Processor
 from flamingo.training import checkpoint
+from flamingo.training.bad import DataError
 from flamingo.training.config import ModelConfig, TrainingConfig
 from flamingo.training.log import read_log
 from flamingo.training.loop import train
 from flamingo.training.processes import device_of, leave, process_group, rank
+from flamingo.training.shards import find_shards
 
 
 def run(path: str) -> int:
@@ -23,6 +25,8 @@ def run(path: str) -> int:
     try:
         config, of_model = _read(path)
         read_log(config.folder)  # before there is a model: it may be a file of something else
+        for dataset in config.datasets:
+            find_shards(dataset.shards)
     except (OSError, ValueError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
@@ -31,14 +35,22 @@ def run(path: str) -> int:
         try:
             use_kernels(model, config.kernels, _say)  # before it is sharded
         except ValueError as error:
-            print(f"train: {error}", file=sys.stderr)
-            raise SystemExit(2) from None  # to return would be to wait for processes that train
-        saved = train(model, processor, config)
+            raise _stop(error) from None
+        try:
+            saved = train(model, processor, config)
+        except DataError as error:
+            raise _stop(error) from None
         if rank() == 0:
             print(f"{config.steps} steps done, the last checkpoint is {saved}")
     if distributed.is_torchelastic_launched():
         leave()
     return 0
+
+
+def _stop(error: ValueError) -> SystemExit:
+    """The end of this process, said in a line; to return would be to wait for processes that train."""
+    print(f"train: {error}", file=sys.stderr)
+    return SystemExit(2)
 
 
 def load_run(path: str | Path) -> tuple[Flamingo, Processor]:

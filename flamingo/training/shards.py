@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from flamingo.training.bad import DataError
 from flamingo.training.braces import expand
 from flamingo.training.tar import members
 
@@ -109,7 +110,7 @@ def entries(shard: str) -> list[Entry]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the shard is not an uncompressed tar file, or is damaged anywhere.
+        DataError: if the shard is not an uncompressed tar file, or is damaged anywhere.
     """
     if shard.endswith(".jsonl"):
         return _lines(shard)
@@ -125,7 +126,7 @@ def entries(shard: str) -> list[Entry]:
             found[-1].fault = found[-1].fault or fault
             found[-1].files[kind] = (member.start, member.size)
     except ValueError as error:
-        raise ValueError(
+        raise DataError(
             f"entries: expected {shard} to be an uncompressed tar file, whole, got: {error}."
         ) from error
     return found
