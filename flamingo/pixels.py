@@ -47,8 +47,8 @@ def to_image(image: Any) -> Tensor:
         )
     if image.ndim != 3 or not 1 <= image.shape[0] <= 4 or 0 in image.shape:
         raise ValueError(
-            "Processor: expected an image array (h, w) or (h, w, 3), or a tensor (1, h, w) or (3, h, w), each "
-            f"with one channel more if it has alpha, got {tuple(image.shape)} (channels first)."
+            "Processor: expected an image array (h, w) or (h, w, 3), or a tensor (1, h, w) or (3, h, w), "
+            f"with one channel more for alpha, got {tuple(image.shape)} (channels first)."
         )
     image = _in_unit_range(image.detach().cpu())
     if image.shape[0] in (2, 4):

@@ -66,6 +66,6 @@ class Tally:
             too_many = too_many or before > allowed
         if too_many:
             raise DataError(
-                f"dataset {self.name!r}: expected a share of {self.max_bad:g} of bad samples at most (max_bad), "
-                f"got {self.bad} of {self.drawn}, as {examples(self._latest)}."
+                f"dataset {self.name!r}: expected max_bad = {self.max_bad:g} of its samples at most to be "
+                f"bad, got {self.bad} of {self.drawn}, as {examples(self._latest)}."
             )

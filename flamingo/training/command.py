@@ -1,6 +1,7 @@
-"""`python -m flamingo train`: a run from a file, and the model it has trained."""
+"""`python -m flamingo train` and `encode`: a run from a file, its features, and the model it has trained."""
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from flamingo.processor import Processor
 from flamingo.training import checkpoint
 from flamingo.training.bad import DataError
 from flamingo.training.config import ModelConfig, TrainingConfig
+from flamingo.training.features import encode
 from flamingo.training.log import read_log
 from flamingo.training.loop import train
 from flamingo.training.processes import device_of, leave, process_group, rank
@@ -22,34 +24,53 @@ from flamingo.training.shards import find_shards
 
 def run(path: str) -> int:
     """Trains as a TOML file says and returns the command's exit status."""
+
+    def work(model: Flamingo, processor: Processor, config: TrainingConfig) -> str:
+        return f"{config.steps} steps done, the last checkpoint is {train(model, processor, config)}"
+
+    return _run("train", path, work)
+
+
+def run_encode(path: str) -> int:
+    """Makes the features that a TOML file names and returns the command's exit status."""
+
+    def work(model: Flamingo, processor: Processor, config: TrainingConfig) -> str:
+        folders = {str(dataset.features) for dataset in config.datasets if dataset.features is not None}
+        return f"{encode(model, processor, config)} images and clips encoded, in {', '.join(sorted(folders))}"
+
+    return _run("encode", path, work)
+
+
+def _run(name: str, path: str, work: Callable[[Flamingo, Processor, TrainingConfig], str]) -> int:
+    """Does a command's work with the model of a TOML file and returns its exit status."""
     try:
         config, of_model = _read(path)
         read_log(config.folder)  # before there is a model: it may be a file of something else
         for dataset in config.datasets:
             find_shards(dataset.shards)
     except (OSError, ValueError) as error:
-        print(f"train: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     with process_group(device_of(config.device)):
         model, processor = _start(config, of_model)
         try:
             use_kernels(model, config.kernels, _say)  # before it is sharded
         except ValueError as error:
-            raise _stop(error) from None
+            raise _stop(name, error) from None
         try:
-            saved = train(model, processor, config)
+            done = work(model, processor, config)
         except DataError as error:
-            raise _stop(error) from None
+            raise _stop(name, error) from None
         if rank() == 0:
-            print(f"{config.steps} steps done, the last checkpoint is {saved}")
+            print(done)
     if distributed.is_torchelastic_launched():
         leave()
     return 0
 
 
-def _stop(error: ValueError) -> SystemExit:
+def _stop(name: str, error: ValueError) -> SystemExit:
     """The end of this process, said in a line; to return would be to wait for processes that train."""
-    print(f"train: {error}", file=sys.stderr)
+    print(f"{name}: {str(error).removeprefix(f'{name}: ')}", file=sys.stderr)
     return SystemExit(2)
 
 

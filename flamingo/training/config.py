@@ -57,8 +57,8 @@ class DatasetConfig:
             _positive(self, where, "micro_batch_size")
         if self.features is not None and (self.flip or self.colour):
             raise ValueError(
-                f"TrainingConfig: expected flip = 0 and colour = 0 of {where}, whose features are of images as "
-                f"they are, got {self.flip} and {self.colour}."
+                f"TrainingConfig: expected flip = 0 and colour = 0 of {where}, whose features are of images "
+                f"as they are, got {self.flip} and {self.colour}."
             )
 
 

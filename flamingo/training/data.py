@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 from flamingo.processor import Batch, Processor
 from flamingo.training.bad import Bad, DataError, examples
 from flamingo.training.config import DatasetConfig, Documents
+from flamingo.training.features import FeatureStore
 from flamingo.training.order import Draw, Position, SampleOrder
-from flamingo.training.samples import Show, decode, to_document
+from flamingo.training.samples import decode, to_document
 from flamingo.training.shards import find_shards
 
 ATTEMPTS = 100  # samples in a row that may be bad
@@ -26,14 +27,20 @@ class Reader:
         config: of the dataset.
         processor: of documents.
         order: which gives substitutes.
-        show: see `to_document`.
+        features: what stands for images and clips, if it is not their pixels.
     """
 
-    def __init__(self, config: DatasetConfig, processor: Processor, order: SampleOrder, show: Show = decode):
+    def __init__(
+        self,
+        config: DatasetConfig,
+        processor: Processor,
+        order: SampleOrder,
+        features: FeatureStore | None = None,
+    ):
         self.config = config
         self.processor = processor
         self.order = order
-        self.show = show
+        self.features = features
 
     def batch(self, draws: list[Draw]) -> tuple[Batch, list[Bad]]:
         """A batch, and which of its samples were bad.
@@ -57,18 +64,21 @@ class Reader:
             chance = random.Random(tried.seed)
             try:
                 document = self._read(tried, chance)
+            except DataError:
+                raise
             except (ValueError, FileNotFoundError, RecursionError) as error:
                 failed.append(Bad(tried.entry.shard, tried.entry.key, _reason(error)))
                 continue
             looks_ahead = isinstance(self.config, Documents) and chance.random() < self.config.p_next
             return document, float(looks_ahead), failed[:1]
         raise DataError(
-            f"dataset {self.config.name!r}: expected {self.config.kind}, got {ATTEMPTS} bad samples in a row, as "
-            f"{examples(failed)}."
+            f"dataset {self.config.name!r}: expected {self.config.kind}, got {ATTEMPTS} bad samples in a "
+            f"row, as {examples(failed)}."
         )
 
     def _read(self, draw: Draw, chance: random.Random) -> list[Any]:
-        return to_document(self.config, draw.entry.read(), self.processor.encode, chance, self.show)
+        show = decode if self.features is None else self.features.show(draw.entry.shard)
+        return to_document(self.config, draw.entry.read(), self.processor.encode, chance, show)
 
 
 def _reason(error: Exception) -> str:
@@ -100,7 +110,7 @@ class Stream:
         rank, world_size: this process takes its share of each batch.
         workers: processes that read ahead; they change when batches are made, not which.
         pin_memory: for faster copies to a GPU.
-        show: see `to_document`.
+        features: see `Reader`.
 
     Attributes:
         state: after the last batch that was taken, not the last that was read ahead.
@@ -109,7 +119,8 @@ class Stream:
     Raises:
         FileNotFoundError: if there are no shards.
         ValueError: if the state is of other shards, another seed or another `at_once`.
-        DataError: from the iterator, if a shard is damaged or no sample can be read.
+        DataError: if features are of another encoder, preprocessing or shard, or are not there;
+            from the iterator, if a shard is damaged or no sample can be read.
     """
 
     def __init__(
@@ -124,20 +135,23 @@ class Stream:
         world_size: int = 1,
         workers: int = 0,
         pin_memory: bool = False,
-        show: Show = decode,
+        features: FeatureStore | None = None,
     ):
-        order = SampleOrder(find_shards(config.shards), seed=seed, at_once=at_once)
+        shards = find_shards(config.shards)
+        order = SampleOrder(shards, seed=seed, at_once=at_once)
         position = Position(*state["position"]) if state else Position()
         if state and state["order"] != order.identity:
             raise ValueError(
                 f"Stream: expected the shards, the seed and shards_at_once of the checkpoint for dataset "
                 f"{config.name!r}, got others. Take those again, or another folder for another run."
             )
+        if features is not None:
+            features.check(shards)
         self.state: dict[str, Any] = {"order": order.identity, "position": tuple(position)}
         self.bad: list[Bad] = []
         self._batches: Iterator[_Item | DataError] = iter(
             DataLoader(
-                _Batches(Reader(config, processor, order, show)),
+                _Batches(Reader(config, processor, order, features)),
                 sampler=order.batches(config.batch_size, position, rank=rank, world_size=world_size),
                 batch_size=None,  # an item is a batch
                 num_workers=workers,

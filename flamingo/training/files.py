@@ -61,13 +61,10 @@ def find_caption(sample: Sample) -> str:
         ValueError: if there is none, it is empty, or no UTF-8.
     """
     kind = next((kind for kind in _CAPTIONS if kind in sample), None)
-    if kind is not None:
-        caption = sample[kind].decode("utf-8-sig")
-    else:
-        known = json.loads(sample["json"]) if "json" in sample else None
-        caption = known.get("caption") if isinstance(known, dict) else None
-        if not isinstance(caption, str):
-            raise ValueError(f"expected a caption (txt, or in the json), got {_kinds(sample)}.")
+    known = json.loads(sample["json"]) if kind is None and "json" in sample else None
+    caption = sample[kind].decode("utf-8-sig") if kind else isinstance(known, dict) and known.get("caption")
+    if not isinstance(caption, str):
+        raise ValueError(f"expected a caption (txt, or in the json), got {_kinds(sample)}.")
     if not caption.strip():
         raise ValueError("expected a caption, got an empty one.")
     return caption.strip()
@@ -96,8 +93,8 @@ def find_pictures(
     pictures = sum(isinstance(part, Picture) for part in parts)
     if any(picture.number is None for picture in missing) or 0 < len(missing) == pictures:
         raise ValueError(
-            f"expected an image {missing[0].name[:100]} in the sample{f' or in {folder}' if folder else ''}, got "
-            f"{_kinds(sample)}."
+            f"expected an image {missing[0].name[:100]} in the sample"
+            f"{f' or in {folder}' if folder else ''}, got {_kinds(sample)}."
         )
     return found
 
@@ -108,7 +105,7 @@ def _find(picture: Picture, sample: Sample, folder: str | None) -> File | None:
     if picture.name.lower() in sample:
         return File(picture.name, sample[picture.name.lower()])
     kinds = _numbered(sample) or [kind for kind in IMAGES if kind in sample]
-    if picture.number is not None and len(kinds) == picture.count:  # of fewer nobody knows which is which
+    if picture.number is not None and len(kinds) == picture.total:  # of fewer nobody knows which is which
         return File(kinds[picture.number], sample[kinds[picture.number]])
     path = None if folder is None else _inside(Path(folder), picture.name)
     return None if path is None else File(str(path), path.read_bytes())

@@ -7,12 +7,11 @@
                "image_info": [{"image_name": "a.jpg", "matched_text_index": 0, "matched_sim": 0.3}]}
     OBELICS   {"texts": ["A dog:", null], "images": [null, "https://a.example/a.jpg"]}
 
-An image may stand in the json itself, in base64: MMC4's as `image_base64`, as open_flamingo writes it; OBELICS'
-as the text, as a data URI, or as `{"bytes": ..., "path": ...}`. `files` looks for the others.
+An image may stand in the json itself, in base64: MMC4's as `image_base64`, as open_flamingo writes it;
+OBELICS' as such, as a data URI, or as `{"bytes": ..., "path": ...}`. `files` looks for the others.
 """
 
 import json
-from itertools import groupby
 from typing import Any, NamedTuple
 
 # How JPEG, PNG, GIF and WebP begin in base64.
@@ -24,8 +23,8 @@ class Picture(NamedTuple):
 
     name: str  # of its file
     base64: str | None = None  # its content
-    number: int | None = None  # among the `count` images of a document whose files may be numbered instead
-    count: int = 0
+    number: int | None = None  # among the `total` images of a document whose files may be numbered instead
+    total: int = 0
 
 
 def read_layout(content: bytes, *, min_similarity: float) -> list[str | Picture]:
@@ -48,8 +47,8 @@ def read_layout(content: bytes, *, min_similarity: float) -> list[str | Picture]
     else:
         got = f"the keys {', '.join(page) or 'of nothing'}" if isinstance(page, dict) else type(page).__name__
         raise ValueError(
-            "expected a document's json as a list of texts and images, with MMC4's text_list and image_info, or "
-            f"with OBELICS' texts and images, got {got}."
+            "expected a document's json as a list of texts and images, with MMC4's text_list and image_info, "
+            f"or with OBELICS' texts and images, got {got}."
         )
     if not parts:
         raise ValueError("expected a document with texts or images, got none.")
@@ -139,10 +138,13 @@ def _list_of(page: dict[str, Any], key: str, *kinds: type) -> list[Any]:
 
 def _joined(parts: list[str | Picture], between: str) -> list[str | Picture]:
     """Texts that follow each other as one, without those that are empty."""
-    kept = [part for part in parts if not isinstance(part, str) or part.strip()]
     found: list[str | Picture] = []
-    for is_text, run in groupby(kept, key=lambda part: isinstance(part, str)):
-        found += [between.join(map(str, run))] if is_text else list(run)
+    for part in parts:
+        before = found[-1] if found else None
+        if isinstance(part, str) and isinstance(before, str):
+            found[-1] = f"{before}{between}{part}" if part.strip() else before
+        elif not isinstance(part, str) or part.strip():
+            found.append(part)
     return found
 
 

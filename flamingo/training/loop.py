@@ -19,6 +19,7 @@ from flamingo.training.blocks import blocks as blocks_of
 from flamingo.training.blocks import recomputed, shard
 from flamingo.training.config import DatasetConfig, TrainingConfig
 from flamingo.training.data import Stream, count_targets, split
+from flamingo.training.features import FeatureStore
 from flamingo.training.log import RunLog
 from flamingo.training.optimizer import TrainedWeights, learning_rate, make_optimizer, store_as
 from flamingo.training.processes import device_of, gather, rank, sum_over_processes, world_size
@@ -100,6 +101,11 @@ class _Run:
         self.config = config
         self.folder = Path(config.folder)
         self.device = device_of(config.device)
+        self.features = {
+            dataset.name: FeatureStore(dataset, model, processor, config)
+            for dataset in config.datasets
+            if dataset.features is not None
+        }
         self.weights = self._place(blocks, stack)
         stack.callback(self.weights.release)
         self.optimizer = make_optimizer(self.weights.by_name, config)
@@ -157,6 +163,7 @@ class _Run:
             world_size=world_size(),
             workers=config.workers,
             pin_memory=self.device.type == "cuda",
+            features=self.features.get(dataset.name),
         )
 
     def to_the_end(self) -> Path | None:

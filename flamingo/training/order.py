@@ -21,7 +21,6 @@ from typing import NamedTuple
 from flamingo.training.bad import DataError
 from flamingo.training.shards import Entry, entries
 
-
 _listed = lru_cache(maxsize=16)(entries)
 
 
@@ -83,7 +82,7 @@ class SampleOrder:
                 raise DataError(f"SampleOrder: expected samples in {', '.join(self.shards)}, got none.")
 
     def substitute(self, draw: Draw, attempt: int) -> Draw:
-        """Any other sample, for one that cannot be read: a function of the draw and the number of the attempt.
+        """Some sample for one that cannot be read: a function of the draw and the number of the attempt.
 
         Raises:
             DataError: see `entries`.

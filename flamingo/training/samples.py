@@ -69,7 +69,9 @@ def read_file(config: DatasetConfig, file: File) -> list[Tensor]:
     opened = io.BytesIO(file.content)
     opened.name = file.name  # for errors
     if isinstance(config, Clips) and file.is_video:
-        return list(read_video(opened, fps=config.fps, max_frames=config.frames, max_pixels=config.max_pixels))
+        return list(
+            read_video(opened, fps=config.fps, max_frames=config.frames, max_pixels=config.max_pixels)
+        )
     return [read_image(opened, max_pixels=config.max_pixels)]
 
 
@@ -100,7 +102,8 @@ def to_document(
     document: list[Any] = []
     for part in parts:
         if not isinstance(part, str):
-            document.append(show(config, part, draw))
+            # Whatever is drawn for it, what follows is the same.
+            document.append(show(config, part, random.Random(draw.random())))
         elif isinstance(config, Captioned):
             document += _plain(_shortened(config, part, measure, draw))
         else:

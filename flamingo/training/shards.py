@@ -96,8 +96,8 @@ def _nothing(pattern: str, names: list[str], missing: list[str]) -> str:
         return f"find_shards: expected shards at {pattern}, got none."
     shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
     return (
-        f"find_shards: expected shards at {pattern}, whose braces stand for {len(names)} names, {names[0]} to "
-        f"{names[-1]}; got none at {len(missing)} of them: {shown}."
+        f"find_shards: expected shards at {pattern}, whose braces stand for {len(names)} names, {names[0]} "
+        f"to {names[-1]}; got none at {len(missing)} of them: {shown}."
     )
 
 
@@ -122,7 +122,9 @@ def entries(shard: str) -> list[Entry]:
                 continue
             if not found or found[-1].key != key:
                 found.append(Entry(shard, key, {}))
-            fault = f"two files {f'{key}.{kind}'!r} in one sample" if kind in found[-1].files else member.fault
+            fault = (
+                f"two files {f'{key}.{kind}'!r} in one sample" if kind in found[-1].files else member.fault
+            )
             found[-1].fault = found[-1].fault or fault
             found[-1].files[kind] = (member.start, member.size)
     except ValueError as error:

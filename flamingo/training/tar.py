@@ -105,7 +105,9 @@ def _header(block: bytes, at: int) -> tarfile.TarInfo:
     except tarfile.HeaderError as error:
         packed = next((kind for mark, kind in _PACKED.items() if not at and block.startswith(mark)), None)
         if packed:
-            raise ValueError(f"it is compressed by {packed}, so that no sample can be found: unpack it") from None
+            raise ValueError(
+                f"it is compressed by {packed}, so that no sample can be found: unpack it"
+            ) from None
         raise ValueError(f"at byte {at} there is no header: {error}") from error
 
 

@@ -123,7 +123,8 @@ class TestPairs:
         assert image.shape == (3, 12, 9)
 
     @pytest.mark.parametrize(
-        ("missing", "message"), [("png", r"an image \(png, .*, got txt"), ("txt", r"a caption \(txt, .*, got png")]
+        ("missing", "message"),
+        [("png", r"an image \(png, .*, got txt"), ("txt", r"a caption \(txt, .*, got png")],
     )
     def test_a_missing_file_is_named(self, missing, message):
         sample = pair_sample(images(1, seed=0)[0], "text")

@@ -33,7 +33,15 @@ def test_shards_are_in_one_order_whatever_the_patterns(tmp_path):
 class TestNames:
     @pytest.fixture
     def folder(self, tmp_path):
-        for name in ("a/000.tar", "a/001.tar", "a/010.tar", "b/000.tar", "b/x.jsonl", "b/notes.txt", "{c}.tar"):
+        for name in (
+            "a/000.tar",
+            "a/001.tar",
+            "a/010.tar",
+            "b/000.tar",
+            "b/x.jsonl",
+            "b/notes.txt",
+            "{c}.tar",
+        ):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
         return tmp_path
@@ -58,8 +66,11 @@ class TestNames:
     @pytest.mark.parametrize(
         ("pattern", "message"),
         [
-            ("a/{000..231}.tar", r"232 names, \S*/a/000\.tar to \S*/231\.tar; got none at 229 of them: "
-             r"\S*/002\.tar, \S*/003\.tar, \S*/004\.tar, \.\.\."),
+            (
+                "a/{000..231}.tar",
+                r"232 names, \S*/a/000\.tar to \S*/231\.tar; got none at 229 of them: "
+                r"\S*/002\.tar, \S*/003\.tar, \S*/004\.tar, \.\.\.",
+            ),
             ("{a,d}/*.tar", r"2 names, .* got none at 1 of them: \S*/d/\*\.tar\."),
             ("d/*.tar", r"expected shards at \S*/d/\*\.tar, got none"),
             ("{c,d", r"expected shards at \S*/\{c,d, got none"),
