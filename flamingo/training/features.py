@@ -6,7 +6,7 @@
         laion-00000.safetensors     of the shard laion/00000.tar: for each medium a tensor [F, v, dim], named
         laion-00001.safetensors     by the hash of its content; [0] for one that could not be read
 
-Every file says of which encoder, which preprocessing and which shard it is; one of others is refused.
+Every file says of which encoder and which preprocessing it is; one of others is refused.
 """
 
 import hashlib
@@ -86,14 +86,16 @@ def encode(model: nn.Module, processor: Processor, config: TrainingConfig) -> in
         for shard in import_module("tqdm").tqdm(
             shards[rank() :: world_size()], desc=dataset.name, unit="shard"
         ):
-            if not store.has(shard):
-                media = _Media(dataset, processor, entries(shard))
-                loader = DataLoader(
-                    media, batch_size=None, num_workers=config.workers, generator=torch.Generator()
-                )
-                tensors = dict(_encoded(vision, loader, device, config.bfloat16))
-                store.write(shard, tensors)
-                encoded += len(tensors)
+            if store.is_done(shard):
+                continue
+            known = store.names(shard)
+            media = _Media(dataset, processor, entries(shard), known)
+            loader = DataLoader(
+                media, batch_size=None, num_workers=config.workers, generator=torch.Generator()
+            )
+            tensors = dict(_encoded(vision, loader, device, config.bfloat16))
+            store.add(shard, tensors)
+            encoded += len(tensors)
     wait_for_all()
     return encoded
 
@@ -150,10 +152,10 @@ class FeatureStore:
                 )
 
     def has(self, shard: str) -> bool:
-        """Whether a shard's features are there.
+        """Whether there is a file for a shard.
 
         Raises:
-            DataError: if features are there of another encoder or another preprocessing.
+            DataError: if it is of another encoder or another preprocessing.
         """
         path = self.path(shard)
         if not path.exists():
@@ -166,25 +168,38 @@ class FeatureStore:
                     f"{_of(found, name)}. Remove them and run `python -m flamingo encode` again, or name "
                     "another folder."
                 )
-        return found.get("bytes of the shard") == str(os.path.getsize(shard))
+        return True
+
+    def is_done(self, shard: str) -> bool:
+        """Whether a shard has not been touched since its features were made."""
+        return self.has(shard) and self._metadata(self.path(shard)).get("shard") == _stamp(shard)
+
+    def names(self, shard: str) -> frozenset[str]:
+        """Of which media there are features."""
+        if not self.has(shard):
+            return frozenset()
+        with import_module("safetensors").safe_open(self.path(shard), framework="pt") as file:
+            return frozenset(file.keys())
 
     def check(self, shards: Sequence[str]) -> None:
-        """Raises DataError if the features of a shard are not there, or are of something else."""
+        """Raises DataError if a shard has no features, or those of something else."""
         missing = [shard for shard in shards if not self.has(shard)]
         if missing:
+            more = f", and none of {len(missing) - 1} others" if len(missing) > 1 else ""
             raise DataError(
-                f"{self.path(missing[0])}: expected the features of {missing[0]} as it is, got none"
-                f"{f', and none of {len(missing) - 1} others' if len(missing) > 1 else ''}. Run "
+                f"{self.path(missing[0])}: expected the features of {missing[0]}, got none{more}. Run "
                 "`python -m flamingo encode` with the same file first."
             )
 
-    def write(self, shard: str, tensors: dict[str, Tensor]) -> None:
-        """A shard's features; the file has its name once it is whole."""
+    def add(self, shard: str, tensors: dict[str, Tensor]) -> None:
+        """A shard's features, beside those that there are; the file has its name once it is whole."""
+        safetensors = import_module("safetensors.torch")
         path = self.path(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
-        metadata = self.settings | {"bytes of the shard": str(os.path.getsize(shard))}
-        import_module("safetensors.torch").save_file(tensors, unfinished, metadata=metadata)
+        known = safetensors.load_file(path) if self.has(shard) else {}
+        metadata = self.settings | {"shard": _stamp(shard)}
+        safetensors.save_file(known | tensors, unfinished, metadata=metadata)
         os.replace(unfinished, path)
 
     def show(self, shard: str) -> Show:
@@ -198,9 +213,12 @@ class FeatureStore:
             with safetensors.safe_open(path, framework="pt") as file:
                 return file.metadata() or {}
         except safetensors.SafetensorError as error:
-            raise ValueError(
-                f"{path}: expected features, got a file that cannot be read: {error}."
-            ) from error
+            raise DataError(f"{path}: expected features, got a file that cannot be read: {error}.") from error
+
+
+def _stamp(shard: str) -> str:
+    about = os.stat(shard)
+    return f"{about.st_size} bytes, {about.st_mtime_ns}"
 
 
 def _of(found: dict[str, str], name: str) -> str:
@@ -229,17 +247,19 @@ def _name(config: DatasetConfig, files: list[File]) -> str:
     return digest.hexdigest()
 
 
-_open = lru_cache(maxsize=16)(lambda path: import_module("safetensors").safe_open(path, framework="pt"))
+@lru_cache(maxsize=16)
+def _open(path: str, changed: int) -> Any:
+    return import_module("safetensors").safe_open(path, framework="pt")
 
 
 def _read(path: str, config: DatasetConfig, files: list[File], draw: random.Random) -> Features:
     name = _name(config, files)
     try:
-        tensor = _open(path).get_tensor(name)
+        tensor = _open(path, os.stat(path).st_mtime_ns).get_tensor(name)
     except import_module("safetensors").SafetensorError as error:
         raise DataError(
             f"{path}: expected features of {files[0].name}, got none: the shard has changed, or the "
-            "dataset's frames or fps. Remove the file and run `python -m flamingo encode` again."
+            "dataset's frames or fps. Run `python -m flamingo encode` again."
         ) from error
     if not tensor.numel():
         raise ValueError(
@@ -249,12 +269,15 @@ def _read(path: str, config: DatasetConfig, files: list[File], draw: random.Rand
 
 
 class _Media(Dataset):
-    """The media of each sample: their names, and their pixels or None; of a bad sample none."""
+    """The media of each sample that are not known yet: their names, and their pixels or None."""
 
-    def __init__(self, config: DatasetConfig, processor: Processor, listed: list[Entry]):
+    def __init__(
+        self, config: DatasetConfig, processor: Processor, listed: list[Entry], known: frozenset[str]
+    ):
         self.config = config
         self.processor = processor
         self.listed = listed
+        self.known = known
 
     def __len__(self) -> int:
         return len(self.listed)
@@ -264,7 +287,8 @@ class _Media(Dataset):
             parts = parts_of(self.config, self.listed[index].read())
         except (ValueError, FileNotFoundError, RecursionError):
             return []  # training will count it
-        return [(_name(self.config, part), self._clip(part)) for part in parts if not isinstance(part, str)]
+        media = {_name(self.config, part): part for part in parts if not isinstance(part, str)}
+        return [(name, self._clip(files)) for name, files in media.items() if name not in self.known]
 
     def _clip(self, files: list[File]) -> Tensor | None:
         """float32 `[F, 3, image_size, image_size]`."""

@@ -21,7 +21,10 @@ from typing import NamedTuple
 from flamingo.training.bad import DataError
 from flamingo.training.shards import Entry, entries
 
-_listed = lru_cache(maxsize=16)(entries)
+
+@lru_cache(maxsize=16)
+def _listed(shard: str, changed: int) -> list[Entry]:
+    return entries(shard)
 
 
 class Position(NamedTuple):
@@ -89,7 +92,8 @@ class SampleOrder:
         """
         seed = f"{draw.seed} {attempt}"
         chance = random.Random(seed)
-        listed = _listed(chance.choice(self.shards)) or [draw.entry]
+        shard = chance.choice(self.shards)
+        listed = _listed(shard, os.stat(shard).st_mtime_ns) or [draw.entry]
         return Draw(chance.choice(listed), seed)
 
     def _groups(self, epoch: int) -> list[list[str]]:

@@ -65,5 +65,7 @@ def test_it_continues_from_its_state():
 def test_the_error_has_an_example_of_each_reason():
     bad = [ONE, Bad("a.tar", "8", "it is no image"), Bad("b.tar", "1", "cut")]
     assert examples(bad) == "a.tar, sample 7: it is no image; b.tar, sample 1: cut"
-    with pytest.raises(DataError, match=r"'pairs': .*max_bad = 0 .*got 3 of 9, as a\.tar, sample 7: .*; b\.tar"):
+    with pytest.raises(
+        DataError, match=r"'pairs': .*max_bad = 0 .*got 3 of 9, as a\.tar, sample 7: .*; b\.tar"
+    ):
         Tally("pairs", 0).add(9, bad, 0)

@@ -76,11 +76,15 @@ class TestPictures:
         for numbers in ((0, 1), (1, 3), (9, 10)):
             sample = dict(zip((f"{number}.jpg" for number in numbers), (b"one", b"two"), strict=True))
             assert pictures(parts, dict(reversed(sample.items()))) == [b"two", "a"]
-        assert pictures([Picture("https://a.example/a", None, 0, 1)], {"json": b"", "png": b"one"}) == [b"one"]
+        assert pictures([Picture("https://a.example/a", None, 0, 1)], {"json": b"", "png": b"one"}) == [
+            b"one"
+        ]
 
     def test_of_fewer_nobody_knows_which_is_which(self):
         parts = [Picture("https://a.example/a", None, 0, 2), Picture("https://a.example/b", None, 1, 2)]
-        with pytest.raises(ValueError, match=r"expected an image https://a\.example/a in the sample, got 1\.jpg"):
+        with pytest.raises(
+            ValueError, match=r"expected an image https://a\.example/a in the sample, got 1\.jpg"
+        ):
             pictures(parts, {"1.jpg": b"one"})
 
     def test_in_a_folder(self, tmp_path):
@@ -88,7 +92,9 @@ class TestPictures:
         (tmp_path / "in" / "a.jpg").write_bytes(b"one")
         assert pictures([Picture("in/a.jpg")], {"json": b""}, str(tmp_path)) == [b"one"]
 
-    @pytest.mark.parametrize("name", ["../secret.jpg", "in/../../secret.jpg", "{folder}/secret.jpg", "\0", "a" * 300])
+    @pytest.mark.parametrize(
+        "name", ["../secret.jpg", "in/../../secret.jpg", "{folder}/secret.jpg", "\0", "a" * 300]
+    )
     def test_no_name_leaves_the_folder(self, tmp_path, name):
         (tmp_path / "secret.jpg").write_bytes(b"secret")
         (tmp_path / "in").mkdir()

@@ -56,9 +56,7 @@ def mmc4_page(number, **content):
 
 def mmc4_in_base64(folder):
     """As open_flamingo's script writes it."""
-    pages = {
-        f"{n:09d}.json": mmc4_page(n, image_base64=base64.b64encode(jpeg(n)).decode()) for n in range(6)
-    }
+    pages = {f"{n:09d}.json": mmc4_page(n, image_base64=base64.b64encode(jpeg(n)).decode()) for n in range(6)}
     tar(folder / "000000000.tar", pages)
     return Documents(name="mmc4", shards=(f"{folder}/{{000000000..000000000}}.tar",), batch_size=2)
 
@@ -106,7 +104,12 @@ def laion(folder):
     files = {}
     for number in range(6):
         key = f"{number:09d}"
-        known = {"caption": f"picture {number}", "url": "https://a.example", "status": "success", "exif": "{}"}
+        known = {
+            "caption": f"picture {number}",
+            "url": "https://a.example",
+            "status": "success",
+            "exif": "{}",
+        }
         files |= {f"{key}.jpg": jpeg(number), f"{key}.txt": f"picture {number}".encode()}
         files |= {f"{key}.json": json.dumps(known).encode(), f"{key}.cls": b"3", f"{key}.npz": b"PK"}
     tar(folder / "00000.tar", files)

@@ -57,7 +57,10 @@ class TestMMC4:
 
     def test_fields_of_the_core_set_and_of_fewer_faces(self):
         page = mmc4(("a", 0, 0.3), url="http://a.example", could_have_url_duplicate=0)
-        page["image_info"][0] |= {"face_detections": [{"bbox": [1, 2, 3, 4]}], "raw_url": "http://a.example/1.jpg"}
+        page["image_info"][0] |= {
+            "face_detections": [{"bbox": [1, 2, 3, 4]}],
+            "raw_url": "http://a.example/1.jpg",
+        }
         page["image_info"].append(None)
         assert read(page) == [["a", 0, 2], "One. Two. Three."]
 
