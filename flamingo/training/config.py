@@ -172,7 +172,7 @@ class TrainingConfig:
         keep: checkpoints that are kept, the latest.
         max_bad: share of a dataset's samples that may be bad: cut or missing images, captions that are none.
             They are left out and counted, and another sample takes the place of each. A larger share stops
-            the run: after a whole epoch, or before where chance would not explain it.
+            the run: after a whole epoch, or earlier where chance would not explain it.
         tensorboard: write TensorBoard's files too.
         model: what the command line builds; `train` itself is given a model.
 

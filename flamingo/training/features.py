@@ -43,7 +43,7 @@ def encode(model: nn.Module, processor: Processor, config: TrainingConfig) -> in
     (torchrun) share the shards.
 
     Args:
-        model: whose `vision` encodes; it is changed as by `train`: moved, and with `config.bfloat16` rounded.
+        model: whose `vision` encodes; that is moved to the device and, with `config.bfloat16`, rounded.
         processor: of images to pixels, as for training.
         config: the run.
 
@@ -75,11 +75,10 @@ def encode(model: nn.Module, processor: Processor, config: TrainingConfig) -> in
         raise DataError('encode: expected a dataset with a folder, as features = "features", got none.')
     device, encoded = device_of(config.device), 0
     stores = [(dataset, FeatureStore(dataset, model, processor, config)) for dataset in named]
-    model.to(device)
-    if config.bfloat16:
-        store_as(torch.bfloat16, model.parameters())
     vision: Any = model.vision
-    vision.eval()
+    vision.to(device).eval()
+    if config.bfloat16:
+        store_as(torch.bfloat16, vision.parameters())
     for dataset, store in stores:
         shards = find_shards(dataset.shards)
         store.name_apart(shards)

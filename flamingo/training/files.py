@@ -113,7 +113,7 @@ def _find(picture: Picture, sample: Sample, folder: str | None) -> File | None:
 
 def _decoded(text: str) -> bytes:
     try:
-        return base64.b64decode(text)
+        return base64.b64decode(text.rpartition(",")[2])  # a data URI has its type before a comma
     except binascii.Error as error:
         raise ValueError(f"expected an image in base64, got {text[:20]!r}: {error}") from error
 

@@ -14,8 +14,8 @@ OBELICS' as such, as a data URI, or as `{"bytes": ..., "path": ...}`. `files` lo
 import json
 from typing import Any, NamedTuple
 
-# How JPEG, PNG, GIF and WebP begin in base64.
-_BASE64 = ("/9j/", "iVBOR", "R0lGOD", "UklGR")
+# How a data URI, and JPEG, PNG, GIF and WebP in base64, begin.
+_BASE64 = ("data:", "/9j/", "iVBOR", "R0lGOD", "UklGR")
 
 
 class Picture(NamedTuple):
@@ -122,9 +122,7 @@ def _of_obelics(image: str | dict[str, Any]) -> tuple[str, str | None]:
     """An image's name, and its content if it has one."""
     if isinstance(image, dict):
         return _text(image.get("path")) or "without a path", _text(image.get("bytes"))
-    if image.startswith("data:"):
-        return "in a data URI", image.partition(",")[2]
-    return (image, None) if not image.startswith(_BASE64) else ("in base64", image)
+    return ("in base64", image) if image.startswith(_BASE64) else (image, None)
 
 
 def _list_of(page: dict[str, Any], key: str, *kinds: type) -> list[Any]:

@@ -89,7 +89,7 @@ def test_numbers_of_a_run_are_positive(name):
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_max_bad_is_a_share(share):
     pairs = Pairs(name="pairs", shards=("x",))
-    with pytest.raises(ValueError, match="expected max_bad to be a share in 0..1, got"):
+    with pytest.raises(ValueError, match=r"expected max_bad to be a share in 0\.\.1, got"):
         TrainingConfig(folder="run", datasets=(pairs,), max_bad=share)
 
 

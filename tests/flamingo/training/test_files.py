@@ -33,6 +33,11 @@ class TestPairs:
         with pytest.raises(ValueError, match=r"expected a caption .* got json"):
             find_caption({"json": content})
 
+    @pytest.mark.parametrize("sample", [{"txt": b""}, {"txt": b" \n"}, {"json": b'{"caption": " "}'}])
+    def test_an_empty_caption(self, sample):
+        with pytest.raises(ValueError, match="expected a caption, got an empty one"):
+            find_caption(sample)
+
     def test_files_that_are_apart_are_said_to_be(self):
         with pytest.raises(ValueError, match=r"got txt \(the files of a sample must follow each other\)"):
             find_image({"txt": b"a"})
@@ -66,7 +71,8 @@ class TestPictures:
 
     def test_in_base64(self):
         content = base64.b64encode(b"one").decode()
-        assert pictures([Picture("a.jpg", content)], {"a.jpg": b"two"}) == [b"one"]
+        for text in (content, f"data:image/jpeg;base64,{content}"):
+            assert pictures([Picture("a.jpg", text)], {"a.jpg": b"two"}) == [b"one"]
         with pytest.raises(ValueError, match="expected an image in base64, got 'x'"):
             pictures([Picture("a.jpg", "x")], {})
 

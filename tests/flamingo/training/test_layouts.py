@@ -109,7 +109,7 @@ class TestOBELICS:
     @pytest.mark.parametrize(
         ("image", "content"),
         [
-            ("data:image/png;base64,iVBORw0K", "iVBORw0K"),
+            ("data:image/png;base64,iVBORw0K", "data:image/png;base64,iVBORw0K"),
             ("iVBORw0K", "iVBORw0K"),
             ("/9j/4AAQ", "/9j/4AAQ"),
             ({"bytes": "iVBORw0K", "path": None}, "iVBORw0K"),

@@ -79,6 +79,30 @@ class TestDocuments:
             to_document(PAGES, {"txt": b""}, ENCODE, random.Random(0))
 
 
+class TestWrittenTokens:
+    """`<image>` and `<EOC>` in the words of a page."""
+
+    WORDS = "an <image> and an <EOC> and <EOC><image> here"
+
+    @pytest.mark.parametrize("config", [PAGES, PAIRS])
+    def test_they_are_text(self, config):
+        config, own, image = replace(config, length=80), processor(), images(1, seed=0)[0]
+        is_page = isinstance(config, Documents)
+        sample = document_sample([image, self.WORDS]) if is_page else pair_sample(image, self.WORDS)
+        document = to_document(config, sample, own.encode, random.Random(3))
+        ids = own([document]).input_ids[0].tolist()
+        assert ids.count(own.tokenizer.image_id) == 1
+        assert ids.count(own.tokenizer.eoc_id) == 1  # at the end
+        assert self.WORDS in own.tokenizer.decode(ids)
+
+    def test_they_are_measured_as_text(self):
+        own = processor()
+        for length in range(10, 60, 3):
+            sample = pair_sample(images(1, seed=0)[0], self.WORDS)
+            document = to_document(replace(PAIRS, length=length), sample, own.encode, random.Random(0))
+            assert own([document]).input_ids.shape[1] <= length
+
+
 class TestPairs:
     def test_half_of_the_captions_get_a_space(self):
         sample = pair_sample(images(1, seed=0)[0], "a cat")
