@@ -162,7 +162,10 @@ class Flamingo(nn.Module):
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             return x  # autocast casts it where it must be
-        return x.to(self.resampler.latents.dtype)
+        latents = self.resampler.latents
+        if hasattr(latents, "full_tensor"):
+            return x  # FSDP2 has sharded the layers: stored wider, they compute in the dtype of its policy
+        return x.to(latents.dtype)
 
     def decode(
         self,

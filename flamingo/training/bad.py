@@ -5,6 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
+_LATEST = 10  # bad samples from which examples are taken
+
+
 class DataError(ValueError):
     """The data of a run cannot be read."""
 
@@ -41,11 +44,12 @@ class Tally:
         self.drawn: int = (state or {}).get("drawn", 0)
         self.bad: int = (state or {}).get("bad", 0)
         self.epoch: int = (state or {}).get("epoch", 0)
-        self._latest: list[Bad] = []
+        self._latest = [Bad(*each) for each in (state or {}).get("latest", [])]
 
     @property
-    def state(self) -> dict[str, int]:
-        return {"drawn": self.drawn, "bad": self.bad, "epoch": self.epoch}
+    def state(self) -> dict[str, Any]:
+        latest = [tuple(each) for each in self._latest]
+        return {"drawn": self.drawn, "bad": self.bad, "epoch": self.epoch, "latest": latest}
 
     def add(self, drawn: int, bad: Sequence[Bad], epoch: int) -> None:
         """Counts a batch, after which the data stands in an epoch.
@@ -57,7 +61,7 @@ class Tally:
         before = self.bad
         self.drawn += drawn
         self.bad += len(bad)
-        self._latest = [*bad, *self._latest][:100]
+        self._latest = [*bad, *self._latest][:_LATEST]
         allowed = self.max_bad * self.drawn
         too_many = self.bad > allowed + 3 * math.sqrt(allowed)
         if epoch > self.epoch:
@@ -66,6 +70,6 @@ class Tally:
             too_many = too_many or before > allowed
         if too_many:
             raise DataError(
-                f"dataset {self.name!r}: expected max_bad = {self.max_bad:g} of its samples at most to be "
+                f"dataset {self.name!r}: expected at most max_bad = {self.max_bad:g} of its samples to be "
                 f"bad, got {self.bad} of {self.drawn}, as {examples(self._latest)}."
             )

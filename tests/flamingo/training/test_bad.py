@@ -59,13 +59,15 @@ def test_it_continues_from_its_state():
     again = Tally("pairs", 0.1, {"order": "x", **tally.state})
     assert (again.drawn, again.bad, again.epoch) == (20, 2, 1)
     old = Tally("pairs", 0.1, {"order": "x", "position": (3, 0, 0)})  # of before bad samples were counted
-    assert old.state == {"drawn": 0, "bad": 0, "epoch": 0}
+    assert old.state == {"drawn": 0, "bad": 0, "epoch": 0, "latest": []}
+    with pytest.raises(DataError, match=r"got 6 of 24, as a\.tar, sample 7: it is no image"):
+        Tally("pairs", 0, {**tally.state, "drawn": 24, "bad": 6}).add(0, [], 1)
 
 
 def test_the_error_has_an_example_of_each_reason():
     bad = [ONE, Bad("a.tar", "8", "it is no image"), Bad("b.tar", "1", "cut")]
     assert examples(bad) == "a.tar, sample 7: it is no image; b.tar, sample 1: cut"
     with pytest.raises(
-        DataError, match=r"'pairs': .*max_bad = 0 .*got 3 of 9, as a\.tar, sample 7: .*; b\.tar"
+        DataError, match=r"'pairs': .*at most max_bad = 0 .*got 3 of 9, as a\.tar, sample 7: .*; b\.tar"
     ):
         Tally("pairs", 0).add(9, bad, 0)
