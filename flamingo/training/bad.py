@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-
 _LATEST = 10  # bad samples from which examples are taken
 
 
@@ -26,7 +25,7 @@ class Bad(NamedTuple):
 def examples(bad: Iterable[Bad], most: int = 3) -> str:
     """The first few, each of another reason where there are such."""
     by_reason = {each.reason: each for each in reversed(list(bad))}
-    return "; ".join(map(str, list(reversed(by_reason.values()))[:most]))
+    return "; ".join(str(each).removesuffix(".") for each in list(reversed(by_reason.values()))[:most])
 
 
 class Tally:
@@ -39,12 +38,13 @@ class Tally:
     """
 
     def __init__(self, name: str, max_bad: float, state: Mapping[str, Any] | None = None):
+        state = state or {}
         self.name = name
         self.max_bad = max_bad
-        self.drawn: int = (state or {}).get("drawn", 0)
-        self.bad: int = (state or {}).get("bad", 0)
-        self.epoch: int = (state or {}).get("epoch", 0)
-        self._latest = [Bad(*each) for each in (state or {}).get("latest", [])]
+        self.drawn: int = state.get("drawn", 0)
+        self.bad: int = state.get("bad", 0)
+        self.epoch: int = state.get("epoch", 0)
+        self._latest = [Bad(*each) for each in state.get("latest", [])]
 
     @property
     def state(self) -> dict[str, Any]:

@@ -93,8 +93,9 @@ def find_pictures(
     pictures = sum(isinstance(part, Picture) for part in parts)
     if any(picture.number is None for picture in missing) or 0 < len(missing) == pictures:
         raise ValueError(
-            f"expected an image {missing[0].name[:100]} in the sample"
-            f"{f' or in {folder}' if folder else ''}, got {_kinds(sample)}."
+            f"expected an image {missing[0].name[:100]} in the sample{f' or in {folder}' if folder else ''}, "
+            f"got {', '.join(sample)}. Put its file into the shard, or into a folder that the dataset's key "
+            "images names."
         )
     return found
 

@@ -93,10 +93,10 @@ def _match(page: dict[str, Any], number: int, info: dict[str, Any], count: int) 
     if place is None and row:
         place = row.index(max(row))
     if type(place) is not int or not 0 <= place < count:
-        raise ValueError(f"expected a matched_text_index below {count}, got {str(place)[:40]}.")
+        raise ValueError(f"expected a matched_text_index below {count}, got {place!r:.40}.")
     similarity = info.get("matched_sim", row[place] if row else None)
     if not isinstance(similarity, (int, float, type(None))):
-        raise ValueError(f"expected a matched_sim that is a number, got {str(similarity)[:40]}.")
+        raise ValueError(f"expected a matched_sim that is a number, got {similarity!r:.40}.")
     return place, similarity
 
 

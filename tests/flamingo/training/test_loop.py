@@ -321,7 +321,7 @@ def test_too_many_bad_samples_stop_the_run(pairs_with_bad, tmp_path):
     run = config(tmp_path, tmp_path / "run", datasets=(pairs,), steps=40)
     with pytest.raises(
         DataError,
-        match=r"dataset 'pairs': expected at most max_bad = 0\.1 .*, got \d of \d+, as \S*000000\.tar, sample 00",
+        match=r"'pairs': expected at most max_bad = 0\.1 .*, got \d of \d+, as \S*000000\.tar, sample 00",
     ):
         train(model(), processor(), run)
     assert len(read_log(run.folder)) < 6
