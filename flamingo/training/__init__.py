@@ -9,7 +9,8 @@ layouts     a document's json: ours, MMC4's, OBELICS'
 files       a sample's images, videos and captions, wherever they are
 samples     files of a sample to a document
 bad         samples that cannot be read, counted
-features    what the frozen vision encoder makes of images and clips, once
+features    what the frozen vision encoder made of images and clips
+encoding    and how it is made, once
 augment     images mirrored and recoloured at random
 data        documents to batches
 optimizer   AdamW on float32 weights
@@ -25,7 +26,7 @@ from flamingo.training.bad import DataError
 from flamingo.training.checkpoint import load_weights
 from flamingo.training.command import load_run
 from flamingo.training.config import Clips, Documents, ModelConfig, Pairs, TrainingConfig
-from flamingo.training.features import encode
+from flamingo.training.encoding import encode
 from flamingo.training.log import read_log
 from flamingo.training.loop import train
 from flamingo.training.shards import clip_sample, document_sample, pair_sample, write_shards

@@ -15,7 +15,7 @@ from flamingo.processor import Processor
 from flamingo.training import checkpoint
 from flamingo.training.bad import DataError
 from flamingo.training.config import ModelConfig, TrainingConfig
-from flamingo.training.features import encode
+from flamingo.training.encoding import encode
 from flamingo.training.log import read_log
 from flamingo.training.loop import train
 from flamingo.training.processes import device_of, leave, process_group, rank

@@ -69,13 +69,13 @@ def test_shards_that_are_done_are_passed_over_and_others_made(tmp_path):
 
 
 def test_several_processes_share_the_shards(data, tmp_path, monkeypatch):
-    from flamingo.training import features
+    from flamingo.training import encoding
 
-    monkeypatch.setattr(features, "world_size", lambda: 2)
+    monkeypatch.setattr(encoding, "world_size", lambda: 2)
     pairs = still(data, tmp_path / "features")[1]
     run = config(data, tmp_path, datasets=(pairs,))
     for rank, written in ((0, 2), (1, 3)):
-        monkeypatch.setattr(features, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(encoding, "rank", lambda rank=rank: rank)
         encode(model(), processor(), run)
         assert len(list((tmp_path / "features" / "pairs").iterdir())) == written
 
