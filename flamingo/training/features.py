@@ -41,20 +41,26 @@ class FeatureStore:
         config: of the run.
 
     Raises:
-        ValueError: if the model has no vision encoder.
+        ValueError: if the model has no vision encoder, or one that is trained.
     """
 
     def __init__(
         self, dataset: DatasetConfig, model: nn.Module, processor: Processor, config: TrainingConfig
     ):
-        if not isinstance(getattr(model, "vision", None), nn.Module):
+        vision = getattr(model, "vision", None)
+        if not isinstance(vision, nn.Module):
             raise ValueError(
                 f"train: expected a model with a vision encoder, `vision`, whose features dataset "
                 f"{dataset.name!r} names, got {type(model).__name__}."
             )
+        if any(parameter.requires_grad for parameter in vision.parameters()):
+            raise ValueError(
+                f"train: expected a frozen vision encoder, as dataset {dataset.name!r} reads its features, got "
+                "one that is trained. Call freeze(), or leave features out."
+            )
         self.folder = Path(str(dataset.features))
         self.settings = {
-            "encoder": _fingerprint(model.vision, config.bfloat16),
+            "encoder": _fingerprint(vision, config.bfloat16),
             "preprocessing": json.dumps(
                 {
                     "image_size": processor.image_size,
@@ -157,7 +163,7 @@ def _of(found: dict[str, str], name: str) -> str:
     return f", {found[name]}" if name == "preprocessing" and name in found else ""
 
 
-def _fingerprint(vision: Any, bfloat16: bool) -> str:
+def _fingerprint(vision: nn.Module, bfloat16: bool) -> str:
     """A hash of the encoder's weights as it computes with them."""
     digest = hashlib.sha256()
     for name, value in vision.state_dict().items():

@@ -170,6 +170,14 @@ def test_two_shards_of_one_name_are_refused(tmp_path):
         encode(model(), processor(), run)
 
 
+def test_an_encoder_that_is_trained_is_refused(tmp_path):
+    trained = model()
+    trained.vision.requires_grad_(True)
+    for work in (encode, train):
+        with pytest.raises(ValueError, match="expected a frozen vision encoder, as dataset 'pairs' reads"):
+            work(trained, processor(), run_of(tmp_path))
+
+
 def test_what_cannot_be(tmp_path):
     with pytest.raises(ValueError, match=r"flip = 0 and colour = 0 of dataset 'pairs', .* got 0\.5 and 0\.0"):
         run_of(tmp_path, flip=0.5)
