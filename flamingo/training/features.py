@@ -55,8 +55,8 @@ class FeatureStore:
             )
         if any(parameter.requires_grad for parameter in vision.parameters()):
             raise ValueError(
-                f"train: expected a frozen vision encoder, as dataset {dataset.name!r} reads its features, got "
-                "one that is trained. Call freeze(), or leave features out."
+                f"train: expected a frozen vision encoder, as dataset {dataset.name!r} reads its features, "
+                "got one that is trained. Call freeze(), or leave features out."
             )
         self.folder = Path(str(dataset.features))
         self.settings = {
