@@ -49,6 +49,7 @@ class PretrainedLanguage(nn.Module):
     Attributes:
         dim, vocab_size, num_layers: the sizes, with new tokens.
         model: the model.
+        path_of_layers: where its decoder layers are.
 
     Raises:
         ValueError: if the family is unknown and no path is given.
@@ -91,7 +92,7 @@ class PretrainedLanguage(nn.Module):
         self.model: Any = model
         self.dim: int = cast(Any, model).config.hidden_size
         self.frozen = frozen
-        self._path = path
+        self.path_of_layers = path
         self._before_layer: BeforeLayer | None = None
         self._is_called = False
         self._rows = slice(None)
@@ -135,7 +136,7 @@ class PretrainedLanguage(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """The model's decoder layers."""
-        return cast(nn.ModuleList, self.model.get_submodule(self._path))
+        return cast(nn.ModuleList, self.model.get_submodule(self.path_of_layers))
 
     @property
     def num_layers(self) -> int:
@@ -217,7 +218,7 @@ class PretrainedLanguage(nn.Module):
         parameters = list(head.parameters())
 
         def to_logits(x: Tensor) -> Tensor:
-            return head(x) if self.new_tokens is None else self.new_tokens.add_logits(x, head(x))
+            return head(x) if self.new_tokens is None else self.new_tokens(x, head(x))
 
         if self.new_tokens is not None:
             parameters.append(self.new_tokens.rows)
@@ -242,7 +243,7 @@ class PretrainedLanguage(nn.Module):
             return embedding(input_ids)
         frozen = embedding(self.new_tokens.stand_in(input_ids))
         scale = getattr(embedding, "embed_scale", 1.0)  # of Gemma's, which multiplies its rows
-        return self.new_tokens.embed(input_ids, frozen, scale)
+        return self.new_tokens(input_ids, frozen, scale)
 
     def _enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._before_layer is None:
@@ -259,7 +260,7 @@ class PretrainedLanguage(nn.Module):
     def _leave_head(self, head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         if not self._is_called:
             return logits
-        logits = logits if self.new_tokens is None else self.new_tokens.add_logits(args[0], logits)
+        logits = logits if self.new_tokens is None else self.new_tokens(args[0], logits)
         self._at_head.append(logits)
         return logits
 
