@@ -19,7 +19,8 @@ class FlamingoConfig:
     """
 
     # Vision encoder
-    vision: str = "vit"  # a plain ViT of the sizes below, or an NFNet: "nfnet-f0" to "nfnet-f6"
+    # a plain ViT of the sizes below, an NFNet ("nfnet-f0" to "nfnet-f6"), or "given": Flamingo(vision=...)
+    vision: str = "vit"
     image_size: int  # pixels of one side
     vision_dim: int  # width of the features; 3072 for every named NFNet
     patch_size: int = 0  # ViT: pixels of one side; (image_size / patch_size)^2 features a frame
@@ -61,9 +62,9 @@ class FlamingoConfig:
     def __post_init__(self):
         if self.vision == "vit":
             self._check_vit()
-        elif self.vision not in NFNETS:
+        elif self.vision not in (*NFNETS, "given"):
             raise ValueError(
-                f"FlamingoConfig: expected vision to be one of vit, {', '.join(NFNETS)}, got "
+                f"FlamingoConfig: expected vision to be one of vit, {', '.join(NFNETS)}, given, got "
                 f"{self.vision!r}. For another encoder: Flamingo(config, vision=encoder)."
             )
         if self.language_dim % (2 * self.language_heads):

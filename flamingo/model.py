@@ -246,7 +246,16 @@ class Flamingo(nn.Module):
 
 
 def vision_encoder(config: FlamingoConfig) -> NFNet | VisionEncoder:
-    """The vision encoder that a configuration names."""
+    """The vision encoder that a configuration names.
+
+    Raises:
+        ValueError: if it is "given", as it then has to be.
+    """
+    if config.vision == "given":
+        raise ValueError(
+            'Flamingo: expected a vision encoder, as the configuration says vision="given", got none. Pass '
+            "it: Flamingo(config, vision=...)."
+        )
     if config.vision != "vit":
         return NFNet.preset(config.vision)
     return VisionEncoder(

@@ -72,12 +72,13 @@ class Processor:
 
     An image is resized to fit a square, keeping its proportions, normalised, and padded with zeros: the mean,
     once normalised. With `fit="crop"` its shorter side fits, and the rest is cut off, as in CLIP and
-    open_flamingo.
+    open_flamingo. With `fit="stretch"` both sides fit, as in SigLIP.
 
     Args:
         image_size: side of the square, in pixels.
         mean, std: of the three channels in 0..1; those of CLIP by default.
-        fit: "pad" or "crop".
+        fit: "pad", "crop" or "stretch".
+        resample: "bilinear" or "bicubic"; None for the former with "pad" and the latter else.
         tokenizer: a `ByteTokenizer`, a `PretrainedTokenizer`, or anything with their methods and ids.
         max_media: most media of a document; None for any number. The first are kept, later ones are
             dropped with their `<image>` and the `<EOC>` in front of it, unread; their texts stay. 5 in the
@@ -88,7 +89,7 @@ class Processor:
             for files that you trust: while it is read, an image takes 12 bytes a pixel and more.
 
     Raises:
-        ValueError: for another fit.
+        ValueError: for another fit or resample.
 
     Source: arXiv 2204.14198, sections 2.3 and 2.4, appendix A.3; the layout is Figure 7's.
 
@@ -103,17 +104,21 @@ class Processor:
         *,
         mean: Sequence[float] = (0.4815, 0.4578, 0.4082),
         std: Sequence[float] = (0.2686, 0.2613, 0.2758),
-        fit: Literal["pad", "crop"] = "pad",
+        fit: Literal["pad", "crop", "stretch"] = "pad",
+        resample: Literal["bilinear", "bicubic"] | None = None,
         tokenizer: Tokenizer | None = None,
         max_media: int | None = None,
         fps: float = 1.0,
         max_frames: int = 8,
         max_pixels: int = MAX_PIXELS,
     ):
-        if fit not in ("pad", "crop"):
-            raise ValueError(f"Processor: expected fit 'pad' or 'crop', got {fit!r}.")
+        if fit not in ("pad", "crop", "stretch"):
+            raise ValueError(f"Processor: expected fit 'pad', 'crop' or 'stretch', got {fit!r}.")
+        if resample not in (None, "bilinear", "bicubic"):
+            raise ValueError(f"Processor: expected resample 'bilinear' or 'bicubic', got {resample!r}.")
         self.image_size = image_size
         self.fit = fit
+        self.resample = resample or ("bilinear" if fit == "pad" else "bicubic")
         self.mean = torch.tensor(mean)[:, None, None]
         self.std = torch.tensor(std)[:, None, None]
         self.tokenizer = tokenizer or ByteTokenizer()
@@ -285,12 +290,13 @@ class Processor:
     def _square(self, image: Tensor) -> Tensor:
         """An image `[3, h, w]` in 0..1 to a normalised `[3, image_size, image_size]`."""
         size = self.image_size
-        if self.fit == "crop":
-            return (self._cropped(image) - self.mean) / self.std
+        if self.fit != "pad":
+            image = self._cropped(image) if self.fit == "crop" else self._resized(image, size, size)
+            return (image - self.mean) / self.std
         height, width = image.shape[1:]
         scale = size / max(height, width)
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        image = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+        image = self._resized(image, height, width)
         left, top = (size - width) // 2, (size - height) // 2
         image = (image - self.mean) / self.std
         return F.pad(image, (left, size - width - left, top, size - height - top))
@@ -300,9 +306,13 @@ class Processor:
         size = self.image_size
         image = _middle(image)
         height, width = (size * side // min(image.shape[1:]) for side in image.shape[1:])
-        image = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
+        image = self._resized(image, height, width)
         top, left = round((height - size) / 2), round((width - size) / 2)
         return image[:, top : top + size, left : left + size]
+
+    def _resized(self, image: Tensor, height: int, width: int) -> Tensor:
+        image = F.interpolate(image[None], (height, width), mode=self.resample, antialias=True)[0]
+        return image.clamp(0, 1)  # cubics overshoot
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> Tensor:

@@ -13,9 +13,10 @@ from flamingo.language.decoder import check_attention_mask
 from flamingo.language.loss import is_plain_linear, is_watched, sum_of_losses, sum_of_losses_in_pieces
 from flamingo.language.new_tokens import NewTokens
 from flamingo.language.positions import positions_of
+from flamingo.pretrained import load_whole
 
 # By the model_type of a model's configuration: where its decoder layers are.
-_LAYERS = {
+FAMILIES = {
     "llama": "model.layers",
     "mistral": "model.layers",
     "opt": "model.decoder.layers",
@@ -81,10 +82,10 @@ class PretrainedLanguage(nn.Module):
     ):
         super().__init__()
         kind = getattr(getattr(model, "config", None), "model_type", None)
-        path = layers or _LAYERS.get(str(kind))
+        path = layers or FAMILIES.get(str(kind))
         if path is None:
             raise ValueError(
-                f"PretrainedLanguage: expected a causal language model of {', '.join(_LAYERS)}, got "
+                f"PretrainedLanguage: expected a causal language model of {', '.join(FAMILIES)}, got "
                 f"{type(model).__name__} of type {kind}. For another family pass the path of its decoder "
                 'layers: layers="transformer.h".'
             )
@@ -126,11 +127,11 @@ class PretrainedLanguage(nn.Module):
 
         Raises:
             ImportError: if transformers is not installed.
-            ValueError: if it is a checkpoint of an unknown family.
+            ValueError: if it is a checkpoint of an unknown family, or lacks weights.
         """
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        model = load_whole(AutoModelForCausalLM, name, **options)
         return PretrainedLanguage(model, frozen=frozen, new_tokens=new_tokens)
 
     @property
@@ -206,7 +207,7 @@ class PretrainedLanguage(nn.Module):
         config, head = self.model.config, self.model.get_output_embeddings()
         return (
             type(self.model).__module__.startswith("transformers.models.")
-            and config.model_type in _LAYERS
+            and config.model_type in FAMILIES
             and getattr(config, "final_logit_softcapping", None) is None
             and is_plain_linear(head, hooks=2)  # ours
             and not is_watched(self.model)

@@ -19,6 +19,7 @@ processes   one process or several
 checkpoint  what is saved, and how it survives a kill
 log         progress bar, JSON lines, TensorBoard
 loop        one update after the other
+towers      the frozen parts that a run names
 command     python -m flamingo train, and the model of a run
 """
 

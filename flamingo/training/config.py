@@ -133,16 +133,61 @@ class ModelConfig:
     """The model that `python -m flamingo train` builds.
 
     Args:
-        preset: see `FlamingoConfig.preset`.
+        preset: see `FlamingoConfig.preset`; of a tower in a folder the sizes are that tower's.
         changes: fields of `FlamingoConfig` with other values.
-        vision_weights, language_weights: safetensors of the frozen parts, with the names of `model.vision`
-            and `model.language`; None leaves a part random.
+        vision: a folder of transformers with a CLIP or a SigLIP and its `preprocessor_config.json`.
+        language: a folder of transformers with a causal language model, of a family that
+            `PretrainedLanguage` knows or MPT-1B, and its tokenizer. `<|endofchunk|>` and `<image>` are added
+            as by open_flamingo, and their embeddings are trained.
+        checkpoint: of open_flamingo, see `load_open_flamingo`; needs both folders.
+        vision_weights, language_weights: safetensors of frozen parts that are no folders, with the names of
+            `model.vision` and `model.language`; None leaves such a part random.
+
+    Raises:
+        ValueError: for keys that contradict each other.
     """
 
     preset: str
     changes: dict[str, Any] = field(default_factory=dict)
+    vision: str | None = None
+    language: str | None = None
+    checkpoint: str | None = None
     vision_weights: str | None = None
     language_weights: str | None = None
+
+    def __post_init__(self):
+        for tower, decided in _DECIDED.items():
+            if getattr(self, tower) is None:
+                continue
+            if getattr(self, f"{tower}_weights") is not None:
+                raise ValueError(f"[model]: expected {tower} or {tower}_weights, got both. Remove one.")
+            others = sorted(decided & self.changes.keys())
+            if others:
+                raise ValueError(
+                    f"[model]: expected changes without {', '.join(others)}, which {tower} = "
+                    f'"{getattr(self, tower)}" decides. Remove {"it" if len(others) == 1 else "them"}.'
+                )
+        if self.checkpoint is not None and (self.vision is None or self.language is None):
+            raise ValueError(
+                f'[model]: expected vision and language beside checkpoint = "{self.checkpoint}", the folders '
+                "of the towers it was trained with."
+            )
+
+
+# The fields of FlamingoConfig that a tower decides.
+_DECIDED = {
+    "vision": {"vision", "image_size", "vision_dim", "patch_size", "vision_layers", "vision_heads"},
+    "language": {
+        "vocab_size",
+        "language_dim",
+        "language_layers",
+        "language_heads",
+        "language_positions",
+        "tie_embeddings",
+        "new_tokens",
+        "media_token_id",
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,6 +67,7 @@ class FeatureStore:
                     "mean": processor.mean.flatten().tolist(),
                     "std": processor.std.flatten().tolist(),
                     "fit": processor.fit,
+                    "resample": processor.resample,
                     "max_pixels": dataset.max_pixels,
                     "bfloat16": config.bfloat16,
                 }
@@ -164,8 +165,8 @@ def _of(found: dict[str, str], name: str) -> str:
 
 
 def _fingerprint(vision: nn.Module, bfloat16: bool) -> str:
-    """A hash of the encoder's weights as it computes with them."""
-    digest = hashlib.sha256()
+    """A hash of the encoder's weights as it computes with them, and of what it says that they do not show."""
+    digest = hashlib.sha256(json.dumps(getattr(vision, "settings", {})).encode())
     for name, value in vision.state_dict().items():
         value = value.detach().cpu()
         value = value.bfloat16() if bfloat16 and value.is_floating_point() else value

@@ -434,8 +434,12 @@ class TestErrors:
             processor([["fine"], document])
 
     def test_another_fit(self):
-        with pytest.raises(ValueError, match="expected fit 'pad' or 'crop', got 'stretch'"):
-            Processor(32, fit="stretch")
+        with pytest.raises(ValueError, match="expected fit 'pad', 'crop' or 'stretch', got 'fill'"):
+            Processor(32, fit="fill")
+
+    def test_another_resample(self):
+        with pytest.raises(ValueError, match="expected resample 'bilinear' or 'bicubic', got 'nearest'"):
+            Processor(32, resample="nearest")
 
     @pytest.mark.parametrize("p_next", [[0.5], [0.5] * 3])
     def test_another_number_of_chances_than_documents(self, processor, p_next):

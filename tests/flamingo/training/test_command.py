@@ -17,7 +17,7 @@ from flamingo.training import (
     read_log,
     write_shards,
 )
-from flamingo.training.command import build
+from flamingo.training.towers import build
 from flamingo_kernels.ops.linear import config
 from tests.flamingo.training.test_resume import toml
 from tests.helpers.kernels import has_kernels
@@ -175,7 +175,7 @@ def test_frozen_parts_come_from_files(tmp_path, capsys):
     for name in ("vision", "language"):
         save_file(getattr(given, name).state_dict(), tmp_path / f"{name}.safetensors")
     paths = {f"{name}_weights": str(tmp_path / f"{name}.safetensors") for name in ("vision", "language")}
-    built = build(ModelConfig(preset="tiny", changes={"new_tokens": [257]}, **paths))
+    built, _ = build(ModelConfig(preset="tiny", changes={"new_tokens": [257]}, **paths), print)
     for name, parameter in built.named_parameters():
         assert parameter.requires_grad is not is_frozen(name)
         if is_frozen(name):
@@ -191,7 +191,7 @@ def test_a_run_is_loaded_as_it_was_trained(data, tmp_path):
     assert main(["train", str(path)]) == 0
     loaded, processor = load_run(path)
     torch.manual_seed(TrainingConfig.from_toml(path).seed)
-    trained = build(TrainingConfig.from_toml(path).model)
+    trained, _ = build(TrainingConfig.from_toml(path).model, print)
     assert not torch.equal(loaded.resampler.latents, trained.resampler.latents)
     weights = tmp_path / "run/checkpoints/step-00000002/weights.safetensors"
     load_weights(dict(trained.named_parameters()), weights)
@@ -209,7 +209,7 @@ def test_a_wrong_command_is_refused(arguments, capsys):
 
 
 def test_shards_that_are_not_there_are_said_before_there_is_a_model(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "build", lambda config: pytest.fail("a model was built"))
+    monkeypatch.setattr(command, "build", lambda *_: pytest.fail("a model was built"))
     text = toml(data, tmp_path, steps=1).replace("pairs/*.tar", "pairs/{00..19}.tar")
     for name in ("train", "encode"):
         (tmp_path / "run.toml").write_text(text)
@@ -247,7 +247,10 @@ def test_features_are_made_once_and_read(data, tmp_path, capsys):
     assert main(["train", str(tmp_path / "run.toml")]) == 0
     assert len(read_log(tmp_path / "run")) == 2
     changed = text.replace("'tiny'", "'tiny'\nvision_weights = 'other.safetensors'")
-    other = {name: value + 1 for name, value in build(ModelConfig(preset="tiny")).vision.state_dict().items()}
+    other = {
+        name: value + 1
+        for name, value in build(ModelConfig(preset="tiny"), print)[0].vision.state_dict().items()
+    }
     save_file(other, tmp_path / "other.safetensors")
     (tmp_path / "run.toml").write_text(changed.replace("other.saf", f"{tmp_path}/other.saf"))
     with pytest.raises(SystemExit):
