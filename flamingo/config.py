@@ -1,6 +1,7 @@
 """Every size and choice of a Flamingo, and the presets of the published models."""
 
-from dataclasses import dataclass, replace
+import difflib
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from flamingo.language.decoder import PositionKind
@@ -100,7 +101,7 @@ class FlamingoConfig:
             changes: fields to replace.
 
         Raises:
-            ValueError: for an unknown name.
+            ValueError: for an unknown name, or a change of a field that there is not.
 
         Source: arXiv 2204.14198, Tables 4 and 5; arXiv 2308.01390, Table 1.
 
@@ -109,6 +110,11 @@ class FlamingoConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"FlamingoConfig: expected one of {', '.join(PRESETS)}, got {name!r}.")
+        known = [field.name for field in fields(FlamingoConfig)]
+        for change in changes.keys() - known:
+            near = difflib.get_close_matches(change, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(known)}."
+            raise ValueError(f"FlamingoConfig: there is no field {change!r}. {hint}")
         return replace(PRESETS[name], **changes)
 
 

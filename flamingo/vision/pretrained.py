@@ -66,6 +66,7 @@ class PretrainedVision(nn.Module):
         self.image_size: int = config.image_size
         self.settings = {name: getattr(config, name) for name in _SETTINGS}
         self.frozen = frozen
+        self.num_patches = (config.image_size // config.patch_size) ** 2
         self.tower = tower
         if frozen:
             tower.requires_grad_(False)
@@ -109,6 +110,8 @@ class PretrainedVision(nn.Module):
         """
         expect_frames(self, pixels, self.image_size)
         images = as_images(self, pixels, cast(torch.dtype, self.tower.dtype))
+        if not len(images):  # documents of text alone; transformers' attention needs an image
+            return images.new_zeros(*pixels.shape[:3], self.num_patches, self.dim)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             tokens = self.tower(pixel_values=images).last_hidden_state
         return tokens[:, self._before_patches :].unflatten(0, pixels.shape[:3])
