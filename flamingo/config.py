@@ -103,6 +103,9 @@ class FlamingoConfig:
         Raises:
             ValueError: for an unknown name, or a change of a field that there is not.
 
+        "flamingo-9b" has Table 4's 40 layers and 10 blocks: 11.3 G parameters with the vision encoder. Table 5
+        counts 9.3 G, which 32 layers and 8 blocks have: `preset("flamingo-9b", language_layers=32)`.
+
         Source: arXiv 2204.14198, Tables 4 and 5; arXiv 2308.01390, Table 1.
 
         >>> FlamingoConfig.preset("tiny", language_layers=2).language_layers
@@ -174,7 +177,6 @@ _TINY = FlamingoConfig(
 
 PRESETS = {
     "flamingo-3b": _FLAMINGO_3B,
-    # Table 4's 40 layers and 10 blocks; the 7.1B and 1.6B parameters of Table 5 fit 32 layers and 8 blocks.
     "flamingo-9b": replace(
         _FLAMINGO_3B,
         **sizes("language", dim=4096, layers=40, heads=32),
