@@ -103,8 +103,8 @@ class FlamingoConfig:
         Raises:
             ValueError: for an unknown name, or a change of a field that there is not.
 
-        "flamingo-9b" has Table 4's 40 layers and 10 blocks: 11.3 G parameters with the vision encoder. Table 5
-        counts 9.3 G, which 32 layers and 8 blocks have: `preset("flamingo-9b", language_layers=32)`.
+        "flamingo-9b" has the 40 layers and 10 blocks of Table 4: 11.3 G parameters with the vision encoder.
+        Table 5 counts 9.3 G, which 32 layers and 8 blocks have: `preset("flamingo-9b", language_layers=32)`.
 
         Source: arXiv 2204.14198, Tables 4 and 5; arXiv 2308.01390, Table 1.
 
