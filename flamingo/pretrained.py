@@ -1,6 +1,7 @@
 """What lies in a folder of a transformers' model: its JSON, and its weights, all of them or none."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ def load_whole(kind: Any, name: str, **options: Any) -> Any:
     Raises:
         ValueError: if the checkpoint lacks weights.
     """
-    model, found = kind.from_pretrained(name, output_loading_info=True, **options)
+    logging = import_module("transformers").logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of what is missing is many lines
+    try:
+        model, found = kind.from_pretrained(name, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(verbosity)
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(

@@ -100,8 +100,9 @@ def build(config: ModelConfig, say: Callable[[str], object]) -> tuple[Flamingo, 
             sizes |= more_sizes
             choices |= more_choices
     model = Flamingo(FlamingoConfig.preset(config.preset, **sizes), **parts).freeze()
-    for name in {"vision", "language"} - parts.keys():
-        _set_weights(getattr(model, name), name, getattr(config, f"{name}_weights"), say)
+    for name in ("vision", "language"):
+        if name not in parts:
+            _set_weights(getattr(model, name), name, getattr(config, f"{name}_weights"), say)
     if config.checkpoint is not None:
         _loaded(lambda path: load_open_flamingo(model, path), config.checkpoint)
     return model, Processor(**{"image_size": model.config.image_size} | choices)
@@ -210,7 +211,7 @@ def _towers(config: ModelConfig) -> dict[str, dict[str, str]]:
 def _fingerprint(path: Path) -> str:
     """A hash of a file, or of a folder's files that make a tower: of a large file so many pieces."""
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in _KINDS)
+    files = [path] if path.is_file() else sorted(each for each in path.glob("*.*") if each.suffix in _KINDS)
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name if path.is_dir() else ''} {size}\n".encode())

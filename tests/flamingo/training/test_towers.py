@@ -13,6 +13,7 @@ from flamingo import Flamingo, FlamingoConfig, PretrainedLanguage, PretrainedVis
 from flamingo.__main__ import main
 from flamingo.training import ModelConfig, load_run, read_log
 from flamingo.training.towers import build
+from tests.flamingo.language import test_mpt_1b
 from tests.flamingo.training.test_resume import assert_same_run, toml
 from tests.helpers.scripted import picture, write_vqa
 from tests.helpers.weights import randomise
@@ -116,6 +117,17 @@ class TestModels:
         assert model.config.vocab_size == processor.tokenizer.vocab_size == 261
         assert model.language.model.get_input_embeddings().num_embeddings == 261
         assert sorted(model.language.new_tokens.ids.tolist()) == [258, 259]
+
+    def test_mpt_1b(self, data, towers, tmp_path):
+        folder = tmp_path / "mpt_1b"
+        tower_folders.by_bytes().save_pretrained(folder)
+        state = test_mpt_1b.weights() | {"transformer.wte.weight": torch.randn(264, test_mpt_1b.DIM)}
+        test_mpt_1b.save(folder, state, vocab_size=264)
+        path = write_run(data, tmp_path, towers / "clip", folder, steps=1)
+        assert main(["train", str(path)]) == 0
+        model, _ = load_run(path)
+        rows = model.language.model.get_input_embeddings().weight
+        assert torch.equal(rows, state["transformer.wte.weight"][:261])
 
     def test_tokens_that_are_there_are_not_added_again(self, towers, tmp_path):
         folder = tower_folders.write_language(tmp_path / "known", "llama", rows=261)
@@ -274,7 +286,10 @@ def refusal(path, capsys, command="train"):
     except SystemExit as stopped:
         status = stopped.code
     assert status == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{command}: ")]
+    said = capsys.readouterr().err
+    assert "LOAD REPORT" not in said  # of transformers
+    lines = [line for line in said.splitlines() if line.startswith(f"{command}: ")]
+    assert said.endswith(f"{lines[-1]}\n")
     assert not Path(path.parent, "run/log.jsonl").exists()
     return lines[-1]
 
