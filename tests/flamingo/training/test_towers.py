@@ -21,7 +21,6 @@ from tests.helpers.weights import randomise
 pytest.importorskip("transformers")
 from tests.helpers import tower_folders
 
-PAIRS = [("clip", "opt"), ("siglip", "llama"), ("clip", "mpt")]
 PROMPT = [[picture("white"), "a white", picture("black"), "a"]]
 
 
@@ -51,8 +50,10 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints/latest/weights.safetensors")
 
 
-@pytest.mark.parametrize(("vision", "language"), PAIRS)
-@pytest.mark.parametrize(("kernels", "bfloat16"), [(False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("vision", "language", "kernels", "bfloat16"),
+    [("clip", "opt", False, False), ("siglip", "llama", True, True), ("clip", "mpt", False, True)],
+)
 class TestRuns:
     def test_a_run_is_trained_continued_evaluated_and_completes(
         self, data, towers, tmp_path, capsys, vision, language, kernels, bfloat16
