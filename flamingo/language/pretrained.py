@@ -53,7 +53,8 @@ class PretrainedLanguage(nn.Module):
         path_of_layers: where its decoder layers are.
 
     Raises:
-        ValueError: if the family is unknown and no path is given.
+        ValueError: if the family is unknown and no path is given, or new tokens are to join a model that
+            accelerate has offloaded.
 
     Limits: calls from several threads need a copy each. Padding between tokens, as behind the shorter text of
     an earlier turn, puts MPT's tokens further apart, since it has no positions to shift, and counts in a
@@ -90,6 +91,11 @@ class PretrainedLanguage(nn.Module):
                 'layers: layers="transformer.h".'
             )
         embedding, head = cast(Any, model).get_input_embeddings(), cast(Any, model).get_output_embeddings()
+        if new_tokens and hasattr(embedding, "_hf_hook") and embedding.weight.is_meta:
+            raise ValueError(
+                "PretrainedLanguage: expected weights in memory, as new tokens begin as large as these, got a "
+                "model that accelerate has offloaded. Offload the PretrainedLanguage, or the Flamingo."
+            )
         self.model: Any = model
         self.dim: int = cast(Any, model).config.hidden_size
         self.frozen = frozen

@@ -54,3 +54,16 @@ def test_a_model_whose_weights_come_and_go(kind, patched):
     assert all(weight.is_meta for weight in model.parameters())
     for got, want in zip(results(model), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_new_tokens_join_a_model_before_it_is_offloaded():
+    model = families.build("llama")
+    ids = families.tokens(1, 4)
+    with torch.no_grad():
+        expected = model(ids).logits
+        accelerate.cpu_offload(model, torch.device("cpu"))
+        assert torch.equal(PretrainedLanguage(model)(ids), expected)
+    with pytest.raises(
+        ValueError, match=r"expected weights in memory, .* Offload the PretrainedLanguage, or"
+    ):
+        PretrainedLanguage(model, new_tokens=[families.VOCABULARY])
