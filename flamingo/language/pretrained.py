@@ -93,8 +93,8 @@ class PretrainedLanguage(nn.Module):
         embedding, head = cast(Any, model).get_input_embeddings(), cast(Any, model).get_output_embeddings()
         if new_tokens and hasattr(embedding, "_hf_hook") and embedding.weight.is_meta:
             raise ValueError(
-                "PretrainedLanguage: expected weights in memory, as new tokens begin as large as these, got a "
-                "model that accelerate has offloaded. Offload the PretrainedLanguage, or the Flamingo."
+                "PretrainedLanguage: expected weights in memory, as new tokens begin as large as these, got "
+                "a model that accelerate has offloaded. Offload the PretrainedLanguage, or the Flamingo."
             )
         self.model: Any = model
         self.dim: int = cast(Any, model).config.hidden_size
