@@ -6,10 +6,12 @@ config         sizes, and the presets of the published models
 open_flamingo  the weights of OpenFlamingo's published models
 processor      documents of text and images to tensors
 media          images and videos, in memory or in files, to frames
+pixels         images of every type and mode to colours
 tokenizer      bytes and special tokens, or any tokenizer of transformers
 vision         vision encoders: a small ViT, NFNet, CLIP and SigLIP
 contrastive    pre-training of a vision encoder on pairs of images and texts
 language       language models: a decoder, and those of transformers
+pretrained     folders of transformers' models, read whole
 generation     what follows a prompt: greedy, sampled, by beam search, token by token
 beam_search    the search
 context        what a model has read, so that further turns can follow

@@ -1,4 +1,4 @@
-"""The command line: python -m flamingo {train, evaluate, demo}."""
+"""The command line: python -m flamingo {train, encode, evaluate, demo}."""
 
 import argparse
 import sys
@@ -14,6 +14,12 @@ def main(arguments: list[str] | None = None) -> int:
     train = commands.add_parser("train", help="train a Flamingo, or continue where a run was stopped")
     train.add_argument("config", metavar="CONFIG", help="a TOML file, see flamingo.training.TrainingConfig")
     train.set_defaults(run=_train)
+
+    encode = commands.add_parser(
+        "encode", help="the vision encoder's features of a training set, once for all steps"
+    )
+    encode.add_argument("config", metavar="CONFIG", help="the TOML file of the run that will read them")
+    encode.set_defaults(run=_encode)
 
     fewshot.add_parser(commands)
 
@@ -37,6 +43,12 @@ def _train(options: argparse.Namespace) -> int:
     from flamingo.training.command import run
 
     return run(options.config)
+
+
+def _encode(options: argparse.Namespace) -> int:
+    from flamingo.training.command import run_encode
+
+    return run_encode(options.config)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """Every size and choice of a Flamingo, and the presets of the published models."""
 
-from dataclasses import dataclass, replace
+import difflib
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from flamingo.language.decoder import PositionKind
@@ -19,7 +20,8 @@ class FlamingoConfig:
     """
 
     # Vision encoder
-    vision: str = "vit"  # a plain ViT of the sizes below, or an NFNet: "nfnet-f0" to "nfnet-f6"
+    # a plain ViT of the sizes below, an NFNet ("nfnet-f0" to "nfnet-f6"), or "given": Flamingo(vision=...)
+    vision: str = "vit"
     image_size: int  # pixels of one side
     vision_dim: int  # width of the features; 3072 for every named NFNet
     patch_size: int = 0  # ViT: pixels of one side; (image_size / patch_size)^2 features a frame
@@ -61,9 +63,9 @@ class FlamingoConfig:
     def __post_init__(self):
         if self.vision == "vit":
             self._check_vit()
-        elif self.vision not in NFNETS:
+        elif self.vision not in (*NFNETS, "given"):
             raise ValueError(
-                f"FlamingoConfig: expected vision to be one of vit, {', '.join(NFNETS)}, got "
+                f"FlamingoConfig: expected vision to be one of vit, {', '.join(NFNETS)}, given, got "
                 f"{self.vision!r}. For another encoder: Flamingo(config, vision=encoder)."
             )
         if self.language_dim % (2 * self.language_heads):
@@ -99,7 +101,10 @@ class FlamingoConfig:
             changes: fields to replace.
 
         Raises:
-            ValueError: for an unknown name.
+            ValueError: for an unknown name, or a change of a field that there is not.
+
+        "flamingo-9b" has the 40 layers and 10 blocks of Table 4: 11.3 G parameters with the vision encoder.
+        Table 5 counts 9.3 G, which 32 layers and 8 blocks have: `preset("flamingo-9b", language_layers=32)`.
 
         Source: arXiv 2204.14198, Tables 4 and 5; arXiv 2308.01390, Table 1.
 
@@ -108,6 +113,11 @@ class FlamingoConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"FlamingoConfig: expected one of {', '.join(PRESETS)}, got {name!r}.")
+        known = [field.name for field in fields(FlamingoConfig)]
+        for change in changes.keys() - known:
+            near = difflib.get_close_matches(change, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(known)}."
+            raise ValueError(f"FlamingoConfig: there is no field {change!r}. {hint}")
         return replace(PRESETS[name], **changes)
 
 
@@ -167,7 +177,6 @@ _TINY = FlamingoConfig(
 
 PRESETS = {
     "flamingo-3b": _FLAMINGO_3B,
-    # Table 4's 40 layers and 10 blocks; the 7.1B and 1.6B parameters of Table 5 fit 32 layers and 8 blocks.
     "flamingo-9b": replace(
         _FLAMINGO_3B,
         **sizes("language", dim=4096, layers=40, heads=32),

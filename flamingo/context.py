@@ -106,7 +106,7 @@ class Context:
         self.add(input_ids, mask != 0)
         input_ids, mask = self._take_unread()
         is_image = (input_ids == self.model.config.media_token_id) & mask  # [B, T]
-        media = self._encode(len(input_ids), pixels, num_frames) if media is None else media
+        media = self._encode(input_ids, pixels, num_frames) if media is None else media
         self._check(mask, is_image, media)
         if self.length == 0:
             self.media, self.num_seen, self.attention_mask = media, is_image.sum(dim=1), mask
@@ -182,11 +182,11 @@ class Context:
                 f"{media.shape[1]} media. Pass their pixels together with the tokens."
             )
 
-    def _encode(self, batch: int, pixels: Tensor | None, num_frames: Tensor | None) -> Tensor:
+    def _encode(self, input_ids: Tensor, pixels: Tensor | None, num_frames: Tensor | None) -> Tensor:
         if pixels is not None:
             return self.model.encode_media(pixels, num_frames)
         latents = self.model.resampler.latents.detach()  # [R, D_v]
-        return latents.new_zeros(batch, 0, *latents.shape)
+        return latents.new_zeros(len(input_ids), 0, *latents.shape, device=input_ids.device)
 
     def _add_media(self, media: Tensor) -> None:
         """Puts media `[B, M, R, D_v]` behind those that each document has seen, over its padding."""

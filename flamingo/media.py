@@ -1,13 +1,16 @@
 """Images and clips, in whatever form they come, to frames of one form."""
 
+import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from flamingo.pixels import to_image
 
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 MAX_PIXELS = 2**30 // 12  # 1 GiB as float32 in three channels; Pillow has the same limit
@@ -16,6 +19,13 @@ MAX_PIXELS = 2**30 // 12  # 1 GiB as float32 in three channels; Pillow has the s
 # which runs it as a program, and FFmpeg would fetch what a playlist names.
 _IMAGES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _CONTAINERS = "avi,m4v,matroska,mov,mpeg,mpegts,mpegvideo"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a frozen vision encoder has made of a medium; it stands for the medium in a document."""
+
+    tensor: Tensor  # [F, v, dim]
 
 
 def read_frames(
@@ -45,11 +55,14 @@ def read_frames(
     if len(frames) == 0:
         raise ValueError("Processor: expected a clip of one frame or more, got an empty list.")
     for frame in frames:
-        yield read_image(frame, max_pixels=max_pixels) if isinstance(frame, Path) else to_image(frame)
+        if isinstance(frame, bytes):
+            frame = io.BytesIO(frame)
+        is_file = isinstance(frame, (Path, io.BytesIO))
+        yield read_image(frame, max_pixels=max_pixels) if is_file else to_image(frame)
 
 
 def read_image(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """A file that Pillow can read, upright and in colour, to float32 `[3, h, w]` in 0..1.
+    """A file that Pillow can read, upright and in colour, to float32 `[3, h, w]` in 0..1, as by `to_image`.
 
     Args:
         file: PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000 or AVIF, by its content. The first of
@@ -66,11 +79,9 @@ def read_image(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Tensor
     with _open_image(file, max_pixels) as image:
         _check_size(file, *_decoded_size(image), max_pixels)
         try:
-            upright = import_module("PIL.ImageOps").exif_transpose(image)
-            pixels = torch.from_numpy(np.array(upright.convert("RGB")))
-        except Exception as error:  # for a damaged file Pillow raises whatever its reader met
+            return to_image(image)
+        except ValueError as error:
             raise _unreadable(file, error) from error
-    return to_image(pixels.movedim(-1, 0))
 
 
 def _open_image(file: Path | BinaryIO, max_pixels: int) -> Any:
@@ -83,6 +94,8 @@ def _open_image(file: Path | BinaryIO, max_pixels: int) -> Any:
         return pillow.open(file, formats=[name for name in _IMAGES if name in pillow.OPEN])
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
         raise _too_large(file, str(error), max_pixels) from error
+    except import_module("PIL").UnidentifiedImageError as error:  # it would give the file's place in memory
+        raise _unreadable(file, ValueError(f"none of {', '.join(_IMAGES)}")) from error
     except Exception as error:
         raise _unreadable(file, error) from error
 
@@ -95,7 +108,10 @@ def _decoded_size(image: Any) -> tuple[int, int]:
 
 
 def _unreadable(file: Path | BinaryIO, error: Exception) -> ValueError:
-    return ValueError(f"Processor: expected an image that Pillow can read, got {_name(file)}: {error}")
+    return ValueError(
+        f"Processor: expected an image that Pillow can read, got {_name(file)}: "
+        f"{str(error).removeprefix('Processor: expected ')}"
+    )
 
 
 def _check_size(file: Path | BinaryIO, width: int, height: int, max_pixels: int) -> None:
@@ -174,35 +190,6 @@ def _at_rate(frames: Iterator[Any], fps: float) -> Iterator[Any]:
         yield shown
 
 
-def to_image(image: Any) -> Tensor:
-    """A PIL image, an array or a tensor to float32 `[3, h, w]` in 0..1."""
-    if hasattr(image, "convert"):  # PIL, without importing it
-        image = np.asarray(image.convert("RGB"))
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.array(image, order="C"))
-        image = image[None] if image.ndim == 2 else image.movedim(-1, 0)
-    if not isinstance(image, Tensor):
-        raise TypeError(
-            "Processor: expected a text, a PIL image, an array, a tensor, a pathlib.Path or a list of these, "
-            f"got {type(image).__name__}."
-        )
-    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
-        raise ValueError(
-            "Processor: expected an image array (h, w) or (h, w, 3), or a tensor (1, h, w) or (3, h, w), got "
-            f"{tuple(image.shape)} (channels first)."
-        )
-    if image.dtype == torch.uint8:
-        image = image.float().div_(255)
-    elif not image.is_floating_point():
-        raise TypeError(f"Processor: expected an image of uint8 or a floating type, got {image.dtype}.")
-    elif not (image.min() >= 0 and image.max() <= 1):
-        raise ValueError(
-            f"Processor: expected a floating image in 0..1, got {image.min():.4g}..{image.max():.4g}. "
-            "Divide by 255, or pass uint8."
-        )
-    return image.detach().cpu().float().expand(3, -1, -1)
-
-
 def _is_clip(medium: Any) -> bool:
     if isinstance(medium, (np.ndarray, Tensor)):
         return medium.ndim == 4
@@ -215,7 +202,7 @@ def _check_exists(file: Path | BinaryIO) -> None:
 
 
 def _name(file: Path | BinaryIO) -> str:
-    return str(file) if isinstance(file, Path) else getattr(file, "name", "an open file")
+    return str(file) if isinstance(file, Path) else getattr(file, "name", "bytes")
 
 
 def _import(module: str, package: str, what: str) -> Any:

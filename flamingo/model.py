@@ -117,7 +117,7 @@ class Flamingo(nn.Module):
         Args:
             input_ids: int64 `[B, T]`, with `config.media_token_id` where an image stands: none at padding.
             pixels: `[B, M, F, 3, image_size, image_size]`, the media of each document in order, padded to M;
-                an image is one frame.
+                an image is one frame. Or what `vision` made of them: `[B, M, F, v, vision_dim]`.
             attention_mask: `[B, T]`, 0 at padding; None for no padding.
             labels: int64 `[B, T]`, the tokens again, -100 where a token is not to be learned.
             num_frames: integer `[B, M]`, the true length of clips padded to F; None if all have F.
@@ -152,15 +152,20 @@ class Flamingo(nn.Module):
         )
 
     def encode_media(self, pixels: Tensor, num_frames: Tensor | None = None) -> Tensor:
-        """pixels `[B, M, F, 3, h, w]` to media `[B, M, R, D_v]`."""
-        return self.resampler(self._in_our_dtype(self.vision(pixels)), num_frames)
+        """pixels `[B, M, F, 3, h, w]`, or features `[B, M, F, v, vision_dim]`, to media `[B, M, R, D_v]`."""
+        is_encoded = pixels.ndim == 5 and pixels.shape[-1] == self.config.vision_dim
+        features = pixels if is_encoded else self.vision(pixels)
+        return self.resampler(self._in_our_dtype(features), num_frames)
 
     def _in_our_dtype(self, x: Tensor) -> Tensor:
         """What a tower makes, in the dtype of the layers between the towers; theirs may be another."""
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             return x  # autocast casts it where it must be
-        return x.to(self.resampler.latents.dtype)
+        latents = self.resampler.latents
+        if hasattr(latents, "full_tensor"):
+            return x  # FSDP2 has sharded the layers: stored wider, they compute in the dtype of its policy
+        return x.to(latents.dtype)
 
     def decode(
         self,
@@ -241,7 +246,16 @@ class Flamingo(nn.Module):
 
 
 def vision_encoder(config: FlamingoConfig) -> NFNet | VisionEncoder:
-    """The vision encoder that a configuration names."""
+    """The vision encoder that a configuration names.
+
+    Raises:
+        ValueError: if it is "given", as it then has to be.
+    """
+    if config.vision == "given":
+        raise ValueError(
+            'Flamingo: expected a vision encoder, as the configuration says vision="given", got none. Pass '
+            "it: Flamingo(config, vision=...)."
+        )
     if config.vision != "vit":
         return NFNet.preset(config.vision)
     return VisionEncoder(

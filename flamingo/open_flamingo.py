@@ -6,7 +6,12 @@ A checkpoint of open_flamingo holds what was trained, and the embeddings of the 
     lang_encoder.<layers>.<i>.gated_cross_attn_layer.*    model.cross_attn[i]
     lang_encoder.gated_cross_attn_layers.<i>.*            the same again, in old ones
     lang_encoder.<embedding>, lang_encoder.<head>         model.language, every row, those of new tokens too
-    vision_encoder.*, *.decoder_layer.*, ...              frozen copies, which the model has already
+
+and may hold the towers too, frozen copies or trained as well::
+
+    lang_encoder.<layers>.<i>.decoder_layer.*, ...        model.language
+    lang_encoder.old_decoder_blocks.<i>.*                 the same again
+    vision_encoder.*                                      model.vision, a CLIP by open_clip's names
 """
 
 import re
@@ -19,6 +24,7 @@ from torch import Tensor, nn
 
 from flamingo.language import PretrainedLanguage
 from flamingo.model import Flamingo
+from flamingo.vision import PretrainedVision
 
 # What open_flamingo's code fixes for every model.
 _CHOICES = {
@@ -33,18 +39,34 @@ _CHOICES = {
 _BLOCK = re.compile(
     r"lang_encoder\.(?:gated_cross_attn_layers\.(\d+)|[\w.]+\.(\d+)\.gated_cross_attn_layer)\.(.+)"
 )
-_FROZEN = re.compile(r"vision_encoder\.|lang_encoder\.(old_decoder_blocks\.|.+\.decoder_layer\.)")
+_UNTRAINED = re.compile(
+    r".+\.(inv_freq|masked_bias|attention\.bias)|vision_encoder\.proj"
+)  # buffers, CLIP's head
+# By open_clip's names of a CLIP tower, transformers'.
+_CLIP = {
+    r"^conv1\.": "embeddings.patch_embedding.",
+    r"^class_embedding": "embeddings.class_embedding",
+    r"^positional_embedding": "embeddings.position_embedding.weight",
+    r"^ln_pre\.": "pre_layrnorm.",
+    r"^ln_post\.": "post_layernorm.",
+    r"^transformer\.resblocks\.": "encoder.layers.",
+    r"\.attn\.": ".self_attn.",
+    r"\.ln_([12])\.": r".layer_norm\1.",
+    r"\.mlp\.c_fc\.": ".mlp.fc1.",
+    r"\.mlp\.c_proj\.": ".mlp.fc2.",
+}
 _HEADS = ("lang_encoder.lm_head.weight", "lang_encoder.embed_out.weight")  # the latter was GPT-NeoX's
 
 
 @torch.no_grad()
 def load_open_flamingo(model: Flamingo, checkpoint: Path | str) -> Flamingo:
-    """Sets resampler, gated blocks and embeddings of a model to those of a checkpoint of open_flamingo.
+    """Sets the weights of a model to those of a checkpoint of open_flamingo: all that the checkpoint has.
 
     Every row of the embedding is set, as every row is saved. Training changes the rows of `<|endofchunk|>`
     and `<image>`, or none; under FSDP without original parameters it changes all. A head that is not the
     embedding is never trained. GPT-NeoX's is saved and set. LLaMA's is not saved and stays as it is, with
-    rows of zeros for `new_tokens`, which open_flamingo draws at random each time.
+    rows of zeros for `new_tokens`, which open_flamingo draws at random each time. Where the language model
+    or CLIP was trained as well, the checkpoint has its weights, and they are set.
 
     Args:
         model: built with the vision encoder and the language model that the checkpoint was trained with;
@@ -115,17 +137,14 @@ def load_open_flamingo(model: Flamingo, checkpoint: Path | str) -> Flamingo:
         1.0
     """
     language = _expect_open_flamingo(model)
-    weights = {
-        name: weight
-        for name, weight in model.named_parameters()
-        if name.startswith(("resampler.", "cross_attn."))
-    }
-    found = _by_our_names(_read(Path(checkpoint)), language)
+    weights = _weights(model, language)
+    found = _by_our_names(_read(Path(checkpoint)), weights, language)
     _expect_blocks(_layers(found), _layers(weights), checkpoint)
     _expect_shapes(found, weights, language, checkpoint)
-    for name, weight in weights.items():
-        weight.copy_(found[name])
-    _set_rows(language, found["embedding"], found.get("head"))
+    embedding, head = found.pop("embedding"), found.pop("head", None)
+    for name, value in found.items():
+        weights[name].copy_(value)
+    _set_rows(language, embedding, head)
     return model
 
 
@@ -159,12 +178,34 @@ def _read(path: Path) -> dict[str, Tensor]:
     return state.get("model_state_dict", state)
 
 
-def _by_our_names(state: dict[str, Tensor], language: PretrainedLanguage) -> dict[str, Tensor]:
-    """The weights by their names in a Flamingo, "embedding" and "head"; unknown ones keep their names."""
+def _weights(model: Flamingo, language: PretrainedLanguage) -> dict[str, nn.Parameter]:
+    """The parameters that a checkpoint may have, but for the embedding and the head, by their names."""
+    weights = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if name.startswith(("resampler.", "cross_attn."))
+    }
+    ends = [language.model.get_input_embeddings().weight, language.model.get_output_embeddings().weight]
+    weights |= {
+        f"language.{name}": weight
+        for name, weight in language.model.named_parameters()
+        if not any(weight is end for end in ends)
+    }
+    if isinstance(model.vision, PretrainedVision):
+        weights |= {
+            f"vision.{name.removeprefix('vision_model.')}": weight  # so in transformers 4
+            for name, weight in model.vision.tower.named_parameters()
+        }
+    return weights
+
+
+def _by_our_names(
+    state: dict[str, Tensor], weights: dict[str, nn.Parameter], language: PretrainedLanguage
+) -> dict[str, Tensor]:
+    """What a checkpoint has, by the names of `_weights`, "embedding" and "head"; the unknown by its own."""
     model, found = language.model, {}
     matrix = model.get_input_embeddings().weight
     embedding = next(f"lang_encoder.{name}" for name, weight in model.named_parameters() if weight is matrix)
-    frozen = {f"lang_encoder.{name}" for name in model.state_dict()}
     for key, value in state.items():
         name = key.removeprefix("module.")  # of DistributedDataParallel
         block = _BLOCK.fullmatch(name)
@@ -176,9 +217,31 @@ def _by_our_names(state: dict[str, Tensor], language: PretrainedLanguage) -> dic
             found["embedding"] = value
         elif name in _HEADS:
             found["head"] = value
-        elif name not in frozen and not _FROZEN.match(name):
-            found[key] = value
+        elif not _UNTRAINED.fullmatch(name):
+            of_tower = _of_vision(name, value) or _of_language(name, value, language)
+            found |= of_tower if of_tower.keys() <= weights.keys() else {key: value}
     return found
+
+
+def _of_language(name: str, value: Tensor, language: PretrainedLanguage) -> dict[str, Tensor]:
+    name = name.replace("lang_encoder.old_decoder_blocks.", f"lang_encoder.{language.path_of_layers}.")
+    return {name.replace("lang_encoder.", "language.").replace(".decoder_layer.", "."): value}
+
+
+def _of_vision(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A weight of open_clip's by transformers' names: queries, keys and values have a matrix each."""
+    if not name.startswith("vision_encoder."):
+        return {}
+    name = name.removeprefix("vision_encoder.")
+    for theirs, ours in _CLIP.items():
+        name = re.sub(theirs, ours, name)
+    fused = re.fullmatch(r"(.+\.)in_proj_(weight|bias)", name)
+    if fused is None:
+        return {f"vision.{name}": value}
+    return {
+        f"vision.{fused[1]}{each}_proj.{fused[2]}": part
+        for each, part in zip("qkv", value.chunk(3), strict=True)
+    }
 
 
 def _layers(names: Iterable[str]) -> list[int]:
@@ -201,7 +264,8 @@ def _expect_shapes(
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     width = language.model.get_input_embeddings().weight.shape[1]
     shapes["embedding"] = shapes["head"] = (language.vocab_size, width)
-    missing, others = shapes.keys() - found.keys() - {"head"}, found.keys() - shapes.keys()
+    needed = {"embedding", *(name for name in weights if name.startswith(("resampler.", "cross_attn.")))}
+    missing, others = needed - found.keys(), found.keys() - shapes.keys()
     if missing or others:
         raise ValueError(
             f"{path}: expected the weights of an OpenFlamingo of this size, got {len(others)} others "

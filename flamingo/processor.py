@@ -1,5 +1,6 @@
 """Documents of interleaved text and images to the tensors a Flamingo takes."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -7,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flamingo.media import MAX_PIXELS, read_frames
+from flamingo.media import MAX_PIXELS, Features, read_frames
 from flamingo.modules import text_time
-from flamingo.tokenizer import ByteTokenizer, Tokenizer
+from flamingo.tokenizer import IMAGE, ByteTokenizer, Tokenizer
 
 
 class Batch(NamedTuple):
@@ -17,7 +18,7 @@ class Batch(NamedTuple):
 
     input_ids: Tensor  # int64 [B, T]
     attention_mask: Tensor  # bool [B, T], False at padding
-    pixels: Tensor  # float32 [B, M, F, 3, image_size, image_size]
+    pixels: Tensor  # float32 [B, M, F, 3, image_size, image_size], or features [B, M, F, v, dim]
     num_media: Tensor  # int64 [B], the rest of M is padding
     num_frames: Tensor | None  # int64 [B, M] where clips differ in length, else None
     media_starts: Tensor  # bool [B, T], True where the text that sees the next medium begins
@@ -56,9 +57,12 @@ class Processor:
 
     A document is a list of texts and media in reading order, or a tuple `(text, list of media)` whose text
     has one `<image>` for every medium. A medium is an image, or a list of images: the frames of a clip. An
-    image is a PIL image, an array `[h, w]` or `[h, w, 3]`, or a tensor `[1, h, w]` or `[3, h, w]`, of uint8
-    or of floats in 0..1. A `pathlib.Path` is a file: an image, read by Pillow, or by its suffix a video, read
-    by PyAV.
+    image is a PIL image, an array `[h, w]` or `[h, w, 3]`, or a tensor `[1, h, w]` or `[3, h, w]`, of uint8,
+    uint16 or floats in 0..1, or the bytes of a file. One channel more is alpha, and is put on white. A
+    `pathlib.Path` is a file: an image, read by Pillow, or by its suffix a video, read by PyAV. However an
+    image comes in, it has the same pixels. `Features` stand for a medium that has been encoded.
+
+    In the texts of a list `<image>` is a word like any other, never an image.
 
     Tokens are laid out as in the paper, `<EOC>` before every image and at the end::
 
@@ -68,12 +72,13 @@ class Processor:
 
     An image is resized to fit a square, keeping its proportions, normalised, and padded with zeros: the mean,
     once normalised. With `fit="crop"` its shorter side fits, and the rest is cut off, as in CLIP and
-    open_flamingo.
+    open_flamingo. With `fit="stretch"` both sides fit, as in SigLIP.
 
     Args:
         image_size: side of the square, in pixels.
         mean, std: of the three channels in 0..1; those of CLIP by default.
-        fit: "pad" or "crop".
+        fit: "pad", "crop" or "stretch".
+        resample: "bilinear" or "bicubic"; None for the former with "pad" and the latter else.
         tokenizer: a `ByteTokenizer`, a `PretrainedTokenizer`, or anything with their methods and ids.
         max_media: most media of a document; None for any number. The first are kept, later ones are
             dropped with their `<image>` and the `<EOC>` in front of it, unread; their texts stay. 5 in the
@@ -84,7 +89,7 @@ class Processor:
             for files that you trust: while it is read, an image takes 12 bytes a pixel and more.
 
     Raises:
-        ValueError: for another fit.
+        ValueError: for another fit or resample.
 
     Source: arXiv 2204.14198, sections 2.3 and 2.4, appendix A.3; the layout is Figure 7's.
 
@@ -99,17 +104,21 @@ class Processor:
         *,
         mean: Sequence[float] = (0.4815, 0.4578, 0.4082),
         std: Sequence[float] = (0.2686, 0.2613, 0.2758),
-        fit: Literal["pad", "crop"] = "pad",
+        fit: Literal["pad", "crop", "stretch"] = "pad",
+        resample: Literal["bilinear", "bicubic"] | None = None,
         tokenizer: Tokenizer | None = None,
         max_media: int | None = None,
         fps: float = 1.0,
         max_frames: int = 8,
         max_pixels: int = MAX_PIXELS,
     ):
-        if fit not in ("pad", "crop"):
-            raise ValueError(f"Processor: expected fit 'pad' or 'crop', got {fit!r}.")
+        if fit not in ("pad", "crop", "stretch"):
+            raise ValueError(f"Processor: expected fit 'pad', 'crop' or 'stretch', got {fit!r}.")
+        if resample not in (None, "bilinear", "bicubic"):
+            raise ValueError(f"Processor: expected resample 'bilinear' or 'bicubic', got {resample!r}.")
         self.image_size = image_size
         self.fit = fit
+        self.resample = resample or ("bilinear" if fit == "pad" else "bicubic")
         self.mean = torch.tensor(mean)[:, None, None]
         self.std = torch.tensor(std)[:, None, None]
         self.tokenizer = tokenizer or ByteTokenizer()
@@ -195,24 +204,41 @@ class Processor:
         ids, media = [*self._beginning], []
         for part in _interleave(document, name):
             if isinstance(part, str):
-                ids += tokenizer.encode(part)
+                ids += self.encode(part)
             else:
                 ids += [*self._end_of_chunk(ids), tokenizer.image_id]
                 media.append(part)
         return Layout(ids if prompt else [*ids, *self._end_of_chunk(ids), tokenizer.eos_id], media)
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, none of which is an image: one that is spelled out is taken apart."""
+        pieces = re.split(f"(?<={IMAGE[0]})(?={IMAGE[1:]})", text)
+        return [id for piece in pieces for id in self.tokenizer.encode(piece)]
+
     def clip(self, medium: Any) -> Tensor:
-        """A medium, read and resized: float32 `[F, 3, image_size, image_size]`."""
+        """A medium, read and resized: float32 `[F, 3, image_size, image_size]`; features as they are."""
+        if isinstance(medium, Features):
+            return medium.tensor
         frames = read_frames(medium, fps=self.fps, max_frames=self.max_frames, max_pixels=self.max_pixels)
         return torch.stack([self._square(frame) for frame in frames])
 
     def pad_clips(self, clip_lists: list[list[Tensor]]) -> tuple[Tensor, Tensor | None]:
         """The clips of each document to pixels `[B, M, F, 3, image_size, image_size]` and num_frames
-        `[B, M]`, which is None where all clips have F frames."""
+        `[B, M]`, which is None where all clips have F frames; features to `[B, M, F, v, dim]`.
+
+        Raises:
+            ValueError: if some are features and others are not, or features have several sizes.
+        """
         most_media = max(map(len, clip_lists), default=0)
         most_frames = max((len(clip) for clips in clip_lists for clip in clips), default=1)
-        size = self.image_size
-        pixels = torch.zeros(len(clip_lists), most_media, most_frames, 3, size, size)
+        shapes = {clip.shape[1:] for clips in clip_lists for clip in clips}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"Processor: expected all media as images, or all as features of one size, got frames of the "
+                f"shapes {', '.join(map(str, sorted(map(tuple, shapes))))}."
+            )
+        shape = shapes.pop() if shapes else (3, self.image_size, self.image_size)
+        pixels = torch.zeros(len(clip_lists), most_media, most_frames, *shape)
         num_frames = torch.full((len(clip_lists), most_media), most_frames)
         for row, clips in enumerate(clip_lists):
             for column, clip in enumerate(clips):
@@ -264,23 +290,29 @@ class Processor:
     def _square(self, image: Tensor) -> Tensor:
         """An image `[3, h, w]` in 0..1 to a normalised `[3, image_size, image_size]`."""
         size = self.image_size
-        if self.fit == "crop":
-            return (self._cropped(image) - self.mean) / self.std
+        if self.fit != "pad":
+            image = self._cropped(image) if self.fit == "crop" else self._resized(image, size, size)
+            return (image - self.mean) / self.std
         height, width = image.shape[1:]
         scale = size / max(height, width)
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        image = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+        image = self._resized(image, height, width)
         left, top = (size - width) // 2, (size - height) // 2
         image = (image - self.mean) / self.std
         return F.pad(image, (left, size - width - left, top, size - height - top))
 
     def _cropped(self, image: Tensor) -> Tensor:
-        """As torchvision's Resize and CenterCrop do it."""
+        """As torchvision's Resize and CenterCrop do it; of a thin image the middle alone is resized."""
         size = self.image_size
+        image = _middle(image)
         height, width = (size * side // min(image.shape[1:]) for side in image.shape[1:])
-        image = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
+        image = self._resized(image, height, width)
         top, left = round((height - size) / 2), round((width - size) / 2)
         return image[:, top : top + size, left : left + size]
+
+    def _resized(self, image: Tensor, height: int, width: int) -> Tensor:
+        image = F.interpolate(image[None], (height, width), mode=self.resample, antialias=True)[0]
+        return image.clamp(0, 1)  # cubics overshoot
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> Tensor:
@@ -295,6 +327,16 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> Tensor:
     return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), length)
 
 
+def _middle(image: Tensor, *, longest: int = 8) -> Tensor:
+    """An image without most of what a crop to a square would cut off, both ends alike.
+
+    A line of 16,000 x 1 pixels would be resized to 10 GiB.
+    """
+    shorter = min(image.shape[1:])
+    top, left = (max(0, (side - longest * shorter) // 2) for side in image.shape[1:])
+    return image[:, top : image.shape[1] - top, left : image.shape[2] - left]
+
+
 def _interleave(document: Any, name: str) -> list:
     """Either form of a document to one list of texts and media."""
     if isinstance(document, tuple):
@@ -304,7 +346,7 @@ def _interleave(document: Any, name: str) -> list:
                 f"{', '.join(type(part).__name__ for part in document)}."
             )
         text, media = document
-        chunks = text.split("<image>")
+        chunks = text.split(IMAGE)
         if len(chunks) - 1 != len(media):
             raise ValueError(
                 f"Processor: expected one image for each <image> of {name}, got {len(media)} images and "
@@ -319,10 +361,5 @@ def _interleave(document: Any, name: str) -> list:
     if not isinstance(document, list):
         raise TypeError(
             f"Processor: expected {name} to be a list of texts and images, got {type(document).__name__}."
-        )
-    if any(isinstance(part, str) and "<image>" in part for part in document):
-        raise ValueError(
-            f"Processor: expected no <image> in the texts of {name}, got one without an image. Put the image "
-            "itself in that place, or pass a tuple (text, list of images)."
         )
     return list(document)

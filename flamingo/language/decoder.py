@@ -95,6 +95,17 @@ class DecoderLayer(nn.Module):
         return x + self.ff(x)
 
 
+class Embedding(nn.Embedding):
+    """Rows of ids, and as a head that is tied to them the logits of hidden states.
+
+    The matrix is read in a call of its module alone, where what moves weights in and out can follow.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: ids `[...]` to `[..., D]`, or hidden states `[..., D]` to logits `[..., V]`."""
+        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
+
+
 class LanguageModel(nn.Module):
     """A decoder in the manner of Chinchilla: `head(RMSNorm(layers(embedding(input_ids))))`.
 
@@ -141,7 +152,7 @@ class LanguageModel(nn.Module):
         self.dim = dim
         self.dim_head = dim // heads
         self.positions = positions
-        self.embedding = nn.Embedding(vocab_size, dim)
+        self.embedding = Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(DecoderLayer(dim, heads, positions) for _ in range(layers))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.head = None if tie_embeddings else nn.Linear(dim, vocab_size, bias=False)
@@ -222,7 +233,7 @@ class LanguageModel(nn.Module):
             input_ids, attention_mask, before_layer: see `forward`.
         """
         head = self.head
-        is_plain = type(self.embedding) is nn.Embedding if head is None else is_plain_linear(head)
+        is_plain = _is_plain(self.embedding) if head is None else is_plain_linear(head)
         if not is_plain or type(self) is not LanguageModel or is_watched(self):
             return sum_of_losses(self(input_ids, attention_mask, before_layer=before_layer), labels)
         x = self.norm(self.hidden_states(input_ids, attention_mask, None, before_layer))
@@ -253,7 +264,7 @@ class LanguageModel(nn.Module):
         """input_ids `[B, T]` to `[B, T, D]`."""
         if self.new_tokens is None:
             return self.embedding(input_ids)
-        return self.new_tokens.embed(input_ids, self.embedding(self.new_tokens.stand_in(input_ids)))
+        return self.new_tokens(input_ids, self.embedding(self.new_tokens.stand_in(input_ids)))
 
     def places(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
@@ -287,8 +298,12 @@ class LanguageModel(nn.Module):
         return self._project(self.norm(x))
 
     def _project(self, x: Tensor) -> Tensor:
-        logits = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
-        return logits if self.new_tokens is None else self.new_tokens.add_logits(x, logits)
+        logits = self.embedding(x) if self.head is None else self.head(x)
+        return logits if self.new_tokens is None else self.new_tokens(x, logits)
+
+
+def _is_plain(embedding: nn.Module) -> bool:
+    return type(embedding) is Embedding and not is_watched(embedding)
 
 
 def check_attention_mask(attention_mask: Tensor, expected: tuple[int, int]) -> None:

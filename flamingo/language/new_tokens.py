@@ -31,7 +31,7 @@ class NewTokens(nn.Module):
     Source: arXiv 2204.14198, section A.3.3: `<EOC>` is the only new token, "random-init and learnt" there.
 
     >>> tokens = NewTokens([10], torch.randn(10, 4))
-    >>> tokens.embed(torch.tensor([3, 10]), torch.randn(2, 4)).shape, tokens.vocab_size
+    >>> tokens(torch.tensor([3, 10]), torch.randn(2, 4)).shape, tokens.vocab_size
     (torch.Size([2, 4]), 11)
     """
 
@@ -55,6 +55,19 @@ class NewTokens(nn.Module):
     def stand_in(self, input_ids: Tensor) -> Tensor:
         """The ids, with 0 where the frozen matrix has no row."""
         return input_ids.masked_fill(input_ids >= self.known, 0)
+
+    def forward(self, x: Tensor, frozen: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """What the frozen matrix makes of ids or of hidden states, and of the new tokens what they make.
+
+        Args:
+            x: input_ids `[...]`, or hidden states `[..., D]`.
+            frozen: the rows `[..., D]` of the ids that `stand_in` returns, or the logits `[..., V]`.
+            scale: see `embed`.
+
+        Returns:
+            Rows `[..., D]`, or logits `[..., vocab_size]`.
+        """
+        return self.add_logits(x, frozen) if x.is_floating_point() else self.embed(x, frozen, scale)
 
     def embed(self, input_ids: Tensor, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """x `[..., D]`, the frozen rows of input_ids `[...]`, with the new ones, scaled, in their places."""

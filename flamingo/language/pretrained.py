@@ -13,9 +13,10 @@ from flamingo.language.decoder import check_attention_mask
 from flamingo.language.loss import is_plain_linear, is_watched, sum_of_losses, sum_of_losses_in_pieces
 from flamingo.language.new_tokens import NewTokens
 from flamingo.language.positions import positions_of
+from flamingo.pretrained import load_whole
 
 # By the model_type of a model's configuration: where its decoder layers are.
-_LAYERS = {
+FAMILIES = {
     "llama": "model.layers",
     "mistral": "model.layers",
     "opt": "model.decoder.layers",
@@ -49,9 +50,11 @@ class PretrainedLanguage(nn.Module):
     Attributes:
         dim, vocab_size, num_layers: the sizes, with new tokens.
         model: the model.
+        path_of_layers: where its decoder layers are.
 
     Raises:
-        ValueError: if the family is unknown and no path is given.
+        ValueError: if the family is unknown and no path is given, or new tokens are to join a model that
+            accelerate has offloaded.
 
     Limits: calls from several threads need a copy each. Padding between tokens, as behind the shorter text of
     an earlier turn, puts MPT's tokens further apart, since it has no positions to shift, and counts in a
@@ -80,18 +83,23 @@ class PretrainedLanguage(nn.Module):
     ):
         super().__init__()
         kind = getattr(getattr(model, "config", None), "model_type", None)
-        path = layers or _LAYERS.get(str(kind))
+        path = layers or FAMILIES.get(str(kind))
         if path is None:
             raise ValueError(
-                f"PretrainedLanguage: expected a causal language model of {', '.join(_LAYERS)}, got "
+                f"PretrainedLanguage: expected a causal language model of {', '.join(FAMILIES)}, got "
                 f"{type(model).__name__} of type {kind}. For another family pass the path of its decoder "
                 'layers: layers="transformer.h".'
             )
         embedding, head = cast(Any, model).get_input_embeddings(), cast(Any, model).get_output_embeddings()
+        if new_tokens and hasattr(embedding, "_hf_hook") and embedding.weight.is_meta:
+            raise ValueError(
+                "PretrainedLanguage: expected weights in memory, as new tokens begin as large as these, got "
+                "a model that accelerate has offloaded. Offload the PretrainedLanguage, or the Flamingo."
+            )
         self.model: Any = model
         self.dim: int = cast(Any, model).config.hidden_size
         self.frozen = frozen
-        self._path = path
+        self.path_of_layers = path
         self._before_layer: BeforeLayer | None = None
         self._is_called = False
         self._rows = slice(None)
@@ -125,17 +133,17 @@ class PretrainedLanguage(nn.Module):
 
         Raises:
             ImportError: if transformers is not installed.
-            ValueError: if it is a checkpoint of an unknown family.
+            ValueError: if it is a checkpoint of an unknown family, or lacks weights.
         """
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        model = load_whole(AutoModelForCausalLM, name, **options)
         return PretrainedLanguage(model, frozen=frozen, new_tokens=new_tokens)
 
     @property
     def layers(self) -> nn.ModuleList:
         """The model's decoder layers."""
-        return cast(nn.ModuleList, self.model.get_submodule(self._path))
+        return cast(nn.ModuleList, self.model.get_submodule(self.path_of_layers))
 
     @property
     def num_layers(self) -> int:
@@ -205,7 +213,7 @@ class PretrainedLanguage(nn.Module):
         config, head = self.model.config, self.model.get_output_embeddings()
         return (
             type(self.model).__module__.startswith("transformers.models.")
-            and config.model_type in _LAYERS
+            and config.model_type in FAMILIES
             and getattr(config, "final_logit_softcapping", None) is None
             and is_plain_linear(head, hooks=2)  # ours
             and not is_watched(self.model)
@@ -217,7 +225,7 @@ class PretrainedLanguage(nn.Module):
         parameters = list(head.parameters())
 
         def to_logits(x: Tensor) -> Tensor:
-            return head(x) if self.new_tokens is None else self.new_tokens.add_logits(x, head(x))
+            return head(x) if self.new_tokens is None else self.new_tokens(x, head(x))
 
         if self.new_tokens is not None:
             parameters.append(self.new_tokens.rows)
@@ -242,7 +250,7 @@ class PretrainedLanguage(nn.Module):
             return embedding(input_ids)
         frozen = embedding(self.new_tokens.stand_in(input_ids))
         scale = getattr(embedding, "embed_scale", 1.0)  # of Gemma's, which multiplies its rows
-        return self.new_tokens.embed(input_ids, frozen, scale)
+        return self.new_tokens(input_ids, frozen, scale)
 
     def _enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._before_layer is None:
@@ -259,7 +267,7 @@ class PretrainedLanguage(nn.Module):
     def _leave_head(self, head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         if not self._is_called:
             return logits
-        logits = logits if self.new_tokens is None else self.new_tokens.add_logits(args[0], logits)
+        logits = logits if self.new_tokens is None else self.new_tokens(args[0], logits)
         self._at_head.append(logits)
         return logits
 

@@ -21,7 +21,8 @@ class DatasetConfig:
 
     Args:
         name: what logs and checkpoints call it.
-        shards: tar files in WebDataset's format; `*` and `?` as in a shell.
+        shards: tar files in WebDataset's format, see `flamingo.training.shards`; `*`, `?` and braces as in a
+            shell, as `laion/{00000..00231}.tar`, or folders.
         weight: lambda, the factor of its loss.
         batch_size: samples in a step, over all processes.
         micro_batch_size: samples of a process that are computed at once, None for all; their gradients add up
@@ -29,7 +30,9 @@ class DatasetConfig:
         length: tokens of a sample at most.
         flip, colour: probabilities that an image or a clip is mirrored, and that its colours are changed; see
             `augment`. 0 and 0 leave images as they are.
-        max_pixels: of an image or a frame; a sample with a larger one is refused before it is decoded.
+        max_pixels: of an image or a frame; a larger one is bad before it is decoded.
+        features: a folder of features that `python -m flamingo encode` has made of the images, which are then
+            not looked at; flip and colour have to be 0. None to encode the images in every step.
     """
 
     kind: ClassVar[str]
@@ -43,6 +46,7 @@ class DatasetConfig:
     flip: float = 0.5
     colour: float = 0.8
     max_pixels: int = MAX_PIXELS
+    features: str | None = None
 
     def __post_init__(self):
         where = f"dataset {self.name!r}"
@@ -51,6 +55,11 @@ class DatasetConfig:
         _positive(self, where, "weight", "batch_size", "length", "max_pixels")
         if self.micro_batch_size is not None:
             _positive(self, where, "micro_batch_size")
+        if self.features is not None and (self.flip or self.colour):
+            raise ValueError(
+                f"TrainingConfig: expected flip = 0 and colour = 0 of {where}, whose features are of images "
+                f"as they are, got {self.flip} and {self.colour}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +70,9 @@ class Documents(DatasetConfig):
         weight, batch_size, length: as in `DatasetConfig`; the batch is that of the paper's ablations, which
             keeps the final one to itself. A longer document is cut to a random window of that length.
         max_images: images of a window; the first are kept, later ones are left out.
+        images: a folder of image files that pages name, for those that are not in the shards: MMC4's
+            `image_name`.
+        min_similarity: MMC4's images that are less like their text are left out; open_flamingo's threshold.
         p_next: probability that a document's text sees the next image instead of the last.
     """
 
@@ -70,6 +82,8 @@ class Documents(DatasetConfig):
     batch_size: int = 256
     length: int = 256
     max_images: int = 5
+    images: str | None = None
+    min_similarity: float = 0.24
     p_next: float = 0.5
 
 
@@ -119,16 +133,61 @@ class ModelConfig:
     """The model that `python -m flamingo train` builds.
 
     Args:
-        preset: see `FlamingoConfig.preset`.
+        preset: see `FlamingoConfig.preset`; of a tower in a folder the sizes are that tower's.
         changes: fields of `FlamingoConfig` with other values.
-        vision_weights, language_weights: safetensors of the frozen parts, with the names of `model.vision`
-            and `model.language`; None leaves a part random.
+        vision: a folder of transformers with a CLIP or a SigLIP and its `preprocessor_config.json`.
+        language: a folder of transformers with a causal language model, of a family that
+            `PretrainedLanguage` knows or MPT-1B, and its tokenizer. `<|endofchunk|>` and `<image>` are added
+            as by open_flamingo, and their embeddings are trained.
+        checkpoint: of open_flamingo, see `load_open_flamingo`; needs both folders.
+        vision_weights, language_weights: safetensors of frozen parts that are no folders, with the names of
+            `model.vision` and `model.language`; None leaves such a part random.
+
+    Raises:
+        ValueError: for keys that contradict each other.
     """
 
     preset: str
     changes: dict[str, Any] = field(default_factory=dict)
+    vision: str | None = None
+    language: str | None = None
+    checkpoint: str | None = None
     vision_weights: str | None = None
     language_weights: str | None = None
+
+    def __post_init__(self):
+        for tower, decided in _DECIDED.items():
+            if getattr(self, tower) is None:
+                continue
+            if getattr(self, f"{tower}_weights") is not None:
+                raise ValueError(f"[model]: expected {tower} or {tower}_weights, got both. Remove one.")
+            others = sorted(decided & self.changes.keys())
+            if others:
+                raise ValueError(
+                    f"[model]: expected changes without {', '.join(others)}, which {tower} = "
+                    f'"{getattr(self, tower)}" decides. Remove {"it" if len(others) == 1 else "them"}.'
+                )
+        if self.checkpoint is not None and (self.vision is None or self.language is None):
+            raise ValueError(
+                f'[model]: expected vision and language beside checkpoint = "{self.checkpoint}", the folders '
+                "of the towers it was trained with."
+            )
+
+
+# The fields of FlamingoConfig that a tower decides.
+_DECIDED = {
+    "vision": {"vision", "image_size", "vision_dim", "patch_size", "vision_layers", "vision_heads"},
+    "language": {
+        "vocab_size",
+        "language_dim",
+        "language_layers",
+        "language_heads",
+        "language_positions",
+        "tie_embeddings",
+        "new_tokens",
+        "media_token_id",
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +215,9 @@ class TrainingConfig:
             takes a model as it is. Only speed and rounding depend on it: a run may go on with another value.
         checkpoint_every: updates between two checkpoints.
         keep: checkpoints that are kept, the latest.
+        max_bad: share of a dataset's samples that may be bad: cut or missing images, captions that are none.
+            They are left out and counted, and another sample takes the place of each. A larger share stops
+            the run: after a whole epoch, or earlier where chance would not explain it.
         tensorboard: write TensorBoard's files too.
         model: what the command line builds; `train` itself is given a model.
 
@@ -188,6 +250,7 @@ class TrainingConfig:
     kernels: bool = True
     checkpoint_every: int = 1000
     keep: int = 3
+    max_bad: float = 0.1
     tensorboard: bool = False
     model: ModelConfig | None = None
 
@@ -198,6 +261,8 @@ class TrainingConfig:
         _positive(
             self, "the run", "learning_rate", "max_grad_norm", "shards_at_once", "checkpoint_every", "keep"
         )
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"TrainingConfig: expected max_bad to be a share in 0..1, got {self.max_bad}.")
         if len(self.betas) != 2:
             raise ValueError(f"TrainingConfig: expected two betas, got {self.betas}.")
 

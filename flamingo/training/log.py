@@ -3,14 +3,17 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from flamingo.json_lines import parse_line
+from flamingo.training.bad import Bad
 
 _BEGINNING = b'{"step": '  # of every line
+_MOST_SKIPPED = 5  # of an update, or a bad shard would fill the disk
 
 
 class RunLog:
@@ -37,10 +40,12 @@ class RunLog:
             writer = import_module("torch.utils.tensorboard").SummaryWriter
             self._board = writer(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        """The numbers of an update."""
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+    def write(self, step: int, numbers: dict[str, float], bad: Sequence[Bad] = ()) -> None:
+        """The numbers of an update, and the first few samples that it left out."""
+        skipped = {"skipped": [each._asdict() for each in bad[:_MOST_SKIPPED]]} if bad else {}
+        self._file.write(json.dumps({"step": step, **numbers, **skipped}) + "\n")
+        count = sum(number for name, number in numbers.items() if name.startswith("bad/"))
+        self._bar.set_postfix(loss=f"{numbers['loss']:.4f}", bad=count, refresh=False)
         self._bar.update()
         if self._board is not None:
             for name, number in numbers.items():

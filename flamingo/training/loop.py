@@ -14,13 +14,15 @@ from flamingo.language.loss import sum_of_losses
 from flamingo.model import Flamingo
 from flamingo.processor import Batch, Processor
 from flamingo.training import checkpoint
+from flamingo.training.bad import Bad, Tally
 from flamingo.training.blocks import blocks as blocks_of
 from flamingo.training.blocks import recomputed, shard
 from flamingo.training.config import DatasetConfig, TrainingConfig
 from flamingo.training.data import Stream, count_targets, split
+from flamingo.training.features import FeatureStore
 from flamingo.training.log import RunLog
 from flamingo.training.optimizer import TrainedWeights, learning_rate, make_optimizer, store_as
-from flamingo.training.processes import device_of, rank, sum_over_processes, world_size
+from flamingo.training.processes import device_of, gather, rank, sum_over_processes, world_size
 
 
 def train(
@@ -54,6 +56,7 @@ def train(
         ValueError: if no parameter takes a gradient, a batch cannot be shared out, or the checkpoint to
             continue is of another model or other data.
         FileNotFoundError: if there are no shards.
+        DataError: if a shard is damaged, or more of a dataset's samples are bad than `config.max_bad`.
         FloatingPointError: if a gradient is not finite; the weights are those before it.
 
     Determinism: on a CPU, a run that was killed and started again gives the same losses and weights to the
@@ -98,6 +101,11 @@ class _Run:
         self.config = config
         self.folder = Path(config.folder)
         self.device = device_of(config.device)
+        self.features = {
+            dataset.name: FeatureStore(dataset, model, processor, config)
+            for dataset in config.datasets
+            if dataset.features is not None
+        }
         self.weights = self._place(blocks, stack)
         stack.callback(self.weights.release)
         self.optimizer = make_optimizer(self.weights.by_name, config)
@@ -109,6 +117,10 @@ class _Run:
             self.weights.publish()
         self.streams = {
             dataset.name: self._stream(dataset, processor, states.get(dataset.name))
+            for dataset in config.datasets
+        }
+        self.tallies = {
+            dataset.name: Tally(dataset.name, config.max_bad, states.get(dataset.name))
             for dataset in config.datasets
         }
         self.log = (
@@ -151,22 +163,24 @@ class _Run:
             world_size=world_size(),
             workers=config.workers,
             pin_memory=self.device.type == "cuda",
+            features=self.features.get(dataset.name),
         )
 
     def to_the_end(self) -> Path | None:
         config = self.config
         while self.step < config.steps:
-            numbers = self.update()
+            numbers, bad = self.update()
             if self.log is not None:
-                self.log.write(self.step, numbers)
+                self.log.write(self.step, numbers, bad)
             if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                 self.save()
         return self.saved
 
-    def update(self) -> dict[str, float]:
-        """One update, and what there is to report of it."""
+    def update(self) -> tuple[dict[str, float], list[Bad]]:
+        """One update, and what there is to report of it: numbers, and samples that were left out."""
         config, began = self.config, time.perf_counter()
         batches = {dataset: next(self.streams[dataset.name]).to(self.device) for dataset in config.datasets}
+        bad = self.count_bad()
         losses = accumulate_gradients(self.model, batches, bfloat16=config.bfloat16)
         norm = nn.utils.clip_grad_norm_(self.weights.by_name.values(), config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -187,11 +201,25 @@ class _Run:
             **numbers,
             "gradient norm": norm.item(),
             "learning rate": rate,
+            **{f"bad/{name}": tally.bad for name, tally in self.tallies.items()},
             "seconds": time.perf_counter() - began,
-        }
+        }, bad
+
+    def count_bad(self) -> list[Bad]:
+        """Counts the samples of all processes' batches, and returns those that are bad."""
+        local = [self.streams[dataset.name].bad for dataset in self.config.datasets]
+        number = torch.tensor([sum(map(len, local))], device=self.device)
+        everywhere = gather(local) if sum_over_processes(number).item() else [local]
+        found: list[Bad] = []
+        for index, dataset in enumerate(self.config.datasets):
+            bad = [Bad(*each) for process in everywhere for each in process[index]]
+            epoch = self.streams[dataset.name].state["position"][0]
+            self.tallies[dataset.name].add(dataset.batch_size, bad, epoch)
+            found += bad
+        return found
 
     def save(self) -> None:
-        states = {name: stream.state for name, stream in self.streams.items()}
+        states = {name: stream.state | self.tallies[name].state for name, stream in self.streams.items()}
         self.saved = checkpoint.save(
             self.folder / "checkpoints",
             self.step,

@@ -14,10 +14,17 @@ import hashlib
 import os
 import random
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import count, islice
 from typing import NamedTuple
 
+from flamingo.training.bad import DataError
 from flamingo.training.shards import Entry, entries
+
+
+@lru_cache(maxsize=16)
+def _listed(shard: str, changed: int) -> list[Entry]:
+    return entries(shard)
 
 
 class Position(NamedTuple):
@@ -75,7 +82,19 @@ class SampleOrder:
                     draw = Draw(listed[sample], f"{self.seed} {epoch} {group} {sample}")
                     yield draw, Position(epoch, group, sample + 1)
             if not found:
-                raise ValueError(f"SampleOrder: expected samples in {', '.join(self.shards)}, got none.")
+                raise DataError(f"SampleOrder: expected samples in {', '.join(self.shards)}, got none.")
+
+    def substitute(self, draw: Draw, attempt: int) -> Draw:
+        """Some sample for one that cannot be read: a function of the draw and the number of the attempt.
+
+        Raises:
+            DataError: see `entries`.
+        """
+        seed = f"{draw.seed} {attempt}"
+        chance = random.Random(seed)
+        shard = chance.choice(self.shards)
+        listed = _listed(shard, os.stat(shard).st_mtime_ns) or [draw.entry]
+        return Draw(chance.choice(listed), seed)
 
     def _groups(self, epoch: int) -> list[list[str]]:
         shards = self.shards.copy()

@@ -1,7 +1,6 @@
 """From the files of a sample to a document that `Processor` takes."""
 
 import io
-import json
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -10,62 +9,111 @@ from typing import Any
 
 from torch import Tensor
 
-from flamingo.media import VIDEOS, read_image, read_video
+from flamingo.media import read_image, read_video
+from flamingo.tokenizer import EOC
 from flamingo.training.augment import augment
 from flamingo.training.config import Captioned, Clips, DatasetConfig, Documents, Pairs
+from flamingo.training.files import File, find_caption, find_clip, find_image, find_pictures
+from flamingo.training.layouts import read_layout
 from flamingo.training.shards import Sample
 
-IMAGES = ("png", "jpg", "jpeg", "webp")
 Encode = Callable[[str], list[int]]
+Show = Callable[[DatasetConfig, list[File], random.Random], Any]
 
 
 @singledispatch
-def to_document(config: DatasetConfig, sample: Sample, encode: Encode, draw: random.Random) -> list[Any]:
-    """A sample to a list of texts and media.
+def parts_of(config: DatasetConfig, sample: Sample) -> list[str | list[File]]:
+    """A sample's texts and media in reading order; a medium is the files of its frames, or of its video.
 
     Args:
         config: of the dataset, whose kind says what a sample is.
         sample: its files.
+
+    Raises:
+        ValueError: if a file is missing or says nothing that is known.
+    """
+    raise TypeError(f"parts_of: expected Documents, Pairs or Clips, got {type(config).__name__}.")
+
+
+@parts_of.register
+def _(config: Documents, sample: Sample) -> list[str | list[File]]:
+    if "json" not in sample:
+        raise ValueError(f"expected a document's json, got {', '.join(sample)}.")
+    parts = read_layout(sample["json"], min_similarity=config.min_similarity)
+    return find_pictures(parts, sample, config.images)
+
+
+@parts_of.register
+def _(config: Pairs, sample: Sample) -> list[str | list[File]]:
+    return [[find_image(sample)], find_caption(sample)]
+
+
+@parts_of.register
+def _(config: Clips, sample: Sample) -> list[str | list[File]]:
+    return [find_clip(sample, frames=config.frames), find_caption(sample)]
+
+
+def decode(config: DatasetConfig, files: list[File], draw: random.Random) -> Tensor | list[Tensor]:
+    """An image, or the frames of a clip, augmented.
+
+    Raises:
+        ValueError: if a file cannot be read or is too large.
+    """
+    frames = [frame for file in files for frame in read_file(config, file)]
+    frames = augment(frames, flip=config.flip, colour=config.colour, draw=draw)
+    return frames if isinstance(config, Clips) else frames[0]
+
+
+def read_file(config: DatasetConfig, file: File) -> list[Tensor]:
+    """The image, or the frames of the video, that is in a file."""
+    opened = io.BytesIO(file.content)
+    opened.name = file.name  # for errors
+    if isinstance(config, Clips) and file.is_video:
+        return list(
+            read_video(opened, fps=config.fps, max_frames=config.frames, max_pixels=config.max_pixels)
+        )
+    return [read_image(opened, max_pixels=config.max_pixels)]
+
+
+def to_document(
+    config: DatasetConfig, sample: Sample, encode: Encode, draw: random.Random, show: Show = decode
+) -> list[Any]:
+    """A sample to a list of texts and media.
+
+    Of a document it is a window, see `window`, and only the images in it are shown; of a caption as much as
+    fits.
+
+    Args:
+        config, sample: see `parts_of`.
         encode: text to tokens, to measure its length.
         draw: of what is random about the sample.
+        show: the files of a medium to what stands for it.
 
     Raises:
         ValueError: if a file is missing, cannot be read or is too large.
     """
-    raise TypeError(f"to_document: expected Documents, Pairs or Clips, got {type(config).__name__}.")
+
+    def measure(text: str) -> list[int]:
+        return [id for piece in _plain(text) for id in encode(piece)]
+
+    parts = parts_of(config, sample)
+    if isinstance(config, Documents):
+        parts = window(parts, config.length, config.max_images, measure, draw)
+    document: list[Any] = []
+    for part in parts:
+        if not isinstance(part, str):
+            # Whatever is drawn for it, what follows is the same.
+            document.append(show(config, part, random.Random(draw.random())))
+        elif isinstance(config, Captioned):
+            document += _plain(_shortened(config, part, measure, draw))
+        else:
+            document += _plain(part)
+    return document
 
 
-@to_document.register
-def _(config: Documents, sample: Sample, encode: Encode, draw: random.Random) -> list[Any]:
-    """A window of a document, see `window`; only the images in it are decoded."""
-    if "json" not in sample:
-        raise ValueError(f"to_document: expected a document's json, got {', '.join(sample)}.")
-    parts = json.loads(sample["json"])
-    kept = window(parts, config.length, config.max_images, encode, draw)
-    return [part if isinstance(part, str) else _image(config, sample, part["image"], draw) for part in kept]
-
-
-@to_document.register
-def _(config: Pairs, sample: Sample, encode: Encode, draw: random.Random) -> list[Any]:
-    kind = next((kind for kind in IMAGES if kind in sample), "png")
-    return [_image(config, sample, kind, draw), _caption(config, sample, encode, draw)]
-
-
-@to_document.register
-def _(config: Clips, sample: Sample, encode: Encode, draw: random.Random) -> list[Any]:
-    video = next((kind for kind in sample if f".{kind}" in VIDEOS), None)
-    if video is None:
-        kinds = sorted(
-            (kind for kind in sample if kind.endswith(IMAGES)), key=lambda kind: int(kind.split(".")[0])
-        )
-        frames = [_read(config, sample, kind) for kind in kinds[: config.frames]]
-    else:
-        file = _File(sample, video)
-        frames = list(
-            read_video(file, fps=config.fps, max_frames=config.frames, max_pixels=config.max_pixels)
-        )
-    frames = augment(frames, flip=config.flip, colour=config.colour, draw=draw)
-    return [frames, _caption(config, sample, encode, draw)]
+def _plain(text: str) -> list[str]:
+    """A text in pieces in which `<EOC>` is no token: one that a page spells out is taken apart."""
+    return re.split(f"(?<={EOC[0]})(?={EOC[1:]})", text)
 
 
 def window(parts: list[Any], length: int, max_images: int, encode: Encode, draw: random.Random) -> list[Any]:
@@ -119,34 +167,13 @@ def _join(units: Iterable[Any], max_images: int) -> list[Any]:
     return parts
 
 
-def _caption(config: Captioned, sample: Sample, encode: Encode, draw: random.Random) -> str:
-    if "txt" not in sample:
-        raise ValueError(f"to_document: expected a caption's txt, got {', '.join(sample)}.")
+def _shortened(config: Captioned, caption: str, encode: Encode, draw: random.Random) -> str:
     space = " " if draw.random() < config.space else ""
     room = config.length - 4  # <BOS>, <image>, <EOC>, <EOS>
     kept = ""
-    for word in _words(space + sample["txt"].decode().strip()):
+    for word in _words(space + caption):
         room -= len(encode(word))
         if room < 0:
             break
         kept += word
     return kept
-
-
-class _File(io.BytesIO):
-    """A file of a sample, open, with what errors call it."""
-
-    def __init__(self, sample: Sample, kind: str):
-        super().__init__(sample[kind])
-        self.name = kind
-
-
-def _image(config: Documents | Pairs, sample: Sample, kind: str, draw: random.Random) -> Tensor:
-    (image,) = augment([_read(config, sample, kind)], flip=config.flip, colour=config.colour, draw=draw)
-    return image
-
-
-def _read(config: DatasetConfig, sample: Sample, kind: str) -> Tensor:
-    if kind not in sample:
-        raise ValueError(f"to_document: expected an image {kind}, got {', '.join(sample)}.")
-    return read_image(_File(sample, kind), max_pixels=config.max_pixels)

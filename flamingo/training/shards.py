@@ -1,14 +1,14 @@
-"""Tar shards in WebDataset's format: written, listed, and read in any order.
+"""Shards of samples: written, listed, and read in any order.
 
-Files of one sample share a name up to its first dot and follow each other; the rest of a name is the kind::
+A shard is a tar file in WebDataset's format. Files of one sample share a name up to its first dot and follow
+each other; the rest of a name is the kind::
 
     000000.json  000000.0.png  000000.1.png     a document and its images
-    000001.png   000001.txt                     an image and its caption
+    000001.jpg   000001.txt    000001.json      an image, its caption, and what else is known of it
     000002.0.png 000002.1.png  000002.txt       a clip, frame by frame, and its caption
     000003.mp4   000003.txt                     a clip, as a video file, and its caption
 
-A document's JSON is a list in reading order, of texts and of references to images: `["A dog:", {"image":
-"0.png"}]`.
+or a `.jsonl` file, in which every line is a sample's json. `layouts` says what a document's json may be.
 """
 
 import glob
@@ -17,28 +17,35 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from flamingo.training.bad import DataError
+from flamingo.training.braces import expand
 from flamingo.training.tar import members
 
 Sample = dict[str, bytes]  # a kind of file, as "txt", to its content
 
 
-class Entry(NamedTuple):
+@dataclass
+class Entry:
     """Where a sample lies: enough to read it, in any process, without its shard's table of contents."""
 
     shard: str
     key: str
     files: dict[str, tuple[int, int]]  # a kind of file to its first byte in the shard and its length
+    fault: str = ""  # why it cannot be read
 
     def read(self) -> Sample:
         """The content of every file.
 
         Raises:
-            ValueError: if the shard has become shorter.
+            ValueError: if one has none, or the shard has become shorter.
         """
+        if self.fault:
+            raise ValueError(f"expected files with a content each in {self.shard}, got: {self.fault}.")
         with open(self.shard, "rb") as shard:
             sample = {}
             for kind, (start, length) in self.files.items():
@@ -54,28 +61,59 @@ class Entry(NamedTuple):
 def find_shards(patterns: Iterable[str]) -> list[str]:
     """Paths of shards, sorted.
 
+    Args:
+        patterns: names of files; `*`, `?` and `[...]` as in a shell, and braces, see `expand`; of a folder
+            the files `*.tar` and `*.jsonl` in it.
+
     Raises:
-        FileNotFoundError: if nothing has the name of a pattern.
+        FileNotFoundError: if nothing has a name that a pattern stands for.
     """
     found: set[str] = set()
     for pattern in patterns:
-        paths = glob.glob(pattern)
-        if not paths:
-            raise FileNotFoundError(f"find_shards: expected shards at {pattern}, got none.")
-        found.update(paths)
+        names = [pattern] if os.path.exists(pattern) else expand(pattern)
+        paths = {name: _paths(name) for name in names}
+        missing = [name for name in names if not paths[name]]
+        if missing:
+            raise FileNotFoundError(_nothing(pattern, names, missing))
+        found.update(path for each in paths.values() for path in each)
     return sorted(found)
+
+
+def _paths(name: str) -> list[str]:
+    """The shards of a name: its own, those that match it, those in the folders among these."""
+    matches = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
+    return [path for match in matches for path in (_shards_in(match) if os.path.isdir(match) else [match])]
+
+
+def _shards_in(folder: str) -> list[str]:
+    inside = glob.escape(folder)
+    return [path for ending in ("*.tar", "*.jsonl") for path in glob.glob(os.path.join(inside, ending))]
+
+
+def _nothing(pattern: str, names: list[str], missing: list[str]) -> str:
+    """What a pattern stands for that is not there."""
+    if names == [pattern]:
+        return f"find_shards: expected shards at {pattern}, got none."
+    shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    return (
+        f"find_shards: expected shards at {pattern}, whose braces stand for {len(names)} names, {names[0]} "
+        f"to {names[-1]}; got none at {len(missing)} of them: {shown}."
+    )
 
 
 def entries(shard: str) -> list[Entry]:
     """A shard's samples in their order; reads the headers and passes over the contents.
 
-    Files without a kind (`README`) and hidden ones (`._000000.png`) belong to no sample.
+    Files without a kind (`README`) and hidden ones (`._000000.png`) belong to no sample. A sample with two
+    files of one name, or with one that has no content of its own (a sparse file, a symbolic link), has a
+    fault.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the shard is not an uncompressed tar file, is damaged anywhere, or has two files of one
-            name in a sample.
+        DataError: if the shard is not an uncompressed tar file, or is damaged anywhere.
     """
+    if shard.endswith(".jsonl"):
+        return _lines(shard)
     found: list[Entry] = []
     try:
         for member in members(shard):
@@ -84,13 +122,26 @@ def entries(shard: str) -> list[Entry]:
                 continue
             if not found or found[-1].key != key:
                 found.append(Entry(shard, key, {}))
-            if kind in found[-1].files:
-                raise ValueError(f"two files {f'{key}.{kind}'!r} in one sample")
+            fault = (
+                f"two files {f'{key}.{kind}'!r} in one sample" if kind in found[-1].files else member.fault
+            )
+            found[-1].fault = found[-1].fault or fault
             found[-1].files[kind] = (member.start, member.size)
     except ValueError as error:
-        raise ValueError(
+        raise DataError(
             f"entries: expected {shard} to be an uncompressed tar file, whole, got: {error}."
         ) from error
+    return found
+
+
+def _lines(shard: str) -> list[Entry]:
+    """A sample for each line that is not empty, with its number, from 1 on, as its key."""
+    found, start = [], 0
+    with open(shard, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                found.append(Entry(shard, str(number), {"json": (start, len(line))}))
+            start += len(line)
     return found
 
 

@@ -15,6 +15,7 @@ _LONGEST = 2**20  # bytes of a name or of other facts about a member
 _FACTS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 _LONG = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
 _SPLIT = b"M"  # the rest of a file that begins on another volume
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstd", b"PK\3\4": "zip"}
 
 
 class Member(NamedTuple):
@@ -23,13 +24,16 @@ class Member(NamedTuple):
     name: str
     start: int  # of its content, in bytes
     size: int
+    fault: str = ""  # why there is no content
 
 
 def members(path: str) -> Iterator[Member]:
-    """The regular files of a tar file, hard links with the content of what they link to; no other links.
+    """The regular files of a tar file, and hard links with the content of what they link to.
+
+    A file whose content is not in one piece, a symbolic link and a link to nothing have a fault.
 
     Raises:
-        ValueError: at the first damage, or for a file whose content is not in one piece.
+        ValueError: at the first damage.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is no regular file")
@@ -40,18 +44,22 @@ def members(path: str) -> Iterator[Member]:
             if header.type in (tarfile.GNUTYPE_SPARSE, _SPLIT) or any(
                 key.startswith("GNU.sparse") for key in facts
             ):
-                raise ValueError(
-                    f"the content of {name!r} is not in one piece (a sparse file, or several volumes)"
-                )
-            if header.isreg():
+                # The tar program writes another name into the header of a sparse file.
+                name = facts.get("GNU.sparse.name", name)
+                fault = f"the content of {name!r} is not in one piece (a sparse file, or several volumes)"
+                files[name] = Member(name, 0, 0, fault)
+            elif header.isreg():
                 files[name] = Member(name, start, header.size)
-                yield files[name]
             elif header.islnk():
                 target = facts.get("linkpath", header.linkname)
-                if target not in files:
-                    raise ValueError(f"{name!r} is a link to {target!r}, which is not before it")
-                files[name] = files[target]._replace(name=name)
-                yield files[name]
+                missing = Member(name, 0, 0, f"{name!r} is a link to {target!r}, which is not before it")
+                files[name] = files.get(target, missing)._replace(name=name)
+            elif header.issym():
+                target = facts.get("linkpath", header.linkname)
+                files[name] = Member(name, 0, 0, f"{name!r} is a symbolic link to {target!r}")
+            else:
+                continue
+            yield files[name]
 
 
 def _headers(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int, dict[str, str]]]:
@@ -70,6 +78,8 @@ def _headers(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int, dict[str, s
             at = start
             continue
         header = _header(block, at)
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            start = _after_map(file, block, start)
         facts = shared | own
         if header.type not in (*_FACTS, *_LONG):
             header.size = _size(header, facts)
@@ -93,7 +103,21 @@ def _header(block: bytes, at: int) -> tarfile.TarInfo:
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
+        packed = next((kind for mark, kind in _PACKED.items() if not at and block.startswith(mark)), None)
+        if packed:
+            raise ValueError(
+                f"it is compressed by {packed}, so that no sample can be found: unpack it"
+            ) from None
         raise ValueError(f"at byte {at} there is no header: {error}") from error
+
+
+def _after_map(file: BinaryIO, block: bytes, start: int) -> int:
+    """Where the content of a sparse file begins: behind the blocks that say where its pieces belong."""
+    more = block[482:483]
+    while more.strip(b"\0"):
+        more = file.read(tarfile.BLOCKSIZE)[504:505]
+        start += tarfile.BLOCKSIZE
+    return start
 
 
 def _size(header: tarfile.TarInfo, facts: dict[str, str]) -> int:

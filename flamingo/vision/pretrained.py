@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from flamingo.pretrained import load_whole
 from flamingo.vision.frames import as_images, expect_frames
 
 # By the model_type of a tower's configuration: mean and standard deviation of the pixels it was trained on,
@@ -13,6 +14,7 @@ _FAMILIES = {
     "clip_vision_model": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), 1),
     "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0),
 }
+_SETTINGS = ("patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
 
 
 class PretrainedVision(nn.Module):
@@ -30,7 +32,9 @@ class PretrainedVision(nn.Module):
     Attributes:
         dim: width of the features.
         image_size: pixels of one side of a frame.
-        mean, std: of the three channels, those of the published weights; what `Processor` is to be given.
+        mean, std: of the three channels, those of the published weights; what `Processor` is to be given,
+            unless `read_preprocessing` says otherwise.
+        settings: what decides the features beside the weights.
 
     Raises:
         ValueError: if it is another kind of model.
@@ -60,7 +64,9 @@ class PretrainedVision(nn.Module):
         self.mean, self.std, self._before_patches = _FAMILIES[family]
         self.dim: int = config.hidden_size
         self.image_size: int = config.image_size
+        self.settings = {name: getattr(config, name) for name in _SETTINGS}
         self.frozen = frozen
+        self.num_patches = (config.image_size // config.patch_size) ** 2
         self.tower = tower
         if frozen:
             tower.requires_grad_(False)
@@ -77,7 +83,7 @@ class PretrainedVision(nn.Module):
 
         Raises:
             ImportError: if transformers is not installed.
-            ValueError: if it is a checkpoint of another kind.
+            ValueError: if it is a checkpoint of another kind, or lacks weights.
         """
         from transformers import AutoConfig, CLIPVisionModel, SiglipVisionModel
 
@@ -86,7 +92,7 @@ class PretrainedVision(nn.Module):
         tower = towers.get(kind.removesuffix("_vision_model"))
         if tower is None:
             raise ValueError(f"PretrainedVision: expected a checkpoint of CLIP or SigLIP, got one of {kind}.")
-        return PretrainedVision(tower.from_pretrained(name, **options), frozen=frozen)
+        return PretrainedVision(load_whole(tower, name, **options), frozen=frozen)
 
     def train(self, mode: bool = True) -> "PretrainedVision":
         """`nn.Module.train`, but a frozen tower stays in eval mode."""
@@ -104,6 +110,8 @@ class PretrainedVision(nn.Module):
         """
         expect_frames(self, pixels, self.image_size)
         images = as_images(self, pixels, cast(torch.dtype, self.tower.dtype))
+        if not len(images):  # documents of text alone; transformers' attention needs an image
+            return images.new_zeros(*pixels.shape[:3], self.num_patches, self.dim)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             tokens = self.tower(pixel_values=images).last_hidden_state
         return tokens[:, self._before_patches :].unflatten(0, pixels.shape[:3])

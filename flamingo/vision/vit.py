@@ -41,6 +41,9 @@ class VisionEncoder(nn.Module):
         dim: width of the features.
         layers, heads: of the transformer.
 
+    Attributes:
+        settings: what decides the features beside the weights.
+
     >>> encoder = VisionEncoder(image_size=16, patch_size=8, dim=12, layers=1, heads=2)
     >>> encoder(torch.zeros(2, 3, 1, 3, 16, 16)).shape
     torch.Size([2, 3, 1, 4, 12])
@@ -50,6 +53,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.image_size = image_size
         self.dim = dim
+        self.settings = {"heads": heads}
         self.to_patches = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
         self.positions = nn.Parameter(torch.randn((image_size // patch_size) ** 2, dim) * 0.02)
         self.layers = nn.ModuleList(TransformerLayer(dim, heads) for _ in range(layers))

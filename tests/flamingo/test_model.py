@@ -90,6 +90,17 @@ class TestLoss:
         assert found[0::2] == pytest.approx(found[1::2], rel=1e-9)
         assert len({round(each, 6) for each in found}) == 3
 
+    def test_features_stand_for_pixels(self, model):
+        """What the encoder made of them, which then is not called; other tensors are its own business."""
+        given = pixels().double()
+        features = model.vision(given)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(model.vision, "forward", lambda *_: pytest.fail("the encoder was called"))
+            logits = model(INPUT_IDS, features).logits
+        assert torch.equal(logits, model(INPUT_IDS, given).logits)
+        with pytest.raises(ValueError, match="VisionEncoder: expected pixels with shape"):
+            model(INPUT_IDS, features[..., :-1])
+
     def test_a_loss_needs_labels_and_a_known_reduction(self, fresh):
         with pytest.raises(ValueError, match="expected labels with loss_only=True, got None"):
             fresh(INPUT_IDS, pixels(), loss_only=True)

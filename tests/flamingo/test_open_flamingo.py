@@ -245,7 +245,7 @@ class TestCheckpoints:
     def test_frozen_copies_and_second_names(self, family, tmp_path):
         """As old checkpoints have them, and buffers of old versions of transformers."""
         pair = Pair(family)
-        state = pair.theirs.state_dict()
+        state = with_names_of_open_clip(pair.theirs.state_dict())
         state[f"lang_encoder.{pair.path}.0.decoder_layer.attention.masked_bias"] = torch.tensor(-1e9)
         assert any("old_decoder_blocks" in name for name in state)
         assert any("vision_encoder" in name for name in state)
@@ -256,9 +256,21 @@ class TestCheckpoints:
         if family != "llama":  # whose head is here, for once
             assert_twins(pair, ours)
         copies = {name for name, weight in ours.state_dict().items() if torch.equal(weight, before[name])}
+        assert copies >= {f"vision.{name}" for name in pair.ours().vision.state_dict()}
         trained = {name for name, weight in ours.named_parameters() if weight.requires_grad}
         assert copies
         assert not copies & trained
+
+    @pytest.mark.parametrize("family", ["gpt_neox", "mpt", "opt"])
+    def test_towers_that_were_trained_too(self, family, tmp_path):
+        pair = Pair(family)
+        ours = pair.ours()
+        ours.vision = copy.deepcopy(ours.vision)
+        layer = pair.theirs.lang_encoder.get_submodule(pair.path)[1].decoder_layer
+        for part in (layer, pair.theirs.lang_encoder.get_input_embeddings(), pair.tower):
+            shake(part)
+        torch.save(with_names_of_open_clip(pair.theirs.state_dict()), tmp_path / "checkpoint.pt")
+        assert_twins(pair, load_open_flamingo(ours, tmp_path / "checkpoint.pt"))
 
     def test_numbers_of_another_precision(self, tmp_path):
         pair = Pair()
@@ -266,6 +278,34 @@ class TestCheckpoints:
         ours = load_open_flamingo(pair.ours().bfloat16(), path)
         assert {weight.dtype for weight in ours.parameters()} == {torch.bfloat16}
         assert torch.equal(ours.resampler.latents, pair.theirs.perceiver.latents.bfloat16())
+
+
+def with_names_of_open_clip(state):
+    """Their model's weights, with the tower of transformers in it as open_clip has it."""
+    names = {
+        "embeddings.patch_embedding": "conv1",
+        "embeddings.class_embedding": "class_embedding",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "pre_layrnorm": "ln_pre",
+        "post_layernorm": "ln_post",
+        "encoder.layers": "transformer.resblocks",
+        "self_attn": "attn",
+        "layer_norm": "ln_",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    }
+    renamed = {}
+    for name, value in state.items():
+        if name.startswith("vision_encoder.tower."):
+            name = name.replace(".tower.", ".", 1).replace(".vision_model.", ".", 1)
+            for ours, theirs in names.items():
+                name = name.replace(ours, theirs)
+        renamed[name] = value
+    for name in [name for name in renamed if ".attn.q_proj." in name and name.startswith("vision_encoder.")]:
+        parts = [renamed.pop(name.replace("q_proj", f"{each}_proj")) for each in "qkv"]
+        renamed[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    renamed["vision_encoder.proj"] = torch.zeros(VISUAL, 16)
+    return renamed
 
 
 def without(*endings):
@@ -282,6 +322,11 @@ class TestErrors:
             (
                 lambda s: s | {"lora.weight": s["perceiver.latents"]},
                 r"got 1 others \['lora.weight'\] and not 0",
+            ),
+            (lambda s: s | {"vision_encoder.pool": torch.ones(2)}, r"1 others \['vision_encoder.pool'\]"),
+            (
+                lambda s: s | {"lang_encoder.gpt_neox.layers.0.decoder_layer.lora": torch.ones(2)},
+                r"1 others \['lang_encoder.gpt_neox.layers.0.decoder_layer.lora'\]",
             ),
             (lambda s: s | {"perceiver.frame_embs": torch.ones(2)}, r"1 others \['resampler.frame_embs'\]"),
             (lambda s: s | {"perceiver.latents": torch.ones(64, 9)}, r"latents with shape .*got \(64, 9\)"),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from flamingo import Flamingo, FlamingoConfig, Processor
+from flamingo import ByteTokenizer, Flamingo, FlamingoConfig, Processor
+from flamingo.media import Features
 from tests.helpers.weights import randomise
 
 IMAGE, EOC, PAD, BOS, EOS = range(256, 261)
@@ -368,6 +369,31 @@ class TestPixels:
             assert all(x is None or x.device.type == "meta" for x in moved)
 
 
+class TestWrittenImage:
+    """`<image>` in the words of a page about SVG."""
+
+    @pytest.mark.parametrize(
+        "text", ["the <image> element", "<image>", "<image><image>", "<<image>image>", "<EOC><image>"]
+    )
+    def test_it_is_text(self, processor, text):
+        batch = processor([[text, torch.zeros(3, 4, 4), text]])
+        ids = batch.input_ids[0].tolist()
+        assert ids.count(processor.tokenizer.image_id) == 1
+        assert batch.num_media.tolist() == [1]
+        assert processor.tokenizer.decode(ids) == f"{text}<EOC><image>{text}<EOC>"
+
+    def test_of_a_tokenizer_that_knows_it_too(self):
+        class Words(ByteTokenizer):
+            def encode(self, text):
+                return [self.image_id] if text == "<image>" else super().encode(text)
+
+        assert Processor(32, tokenizer=Words())([["<image>"]]).num_media.tolist() == [0]
+
+    def test_in_a_pair_of_text_and_media_it_is_an_image(self, processor):
+        with pytest.raises(ValueError, match="got 0 images and 1 <image> tokens"):
+            processor([("the <image> element", [])])
+
+
 class TestErrors:
     image = torch.zeros(3, 4, 4)
 
@@ -377,15 +403,15 @@ class TestErrors:
             (("<image> <image>", [image]), "document 1, got 1 images and 2 <image> tokens"),
             (("<image>", [image, image]), "document 1, got 2 images and 1 <image> tokens"),
             (("no image", [image]), "got 1 images and 0 <image> tokens"),
-            (["an <image> in words", image], "expected no <image> in the texts of document 1"),
             ([torch.zeros(4, 4)], r"got \(4, 4\)"),
-            ([torch.zeros(4, 4, 3)], r"tensor \(1, h, w\) or \(3, h, w\), got \(4, 4, 3\)"),
-            ([np.zeros((3, 4, 4))], r"got \(4, 3, 4\) \(channels first\)"),
+            ([torch.zeros(5, 4, 3)], r"tensor \(1, h, w\) or \(3, h, w\), .*, got \(5, 4, 3\)"),
+            ([np.zeros((3, 4, 5))], r"got \(5, 3, 4\) \(channels first\)"),
             ([torch.zeros(3, 0, 4)], r"got \(3, 0, 4\)"),
             ([torch.full((3, 4, 4), 2.0)], "floating image in 0..1, got 2..2"),
             ([torch.full((3, 4, 4), -1.0)], "floating image in 0..1, got -1..-1"),
             ([torch.full((3, 4, 4), torch.nan)], "floating image in 0..1, got nan..nan"),
             ([[]], "a clip of one frame or more, got an empty list"),
+            ([image, Features(torch.zeros(1, 4, 6))], r"as features of one size, .* \(3, 32, 32\), \(4, 6\)"),
         ],
     )
     def test_values(self, processor, document, message):
@@ -400,7 +426,7 @@ class TestErrors:
             (("text", image), r"a tuple \(text, list of images\), got a tuple of str, Tensor"),
             (("<image>", ["text"]), "expected only images in the second half of document 1, got a text"),
             ([3], "expected a text, a PIL image, .* a pathlib.Path or a list of these, got int"),
-            ([torch.zeros(3, 4, 4, dtype=torch.int64)], "uint8 or a floating type, got torch.int64"),
+            ([torch.zeros(3, 4, 4, dtype=torch.int64)], "uint8, .* or a floating type, got torch.int64"),
         ],
     )
     def test_types(self, processor, document, message):
@@ -408,8 +434,12 @@ class TestErrors:
             processor([["fine"], document])
 
     def test_another_fit(self):
-        with pytest.raises(ValueError, match="expected fit 'pad' or 'crop', got 'stretch'"):
-            Processor(32, fit="stretch")
+        with pytest.raises(ValueError, match="expected fit 'pad', 'crop' or 'stretch', got 'fill'"):
+            Processor(32, fit="fill")
+
+    def test_another_resample(self):
+        with pytest.raises(ValueError, match="expected resample 'bilinear' or 'bicubic', got 'nearest'"):
+            Processor(32, resample="nearest")
 
     @pytest.mark.parametrize("p_next", [[0.5], [0.5] * 3])
     def test_another_number_of_chances_than_documents(self, processor, p_next):

@@ -370,6 +370,15 @@ class TestSeenByOthers:
         parametrize.register_parametrization(model.embedding, "weight", Half())
         assert assert_same(model, *given) == 80
 
+    def test_a_hook_on_the_embedding_that_is_the_head(self):
+        model, ids, labels = language("tied")
+        before = model(ids)
+        model.embedding.register_forward_hook(
+            lambda module, args, out: 0.5 * out if args[0].is_floating_point() else out
+        )
+        torch.testing.assert_close(model(ids), 0.5 * before)
+        assert assert_same(model, ids, labels) == 80
+
     def test_a_hook_on_all_modules(self):
         seen = []
         for kind in (*OWN, "llama"):

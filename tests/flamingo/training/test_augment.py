@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flamingo.media import to_image
+from flamingo.pixels import to_image
 from flamingo.tokenizer import ByteTokenizer
 from flamingo.training import augment as module
 from flamingo.training.augment import augment, recolour

@@ -8,8 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flamingo.__main__ import main
-from flamingo.training import ModelConfig, TrainingConfig, command, load_run, load_weights, read_log
-from flamingo.training.command import build
+from flamingo.training import (
+    ModelConfig,
+    TrainingConfig,
+    command,
+    load_run,
+    load_weights,
+    read_log,
+    write_shards,
+)
+from flamingo.training.towers import build
 from flamingo_kernels.ops.linear import config
 from tests.flamingo.training.test_resume import toml
 from tests.helpers.kernels import has_kernels
@@ -167,7 +175,7 @@ def test_frozen_parts_come_from_files(tmp_path, capsys):
     for name in ("vision", "language"):
         save_file(getattr(given, name).state_dict(), tmp_path / f"{name}.safetensors")
     paths = {f"{name}_weights": str(tmp_path / f"{name}.safetensors") for name in ("vision", "language")}
-    built = build(ModelConfig(preset="tiny", changes={"new_tokens": [257]}, **paths))
+    built, _ = build(ModelConfig(preset="tiny", changes={"new_tokens": [257]}, **paths), print)
     for name, parameter in built.named_parameters():
         assert parameter.requires_grad is not is_frozen(name)
         if is_frozen(name):
@@ -183,7 +191,7 @@ def test_a_run_is_loaded_as_it_was_trained(data, tmp_path):
     assert main(["train", str(path)]) == 0
     loaded, processor = load_run(path)
     torch.manual_seed(TrainingConfig.from_toml(path).seed)
-    trained = build(TrainingConfig.from_toml(path).model)
+    trained, _ = build(TrainingConfig.from_toml(path).model, print)
     assert not torch.equal(loaded.resampler.latents, trained.resampler.latents)
     weights = tmp_path / "run/checkpoints/step-00000002/weights.safetensors"
     load_weights(dict(trained.named_parameters()), weights)
@@ -198,3 +206,53 @@ def test_a_wrong_command_is_refused(arguments, capsys):
         main(arguments)
     assert stopped.value.code == 2
     assert "usage: python -m flamingo" in capsys.readouterr().err
+
+
+def test_shards_that_are_not_there_are_said_before_there_is_a_model(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "build", lambda *_: pytest.fail("a model was built"))
+    text = toml(data, tmp_path, steps=1).replace("pairs/*.tar", "pairs/{00..19}.tar")
+    for name in ("train", "encode"):
+        (tmp_path / "run.toml").write_text(text)
+        assert main([name, str(tmp_path / "run.toml")]) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith(
+            f"{name}: find_shards: expected shards at {data}/pairs/{{00..19}}.tar, whose braces"
+        )
+        assert shown.count("\n") == 1
+
+
+def test_data_that_cannot_be_read_ends_in_a_line(data, tmp_path, capsys):
+    write_shards(tmp_path / "data", [{"json": b'{"html": "x"}'}] * 3)
+    text = toml(data, tmp_path / "run", steps=1).replace(f"{data}/documents/*.tar", f"{tmp_path}/data")
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(tmp_path / "run.toml")])
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train: dataset 'pages': expected documents, got 100 bad samples in a row, as ")
+    assert "000000.tar, sample 00000" in last
+    assert "got the keys html" in last
+
+
+def test_features_are_made_once_and_read(data, tmp_path, capsys):
+    text = toml(data, tmp_path / "run", steps=2)
+    text = text.replace("length = ", f"flip = 0\ncolour = 0\nfeatures = '{tmp_path}/features'\nlength = ")
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["train", str(tmp_path / "run.toml")])
+    assert "Run `python -m flamingo encode` with the same file first" in capsys.readouterr().err
+    for count in (18, 0):
+        assert main(["encode", str(tmp_path / "run.toml")]) == 0
+        assert capsys.readouterr().out == f"{count} images and clips encoded, in {tmp_path}/features\n"
+    assert main(["train", str(tmp_path / "run.toml")]) == 0
+    assert len(read_log(tmp_path / "run")) == 2
+    changed = text.replace("'tiny'", "'tiny'\nvision_weights = 'other.safetensors'")
+    other = {
+        name: value + 1
+        for name, value in build(ModelConfig(preset="tiny"), print)[0].vision.state_dict().items()
+    }
+    save_file(other, tmp_path / "other.safetensors")
+    (tmp_path / "run.toml").write_text(changed.replace("other.saf", f"{tmp_path}/other.saf"))
+    with pytest.raises(SystemExit):
+        main(["train", str(tmp_path / "run.toml")])
+    assert "expected features of this run's encoder, got those of another." in capsys.readouterr().err

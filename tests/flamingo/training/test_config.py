@@ -86,6 +86,13 @@ def test_numbers_of_a_run_are_positive(name):
         TrainingConfig(folder="run", datasets=(pairs,), **{name: 0})
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_max_bad_is_a_share(share):
+    pairs = Pairs(name="pairs", shards=("x",))
+    with pytest.raises(ValueError, match=r"expected max_bad to be a share in 0\.\.1, got"):
+        TrainingConfig(folder="run", datasets=(pairs,), max_bad=share)
+
+
 @pytest.mark.parametrize("name", ["weight", "batch_size", "length", "max_pixels", "micro_batch_size"])
 def test_numbers_of_a_dataset_are_positive(name):
     with pytest.raises(ValueError, match=f"expected {name} of dataset 'pairs' to be positive, got 0"):

@@ -1,10 +1,13 @@
 """Batches: the same whoever makes them, and from wherever one continues."""
 
+import io
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
+from flamingo.training.bad import Bad, DataError
 from flamingo.training.config import Documents, Pairs
 from flamingo.training.data import Stream, count_targets, split
 from flamingo.training.shards import document_sample, pair_sample, write_shards
@@ -105,22 +108,107 @@ def test_every_sample_of_a_batch_is_drawn_for_on_its_own(tmp_path):
     assert len({each.numpy().tobytes() for each in batch.pixels}) == 2
 
 
-def test_a_damaged_sample_is_named(data, tmp_path):
-    write_shards(tmp_path, [{"png": b"damaged", "txt": b"text"}])
-    config = replace(datasets(data)[1], shards=(f"{tmp_path}/*.tar",))
-    with pytest.raises(
-        ValueError, match=r"000000\.tar, sample 000000: .* image that Pillow can read, got png"
-    ):
-        next(stream(config))
-
-
 @pytest.mark.parametrize("kind", range(3))
-def test_a_sample_of_too_many_pixels_is_named(data, kind):
+def test_a_sample_of_too_many_pixels_is_bad(data, kind):
     """The images of the data sets have 9 x 12."""
     config = replace(datasets(data)[kind], max_pixels=9 * 12)
-    take(stream(config), 1)
-    with pytest.raises(ValueError, match=r"\d{6}\.tar, sample \d{6}: .*at most 107 pixels .* 12 x 9"):
-        take(stream(replace(config, max_pixels=9 * 12 - 1)), 9)
+    assert not any(bad_of(stream(config), 9))
+    found = bad_of(stream(replace(config, max_pixels=9 * 12 - 1, batch_size=1)), 4)
+    assert found
+    assert all("at most 107 pixels in an image or a frame, got " in bad.reason for bad in found)
+
+
+def bad_of(batches, count):
+    """What is bad in so many batches; where nothing is left, what the error names."""
+    found = []
+    try:
+        for _ in range(count):
+            next(batches)
+            found += batches.bad
+    except DataError as error:
+        found.append(Bad("", "", str(error)))
+    return found
+
+
+def jpeg(size=(64, 48)):
+    file = io.BytesIO()
+    Image.effect_noise(size, 90).convert("RGB").save(file, "JPEG")
+    return file.getvalue()
+
+
+GOOD = {"jpg": jpeg(), "txt": b"noise"}
+# What is wrong with a pair, and how it is said.
+BAD = {
+    "cut": ({**GOOD, "jpg": jpeg()[:700]}, "that Pillow can read, got jpg"),
+    "empty": ({**GOOD, "jpg": b""}, "that Pillow can read, got jpg"),
+    "a web page": ({**GOOD, "jpg": b"<html>404</html>"}, "that Pillow can read, got jpg"),
+    "no image": ({"txt": b"noise", "json": b"{}"}, "expected an image (png, jpg, jpeg, ...), got txt, json"),
+    "no caption": ({"jpg": jpeg(), "json": b"{}"}, "expected a caption (txt, or in the json), got jpg, json"),
+    "an empty caption": ({**GOOD, "txt": b" \n"}, "expected a caption, got an empty one"),
+    "latin-1": ({**GOOD, "txt": "café".encode("latin-1")}, "'utf-8' codec can't decode byte 0xe9"),
+    "damaged json": ({"jpg": jpeg(), "json": b'{"caption"'}, "Expecting ':' delimiter"),
+    "deep json": ({"jpg": jpeg(), "json": b"[" * 100_000}, "recursion"),
+}
+
+
+@pytest.fixture(params=BAD)
+def mixed(request, tmp_path):
+    """Nineteen good samples and a bad one, and what is wrong with it."""
+    sample, reason = BAD[request.param]
+    shards = write_shards(tmp_path, [GOOD] * 7 + [sample] + [GOOD] * 12)
+    return Pairs(name="pairs", shards=(f"{tmp_path}/*.tar",), batch_size=4), Bad(
+        str(shards[0]), "000007", reason
+    )
+
+
+def test_a_bad_sample_is_left_out_once_an_epoch_and_the_batch_is_full(mixed):
+    config, expected = mixed
+    batches, found = stream(config), []
+    for _ in range(10):
+        assert next(batches).labels.shape[0] == 4
+        found += batches.bad
+    assert [(bad.shard, bad.sample) for bad in found] == [(expected.shard, "000007")] * 2
+    assert expected.reason in found[0].reason
+
+
+def test_it_continues_exactly_where_samples_are_bad(mixed):
+    config, _ = mixed
+    whole = stream(config)
+    batches = take(whole, 10)
+    for done in range(10):
+        first = stream(config)
+        take(first, done)
+        assert_same(take(stream(config, state=first.state), 10 - done), batches[done:])
+
+
+def test_workers_and_processes_agree_on_what_is_bad(mixed):
+    config, _ = mixed
+
+    def bad(**how):
+        return bad_of(stream(config, **how), 10)
+
+    alone = bad()
+    assert bad(workers=2) == alone
+    assert sorted(bad(rank=0, world_size=2) + bad(rank=1, world_size=2)) == sorted(alone)
+
+
+def test_where_nothing_can_be_read_it_ends(tmp_path):
+    write_shards(tmp_path, [{"txt": b"a"}, {"jpg": b"", "txt": b"a"}])
+    config = Pairs(name="pairs", shards=(f"{tmp_path}/*.tar",), batch_size=1)
+    for workers in (0, 1):
+        with pytest.raises(
+            DataError, match=r"'pairs': .*100 bad samples in a row, as \S*000000\.tar, sample .*; "
+        ) as e:
+            next(stream(config, workers=workers))
+        assert "\n" not in str(e.value)
+
+
+def test_a_damaged_shard_is_no_bad_sample(tmp_path):
+    (shard,) = write_shards(tmp_path, [GOOD] * 3)
+    shard.write_bytes(shard.read_bytes()[:5000])
+    config = Pairs(name="pairs", shards=(str(shard),), batch_size=1)
+    with pytest.raises(DataError, match=r"000000\.tar to be an uncompressed tar file, whole"):
+        next(stream(config))
 
 
 def test_another_seed_cannot_continue(data):

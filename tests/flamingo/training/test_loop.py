@@ -9,13 +9,13 @@ import torch.nn.functional as F
 
 from flamingo import Flamingo
 from flamingo.language import loss as language_loss
-from flamingo.training import loop, read_log, train
+from flamingo.training import DataError, Pairs, loop, pair_sample, read_log, train, write_shards
 from flamingo.training.blocks import blocks, recomputed
 from flamingo.training.data import Stream
 from flamingo.training.loop import accumulate_gradients
 from flamingo_kernels import patch
 from tests.helpers.logits import Logits
-from tests.helpers.tiny_run import config, datasets, is_frozen, model, pretrained, processor
+from tests.helpers.tiny_run import config, datasets, images, is_frozen, model, pretrained, processor
 
 
 def batches(data):
@@ -283,3 +283,55 @@ def test_tensorboard_has_what_the_log_has(data, tmp_path):
         shown = [(event.step, event.value) for event in events.Scalars(name)]
         logged = [(update["step"], pytest.approx(update[name])) for update in read_log(tmp_path)]
         assert shown == logged
+
+
+@pytest.fixture
+def pairs_with_bad(tmp_path):
+    """A number of good pairs and of bad ones to a dataset."""
+
+    def write(good, bad):
+        samples = [pair_sample(image, "a") for image in images(good, seed=0)]
+        samples += [{"png": b"<html>", "txt": b"a"}] * bad
+        write_shards(tmp_path / "pairs", samples)
+        return Pairs(name="pairs", shards=(f"{tmp_path}/pairs",), batch_size=2)
+
+    return write
+
+
+def test_bad_samples_are_counted_wherever_one_looks(pairs_with_bad, tmp_path, capsys):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pairs = pairs_with_bad(38, 2)
+    run = config(tmp_path, tmp_path / "run", datasets=(pairs,), steps=40, tensorboard=True)
+    train(model(), processor(), run)
+    log = read_log(tmp_path / "run")
+    counts = [update["bad/pairs"] for update in log]
+    assert counts == sorted(counts)
+    assert (counts[19], counts[39]) == (2, 4)  # two in each epoch
+    assert "bad=4" in capsys.readouterr().err
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("bad/pairs")] == counts
+    skipped = [each for update in log for each in update.get("skipped", [])]
+    assert {each["sample"] for each in skipped} == {"000038", "000039"}
+    assert {each["shard"] for each in skipped} == {f"{tmp_path}/pairs/000000.tar"}
+    assert all("that Pillow can read, got png" in each["reason"] for each in skipped)
+
+
+def test_too_many_bad_samples_stop_the_run(pairs_with_bad, tmp_path):
+    pairs = pairs_with_bad(6, 6)
+    run = config(tmp_path, tmp_path / "run", datasets=(pairs,), steps=40)
+    with pytest.raises(
+        DataError,
+        match=r"'pairs': expected at most max_bad = 0\.1 .*, got \d of \d+, as \S*000000\.tar, sample 00",
+    ):
+        train(model(), processor(), run)
+    assert len(read_log(run.folder)) < 6
+    train(model(), processor(), replace(run, folder=f"{tmp_path}/other", max_bad=0.5, steps=6))
+
+
+def test_bad_samples_of_all_processes_are_counted(pairs_with_bad, tmp_path, monkeypatch):
+    """Two that see the same."""
+    monkeypatch.setattr(loop, "sum_over_processes", lambda tensor: tensor.mul_(2))
+    monkeypatch.setattr(loop, "gather", lambda value: [value, value])
+    run = config(tmp_path, tmp_path, datasets=(pairs_with_bad(19, 1),), steps=10, max_bad=1.0)
+    train(model(), processor(), run)
+    assert read_log(tmp_path)[-1]["bad/pairs"] == 2

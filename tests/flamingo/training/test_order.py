@@ -114,6 +114,20 @@ def test_no_samples_are_an_error_and_not_a_wait(tmp_path):
         SampleOrder([], seed=0, at_once=1)
 
 
+def test_substitutes_are_any_samples_by_the_draw_and_the_attempt(shards, tmp_path):
+    order = SampleOrder(shards, seed=0, at_once=2)
+    (draw, _), (other, _) = islice(order.draws(Position()), 2)
+    found = [order.substitute(draw, attempt) for attempt in range(1, 300)]
+    assert found == [order.substitute(draw, attempt) for attempt in range(1, 300)]
+    assert {int(each.entry.read()["txt"]) for each in found} == set(range(SAMPLES))
+    assert len({each.seed for each in (draw, *found)}) == 300
+    assert [order.substitute(other, attempt).entry for attempt in range(1, 300)] != [
+        each.entry for each in found
+    ]
+    empty = SampleOrder(list(map(str, write_shards(tmp_path, [{}]))), seed=0, at_once=1)
+    assert empty.substitute(draw, 1).entry == draw.entry
+
+
 def test_its_identity_does_not_depend_on_the_folder(shards, tmp_path):
     def identity(paths, **changes):
         return SampleOrder(paths, **{"seed": 0, "at_once": 2, **changes}).identity

@@ -16,6 +16,7 @@ from flamingo.training import read_log, train
 from flamingo.training.blocks import blocks, shard
 from flamingo.training.data import Stream
 from flamingo.training.loop import accumulate_gradients
+from flamingo.training.optimizer import store_as
 from flamingo.training.processes import device_of, gather, leave, rank, sum_over_processes, whole, world_size
 from flamingo_kernels import patch
 from flamingo_kernels.ops.linear import config as products
@@ -204,6 +205,23 @@ def test_every_block_and_the_rest_are_sharded(monkeypatch, bfloat16):
         dtypes = (torch.bfloat16, torch.float32) if bfloat16 else (None, None)
         assert (policy.param_dtype, policy.reduce_dtype) == dtypes
         assert not policy.cast_forward_inputs
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_sharded_model_takes_what_its_frozen_encoder_makes(data, tmp_path, encoded):
+    """In bfloat16, though what it is projected by is stored in float32. One process shards with itself."""
+    flamingo, (pairs, *_) = model(), datasets(data)[1:]
+    store_as(torch.bfloat16, (p for p in flamingo.parameters() if not p.requires_grad))
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        batch = next(Stream(pairs, processor(), seed=0, at_once=2))
+        if encoded:
+            batch = batch._replace(pixels=flamingo.vision(batch.pixels.bfloat16()))
+        shard(flamingo, blocks(flamingo), bfloat16=True)
+        (loss,) = accumulate_gradients(flamingo, {pairs: batch}, bfloat16=True).values()
+    finally:
+        distributed.destroy_process_group()
+    assert loss.isfinite()
 
 
 def test_a_process_takes_its_own_gpu(monkeypatch):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from flamingo.training import checkpoint, read_log, train
+from flamingo.training import Pairs, checkpoint, pair_sample, read_log, train, write_shards
 from flamingo_kernels import patch
 from tests.helpers import ROOT
-from tests.helpers.tiny_run import config, datasets, model, processor
+from tests.helpers.tiny_run import config, datasets, images, model, processor
 
 
 def losses(folder):
@@ -58,6 +58,22 @@ def test_twice_n_steps_are_n_and_n(data, tmp_path, bfloat16, kernels):
     torch.manual_seed(99)
     train(build(), processor(), config(data, halves, steps=6, **changes))
     assert len(losses(halves)) == 6
+    assert_same_run(whole, halves)
+
+
+def test_a_run_continues_exactly_where_samples_are_bad(tmp_path):
+    """Their count too, in the middle of an epoch."""
+    samples = [pair_sample(image, f"picture {i}") for i, image in enumerate(images(9, seed=0))]
+    for bad in (2, 5):
+        samples[bad]["png"] = b""
+    write_shards(tmp_path / "data", samples)
+    pairs = (Pairs(name="pairs", shards=(f"{tmp_path}/data",), batch_size=2),)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(model(), processor(), config(tmp_path, whole, datasets=pairs, steps=9, max_bad=0.5))
+    for steps in (2, 6, 9):
+        run = config(tmp_path, halves, datasets=pairs, steps=steps, max_bad=0.5)
+        train(model(), processor(), run)
+    assert losses(whole)[-1]["bad/pairs"] == 4
     assert_same_run(whole, halves)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from flamingo.media import to_image
+from flamingo.pixels import to_image
 from flamingo.tokenizer import ByteTokenizer
 from flamingo.training.config import Clips, Documents, Pairs
 from flamingo.training.samples import to_document, window
@@ -79,6 +79,30 @@ class TestDocuments:
             to_document(PAGES, {"txt": b""}, ENCODE, random.Random(0))
 
 
+class TestWrittenTokens:
+    """`<image>` and `<EOC>` in the words of a page."""
+
+    WORDS = "an <image> and an <EOC> and <EOC><image> here"
+
+    @pytest.mark.parametrize("config", [PAGES, PAIRS])
+    def test_they_are_text(self, config):
+        config, own, image = replace(config, length=80), processor(), images(1, seed=0)[0]
+        is_page = isinstance(config, Documents)
+        sample = document_sample([image, self.WORDS]) if is_page else pair_sample(image, self.WORDS)
+        document = to_document(config, sample, own.encode, random.Random(3))
+        ids = own([document]).input_ids[0].tolist()
+        assert ids.count(own.tokenizer.image_id) == 1
+        assert ids.count(own.tokenizer.eoc_id) == 1  # at the end
+        assert self.WORDS in own.tokenizer.decode(ids)
+
+    def test_they_are_measured_as_text(self):
+        own = processor()
+        for length in range(10, 60, 3):
+            sample = pair_sample(images(1, seed=0)[0], self.WORDS)
+            document = to_document(replace(PAIRS, length=length), sample, own.encode, random.Random(0))
+            assert own([document]).input_ids.shape[1] <= length
+
+
 class TestPairs:
     def test_half_of_the_captions_get_a_space(self):
         sample = pair_sample(images(1, seed=0)[0], "a cat")
@@ -123,7 +147,8 @@ class TestPairs:
         assert image.shape == (3, 12, 9)
 
     @pytest.mark.parametrize(
-        ("missing", "message"), [("png", "an image png, got txt"), ("txt", "txt, got png")]
+        ("missing", "message"),
+        [("png", r"an image \(png, .*, got txt"), ("txt", r"a caption \(txt, .*, got png")],
     )
     def test_a_missing_file_is_named(self, missing, message):
         sample = pair_sample(images(1, seed=0)[0], "text")
@@ -162,4 +187,4 @@ class TestClips:
         with pytest.raises(ValueError, match=r"at most 1 pixels .*got mp4"):
             to_document(replace(CLIPS, max_pixels=1), sample, ENCODE, random.Random(0))
         with pytest.raises(ValueError, match=r"expected a video that PyAV can read, got mp4"):
-            to_document(CLIPS, {"mp4": b"damaged", "txt": b""}, ENCODE, random.Random(0))
+            to_document(CLIPS, {"mp4": b"damaged", "txt": b"x"}, ENCODE, random.Random(0))

@@ -30,6 +30,61 @@ def test_shards_are_in_one_order_whatever_the_patterns(tmp_path):
     assert find_shards(patterns) == [f"{tmp_path}/{name}" for name in ("a/1.tar", "a/2.tar", "b/1.tar")]
 
 
+class TestNames:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        for name in (
+            "a/000.tar",
+            "a/001.tar",
+            "a/010.tar",
+            "b/000.tar",
+            "b/x.jsonl",
+            "b/notes.txt",
+            "{c}.tar",
+        ):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("patterns", "names"),
+        [
+            (["a/{000..001}.tar"], ["a/000.tar", "a/001.tar"]),
+            (["{a,b}/000.tar"], ["a/000.tar", "b/000.tar"]),
+            (["{a,b}/00*.tar"], ["a/000.tar", "a/001.tar", "b/000.tar"]),
+            (["{a..b}/{000..000}.tar", "a/000.tar"], ["a/000.tar", "b/000.tar"]),
+            (["a", "b"], ["a/000.tar", "a/001.tar", "a/010.tar", "b/000.tar", "b/x.jsonl"]),
+            (["?"], ["a/000.tar", "a/001.tar", "a/010.tar", "b/000.tar", "b/x.jsonl"]),
+            (["{a,b}"], ["a/000.tar", "a/001.tar", "a/010.tar", "b/000.tar", "b/x.jsonl"]),
+            (["{c}.tar"], ["{c}.tar"]),
+        ],
+    )
+    def test_what_patterns_stand_for(self, folder, patterns, names):
+        found = find_shards(f"{folder}/{pattern}" for pattern in patterns)
+        assert found == [f"{folder}/{name}" for name in names]
+
+    @pytest.mark.parametrize(
+        ("pattern", "message"),
+        [
+            (
+                "a/{000..231}.tar",
+                r"232 names, \S*/a/000\.tar to \S*/231\.tar; got none at 229 of them: "
+                r"\S*/002\.tar, \S*/003\.tar, \S*/004\.tar, \.\.\.",
+            ),
+            ("{a,d}/*.tar", r"2 names, .* got none at 1 of them: \S*/d/\*\.tar\."),
+            ("d/*.tar", r"expected shards at \S*/d/\*\.tar, got none"),
+            ("{c,d", r"expected shards at \S*/\{c,d, got none"),
+        ],
+    )
+    def test_what_is_not_there_is_named(self, folder, pattern, message):
+        with pytest.raises(FileNotFoundError, match=message):
+            find_shards([f"{folder}/a", f"{folder}/{pattern}"])
+
+    def test_a_folder_without_shards(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="got none"):
+            find_shards([str(tmp_path)])
+
+
 def test_the_same_samples_give_the_same_bytes(tmp_path):
     for folder in "ab":
         write_shards(tmp_path / folder, [pair_sample(image, "text") for image in images(2, seed=0)])
@@ -87,10 +142,36 @@ def test_files_without_a_kind_and_hidden_ones_are_no_samples(tmp_path):
 
 
 @pytest.mark.parametrize("again", ["1.txt", "1.TXT"])
-def test_two_files_of_one_kind_in_a_sample_are_refused(tmp_path, again):
-    path = shard_of(tmp_path, [("1.txt", b""), ("1.png", b""), (again, b"")])
-    with pytest.raises(ValueError, match=r"shard\.tar to be .* got: two files '1\.txt' in one sample"):
-        entries(path)
+def test_two_files_of_one_kind_are_a_fault_of_their_sample(tmp_path, again):
+    files = [("0.txt", b"zero"), ("1.txt", b""), ("1.png", b""), (again, b""), ("2.txt", b"two")]
+    zero, one, two = entries(shard_of(tmp_path, files))
+    assert (zero.read(), two.read()) == ({"txt": b"zero"}, {"txt": b"two"})
+    with pytest.raises(ValueError, match=r"in .*shard\.tar, got: two files '1\.txt' in one sample"):
+        one.read()
+
+
+def test_a_file_without_content_is_a_fault_of_its_sample(tmp_path):
+    path = tmp_path / "shard.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, link in (("0.txt", ""), ("1.txt", "0.txt"), ("1.png", "")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = (tarfile.SYMTYPE if link else tarfile.REGTYPE), link
+            tar.addfile(member)
+    zero, one = entries(str(path))
+    assert zero.read() == {"txt": b""}
+    with pytest.raises(ValueError, match=r"'1\.txt' is a symbolic link to '0\.txt'"):
+        one.read()
+
+
+def test_lines_of_json_are_samples(tmp_path):
+    path = tmp_path / "pages.jsonl"
+    path.write_bytes(b'["a"]\n\n["b", "\xc3\xa9"]\r\n["c"]')
+    found = entries(str(path))
+    assert [(entry.key, json.loads(entry.read()["json"])) for entry in found] == [
+        ("1", ["a"]),
+        ("3", ["b", "é"]),
+        ("4", ["c"]),
+    ]
 
 
 def test_a_shard_that_has_become_shorter(tmp_path):
@@ -103,7 +184,7 @@ def test_a_shard_that_has_become_shorter(tmp_path):
 
 def test_what_is_no_shard_is_refused(tmp_path):
     tarfile.open(tmp_path / "packed.tar", "w:gz").close()
-    with pytest.raises(ValueError, match=r"packed\.tar to be an uncompressed tar file"):
+    with pytest.raises(ValueError, match=r"packed\.tar to be an uncompressed tar file.* by gzip"):
         entries(str(tmp_path / "packed.tar"))
     with pytest.raises(FileNotFoundError, match=r"expected shards at .*/\*\.zip, got none"):
         find_shards([f"{tmp_path}/*.tar", f"{tmp_path}/*.zip"])

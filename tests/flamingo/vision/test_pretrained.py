@@ -41,6 +41,14 @@ def test_features_are_the_patches_in_place(tower):
     assert len(tokens) == 16 + (tower.config.model_type == "clip_vision_model")
 
 
+def test_documents_without_images(tower):
+    vision = PretrainedVision(tower)
+    assert vision(torch.zeros(2, 0, 1, 3, 32, 32)).shape == (2, 0, 1, 16, vision.dim)
+    config = FlamingoConfig.preset("tiny", vision_dim=24, vision_heads=2)
+    logits = Flamingo(config, vision=vision)(torch.tensor([[65, 66]]), torch.zeros(1, 0, 1, 3, 32, 32)).logits
+    assert logits.isfinite().all()
+
+
 def test_clips_features_are_not_normed_and_siglips_are():
     pixels = torch.randn(1, 1, 1, 3, 32, 32)
     for build, normed in ((clip, False), (siglip, True)):
