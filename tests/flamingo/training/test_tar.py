@@ -184,6 +184,7 @@ class TestRefused:
             ("xz", lzma.compress(ONE)),
             ("zip", b"PK\3\4" + bytes(600)),
         ],
+        ids=["gzip", "bzip2", "xz", "zip"],
     )
     def test_compressed(self, read, kind, content):
         with pytest.raises(ValueError, match=f"compressed by {kind}, so that no sample can be found: unpack"):
