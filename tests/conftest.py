@@ -144,6 +144,14 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def functions_of_torch() -> None:
+    """The compiler lists torch's functions when it is first used: before one is patched."""
+    from torch._dynamo import trace_rules
+
+    trace_rules.get_torch_obj_rule_map()
+
+
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch):
     """Fill fresh memory with NaN, so that a kernel which leaves a part unwritten is found out."""
