@@ -12,6 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,6 +167,7 @@ def _linear(
     )
 
 
+@cache
 def _compile(nvcc: str, name: str) -> bytes:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         flags = ["-std=c++20", "-O3", "-gencode=arch=compute_90,code=sm_90", "-cubin"]
