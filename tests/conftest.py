@@ -144,17 +144,14 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def functions_of_torch() -> None:
-    """The compiler lists torch's functions when it is first used: before one is patched."""
-    from torch._dynamo import trace_rules
-
-    trace_rules.get_torch_obj_rule_map()
-
-
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch):
     """Fill fresh memory with NaN, so that a kernel which leaves a part unwritten is found out."""
+    # The compiler lists torch's functions anew after a process group has begun: if it did so while they
+    # were patched, the list lacks the real ones.
+    if torch.empty not in trace_rules.get_torch_obj_rule_map():
+        trace_rules.clear_lru_cache()
+        trace_rules.get_torch_obj_rule_map()
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),
