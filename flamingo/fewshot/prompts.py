@@ -19,6 +19,8 @@ class Sample:
     answer: str = ""  # what it shows as a shot
     fields: Mapping[str, str] = field(default_factory=dict)  # what the template names, as question
     references: tuple[str, ...] = ()  # the answers that a prediction is held against
+    candidates: tuple[str, ...] = ()  # of a closed-ended task: what it is to choose from
+    details: Mapping[str, Any] = field(default_factory=dict)  # what else its metric asks for, as JSON
     id: int | str = ""  # its name in a run
 
 

@@ -26,13 +26,21 @@ ZERO_SHOT = 2  # shots without their images; one harms, more help little (append
 
 @dataclass(frozen=True)
 class Task:
-    """An open-ended task: how it is asked, and how answers are measured."""
+    """How a task is asked, and how answers are measured.
+
+    ::
+
+        open-ended     {"id": 9, "prediction": "two", "references": ["2", ...], "details": {}, "shots": [4]}
+        closed-ended   ... and "scores": [-3.1, -0.4, ...], the log-likelihood of each of the candidates, of
+                       which the prediction is the likeliest
+    """
 
     name: str
     template: Template
     metric: str  # its name
-    score: Callable[[Records], float]  # of records with a prediction and references
-    max_new_tokens: int  # the paper names no limit
+    score: Callable[[Records], float | None]  # of such records; None where no answers are known
+    max_new_tokens: int = 10  # the paper names no limit
+    closed: bool = False  # whether a sample's candidates are ranked, instead of an answer generated
 
 
 def _vqa_score(records: Records) -> float:
