@@ -13,8 +13,7 @@ contrastive    pre-training of a vision encoder on pairs of images and texts
 language       language models: a decoder, and those of transformers
 pretrained     folders of transformers' models, read whole
 generation     what follows a prompt: greedy, sampled, by beam search, token by token
-beam_search    the search
-context        what a model has read, so that further turns can follow
+fingerprint    what tells encoders and media apart, to know what was kept of them
 kernels        faster layers, for the commands
 threads        how long they wait for work
 json_lines     results and logs that a crash may have damaged
@@ -28,8 +27,16 @@ from flamingo import threads  # noqa: F401  first, as torch's OpenMP looks once 
 # isort: split
 
 from flamingo.config import FlamingoConfig
-from flamingo.context import Context
-from flamingo.generation import complete, generate, stream
+from flamingo.generation import (
+    Context,
+    Latents,
+    Prompt,
+    complete,
+    generate,
+    read_prompt,
+    stream,
+    stream_text,
+)
 from flamingo.language import KVCache, LanguageModel, NewTokens, PretrainedLanguage, load_mpt_1b
 from flamingo.model import Flamingo, FlamingoOutput
 from flamingo.modules import (
@@ -58,6 +65,7 @@ __all__ = [
     "GatedCrossAttentionBlock",
     "KVCache",
     "LanguageModel",
+    "Latents",
     "MaskedCrossAttention",
     "NFNet",
     "NewTokens",
@@ -67,6 +75,7 @@ __all__ = [
     "PretrainedTokenizer",
     "PretrainedVision",
     "Processor",
+    "Prompt",
     "VisionEncoder",
     "complete",
     "dense_masked_attention",
@@ -74,6 +83,8 @@ __all__ = [
     "interpolate_time",
     "load_mpt_1b",
     "load_open_flamingo",
+    "read_prompt",
     "stream",
+    "stream_text",
     "text_time",
 ]

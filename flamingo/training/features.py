@@ -11,7 +11,6 @@ them.
 """
 
 import hashlib
-import json
 import os
 import random
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flamingo import fingerprint
 from flamingo.media import Features
 from flamingo.processor import Processor
 from flamingo.training.bad import DataError
@@ -60,17 +60,9 @@ class FeatureStore:
             )
         self.folder = Path(str(dataset.features))
         self.settings = {
-            "encoder": _fingerprint(vision, config.bfloat16),
-            "preprocessing": json.dumps(
-                {
-                    "image_size": processor.image_size,
-                    "mean": processor.mean.flatten().tolist(),
-                    "std": processor.std.flatten().tolist(),
-                    "fit": processor.fit,
-                    "resample": processor.resample,
-                    "max_pixels": dataset.max_pixels,
-                    "bfloat16": config.bfloat16,
-                }
+            "encoder": fingerprint.of_weights(vision, dtype=torch.bfloat16 if config.bfloat16 else None),
+            "preprocessing": fingerprint.of_preprocessing(
+                processor, max_pixels=dataset.max_pixels, bfloat16=config.bfloat16
             ),
         }
 
@@ -162,17 +154,6 @@ def _stamp(shard: str) -> str:
 def _of(found: dict[str, str], name: str) -> str:
     """Of which preprocessing; a fingerprint says nothing to anybody."""
     return f", {found[name]}" if name == "preprocessing" and name in found else ""
-
-
-def _fingerprint(vision: nn.Module, bfloat16: bool) -> str:
-    """A hash of the encoder's weights as it computes with them, and of what it says that they do not show."""
-    digest = hashlib.sha256(json.dumps(getattr(vision, "settings", {})).encode())
-    for name, value in vision.state_dict().items():
-        value = value.detach().cpu()
-        value = value.bfloat16() if bfloat16 and value.is_floating_point() else value
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def name_of(config: DatasetConfig, files: list[File]) -> str:

@@ -95,9 +95,9 @@ class TestEvaluate:
     def test_zero_shots_are_two_without_images(self, tmp_path):
         model, prompts = Namer(), []
         generate = model.generate
-        model.generate = lambda ids, *rest, **options: (
-            prompts.extend(ids.tolist()),
-            generate(ids, *rest, **options),
+        model.generate = lambda ids, pixels, mask, **options: (
+            prompts.extend(row[real].tolist() for row, real in zip(ids, mask, strict=True)),
+            generate(ids, pixels, mask, **options),
         )[1]
         self.run(tmp_path / "out.jsonl", shots=0, model=model)
         assert len(prompts) == 5
@@ -108,7 +108,7 @@ class TestEvaluate:
             assert first in {f"{asked} {shade}" for shade in SHADES}
             assert second in {f"{asked} {shade}" for shade in SHADES}
             assert last == f"<image>{asked}", query
-        assert model.encoded == 5
+        assert model.encoded == 3  # white and black come twice
 
     def test_rices_puts_the_most_alike_last(self, tmp_path):
         self.run(tmp_path / "out.jsonl", shots=5, select="rices")
@@ -137,7 +137,7 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"select": "best"}, "select 'random' or 'rices', got 'best'"),
+            ({"select": "best"}, "select 'random', 'fixed' or 'rices', got 'best'"),
             ({"shots": 10}, "10 samples or more in the support .* query 0, got 9"),
             ({"queries": []}, "one query or more, each with its own id, got 0"),
             ({"queries": QUERY_SAMPLES[:1] * 2}, "each with its own id, got 2 with 1 ids"),
@@ -158,7 +158,7 @@ class TestResume:
     @pytest.fixture
     def finished(self, tmp_path):
         result, model = self.run(tmp_path / "whole.jsonl")
-        assert model.encoded == 10  # a query and a shot each
+        assert (model.answered, model.encoded) == (5, 3)  # of three pictures
         return result, (tmp_path / "whole.jsonl").read_text()
 
     @pytest.mark.parametrize("kept", range(7))
@@ -172,7 +172,7 @@ class TestResume:
         again, model = self.run(path)
         assert again == result
         assert path.read_text() == whole
-        assert model.encoded == 2 * (5 - max(kept - 1, 0))
+        assert model.answered == 5 - max(kept - 1, 0)
 
     def test_another_run_is_not_gone_on_with(self, finished, tmp_path):
         path = tmp_path / "whole.jsonl"

@@ -19,8 +19,8 @@ from flamingo import (
     generate,
     stream,
 )
-from flamingo.beam_search import beam_search
-from flamingo.context import Model
+from flamingo.generation import beam_search
+from flamingo.generation import Model
 from flamingo.generation import choose
 from flamingo_kernels import patch
 from tests.helpers import language_models as families
