@@ -63,7 +63,7 @@ class Latents:
     >>> model, processor = Flamingo(FlamingoConfig.preset("tiny")).eval(), Processor(image_size=32)
     >>> latents, black = Latents(model, processor), torch.zeros(3, 8, 8)
     >>> latents.of_documents([[black], [black, torch.ones(3, 8, 8)]]).shape, latents.encoded
-    (torch.Size([2, 2, 8, 48]), 2)
+    (torch.Size([2, 2, 8, 40]), 2)
     """
 
     def __init__(

@@ -63,7 +63,7 @@ class TestLogLikelihoods:
         candidates = ["ab", "c", "d"]
         log_likelihoods(model, processor, documents, candidates, batch_size=2)
         longest = len(processor.lay_out(documents[0], prompt=True).ids)
-        # Nine of "<BOS>another:", and of " ab<EOC>" and " c<EOC>" but the last token, from which nothing follows.
+        # Nine of "<BOS>another:"; of " ab<EOC>" and " c<EOC>" all but the last, from which nothing follows.
         assert read == [(2, longest), (2, 3), (2, 2), (2, 2), (1, 9), (2, 3), (2, 2)]
         assert multiplied == [1, 3, 2, 2, 1, 3, 2]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
-from flamingo.generation.generate import stream
 from flamingo.generation.latents import Latents
 from flamingo.generation.prompts import Prompt, encode, lay_out, reading, together
+from flamingo.generation.tokens import stream
 from flamingo.processor import Processor
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flamingo.generation.beam_search import beam_search
+from flamingo.generation.beams import beam_search
 from flamingo.generation.context import Context, Model
 
 
