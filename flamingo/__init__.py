@@ -14,6 +14,7 @@ language       language models: a decoder, and those of transformers
 pretrained     folders of transformers' models, read whole
 generation     what follows a prompt: greedy, sampled, by beam search, token by token
 fingerprint    what tells encoders and media apart, to know what was kept of them
+saved          a whole model in one file
 kernels        faster layers, for the commands
 threads        how long they wait for work
 json_lines     results and logs that a crash may have damaged
@@ -51,6 +52,7 @@ from flamingo.modules import (
 )
 from flamingo.open_flamingo import load_open_flamingo
 from flamingo.processor import Batch, Processor
+from flamingo.saved import load_model, save_model
 from flamingo.tokenizer import ByteTokenizer, PretrainedTokenizer
 from flamingo.vision import NFNet, PretrainedVision, VisionEncoder
 
@@ -81,9 +83,11 @@ __all__ = [
     "dense_masked_attention",
     "generate",
     "interpolate_time",
+    "load_model",
     "load_mpt_1b",
     "load_open_flamingo",
     "read_prompt",
+    "save_model",
     "stream",
     "stream_text",
     "text_time",

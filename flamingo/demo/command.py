@@ -13,7 +13,8 @@ import torch
 from flamingo.demo.lessons import NotLearntError
 from flamingo.demo.picture import check_format, draw
 from flamingo.demo.run import run
-from flamingo.demo.saved import save_model
+from flamingo.demo.stages import make_processor
+from flamingo.saved import save_model
 
 
 def main(
@@ -29,7 +30,7 @@ def main(
     """Run the demo, print what it finds, draw it and save the model.
 
     Args:
-        picture, model: files to write; see `load_model`.
+        picture, model: files to write; see `flamingo.load_model`.
         json: a file for what was found; None writes none. Shares of 1: `{"drawn": {"0": 0.11, ..., "8":
             0.92}, "known": {"0": 0.98, ...}, "recall": 0.99, ...}`. Names that are drawn for each document
             and known ones, by the number of shots, and how often the language model knows a number that a
@@ -59,7 +60,7 @@ def main(
     except NotLearntError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
-    save_model(trained, model)
+    save_model(trained, make_processor(), model)
     draw(found, Path(picture))
     if json is not None:
         Path(json).write_text(dumps(found.as_json(), indent=2) + "\n")
