@@ -119,7 +119,7 @@ def run_command(name: str, command: Callable[[], int], *, extra: str | None = No
         line, status = str(error), 1
     except ImportError as error:
         line, status = _missing(error, extra), 2
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError) as error:  # that of a file which the user names
         line, status = _told(error), 2
     print(f"{name}: {' '.join(line.split()).removeprefix(f'{name}: ')}", file=sys.stderr)
     return status
@@ -137,7 +137,7 @@ def remedy(extra: str) -> str:
     return f'In a checkout of this library, run: pip install ".[{extra}]".'
 
 
-def _told(error: OSError | ValueError) -> str:
+def _told(error: Exception) -> str:
     """An error's text; that of the operating system without its number, behind the file that it is about."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"

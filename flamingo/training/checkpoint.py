@@ -66,10 +66,7 @@ def save(
         unfinished = folder / f"{_UNFINISHED}{path.name}"
         _remove(unfinished)
         unfinished.mkdir()
-        safetensors = import_module("safetensors.torch")
-        safetensors.save_file(tensors, unfinished / _WEIGHTS)
-        safetensors.save_file(moments, unfinished / _OPTIMIZER)
-        torch.save(state, unfinished / _STATE)
+        _write(unfinished, tensors, moments, state)
         for file in (*unfinished.iterdir(), unfinished):
             _flush(file)
         _remove(path)
@@ -83,6 +80,19 @@ def save(
     return path
 
 
+def _write(
+    folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any]
+) -> None:
+    """Raises OSError if the disk is full."""
+    safetensors = import_module("safetensors.torch")
+    try:
+        safetensors.save_file(weights, folder / _WEIGHTS)
+        safetensors.save_file(moments, folder / _OPTIMIZER)
+        torch.save(state, folder / _STATE)
+    except (import_module("safetensors").SafetensorError, RuntimeError) as error:
+        raise OSError(f"{folder}: expected to write a checkpoint, got: {error}") from error
+
+
 def latest(
     folder: Path, say: Callable[[str], object] = lambda line: None, files: Collection[str] = FILES
 ) -> Path | None:
@@ -94,8 +104,10 @@ def latest(
         files: those that have to be whole.
 
     Raises:
-        ValueError: if there are checkpoints and all are damaged: to begin anew would be to write over them.
+        ValueError: if there are checkpoints , all of them damaged: to begin anew would write over them.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"expected {folder} to be a folder, got a file.")
     link = folder / LATEST
     named = Path(os.path.realpath(link))
     damage = _damage(named, files)

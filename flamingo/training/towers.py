@@ -194,6 +194,8 @@ def expect_same(folder: Path, config: ModelConfig) -> None:
     """
     path = folder / "towers.json"
     then = read_json(path) if path.exists() else {}
+    if not all(isinstance(tower, dict) for tower in then.values()):
+        raise ValueError(f"{path}: expected what the run wrote of its towers, got something else. Remove it.")
     now = _towers(config)
     for name in sorted(then.keys() | now.keys()):
         before, after = then.get(name, {}), now.get(name, {})

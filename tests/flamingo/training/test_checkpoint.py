@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -408,6 +409,30 @@ def test_the_death_of_a_process_at_any_line_of_a_save_loses_that_step_at_most(pa
         shutil.rmtree(folder)
     assert found == sorted(found)
     assert set(found) == {2, 3}
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(ValueError, match=r"expected .*checkpoints to be a folder, got a file\."):
+        checkpoint.latest(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("writer", ["safetensors.torch.save_file", "torch.save"])
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(part, tmp_path, monkeypatch, writer):
+    def full(*_):
+        kind = SafetensorError if "safetensors" in writer else RuntimeError
+        raise kind("No space left on device")
+
+    save(tmp_path, part, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, full)
+        with pytest.raises(
+            OSError, match=r"step-00000002: expected to write a checkpoint, got: No space left"
+        ):
+            save(tmp_path, part, 2)
+    assert checkpoint.latest(tmp_path, pytest.fail).name == "step-00000001"
+    save(tmp_path, part, 2)
+    assert checkpoint.latest(tmp_path, pytest.fail).name == "step-00000002"
 
 
 def test_weights_that_are_damaged_are_a_value_error(part, tmp_path):
