@@ -17,6 +17,8 @@ fingerprint    what tells encoders and media apart, to know what was kept of the
 saved          a whole model in one file
 kernels        faster layers, for the commands
 threads        how long they wait for work
+command_line   what every command does with a mistake
+ranges         which numbers a configuration may have
 json_lines     results and logs that a crash may have damaged
 training       of what is new, on tar shards, by one process or many
 demo           all of it on real digits, from nothing

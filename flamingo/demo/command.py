@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from flamingo.command_line import expect_writable
 from flamingo.demo.lessons import NotLearntError
 from flamingo.demo.picture import check_format, draw
 from flamingo.demo.run import run
@@ -42,18 +43,15 @@ def main(
         quick: a few steps of each stage, to see that it runs.
 
     Returns:
-        0; 1 if it has not learnt what it should; 2 for a mistake, which one line on stderr tells.
+        0; 1 if it has not learnt what it should.
+
+    Raises:
+        ImportError, OSError, ValueError: before the work, if a package is missing, a file cannot be written,
+            or a number is out of its range.
     """
     files = [Path(file) for file in (picture, model, json) if file is not None]
-    try:
-        _check(files, seed, threads)
-        check_format(Path(picture))
-    except ImportError as error:
-        print(f'demo: {error.name} is missing: pip install "flamingo-kernels[demo]"', file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
+    _check(files, seed, threads)
+    check_format(Path(picture))
     try:
         with _threads(threads):
             found, trained = run(seed=seed, kernels=kernels, quick=quick)
@@ -82,11 +80,7 @@ def _check(files: Sequence[Path], seed: int, threads: int) -> None:
         raise ValueError(f"expected --threads from 1 to {cores}, the cores of this machine, got {threads}.")
     if len({file.resolve() for file in files}) < len(files):
         raise ValueError(f"expected a file for each of what is written, got {', '.join(map(str, files))}.")
-    for file in files:
-        existed = file.exists()
-        file.open("ab").close()
-        if not existed:
-            file.unlink()
+    expect_writable(*files)
 
 
 @contextmanager

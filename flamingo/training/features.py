@@ -67,8 +67,7 @@ class FeatureStore:
         }
 
     def path(self, shard: str) -> Path:
-        folder, name = os.path.split(os.path.abspath(shard))
-        return self.folder / f"{os.path.basename(folder)}-{os.path.splitext(name)[0]}.safetensors"
+        return _path(self.folder, shard)
 
     def name_apart(self, shards: Sequence[str]) -> None:
         """Raises DataError if the features of two shards would have one name."""
@@ -113,13 +112,9 @@ class FeatureStore:
 
     def check(self, shards: Sequence[str]) -> None:
         """Raises DataError if a shard has no features, or those of something else."""
-        missing = [shard for shard in shards if not self.has(shard)]
-        if missing:
-            more = f", and none of {len(missing) - 1} others" if len(missing) > 1 else ""
-            raise DataError(
-                f"{self.path(missing[0])}: expected the features of {missing[0]}, got none{more}. Run "
-                "`python -m flamingo encode` with the same file first."
-            )
+        expect_made(self.folder, shards)
+        for shard in shards:
+            self.has(shard)
 
     def add(self, shard: str, tensors: dict[str, Tensor]) -> None:
         """A shard's features, beside those that there are; the file has its name once it is whole."""
@@ -144,6 +139,22 @@ class FeatureStore:
                 return file.metadata() or {}
         except safetensors.SafetensorError as error:
             raise DataError(f"{path}: expected features, got a file that cannot be read: {error}.") from error
+
+
+def expect_made(folder: Path, shards: Sequence[str]) -> None:
+    """Raises DataError if there is no file for a shard, of whatever encoder."""
+    missing = [shard for shard in shards if not _path(folder, shard).exists()]
+    if missing:
+        more = f", and none of {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise DataError(
+            f"{_path(folder, missing[0])}: expected the features of {missing[0]}, got none{more}. Run "
+            "`python -m flamingo encode` with the same file first."
+        )
+
+
+def _path(folder: Path, shard: str) -> Path:
+    parent, name = os.path.split(os.path.abspath(shard))
+    return folder / f"{os.path.basename(parent)}-{os.path.splitext(name)[0]}.safetensors"
 
 
 def _stamp(shard: str) -> str:
