@@ -1,4 +1,4 @@
-"""The command line: python -m flamingo {train, encode, evaluate, demo}."""
+"""The command line: python -m flamingo {train, encode, evaluate, complete, demo}."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from functools import partial
 
 from flamingo.command_line import parser_of, run_command
 from flamingo.fewshot import command as fewshot
+from flamingo.generation import command as generation
 
 EXTRAS = {"train": "training", "encode": "training", "demo": "demo"}
 
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     encode.set_defaults(run=_encode)
 
     fewshot.add_parser(commands)
+    generation.add_parser(commands)
 
     demo = commands.add_parser("demo", help="a Flamingo from nothing, on real digits, in minutes")
     demo.add_argument("--picture", metavar="FILE", default="digits.png", help="default: digits.png")

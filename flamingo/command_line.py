@@ -16,7 +16,7 @@ from collections.abc import Callable
 from importlib import metadata
 from math import inf
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Which extra of this library brings a package that may be missing, by the name under which it is imported.
 _EXTRAS = {
@@ -34,6 +34,17 @@ _EXTRAS = {
 
 class Parser(argparse.ArgumentParser):
     """A parser, and parsers of commands below it, that tell a wrong argument in a line."""
+
+    intermixed = False  # whether options may stand between positional arguments
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self.intermixed:
+            return super().parse_known_args(args, namespace)
+        self.intermixed = False  # what follows calls this method again
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.intermixed = True
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}. See {self.prog} --help", file=sys.stderr)

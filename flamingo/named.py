@@ -5,21 +5,23 @@
     run/                  the folder of a run of `python -m flamingo train`, or its TOML file
     model.safetensors     what `save_model` wrote, as `python -m flamingo demo` does
     checkpoint.pt         weights of OpenFlamingo, with --preset, --vision and --language
-    module:function       a function without arguments that returns (model, processor)
+    module:function       a function without arguments that returns (model, processor), and so
+    file.py:function
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-from flamingo.model import Flamingo
 from flamingo.processor import Processor
 from flamingo.saved import load_model
 
-FORMS = "RUN|MODEL.safetensors|CHECKPOINT.pt|MODULE:FUNCTION"
+FORMS = "RUN|MODEL.safetensors|CHECKPOINT.pt|MODULE:FUNCTION|FILE.py:FUNCTION"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +43,7 @@ def check(name: str, options: argparse.Namespace) -> None:
     if _is_checkpoint(path, options):
         import_module("flamingo.training.towers").check(_towers(path, options))
     elif path.is_dir() or path.suffix == ".toml":
-        import_module("flamingo.training.command").check_run(path)
+        import_module("flamingo.training.command").check_saved(path)
     elif path.suffix == ".safetensors":
         if not path.is_file():
             raise ValueError(f"expected a saved model, found none at {path}.")
@@ -91,24 +93,38 @@ def _towers(path: Path, options: argparse.Namespace) -> Any:
 
 
 def _function(name: str) -> Any:
-    module, colon, function = name.partition(":")
+    where, colon, function = name.rpartition(":")
     if not colon:
         raise ValueError(f"expected {FORMS}, got {name!r}, which is none of them.")
-    found = getattr(import_module(module), function, None)
+    found = getattr(_module(where), function, None)
     if not callable(found):
-        raise ValueError(f"expected a function {function} in {module}, got {type(found).__name__}.")
+        raise ValueError(f"expected a function {function} in {where}, got {type(found).__name__}.")
+    needed = [
+        each.name
+        for each in inspect.signature(found).parameters.values()
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    if needed:
+        raise ValueError(
+            f"expected {name} to be a function without arguments, got one that needs {', '.join(needed)}."
+        )
     return found
 
 
+def _module(where: str) -> Any:
+    if not where.endswith(".py"):
+        return import_module(where)
+    if not Path(where).is_file():
+        raise ValueError(f"expected a file of Python, found none at {where}.")
+    spec: Any = spec_from_file_location(Path(where).stem, where)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _called(name: str) -> tuple[Any, Processor]:
-    try:
-        pair = _function(name)()
-    except TypeError as error:
-        raise ValueError(f"{name}: expected a function without arguments, got: {error}.") from error
+    pair = _function(name)()
     if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Processor)):
         kinds = [type(each).__name__ for each in pair] if isinstance(pair, tuple) else type(pair).__name__
-        raise ValueError(f"{name}: expected it to return (model, Processor), got {kinds}.")
+        raise ValueError(f"expected {name} to return (model, Processor), got {kinds}.")
     return pair
-
-
-__all__ = ["FORMS", "Flamingo", "add_options", "check", "load"]

@@ -1,8 +1,10 @@
 """`python -m flamingo train` and `encode`: a run from a file, its features, and the model it has trained."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +22,8 @@ from flamingo.training.preflight import check_inputs, check_run
 from flamingo.training.processes import device_of, leave, process_group, rank
 from flamingo.training.towers import build, check, expect_same, remember
 
+_FILE = "run.toml"  # a copy of the file of a run, in its folder
+
 
 def run(path: str) -> int:
     """Trains as a TOML file says and returns the command's exit status.
@@ -35,6 +39,7 @@ def run(path: str) -> int:
     def work(model: Flamingo, processor: Processor) -> str:
         if rank() == 0:
             remember(Path(config.folder), of_model)
+            _keep(Path(path), Path(config.folder) / _FILE)
         return f"{config.steps} steps done, the last checkpoint is {train(model, processor, config)}"
 
     return _run(config, of_model, [config.folder], work)
@@ -78,14 +83,24 @@ def load_run(path: str | Path) -> tuple[Flamingo, Processor]:
     """The model of a run with the weights of its latest checkpoint, in eval mode, and its processor.
 
     Args:
-        path: of the TOML file that `python -m flamingo train` was given. One that names a checkpoint of
-            open_flamingo needs no training: before there is any, these weights are returned.
+        path: the folder of the run, or the TOML file that `python -m flamingo train` was given. One that
+            names a checkpoint of open_flamingo needs no training: before there is any, these weights are
+            returned.
 
     Raises:
         ValueError: if the file is no configuration with a model, the checkpoint is of another one, or the
             towers are not those that the run began with.
         FileNotFoundError: if there is no such file, or no checkpoint yet.
     """
+    config, of_model, saved = check_saved(path)
+    model, processor = _start(config, of_model)
+    if saved is not None:
+        checkpoint.load_weights(dict(model.named_parameters()), saved / "weights.safetensors")
+    return model.eval(), processor
+
+
+def check_saved(path: str | Path) -> tuple[TrainingConfig, ModelConfig, Path | None]:
+    """What `load_run` does before it builds a model: the run, its model and the latest checkpoint."""
     config, of_model = _read(path)
     folder = Path(config.folder)
     saved = checkpoint.latest(folder / "checkpoints", _say, files=["weights.safetensors"])
@@ -95,22 +110,35 @@ def load_run(path: str | Path) -> tuple[Flamingo, Processor]:
         raise FileNotFoundError(
             f"{path}: expected a checkpoint in {config.folder}/checkpoints, got none yet."
         )
-    model, processor = _start(config, of_model)
-    if saved is not None:
-        checkpoint.load_weights(dict(model.named_parameters()), saved / "weights.safetensors")
-    return model.eval(), processor
+    return config, of_model, saved
 
 
 def _read(path: str | Path) -> tuple[TrainingConfig, ModelConfig]:
-    config = TrainingConfig.from_toml(path)
+    path = Path(path)
+    file = path / _FILE if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise ValueError(
+            f"{path}: expected the folder of a run, which has a {_FILE}, got another. Name the TOML file "
+            "that the run was started with."
+        )
+    config = TrainingConfig.from_toml(file)
+    if path.is_dir():
+        config = replace(config, folder=str(path))  # it may have moved
     if config.model is None:
-        raise ValueError(f"{path}: expected a table [model], got none.")
+        raise ValueError(f"{file}: expected a table [model], got none.")
     try:
         check(config.model)
     except ValueError as error:
-        where = f"{path}, " if str(error).startswith("[model]") else ""
+        where = f"{file}, " if str(error).startswith("[model]") else ""
         raise ValueError(f"{where}{error}") from error
     return config, config.model
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """Copies a run's file into its folder, which is then enough to find the model again."""
+    unfinished = copy.with_name(f"unfinished-{copy.name}")
+    unfinished.write_bytes(path.read_bytes())
+    os.replace(unfinished, copy)
 
 
 def _start(config: TrainingConfig, of_model: ModelConfig) -> tuple[Flamingo, Processor]:
