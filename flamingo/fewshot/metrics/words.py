@@ -105,7 +105,7 @@ def _near(a: str, b: str, wordnet: Any, threshold: float) -> float:
 
 def _meaningful(text: str, words: Words) -> list[str]:
     """The lemmas of a text that say something."""
-    tokens = import_nltk("nltk.tokenize").TreebankWordTokenizer().tokenize(text)
+    tokens = import_nltk("nltk.tokenize").word_tokenize(text, preserve_line=True)
     tags = [tag for _, tag in words.tag(tokens)] if words.tag else [None] * len(tokens)
     lemmas = [_lemma(token, tag, words) for token, tag in zip(tokens, tags, strict=True)]
     return [lemma for lemma in lemmas if lemma not in _STOPPED]
