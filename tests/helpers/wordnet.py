@@ -13,24 +13,14 @@ NOUNS = {
     "saw": (["saw"], "thing"),
 }
 VERBS = {"see": (["see"], None), "run": (["run"], None)}
-_FILES = [
-    "cntlist.rev",
-    "index.sense",
-    "index.adj",
-    "index.adv",
-    "data.adj",
-    "data.adv",
-    "adj.exc",
-    "adv.exc",
-    "noun.exc",
-]
+_EMPTY = ("index.adj", "index.adv", "data.adj", "data.adv", "adj.exc", "adv.exc", "noun.exc", "index.sense")
 
 
 def write_wordnet(data: Path) -> Path:
     """Writes `corpora/wordnet` into a folder of nltk's data, and returns that folder."""
     folder = data / "corpora" / "wordnet"
     folder.mkdir(parents=True)
-    for name in _FILES:
+    for name in (*_EMPTY, "cntlist.rev"):
         (folder / name).touch()
     (folder / "verb.exc").write_text("saw see\nran run\n")
     (folder / "lexnames").write_text("00\tadj.all\t3\n01\tadj.pert\t3\n02\tadv.all\t4\n03\tnoun.Tops\t1\n")
