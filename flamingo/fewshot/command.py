@@ -140,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> None:
     benchmark = TASKS[options.task]
     _check(options)
-    device, load = find_device(options.device), find_model(options.model)
+    device = find_device(options.device)
     task = _task(options, benchmark)
     data = read_inputs(options, benchmark, _say)
     how = _how(options, task, data)
@@ -149,7 +149,7 @@ def _run(options: argparse.Namespace) -> None:
     refuse_foreign(predictions, None)
     if options.json is not None:
         refuse_foreign(options.json, RESULT_KEYS)
-    model, processor = load()
+    model, processor = find_model(options.model)()
     for name in ("max_pixels", "fps", "max_frames"):
         if (value := getattr(options, name, None)) is not None:
             setattr(processor, name, value)

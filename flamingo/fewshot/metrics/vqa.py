@@ -123,8 +123,8 @@ def open_flamingo_accuracy(prediction: str, answers: Sequence[str], confidences:
 
     Source: github.com/mlfoundations/open_flamingo, eval/vqa_metric.py.
 
-    >>> open_flamingo_accuracy("a can", ["can"] * 10, ["yes"] * 7 + ["maybe"] * 3)
-    0.3
+    >>> open_flamingo_accuracy("a can", ["can"] * 10, ["yes"] * 10)
+    0.0
     """
     if not answers or len(answers) != len(confidences):
         raise ValueError(
