@@ -1,6 +1,7 @@
 """Images and clips, in whatever form they come, to frames of one form."""
 
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,6 +20,15 @@ MAX_PIXELS = 2**30 // 12  # 1 GiB as float32 in three channels; Pillow has the s
 # which runs it as a program, and FFmpeg would fetch what a playlist names.
 _IMAGES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _CONTAINERS = "avi,m4v,matroska,mov,mpeg,mpegts,mpegvideo"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a file of a video, as of a recipe or a film."""
+
+    path: Path
+    start: float  # seconds from the video's begin
+    end: float  # seconds; what is on show then is no part of it
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,10 @@ def read_frames(
     """
     if isinstance(medium, Path) and medium.suffix.lower() in VIDEOS:
         yield from read_video(medium, fps=fps, max_frames=max_frames, max_pixels=max_pixels)
+        return
+    if isinstance(medium, Segment):
+        part = {"start": medium.start, "end": medium.end}
+        yield from read_video(medium.path, fps=fps, max_frames=max_frames, max_pixels=max_pixels, **part)
         return
     frames = medium if _is_clip(medium) else [medium]
     if len(frames) == 0:
@@ -127,7 +141,13 @@ def _too_large(file: Path | BinaryIO, size: str, max_pixels: int) -> ValueError:
 
 
 def read_video(
-    file: Path | BinaryIO, *, fps: float = 1.0, max_frames: int = 8, max_pixels: int = MAX_PIXELS
+    file: Path | BinaryIO,
+    *,
+    fps: float = 1.0,
+    max_frames: int = 8,
+    max_pixels: int = MAX_PIXELS,
+    start: float = 0.0,
+    end: float = math.inf,
 ) -> Iterator[Tensor]:
     """The frames on show at 0, 1 / fps, 2 / fps, ... seconds, until the last frame has begun.
 
@@ -136,20 +156,25 @@ def read_video(
         fps: frames a second; 1 in the paper's training, 3 in its evaluation.
         max_frames: where to stop; 8 in the paper's training, 30 in its evaluation.
         max_pixels: a larger frame is refused before it is decoded.
+        start, end: seconds of the part that is read; the first frame is the one on show at `start`.
 
     Yields:
         float32 `[3, h, w]` in 0..1.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read, has no frame, or one of more pixels.
+        ValueError: if it cannot be read, has no frame in that part, or one of more pixels.
         ImportError: without PyAV.
 
     Source: arXiv 2204.14198, appendix B.1.2.
     """
     _check_exists(file)
+    if not 0 <= start < end:
+        raise ValueError(f"Processor: expected 0 <= start < end in seconds, got {start} and {end}.")
     av = _import("av", "av", "videos")
     taken = 0
+    if end < math.inf:
+        max_frames = min(max_frames, max(1, math.ceil((end - start) * fps - 1e-6)))
     source = str(file.absolute()) if isinstance(file, Path) else file
     try:
         with av.open(source, options={"format_whitelist": _CONTAINERS}) as container:
@@ -161,7 +186,11 @@ def read_video(
             _check_size(file, stream.width, stream.height, max_pixels)
             # A later frame may be larger. A decoder counts its own margins, hence twice.
             stream.codec_context.options = {"max_pixels": str(2 * max_pixels + 2**20)}
-            for frame in _at_rate(container.decode(stream), fps):
+            begin = None
+            if start:
+                begin = start + (stream.start_time or 0) * float(stream.time_base)
+                container.seek(int(begin / stream.time_base), stream=stream)  # to a frame at it or before
+            for frame in _at_rate(container.decode(stream), fps, begin):
                 _check_size(file, frame.width, frame.height, max_pixels)
                 yield to_image(frame.to_ndarray(format="rgb24"))
                 taken += 1
@@ -175,11 +204,14 @@ def read_video(
         raise ValueError(f"Processor: expected a video with frames, got {_name(file)}, which has none.")
 
 
-def _at_rate(frames: Iterator[Any], fps: float) -> Iterator[Any]:
-    """Frames with times, in order, to the one on show at each tick of 1 / fps seconds from the first on."""
-    shown, start, ticks = None, 0.0, 0
+def _at_rate(frames: Iterator[Any], fps: float, begin: float | None = None) -> Iterator[Any]:
+    """Frames with times, in order, to the one on show at each tick of 1 / fps seconds.
+
+    Ticks go from the time `begin` on, or from the first frame's.
+    """
+    shown, start, ticks = None, begin or 0.0, 0
     for frame in frames:
-        if shown is None:
+        if shown is None and begin is None:
             start = frame.time
         # A tick within a microsecond of a frame's time, which is rounded, is that frame's.
         while shown is not None and start + ticks / fps < frame.time - 1e-6:

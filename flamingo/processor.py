@@ -59,8 +59,9 @@ class Processor:
     has one `<image>` for every medium. A medium is an image, or a list of images: the frames of a clip. An
     image is a PIL image, an array `[h, w]` or `[h, w, 3]`, or a tensor `[1, h, w]` or `[3, h, w]`, of uint8,
     uint16 or floats in 0..1, or the bytes of a file. One channel more is alpha, and is put on white. A
-    `pathlib.Path` is a file: an image, read by Pillow, or by its suffix a video, read by PyAV. However an
-    image comes in, it has the same pixels. `Features` stand for a medium that has been encoded.
+    `pathlib.Path` is a file: an image, read by Pillow, or by its suffix a video, read by PyAV; a
+    `flamingo.media.Segment` is a part of one. However an image comes in, it has the same pixels. `Features`
+    stand for a medium that has been encoded.
 
     In the texts of a list `<image>` is a word like any other, never an image.
 

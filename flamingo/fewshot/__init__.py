@@ -1,15 +1,17 @@
 """Few-shot evaluation as in the paper (arXiv 2204.14198, section 3 and appendix B.1.4).
 
-prompts   samples to documents, with the paper's templates
-scoring   closed-ended tasks: the log-likelihood of each candidate
-rices     shots that look like the query
-metrics   VQA accuracy, CIDEr, top-1 accuracy, ROC AUC
-datasets  VQAv2 and COCO captions on disk
-runner    a model over a dataset, resumed where it was killed
-command   `python -m flamingo evaluate`
+prompts     samples to documents, with the paper's templates
+scoring     closed-ended tasks: the log-likelihood of each candidate
+rices       shots that look like the query
+metrics     VQA accuracy, CIDEr, NDCG, WUPS and the others
+runner      a model over a dataset, resumed where it was killed
+benchmarks  the paper's sixteen, ImageNet and Kinetics, on disk
+loading     models and devices by their names
+results     what a run leaves besides its answers
+command     `python -m flamingo evaluate`
 """
 
-from flamingo.fewshot.datasets import read_captions, read_vqa
+from flamingo.fewshot.benchmarks import BENCHMARKS, Benchmark, read_captions, read_vqa
 from flamingo.fewshot.metrics import cider, roc_auc, top_one, vqa_accuracy
 from flamingo.fewshot.prompts import (
     ACTION,
@@ -30,6 +32,7 @@ from flamingo.fewshot.scoring import ensemble_log_likelihoods, log_likelihoods
 
 __all__ = [
     "ACTION",
+    "BENCHMARKS",
     "CAPTION",
     "CAPTIONS",
     "CLASSIFICATION",
@@ -37,6 +40,7 @@ __all__ = [
     "QUESTION",
     "VISUAL_DIALOGUE",
     "VQA",
+    "Benchmark",
     "Evaluation",
     "Sample",
     "Task",

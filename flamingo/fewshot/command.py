@@ -1,42 +1,51 @@
-"""`python -m flamingo evaluate`: a model over a dataset on disk."""
+"""`python -m flamingo evaluate`: a model over a benchmark on disk."""
 
 import argparse
-import random
+import math
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from flamingo.fewshot.datasets import read_captions, read_vqa
-from flamingo.fewshot.prompts import Sample
-from flamingo.fewshot.runner import CAPTIONS, VQA, Task, evaluate, prepare
+from flamingo.fewshot.benchmarks import BENCHMARKS, Benchmark
+from flamingo.fewshot.inputs import SUPPORT_SAMPLES, Inputs, dashed, is_first, read_inputs
+from flamingo.fewshot.loading import find_device, find_model
+from flamingo.fewshot.metrics.words import import_nltk
+from flamingo.fewshot.results import RESULT_KEYS, refuse_foreign, write_json, write_upload
+from flamingo.fewshot.runner import Evaluation, Task, evaluate, prepare
 from flamingo.kernels import use_kernels
 
-# A task, its files' arguments, and what reads them.
-TASKS: dict[str, tuple[Task, tuple[str, ...], Callable[..., list[Sample]]]] = {
-    "vqa": (VQA, ("questions", "annotations", "images"), read_vqa),
-    "captions": (CAPTIONS, ("captions", "images"), read_captions),
-}
+TASKS: dict[str, Benchmark] = BENCHMARKS  # by the names that the command knows them by
 
 
 def add_parser(commands: Any) -> None:
     """Adds `evaluate` to the commands of a parser."""
-    parser = commands.add_parser("evaluate", help="few-shot evaluation on VQAv2 or COCO captions on disk")
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="{vqa,captions}")
-    for name, (_, files, _) in TASKS.items():
-        task = tasks.add_parser(name, help=f"data in the format of {'VQAv2' if name == 'vqa' else 'COCO'}")
-        for prefix, of in (("", "what is asked"), ("support-", "where the shots come from")):
-            for file in files:
-                task.add_argument(f"--{prefix}{file}", type=Path, required=True, metavar="PATH", help=of)
-        _add_options(task)
+    parser = commands.add_parser("evaluate", help="few-shot evaluation on the paper's benchmarks, on disk")
+    parser.add_argument(
+        "--list", action=_List, nargs=0, help="what there is, where to get it, and how it lies"
+    )
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    for name, benchmark in TASKS.items():
+        task = tasks.add_parser(
+            name,
+            help=f"{benchmark.title}: {benchmark.task.metric}",
+            description=describe(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for file, what in benchmark.files.items():
+            task.add_argument(f"--{dashed(file)}", type=Path, required=True, metavar="PATH", help=what)
+        for file, what in benchmark.more_files.items():
+            task.add_argument(f"--{dashed(file)}", type=Path, metavar="PATH", help=what)
+        for file in (*benchmark.files, *benchmark.more_files):
+            task.add_argument(
+                f"--support-{dashed(file)}", type=Path, metavar="PATH", help="likewise, for the shots"
+            )
+        _add_options(task, benchmark)
         task.set_defaults(run=run)
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser, benchmark: Benchmark) -> None:
     parser.add_argument(
         "--model",
         required=True,
@@ -44,80 +53,197 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="what was given to train, or a function without arguments that returns (model, processor)",
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, made or gone on with")
-    parser.add_argument("--shots", type=int, default=4, help="0: two without their images (default: 4)")
-    parser.add_argument("--select", choices=("random", "rices"), default="random", help="default: random")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for the result with its settings")
     parser.add_argument(
-        "--max-new-tokens", type=int, help="of an answer (default: 10 for vqa, 32 for captions)"
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="for answers that a server measures (default: by --output)",
     )
-    parser.add_argument("--samples", type=int, help="a random so many (default: all)")
-    parser.add_argument("--support-samples", type=int, default=2048, help="likewise (default: 2048)")
+    zero = "0: none" if benchmark.task.closed else "0: two without their images"
+    parser.add_argument(
+        "--shots",
+        type=int,
+        default=benchmark.shots,
+        help=f"in the paper 0, 4, 8, 16 and 32; {zero} (default: {benchmark.shots})",
+    )
+    parser.add_argument("--select", choices=("random", "rices"), default="random", help="default: random")
+    if benchmark.task.closed:
+        parser.add_argument("--permutations", type=int, default=1, help="orders of the shots; 6 in the paper")
+    else:
+        tokens = benchmark.task.max_new_tokens
+        parser.add_argument(
+            "--max-new-tokens", type=int, default=tokens, help=f"of an answer (default: {tokens})"
+        )
+        parser.add_argument("--beams", type=int, default=3, help="1: greedy (default: 3)")
+    parser.add_argument("--limit", "--samples", type=int, help="a random so many (default: all)")
+    each = benchmark.support_per_answer
+    parser.add_argument(
+        "--support-samples",
+        type=int,
+        help=f"likewise (default: {SUPPORT_SAMPLES if each is None else f'{each} of each class'})",
+    )
+    if benchmark.scorings:
+        parser.add_argument("--scoring", choices=[*benchmark.scorings], help="as another script measures")
+    if benchmark.reads_wordnet:
+        parser.add_argument("--nltk-data", type=Path, metavar="PATH", help="the folder of nltk's data")
+    if benchmark.media == "videos":
+        parser.add_argument(
+            "--all-videos", action="store_true", help="refuse to leave out those that are gone"
+        )
+        parser.add_argument("--fps", type=float, help="3 in the paper (default: the model's processor's)")
+        parser.add_argument("--max-frames", type=int, help="30 in the paper (default: likewise)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
-    parser.add_argument("--beams", type=int, default=3, help="1: greedy (default: 3)")
     parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
     parser.add_argument("--max-pixels", type=int, help="of an image (default: the model's processor's)")
     parser.add_argument("--device", default="cpu", help='as "cuda:0" (default: cpu)')
     parser.add_argument("--no-kernels", action="store_true", help="evaluate without the kernels")
 
 
+class _List(argparse.Action):
+    """Prints all benchmarks and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print("\n\n".join(map(describe, TASKS)))
+        parser.exit()
+
+
+def describe(name: str) -> str:
+    """What `--list` says of a benchmark.
+
+    >>> print(describe("rareact"))
+    rareact: RareAct, mWAP
+        split   all of it, without shots
+        from    github.com/antoine77340/RareAct (annotations); the videos are YouTube's
+        files   rareact.csv                                   --annotations
+                rareact/7frRY7aGwMU.mp4 ...                   --videos
+    """
+    benchmark = TASKS[name]
+    rows = [("split", benchmark.split), ("from", benchmark.source), ("files", benchmark.layout)]
+    if benchmark.scorings:
+        rows.append(("scoring", f"also as {' or '.join(benchmark.scorings)}"))
+    head = f"{name}: {benchmark.title}, {benchmark.task.metric}"
+    said = [f"{title:<8}" + textwrap.indent(text, " " * 8).lstrip() for title, text in rows]
+    return "\n".join([head, *(textwrap.indent(each, "    ") for each in said)])
+
+
 def run(options: argparse.Namespace) -> int:
     """Evaluates, and prints the metric with its numbers of samples and shots."""
-    task, files, read = TASKS[options.task]
-    if options.max_new_tokens is not None:
-        task = replace(task, max_new_tokens=options.max_new_tokens)
     try:
-        paths = {name: getattr(options, name) for name in files}
-        support_paths = {name: getattr(options, f"support_{name}") for name in files}
-        queries = _some(read(**paths), options.samples, options.seed)
-        support = _some(read(**support_paths), options.support_samples, options.seed)
-        how = {
-            "shots": options.shots,
-            "select": options.select,
-            "seed": options.seed,
-            "num_beams": options.beams,
-            "settings": {name: str(path) for name, path in paths.items()}
-            | {
-                "model": options.model,
-                "support": [str(path) for path in support_paths.values()],
-                "support_samples": len(support),
-                "batch_size": options.batch_size,
-            },
-        }
-        prepare(task, queries, support, options.output, **how)  # refuses before a model is loaded
-        model, processor = _load(options.model)
-        if options.max_pixels is not None:
-            processor.max_pixels = options.max_pixels
-        use_kernels(model, not options.no_kernels, lambda line: print(f"evaluate: {line}", file=sys.stderr))
-        result = evaluate(
-            model.to(options.device).eval(),
-            processor,
-            task,
-            queries,
-            support,
-            options.output,
-            batch_size=options.batch_size,
-            **how,
-        )
+        _run(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"evaluate: {str(error).removeprefix('evaluate: ')}", file=sys.stderr)
+        print(f"evaluate: {' '.join(str(error).split()).removeprefix('evaluate: ')}", file=sys.stderr)
         return 2
-    print(result)
     return 0
 
 
-def _load(name: str) -> tuple[torch.nn.Module, Any]:
-    if name.endswith(".toml"):
-        from flamingo.training import load_run
+def _run(options: argparse.Namespace) -> None:
+    benchmark = TASKS[options.task]
+    _check(options)
+    device = find_device(options.device)
+    task = _task(options, benchmark)
+    data = read_inputs(options, benchmark, _say)
+    how = _how(options, task, data)
+    predictions = options.predictions or options.output.with_suffix(".predictions.json")
+    prepare(task, data.queries, data.support, options.output, **how)  # refuses before a model is loaded
+    refuse_foreign(predictions, None)
+    if options.json is not None:
+        refuse_foreign(options.json, RESULT_KEYS)
+    model, processor = find_model(options.model)()
+    for name in ("max_pixels", "fps", "max_frames"):
+        if (value := getattr(options, name, None)) is not None:
+            setattr(processor, name, value)
+    use_kernels(model, not options.no_kernels, _say)
+    result = evaluate(
+        model.to(device).eval(),
+        processor,
+        task,
+        data.queries,
+        data.support,
+        options.output,
+        batch_size=options.batch_size,
+        **how,
+    )
+    if is_first():
+        _tell(result, options, benchmark, data, predictions)
 
-        return load_run(name)
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise ValueError(f"expected --model run.toml or module:function, got {name!r}.")
-    return getattr(import_module(module), function)()
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuses numbers that are out of range."""
+    least = {"shots": 0, "limit": 1, "support_samples": 0, "batch_size": 1, "beams": 1, "max_new_tokens": 1}
+    for name, smallest in (least | {"permutations": 1, "max_pixels": 1, "max_frames": 1}).items():
+        value = getattr(options, name, None)
+        if value is not None and value < smallest:
+            raise ValueError(f"expected {name} of {smallest} or more, got --{dashed(name)} {value}.")
+    fps = getattr(options, "fps", None)
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"expected --fps above 0, got {fps}.")
 
 
-def _some(samples: Sequence[Sample], count: int | None, seed: int) -> list[Sample]:
-    """So many of the samples, chosen at random, in their order."""
-    if count is None or count >= len(samples):
-        return list(samples)
-    places = random.Random(seed).sample(range(len(samples)), count)
-    return [samples[place] for place in sorted(places)]
+def _task(options: argparse.Namespace, benchmark: Benchmark) -> Task:
+    """The benchmark's task as the options change it, if all that its metric reads is installed."""
+    if folder := getattr(options, "nltk_data", None):
+        if not folder.is_dir():
+            raise ValueError(f"expected --nltk-data that is a folder, got {folder}.")
+        import_nltk("nltk.data").path.insert(0, str(folder.absolute()))
+    scoring = getattr(options, "scoring", None)
+    benchmark.needs(scoring)
+    task = benchmark.task if scoring is None else replace(benchmark.task, score=benchmark.scorings[scoring])
+    return task if task.closed else replace(task, max_new_tokens=options.max_new_tokens)
+
+
+def _how(options: argparse.Namespace, task: Task, data: Inputs) -> dict[str, Any]:
+    """What `prepare` and `evaluate` are told."""
+    settings = data.files | {
+        "model": options.model,
+        "support": data.support_files,
+        "support_samples": len(data.support),
+        "batch_size": options.batch_size,
+    }
+    how = {"shots": options.shots, "select": options.select, "seed": options.seed, "settings": settings}
+    if task.closed:
+        return how | {"num_beams": 1, "permutations": options.permutations}
+    return how | {"num_beams": options.beams}
+
+
+def _tell(
+    result: Evaluation,
+    options: argparse.Namespace,
+    benchmark: Benchmark,
+    data: Inputs,
+    predictions: Path,
+) -> None:
+    """Says and writes what was found."""
+    print(result)
+    if result.value is None or options.predictions is not None:
+        write_upload(predictions, options.output, benchmark)
+        print(f"answers for a server that measures: {predictions}")
+    if options.json is not None:
+        write_json(
+            options.json,
+            {
+                "task": result.task,
+                "metric": result.metric,
+                "value": result.value,
+                "samples": result.samples,
+                "shots": result.shots,
+                "broken": getattr(result, "broken", 0),
+                "missing": data.missing,
+                "settings": _settings(options),
+            },
+        )
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """All options, as JSON."""
+    hidden = ("command", "run", "json", "predictions")
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if name not in hidden
+    }
+
+
+def _say(line: str) -> None:
+    if is_first():
+        print(f"evaluate: {line}", file=sys.stderr)

@@ -73,10 +73,29 @@ QUESTION = Template("Question: {question} Answer:")
 # The caption and the turns so far, see `dialogue_history`, come before the question.
 VISUAL_DIALOGUE = Template("{history} Question: {question} Answer:")
 HATEFUL_MEMES = Template('is an image with written: "{meme_text}" on it. Is it hateful? Answer:')
-# Candidates are "a person opens a door": the verb in the third person, with an article.
+# Candidates are those of `action`.
 ACTION = Template("Caption:")
 # The paper prints none for ImageNet and Kinetics; this is that of captions.
 CLASSIFICATION = Template("Output:")
+
+_SIBILANT = re.compile(r"(?:s|x|z|ch|sh|o)$")  # a verb's ending that takes "es"
+
+
+def action(verb: str, noun: str) -> str:
+    """The caption of an action, a candidate of `ACTION`: the verb in the third person, and an article.
+
+    Source: arXiv 2204.14198, appendix B.1.4, which gives the form and no rules. A noun that ends in one s has
+    no article.
+
+    >>> action("cut", "apple"), action("fry", "eggs"), action("wash", "car")
+    ('a person cuts an apple', 'a person fries eggs', 'a person washes a car')
+    """
+    says = f"{verb}es" if _SIBILANT.search(verb) else f"{verb}s"
+    if re.search("[^aeiou]y$", verb):
+        says = f"{verb[:-1]}ies"
+    article = "" if re.search("[^s]s$", noun) else "an " if noun[:1] in "aeiou" else "a "
+    return f"a person {says} {article}{noun}"
+
 
 _KEYWORDS = re.compile("Question:|Answer:|Output:|Caption:|<EOC>|<image>")
 

@@ -1,0 +1,147 @@
+"""What an evaluation reads: the samples that are asked, and those that shots are taken from."""
+
+import argparse
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from flamingo.fewshot.benchmarks import Benchmark, present
+from flamingo.fewshot.prompts import Sample
+
+SUPPORT_SAMPLES = 2048  # in the paper
+
+
+class Inputs(NamedTuple):
+    """What is asked, and what shots are taken from."""
+
+    queries: list[Sample]
+    support: list[Sample]
+    missing: int  # queries without a video
+    files: dict[str, str]  # what was read, by the names of the options
+    support_files: list[str]
+
+
+def read_inputs(options: argparse.Namespace, benchmark: Benchmark, say: Callable[[str], object]) -> Inputs:
+    """Reads what is asked and what shots are taken from.
+
+    Args:
+        options: of the command.
+        benchmark: that is asked.
+        say: is told, in a line, how many samples have no video.
+
+    Raises:
+        FileNotFoundError, ValueError: as the benchmark's readers, and if files that are needed are not given,
+            or what shots are made of has no answers.
+    """
+    files, support_files = _files(options, benchmark)
+    asked = benchmark.read(**files)
+    queries = _with_videos(asked, files, options, benchmark, "what is asked", say)
+    support = []
+    if support_files is not None:
+        support = (benchmark.read_support or benchmark.read)(**support_files)
+        if support_files == files and not _given(options, files) and _share_ids(support, queries):
+            raise ValueError(
+                f"expected {' or '.join(f'--support-{dashed(name)}' for name in files)}: "
+                f"{_shown(files)} has no part of its own for shots."
+            )
+        if without := [sample for sample in support if not sample.references]:
+            raise ValueError(
+                f"expected answers to what shots are made of in {_shown(support_files)}, found none to "
+                f"{without[0].id!r}."
+            )
+        support = _with_videos(support, support_files, options, benchmark, "the shots", say)
+    return Inputs(
+        _some(queries, options.limit, options.seed),
+        _some_support(support, options, benchmark),
+        len(asked) - len(queries),
+        {name: str(path) for name, path in files.items()},
+        [str(path) for path in (support_files or {}).values()],
+    )
+
+
+def _shown(files: Mapping[str, Path]) -> str:
+    return " and ".join(map(str, files.values()))
+
+
+def _share_ids(some: Sequence[Sample], others: Sequence[Sample]) -> bool:
+    return bool({sample.id for sample in some} & {sample.id for sample in others})
+
+
+def _given(options: argparse.Namespace, files: Mapping[str, Path]) -> bool:
+    """Whether the user said where shots come from."""
+    return any(getattr(options, f"support_{name}") for name in files)
+
+
+Files = Mapping[str, Path]
+
+
+def _files(options: argparse.Namespace, benchmark: Benchmark) -> tuple[Files, Files | None]:
+    """The files of what is asked and those of the shots, None where there are to be no shots."""
+    names = (*benchmark.files, *benchmark.more_files)
+    files = {name: path for name in names if (path := getattr(options, name)) is not None}
+    given = {name: path for name in names if (path := getattr(options, f"support_{name}")) is not None}
+    if benchmark.read_support is not None:
+        return files, {**files, **given}
+    if not given and benchmark.task.closed and options.shots == 0:
+        return files, None
+    if missing := [name for name in benchmark.files if name not in given and name not in benchmark.shared]:
+        raise ValueError(f"expected --support-{dashed(missing[0])}, where shots come from, got none.")
+    return files, {**{name: path for name, path in files.items() if name in benchmark.shared}, **given}
+
+
+def _with_videos(
+    samples: list[Sample],
+    files: Files,
+    options: argparse.Namespace,
+    benchmark: Benchmark,
+    what: str,
+    say: Callable[[str], object],
+) -> list[Sample]:
+    """The samples whose videos are there. Videos of the web vanish, so everybody has a part of them."""
+    if benchmark.media != "videos":
+        return samples
+    found, folder = present(samples), files["videos"]
+    if not found or (options.all_videos and len(found) < len(samples)):
+        raise ValueError(
+            f"expected a video in {folder} for each of {len(samples)} samples of {what}, found "
+            f"{len(found) or 'none'}: the first to lack one is {_first_missing(samples, found)!r}."
+        )
+    if len(found) < len(samples):
+        say(f"{len(samples) - len(found)} of {len(samples)} samples of {what} have no video in {folder}")
+    return found
+
+
+def _first_missing(samples: Sequence[Sample], found: Sequence[Sample]) -> int | str:
+    there = {sample.id for sample in found}
+    return next(sample.id for sample in samples if sample.id not in there)
+
+
+def _some(samples: Sequence[Sample], count: int | None, seed: int) -> list[Sample]:
+    """So many of the samples, chosen at random, in their order."""
+    if count is None or count >= len(samples):
+        return list(samples)
+    places = random.Random(seed).sample(range(len(samples)), count)
+    return [samples[place] for place in sorted(places)]
+
+
+def _some_support(samples: list[Sample], options: argparse.Namespace, benchmark: Benchmark) -> list[Sample]:
+    each = benchmark.support_per_answer
+    if options.support_samples is not None or each is None:
+        count = SUPPORT_SAMPLES if options.support_samples is None else options.support_samples
+        return _some(samples, count, options.seed)
+    by_answer: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_answer.setdefault(sample.answer, []).append(sample)
+    return [sample for few in by_answer.values() for sample in _some(few, each, options.seed)]
+
+
+def dashed(name: str) -> str:
+    """The name of an option as it is written on the command line."""
+    return name.replace("_", "-")
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks, among those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"

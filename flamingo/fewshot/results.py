@@ -1,0 +1,58 @@
+"""What a run leaves besides its answers: its result, and answers for a server that measures."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flamingo.fewshot.benchmarks import Benchmark
+from flamingo.json_lines import parse_line
+
+
+def refuse_foreign(path: Path, is_own: Sequence[str] | None) -> None:
+    """Leaves a file alone that is not of the kind that would be written over it.
+
+    Args:
+        path: that will be written.
+        is_own: keys of the object that such a file has, or None where any list or object is one.
+
+    Raises:
+        ValueError: if the file is there and something else, or its folder is not there.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"expected the folder of {path}, got none. Make it first.")
+    if not path.exists():
+        return
+    found = parse_line(path.read_bytes()) if path.is_file() else None
+    own = (
+        isinstance(found, (list, dict))
+        if is_own is None
+        else isinstance(found, dict) and {*is_own} <= {*found}
+    )
+    if not own:
+        raise ValueError(
+            f"expected {path} to be new or of a run like this, got something else, which is left as it is. "
+            "Name another file."
+        )
+
+
+RESULT_KEYS = ("task", "metric", "value", "settings")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON as a whole: a crash leaves what was there."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def read_answers(output: Path) -> list[dict[str, Any]]:
+    """The records of a run's output that have an answer."""
+    with output.open("rb") as file:
+        records = [parse_line(line) for line in [*file][1:]]
+    return [record for record in records if isinstance(record, dict) and "prediction" in record]
+
+
+def write_upload(path: Path, output: Path, benchmark: Benchmark) -> None:
+    """Writes a run's answers in the form of the server that measures them."""
+    write_json(path, benchmark.upload(read_answers(output)))
