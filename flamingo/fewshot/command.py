@@ -119,7 +119,8 @@ def describe(name: str) -> str:
                 rareact/7frRY7aGwMU.mp4 ...                   --videos
     """
     benchmark = TASKS[name]
-    rows = [("split", benchmark.split), ("from", benchmark.source), ("files", benchmark.layout)]
+    rows = [("split", benchmark.split), ("from", benchmark.source)]
+    rows = [(title, textwrap.fill(text, 96)) for title, text in rows] + [("files", benchmark.layout)]
     if benchmark.scorings:
         rows.append(("scoring", f"also as {' or '.join(benchmark.scorings)}"))
     head = f"{name}: {benchmark.title}, {benchmark.task.metric}"
@@ -216,7 +217,7 @@ def _tell(
     """Says and writes what was found."""
     print(result)
     if result.value is None or options.predictions is not None:
-        write_upload(predictions, options.output, benchmark)
+        write_upload(predictions, options.output, benchmark, data.queries)
         print(f"answers for a server that measures: {predictions}")
     if options.json is not None:
         write_json(

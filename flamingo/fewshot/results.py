@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flamingo.fewshot.benchmarks import Benchmark
+from flamingo.fewshot.prompts import Sample
 from flamingo.json_lines import parse_line
 
 
@@ -53,6 +54,14 @@ def read_answers(output: Path) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict) and "prediction" in record]
 
 
-def write_upload(path: Path, output: Path, benchmark: Benchmark) -> None:
-    """Writes a run's answers in the form of the server that measures them."""
-    write_json(path, benchmark.upload(read_answers(output)))
+def write_upload(path: Path, output: Path, benchmark: Benchmark, queries: Sequence[Sample]) -> None:
+    """Writes a run's answers in the form of the server that measures them.
+
+    A server wants every question, so one whose image could not be read has an empty answer. A ranking that
+    was not made is left out.
+    """
+    found = {record["id"]: record for record in read_answers(output)}
+    if not benchmark.task.closed:
+        blank = {query.id: {"id": query.id, "prediction": "", "details": query.details} for query in queries}
+        found = blank | found
+    write_json(path, benchmark.upload([found[query.id] for query in queries if query.id in found]))

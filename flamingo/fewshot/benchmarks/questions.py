@@ -89,16 +89,15 @@ def _sample(entry: Entry, image: Path, annotation: Entry | None, path: Path | No
     said = tuple(
         expect(one, "raw_answer", TEXT, path) if "raw_answer" in one else one["answer"] for one in given
     )
-    shown = most_common(said)
     if "multiple_choice_answer" in annotation:
         shown = expect(annotation, "multiple_choice_answer", TEXT, path)
+    else:
+        shown = most_common(said)
     details: dict[str, Any] = {}
     if any("raw_answer" in one for one in given):
         details["stems"] = [one["answer"] for one in given]
-    if all(isinstance(one.get("answer_confidence"), str) for one in given):
-        details["confidences"] = [one["answer_confidence"] for one in given]
-    if not all("answer_id" in one for one in given):
-        details["unnamed"] = True  # annotators that open_flamingo takes for one if they say the same
+    if not all("answer_id" in one for one in given):  # all that tells annotators apart
+        details["confidences"] = [str(one.get("answer_confidence", "")) for one in given]
     return replace(sample, answer=shown, references=said, details=details)
 
 
@@ -241,12 +240,11 @@ def open_flamingo_score(records: Records) -> float | None:
         return None
     scores = []
     for record in records:
-        details, answers = record["details"], record["references"]
-        if details.get("unnamed"):
-            sure = details.get("confidences", [""] * len(answers))
-            scores.append(metrics.open_flamingo_accuracy(record["prediction"], answers, sure))
+        said, answers = record["prediction"], record["references"]
+        if "confidences" in record["details"]:
+            scores.append(metrics.open_flamingo_accuracy(said, answers, record["details"]["confidences"]))
         else:
-            scores.append(metrics.vqa_accuracy(record["prediction"], answers))
+            scores.append(metrics.vqa_accuracy(said, answers))
     return 100 * sum(scores) / len(scores)
 
 

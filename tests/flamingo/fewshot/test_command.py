@@ -121,7 +121,7 @@ class TestList:
         said = capsys.readouterr().out
         for name, benchmark in BENCHMARKS.items():
             assert f"{name}: {benchmark.title}, {benchmark.task.metric}\n" in said
-            assert benchmark.source in said
+            assert benchmark.source in " ".join(said.split())
             assert all(line in said for line in benchmark.layout.splitlines())
 
     @pytest.mark.parametrize("name", BENCHMARKS)
@@ -316,6 +316,20 @@ class TestWritten:
             {"question_id": 393225001, "answer": "a dog"},
         ]
         assert f"answers for a server that measures: {path}\n" in capsys.readouterr().out
+
+    def test_a_question_that_was_not_answered_has_an_empty_answer(self, ask, stand_in, tmp_path):
+        answer = stand_in.evaluate
+
+        def broken(*given, **how):
+            result = answer(*given, **how)
+            lines = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
+            (tmp_path / "out.jsonl").write_text("".join([*lines[:-1], '{"id": 393225001, "broken": "?"}\n']))
+            return result
+
+        command.evaluate = broken  # put back by `stand_in`
+        assert ask("vqav2", "--predictions", str(tmp_path / "mine.json")) == 0
+        said = json.loads((tmp_path / "mine.json").read_text())
+        assert [one["answer"] for one in said] == ["a dog", ""]
 
     def test_and_where_they_are_asked_for(self, ask, tmp_path):
         path = tmp_path / "mine.json"

@@ -121,6 +121,15 @@ class TestVQA:
         with pytest.raises(ValueError, match=r"answers?'? in .*annotations\.json to (be|have)"):
             read_vqa(**vqa)
 
+    @pytest.mark.parametrize("value", [None, True, [2], 2.5])
+    @pytest.mark.parametrize("field", ["question_id", "image_id"])
+    def test_ids_are_numbers_or_texts(self, vqa, field, value):
+        data = json.loads(vqa["questions"].read_text())
+        data["questions"][1][field] = value
+        vqa["questions"].write_text(json.dumps(data))
+        with pytest.raises(ValueError, match=rf"'{field}' in .*questions\.json to be a number or a text"):
+            read_vqa(**vqa)
+
     def test_ids(self, vqa):
         change(vqa["questions"], "questions", 1, question_id=100)
         with pytest.raises(ValueError, match=r"ids that differ in .*questions\.json, got two of 100"):
