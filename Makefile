@@ -22,7 +22,7 @@ OLDEST := $(VENV)/triton-oldest $(VENV)/transformers-oldest
 # What may fail with releases that came after constraints.txt was written.
 NEWEST := $(VENV)/newest
 NEWEST_TESTS := tests/flamingo_kernels/patch tests/flamingo_kernels/commands/profile tests/flamingo/language \
-	tests/flamingo/test_generation.py tests/flamingo/test_open_flamingo.py \
+	tests/flamingo/generation/test_tokens.py tests/flamingo/test_open_flamingo.py \
 	--ignore tests/flamingo_kernels/patch/test_oldest_transformers.py
 
 .PHONY: help demo test test-slow test-newest mutate sanitize lint format bench gpu info build emulated clean

@@ -13,10 +13,12 @@ contrastive    pre-training of a vision encoder on pairs of images and texts
 language       language models: a decoder, and those of transformers
 pretrained     folders of transformers' models, read whole
 generation     what follows a prompt: greedy, sampled, by beam search, token by token
-beam_search    the search
-context        what a model has read, so that further turns can follow
+fingerprint    what tells encoders and media apart, to know what was kept of them
+saved          a whole model in one file
 kernels        faster layers, for the commands
 threads        how long they wait for work
+command_line   what every command does with a mistake
+ranges         which numbers a configuration may have
 json_lines     results and logs that a crash may have damaged
 training       of what is new, on tar shards, by one process or many
 demo           all of it on real digits, from nothing
@@ -28,8 +30,16 @@ from flamingo import threads  # noqa: F401  first, as torch's OpenMP looks once 
 # isort: split
 
 from flamingo.config import FlamingoConfig
-from flamingo.context import Context
-from flamingo.generation import complete, generate, stream
+from flamingo.generation import (
+    Context,
+    Latents,
+    Prompt,
+    complete,
+    generate,
+    read_prompt,
+    stream,
+    stream_text,
+)
 from flamingo.language import KVCache, LanguageModel, NewTokens, PretrainedLanguage, load_mpt_1b
 from flamingo.model import Flamingo, FlamingoOutput
 from flamingo.modules import (
@@ -44,6 +54,7 @@ from flamingo.modules import (
 )
 from flamingo.open_flamingo import load_open_flamingo
 from flamingo.processor import Batch, Processor
+from flamingo.saved import load_model, save_model
 from flamingo.tokenizer import ByteTokenizer, PretrainedTokenizer
 from flamingo.vision import NFNet, PretrainedVision, VisionEncoder
 
@@ -58,6 +69,7 @@ __all__ = [
     "GatedCrossAttentionBlock",
     "KVCache",
     "LanguageModel",
+    "Latents",
     "MaskedCrossAttention",
     "NFNet",
     "NewTokens",
@@ -67,13 +79,18 @@ __all__ = [
     "PretrainedTokenizer",
     "PretrainedVision",
     "Processor",
+    "Prompt",
     "VisionEncoder",
     "complete",
     "dense_masked_attention",
     "generate",
     "interpolate_time",
+    "load_model",
     "load_mpt_1b",
     "load_open_flamingo",
+    "read_prompt",
+    "save_model",
     "stream",
+    "stream_text",
     "text_time",
 ]

@@ -1,15 +1,21 @@
-"""The command line: python -m flamingo {train, encode, evaluate, demo}."""
+"""The command line: python -m flamingo {train, encode, evaluate, complete, demo}."""
 
 import argparse
 import sys
+from functools import partial
 
+from flamingo.command_line import parser_of, run_command
 from flamingo.fewshot import command as fewshot
+from flamingo.generation import command as generation
+
+EXTRAS = {"train": "training", "encode": "training", "demo": "demo"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m flamingo", description="A Flamingo in plain PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = parser_of("flamingo", "A Flamingo in plain PyTorch.")
+    commands = parser.add_subparsers(dest="command", metavar="command")
 
     train = commands.add_parser("train", help="train a Flamingo, or continue where a run was stopped")
     train.add_argument("config", metavar="CONFIG", help="a TOML file, see flamingo.training.TrainingConfig")
@@ -22,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     encode.set_defaults(run=_encode)
 
     fewshot.add_parser(commands)
+    generation.add_parser(commands)
 
     demo = commands.add_parser("demo", help="a Flamingo from nothing, on real digits, in minutes")
     demo.add_argument("--picture", metavar="FILE", default="digits.png", help="default: digits.png")
@@ -36,7 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     demo.set_defaults(run=_demo)
 
     options = parser.parse_args(arguments)
-    return options.run(options)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    return run_command(options.command, partial(options.run, options), extra=EXTRAS.get(options.command))
 
 
 def _train(options: argparse.Namespace) -> int:

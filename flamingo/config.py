@@ -2,11 +2,23 @@
 
 import difflib
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from flamingo.language.decoder import PositionKind
-from flamingo.modules import Policy
+from flamingo.modules import ACTIVATIONS, Policy
+from flamingo.ranges import POSITIVE, at_least, expect_ranges
 from flamingo.vision import NFNETS
+
+# Sizes that may be 0: a given encoder has none of a ViT's.
+_ZERO = (
+    "patch_size",
+    "vision_layers",
+    "vision_heads",
+    "resampler_depth",
+    "cross_attn_first",
+    "media_token_id",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +73,14 @@ class FlamingoConfig:
     media_token_id: int = 256  # `<image>` of ByteTokenizer
 
     def __post_init__(self):
+        _expect_types(self)
+        sizes = (each.name for each in fields(self) if type(getattr(self, each.name)) is int)
+        expect_ranges(self, {name: at_least(0) if name in _ZERO else POSITIVE for name in sizes})
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"FlamingoConfig: expected activation to be one of {', '.join(ACTIVATIONS)}, got "
+                f"{self.activation!r}."
+            )
         if self.vision == "vit":
             self._check_vit()
         elif self.vision not in (*NFNETS, "given"):
@@ -119,6 +139,22 @@ class FlamingoConfig:
             hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(known)}."
             raise ValueError(f"FlamingoConfig: there is no field {change!r}. {hint}")
         return replace(PRESETS[name], **changes)
+
+
+def _expect_types(config: FlamingoConfig) -> None:
+    """Raises ValueError at the first field that is not of its type: files give any."""
+    for name, expected in get_type_hints(FlamingoConfig).items():
+        value = getattr(config, name)
+        if get_origin(expected) is Literal:
+            wanted, right = f"one of {', '.join(get_args(expected))}", value in get_args(expected)
+        elif get_origin(expected) is tuple:
+            right = isinstance(value, (tuple, list)) and all(type(id) is int and id >= 0 for id in value)
+            wanted = "a list of ids"
+        else:
+            kinds = get_args(expected) if isinstance(expected, UnionType) else (expected,)
+            wanted, right = kinds[0].__name__, type(value) in kinds
+        if not right:
+            raise ValueError(f"FlamingoConfig: expected {name} to be {wanted}, got {value!r}.")
 
 
 def sizes(part: str, **values: int) -> dict[str, Any]:

@@ -242,6 +242,5 @@ def _import(module: str, package: str, what: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"Processor: reading {what} from files needs {package}: pip install {package}, or "
-            'pip install "flamingo-kernels[media]".'
+            f"Processor: reading {what} from files needs {package}: pip install {package}."
         ) from error

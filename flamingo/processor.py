@@ -184,7 +184,7 @@ class Processor:
             layout = self.lay_out(document, name=f"document {index}", prompt=prompt)
             if window is not None and len(layout.ids) > window:
                 layout = self._window(layout, window, generator)
-            layout = self._first_media(layout)
+            layout = self.first_media(layout)
             see_next = chance > 0 and torch.rand((), generator=generator).item() < chance
             layouts.append(layout)
             starts.append(self._starts(layout.ids, see_next))
@@ -199,17 +199,34 @@ class Processor:
             labels=pad([self._labels(layout.ids) for layout in layouts], -100, left=left),
         )
 
-    def lay_out(self, document: Any, *, name: str = "the document", prompt: bool = False) -> Layout:
-        """A document's tokens and media; `name` is what errors call it, `prompt` as in `__call__`."""
+    def lay_out(
+        self,
+        document: Any,
+        *,
+        name: str = "the document",
+        prompt: bool = False,
+        after: Layout | None = None,
+    ) -> Layout:
+        """A document's tokens and media.
+
+        Args:
+            document: see the class.
+            name: what errors call it.
+            prompt: as in `__call__`.
+            after: a prompt that the document goes on from. The layout is then of what is new, and together
+                they are that of one document.
+        """
         tokenizer = self.tokenizer
-        ids, media = [*self._beginning], []
+        ids, media = [*(self._beginning if after is None else after.ids)], []
         for part in _interleave(document, name):
             if isinstance(part, str):
                 ids += self.encode(part)
             else:
                 ids += [*self._end_of_chunk(ids), tokenizer.image_id]
                 media.append(part)
-        return Layout(ids if prompt else [*ids, *self._end_of_chunk(ids), tokenizer.eos_id], media)
+        if not prompt:
+            ids += [*self._end_of_chunk(ids), tokenizer.eos_id]
+        return Layout(ids if after is None else ids[len(after.ids) :], media)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, none of which is an image: one that is spelled out is taken apart."""
@@ -265,18 +282,19 @@ class Processor:
         first = layout.ids[:start].count(self.tokenizer.image_id)
         return Layout(ids, layout.media[first : first + ids.count(self.tokenizer.image_id)])
 
-    def _first_media(self, layout: Layout) -> Layout:
-        """The first `max_media` media, without the `<EOC><image>` of the others."""
-        if self.max_media is None or len(layout.media) <= self.max_media:
+    def first_media(self, layout: Layout, *, before: int = 0) -> Layout:
+        """The first `max_media` media, those before it counted too, without the `<EOC><image>` of others."""
+        most = len(layout.media) if self.max_media is None else max(0, self.max_media - before)
+        if len(layout.media) <= most:
             return layout
         tokenizer, ids, found = self.tokenizer, [], 0
         for id in layout.ids:
             found += id == tokenizer.image_id
-            if id != tokenizer.image_id or found <= self.max_media:
+            if id != tokenizer.image_id or found <= most:
                 ids.append(id)
             elif ids and ids[-1] == tokenizer.eoc_id:
                 ids.pop()
-        return Layout(ids, layout.media[: self.max_media])
+        return Layout(ids, layout.media[:most])
 
     def _starts(self, ids: list[int], see_next: bool) -> list[bool]:
         """Where the text of each medium begins: at its `<image>`, or right after that of the one before."""

@@ -15,8 +15,9 @@ DEMO_SPINS = "0"
 
 
 def _wait_briefly() -> None:
-    """For `python -m flamingo`, before torch starts its threads; whatever the user has set stays."""
-    is_command = sys.argv[:1] == ["-m"] and "flamingo" in sys.orig_argv
+    """For both names of the command, before torch starts its threads; whatever the user has set stays."""
+    program = os.path.basename(sys.argv[0]) if sys.argv else ""
+    is_command = program == "flamingo" or (program == "-m" and "flamingo" in sys.orig_argv)
     if is_command and "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", DEMO_SPINS if "demo" in sys.orig_argv else SPINS)
 

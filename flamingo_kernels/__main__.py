@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from functools import partial
 from importlib import import_module
+
+from flamingo.command_line import parser_of, run_command
 
 COMMANDS = {
     "info": "versions, processor, and which backend runs here or why not",
@@ -17,14 +19,14 @@ COMMANDS = {
     "demo": "swap a Flamingo's modules on real photographs and compare",
 }
 
+EXTRAS = {"bench": "bench", "profile": "bench", "gpu": "bench", "demo": "demo"}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="python -m flamingo_kernels", description="Flamingo's attention, gates and resampler, fast."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    parser = parser_of("flamingo_kernels", "Flamingo's attention, gates and resampler, fast.")
+    commands = parser.add_subparsers(dest="command", metavar="command")
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary)
         if name in arguments[:1]:  # what another command needs may not be installed
@@ -32,7 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
             module.add_arguments(command)
             command.set_defaults(main=module.main)
     options = parser.parse_args(arguments)
-    return options.main(options)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    return run_command(options.command, partial(options.main, options), extra=EXTRAS.get(options.command))
 
 
 if __name__ == "__main__":

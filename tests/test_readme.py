@@ -11,7 +11,6 @@ import flamingo_kernels
 from flamingo.__main__ import main as flamingo_command
 from flamingo.config import PRESETS
 from flamingo.demo import stages
-from flamingo.demo.saved import save_model
 from flamingo_kernels._backends import dispatch, env
 from flamingo_kernels.commands import support
 from flamingo_kernels.commands.bench import report
@@ -28,7 +27,7 @@ README = (ROOT / "README.md").read_text()
 def test_its_python_runs(tmp_path, monkeypatch):
     pytest.importorskip("sklearn", reason="the demo's digits are scikit-learn's")
     monkeypatch.chdir(tmp_path)
-    save_model(flamingo.Flamingo(stages.CONFIG), "digits.safetensors")
+    flamingo.save_model(flamingo.Flamingo(stages.CONFIG), stages.make_processor(), "digits.safetensors")
     model = flamingo.Flamingo(flamingo.FlamingoConfig.preset("tiny"))
     names = {"model": model}
     for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):

@@ -19,7 +19,6 @@ stages     the trainings that see images
 run        all of it
 findings   what is found, and whether it is enough
 picture    drawn
-saved      the model in a file
 command    what can be asked on the command line
 
 Source: arXiv 2204.14198: sections 2.1 to 2.4, and B.1.4 for the evaluation.
@@ -27,6 +26,5 @@ Source: arXiv 2204.14198: sections 2.1 to 2.4, and B.1.4 for the evaluation.
 
 from flamingo.demo.command import main
 from flamingo.demo.digits import load_digits
-from flamingo.demo.saved import load_model
 
-__all__ = ["load_digits", "load_model", "main"]
+__all__ = ["load_digits", "main"]

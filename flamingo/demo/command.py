@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 
+from flamingo.command_line import expect_writable
 from flamingo.demo.lessons import NotLearntError
 from flamingo.demo.picture import check_format, draw
 from flamingo.demo.run import run
-from flamingo.demo.saved import save_model
+from flamingo.demo.stages import make_processor
+from flamingo.saved import save_model
 
 
 def main(
@@ -29,7 +31,7 @@ def main(
     """Run the demo, print what it finds, draw it and save the model.
 
     Args:
-        picture, model: files to write; see `load_model`.
+        picture, model: files to write; see `flamingo.load_model`.
         json: a file for what was found; None writes none. Shares of 1: `{"drawn": {"0": 0.11, ..., "8":
             0.92}, "known": {"0": 0.98, ...}, "recall": 0.99, ...}`. Names that are drawn for each document
             and known ones, by the number of shots, and how often the language model knows a number that a
@@ -41,25 +43,22 @@ def main(
         quick: a few steps of each stage, to see that it runs.
 
     Returns:
-        0; 1 if it has not learnt what it should; 2 for a mistake, which one line on stderr tells.
+        0; 1 if it has not learnt what it should.
+
+    Raises:
+        ImportError, OSError, ValueError: before the work, if a package is missing, a file cannot be written,
+            or a number is out of its range.
     """
     files = [Path(file) for file in (picture, model, json) if file is not None]
-    try:
-        _check(files, seed, threads)
-        check_format(Path(picture))
-    except ImportError as error:
-        print(f'demo: {error.name} is missing: pip install "flamingo-kernels[demo]"', file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
+    _check(files, seed, threads)
+    check_format(Path(picture))
     try:
         with _threads(threads):
             found, trained = run(seed=seed, kernels=kernels, quick=quick)
     except NotLearntError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
-    save_model(trained, model)
+    save_model(trained, make_processor(), model)
     draw(found, Path(picture))
     if json is not None:
         Path(json).write_text(dumps(found.as_json(), indent=2) + "\n")
@@ -81,11 +80,7 @@ def _check(files: Sequence[Path], seed: int, threads: int) -> None:
         raise ValueError(f"expected --threads from 1 to {cores}, the cores of this machine, got {threads}.")
     if len({file.resolve() for file in files}) < len(files):
         raise ValueError(f"expected a file for each of what is written, got {', '.join(map(str, files))}.")
-    for file in files:
-        existed = file.exists()
-        file.open("ab").close()
-        if not existed:
-            file.unlink()
+    expect_writable(*files)
 
 
 @contextmanager

@@ -53,11 +53,19 @@ class Template:
         Raises:
             KeyError: if a sample lacks a field that the template names.
         """
+        return [*self.shown(shots, text_only=text_only), *self.asked(query)]
+
+    def shown(self, shots: Sequence[Sample], *, text_only: bool = False) -> list:
+        """The beginning of `prompt`, which many queries can share."""
         document: list = []
         for shot in shots:
             text = f"{self.ask.format(**shot.fields)} {shot.answer}<EOC>"
             document += [text] if text_only else [shot.image, text]
-        return [*document, query.image, self.ask.format(**query.fields)]
+        return document
+
+    def asked(self, query: Sample) -> list:
+        """The end of `prompt`."""
+        return [query.image, self.ask.format(**query.fields)]
 
 
 CAPTION = Template("Output:")

@@ -2,24 +2,17 @@
 
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from flamingo.context import Context
 from flamingo.fewshot.prompts import Sample, Template
-from flamingo.processor import Layout, Processor, pad
+from flamingo.generation import Context, Latents, Prompt
+from flamingo.generation.prompts import EncodedPrompts, encode, lay_out, reading, together
+from flamingo.processor import Processor, pad
 
 T = TypeVar("T")
-
-
-class EncodedPrompts(NamedTuple):
-    """Prompts whose media are latents already."""
-
-    input_ids: Tensor  # int64 [P, T], padded on the left
-    attention_mask: Tensor  # bool [P, T]
-    media: Tensor  # [P, M, R, D_v]
 
 
 @torch.no_grad()
@@ -31,6 +24,8 @@ def log_likelihoods(
     *,
     closed: bool = True,
     batch_size: int = 8,
+    after: Prompt | None = None,
+    latents: Latents | None = None,
 ) -> Tensor:
     """How likely each candidate is after each prompt.
 
@@ -38,8 +33,8 @@ def log_likelihoods(
 
         score[p, c] = sum over the tokens t of candidate c of log P(t | prompt p, the tokens before t)
 
-    P leaves out `<image>`, as in generation. Every medium is encoded once, for all candidates and for all
-    prompts that hold the same object or path, and every prompt is read once.
+    P leaves out `<image>`, as in generation. Every medium is encoded once, for all candidates and all prompts
+    that hold it, and every prompt is read once.
 
     Args:
         model: a Flamingo in eval mode.
@@ -49,13 +44,14 @@ def log_likelihoods(
         closed: count the `<EOC>` after a candidate too, so that "cat" is not every "cathedral". The paper
             does not say.
         batch_size: how many pairs of prompt and candidate, or media, the model is given at once.
+        after: a prompt of `read_prompt` that comes before each of them.
+        latents: of media that may be encoded already; by default each is encoded once a call.
 
     Returns:
         float32 `[P, C]`.
 
     Raises:
-        ValueError: without candidates, or if the resampler tells a document's first medium from its second
-            (`max_num_media`), so that one encoding cannot serve two places.
+        ValueError: without candidates.
 
     Source: arXiv 2204.14198, appendix B.1.4.
 
@@ -69,21 +65,25 @@ def log_likelihoods(
     tokenizer = processor.tokenizer
     end = [tokenizer.eoc_id] if closed else []
     answers = [[*tokenizer.encode(f" {candidate}"), *end] for candidate in candidates]
-    prompts = encode_prompts(model, processor, documents, batch_size=batch_size)
-    if not documents:
-        return torch.zeros(0, len(answers))
-    parts = zip(*(each.split(batch_size) for each in prompts), strict=True)
-    return torch.cat([_score(model, EncodedPrompts(*part), answers, batch_size) for part in parts])
+    latents = Latents(model, processor, batch_size=batch_size) if latents is None else latents
+    layouts = lay_out(processor, documents, after)
+    scores = torch.zeros(len(layouts), len(answers))
+    for places in together(layouts, batch_size, after):
+        prompts = encode([layouts[place] for place in places], processor, latents, after)
+        with reading(model, len(places), after) as context:
+            scores[places] = _score(context, prompts, answers, batch_size)
+    return scores
 
 
-def _score(model: Any, prompts: EncodedPrompts, answers: list[list[int]], batch_size: int) -> Tensor:
+def _score(context: Context, prompts: EncodedPrompts, answers: list[list[int]], batch_size: int) -> Tensor:
     """Prompts that are read at once, to `[P, C]`."""
-    context, count = Context(model), len(prompts.input_ids)
+    count = len(prompts.input_ids)
     after_prompt = context.read(prompts.input_ids, None, prompts.attention_mask, media=prompts.media)
     first_log_p = after_prompt.float().log_softmax(dim=-1)  # [P, V]
     device = first_log_p.device
     at_once = min(len(answers), max(1, batch_size // count))
-    context.reorder(torch.arange(count, device=device).repeat_interleave(at_once))
+    if at_once > 1:
+        context.reorder(torch.arange(count, device=device).repeat_interleave(at_once))
     scores = []
     for some in batches(answers, at_once):
         some = [*some, *[some[0]] * (at_once - len(some))]  # as many texts every time
@@ -109,11 +109,12 @@ def ensemble_log_likelihoods(
     permutations: int = 6,
     generator: torch.Generator | None = None,
     batch_size: int = 8,
+    latents: Latents | None = None,
 ) -> Tensor:
     """The mean of `log_likelihoods` over random orders of the shots, float32 `[C]`.
 
     Args:
-        model, processor, candidates, batch_size: see `log_likelihoods`.
+        model, processor, candidates, batch_size, latents: see `log_likelihoods`.
         template, query, shots: of the prompt.
         permutations: number of orders; 6 in the paper.
         generator: of the orders; torch's own by default.
@@ -122,52 +123,8 @@ def ensemble_log_likelihoods(
     """
     orders = [torch.randperm(len(shots), generator=generator).tolist() for _ in range(permutations)]
     documents = [template.prompt(query, [shots[place] for place in order]) for order in orders]
-    return log_likelihoods(model, processor, documents, candidates, batch_size=batch_size).mean(dim=0)
-
-
-@torch.no_grad()
-def encode_prompts(
-    model: Any, processor: Processor, documents: Sequence, *, batch_size: int = 8
-) -> EncodedPrompts:
-    """Prompts to tokens and latents, each distinct medium encoded once; see `log_likelihoods`."""
-    if getattr(getattr(model, "config", None), "max_num_media", None):
-        raise ValueError(
-            f"encode_prompts: expected a model without media embeddings, got max_num_media="
-            f"{model.config.max_num_media}: a medium would need another encoding in every place."
-        )
-    device = next(model.parameters()).device
-    layouts = [
-        processor.lay_out(document, name=f"document {index}", prompt=True)
-        for index, document in enumerate(documents)
-    ]
-    distinct = {identity(medium): medium for layout in layouts for medium in layout.media}
-    return EncodedPrompts(
-        pad([layout.ids for layout in layouts], processor.tokenizer.pad_id, left=True).to(device),
-        pad([[1] * len(layout.ids) for layout in layouts], 0, left=True).bool().to(device),
-        _spread(_encode(model, processor, list(distinct.values()), batch_size), list(distinct), layouts),
-    )
-
-
-def _encode(model: Any, processor: Processor, media: list, batch_size: int) -> Tensor:
-    """Media to latents `[N, R, D_v]`."""
-    device = next(model.parameters()).device
-    latents = []
-    for some in list(batches(media, batch_size)) or [[]]:
-        pixels, num_frames = processor.pad_clips([[processor.clip(medium) for medium in some]])
-        num_frames = None if num_frames is None else num_frames.to(device)
-        latents.append(model.encode_media(pixels.to(device), num_frames)[0])
-    return torch.cat(latents)
-
-
-def _spread(latents: Tensor, identities: list[Hashable], layouts: list[Layout]) -> Tensor:
-    """Latents `[N, R, D_v]` of distinct media to those of each prompt, `[P, M, R, D_v]`, padded by zeros."""
-    place = {identity: place for place, identity in enumerate(identities)}
-    most = max((len(layout.media) for layout in layouts), default=0)
-    media = latents.new_zeros(len(layouts), most, *latents.shape[1:])
-    for row, layout in enumerate(layouts):
-        if layout.media:
-            media[row, : len(layout.media)] = latents[[place[identity(one)] for one in layout.media]]
-    return media
+    scores = log_likelihoods(model, processor, documents, candidates, batch_size=batch_size, latents=latents)
+    return scores.mean(dim=0)
 
 
 def identity(medium: Any) -> Hashable:

@@ -1,5 +1,9 @@
 """What a decoder keeps of the tokens it has read, with room for those to come."""
 
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,6 +42,14 @@ class Growing:
     def select(self, rows: Tensor) -> None:
         """Makes the texts those of rows `[n]`."""
         self.seen = self.memory = self.seen.index_select(0, rows)
+
+    def repeat(self, count: int) -> None:
+        """Makes every text so many, with room for what follows them."""
+        length = self.seen.shape[-2]
+        batch, *others = self.seen.shape[:-2]
+        self.memory = self.seen.new_empty(batch * count, *others, length + length // 4, self.seen.shape[-1])
+        self.memory.unflatten(0, (batch, count))[..., :length, :] = self.seen[:, None]
+        self.seen = self.memory[..., :length, :]
 
     def crop(self, tokens: int) -> None:
         """Forgets the last tokens."""
@@ -85,6 +97,12 @@ class KVCache:
             keys.select(beam_idx)
             values.select(beam_idx)
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Makes every text so many, one after the other."""
+        for keys, values in self.layers:
+            keys.repeat(repeats)
+            values.repeat(repeats)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last n tokens, given -n."""
         if tokens_to_remove < 0:
@@ -93,3 +111,46 @@ class KVCache:
                 values.crop(-tokens_to_remove)
             for distances in self.distances:
                 distances.crop(-tokens_to_remove)
+
+
+def growing_cache() -> Any:
+    """An empty `DynamicCache` of transformers whose layers grow as `KVCache` does, without a copy a token."""
+    cache = import_module("transformers").DynamicCache()
+    cache.layer_class_to_replicate = _growing_layer()
+    return cache
+
+
+@lru_cache(maxsize=1)
+def _growing_layer() -> type:
+    """A layer of transformers' caches, made here as transformers may not be installed."""
+    dynamic: Any = import_module("transformers.cache_utils").DynamicLayer
+
+    class GrowingLayer(dynamic):
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> Any:
+            if not self.get_seq_length():
+                super().update(key_states, value_states, *args, **options)
+            else:
+                keys, values = self.growing()
+                self.keys, self.values = keys.add(key_states), values.add(value_states)
+            return self.keys, self.values
+
+        def crop(self, tokens_to_remove: int) -> None:
+            if self.get_seq_length():
+                keys, values = self.growing()
+                super().crop(tokens_to_remove)
+                keys.seen, values.seen = self.keys, self.values  # the beginning of what they were
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            if self.get_seq_length():
+                for each in self.growing():
+                    each.repeat(repeats)
+                self.keys, self.values = (each.seen for each in self.growing_pair)
+
+        def growing(self) -> tuple[Growing, Growing]:
+            """The memory of keys and values, begun anew if these were replaced, as by another order."""
+            pair = getattr(self, "growing_pair", None)
+            if pair is None or pair[0].seen is not self.keys or pair[1].seen is not self.values:
+                self.growing_pair = Growing(self.keys), Growing(self.values)
+            return self.growing_pair
+
+    return GrowingLayer

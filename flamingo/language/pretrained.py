@@ -3,12 +3,14 @@
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from flamingo.language.cache import growing_cache
 from flamingo.language.decoder import check_attention_mask
 from flamingo.language.loss import is_plain_linear, is_watched, sum_of_losses, sum_of_losses_in_pieces
 from flamingo.language.new_tokens import NewTokens
@@ -56,7 +58,9 @@ class PretrainedLanguage(nn.Module):
         ValueError: if the family is unknown and no path is given, or new tokens are to join a model that
             accelerate has offloaded.
 
-    Limits: calls from several threads need a copy each. Padding between tokens, as behind the shorter text of
+    Several threads may call at once; training with gradient checkpointing needs one alone.
+
+    Limits: padding between tokens, as behind the shorter text of
     an earlier turn, puts MPT's tokens further apart, since it has no positions to shift, and counts in a
     sliding window. Gradient checkpointing includes the blocks in transformers 4 and not in 5.
 
@@ -100,10 +104,7 @@ class PretrainedLanguage(nn.Module):
         self.dim: int = cast(Any, model).config.hidden_size
         self.frozen = frozen
         self.path_of_layers = path
-        self._before_layer: BeforeLayer | None = None
-        self._is_called = False
-        self._rows = slice(None)
-        self._at_head: list[Tensor] = []
+        self._calls: dict[int, _Call] = {}  # by thread
         taken = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in taken
         self._cache_keyword = "cache" if "cache" in taken else "past_key_values"  # before transformers 5.24
@@ -151,9 +152,7 @@ class PretrainedLanguage(nn.Module):
 
     def new_cache(self) -> Any:
         """An empty cache; given to every call on one text, it spares reading earlier tokens again."""
-        from transformers import DynamicCache
-
-        return DynamicCache()
+        return growing_cache()
 
     def freeze(self) -> "PretrainedLanguage":
         """Freezes all parameters but those of new tokens; returns the model."""
@@ -235,14 +234,30 @@ class PretrainedLanguage(nn.Module):
 
     def _call_model(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Any = None) -> Tensor:
         batch, length = input_ids.shape
+        past = 0 if cache is None else cache.get_seq_length()
+        self._expect_places(past + length, attention_mask)
         options: dict[str, Any] = {self._cache_keyword: cache, "use_cache": cache is not None}
         if attention_mask is not None:
-            past = 0 if cache is None else cache.get_seq_length()
             check_attention_mask(attention_mask, (batch, past + length))
             options["attention_mask"] = attention_mask.long()
             if self._takes_positions:
                 options["position_ids"] = positions_of(attention_mask)[:, past:]
         return self.model(inputs_embeds=self._embed(input_ids), **options).logits
+
+    def _expect_places(self, length: int, attention_mask: Tensor | None) -> None:
+        """Raises ValueError if a text is longer than a table of positions, which others than OPT do not have,
+        or than MPT's biases."""
+        name = {"opt": "max_position_embeddings", "mpt": "max_seq_len"}.get(self.model.config.model_type)
+        most = None if name is None else getattr(self.model.config, name, None)
+        if most is None or length <= most:
+            return
+        if name != "max_seq_len" and attention_mask is not None:
+            length = int((attention_mask != 0).sum(dim=1).max())  # padding takes no position
+        if length > most:
+            raise ValueError(
+                f"{type(self.model).__name__}: expected a text of at most {name}={most} tokens, got one of "
+                f"{length}. Show fewer shots, generate fewer tokens, or take a model with more positions."
+            )
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         embedding = self.model.get_input_embeddings()
@@ -252,42 +267,61 @@ class PretrainedLanguage(nn.Module):
         scale = getattr(embedding, "embed_scale", 1.0)  # of Gemma's, which multiplies its rows
         return self.new_tokens(input_ids, frozen, scale)
 
+    @property
+    def _now(self) -> "_Call | None":
+        """The call that this thread is in."""
+        return self._calls.get(_thread())
+
     def _enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._before_layer is None:
+        call = self._now
+        if call is None or call.before_layer is None:
             return None
-        return self._before_layer(index, args[0]), *args[1:]
+        return call.before_layer(index, args[0]), *args[1:]
 
     def _enter_head(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if not self._is_called:
+        call = self._now
+        if call is None:
             return None
-        self._at_head.append(args[0])
+        call.at_head.append(args[0])
         # Here and not by the model's own argument, which not every family has.
-        return (args[0][:, self._rows],)
+        return (args[0][:, call.rows],)
 
     def _leave_head(self, head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-        if not self._is_called:
+        call = self._now
+        if call is None:
             return logits
         logits = logits if self.new_tokens is None else self.new_tokens(args[0], logits)
-        self._at_head.append(logits)
+        call.at_head.append(logits)
         return logits
 
     @contextlib.contextmanager
     def _calling(self, before_layer: BeforeLayer | None, rows: slice) -> Iterator[list[Tensor]]:
         """Turns the hooks on: of these rows there are logits. Gives what comes to the head and leaves it."""
-        self._before_layer, self._is_called = before_layer, True
-        self._rows, self._at_head = rows, []
+        call = _Call(before_layer, rows)
         checkpointed = [layer for layer in self.layers if getattr(layer, "gradient_checkpointing", False)]
-        try:
-            with contextlib.ExitStack() as stack:
-                if checkpointed and self.training and torch.is_grad_enabled():
-                    for layer in checkpointed:
-                        stack.enter_context(self._checkpointing(layer, before_layer))
-                yield self._at_head
-        finally:
-            self._before_layer, self._is_called, self._at_head = None, False, []
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._during(call))
+            if checkpointed and self.training and torch.is_grad_enabled():
+                for layer in checkpointed:
+                    stack.enter_context(self._checkpointing(layer, call))
+            yield call.at_head
 
     @contextlib.contextmanager
-    def _checkpointing(self, layer: Any, before_layer: BeforeLayer | None) -> Iterator[None]:
+    def _during(self, call: "_Call") -> Iterator[None]:
+        """What the hooks do in this thread is what a call asks for."""
+        thread = _thread()
+        before = self._calls.get(thread)
+        self._calls[thread] = call
+        try:
+            yield
+        finally:
+            if before is None:
+                del self._calls[thread]
+            else:
+                self._calls[thread] = before
+
+    @contextlib.contextmanager
+    def _checkpointing(self, layer: Any, call: "_Call") -> Iterator[None]:
         """Has transformers checkpoint a layer that is frozen, which it does not in eval mode.
 
         In the backward pass the layer runs again, in transformers 4 with its hooks: then too it must see the
@@ -296,12 +330,12 @@ class PretrainedLanguage(nn.Module):
         checkpoint, was_training = layer._gradient_checkpointing_func, layer.training
 
         def run_again(function: Callable[..., Any], *args: Any) -> Any:
-            before = self._before_layer, layer.training
-            self._before_layer, layer.training = before_layer, was_training
+            training, layer.training = layer.training, was_training
             try:
-                return function(*args)
+                with self._during(call):
+                    return function(*args)
             finally:
-                self._before_layer, layer.training = before
+                layer.training = training
 
         def checkpoint_it(function: Callable[..., Any], *args: Any) -> Any:
             # Not reentrant: that needs an input with a gradient, and a frozen embedding gives none.
@@ -312,3 +346,17 @@ class PretrainedLanguage(nn.Module):
             yield
         finally:
             layer._gradient_checkpointing_func, layer.training = checkpoint, was_training
+
+
+class _Call:
+    """What a call wants of the hooks, and what they have seen."""
+
+    def __init__(self, before_layer: BeforeLayer | None, rows: slice):
+        self.before_layer = before_layer
+        self.rows = rows  # of which there are to be logits
+        self.at_head: list[Tensor] = []  # what came to the head, and what left it
+
+
+def _thread() -> int:
+    """The number of this thread; the compiler has one only, and does not know the function."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -20,6 +20,9 @@ checkpoint  what is saved, and how it survives a kill
 log         progress bar, JSON lines, TensorBoard
 loop        one update after the other
 towers      the frozen parts that a run names
+preflight   what would end a run later, looked for before it begins
+lock        one run in a folder at a time
+interrupt   Ctrl-C, between two updates
 command     python -m flamingo train, and the model of a run
 """
 

@@ -11,13 +11,14 @@
         latest -> step-00002000
 
 A checkpoint is written under another name, flushed to the disk and renamed; then a rename exchanges `latest`
-for a new link, and only then the oldest is removed.
+for a new link, and only then the oldest is removed. Where a copy or a hand has lost `latest` or its target,
+the newest checkpoint that is whole takes its place.
 """
 
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from flamingo.training.processes import gather, like, rank, wait_for_all, whole
 
 LATEST = "latest"
 _UNFINISHED = "unfinished-"
-_FILES = {"weights.safetensors", "optimizer.safetensors", "state.pt"}
+_WEIGHTS, _OPTIMIZER, _STATE = FILES = ("weights.safetensors", "optimizer.safetensors", "state.pt")
 
 
 def save(
@@ -65,10 +66,7 @@ def save(
         unfinished = folder / f"{_UNFINISHED}{path.name}"
         _remove(unfinished)
         unfinished.mkdir()
-        safetensors = import_module("safetensors.torch")
-        safetensors.save_file(tensors, unfinished / "weights.safetensors")
-        safetensors.save_file(moments, unfinished / "optimizer.safetensors")
-        torch.save(state, unfinished / "state.pt")
+        _write(unfinished, tensors, moments, state)
         for file in (*unfinished.iterdir(), unfinished):
             _flush(file)
         _remove(path)
@@ -82,10 +80,77 @@ def save(
     return path
 
 
-def latest(folder: Path) -> Path | None:
-    """The checkpoint to continue from, if there is one."""
-    path = folder / LATEST
-    return path.resolve() if path.exists() else None
+def _write(
+    folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any]
+) -> None:
+    """Raises OSError if the disk is full."""
+    safetensors = import_module("safetensors.torch")
+    try:
+        safetensors.save_file(weights, folder / _WEIGHTS)
+        safetensors.save_file(moments, folder / _OPTIMIZER)
+        torch.save(state, folder / _STATE)
+    except (import_module("safetensors").SafetensorError, RuntimeError) as error:
+        raise OSError(f"{folder}: expected to write a checkpoint, got: {error}") from error
+
+
+def latest(
+    folder: Path, say: Callable[[str], object] = lambda line: None, files: Collection[str] = FILES
+) -> Path | None:
+    """The checkpoint to continue from, if there is any: `latest`, or else the newest that is whole.
+
+    Args:
+        folder: of all checkpoints of the run.
+        say: is told which one was taken instead of `latest`, and why.
+        files: those that have to be whole.
+
+    Raises:
+        ValueError: if there are checkpoints , all of them damaged: to begin anew would write over them.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"expected {folder} to be a folder, got a file.")
+    link = folder / LATEST
+    named = Path(os.path.realpath(link))
+    damage = _damage(named, files)
+    if not damage:
+        return named
+    steps = [path for path in folder.glob("step-*") if any((path / name).exists() for name in FILES)]
+    for path in sorted(steps, reverse=True):
+        if not _damage(path, files):
+            target = "" if named.name == LATEST else f"points to {named.name}, which "
+            say(f"{link} {target}{damage}: {path.name} is taken, the newest checkpoint that is whole")
+            return path
+    if steps or os.path.lexists(link):
+        raise ValueError(
+            f"expected a whole checkpoint in {folder}, got none: {named.name} {damage}. Put one back, or "
+            "remove them all to begin anew."
+        )
+    return None
+
+
+def _damage(path: Path, files: Collection[str]) -> str:
+    """What a checkpoint lacks to be whole."""
+    if not path.is_dir():
+        return "is no folder" if path.exists() else "is not there"
+    for name in files:
+        if not (path / name).is_file():
+            return f"lacks {name}"
+        try:
+            if name == _STATE:
+                read_state(path)
+            else:  # the sizes in the header have to be that of the file
+                with import_module("safetensors").safe_open(path / name, framework="pt"):
+                    pass
+        except ImportError:
+            raise
+        except Exception:  # whatever a reader says of damage
+            return f"has a damaged {name}"
+    return ""
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's step, the state of each dataset's `Stream`, and those of the random generators."""
+    state = torch.load(path / _STATE, weights_only=True)
+    return {name: state[name] for name in ("step", "streams", "random")}
 
 
 def load(
@@ -101,14 +166,14 @@ def load(
     Raises:
         ValueError: if the checkpoint is of other parameters.
     """
-    load_weights(weights, path / "weights.safetensors")
+    load_weights(weights, path / _WEIGHTS)
     safetensors = import_module("safetensors")
-    with safetensors.safe_open(path / "optimizer.safetensors", framework="pt") as file:
+    with safetensors.safe_open(path / _OPTIMIZER, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - it is no dictionary
             kind, _, name = key.partition(".")
             value = file.get_tensor(key)
             optimizer.state[weights[name]][kind] = value if kind == "step" else like(value, weights[name])
-    state = torch.load(path / "state.pt", weights_only=True)
+    state = read_state(path)
     if rank() < len(state["random"]):
         _set_random_states(state["random"][rank()])
     return state["step"], state["streams"]
@@ -126,24 +191,30 @@ def load_weights(weights: Mapping[str, Tensor], path: Path | str) -> None:
     Raises:
         ValueError: if the file has a name or a shape that no parameter has, or lacks a trained one.
     """
+    expect_fit(weights, path)
+    with import_module("safetensors").safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no dictionary
+            weights[name].copy_(like(file.get_tensor(name), weights[name]))
+
+
+def expect_fit(weights: Mapping[str, Tensor], path: Path | str) -> None:
+    """Compares parameters with those of a checkpoint, by names and shapes; raises as `load_weights`."""
     safetensors = import_module("safetensors")
-    with safetensors.safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        trained = {name for name, weight in weights.items() if weight.requires_grad}
-        if names - weights.keys() or trained - names:
-            raise ValueError(
-                f"{path}: expected the trained parameters of this model, got "
-                f"{len(names - weights.keys())} others {_some(names - weights.keys())} and not "
-                f"{len(trained - names)} of them {_some(trained - names)}."
-            )
-        for name in names:
-            value = file.get_tensor(name)
-            if value.shape != weights[name].shape:
-                raise ValueError(
-                    f"{path}: expected {name} with shape {tuple(weights[name].shape)}, got "
-                    f"{tuple(value.shape)}."
-                )
-            weights[name].copy_(like(value, weights[name]))
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: expected safetensors, got a damaged file: {error}.") from error
+    others = shapes.keys() - weights.keys()
+    missing = {name for name, weight in weights.items() if weight.requires_grad} - shapes.keys()
+    if others or missing:
+        raise ValueError(
+            f"{path}: expected the parameters of this model, got {len(others)} others "
+            f"{_some(others)} and not {len(missing)} of them {_some(missing)}."
+        )
+    for name, shape in shapes.items():
+        if shape != tuple(weights[name].shape):
+            raise ValueError(f"{path}: expected {name} with shape {tuple(weights[name].shape)}, got {shape}.")
 
 
 def _some(names: set[str]) -> str:
@@ -152,14 +223,20 @@ def _some(names: set[str]) -> str:
 
 def _is_ours(path: Path) -> bool:
     """Whether a folder has nothing but what `save` writes."""
-    return path.is_dir() and {file.name for file in path.iterdir()} <= _FILES
+    return path.is_dir() and {file.name for file in path.iterdir()} <= {*FILES}
 
 
 def _point_to(path: Path) -> None:
     link = path.parent / f"{_UNFINISHED}{LATEST}"
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
-    os.replace(link, path.parent / LATEST)
+    target = path.parent / LATEST
+    if target.is_dir() and not target.is_symlink():  # a copy has made a folder of the link
+        if _is_ours(target):
+            _remove(target)
+        else:
+            os.rename(target, path.parent / f"{LATEST}-kept")
+    os.replace(link, target)
 
 
 def _remove(path: Path) -> None:

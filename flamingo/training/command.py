@@ -1,7 +1,10 @@
 """`python -m flamingo train` and `encode`: a run from a file, its features, and the model it has trained."""
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,57 +14,64 @@ from flamingo.kernels import use_kernels
 from flamingo.model import Flamingo
 from flamingo.processor import Processor
 from flamingo.training import checkpoint
-from flamingo.training.bad import DataError
 from flamingo.training.config import ModelConfig, TrainingConfig
 from flamingo.training.encoding import encode
-from flamingo.training.log import read_log
+from flamingo.training.lock import locked
 from flamingo.training.loop import train
+from flamingo.training.preflight import check_inputs, check_run
 from flamingo.training.processes import device_of, leave, process_group, rank
-from flamingo.training.shards import find_shards
 from flamingo.training.towers import build, check, expect_same, remember
+
+_FILE = "run.toml"  # a copy of the file of a run, in its folder
 
 
 def run(path: str) -> int:
-    """Trains as a TOML file says and returns the command's exit status."""
+    """Trains as a TOML file says and returns the command's exit status.
 
-    def work(model: Flamingo, processor: Processor, config: TrainingConfig) -> str:
-        if rank() == 0 and config.model is not None:
-            remember(Path(config.folder), config.model)
+    Raises:
+        ImportError, OSError, ValueError: for what is missing or wrong, before the model is built where that
+            can be seen.
+        KeyboardInterrupt: see `train`.
+    """
+    config, of_model = _read(path)
+    check_run(config, of_model)
+
+    def work(model: Flamingo, processor: Processor) -> str:
+        if rank() == 0:
+            remember(Path(config.folder), of_model)
+            _keep(Path(path), Path(config.folder) / _FILE)
         return f"{config.steps} steps done, the last checkpoint is {train(model, processor, config)}"
 
-    return _run("train", path, work)
+    return _run(config, of_model, [config.folder], work)
 
 
 def run_encode(path: str) -> int:
-    """Makes the features that a TOML file names and returns the command's exit status."""
+    """Makes the features that a TOML file names and returns the command's exit status; raises as `run`."""
+    config, of_model = _read(path)
+    folders = sorted({str(dataset.features) for dataset in config.datasets if dataset.features is not None})
+    if not folders:
+        raise ValueError(f'{path}: expected a dataset with a folder, as features = "features", got none.')
+    check_inputs(config, of_model)
 
-    def work(model: Flamingo, processor: Processor, config: TrainingConfig) -> str:
-        folders = {str(dataset.features) for dataset in config.datasets if dataset.features is not None}
-        return f"{encode(model, processor, config)} images and clips encoded, in {', '.join(sorted(folders))}"
+    def work(model: Flamingo, processor: Processor) -> str:
+        return f"{encode(model, processor, config)} images and clips encoded, in {', '.join(folders)}"
 
-    return _run("encode", path, work)
+    return _run(config, of_model, folders, work)
 
 
-def _run(name: str, path: str, work: Callable[[Flamingo, Processor, TrainingConfig], str]) -> int:
-    """Does a command's work with the model of a TOML file and returns its exit status."""
-    try:
-        config, of_model = _read(path)
-        read_log(config.folder)  # before there is a model: it may be a file of something else
-        for dataset in config.datasets:
-            find_shards(dataset.shards)
-    except (OSError, ValueError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    with process_group(device_of(config.device)):
-        try:
-            model, processor = _start(config, of_model)
-            use_kernels(model, config.kernels, _say)  # before it is sharded
-        except (OSError, ValueError) as error:
-            raise _stop(name, error) from None
-        try:
-            done = work(model, processor, config)
-        except DataError as error:
-            raise _stop(name, error) from None
+def _run(
+    config: TrainingConfig,
+    of_model: ModelConfig,
+    folders: Sequence[str],
+    work: Callable[[Flamingo, Processor], str],
+) -> int:
+    """Does a command's work with its model, in folders that are this run's alone."""
+    with process_group(device_of(config.device)), ExitStack() as stack:
+        for folder in folders if rank() == 0 else ():
+            stack.enter_context(locked(Path(folder)))
+        model, processor = _start(config, of_model)
+        use_kernels(model, config.kernels, _say)  # before it is sharded
+        done = work(model, processor)
         if rank() == 0:
             print(done)
     if distributed.is_torchelastic_launched():
@@ -69,45 +79,66 @@ def _run(name: str, path: str, work: Callable[[Flamingo, Processor, TrainingConf
     return 0
 
 
-def _stop(name: str, error: OSError | ValueError) -> SystemExit:
-    """The end of this process, said in a line; to return would be to wait for processes that train."""
-    print(f"{name}: {str(error).removeprefix(f'{name}: ')}", file=sys.stderr)
-    return SystemExit(2)
-
-
 def load_run(path: str | Path) -> tuple[Flamingo, Processor]:
     """The model of a run with the weights of its latest checkpoint, in eval mode, and its processor.
 
     Args:
-        path: of the TOML file that `python -m flamingo train` was given. One that names a checkpoint of
-            open_flamingo needs no training: before there is any, these weights are returned.
+        path: the folder of the run, or the TOML file that `python -m flamingo train` was given. One that
+            names a checkpoint of open_flamingo needs no training: before there is any, these weights are
+            returned.
 
     Raises:
         ValueError: if the file is no configuration with a model, the checkpoint is of another one, or the
             towers are not those that the run began with.
         FileNotFoundError: if there is no such file, or no checkpoint yet.
     """
-    config, of_model = _read(path)
-    saved = checkpoint.latest(Path(config.folder) / "checkpoints")
-    if saved is None and of_model.checkpoint is None:
-        raise FileNotFoundError(
-            f"{path}: expected a checkpoint in {config.folder}/checkpoints, got none yet."
-        )
+    config, of_model, saved = check_saved(path)
     model, processor = _start(config, of_model)
     if saved is not None:
         checkpoint.load_weights(dict(model.named_parameters()), saved / "weights.safetensors")
     return model.eval(), processor
 
 
-def _read(path: str | Path) -> tuple[TrainingConfig, ModelConfig]:
-    config = TrainingConfig.from_toml(path)
-    if config.model is None:
-        raise ValueError(f"{path}: expected a table [model], got none.")
-    check(config.model)
+def check_saved(path: str | Path) -> tuple[TrainingConfig, ModelConfig, Path | None]:
+    """What `load_run` does before it builds a model: the run, its model and the latest checkpoint."""
+    config, of_model = _read(path)
     folder = Path(config.folder)
-    if checkpoint.latest(folder / "checkpoints") is not None:
-        expect_same(folder, config.model)
+    saved = checkpoint.latest(folder / "checkpoints", _say, files=["weights.safetensors"])
+    if saved is not None:
+        expect_same(folder, of_model)
+    if saved is None and of_model.checkpoint is None:
+        raise FileNotFoundError(
+            f"{path}: expected a checkpoint in {config.folder}/checkpoints, got none yet."
+        )
+    return config, of_model, saved
+
+
+def _read(path: str | Path) -> tuple[TrainingConfig, ModelConfig]:
+    path = Path(path)
+    file = path / _FILE if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise ValueError(
+            f"{path}: expected the folder of a run, which has a {_FILE}, got another. Name the TOML file "
+            "that the run was started with."
+        )
+    config = TrainingConfig.from_toml(file)
+    if path.is_dir():
+        config = replace(config, folder=str(path))  # it may have moved
+    if config.model is None:
+        raise ValueError(f"{file}: expected a table [model], got none.")
+    try:
+        check(config.model)
+    except ValueError as error:
+        where = f"{file}, " if str(error).startswith("[model]") else ""
+        raise ValueError(f"{where}{error}") from error
     return config, config.model
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """Copies a run's file into its folder, which is then enough to find the model again."""
+    unfinished = copy.with_name(f"unfinished-{copy.name}")
+    unfinished.write_bytes(path.read_bytes())
+    os.replace(unfinished, copy)
 
 
 def _start(config: TrainingConfig, of_model: ModelConfig) -> tuple[Flamingo, Processor]:

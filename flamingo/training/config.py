@@ -8,11 +8,42 @@ from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from flamingo.media import MAX_PIXELS
+from flamingo.ranges import POSITIVE, SHARE, Range, at_least, expect_ranges
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+_RANGES = {
+    # of a dataset
+    "weight": POSITIVE,
+    "batch_size": POSITIVE,
+    "micro_batch_size": POSITIVE,
+    "length": at_least(5),  # <BOS>, <image>, <EOC> and <EOS> leave one token
+    "flip": SHARE,
+    "colour": SHARE,
+    "max_pixels": POSITIVE,
+    "max_images": at_least(0),
+    "min_similarity": Range("a cosine in -1..1", lambda value: -1 <= value <= 1),
+    "p_next": SHARE,
+    "space": SHARE,
+    "frames": POSITIVE,
+    "fps": POSITIVE,
+    # of a run
+    "steps": at_least(0),
+    "learning_rate": POSITIVE,
+    "warmup_steps": at_least(0),
+    "weight_decay": at_least(0),
+    "eps": POSITIVE,
+    "max_grad_norm": POSITIVE,
+    "seed": Range("in 0..2**63 - 1", lambda value: 0 <= value < 2**63),
+    "shards_at_once": POSITIVE,
+    "workers": at_least(0),
+    "checkpoint_every": POSITIVE,
+    "keep": POSITIVE,
+    "max_bad": SHARE,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +58,7 @@ class DatasetConfig:
         batch_size: samples in a step, over all processes.
         micro_batch_size: samples of a process that are computed at once, None for all; their gradients add up
             to the same.
-        length: tokens of a sample at most.
+        length: tokens of a sample at most, 5 or more.
         flip, colour: probabilities that an image or a clip is mirrored, and that its colours are changed; see
             `augment`. 0 and 0 leave images as they are.
         max_pixels: of an image or a frame; a larger one is bad before it is decoded.
@@ -50,14 +81,14 @@ class DatasetConfig:
 
     def __post_init__(self):
         where = f"dataset {self.name!r}"
+        if not self.name:
+            raise ValueError("expected a dataset to have a name, got an empty one.")
         if not self.shards:
-            raise ValueError(f"TrainingConfig: expected {where} to have shards, got none.")
-        _positive(self, where, "weight", "batch_size", "length", "max_pixels")
-        if self.micro_batch_size is not None:
-            _positive(self, where, "micro_batch_size")
+            raise ValueError(f"expected {where} to have shards, got none.")
+        expect_ranges(self, _RANGES, of=where)
         if self.features is not None and (self.flip or self.colour):
             raise ValueError(
-                f"TrainingConfig: expected flip = 0 and colour = 0 of {where}, whose features are of images "
+                f"expected flip = 0 and colour = 0 of {where}, whose features are of images "
                 f"as they are, got {self.flip} and {self.colour}."
             )
 
@@ -255,16 +286,16 @@ class TrainingConfig:
     model: ModelConfig | None = None
 
     def __post_init__(self):
+        if not self.folder or "\0" in self.folder:
+            raise ValueError(f"expected folder to name a folder, got {self.folder!r}.")
         names = [dataset.name for dataset in self.datasets]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"TrainingConfig: expected datasets of different names, got {names}.")
-        _positive(
-            self, "the run", "learning_rate", "max_grad_norm", "shards_at_once", "checkpoint_every", "keep"
-        )
-        if not 0 <= self.max_bad <= 1:
-            raise ValueError(f"TrainingConfig: expected max_bad to be a share in 0..1, got {self.max_bad}.")
-        if len(self.betas) != 2:
-            raise ValueError(f"TrainingConfig: expected two betas, got {self.betas}.")
+        if not names:
+            raise ValueError("expected datasets, each a table [[datasets]], got none.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected datasets of different names, got {names}.")
+        expect_ranges(self, _RANGES, of="the run")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"expected two betas from 0 to below 1, got {self.betas}.")
 
     @staticmethod
     def from_toml(path: str | Path) -> "TrainingConfig":
@@ -276,21 +307,20 @@ class TrainingConfig:
         with open(path, "rb") as file:
             try:
                 table = tomllib.load(file)
-            except tomllib.TOMLDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: expected TOML, got: {error}.") from error
-        datasets = tuple(_dataset(dataset, path) for dataset in table.pop("datasets", []))
+        tables = table.pop("datasets", [])
+        if not (isinstance(tables, list) and all(isinstance(each, dict) for each in tables)):
+            raise ValueError(
+                f"{path}: expected datasets as tables, each under [[datasets]], got {tables!r:.60}."
+            )
+        datasets = tuple(_dataset(each, path) for each in tables)
         model = table.pop("model", None)
         if model is not None:
+            if not isinstance(model, dict):
+                raise ValueError(f"{path}: expected a table [model], got {model!r:.60}.")
             model = _from_table(ModelConfig, model, f"{path}, [model]")
         return _from_table(TrainingConfig, {**table, "datasets": datasets, "model": model}, str(path))
-
-
-def _positive(config: Any, where: str, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(
-                f"TrainingConfig: expected {name} of {where} to be positive, got {getattr(config, name)}."
-            )
 
 
 def _dataset(table: dict[str, Any], path: str | Path) -> DatasetConfig:
@@ -316,7 +346,11 @@ def _from_table(kind: type, table: dict[str, Any], where: str) -> Any:
     for name, each in known.items():
         if name not in table and each.default is MISSING and each.default_factory is MISSING:
             raise ValueError(f"{where}: expected a key {name!r}, got none.")
-    return kind(**{name: _typed(value, types[name], f"{where}: {name}") for name, value in table.items()})
+    typed = {name: _typed(value, types[name], f"{where}: {name}") for name, value in table.items()}
+    try:
+        return kind(**typed)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _typed(value: Any, expected: Any, where: str) -> Any:
@@ -325,10 +359,12 @@ def _typed(value: Any, expected: Any, where: str) -> Any:
         return tuple(_typed(each, get_args(expected)[0], where) for each in value)
     kinds = get_args(expected) if isinstance(expected, UnionType) else (expected,)
     plain = next((kind for kind in (bool, int, float, str) if kind in kinds), None)
-    if plain is float and type(value) is int:
+    if plain is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if get_origin(expected) is tuple and not isinstance(value, tuple):
         raise ValueError(f"{where}: expected a list, got {value!r}.")
+    if get_origin(expected) is dict and not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a table, got {value!r}.")
     if plain is not None and type(value) is not plain:
         raise ValueError(f"{where}: expected {plain.__name__}, got {value!r}.")
     return value

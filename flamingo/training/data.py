@@ -8,8 +8,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from flamingo.processor import Batch, Processor
+from flamingo.training import interrupt
 from flamingo.training.bad import Bad, DataError, examples
-from flamingo.training.config import DatasetConfig, Documents
+from flamingo.training.config import DatasetConfig, Documents, TrainingConfig
 from flamingo.training.features import FeatureStore
 from flamingo.training.order import Draw, Position, SampleOrder
 from flamingo.training.samples import decode, to_document
@@ -99,6 +100,47 @@ def count_targets(batch: Batch) -> int:
     return int((batch.labels[:, 1:] != -100).sum())
 
 
+def order_of(
+    config: DatasetConfig, *, seed: int, at_once: int, state: Mapping[str, Any] | None = None
+) -> SampleOrder:
+    """The order of a dataset's samples.
+
+    Args:
+        config: of the dataset.
+        seed, at_once: see `SampleOrder`.
+        state: of a `Stream` that is to be continued, None for the beginning.
+
+    Raises:
+        FileNotFoundError: if there are no shards.
+        ValueError: if the state is of other shards, another seed or another `at_once`.
+    """
+    order = SampleOrder(find_shards(config.shards), seed=seed, at_once=at_once)
+    if state and state["order"] != order.identity:
+        raise ValueError(
+            "expected the shards, the seed and shards_at_once of the checkpoint for dataset "
+            f"{config.name!r}, got others. Take those again, or another folder for another run."
+        )
+    return order
+
+
+def expect_same_data(config: TrainingConfig, states: Mapping[str, Any]) -> None:
+    """Compares the datasets of a run with those of a checkpoint, by what it says of their streams.
+
+    Raises:
+        ValueError: if they have other names: one that is new, or called otherwise, would begin anew. Or see
+            `order_of`.
+        FileNotFoundError: if there are no shards.
+    """
+    names = {dataset.name for dataset in config.datasets}
+    if names != states.keys():
+        raise ValueError(
+            f"expected the datasets of the checkpoint, {', '.join(sorted(states))}, got "
+            f"{', '.join(sorted(names))}. Name them so again, or take another folder for another run."
+        )
+    for dataset in config.datasets:
+        order_of(dataset, seed=config.seed, at_once=config.shards_at_once, state=states[dataset.name])
+
+
 class Stream:
     """An endless iterator over a dataset's batches that knows its position.
 
@@ -137,16 +179,10 @@ class Stream:
         pin_memory: bool = False,
         features: FeatureStore | None = None,
     ):
-        shards = find_shards(config.shards)
-        order = SampleOrder(shards, seed=seed, at_once=at_once)
+        order = order_of(config, seed=seed, at_once=at_once, state=state)
         position = Position(*state["position"]) if state else Position()
-        if state and state["order"] != order.identity:
-            raise ValueError(
-                f"Stream: expected the shards, the seed and shards_at_once of the checkpoint for dataset "
-                f"{config.name!r}, got others. Take those again, or another folder for another run."
-            )
         if features is not None:
-            features.check(shards)
+            features.check(order.shards)
         self.state: dict[str, Any] = {"order": order.identity, "position": tuple(position)}
         self.bad: list[Bad] = []
         self._batches: Iterator[_Item | DataError] = iter(
@@ -156,6 +192,7 @@ class Stream:
                 batch_size=None,  # an item is a batch
                 num_workers=workers,
                 pin_memory=pin_memory,
+                worker_init_fn=interrupt.ignore,
                 generator=torch.Generator(),  # the loader draws from it, and not from the run's
             )
         )

@@ -1,6 +1,7 @@
 """`encode`: a training set's images and clips through the frozen vision encoder, for `features` to keep."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib import import_module
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from flamingo.processor import Processor
+from flamingo.training import interrupt
 from flamingo.training.bad import DataError
 from flamingo.training.config import DatasetConfig, TrainingConfig
 from flamingo.training.features import FeatureStore, name_of
 from flamingo.training.files import File
+from flamingo.training.lock import locked
 from flamingo.training.optimizer import store_as
 from flamingo.training.processes import device_of, rank, wait_for_all, world_size
 from flamingo.training.samples import parts_of, read_file
@@ -37,6 +40,7 @@ def encode(model: nn.Module, processor: Processor, config: TrainingConfig) -> in
 
     Raises:
         FileNotFoundError: if there are no shards.
+        ValueError: if another process encodes into one of the folders.
         DataError: if no dataset names a folder, features are there of another encoder or preprocessing, or a
             shard is damaged.
 
@@ -64,20 +68,20 @@ def encode(model: nn.Module, processor: Processor, config: TrainingConfig) -> in
     vision.to(device).eval()
     if config.bfloat16:
         store_as(torch.bfloat16, vision.parameters())
-    for dataset, store in stores:
-        shards = find_shards(dataset.shards)
-        store.name_apart(shards)
-        mine = shards[rank() :: world_size()]
-        for shard in import_module("tqdm").tqdm(mine, desc=dataset.name, unit="shard"):
-            if not store.is_done(shard):
-                media = _Media(dataset, processor, entries(shard), store.names(shard))
-                loader = DataLoader(
-                    media, batch_size=None, num_workers=config.workers, generator=torch.Generator()
-                )
-                tensors = dict(_encoded(vision, loader, device, config.bfloat16))
-                store.add(shard, tensors)
-                encoded += len(tensors)
-    wait_for_all()
+    with ExitStack() as stack:
+        for store in (store for _, store in stores if rank() == 0):
+            stack.enter_context(locked(store.folder))
+        for dataset, store in stores:
+            shards = find_shards(dataset.shards)
+            store.name_apart(shards)
+            mine = shards[rank() :: world_size()]
+            for shard in import_module("tqdm").tqdm(mine, desc=dataset.name, unit="shard"):
+                if not store.is_done(shard):
+                    media = _Media(dataset, processor, entries(shard), store.names(shard))
+                    tensors = dict(_encoded(vision, _loader(media, config.workers), device, config.bfloat16))
+                    store.add(shard, tensors)
+                    encoded += len(tensors)
+        wait_for_all()
     return encoded
 
 
@@ -109,6 +113,16 @@ class _Media(Dataset):
             return self.processor.clip([frame for file in files for frame in read_file(self.config, file)])
         except ValueError:
             return None
+
+
+def _loader(media: _Media, workers: int) -> DataLoader:
+    return DataLoader(
+        media,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=interrupt.ignore,
+        generator=torch.Generator(),
+    )
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ them.
 """
 
 import hashlib
-import json
 import os
 import random
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flamingo import fingerprint
 from flamingo.media import Features
 from flamingo.processor import Processor
 from flamingo.training.bad import DataError
@@ -60,23 +60,14 @@ class FeatureStore:
             )
         self.folder = Path(str(dataset.features))
         self.settings = {
-            "encoder": _fingerprint(vision, config.bfloat16),
-            "preprocessing": json.dumps(
-                {
-                    "image_size": processor.image_size,
-                    "mean": processor.mean.flatten().tolist(),
-                    "std": processor.std.flatten().tolist(),
-                    "fit": processor.fit,
-                    "resample": processor.resample,
-                    "max_pixels": dataset.max_pixels,
-                    "bfloat16": config.bfloat16,
-                }
+            "encoder": fingerprint.of_weights(vision, dtype=torch.bfloat16 if config.bfloat16 else None),
+            "preprocessing": fingerprint.of_preprocessing(
+                processor, max_pixels=dataset.max_pixels, bfloat16=config.bfloat16
             ),
         }
 
     def path(self, shard: str) -> Path:
-        folder, name = os.path.split(os.path.abspath(shard))
-        return self.folder / f"{os.path.basename(folder)}-{os.path.splitext(name)[0]}.safetensors"
+        return _path(self.folder, shard)
 
     def name_apart(self, shards: Sequence[str]) -> None:
         """Raises DataError if the features of two shards would have one name."""
@@ -121,13 +112,9 @@ class FeatureStore:
 
     def check(self, shards: Sequence[str]) -> None:
         """Raises DataError if a shard has no features, or those of something else."""
-        missing = [shard for shard in shards if not self.has(shard)]
-        if missing:
-            more = f", and none of {len(missing) - 1} others" if len(missing) > 1 else ""
-            raise DataError(
-                f"{self.path(missing[0])}: expected the features of {missing[0]}, got none{more}. Run "
-                "`python -m flamingo encode` with the same file first."
-            )
+        expect_made(self.folder, shards)
+        for shard in shards:
+            self.has(shard)
 
     def add(self, shard: str, tensors: dict[str, Tensor]) -> None:
         """A shard's features, beside those that there are; the file has its name once it is whole."""
@@ -154,6 +141,22 @@ class FeatureStore:
             raise DataError(f"{path}: expected features, got a file that cannot be read: {error}.") from error
 
 
+def expect_made(folder: Path, shards: Sequence[str]) -> None:
+    """Raises DataError if there is no file for a shard, of whatever encoder."""
+    missing = [shard for shard in shards if not _path(folder, shard).exists()]
+    if missing:
+        more = f", and none of {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise DataError(
+            f"{_path(folder, missing[0])}: expected the features of {missing[0]}, got none{more}. Run "
+            "`python -m flamingo encode` with the same file first."
+        )
+
+
+def _path(folder: Path, shard: str) -> Path:
+    parent, name = os.path.split(os.path.abspath(shard))
+    return folder / f"{os.path.basename(parent)}-{os.path.splitext(name)[0]}.safetensors"
+
+
 def _stamp(shard: str) -> str:
     about = os.stat(shard)
     return f"{about.st_size} bytes, {about.st_mtime_ns}"
@@ -162,17 +165,6 @@ def _stamp(shard: str) -> str:
 def _of(found: dict[str, str], name: str) -> str:
     """Of which preprocessing; a fingerprint says nothing to anybody."""
     return f", {found[name]}" if name == "preprocessing" and name in found else ""
-
-
-def _fingerprint(vision: nn.Module, bfloat16: bool) -> str:
-    """A hash of the encoder's weights as it computes with them, and of what it says that they do not show."""
-    digest = hashlib.sha256(json.dumps(getattr(vision, "settings", {})).encode())
-    for name, value in vision.state_dict().items():
-        value = value.detach().cpu()
-        value = value.bfloat16() if bfloat16 and value.is_floating_point() else value
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def name_of(config: DatasetConfig, files: list[File]) -> str:

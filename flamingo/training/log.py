@@ -103,6 +103,8 @@ def _forget_after(path: Path, step: int) -> None:
     if damaged:
         print(f"train: left out {damaged} damaged lines of {path}", file=sys.stderr)
     kept = [update for update in updates if update["step"] <= step]
+    if len(kept) < len(updates):
+        print(f"train: {len(updates) - len(kept)} updates after step {step} are done again", file=sys.stderr)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text("".join(json.dumps(update) + "\n" for update in kept))
     os.replace(unfinished, path)

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,13 +14,14 @@ from torch.distributed.tensor import DTensor
 from flamingo.language.loss import sum_of_losses
 from flamingo.model import Flamingo
 from flamingo.processor import Batch, Processor
-from flamingo.training import checkpoint
+from flamingo.training import checkpoint, interrupt
 from flamingo.training.bad import Bad, Tally
 from flamingo.training.blocks import blocks as blocks_of
 from flamingo.training.blocks import recomputed, shard
 from flamingo.training.config import DatasetConfig, TrainingConfig
-from flamingo.training.data import Stream, count_targets, split
+from flamingo.training.data import Stream, count_targets, expect_same_data, split
 from flamingo.training.features import FeatureStore
+from flamingo.training.lock import locked
 from flamingo.training.log import RunLog
 from flamingo.training.optimizer import TrainedWeights, learning_rate, make_optimizer, store_as
 from flamingo.training.processes import device_of, gather, rank, sum_over_processes, world_size
@@ -53,11 +55,13 @@ def train(
         The last checkpoint; None if `config.steps` is 0.
 
     Raises:
-        ValueError: if no parameter takes a gradient, a batch cannot be shared out, or the checkpoint to
-            continue is of another model or other data.
+        ValueError: if no parameter takes a gradient, a batch cannot be shared out, another process writes to
+            the folder, the checkpoint to continue is of another model or other data, or all are damaged.
         FileNotFoundError: if there are no shards.
         DataError: if a shard is damaged, or more of a dataset's samples are bad than `config.max_bad`.
         FloatingPointError: if a gradient is not finite; the weights are those before it.
+
+    Ctrl-C ends it by a KeyboardInterrupt after the update that is being made, which is saved.
 
     Determinism: on a CPU, a run that was killed and started again gives the same losses and weights to the
     bit, with the same number of processes and threads and the same kernels; another number of processes sees
@@ -82,6 +86,8 @@ def train(
     (3, ['optimizer.safetensors', 'state.pt', 'weights.safetensors'])
     """
     with ExitStack() as stack:
+        if rank() == 0:
+            stack.enter_context(locked(Path(config.folder)))
         run = _Run(model, processor, config, blocks, stack)
         return run.to_the_end()
 
@@ -111,9 +117,10 @@ class _Run:
         self.optimizer = make_optimizer(self.weights.by_name, config)
         states: dict[str, Any] = {}
         self.step = 0
-        self.saved = checkpoint.latest(self.folder / "checkpoints")
+        self.saved = checkpoint.latest(self.folder / "checkpoints", _say)
         if self.saved is not None:
             self.step, states = checkpoint.load(self.saved, self.weights.by_name, self.optimizer)
+            expect_same_data(config, states)
             self.weights.publish()
         self.streams = {
             dataset.name: self._stream(dataset, processor, states.get(dataset.name))
@@ -168,13 +175,24 @@ class _Run:
 
     def to_the_end(self) -> Path | None:
         config = self.config
-        while self.step < config.steps:
-            numbers, bad = self.update()
-            if self.log is not None:
-                self.log.write(self.step, numbers, bad)
-            if self.step % config.checkpoint_every == 0 or self.step == config.steps:
-                self.save()
+        with interrupt.noticed() as interrupted:
+            while self.step < config.steps:
+                numbers, bad = self.update()
+                if self.log is not None:
+                    self.log.write(self.step, numbers, bad)
+                stop = self.anywhere(interrupted())
+                if stop or self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                    self.save()
+                if stop and self.step < config.steps:
+                    raise KeyboardInterrupt(
+                        f"stopped after update {self.step} of {config.steps}, which is saved in "
+                        f"{self.saved}. Start it again to go on."
+                    )
         return self.saved
+
+    def anywhere(self, happened: bool) -> bool:
+        """Whether it happened in any of the processes."""
+        return bool(sum_over_processes(torch.tensor([int(happened)], device=self.device)).item())
 
     def update(self) -> tuple[dict[str, float], list[Bad]]:
         """One update, and what there is to report of it: numbers, and samples that were left out."""
@@ -228,6 +246,11 @@ class _Run:
             states,
             keep=self.config.keep,
         )
+
+
+def _say(line: str) -> None:
+    if rank() == 0:
+        print(f"train: {line}", file=sys.stderr)
 
 
 def accumulate_gradients(

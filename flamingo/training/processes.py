@@ -56,8 +56,18 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def device_of(name: str) -> torch.device:
-    """A device by its name; "auto" is this process's GPU where there is one."""
+    """A device by its name; "auto" is this process's GPU where there is one.
+
+    Raises:
+        ValueError: if there is none of this name that can compute.
+    """
     if name != "auto":
+        try:
+            torch.zeros(1, device=name).item()
+        except (RuntimeError, AssertionError) as error:  # that of a torch without CUDA
+            raise ValueError(
+                f'expected device to be "auto", "cpu" or a GPU of this machine as "cuda:0", got "{name}".'
+            ) from error
         return torch.device(name)
     if not torch.cuda.is_available():
         return torch.device("cpu")

@@ -99,6 +99,8 @@ def to_document(
     parts = parts_of(config, sample)
     if isinstance(config, Documents):
         parts = window(parts, config.length, config.max_images, measure, draw)
+        if not parts:
+            raise ValueError(f"expected length to leave room for a word, got length = {config.length}.")
     document: list[Any] = []
     for part in parts:
         if not isinstance(part, str):
@@ -176,4 +178,9 @@ def _shortened(config: Captioned, caption: str, encode: Encode, draw: random.Ran
         if room < 0:
             break
         kept += word
+    if not kept.strip():
+        raise ValueError(
+            f"expected length to leave room for a word of the caption {caption[:40]!r}, got length = "
+            f"{config.length}."
+        )
     return kept

@@ -58,10 +58,16 @@ def check(config: ModelConfig) -> None:
                 f"{config.language}: expected the language model's tokenizer beside it, one of "
                 f"{', '.join(_TOKENIZERS)}, got none. Save it there: tokenizer.save_pretrained(folder)."
             )
+    try:
+        FlamingoConfig.preset(config.preset, **config.changes)
+    except ValueError as error:
+        raise ValueError(f"[model]: {str(error).removeprefix('FlamingoConfig: ')}") from error
     for name in ("checkpoint", "vision_weights", "language_weights"):
         file = getattr(config, name)
         if file is not None and not Path(file).is_file():
             raise ValueError(f"[model]: expected {name} to be a file, got {file}, which is none.")
+        if file is not None and name != "checkpoint":
+            _loaded(lambda path: import_module("safetensors").safe_open(path, framework="pt"), file)
 
 
 def _config(folder: str, name: str, kinds: tuple[str, ...]) -> dict[str, Any]:
@@ -77,7 +83,7 @@ def _config(folder: str, name: str, kinds: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError(f"{path}: expected model_type to be one of {', '.join(kinds)}, got {kind!r}.")
     if find_spec("transformers") is None:
         raise ValueError(
-            f'{folder}: expected transformers to be installed. Run pip install "transformers<6".'
+            f'{folder}: expected transformers to be installed. Run pip install "transformers>=4.57.6,<6".'
         )
     return {"image_size": 224} | found.get("vision_config", found)  # the default of both is not always saved
 
@@ -188,6 +194,8 @@ def expect_same(folder: Path, config: ModelConfig) -> None:
     """
     path = folder / "towers.json"
     then = read_json(path) if path.exists() else {}
+    if not all(isinstance(tower, dict) for tower in then.values()):
+        raise ValueError(f"{path}: expected what the run wrote of its towers, got something else. Remove it.")
     now = _towers(config)
     for name in sorted(then.keys() | now.keys()):
         before, after = then.get(name, {}), now.get(name, {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,11 +84,12 @@ def main(options: argparse.Namespace) -> int:
     """The command `check`: hold every operator, backend and dtype to its error budget.
 
     Returns:
-        0 if every output and gradient is within its budget, 2 if there is no such device, else 1.
+        0 if every output and gradient is within its budget, else 1.
+
+    Raises:
+        ValueError: there is no such device.
     """
-    if why := info.why_not_on(options.device):
-        print(f"check: {why}", file=sys.stderr)
-        return 2
+    info.expect_device(options.device)
     found = _as_json(options.device) if options.json else _as_table(options.device)
     return 0 if _passed(found) else 1
 

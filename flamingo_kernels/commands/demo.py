@@ -32,6 +32,7 @@ from flamingo import modules
 from .. import PatchReport, patch
 from ..testing import Expected, Proof, expect, open_gates, prove
 from . import info
+from .measure.figure import expect_picture
 from .measure.memory import peak_growth
 from .measure.text import duration, factor, mebibytes, verdict
 from .measure.timing import interleave
@@ -87,12 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """The command `demo`: run it, print the findings and save their picture; 1 if the results differ."""
-    try:
-        images = load_photographs()
-        import matplotlib  # noqa: F401  asked for before the work rather than after it
-    except ImportError as error:
-        print(f"demo: {error.name} is missing: pip install flamingo-kernels[demo]", file=sys.stderr)
-        return 2
+    images = load_photographs()
+    expect_picture(options.picture)
     found = run(images)
     print(render(found))
     picture(found, options.picture)

@@ -189,16 +189,22 @@ def why_not_on(device: str) -> str:
     """Why nothing can run on a device, or an empty string."""
     try:
         wanted = torch.device(device)
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
+    except RuntimeError:
+        wanted = None
     gpu = _gpu()
-    if wanted.type not in ("cpu", "cuda"):
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
         return f"expected the device cpu or cuda:0, got {device}"
     if wanted.type == "cuda" and not gpu["devices"]:
         return f"there is no GPU here that torch can use: {gpu['why_not']}"
     if wanted.type == "cuda" and (wanted.index or 0) >= len(gpu["devices"]):
         return f"there is no {device} here, the number of GPUs is {len(gpu['devices'])}"
     return ""
+
+
+def expect_device(device: str) -> None:
+    """Raises ValueError if nothing can run on a device."""
+    if why := why_not_on(device):
+        raise ValueError(why)
 
 
 def conditions_on(device: str) -> dict[str, Any]:

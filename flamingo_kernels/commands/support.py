@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from .._backends import cuda, dispatch, triton
 from ..patch.known import KNOWN
@@ -20,6 +20,14 @@ APART_BEGIN, APART_END = "<!-- apart: begin -->", "<!-- apart: end -->"
 INT8_BEGIN, INT8_END = "<!-- int8: begin -->", "<!-- int8: end -->"
 REAL_BEGIN, REAL_END = "<!-- real: begin -->", "<!-- real: end -->"
 PRESETS_BEGIN, PRESETS_END = "<!-- presets: begin -->", "<!-- presets: end -->"
+IN_README = (
+    (BEGIN, END),
+    (MODELS_BEGIN, MODELS_END),
+    (VERSIONS_BEGIN, VERSIONS_END),
+    (PRESETS_BEGIN, PRESETS_END),
+    (REAL_BEGIN, REAL_END),
+)
+IN_PAGE = ((APART_BEGIN, APART_END), (INT8_BEGIN, INT8_END))
 
 # By family, what `profile` calls the model whose gains stand in its row; the others have no model there.
 PROFILED = {
@@ -68,13 +76,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """The command `support`."""
+    if options.results and not Path(options.results).is_dir():
+        raise ValueError(f"expected --results to be a folder, got {options.results}.")
+    for page, markers in ((options.readme, IN_README), (options.page, IN_PAGE)):
+        for begin, end in markers if page else ():
+            readme.around(page, begin, end)
+    if options.page and not options.results:
+        raise ValueError("expected --page with --results DIR, whose numbers it shows.")
     tables = models(options.results), versions(), presets(options.results), real(options.results)
-    print(table(), *tables, sep="\n\n")
     if options.readme:
         update_readme(options.readme, options.results)
     if options.page:
         readme.replace(options.page, APART_BEGIN, APART_END, apart(options.results, "apart"))
         readme.replace(options.page, INT8_BEGIN, INT8_END, apart(options.results, "int8"))
+    print(table(), *tables, sep="\n\n")
     return 0
 
 
@@ -87,7 +102,7 @@ def apart(results: str | Path, folder: str) -> str:
     """
     from .profile.report import apart_table
 
-    return apart_table(json.loads(path.read_text()) for path in sorted(Path(results, folder).glob("*.json")))
+    return apart_table(_read(path) for path in sorted(Path(results, folder).glob("*.json")))
 
 
 def real(results: str | Path | None = None) -> str:
@@ -100,7 +115,7 @@ def real(results: str | Path | None = None) -> str:
     from .profile.report import real_table
 
     paths = sorted(Path(results, "real").glob("*.json")) if results else []
-    return "\n\n".join(real_table(json.loads(path.read_text())) for path in paths)
+    return "\n\n".join(real_table(_read(path)) for path in paths)
 
 
 def table() -> str:
@@ -154,7 +169,18 @@ def models(results: str | Path | None = None) -> str:
 
 def _load(results: str | Path | None, folder: str, name: str) -> dict[str, Any]:
     path = Path(results or "", folder, f"{name}.json")
-    return cast("dict[str, Any]", json.loads(path.read_text())) if results and path.exists() else {}
+    return _read(path) if results and path.exists() else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What `profile --json` wrote. Raises ValueError for a file of something else."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got: {error}.") from error
+    if not isinstance(found, dict) or "conditions" not in found:
+        raise ValueError(f"{path}: expected what `profile --json` has written, got something else.")
+    return found
 
 
 def _gain(found: dict[str, Any], work: str) -> str:

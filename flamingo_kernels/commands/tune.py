@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from flamingo.command_line import count_from, expect_writable, time_span
 
 from .._backends import cpu, dispatch
 from ..ops.linear import config
@@ -53,24 +54,22 @@ class Found(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("operator", choices=["linear"], help="what to tune")
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=ROWS, help="how many rows of x (default: 1 to 1024)"
+        "--rows", type=count_from(1), nargs="+", default=ROWS, help="how many rows of x (default: 1 to 1024)"
     )
-    parser.add_argument("--seconds", type=float, default=0.3, help="for each measurement (default: 0.3)")
+    parser.add_argument("--seconds", type=time_span, default=0.3, help="for each measurement (default: 0.3)")
     parser.add_argument("--out", metavar="FILE", help="write here, and not where the library looks for it")
 
 
 def main(options: argparse.Namespace) -> int:
     """The command `tune`: measure on a quiet machine, show, and keep for later processes.
 
-    Returns:
-        0, or 2 if there is no kernel to compare or an option is out of range.
+    Raises:
+        ValueError: there is no kernel to compare.
+        OSError: --out cannot be written.
     """
     if why := cpu.why_not():
-        print(f"tune: {why}", file=sys.stderr)
-        return 2
-    if min(options.rows) < 1 or not options.seconds > 0:
-        print("tune: expected --rows of at least 1 and --seconds above 0.", file=sys.stderr)
-        return 2
+        raise ValueError(why)
+    expect_writable(options.out)
     threads = torch.get_num_threads()
     print(f"{config.processor()}: {info.processor_name()}, {threads} threads, torch {torch.__version__}")
     print(f"{'dtype':<9} {'way':<8} {'rows':>5}  {'best':<7}  gain of each over torch's")

@@ -30,6 +30,7 @@ def spins(*lines, **variables):
 def test_a_command_sets_it_before_torch_is_imported():
     assert spins(COMMAND) == SPINS
     assert spins(COMMAND.replace("train", "demo")) == DEMO_SPINS
+    assert spins("sys.argv = ['/usr/bin/flamingo', 'train']") == SPINS
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from flamingo_kernels import available_backends
 from flamingo_kernels._backends import dispatch, env
 from flamingo_kernels.commands import info
 from flamingo_kernels.commands.bench import baselines, report, shapes
+from flamingo_kernels.commands.bench import run as bench_run
+from flamingo_kernels.commands.bench.rows import Run
 from flamingo_kernels.commands.gpu import RESULTS, _folder, plan
 from flamingo_kernels.testing import GatedResidualCase
 from tests.helpers import ROOT
@@ -55,14 +57,6 @@ def test_info_page_has_what_the_json_has(capsys):
     page, found = capsys.readouterr().out, info.collect()
     for expected in (info.processor_name(), found["versions"]["torch"], *dispatch.operators()):
         assert expected in page
-
-
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["bench", "--nonsense"]])
-def test_a_wrong_command_is_refused(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
-    assert stopped.value.code == 2
-    assert "usage: python -m flamingo_kernels" in capsys.readouterr().err
 
 
 def test_bench_writes_all_its_files_and_shows_them_again(tmp_path, capsys):
@@ -173,7 +167,17 @@ def test_bench_fails_when_our_result_is_wrong(monkeypatch, capsys):
         (["--op", "gated_attention"], "--op gated_attention is not one of masked_cross_attention, "),
         (["--against", "cudnn"], "--against cudnn is not one of eager, sdpa, compile, flex, flash-attn, "),
         (["--device", "mps"], "expected the device cpu or cuda:0, got mps"),
-        (["--load", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+        (["--op", "decode step", "--against", "cudnn"], "--against cudnn is not one of"),
+        (["--op", "decod_step"], "PerceiverResampler. Did you mean 'its decode step'?"),
+        (["--load", "nowhere.json"], "bench: nowhere.json: No such file or directory"),
+        (
+            ["--load", "pyproject.toml"],
+            "pyproject.toml: expected what `bench --json` has written, got a file",
+        ),
+        (["--json", "nowhere/x.json"], "bench: nowhere/x.json: No such file or directory"),
+        (["--csv", "docs"], "bench: docs: Is a directory"),
+        (["--picture", "x.text"], "bench: expected a picture named ."),
+        (["--picture", "nowhere/x.png"], "bench: nowhere/x.png: No such file or directory"),
         (["--readme", "CHANGELOG.md"], "CHANGELOG.md: expected one '<!-- bench: begin -->'"),
     ],
 )
@@ -183,7 +187,73 @@ def test_bench_says_before_the_work_what_it_cannot_do(asked, message, monkeypatc
         "flamingo_kernels.commands.bench.run.run", lambda *_, **__: pytest.fail("it went to work")
     )
     assert cli.main(["bench", *asked]) == 2
-    assert message in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "ops"),
+    [
+        ("its decode step", {"its decode step"}),
+        ("decode", {"its decode step", "gated_block_decode"}),
+        ("RESAMPLER", {"PerceiverResampler"}),
+        ("linear", {"linear"}),
+        ("int8", {"linear, int8"}),
+    ],
+)
+def test_bench_finds_an_operator_by_a_part_of_its_name(asked, ops, monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        "flamingo_kernels.commands.bench.run.run", lambda cases, **_: taken.extend(cases) or Run([], [])
+    )
+    assert cli.main(["bench", "--quick", "--op", asked]) == 0
+    assert {case.op for case in taken} == ops
+
+
+def test_bench_keeps_what_was_timed_before_ctrl_c(tmp_path, monkeypatch, capsys):
+    calls, run_case = [], bench_run._run_case
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run_case(*arguments)
+
+    monkeypatch.setattr(bench_run, "_run_case", interrupted)
+    asked = ["--quick", "--op", "gated_residual", "--against", "eager", "--seconds", "0"]
+    assert cli.main(["bench", *asked, "--json", str(tmp_path / "x.json")]) == 130
+    shown = capsys.readouterr()
+    assert shown.err.endswith("bench: stopped by Ctrl-C after 1 cases, which are kept\n")
+    assert "gated_residual" in shown.out
+    assert len(json.loads((tmp_path / "x.json").read_text())["rows"]) == 2
+
+
+def test_support_says_before_the_work_what_it_cannot_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("flamingo_kernels.commands.support.models", lambda *_: pytest.fail("it went to work"))
+    for asked, message in (
+        (["--results", "nowhere"], "support: expected --results to be a folder, got nowhere."),
+        (["--readme", "nowhere.md"], "support: nowhere.md: No such file or directory"),
+        (["--readme", str(ROOT / "CHANGELOG.md")], "CHANGELOG.md: expected one '<!-- support: begin -->'"),
+        (["--page", str(ROOT / "benchmarks" / "README.md")], "expected --page with --results DIR"),
+    ):
+        assert cli.main(["support", *asked]) == 2
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert shown.count("\n") == 1
+
+
+def test_results_of_something_else_are_named(tmp_path, capsys):
+    (tmp_path / "real").mkdir()
+    for content in ("{", "[]", "{}", "null", "[" * 10**5):
+        (tmp_path / "real" / "x.json").write_text(content)
+        (tmp_path / "environment.json").write_text(content)
+        for asked in (["support", "--results"], ["gpu", "--load"]):
+            assert cli.main([*asked, str(tmp_path)]) == 2
+            shown = capsys.readouterr()
+            assert shown.err.startswith(f"{asked[0]}: {tmp_path}")
+            assert ": expected " in shown.err
+            assert (shown.err.count("\n"), shown.out) == (1, "")
 
 
 def test_info_tells_of_a_build_that_failed_after_the_one_that_is_there(monkeypatch):

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from flamingo import Flamingo, FlamingoConfig, Processor, text_time
+from flamingo import Flamingo, FlamingoConfig, Processor, generate, text_time
 from tests.helpers.weights import randomise
 
 SHADES = {"black": 0, "grey": 128, "white": 255}
@@ -32,11 +31,12 @@ class Namer(nn.Module):
         self.anchor = nn.Parameter(torch.zeros(1))  # for its device
         self.vision = Brightness()
         self.language = SimpleNamespace(new_cache=Read)
-        self.encoded = 0
+        self.resampler = SimpleNamespace(latents=torch.zeros(1, 1))
+        self.encoded = self.answered = 0
 
-    def encode_media(self, pixels, num_frames=None):
-        self.encoded += pixels.shape[0] * pixels.shape[1]
-        return pixels.mean(dim=(2, 3, 4, 5))[..., None, None]
+    def encode_media(self, features, num_frames=None):
+        self.encoded += features.shape[0] * features.shape[1]
+        return features[..., :1].mean(dim=2)
 
     def decode(
         self, input_ids, media, attention_mask=None, *, cache=None, media_locations=None, logits_to_keep=0
@@ -61,15 +61,12 @@ class Namer(nn.Module):
         return ids + [0] * 100
 
     def generate(
-        self, input_ids, pixels, attention_mask, num_frames, *, max_new_tokens, num_beams, stop_token_ids
-    ):  # the signature of Flamingo's
+        self, input_ids, pixels, attention_mask, *, media, context, max_new_tokens, num_beams, stop_token_ids
+    ):  # what `complete` asks for
         self.num_beams = num_beams
-        media = self.encode_media(pixels, num_frames)
-        for _ in range(max_new_tokens):
-            token = self.decode(input_ids, media, attention_mask)[:, -1].argmax(dim=-1)
-            input_ids = torch.cat((input_ids, token[:, None]), dim=1)
-            attention_mask = F.pad(attention_mask, (0, 1), value=True)
-        return input_ids[:, -max_new_tokens:]
+        self.answered += len(input_ids)
+        options = {"max_new_tokens": max_new_tokens, "context": context}
+        return generate(self, input_ids, pixels, attention_mask, media=media, **options)
 
 
 class Read:
@@ -83,6 +80,9 @@ class Read:
 
     def reorder_cache(self, rows):
         self.ids = self.ids[rows]
+
+    def batch_repeat_interleave(self, repeats):
+        self.ids = self.ids.repeat_interleave(repeats, dim=0)
 
     def crop(self, tokens_to_remove):
         self.ids = self.ids[:, :tokens_to_remove]

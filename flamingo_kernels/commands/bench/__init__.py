@@ -11,10 +11,12 @@ report     tables and the picture
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import reduce
 from typing import TYPE_CHECKING
+
+from flamingo.command_line import expect_writable, time_span
 
 if TYPE_CHECKING:
     from .rows import Run
@@ -22,12 +24,19 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--op", action="append", metavar="NAME", help="only this operator or layer (repeatable)"
+        "--op",
+        action="append",
+        metavar="NAME",
+        help=f"only this operator or layer, or those with this in their name (repeatable): {_operators()}",
     )
-    parser.add_argument("--against", action="append", metavar="NAME", help="only this rival (repeatable)")
+    parser.add_argument(
+        "--against", action="append", metavar="NAME", help=f"only this rival (repeatable): {_rivals()}"
+    )
     parser.add_argument("--device", default="cpu", help='where to run, as in "cuda:0" (default: cpu)')
     parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that it works, not how fast")
-    parser.add_argument("--seconds", type=float, help="how long to time one case (default: 2; 0.1 if quick)")
+    parser.add_argument(
+        "--seconds", type=time_span, help="how long to time one case (default: 2; 0.1 if quick)"
+    )
     parser.add_argument(
         "--load",
         metavar="FILE",
@@ -42,39 +51,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _operators() -> str:
+    from .shapes import CASES_OF
+
+    return "; ".join(dict.fromkeys(case.op for cases in CASES_OF.values() for case in cases))
+
+
+def _rivals() -> str:
+    from .report import RIVALS
+
+    return ", ".join(RIVALS)
+
+
 def main(options: argparse.Namespace) -> int:
-    """The command `bench`: 1 if a result of ours was wrong, 2 if it cannot do what was asked, else 0."""
-    from ..measure.figure import new_figure
+    """The command `bench`: 1 if a result of ours was wrong, else 0.
+
+    Raises:
+        ImportError, OSError, ValueError: before the work, for what it cannot do or write.
+        KeyboardInterrupt: by Ctrl-C, after what was timed until then is shown and written.
+    """
+    from ..measure.figure import expect_picture
     from ..readme import around
     from .baselines import OURS
-    from .report import BEGIN, END, picture, table, update_readme
+    from .report import BEGIN, END
+    from .run import Stopped
 
+    if options.picture:
+        expect_picture(options.picture)
+    if options.readme:
+        around(options.readme, BEGIN, END)
+    expect_writable(options.json, options.csv)
     try:
-        # What would fail at the end fails before the work.
-        if options.picture:
-            new_figure()
-        if options.readme:
-            around(options.readme, BEGIN, END)
         outcome = _load_or_run(options)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    print(table(outcome))
+    except Stopped as stopped:
+        _show(stopped.found, options)
+        raise
+    _show(outcome, options)
+    return int(any(each.refused and each.contender == OURS for each in outcome.skipped))
+
+
+def _show(outcome: Run, options: argparse.Namespace) -> None:
+    """Writes what is asked for, then prints, as nobody may read that any more."""
+    from .report import picture, table, update_readme
+
     if options.json:
         outcome.save_json(options.json)
     if options.csv:
         outcome.save_csv(options.csv)
-    if options.readme:
+    if options.readme and outcome.rows:
         update_readme(outcome, options.readme)
-    if options.picture:
+    if options.picture and outcome.rows:
         picture(outcome, options.picture)
-    return int(any(each.refused and each.contender == OURS for each in outcome.skipped))
+    print(table(outcome))
 
 
 def _load_or_run(options: argparse.Namespace) -> Run:
     import torch
 
-    from ..info import why_not_on
+    from ..info import expect_device
     from ..measure.progress import ProgressBar
     from .floors import ceilings
     from .report import RIVALS
@@ -84,13 +118,14 @@ def _load_or_run(options: argparse.Namespace) -> Run:
 
     if options.load:
         return reduce(Run.updated, map(Run.load, options.load))
-    if why := why_not_on(options.device):
-        raise ValueError(f"{why}.")
+    expect_device(options.device)
     device = torch.device(options.device)
     every = QUICK if options.quick else CASES_OF[device.type]
-    ops, against = options.op or [], options.against or []
-    _expect_known("--op", ops, [case.op for case in every])
-    _expect_known("--against", against, RIVALS)
+    ops = _chosen(options.op or [], [case.op for case in every])
+    against = options.against or []
+    for name in against:
+        if name not in RIVALS:
+            raise ValueError(f"--against {name} is not one of {', '.join(RIVALS)}.")
     cases = [case for case in every if not ops or case.op in ops]
     seconds = options.seconds if options.seconds is not None else 0.1 if options.quick else 2.0
     reached = None
@@ -111,7 +146,21 @@ def _load_or_run(options: argparse.Namespace) -> Run:
         progress.close()
 
 
-def _expect_known(option: str, names: list[str], known: Sequence[str]) -> None:
+def _chosen(names: Sequence[str], known: Sequence[str]) -> set[str]:
+    """The operators and layers of these names, or all that have one of them in theirs.
+
+    Raises:
+        ValueError: for a name that nothing has; it lists the nearest.
+    """
+    known = list(dict.fromkeys(known))
+    chosen: set[str] = set()
     for name in names:
-        if name not in known:
-            raise ValueError(f"{option} {name} is not one of {', '.join(dict.fromkeys(known))}.")
+        found = [each for each in known if each == name] or [
+            each for each in known if name.lower() in each.lower()
+        ]
+        if not found:
+            near = get_close_matches(name, known, cutoff=0.4)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise ValueError(f"--op {name} is not one of {', '.join(known)}.{hint}")
+        chosen.update(found)
+    return chosen

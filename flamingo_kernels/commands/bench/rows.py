@@ -78,9 +78,16 @@ class Run(NamedTuple):
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
-        """Read what `save_json` wrote."""
-        stored = json.loads(Path(path).read_text())
-        return cls([Row(**row) for row in stored["rows"]], [Skipped(**each) for each in stored["skipped"]])
+        """Read what `save_json` wrote. Raises ValueError for a file of something else."""
+        try:
+            stored = json.loads(Path(path).read_text())
+            return cls(
+                [Row(**row) for row in stored["rows"]], [Skipped(**each) for each in stored["skipped"]]
+            )
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path}: expected what `bench --json` has written, got a file of something else."
+            ) from error
 
     def updated(self, later: Run) -> Run:
         """This run with the cases that a later one measured again, in the places where they were."""

@@ -41,6 +41,14 @@ class Refused(NamedTuple):
     wrong: bool  # it gave a result, and that was wrong
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, and the cases that were done before it."""
+
+    def __init__(self, found: Run) -> None:
+        super().__init__(f"stopped by Ctrl-C after {len(found.cases)} cases, which are kept")
+        self.found = found
+
+
 def run(
     cases: Iterable[Case],
     *,
@@ -61,6 +69,9 @@ def run(
         device: where to run.
         clock: what keeps the time; the device's own by default.
         ceilings: what the device reaches, to judge ours by; None to leave that out.
+
+    Raises:
+        Stopped: by Ctrl-C.
     """
     rows: list[Row] = []
     skipped: list[Skipped] = []
@@ -70,6 +81,8 @@ def run(
             found = _run_case(case, against, seconds, progress, device, clock, ceilings)
         except RuntimeError as error:  # the device is out of memory, or worse
             found = without(case, first_line(error))
+        except KeyboardInterrupt:
+            raise Stopped(Run(rows, skipped)) from None
         rows, skipped = rows + found.rows, skipped + found.skipped
         _clean_up(against, device)
     return Run(rows, skipped)

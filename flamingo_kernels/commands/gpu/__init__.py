@@ -51,29 +51,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command `gpu`: 0 if all is right, 1 if something is not, 2 if it cannot do what was asked."""
-    try:
-        return _main(options)
-    except ImportError as error:
-        print(f"gpu: FAILED: {error}", file=sys.stderr)
-        return 1
+    """The command `gpu`: 0 if all is right, 1 if something is not.
 
-
-def _main(options: argparse.Namespace) -> int:
-    from ..info import device_name, why_not_on
-    from .report import load, summary, why_not_to
+    Raises:
+        ImportError: a package is missing.
+        OSError: results cannot be read, or written.
+        ValueError: there is no such device, or the results are none.
+    """
+    from ..info import device_name, expect_device
+    from .report import expect_folder, load, summary
 
     if options.load:
         outcome = load(Path(options.load))
         print(summary(outcome))
         return int(bool(outcome.failures))
-    if why := why_not_on(options.device):
-        print(f"gpu: {why}", file=sys.stderr)
-        return 2
+    expect_device(options.device)
     folder = Path(options.out) if options.out else _folder(options.device, device_name(options.device))
-    if why := why_not_to(folder):
-        print(f"gpu: {why}", file=sys.stderr)
-        return 2
+    expect_folder(folder)
     outcome = _run(options, folder)
     print(f"{summary(outcome)}\nwritten to {folder}", flush=True)
     if outcome.stuck:

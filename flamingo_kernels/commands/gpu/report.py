@@ -25,14 +25,10 @@ _WIDEST = 200  # characters of one failure
 _IN_ENVIRONMENT = ("problems", "seconds", "notes", "launches", "able", "stuck")
 
 
-def why_not_to(folder: Path) -> str:
-    """Why nothing can be written to a folder, which is made if need be, or an empty string."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "environment.json", "{}")
-    except OSError as error:
-        return f"cannot write to {folder}: {error.strerror}"
-    return ""
+def expect_folder(folder: Path) -> None:
+    """Makes a folder if need be; raises OSError if nothing can be written to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "environment.json", "{}")
 
 
 def save(outcome: Outcome, folder: Path) -> None:
@@ -59,20 +55,30 @@ def draw(outcome: Outcome, folder: Path) -> None:
 
 
 def load(folder: Path) -> Outcome:
-    """Read what `save` wrote."""
-    environment = _read_json(folder / "environment.json")
-    measured = environment.pop("ceilings")
-    kept = {name: environment.pop(name) for name in _IN_ENVIRONMENT if name in environment}
-    return Outcome(
-        environment,
-        [Finding(**each) for each in _read_json(folder / "parity.json")],
-        ceilings=None if measured is None else Ceilings(**measured),
-        bench=Run.load(folder / "bench.json"),
-        configs=_read_json(folder / "configs.json"),
-        kernels=_read_json(folder / "kernels.json"),
-        build=(folder / "build.txt").read_text(),
-        **kept,
-    )
+    """Read what `save` wrote.
+
+    Raises:
+        OSError: a file is not there.
+        ValueError: the files are of something else.
+    """
+    try:
+        environment = _read_json(folder / "environment.json")
+        measured = environment.pop("ceilings")
+        kept = {name: environment.pop(name) for name in _IN_ENVIRONMENT if name in environment}
+        return Outcome(
+            environment,
+            [Finding(**each) for each in _read_json(folder / "parity.json")],
+            ceilings=None if measured is None else Ceilings(**measured),
+            bench=Run.load(folder / "bench.json"),
+            configs=_read_json(folder / "configs.json"),
+            kernels=_read_json(folder / "kernels.json"),
+            build=(folder / "build.txt").read_text(),
+            **kept,
+        )
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{folder}: expected what `gpu` has written, got files of something else."
+        ) from error
 
 
 def _read_json(path: Path) -> Any:

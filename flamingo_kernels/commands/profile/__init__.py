@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flamingo.command_line import count_from, expect_writable
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,11 +29,14 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from .models import MODELS
+    from .subject import WORKS
+
     parser.add_argument(
         "name",
         metavar="MODEL",
         nargs="?",
-        help='a preset as "tiny", or of another library, as "idefics-tiny"',
+        help=f"a preset, or of another library: {', '.join(MODELS)}",
     )
     parser.add_argument(
         "--model",
@@ -39,16 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead: a function of yours, of any of tokens, images and batch, that returns a model and the "
         "keyword arguments of its forward",
     )
-    parser.add_argument("--tokens", type=int, help="in a text (default: 1024)")
-    parser.add_argument("--images", type=int, help="in a text (default: 8)")
-    parser.add_argument("--batch", type=int, default=1, help="how many texts (default: 1)")
-    parser.add_argument("--new", type=int, default=0, metavar="TOKENS", help="also generate, with --apart")
+    parser.add_argument("--tokens", type=count_from(1), help="in a text (default: 1024)")
+    parser.add_argument("--images", type=count_from(1), help="in a text (default: 8)")
+    parser.add_argument("--batch", type=count_from(1), default=1, help="how many texts (default: 1)")
     parser.add_argument(
-        "--only", metavar="WORK", nargs="+", help="prefill, decode, generation, training step"
+        "--new", type=count_from(0), default=0, metavar="TOKENS", help="also generate, with --apart"
     )
+    parser.add_argument("--only", metavar="WORK", nargs="+", choices=WORKS, help=", ".join(WORKS))
     parser.add_argument("--device", default="cpu", help='where to run, as in "cuda:0" (default: cpu)')
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--threads", type=int, help="of the cpu (default: as torch chooses)")
+    parser.add_argument("--threads", type=count_from(1), help="of the cpu (default: as torch chooses)")
     parser.add_argument(
         "--quick", action="store_true", help="a short text: shows that it works, not how fast"
     )
@@ -72,56 +77,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command `profile`: 1 if the patched model computes something else, 2 if it cannot, else 0."""
+    """The command `profile`: 1 if the patched model computes something else, else 0.
+
+    Raises:
+        ImportError, OSError, ValueError: for what it cannot do or write.
+    """
     import torch
 
-    from ..measure.swapped import NothingSwappedError
     from . import apart, count, report, run
 
     dtype = getattr(torch, options.dtype)
     seconds = 0.1 if options.quick else 5.0
-    try:
-        _refuse_early(options)
-        whole = _plan(options)
-        plan = whole.only(options.only) if options.only else whole
-        size = apart.Size.of(plan, dtype) if options.apart else None
-        lacking = (
-            apart.lacking_memory(size, dtype) if size else count.lacking_memory(plan, dtype, options.device)
-        )
-        by_block = bool(lacking) and not options.apart and _fits_by_block(whole, options, dtype)
-        if by_block:
-            plan, lacking = whole.only(_inference(options)), ""
-        if lacking and (options.apart or options.model):
-            raise ValueError(f"it {lacking}.")
-    except (ImportError, ValueError) as error:
-        print(f"profile: {error}", file=sys.stderr)
-        return 2
+    _refuse_early(options)
+    whole = _plan(options)
+    plan = whole.only(options.only) if options.only else whole
+    size = apart.Size.of(plan, dtype) if options.apart else None
+    lacking = apart.lacking_memory(size, dtype) if size else count.lacking_memory(plan, dtype, options.device)
+    by_block = bool(lacking) and not options.apart and _fits_by_block(whole, options, dtype)
+    if by_block:
+        plan, lacking = whole.only(_inference(options)), ""
+    if lacking and (options.apart or options.model):
+        raise ValueError(f"it {lacking}.")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-    try:
-        if lacking:
-            return _show_counted(count.run(whole, dtype, options.device, lacking), options)
-        if size:
-            sides = apart.asked(compiled=options.compile, quantized=options.quantize, folded=options.fold)
-            times = apart.run(plan, size, dtype=dtype, seconds=3 * seconds, sides=sides)
-            print(report.apart(times))
-            _save(times, options.json)
-            return 0
-        settings = {"seconds": seconds, "trace": options.trace}
-        settings |= {"compiled": options.compile, "quantized": options.quantize, "by_block": by_block}
-        if options.quick:
-            settings["profiled"] = 1
-        found = run.run(plan, dtype=dtype, device=options.device, **settings)
-    except NothingSwappedError as error:
-        print(f"profile: {error}", file=sys.stderr)
-        return 2
-    print(report.measured(found))
+    if lacking:
+        return _show_counted(count.run(whole, dtype, options.device, lacking), options)
+    if size:
+        sides = apart.asked(compiled=options.compile, quantized=options.quantize, folded=options.fold)
+        times = apart.run(plan, size, dtype=dtype, seconds=3 * seconds, sides=sides)
+        _save(times, options.json)
+        print(report.apart(times))
+        return 0
+    settings = {"seconds": seconds, "trace": options.trace}
+    settings |= {"compiled": options.compile, "quantized": options.quantize, "by_block": by_block}
+    if options.quick:
+        settings["profiled"] = 1
+    found = run.run(plan, dtype=dtype, device=options.device, **settings)
     _save(found, options.json)
     if options.picture and found.same:
         report.picture(found, options.picture)
+    print(report.measured(found))
     return int(not found.same)
 
 
@@ -172,22 +170,17 @@ def _show_counted(found: Counted, options: argparse.Namespace) -> int:
 
 def _refuse_early(options: argparse.Namespace) -> None:
     """Let what would fail at the end fail before the work."""
-    from ..info import why_not_on
-    from ..measure.figure import new_figure
+    from ..info import expect_device
+    from ..measure.figure import expect_picture
 
-    if why := why_not_on(options.device):
-        raise ValueError(f"{why}.")
+    expect_device(options.device)
     if options.apart and (options.trace or options.picture or options.device != "cpu"):
         raise ValueError("expected --apart on a cpu, without --trace and --picture.")
     if (options.new or options.fold) and not options.apart:
         raise ValueError("expected --new and --fold with --apart.")
-    if options.new < 0:
-        raise ValueError(f"expected --new of 1 or more tokens, got {options.new}.")
     if options.picture:
-        new_figure()
-    for path in filter(None, (options.trace, options.json, options.picture)):
-        if not Path(path).parent.is_dir():
-            raise ValueError(f"expected a path in a folder that exists, got {path}: make its folder first.")
+        expect_picture(options.picture)
+    expect_writable(options.trace, options.json)
 
 
 def _save(found: object, path: str | None) -> None:

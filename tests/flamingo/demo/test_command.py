@@ -62,10 +62,10 @@ def refused(folder, capsys, monkeypatch):
         ("--threads 1000000", "demo: expected --threads from 1 to "),
         ("--seed -1", "demo: expected --seed from 0 to 2**64 - 1, got -1."),
         (f"--seed {2**64}", "demo: expected --seed from 0 to 2**64 - 1, got "),
-        ("--json none/x.json", "No such file or directory: 'none/x.json'"),
-        ("--picture none/x.png", "No such file or directory: 'none/x.png'"),
-        ("--model none/x.safetensors", "No such file or directory: 'none/x.safetensors'"),
-        ("--json folder", "Is a directory: 'folder'"),
+        ("--json none/x.json", "demo: none/x.json: No such file or directory\n"),
+        ("--picture none/x.png", "demo: none/x.png: No such file or directory\n"),
+        ("--model none/x.safetensors", "demo: none/x.safetensors: No such file or directory\n"),
+        ("--json folder", "demo: folder: Is a directory\n"),
         ("--picture x.text", "demo: expected a picture named ."),
         ("--json x --model x", "demo: expected a file for each of what is written, got digits.png, x, x."),
     ],
@@ -77,7 +77,8 @@ def test_mistakes_are_told_before_the_work(refused, arguments, said):
 @pytest.mark.parametrize("missing", ["sklearn", "safetensors", "matplotlib"])
 def test_what_is_missing_is_told_before_the_work(refused, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    assert refused() == f'demo: {missing} is missing: pip install "flamingo-kernels[demo]"\n'
+    how = 'In a checkout of this library, run: pip install ".[demo]".'
+    assert refused() == f"demo: {missing} is missing. {how}\n"
 
 
 def test_files_that_are_there_stay_as_they_are(folder):

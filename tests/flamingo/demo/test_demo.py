@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from flamingo.demo import command, load_digits, load_model, main, run, stages
+from flamingo.demo import command, load_digits, main, run, stages
 from flamingo.demo.digits import TEMPLATES, WAYS, episode
-from flamingo.demo.saved import save_model
 from flamingo.demo.words import NAMES, WordTokenizer
+from flamingo.saved import save_model
 from flamingo_kernels import patch
 from tests.flamingo.demo.test_words import TRUE
 from tests.helpers.kernels import has_kernels
@@ -117,29 +117,13 @@ def test_quick(capsys, tmp_path, monkeypatch, switch, kernels, line):
     monkeypatch.setattr(
         command,
         "save_model",
-        lambda model, path: swapped.append(has_kernels(model)) or save_model(model, path),
+        lambda model, *more: swapped.append(has_kernels(model)) or save_model(model, *more),
     )
     assert main(tmp_path / "digits.png", tmp_path / "digits.safetensors", quick=True, **switch) == 0
     said = capsys.readouterr().out
     assert swapped == [kernels]
     assert line in said
     assert (tmp_path / "digits.png").stat().st_size > 1000
-
-
-def test_saved(tmp_path):
-    """What is loaded is what was trained, in eval mode."""
-    model = run.Flamingo(stages.CONFIG)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    save_model(model, tmp_path / "model.safetensors")
-    loaded, processor = load_model(tmp_path / "model.safetensors")
-    assert not loaded.training
-    batch = processor([[torch.rand(3, 8, 8), "Output:"]], prompt=True)
-    assert torch.equal(
-        loaded(batch.input_ids, batch.pixels).logits, model(batch.input_ids, batch.pixels).logits
-    )
-    with pytest.raises(FileNotFoundError):
-        load_model(tmp_path / "none.safetensors")
 
 
 def test_patched_training_has_the_same_losses():

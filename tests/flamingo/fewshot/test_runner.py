@@ -11,14 +11,29 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from flamingo import Flamingo, FlamingoConfig, Processor, complete
 from flamingo.__main__ import main
-from flamingo.fewshot import CAPTIONS, VQA, Sample, cider, command, evaluate, vqa_accuracy
+from flamingo.fewshot import (
+    CAPTIONS,
+    CLASSIFICATION,
+    QUESTION,
+    VQA,
+    Sample,
+    Task,
+    cider,
+    command,
+    evaluate,
+    log_likelihoods,
+    trim,
+    vqa_accuracy,
+)
 from flamingo.fewshot.scoring import batches
-from flamingo.processor import Processor
 from tests.helpers import ROOT
 from tests.helpers.kernels import has_kernels
 from tests.helpers.scripted import PROCESSOR, SHADES, Namer, picture, write_captions, write_vqa
+from tests.helpers.weights import randomise
 
 QUERIES = ["white", "black", "grey", "white", "black"]
 
@@ -95,9 +110,9 @@ class TestEvaluate:
     def test_zero_shots_are_two_without_images(self, tmp_path):
         model, prompts = Namer(), []
         generate = model.generate
-        model.generate = lambda ids, *rest, **options: (
-            prompts.extend(ids.tolist()),
-            generate(ids, *rest, **options),
+        model.generate = lambda ids, pixels, mask, **options: (
+            prompts.extend(row[real].tolist() for row, real in zip(ids, mask, strict=True)),
+            generate(ids, pixels, mask, **options),
         )[1]
         self.run(tmp_path / "out.jsonl", shots=0, model=model)
         assert len(prompts) == 5
@@ -108,7 +123,7 @@ class TestEvaluate:
             assert first in {f"{asked} {shade}" for shade in SHADES}
             assert second in {f"{asked} {shade}" for shade in SHADES}
             assert last == f"<image>{asked}", query
-        assert model.encoded == 5
+        assert model.encoded == 3  # white and black come twice
 
     def test_rices_puts_the_most_alike_last(self, tmp_path):
         self.run(tmp_path / "out.jsonl", shots=5, select="rices")
@@ -137,7 +152,7 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"select": "best"}, "select 'random' or 'rices', got 'best'"),
+            ({"select": "best"}, "select 'random', 'fixed' or 'rices', got 'best'"),
             ({"shots": 10}, "10 samples or more in the support .* query 0, got 9"),
             ({"queries": []}, "one query or more, each with its own id, got 0"),
             ({"queries": QUERY_SAMPLES[:1] * 2}, "each with its own id, got 2 with 1 ids"),
@@ -149,6 +164,123 @@ class TestEvaluate:
         assert not (tmp_path / "out.jsonl").exists()
 
 
+class TestClosed:
+    """Candidates are ranked: the shade that the image has."""
+
+    TASK = Task("shades", CLASSIFICATION, "top-1", lambda records: hits(records), closed=True)
+
+    def queries(self, candidates=tuple(SHADES)):
+        return [replace(one, candidates=candidates, details={"n": one.id}) for one in QUERY_SAMPLES]
+
+    def run(self, path, queries=None, **options):
+        queries = self.queries() if queries is None else queries
+        return evaluate(
+            Namer(), PROCESSOR, self.TASK, queries, SUPPORT, path, batch_size=2, **{"shots": 2, **options}
+        )
+
+    @pytest.mark.parametrize("select", ["random", "fixed", "rices"])
+    @pytest.mark.parametrize("permutations", [1, 3])
+    def test_the_likeliest_is_the_prediction(self, tmp_path, select, permutations):
+        result = self.run(tmp_path / "out", select=select, permutations=permutations)
+        assert result.value == 100
+        header, *records = lines(tmp_path / "out")
+        assert header["permutations"] == permutations
+        for record in records:
+            assert record["prediction"] == list(SHADES)[record["scores"].index(max(record["scores"]))]
+            assert record["details"] == {"n": record["id"]}
+
+    def test_no_shots_are_none_at_all(self, tmp_path):
+        self.run(tmp_path / "out", shots=0)
+        assert [record["shots"] for record in lines(tmp_path / "out")[1:]] == [[]] * 5
+
+    def test_every_query_may_have_its_own(self, tmp_path):
+        queries = [replace(query, candidates=(query.answer, f"not {query.id}")) for query in self.queries()]
+        self.run(tmp_path / "out", queries)
+        records = lines(tmp_path / "out")[1:]
+        assert [record["prediction"] for record in records] == QUERIES
+
+    @pytest.mark.parametrize("select", ["random", "fixed"])
+    def test_an_ensemble_is_the_mean_over_orders(self, tmp_path, select):
+        torch.manual_seed(0)
+        model = randomise(Flamingo(FlamingoConfig.preset("tiny", tie_embeddings=False)), std=0.2).eval()
+        processor, query = Processor(image_size=32), self.queries()[:1]
+        how = {"shots": 3, "select": select, "permutations": 4}
+        evaluate(model, processor, self.TASK, query, SUPPORT, tmp_path / "out", **how)
+        _, record = lines(tmp_path / "out")
+        shots = [next(one for one in SUPPORT if one.id == name) for name in record["shots"]]
+        name = "shared" if select == "fixed" else "0"
+        draw = random.Random(f"0/{name}/orders")
+        orders = [draw.sample(shots, 3) for _ in range(4)]
+        documents = [CLASSIFICATION.prompt(query[0], order) for order in orders]
+        each = log_likelihoods(model, processor, documents, list(SHADES))
+        assert record["scores"] == pytest.approx(each.mean(dim=0).tolist(), rel=1e-4)
+        assert each.std(dim=0).min() > 1e-4
+
+    def test_orders_are_counted_from_one(self, tmp_path):
+        with pytest.raises(ValueError, match="expected 1 permutation or more, got 0"):
+            self.run(tmp_path / "out", permutations=0)
+
+
+def hits(records):
+    return 100 * sum(record["prediction"] == record["references"][0] for record in records) / len(records)
+
+
+class TestShared:
+    """Fixed shots are read once, and answers are as if they were read for every query."""
+
+    @pytest.mark.parametrize("shots", [0, 3])
+    def test_as_one_document_each(self, tmp_path, shots):
+        torch.manual_seed(0)
+        model = randomise(Flamingo(FlamingoConfig.preset("tiny", tie_embeddings=False)), std=0.2).eval()
+        processor, read = Processor(image_size=32), []
+        model.language.layers[0].register_forward_pre_hook(
+            lambda module, args: read.append(args[0].shape[0] * args[0].shape[1])
+        )
+        queries = [
+            replace(one, fields={"question": "What?" * (1 + place % 2)})
+            for place, one in enumerate(QUERY_SAMPLES)
+        ]
+        how = {"shots": shots, "select": "fixed", "num_beams": 1, "batch_size": 2}
+        evaluate(model, processor, VQA, queries, SUPPORT, tmp_path / "out", **how)
+        total, read[:] = sum(read), []
+        _, *records = lines(tmp_path / "out")
+        assert [record["id"] for record in records] == [0, 2, 4, 1, 3]  # those of one length together
+        few = [next(one for one in SUPPORT if one.id == name) for name in records[0]["shots"]]
+        for record in records:
+            document = QUESTION.prompt(queries[record["id"]], few, text_only=shots == 0)
+            (answer,) = complete(model, processor, [document], max_new_tokens=10)
+            assert record["prediction"] == trim(answer)
+        assert total < 0.6 * sum(read)
+
+
+class TestBroken:
+    """An image that cannot be read costs its own sample alone."""
+
+    @pytest.fixture
+    def broken(self, tmp_path):
+        pytest.importorskip("PIL")
+        (tmp_path / "broken.png").write_bytes(b"no image")
+        return tmp_path / "broken.png"
+
+    @pytest.mark.parametrize("select", ["random", "fixed", "rices"])
+    def test_a_query_is_counted(self, tmp_path, capsys, broken, select):
+        queries = [*QUERY_SAMPLES[:2], replace(QUERY_SAMPLES[2], image=broken), *QUERY_SAMPLES[3:]]
+        output = tmp_path / "out"
+        result = evaluate(Namer(), PROCESSOR, VQA, queries, SUPPORT, output, shots=1, select=select)
+        assert (result.value, result.samples, result.broken) == (100, 5, 1)
+        assert str(result) == "vqa: VQA accuracy 100.00 (5 samples, 1 shots, 1 broken)"
+        found = {record["id"]: record for record in lines(output)[1:]}
+        assert "broken.png" in found[2]["error"]
+        assert "vqa: 2: " in capsys.readouterr().err
+        again = evaluate(Namer(), PROCESSOR, VQA, queries, SUPPORT, output, shots=1, select=select)
+        assert again == result
+
+    def test_none_that_can_be_read_is_an_error(self, tmp_path, broken):
+        queries = [replace(one, image=broken) for one in QUERY_SAMPLES]
+        with pytest.raises(ValueError, match=r"image can be read, got 5 that cannot \(.*broken\.png"):
+            evaluate(Namer(), PROCESSOR, VQA, queries, SUPPORT, tmp_path / "out", shots=1)
+
+
 class TestResume:
     def run(self, path, model=None, **options):
         model = model or Namer()
@@ -158,7 +290,7 @@ class TestResume:
     @pytest.fixture
     def finished(self, tmp_path):
         result, model = self.run(tmp_path / "whole.jsonl")
-        assert model.encoded == 10  # a query and a shot each
+        assert (model.answered, model.encoded) == (5, 3)  # of three pictures
         return result, (tmp_path / "whole.jsonl").read_text()
 
     @pytest.mark.parametrize("kept", range(7))
@@ -172,7 +304,7 @@ class TestResume:
         again, model = self.run(path)
         assert again == result
         assert path.read_text() == whole
-        assert model.encoded == 2 * (5 - max(kept - 1, 0))
+        assert model.answered == 5 - max(kept - 1, 0)
 
     def test_another_run_is_not_gone_on_with(self, finished, tmp_path):
         path = tmp_path / "whole.jsonl"

@@ -63,8 +63,8 @@ class TestLogLikelihoods:
         candidates = ["ab", "c", "d"]
         log_likelihoods(model, processor, documents, candidates, batch_size=2)
         longest = len(processor.lay_out(documents[0], prompt=True).ids)
-        # Of " ab<EOC>" and " c<EOC>" but the last token, from which nothing follows.
-        assert read == [(2, longest), (2, 3), (2, 2), (2, 2), (1, longest), (2, 3), (2, 2)]
+        # Nine of "<BOS>another:"; of " ab<EOC>" and " c<EOC>" all but the last, from which nothing follows.
+        assert read == [(2, longest), (2, 3), (2, 2), (2, 2), (1, 9), (2, 3), (2, 2)]
         assert multiplied == [1, 3, 2, 2, 1, 3, 2]
 
     def test_every_medium_is_encoded_once(self, model, processor, images):
@@ -100,10 +100,17 @@ class TestLogLikelihoods:
             log_likelihoods(model, processor, [[images[0]]], [])
         assert log_likelihoods(model, processor, [], CANDIDATES).shape == (0, 4)
 
-    def test_media_embeddings_are_refused(self, processor, images):
-        model = Flamingo(FlamingoConfig.preset("tiny", max_num_media=3))
-        with pytest.raises(ValueError, match="without media embeddings, got max_num_media=3"):
-            log_likelihoods(model, processor, [[images[0], ":"]], CANDIDATES)
+    def test_a_medium_has_an_embedding_of_its_place(self, processor, images):
+        model = randomise(Flamingo(FlamingoConfig.preset("tiny", max_num_media=3)), std=0.2).eval()
+        documents = [
+            [images[0], "one", images[1], "two", images[0], ":"],
+            [images[1], "is", [images[2], images[3], images[4]], "a film:"],  # in other places, and a clip
+        ]
+        scores = log_likelihoods(model, processor, documents, CANDIDATES)
+        expected = [[plainly(model, processor, d, c) for c in CANDIDATES] for d in documents]
+        torch.testing.assert_close(scores, torch.tensor(expected))
+        with pytest.raises(ValueError, match="at most max_num_media=3 media, got 4"):
+            log_likelihoods(model, processor, [[*images[:4], ":"]], CANDIDATES)
 
 
 class TestEnsemble:
@@ -111,7 +118,7 @@ class TestEnsemble:
         shots = [Sample(image=images[i], answer=answer) for i, answer in enumerate(("one", "two", "three"))]
         query = Sample(image=images[3])
         encoded = []
-        hook = model.vision.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0][0])))
+        hook = model.vision.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
         found = ensemble_log_likelihoods(
             model, processor, CAPTION, query, shots, CANDIDATES, generator=torch.Generator().manual_seed(3)
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from flamingo.language.cache import Growing, KVCache
+from flamingo.language.cache import Growing, KVCache, growing_cache
 
 
 def tokens(count: int, batch: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tensor:  # [B, H, T, d]
@@ -91,3 +93,46 @@ def test_other_rows():
     more = tokens(1, batch=4), tokens(1, batch=4)
     for found, old, new in zip(cache.update(*more, layer=0), (k, v), more, strict=True):
         torch.testing.assert_close(found, torch.cat((old[rows], new), dim=-2), rtol=0, atol=0)
+
+
+class TestOfTransformers:
+    """`growing_cache` against a `DynamicCache`, through all that a context does with it."""
+
+    @pytest.fixture
+    def both(self):
+        transformers = pytest.importorskip("transformers")
+        return growing_cache(), transformers.DynamicCache()
+
+    def add(self, caches, count, batch):
+        k, v = tokens(count, batch=batch), tokens(count, batch=batch)
+        found, expected = (cache.update(k, v, 0) for cache in caches)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+    def test_holds_the_same(self, both):
+        self.add(both, 5, batch=2)
+        for count in (1, 1, 3, 1):
+            self.add(both, count, batch=2)
+        for cache in both:
+            cache.crop(-4)
+        self.add(both, 2, batch=2)
+        for cache in both:
+            cache.reorder_cache(torch.tensor([1, 0, 1]))
+        self.add(both, 1, batch=3)
+        for cache in both:
+            cache.crop(-2)
+            cache.batch_repeat_interleave(2)
+        self.add(both, 1, batch=6)
+        copies = [copy.deepcopy(cache) for cache in both]
+        self.add(copies, 1, batch=6)
+        self.add(both, 2, batch=6)
+        assert copies[0].get_seq_length() == copies[1].get_seq_length() == both[0].get_seq_length() - 1
+
+    @torch.no_grad()
+    def test_a_token_costs_no_copy(self, both):
+        cache, _ = both
+        cache.update(tokens(40), tokens(40), 0)
+        places = {cache.update(tokens(1), tokens(1), 0)[0].data_ptr() for _ in range(8)}
+        cache.crop(-5)
+        places.add(cache.update(tokens(2), tokens(2), 0)[0].data_ptr())
+        assert len(places) == 1

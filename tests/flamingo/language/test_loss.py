@@ -302,7 +302,7 @@ class TestLanguageModels:
             before = model(ids)
             model.loss(ids, labels)
             assert torch.equal(model(ids), before)
-        assert model._at_head == []
+        assert model._calls == {}
         assert model.model(input_ids=ids).logits.shape == (2, 40, VOCABULARY)
 
     def test_an_uncapped_gemma_is_as_others(self):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -266,6 +267,71 @@ class TestCheckpointing:
         assert all(parameter.grad is not None for parameter in lm.parameters())
         assert all(module.training for module in lm.modules())
         assert not any(p.requires_grad for p in language.freeze().parameters())
+
+
+class TestThreads:
+    """Several requests at once, as to a server: each sees its own images."""
+
+    @pytest.mark.parametrize("kernels", [False, True])
+    def test_every_thread_gets_its_own_answer(self, kernels):
+        model = open_gates(flamingo(build("opt"))).eval()
+        if kernels:
+            patch(model)
+        batches = [batch() for _ in range(8)]
+
+        @torch.no_grad()
+        def answer(place):
+            return model(*batches[place % 8]).logits
+
+        alone = [answer(place) for place in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            for place, found in enumerate(pool.map(answer, range(80))):
+                assert torch.equal(found, alone[place % 8])
+        assert model.language._calls == {}
+
+    def test_the_model_alone_is_called_in_another_thread(self):
+        """While a call of ours is on, somebody else's sees no image."""
+        model = open_gates(flamingo(build("llama"))).eval()
+        ids = tokens(2, 9)
+        with torch.no_grad():
+            alone, found = model.language.model(input_ids=ids).logits, []
+
+            def elsewhere(module, args):
+                if not found:
+                    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+                        found.append(pool.submit(lambda: model.language.model(input_ids=ids).logits).result())
+
+            next(iter(model.cross_attn.values())).register_forward_pre_hook(elsewhere)
+            model(*batch())
+        assert torch.equal(found[0], alone)
+
+
+class TestEnds:
+    """A text longer than the model has positions for."""
+
+    @pytest.mark.parametrize(("kind", "name"), [("opt", "max_position_embeddings"), ("mpt", "max_seq_len")])
+    def test_both_lengths_are_named(self, kind, name):
+        language = PretrainedLanguage(build(kind, **{name: 20}))
+        assert language(tokens(2, 20)).shape == (2, 20, VOCABULARY)
+        with pytest.raises(ValueError, match=f"a text of at most {name}=20 tokens, got one of 21"):
+            language(tokens(2, 21))
+        cache = language.new_cache()
+        language(tokens(1, 18), cache=cache)
+        language(tokens(1, 2), cache=cache)
+        with pytest.raises(ValueError, match="=20 tokens, got one of 21"):
+            language(tokens(1, 1), cache=cache)
+
+    def test_padding_takes_no_position(self):
+        language = PretrainedLanguage(build("opt", max_position_embeddings=20))
+        mask = torch.ones(2, 25)
+        mask[:, :5] = 0
+        assert language(tokens(2, 25), mask).shape == (2, 25, VOCABULARY)
+        mask[1, 4] = 1
+        with pytest.raises(ValueError, match="=20 tokens, got one of 21"):
+            language(tokens(2, 25), mask)
+
+    def test_rotary_positions_have_no_end(self):
+        assert PretrainedLanguage(build("llama", max_position_embeddings=8))(tokens(1, 9)).shape[1] == 9
 
 
 def test_it_is_compiled_whole():

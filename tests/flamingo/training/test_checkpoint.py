@@ -4,11 +4,13 @@ import os
 import pickle
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -254,3 +256,187 @@ def test_another_models_checkpoint_is_refused(part, tmp_path):
         load_weights(other, path)
     with pytest.raises(ValueError, match=r"expected weight with shape \(2, 4\), got \(2, 3\)"):
         load_weights(dict(nn.Linear(4, 2).named_parameters()), path)
+
+
+def truncate(name):
+    def damage(checkpoints):
+        os.truncate(checkpoints / "step-00000003" / name, 100)
+
+    return damage
+
+
+def replace_link(write):
+    """`latest` as something else."""
+
+    def damage(checkpoints):
+        (checkpoints / "latest").unlink()
+        write(checkpoints / "latest")
+
+    return damage
+
+
+# What is done to checkpoints of the steps 1 to 3, the step from which a run goes on, and what it says.
+DAMAGE = {
+    "no link": (lambda each: (each / "latest").unlink(), 3, "latest is not there: step-00000003 is taken"),
+    "an empty file": (replace_link(Path.touch), 3, "latest is no folder: step-00000003"),
+    "a text": (replace_link(lambda link: link.write_text("step-00000003\n")), 3, "latest is no folder: "),
+    "a link to itself": (replace_link(lambda link: link.symlink_to("latest")), 3, "is not there: step-00"),
+    "a link to a file": (
+        replace_link(lambda link: link.symlink_to("step-00000003/state.pt")),
+        3,
+        "no folder",
+    ),
+    "an empty folder": (replace_link(Path.mkdir), 3, "latest lacks weights.safetensors: step-00000003 is"),
+    "a copied folder": (
+        replace_link(lambda link: shutil.copytree(link.parent / "step-00000003", link)),
+        3,
+        None,
+    ),
+    "no target": (
+        lambda each: shutil.rmtree(each / "step-00000003"),
+        2,
+        "points to step-00000003, which is not there: step-00000002 is taken, the newest checkpoint that is",
+    ),
+    "no optimizer": (
+        lambda each: (each / "step-00000003" / "optimizer.safetensors").unlink(),
+        2,
+        "lacks optimizer.safetensors: step-00000002",
+    ),
+    **{
+        f"a torn {name}": (truncate(name), 2, f"which has a damaged {name}: step-00000002")
+        for name in checkpoint.FILES
+    },
+    "a state of something else": (
+        lambda each: torch.save({"step": 3}, each / "step-00000003" / "state.pt"),
+        2,
+        "which has a damaged state.pt",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_the_newest_whole_checkpoint_stands_for_one_that_is_lost(part, tmp_path, case):
+    """It is said, loaded, and followed by the next as ever."""
+    damage, expected, said = DAMAGE[case]
+    for step in (1, 2, 3):
+        save(tmp_path, part, step, keep=3)
+    damage(tmp_path)
+    lines = []
+    found = checkpoint.latest(tmp_path, lines.append)
+    assert checkpoint.load(found, part[1], part[2])[0] == expected
+    assert len(lines) == (said is not None)
+    assert said is None or said in lines[0]
+    for step in range(expected + 1, 5):
+        save(tmp_path, part, step, keep=3)
+    assert checkpoint.latest(tmp_path, pytest.fail).name == "step-00000004"
+    names = ["latest", *(f"step-{step:08d}" for step in (2, 3, 4))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_what_points_to_an_older_one_that_is_whole_is_meant_so(part, tmp_path):
+    for step in (1, 2):
+        save(tmp_path, part, step)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("step-00000001")
+    assert checkpoint.latest(tmp_path, pytest.fail).name == "step-00000001"
+
+
+def test_without_a_whole_one_nothing_is_begun_anew(part, tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    save(tmp_path, part, 1)
+    os.truncate(tmp_path / "step-00000001" / "weights.safetensors", 10)
+    with pytest.raises(ValueError, match=r"expected a whole checkpoint in .*, got none: step-00000001 has a"):
+        checkpoint.latest(tmp_path)
+    shutil.rmtree(tmp_path / "step-00000001")
+    with pytest.raises(ValueError, match=r"got none: step-00000001 is not there\. Put one back, or remove"):
+        checkpoint.latest(tmp_path)
+    (tmp_path / "latest").unlink()
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_a_folder_in_the_place_of_latest_is_kept_with_what_else_is_in_it(part, tmp_path):
+    (tmp_path / "latest").mkdir()
+    (tmp_path / "latest" / "notes.txt").touch()
+    save(tmp_path, part, 1)
+    assert checkpoint.latest(tmp_path, pytest.fail).name == "step-00000001"
+    assert (tmp_path / "latest-kept" / "notes.txt").exists()
+
+
+def lines_of_a_save(folder, part, step, stop=None):
+    """How many lines of this library and of shutil a save runs; at the one to `stop` at the process dies."""
+    count, watched = 0, (checkpoint.__file__, shutil.__file__)
+
+    def trace(frame, event, argument):
+        nonlocal count
+        if frame.f_code.co_filename not in watched:
+            return None
+        if event == "line":
+            count += 1
+            if count == stop:
+                os._exit(9)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        save(folder, part, step, keep=2)
+    finally:
+        sys.settrace(None)
+    return count
+
+
+def test_the_death_of_a_process_at_any_line_of_a_save_loses_that_step_at_most(part, tmp_path):
+    """As after SIGKILL nothing is cleaned up; what comes next needs no other checkpoint than `latest`."""
+    torch.set_num_threads(1)
+    for step in (1, 2):
+        save(tmp_path / "first", part, step)
+    shutil.copytree(tmp_path / "first", tmp_path / "count", symlinks=True)
+    total, found = lines_of_a_save(tmp_path / "count", part, 3), []
+    assert total > 60
+    for stop in range(1, total + 1):
+        folder = tmp_path / str(stop)
+        shutil.copytree(tmp_path / "first", folder, symlinks=True)
+        process = os.fork()
+        if not process:
+            lines_of_a_save(folder, part, 3, stop)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+        path = checkpoint.latest(folder, pytest.fail)
+        step, _ = checkpoint.load(path, part[1], part[2])
+        found.append(step)
+        save(folder, part, 3)
+        names = ["latest", "step-00000002", "step-00000003"]
+        assert sorted(each.name for each in folder.iterdir()) == names
+        shutil.rmtree(folder)
+    assert found == sorted(found)
+    assert set(found) == {2, 3}
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(ValueError, match=r"expected .*checkpoints to be a folder, got a file\."):
+        checkpoint.latest(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("writer", ["safetensors.torch.save_file", "torch.save"])
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(part, tmp_path, monkeypatch, writer):
+    def full(*_):
+        kind = SafetensorError if "safetensors" in writer else RuntimeError
+        raise kind("No space left on device")
+
+    save(tmp_path, part, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, full)
+        with pytest.raises(
+            OSError, match=r"step-00000002: expected to write a checkpoint, got: No space left"
+        ):
+            save(tmp_path, part, 2)
+    assert checkpoint.latest(tmp_path, pytest.fail).name == "step-00000001"
+    save(tmp_path, part, 2)
+    assert checkpoint.latest(tmp_path, pytest.fail).name == "step-00000002"
+
+
+def test_weights_that_are_damaged_are_a_value_error(part, tmp_path):
+    path = save(tmp_path, part, 1) / "weights.safetensors"
+    os.truncate(path, 50)
+    with pytest.raises(ValueError, match=r"weights\.safetensors: expected safetensors, got a damaged file: "):
+        load_weights(part[1], path)

@@ -86,17 +86,62 @@ def test_numbers_of_a_run_are_positive(name):
         TrainingConfig(folder="run", datasets=(pairs,), **{name: 0})
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_max_bad_is_a_share(share):
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("steps", (-1, INF), "0 or more"),
+        ("learning_rate", (-1.0, NAN, INF), "positive"),
+        ("warmup_steps", (-5,), "0 or more"),
+        ("weight_decay", (-0.1, NAN, INF), "0 or more"),
+        ("eps", (-1.0, 0.0, NAN), "positive"),
+        ("max_grad_norm", (-1.0, NAN), "positive"),
+        ("seed", (-1, 2**63), "in 0..2**63 - 1"),
+        ("workers", (-1,), "0 or more"),
+        ("checkpoint_every", (-1,), "positive"),
+        ("max_bad", (-0.1, 1.1, NAN), "a share in 0..1"),
+    ],
+)
+def test_a_number_of_a_run_is_in_its_range(name, values, expected):
     pairs = Pairs(name="pairs", shards=("x",))
-    with pytest.raises(ValueError, match=r"expected max_bad to be a share in 0\.\.1, got"):
-        TrainingConfig(folder="run", datasets=(pairs,), max_bad=share)
+    for value in values:
+        with pytest.raises(ValueError) as refused:  # noqa: PT011
+            TrainingConfig(folder="run", datasets=(pairs,), **{name: value})
+        assert str(refused.value) == f"expected {name} of the run to be {expected}, got {value}."
 
 
-@pytest.mark.parametrize("name", ["weight", "batch_size", "length", "max_pixels", "micro_batch_size"])
-def test_numbers_of_a_dataset_are_positive(name):
-    with pytest.raises(ValueError, match=f"expected {name} of dataset 'pairs' to be positive, got 0"):
-        Pairs(name="pairs", shards=("x",), **{name: 0})
+@pytest.mark.parametrize(
+    ("kind", "name", "values", "expected"),
+    [
+        (Pairs, "weight", (0, NAN, INF), "positive"),
+        (Pairs, "batch_size", (0, -1), "positive"),
+        (Pairs, "micro_batch_size", (0, -1), "positive"),
+        (Pairs, "max_pixels", (0,), "positive"),
+        (Pairs, "length", (4, 1, 0), "5 or more"),
+        (Documents, "length", (4,), "5 or more"),
+        (Pairs, "flip", (7.0, -0.5, NAN), "a share in 0..1"),
+        (Pairs, "colour", (1.5, NAN), "a share in 0..1"),
+        (Pairs, "space", (-1.0,), "a share in 0..1"),
+        (Documents, "p_next", (2.0,), "a share in 0..1"),
+        (Documents, "max_images", (-1,), "0 or more"),
+        (Documents, "min_similarity", (NAN, 1.5), "a cosine in -1..1"),
+        (Clips, "frames", (0,), "positive"),
+        (Clips, "fps", (0.0, INF, NAN), "positive"),
+    ],
+)
+def test_a_number_of_a_dataset_is_in_its_range(kind, name, values, expected):
+    for value in values:
+        with pytest.raises(ValueError) as refused:  # noqa: PT011
+            kind(name="{x}", shards=("x",), **{name: value})
+        assert str(refused.value) == f"expected {name} of dataset '{{x}}' to be {expected}, got {value}."
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (2.0, 0.9), (0.9, 1.0), (NAN, 0.9), (-0.1, 0.9)])
+def test_betas_are_two_below_1(betas):
+    with pytest.raises(ValueError, match="expected two betas from 0 to below 1, got"):
+        TrainingConfig(folder="run", datasets=(Pairs(name="pairs", shards=("x",)),), betas=betas)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +154,7 @@ def test_numbers_of_a_dataset_are_positive(name):
         ("steps = 10", "bfloat16 = 1", "bfloat16: expected bool, got 1"),
         ("steps = 10", "kernels = 'on'", "kernels: expected bool, got 'on'"),
         ("[0.9, 0.95]", "0.9", r"betas: expected a list, got 0\.9"),
-        ("[0.9, 0.95]", "[0.9]", r"expected two betas, got \(0\.9,\)"),
+        ("[0.9, 0.95]", "[0.9]", r"run\.toml: expected two betas from 0 to below 1, got \(0\.9,\)"),
         ("learning_rate = 1", "learning_rate = 0", "learning_rate of the run to be positive, got 0"),
         ('folder = "run"', "", r"run\.toml: expected a key 'folder', got none"),
         (
@@ -133,6 +178,8 @@ def test_numbers_of_a_dataset_are_positive(name):
         ),
         ('name = "clips"', 'name = "pages"', "expected datasets of different names"),
         ("preset", "size", r"\[model\]: there is no key 'size'"),
+        ("{ language_layers = 2 }", "3", r"\[model\]: changes: expected a table, got 3"),
+        ("learning_rate = 1", "learning_rate = 1" + "0" * 400, "learning_rate: expected float, got 1000"),
     ],
 )
 def test_mistakes_are_named(read, old, new, message):

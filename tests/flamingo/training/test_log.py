@@ -72,10 +72,11 @@ def test_of_a_step_that_is_there_twice_the_later_line_counts(path):
     assert [update["loss"] for update in read_log(path.parent)] == [1.0, 0.5, 1.0]
 
 
-def test_updates_after_the_step_are_forgotten(path):
+def test_updates_after_the_step_are_forgotten_and_that_is_said(path, capsys):
     path.write_bytes(b"\n".join([*LINES, b""]))
     go_on(path, step=3)
     assert steps(path) == [1, 2, 3, 4]
+    assert "train: 3 updates after step 3 are done again\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

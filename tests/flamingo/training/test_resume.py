@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from flamingo.training import Pairs, checkpoint, pair_sample, read_log, train, write_shards
+from flamingo.training import Pairs, checkpoint, loop, pair_sample, read_log, train, write_shards
 from flamingo_kernels import patch
 from tests.helpers import ROOT
 from tests.helpers.tiny_run import config, datasets, images, model, processor
@@ -101,6 +102,111 @@ def test_updates_after_the_checkpoint_are_done_again(data, tmp_path, monkeypatch
         log.write('{"step": 4, "lo')
     train(model(), processor(), config(data, stopped, steps=5, checkpoint_every=2))
     assert_same_run(whole, stopped)
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """Presses Ctrl-C so many times while an update of this step is made."""
+
+    def press(step, times=1):
+        update = loop._Run.update
+
+        def interrupted(run):
+            for _ in range(times if run.step + 1 == step else 0):
+                signal.raise_signal(signal.SIGINT)
+            return update(run)
+
+        monkeypatch.setattr(loop._Run, "update", interrupted)
+
+    return press
+
+
+def test_ctrl_c_saves_the_update_that_is_being_made(data, tmp_path, monkeypatch, ctrl_c):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(model(), processor(), config(data, whole, steps=5))
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context():
+        ctrl_c(3)
+        with pytest.raises(
+            KeyboardInterrupt, match=r"stopped after update 3 of 5, which is saved in .*step-0+3\."
+        ):
+            train(model(), processor(), config(data, stopped, steps=5))
+    assert signal.getsignal(signal.SIGINT) == before
+    monkeypatch.undo()
+    assert checkpoint.latest(stopped / "checkpoints").name == "step-00000003"
+    train(model(), processor(), config(data, stopped, steps=5))
+    assert_same_run(whole, stopped)
+
+
+def test_ctrl_c_in_the_last_update_changes_nothing(data, tmp_path, ctrl_c):
+    ctrl_c(2)
+    assert train(model(), processor(), config(data, tmp_path, steps=2)).name == "step-00000002"
+
+
+def test_the_second_ctrl_c_ends_at_once(data, tmp_path, ctrl_c):
+    ctrl_c(3, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(model(), processor(), config(data, tmp_path, steps=5))
+    assert [update["step"] for update in read_log(tmp_path)] == [1, 2]
+    assert checkpoint.latest(tmp_path / "checkpoints") is None
+
+
+def test_workers_leave_ctrl_c_to_the_run(data, tmp_path, monkeypatch):
+    """A terminal sends it to all of them."""
+    update = loop._Run.update
+
+    def press(run):
+        if run.step == 2:
+            os.killpg(os.getpgrp(), signal.SIGINT)
+        return update(run)
+
+    process = os.fork()
+    if not process:
+        os.setpgrp()
+        monkeypatch.setattr(loop._Run, "update", press)
+        try:
+            train(model(), processor(), config(data, tmp_path, steps=9, workers=1))
+        except KeyboardInterrupt as stopped:
+            os._exit(7 if "stopped after update 3 of 9" in str(stopped) else 8)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 7
+
+
+def test_another_run_in_the_folder_is_refused(data, tmp_path):
+    process = start(data, tmp_path, steps=10_000)
+    wait_until_logged(process, tmp_path, 3)
+    with pytest.raises(
+        ValueError, match=f"this run's alone, got one that process {process.pid} on .* writes to"
+    ):
+        train(model(), processor(), config(data, tmp_path, steps=5))
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    said = process.stderr.read().decode().splitlines()[-1]
+    steps = len(read_log(tmp_path))
+    assert said == (
+        f"train: stopped after update {steps} of 10000, which is saved in {tmp_path}/checkpoints/"
+        f"step-{steps:08d}. Start it again to go on."
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ("pages", "images", "clips"),
+            "of the checkpoint, clips, pages, pairs, got clips, images, pages. Name",
+        ),
+        (("pages", "pairs"), "clips, pages, pairs, got pages, pairs"),
+        (("pairs", "pages", "clips"), "shards_at_once of the checkpoint for dataset 'pairs', got others"),
+    ],
+)
+def test_datasets_that_are_called_otherwise_do_not_begin_anew(data, tmp_path, names, message):
+    train(model(), processor(), config(data, tmp_path, steps=1))
+    before = read_log(tmp_path)
+    renamed = tuple(replace(each, name=name) for each, name in zip(datasets(data), names, strict=False))
+    with pytest.raises(ValueError, match=message):
+        train(model(), processor(), config(data, tmp_path, steps=2, datasets=renamed))
+    assert read_log(tmp_path) == before
 
 
 def test_a_run_that_is_killed_twice_is_the_run_that_is_not(data, tmp_path):

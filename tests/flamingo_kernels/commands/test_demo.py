@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from flamingo_kernels import __main__ as cli
 from flamingo_kernels.commands import demo
 from flamingo_kernels.layers import cross_attention, resampler
 
@@ -85,13 +86,21 @@ def test_says_so_when_the_machine_was_busy(found):
     assert demo.render(busy).count("       2 s      500 ms    4.00x") == 1
 
 
-def test_without_its_extra_it_says_what_to_install(monkeypatch, tmp_path, capsys):
+def test_without_its_extra_it_says_what_to_install(monkeypatch, capsys):
     def missing():
         raise ModuleNotFoundError("No module named 'skimage'", name="skimage")
 
     monkeypatch.setattr(demo, "load_photographs", missing)
-    assert demo.main(argparse.Namespace(picture=tmp_path / "demo.png")) == 2
-    assert "skimage is missing: pip install flamingo-kernels[demo]" in capsys.readouterr().err
+    assert cli.main(["demo"]) == 2
+    line = 'demo: skimage is missing. In a checkout of this library, run: pip install ".[demo]".\n'
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("picture", ["x.text", "none/x.png"])
+def test_a_picture_that_cannot_be_written_is_told_before_the_work(monkeypatch, capsys, picture):
+    monkeypatch.setattr(demo, "run", lambda images: pytest.fail("it went to work"))
+    assert cli.main(["demo", "--picture", picture]) == 2
+    assert picture in capsys.readouterr().err
 
 
 def test_the_model_has_openflamingos_block_shapes():

@@ -115,7 +115,6 @@ def test_a_side_that_fails_says_why_and_the_others_go_on(monkeypatch):
     [
         (["--new", "4"], "expected --new and --fold with --apart."),
         (["--fold"], "expected --new and --fold with --apart."),
-        (["--apart", "--new", "-1"], "expected --new of 1 or more tokens, got -1."),
     ],
 )
 def test_options_that_mean_nothing(options, expected, capsys):

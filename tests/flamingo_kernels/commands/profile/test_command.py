@@ -159,7 +159,9 @@ def test_a_model_of_which_nothing_is_swapped(lacking, monkeypatch, capsys):
     [
         (["nonsense"], f"expected a MODEL among {', '.join(models.MODELS)}, got nonsense."),
         (["tiny", "--device", "mps"], "expected the device cpu or cuda:0, got mps"),
-        (["tiny", "--trace", "nowhere/trace.json"], "got nowhere/trace.json: make its folder first."),
+        (["tiny", "--trace", "nowhere/trace.json"], "nowhere/trace.json: No such file or directory"),
+        (["tiny", "--json", "nowhere/x.json"], "nowhere/x.json: No such file or directory"),
+        (["tiny", "--picture", "x.text"], "expected a picture named ."),
     ],
 )
 def test_it_says_before_the_work_what_it_cannot_do(asked, message, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flamingo.beam_search import beam_search
+from flamingo.generation import beam_search
 
 VOCABULARY = 7
 

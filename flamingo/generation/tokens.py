@@ -1,50 +1,15 @@
-"""What follows a prompt: greedy, sampled or by beam search, as text or tokens, all at once or one by one."""
+"""The tokens that follow a prompt: greedy, sampled or by beam search, all at once or one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from itertools import takewhile
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from flamingo.beam_search import beam_search
-from flamingo.context import Context, Model
-from flamingo.processor import Processor
-
-
-def complete(model: Any, processor: Processor, documents: Sequence, **options: Any) -> list[str]:
-    """The text that follows each document, up to the `<EOC>` or `<EOS>` that ends it.
-
-    Args:
-        model: a Flamingo in eval mode, or anything with its `generate`.
-        processor: of the model.
-        documents: as `Processor` takes them and `flamingo.fewshot` makes them: a caption is what follows
-            `[image, "Output:"]`, an answer what follows `[image, "Question: what is it? Answer:"]`.
-        options: of `generate`; `max_new_tokens` is 32 by default.
-
-    Raises:
-        ValueError: as `Processor` and `generate`.
-
-    Determinism: see `generate`.
-
-    >>> model, processor = Flamingo(FlamingoConfig.preset("tiny")).eval(), Processor(image_size=32)
-    >>> len(complete(model, processor, [[torch.zeros(3, 8, 8), "Output:"], ["Output:"]], max_new_tokens=2))
-    2
-    """
-    ends = (processor.tokenizer.eoc_id, processor.tokenizer.eos_id)
-    batch = processor(documents, prompt=True).to(next(model.parameters()).device)
-    ids = model.generate(
-        batch.input_ids,
-        batch.pixels,
-        batch.attention_mask,
-        batch.num_frames,
-        stop_token_ids=ends,
-        **options,
-    )
-    return [processor.tokenizer.decode(takewhile(lambda id: id not in ends, row)) for row in ids.tolist()]
+from flamingo.generation.beams import beam_search
+from flamingo.generation.context import Context, Model
 
 
 def generate(
@@ -54,6 +19,7 @@ def generate(
     attention_mask: Tensor | None = None,
     num_frames: Tensor | None = None,
     *,
+    media: Tensor | None = None,
     max_new_tokens: int = 32,
     stop_token_ids: Collection[int] = (),
     num_beams: int = 1,
@@ -69,9 +35,10 @@ def generate(
     Media are encoded once, and every token is read once. `<image>` is never emitted.
 
     Args:
-        model: a `Flamingo`, or another `Model` of `flamingo.context`; best in eval mode.
+        model: a `Flamingo`, or another `Model` of `flamingo.generation`; best in eval mode.
         input_ids, pixels, attention_mask, num_frames: as in `Flamingo.forward`, padded on the left; pixels
             None for no images.
+        media: `[B, M, R, D_v]`, what `Flamingo.encode_media` made of the images, instead of pixels.
         max_new_tokens: tokens to add at most, 1 or more.
         stop_token_ids: a document ends with one of these, as `<EOC>` and `<EOS>`.
         num_beams: width of a beam search (paper: 3); 1 for none.
@@ -103,7 +70,7 @@ def generate(
     """
     _check(max_new_tokens, temperature, top_k, top_p, num_beams)
     context = Context(model) if context is None else context
-    logits = context.read(input_ids, pixels, attention_mask, num_frames)
+    logits = context.read(input_ids, pixels, attention_mask, num_frames, media=media)
     if num_beams == 1:
         pick = partial(choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         return torch.stack(list(_one_by_one(context, logits, pick, max_new_tokens, stop_token_ids)), dim=1)
@@ -124,6 +91,7 @@ def stream(
     attention_mask: Tensor | None = None,
     num_frames: Tensor | None = None,
     *,
+    media: Tensor | None = None,
     max_new_tokens: int = 32,
     stop_token_ids: Collection[int] = (),
     temperature: float = 0.0,
@@ -149,7 +117,7 @@ def stream(
     """
     _check(max_new_tokens, temperature, top_k, top_p)
     context = Context(model) if context is None else context
-    logits = context.read(input_ids, pixels, attention_mask, num_frames)
+    logits = context.read(input_ids, pixels, attention_mask, num_frames, media=media)
     pick = partial(choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     yield from _one_by_one(context, logits, pick, max_new_tokens, stop_token_ids)
 

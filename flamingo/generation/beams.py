@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from flamingo.context import Context
+from flamingo.generation.context import Context
 
 
 @torch.no_grad()

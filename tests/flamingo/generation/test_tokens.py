@@ -19,9 +19,7 @@ from flamingo import (
     generate,
     stream,
 )
-from flamingo.beam_search import beam_search
-from flamingo.context import Model
-from flamingo.generation import choose
+from flamingo.generation import Model, beam_search, choose
 from flamingo_kernels import patch
 from tests.helpers import language_models as families
 from tests.helpers.weights import shake

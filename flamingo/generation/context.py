@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -129,6 +130,10 @@ class Context:
         self._unread.append((tokens, torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask))
         self._padded = self._padded or (mask is not None and not bool(mask.all()))
 
+    def forget_unread(self) -> None:
+        """Forgets what was added and not read."""
+        self._unread, self._padded, self._visible = [], False, None
+
     @torch.no_grad()
     def step(self) -> Tensor:
         """Reads what was added, tokens without images, to logits `[N, vocab_size]` of what follows."""
@@ -153,6 +158,29 @@ class Context:
         if length < self.length:
             self.cache.crop(length - self.length)
             self.attention_mask = self.attention_mask[:, :length]
+
+    @torch.no_grad()
+    def copies(self, count: int) -> Context:
+        """A context of so many documents that all begin as the only one of this does, which stays as it is.
+
+        Raises:
+            ValueError: if there are several documents, or tokens are still to be read.
+        """
+        if len(self.attention_mask) != 1 or self._unread:
+            raise ValueError(
+                f"Context: expected one document that was read, got {len(self.attention_mask)} and "
+                f"{len(self._unread)} additions to read. Read one document, and copy its context then."
+            )
+        other = copy.copy(self)
+        other.cache, other._unread, other._visible = copy.deepcopy(self.cache), [], None
+        other.cache.batch_repeat_interleave(count)
+        other.attention_mask = self.attention_mask.expand(count, -1)
+        # Of media that no later text sees, nothing is kept.
+        seen = int(self.num_seen)
+        first = max(0, seen - 1) if self.model.config.only_attend_immediate_media else 0
+        other.media = self.media[:, first:seen].expand(count, -1, -1, -1)
+        other.num_seen = self.num_seen.new_full((count,), seen - first)
+        return other
 
     def _take_unread(self) -> tuple[Tensor, Tensor]:
         tokens, masks = zip(*self._unread, strict=True)

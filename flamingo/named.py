@@ -1,0 +1,130 @@
+"""A model by what names it on the command line.
+
+::
+
+    run/                  the folder of a run of `python -m flamingo train`, or its TOML file
+    model.safetensors     what `save_model` wrote, as `python -m flamingo demo` does
+    checkpoint.pt         weights of OpenFlamingo, with --preset, --vision and --language
+    module:function       a function without arguments that returns (model, processor), and so
+    file.py:function
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from flamingo.processor import Processor
+from flamingo.saved import load_model
+
+FORMS = "RUN|MODEL.safetensors|CHECKPOINT.pt|MODULE:FUNCTION|FILE.py:FUNCTION"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a checkpoint, which does not say what it was trained with."""
+    of_checkpoint = parser.add_argument_group("with weights of OpenFlamingo")
+    of_checkpoint.add_argument("--preset", metavar="NAME", help='of its sizes, as "openflamingo-3b"')
+    of_checkpoint.add_argument("--vision", metavar="FOLDER", help="of its CLIP, as transformers keeps it")
+    of_checkpoint.add_argument("--language", metavar="FOLDER", help="of its language model and tokenizer")
+
+
+def check(name: str, options: argparse.Namespace) -> None:
+    """Looks at what a model is named by, and loads nothing.
+
+    Raises:
+        ValueError: if it is no such thing, in a line.
+        ImportError: if its module, or a library it needs, is not there.
+    """
+    path = Path(name)
+    if _is_checkpoint(path, options):
+        import_module("flamingo.training.towers").check(_towers(path, options))
+    elif path.is_dir() or path.suffix == ".toml":
+        import_module("flamingo.training.command").check_saved(path)
+    elif path.suffix == ".safetensors":
+        if not path.is_file():
+            raise ValueError(f"expected a saved model, found none at {path}.")
+        import_module("safetensors")
+    else:
+        _function(name)
+
+
+def load(name: str, options: argparse.Namespace) -> tuple[Any, Processor]:
+    """The model, in eval mode, and its processor.
+
+    Raises:
+        ValueError, OSError: if it cannot be read, in a line.
+    """
+    path = Path(name)
+    if _is_checkpoint(path, options):
+        model, processor = import_module("flamingo.training.towers").build(_towers(path, options), print)
+    elif path.is_dir() or path.suffix == ".toml":
+        model, processor = import_module("flamingo.training.command").load_run(path)
+    elif path.suffix == ".safetensors":
+        model, processor = load_model(path)
+    else:
+        model, processor = _called(name)
+    return model.eval(), processor
+
+
+def _is_checkpoint(path: Path, options: argparse.Namespace) -> bool:
+    given = [key for key in ("preset", "vision", "language") if getattr(options, key) is not None]
+    if path.suffix == ".pt" or (given and path.suffix == ".safetensors"):
+        missing = [f"--{key}" for key in ("preset", "vision", "language") if key not in given]
+        if missing:
+            raise ValueError(
+                f"expected {', '.join(missing)} beside {path}, as weights of OpenFlamingo do not say what "
+                "they were trained with, got none."
+            )
+        return True
+    if given:
+        raise ValueError(f"expected weights of OpenFlamingo with --{given[0]}, got {path}.")
+    return False
+
+
+def _towers(path: Path, options: argparse.Namespace) -> Any:
+    config = import_module("flamingo.training.config")
+    return config.ModelConfig(
+        preset=options.preset, vision=options.vision, language=options.language, checkpoint=str(path)
+    )
+
+
+def _function(name: str) -> Any:
+    where, colon, function = name.rpartition(":")
+    if not colon:
+        raise ValueError(f"expected {FORMS}, got {name!r}, which is none of them.")
+    found = getattr(_module(where), function, None)
+    if not callable(found):
+        raise ValueError(f"expected a function {function} in {where}, got {type(found).__name__}.")
+    needed = [
+        each.name
+        for each in inspect.signature(found).parameters.values()
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    if needed:
+        raise ValueError(
+            f"expected {name} to be a function without arguments, got one that needs {', '.join(needed)}."
+        )
+    return found
+
+
+def _module(where: str) -> Any:
+    if not where.endswith(".py"):
+        return import_module(where)
+    if not Path(where).is_file():
+        raise ValueError(f"expected a file of Python, found none at {where}.")
+    spec: Any = spec_from_file_location(Path(where).stem, where)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _called(name: str) -> tuple[Any, Processor]:
+    pair = _function(name)()
+    if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Processor)):
+        kinds = [type(each).__name__ for each in pair] if isinstance(pair, tuple) else type(pair).__name__
+        raise ValueError(f"expected {name} to return (model, Processor), got {kinds}.")
+    return pair
