@@ -8,13 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import distributed
+
+from flamingo import named
 from flamingo.fewshot.benchmarks import BENCHMARKS, Benchmark
 from flamingo.fewshot.inputs import SUPPORT_SAMPLES, Inputs, dashed, is_first, read_inputs
-from flamingo.fewshot.loading import find_device, find_model
 from flamingo.fewshot.metrics.words import import_nltk
 from flamingo.fewshot.results import RESULT_KEYS, refuse_foreign, write_json, write_upload
 from flamingo.fewshot.runner import Evaluation, Task, evaluate, prepare
+from flamingo.fewshot.shots import SELECT
+from flamingo.generation import Latents
 from flamingo.kernels import use_kernels
+from flamingo.processor import Processor
+from flamingo.training.processes import device_of, leave, process_group
 
 TASKS: dict[str, Benchmark] = BENCHMARKS  # by the names that the command knows them by
 
@@ -49,8 +56,8 @@ def _add_options(parser: argparse.ArgumentParser, benchmark: Benchmark) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        metavar="RUN.TOML|MODULE:FUNCTION",
-        help="what was given to train, or a function without arguments that returns (model, processor)",
+        metavar="MODEL",
+        help=named.FORMS,
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, made or gone on with")
     parser.add_argument("--json", type=Path, metavar="FILE", help="for the result with its settings")
@@ -67,7 +74,9 @@ def _add_options(parser: argparse.ArgumentParser, benchmark: Benchmark) -> None:
         default=benchmark.shots,
         help=f"in the paper 0, 4, 8, 16 and 32; {zero} (default: {benchmark.shots})",
     )
-    parser.add_argument("--select", choices=("random", "rices"), default="random", help="default: random")
+    parser.add_argument(
+        "--select", choices=SELECT, default="random", help="fixed: the same for all (default: random)"
+    )
     if benchmark.task.closed:
         parser.add_argument("--permutations", type=int, default=1, help="orders of the shots; 6 in the paper")
     else:
@@ -96,8 +105,12 @@ def _add_options(parser: argparse.ArgumentParser, benchmark: Benchmark) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
     parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
     parser.add_argument("--max-pixels", type=int, help="of an image (default: the model's processor's)")
-    parser.add_argument("--device", default="cpu", help='as "cuda:0" (default: cpu)')
+    parser.add_argument(
+        "--latents", type=Path, metavar="FOLDER", help="keep what images are to the model for runs to come"
+    )
+    parser.add_argument("--device", default="cpu", help='as "cuda:0", or "auto" (default: cpu)')
     parser.add_argument("--no-kernels", action="store_true", help="evaluate without the kernels")
+    named.add_options(parser)
 
 
 class _List(argparse.Action):
@@ -129,44 +142,44 @@ def describe(name: str) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluates, and prints the metric with its numbers of samples and shots."""
-    try:
-        _run(options)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"evaluate: {' '.join(str(error).split()).removeprefix('evaluate: ')}", file=sys.stderr)
-        return 2
-    return 0
+    """Evaluates, prints the metric with its numbers of samples and shots, and returns the exit status.
 
-
-def _run(options: argparse.Namespace) -> None:
+    Raises:
+        ImportError, OSError, ValueError: for what is missing or wrong, before the model is loaded where that
+            can be seen.
+    """
     benchmark = TASKS[options.task]
     _check(options)
-    device = find_device(options.device)
+    device = device_of(options.device)
     task = _task(options, benchmark)
     data = read_inputs(options, benchmark, _say)
     how = _how(options, task, data)
     predictions = options.predictions or options.output.with_suffix(".predictions.json")
-    prepare(task, data.queries, data.support, options.output, **how)  # refuses before a model is loaded
+    prepare(task, data.queries, data.support, options.output, **how)
     refuse_foreign(predictions, None)
     if options.json is not None:
         refuse_foreign(options.json, RESULT_KEYS)
-    model, processor = find_model(options.model)()
+    named.check(options.model, options)
+    with process_group(device):
+        model, processor = _load(options, device)
+        latents = Latents(model, processor, options.latents, batch_size=options.batch_size)
+        how |= {"batch_size": options.batch_size, "latents": latents}
+        result = evaluate(model, processor, task, data.queries, data.support, options.output, **how)
+        if is_first():
+            _tell(result, options, benchmark, data, predictions)
+    if distributed.is_torchelastic_launched():
+        leave()
+    return 0
+
+
+def _load(options: argparse.Namespace, device: torch.device) -> tuple[Any, Processor]:
+    """The model that will answer, and its processor, as the options change them."""
+    model, processor = named.load(options.model, options)
     for name in ("max_pixels", "fps", "max_frames"):
         if (value := getattr(options, name, None)) is not None:
             setattr(processor, name, value)
     use_kernels(model, not options.no_kernels, _say)
-    result = evaluate(
-        model.to(device).eval(),
-        processor,
-        task,
-        data.queries,
-        data.support,
-        options.output,
-        batch_size=options.batch_size,
-        **how,
-    )
-    if is_first():
-        _tell(result, options, benchmark, data, predictions)
+    return model.to(device).eval(), processor
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -228,7 +241,7 @@ def _tell(
                 "value": result.value,
                 "samples": result.samples,
                 "shots": result.shots,
-                "broken": getattr(result, "broken", 0),
+                "broken": result.broken,
                 "missing": data.missing,
                 "settings": _settings(options),
             },

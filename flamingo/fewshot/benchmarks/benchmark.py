@@ -15,6 +15,11 @@ def plain_answers(records: Records) -> Any:
     return [{"id": record["id"], "answer": record["prediction"]} for record in records]
 
 
+def details_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The details of a sample, which a record lacks where there are none."""
+    return record.get("details", {})
+
+
 def _nothing(scoring: str | None) -> None:
     pass
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flamingo.fewshot import metrics
-from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records
+from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records, details_of
 from flamingo.fewshot.benchmarks.files import (
     ID,
     LIST,
@@ -223,7 +223,7 @@ def ok_vqa_score(records: Records) -> float | None:
     if not records or not records[0]["references"]:
         return None
     scores = [
-        metrics.stem_accuracy(record["prediction"], record["references"], record["details"].get("stems", ()))
+        metrics.stem_accuracy(record["prediction"], record["references"], details_of(record).get("stems", ()))
         for record in records
     ]
     return 100 * sum(scores) / len(scores)
@@ -241,8 +241,8 @@ def open_flamingo_score(records: Records) -> float | None:
     scores = []
     for record in records:
         said, answers = record["prediction"], record["references"]
-        if "confidences" in record["details"]:
-            scores.append(metrics.open_flamingo_accuracy(said, answers, record["details"]["confidences"]))
+        if "confidences" in details_of(record):
+            scores.append(metrics.open_flamingo_accuracy(said, answers, details_of(record)["confidences"]))
         else:
             scores.append(metrics.vqa_accuracy(said, answers))
     return 100 * sum(scores) / len(scores)
@@ -255,7 +255,7 @@ def upload_vqa(records: Records) -> list[dict[str, Any]]:
 
 def upload_vizwiz(records: Records) -> list[dict[str, Any]]:
     """The form of VizWiz's server."""
-    return [{"image": record["details"]["image"], "answer": record["prediction"]} for record in records]
+    return [{"image": details_of(record)["image"], "answer": record["prediction"]} for record in records]
 
 
 _OFFICIAL = {"official": partial(vqa_score, unanimous_as_written=True)}

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
+from flamingo import Flamingo, FlamingoConfig
 from flamingo.__main__ import main
 from flamingo.fewshot import command
 from flamingo.fewshot.benchmarks import BENCHMARKS
+from flamingo.generation import Latents
 from flamingo.media import Segment
 from flamingo.processor import Processor
 from tests.helpers import published
-from tests.helpers.scripted import Namer
+from tests.helpers.scripted import SHADES, Namer, write_images
 from tests.helpers.wordnet import write_tagger, write_wordnet
 
 ALONE = {"coco", "flickr30k", "youcook2"}  # whose files have a part for shots
@@ -56,7 +58,7 @@ class StandIn:
                 "id": query.id,
                 "prediction": query.candidates[0] if query.candidates else "a dog",
                 "references": list(query.references),
-                "details": dict(query.details),
+                **({"details": dict(query.details)} if query.details else {}),
                 "shots": [],
                 "scores": [-float(place) for place in range(len(query.candidates))],
             }
@@ -317,16 +319,16 @@ class TestWritten:
         ]
         assert f"answers for a server that measures: {path}\n" in capsys.readouterr().out
 
-    def test_a_question_that_was_not_answered_has_an_empty_answer(self, ask, stand_in, tmp_path):
+    def test_a_question_that_was_not_answered_has_an_empty_answer(self, ask, stand_in, tmp_path, monkeypatch):
         answer = stand_in.evaluate
 
         def broken(*given, **how):
             result = answer(*given, **how)
             lines = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
-            (tmp_path / "out.jsonl").write_text("".join([*lines[:-1], '{"id": 393225001, "broken": "?"}\n']))
+            (tmp_path / "out.jsonl").write_text("".join([*lines[:-1], '{"id": 393225001, "error": "?"}\n']))
             return result
 
-        command.evaluate = broken  # put back by `stand_in`
+        monkeypatch.setattr(command, "evaluate", broken)
         assert ask("vqav2", "--predictions", str(tmp_path / "mine.json")) == 0
         said = json.loads((tmp_path / "mine.json").read_text())
         assert [one["answer"] for one in said] == ["a dog", ""]
@@ -381,6 +383,63 @@ class TestWritten:
         assert not (tmp_path / "result.json").exists()
 
 
+class TestWhole:
+    """Nothing stands in for the run: the model names the shade of an image."""
+
+    @pytest.fixture
+    def arguments(self, tmp_path):
+        pytest.importorskip("PIL")
+        for split in ("val", "train"):
+            (tmp_path / split).mkdir()
+            for shade in SHADES:
+                write_images(tmp_path / split / shade, [shade] * 3, "{}.png")
+        (tmp_path / "val" / "white" / "2.png").write_bytes(b"<html>gone</html>")
+        files = ["--images", str(tmp_path / "val"), "--support-images", str(tmp_path / "train")]
+        files += ["--output", str(tmp_path / "out.jsonl"), "--json", str(tmp_path / "result.json")]
+        return ["evaluate", "imagenet", "--model", "tests.helpers.scripted:namer", *files]
+
+    @pytest.mark.parametrize(
+        "more",
+        [["--shots", "0"], ["--shots", "2", "--permutations", "2"], ["--shots", "3", "--select", "rices"]],
+    )
+    def test_candidates_are_ranked(self, arguments, tmp_path, capsys, more):
+        assert main([*arguments, *more]) == 0
+        shots = more[1]
+        assert (
+            capsys.readouterr().out
+            == f"imagenet: top-1 accuracy 100.00 (9 samples, {shots} shots, 1 broken)\n"
+        )
+        found = json.loads((tmp_path / "result.json").read_text())
+        assert (found["value"], found["samples"], found["broken"]) == (100, 9, 1)
+        _, *records = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+        named = {record["id"]: record["prediction"] for record in records if "prediction" in record}
+        assert named == {
+            f"{shade}/{n}.png": shade for shade in SHADES for n in range(3) if (shade, n) != ("white", 2)
+        }
+
+    def test_a_run_goes_on_and_may_be_measured_anew(self, arguments, tmp_path, capsys):
+        assert main([*arguments, "--shots", "1"]) == 0
+        whole = (tmp_path / "out.jsonl").read_text()
+        (tmp_path / "out.jsonl").write_text("".join(whole.splitlines(keepends=True)[:4]))
+        assert main([*arguments, "--shots", "1"]) == 0
+        assert (tmp_path / "out.jsonl").read_text() == whole
+        first, second = capsys.readouterr().out.splitlines()
+        assert first == second
+
+    def test_what_images_are_to_the_model_is_kept(self, arguments, tmp_path, monkeypatch):
+        pytest.importorskip("safetensors")
+        model = Flamingo(FlamingoConfig.preset("tiny")).eval()
+        monkeypatch.setattr("tests.helpers.scripted.namer", lambda: (model, Processor(image_size=32)))
+        kept = []
+        monkeypatch.setattr(
+            command, "Latents", lambda *given, **how: kept.append(Latents(*given, **how)) or kept[-1]
+        )
+        for shots in ("0", "1"):
+            more = ["--shots", shots, "--latents", str(tmp_path / "latents"), "--no-kernels"]
+            assert main([*arguments, *more, "--output", str(tmp_path / f"{shots}.jsonl")]) == 0
+        assert [latents.encoded for latents in kept] == [3, 0]  # images that are alike are one
+
+
 class TestMistakes:
     """Each is one line, said before a model is built."""
 
@@ -398,19 +457,15 @@ class TestMistakes:
             ("--max-frames", "0", "expected max_frames of 1 or more"),
             ("--fps", "0", "expected --fps above 0, got 0.0"),
             ("--fps", "nan", "expected --fps above 0, got nan"),
-            ("--device", "gpu", "expected --device that is there, got 'gpu'"),
-            ("--device", "cpu:x", "expected --device that is there, got 'cpu:x'"),
-            ("--device", "meta", "expected --device that computes, got 'meta'"),
-            ("--model", "json", "expected --model run.toml or module:function, got 'json'"),
-            ("--model", "json:gone", "expected --model json:gone to be a function without arguments"),
-            (
-                "--model",
-                "json:dumps",
-                "to be a function without arguments that returns (model, processor)",
-            ),
-            ("--model", "json:__name__", "to be a function without arguments"),
+            ("--device", "gpu", 'expected device to be "auto", "cpu" or a GPU of this machine'),
+            ("--device", "cpu:x", 'as "cuda:0", got "cpu:x"'),
+            ("--device", "meta", 'got "meta"'),
+            ("--model", "json", "got 'json', which is none of them"),
+            ("--model", "json:gone", "expected a function gone in json"),
+            ("--model", "json:dumps", "expected json:dumps to be a function without arguments"),
             ("--model", "no_module:make", "No module named 'no_module'"),
-            ("--model", "gone.toml", "No such file or directory: 'gone.toml'"),
+            ("--model", "gone.toml", "gone.toml"),
+            ("--model", "gone.pt", "expected --preset, --vision, --language beside gone.pt"),
             ("--videos", "gone", "expected a folder of videos, found none at gone"),
             ("--annotations", "gone.json", "expected a JSON file, found none at gone.json"),
         ],
@@ -424,8 +479,7 @@ class TestMistakes:
         assert ask("imagenet", "--permutations", "0") == 2
         assert refused(capsys, "expected permutations of 1 or more, got --permutations 0")
 
-    @pytest.mark.parametrize("made", [None, 3, (Namer(),), ("model", "processor")])
-    def test_a_function_that_makes_something_else(self, ask, capsys, monkeypatch, made):
-        monkeypatch.setattr("tests.helpers.scripted.namer", lambda: made)
+    def test_a_function_that_makes_something_else(self, ask, capsys, monkeypatch):
+        monkeypatch.setattr("tests.helpers.scripted.namer", lambda: None)
         assert ask("coco") == 2
-        assert refused(capsys, "scripted:namer to return (model, processor), got ")
+        assert refused(capsys, "scripted:namer to return (model, Processor), got NoneType")

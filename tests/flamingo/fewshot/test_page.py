@@ -32,8 +32,8 @@ def stand_in(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "prepare", found.prepare)
     monkeypatch.setattr(command, "evaluate", found.evaluate)
-    monkeypatch.setattr(command, "find_model", lambda name: found.make)
-    monkeypatch.setattr(command, "find_device", lambda name: "cpu")
+    monkeypatch.setattr(command.named, "check", lambda name, options: None)
+    monkeypatch.setattr(command.named, "load", lambda name, options: found.make())
     return found
 
 
