@@ -5,6 +5,7 @@ import math
 import sys
 import textwrap
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ import torch
 from torch import distributed
 
 from flamingo import named
-from flamingo.fewshot.benchmarks import BENCHMARKS, Benchmark
-from flamingo.fewshot.inputs import SUPPORT_SAMPLES, Inputs, dashed, is_first, read_inputs
+from flamingo.fewshot.benchmarks import BENCHMARKS, Benchmark, option
+from flamingo.fewshot.inputs import SUPPORT_SAMPLES, Inputs, read_inputs
 from flamingo.fewshot.metrics.words import import_nltk
-from flamingo.fewshot.results import RESULT_KEYS, refuse_foreign, write_json, write_upload
+from flamingo.fewshot.results import is_result, is_upload, refuse_foreign, write_json, write_upload
 from flamingo.fewshot.runner import Evaluation, Task, evaluate, prepare
 from flamingo.fewshot.shots import SELECT
 from flamingo.generation import Latents
 from flamingo.kernels import use_kernels
 from flamingo.processor import Processor
-from flamingo.training.processes import device_of, leave, process_group
+from flamingo.training.processes import device_of, leave, process_group, rank
 
 TASKS: dict[str, Benchmark] = BENCHMARKS  # by the names that the command knows them by
 
@@ -41,12 +42,12 @@ def add_parser(commands: Any) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for file, what in benchmark.files.items():
-            task.add_argument(f"--{dashed(file)}", type=Path, required=True, metavar="PATH", help=what)
+            task.add_argument(option(file), type=Path, required=True, metavar="PATH", help=what)
         for file, what in benchmark.more_files.items():
-            task.add_argument(f"--{dashed(file)}", type=Path, metavar="PATH", help=what)
+            task.add_argument(option(file), type=Path, metavar="PATH", help=what)
         for file in (*benchmark.files, *benchmark.more_files):
             task.add_argument(
-                f"--support-{dashed(file)}", type=Path, metavar="PATH", help="likewise, for the shots"
+                option(f"support_{file}"), type=Path, metavar="PATH", help="likewise, for the shots"
             )
         _add_options(task, benchmark)
         task.set_defaults(run=run)
@@ -148,28 +149,32 @@ def run(options: argparse.Namespace) -> int:
         ImportError, OSError, ValueError: for what is missing or wrong, before the model is loaded where that
             can be seen.
     """
-    benchmark = TASKS[options.task]
-    _check(options)
     device = device_of(options.device)
-    task = _task(options, benchmark)
-    data = read_inputs(options, benchmark, _say)
-    how = _how(options, task, data)
-    predictions = options.predictions or options.output.with_suffix(".predictions.json")
-    prepare(task, data.queries, data.support, options.output, **how)
-    refuse_foreign(predictions, None)
-    if options.json is not None:
-        refuse_foreign(options.json, RESULT_KEYS)
-    named.check(options.model, options)
     with process_group(device):
-        model, processor = _load(options, device)
-        latents = Latents(model, processor, options.latents, batch_size=options.batch_size)
-        how |= {"batch_size": options.batch_size, "latents": latents}
-        result = evaluate(model, processor, task, data.queries, data.support, options.output, **how)
-        if is_first():
-            _tell(result, options, benchmark, data, predictions)
+        _run(options, device)
     if distributed.is_torchelastic_launched():
         leave()
     return 0
+
+
+def _run(options: argparse.Namespace, device: torch.device) -> None:
+    benchmark = TASKS[options.task]
+    _check(options)
+    task = _task(options, benchmark)
+    data = read_inputs(options, benchmark, _say)
+    how = _how(options, task, data)
+    prepare(task, data.queries, data.support, options.output, **how)
+    predictions = options.predictions or options.output.with_suffix(".predictions.json")
+    refuse_foreign(predictions, partial(is_upload, benchmark=benchmark))
+    if options.json is not None:
+        refuse_foreign(options.json, is_result)
+    named.check(options.model, options)
+    model, processor = _load(options, device)
+    latents = Latents(model, processor, options.latents, batch_size=options.batch_size)
+    how |= {"batch_size": options.batch_size, "latents": latents}
+    result = evaluate(model, processor, task, data.queries, data.support, options.output, **how)
+    if rank() == 0:
+        _tell(result, options, benchmark, data, predictions)
 
 
 def _load(options: argparse.Namespace, device: torch.device) -> tuple[Any, Processor]:
@@ -188,7 +193,7 @@ def _check(options: argparse.Namespace) -> None:
     for name, smallest in (least | {"permutations": 1, "max_pixels": 1, "max_frames": 1}).items():
         value = getattr(options, name, None)
         if value is not None and value < smallest:
-            raise ValueError(f"expected {name} of {smallest} or more, got --{dashed(name)} {value}.")
+            raise ValueError(f"expected {name} of {smallest} or more, got {option(name)} {value}.")
     fps = getattr(options, "fps", None)
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"expected --fps above 0, got {fps}.")
@@ -259,5 +264,5 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    if is_first():
+    if rank() == 0:
         print(f"evaluate: {line}", file=sys.stderr)

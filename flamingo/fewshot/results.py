@@ -1,7 +1,7 @@
 """What a run leaves besides its answers: its result, and answers for a server that measures."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +10,36 @@ from flamingo.fewshot.prompts import Sample
 from flamingo.json_lines import parse_line
 
 
-def refuse_foreign(path: Path, is_own: Sequence[str] | None) -> None:
+def refuse_foreign(path: Path, is_own: Callable[[Any], bool]) -> None:
     """Leaves a file alone that is not of the kind that would be written over it.
 
     Args:
         path: that will be written.
-        is_own: keys of the object that such a file has, or None where any list or object is one.
+        is_own: whether JSON that is there already is of that kind.
 
     Raises:
         ValueError: if the file is there and something else, or its folder is not there.
     """
     if not path.parent.is_dir():
         raise ValueError(f"expected the folder of {path}, got none. Make it first.")
-    if not path.exists():
-        return
-    found = parse_line(path.read_bytes()) if path.is_file() else None
-    own = (
-        isinstance(found, (list, dict))
-        if is_own is None
-        else isinstance(found, dict) and {*is_own} <= {*found}
-    )
-    if not own:
+    if path.exists() and not (path.is_file() and is_own(parse_line(path.read_bytes()))):
         raise ValueError(
             f"expected {path} to be new or of a run like this, got something else, which is left as it is. "
             "Name another file."
         )
 
 
-RESULT_KEYS = ("task", "metric", "value", "settings")
+def is_result(found: Any) -> bool:
+    """Whether JSON is the result of a run."""
+    return isinstance(found, dict) and {"task", "metric", "value", "settings"} <= {*found}
+
+
+def is_upload(found: Any, benchmark: Benchmark) -> bool:
+    """Whether JSON is of the form in which a benchmark's answers are written."""
+    if benchmark.upload_keys is None:
+        return isinstance(found, dict) and all(isinstance(each, str) for each in found.values())
+    keys = {*benchmark.upload_keys}
+    return isinstance(found, list) and all(isinstance(each, dict) and {*each} == keys for each in found)
 
 
 def write_json(path: Path, value: Any) -> None:

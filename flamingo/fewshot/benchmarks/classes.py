@@ -77,7 +77,7 @@ def _in_folders(
         )
         for path, name in named.items()
         for file in sorted(path.iterdir())
-        if file.suffix.lower() in suffixes
+        if file.suffix.lower() in suffixes and not file.name.startswith(".")
     ]
     return with_ids(samples, folder)
 

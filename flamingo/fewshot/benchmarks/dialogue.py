@@ -194,4 +194,5 @@ VisualDialog_val2018/VisualDialog_val2018_000000185565.jpg ...   --images""",
     more_files={"annotations": "JSON of how right each option is; without it ranks are written for a server"},
     read=read_visdial,
     upload=upload_visdial,
+    upload_keys=("image_id", "round_id", "ranks"),
 )

@@ -283,6 +283,7 @@ val2014/COCO_val2014_000000000042.jpg ...     --images""",
     read=_read,
     scorings=_OFFICIAL,
     upload=upload_vqa,
+    upload_keys=("question_id", "answer"),
 )
 
 OK_VQA = Benchmark(
@@ -298,6 +299,7 @@ val2014/COCO_val2014_000000000042.jpg ...     --images""",
     more_files=_ANSWERS,
     read=_read,
     upload=upload_vqa,
+    upload_keys=("question_id", "answer"),
     needs=lambda scoring: metrics.stem("stem"),
 )
 
@@ -314,6 +316,7 @@ train_images/003a8ae2ef43b901.jpg ...         --images""",
     read=read_textvqa,
     scorings=_OFFICIAL,
     upload=upload_vqa,
+    upload_keys=("question_id", "answer"),
 )
 
 VIZWIZ = Benchmark(
@@ -329,6 +332,7 @@ val/VizWiz_val_00000000.jpg ...               --images""",
     read=read_vizwiz,
     scorings={**_OFFICIAL, "open_flamingo": open_flamingo_score},
     upload=upload_vizwiz,
+    upload_keys=("image", "answer"),
 )
 
 # Files of one's own in VQAv2's format.
@@ -343,4 +347,5 @@ ANY_VQA = Benchmark(
     read=_read,
     scorings=_OFFICIAL,
     upload=upload_vqa,
+    upload_keys=("question_id", "answer"),
 )

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flamingo import Flamingo, FlamingoConfig
@@ -94,6 +95,18 @@ def ask(stand_in, tmp_path):
         return main(["evaluate", name, "--model", "tests.helpers.scripted:namer", *output, *paths, *more])
 
     return run
+
+
+def write_video(path, greys):
+    """Ten frames a second, each of one grey, without losses."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w", format="matroska") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "bgr0"
+        for grey in greys:
+            frame = np.full((16, 16, 3), grey, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def published_files(name, folder):
@@ -241,7 +254,9 @@ class TestShots:
         arguments = ["evaluate", "coco", "--model", "tests.helpers.scripted:namer", "--annotations", coco]
         arguments += ["--images", str(files["images"]), "--output", str(tmp_path / "out.jsonl")]
         assert main(arguments) == 2
-        assert refused(capsys, "--support-annotations or --support-images: ")
+        assert refused(
+            capsys, "expected --support-annotations or --support-images, where shots come from, as "
+        )
         assert main([*arguments, "--support-annotations", coco]) == 0  # who says so gets it
 
     def test_they_have_answers(self, ask, capsys, tmp_path):
@@ -254,14 +269,14 @@ class TestVideos:
     def test_those_that_are_gone_are_counted(self, ask, stand_in, tmp_path, capsys):
         assert ask("vatex", "--json", str(tmp_path / "result.json")) == 0
         said = capsys.readouterr().err
-        assert "evaluate: 1 of 2 samples of what is asked have no video in " in said
-        assert "evaluate: 1 of 2 samples of the shots have no video in " in said
+        assert said.count("evaluate: 1 of 2 samples of ") == 2  # of the queries and of the shots
+        assert "vatex_public_test_english_v1.1.json have no video in " in said
         assert [sample.id for sample in stand_in.asked["queries"]] == ["G9zN5TTuGO4_000179_000189"]
         assert json.loads((tmp_path / "result.json").read_text())["missing"] == 1
 
     def test_unless_all_are_wanted(self, ask, stand_in, capsys):
         assert ask("vatex", "--all-videos") == 2
-        assert refused(capsys, "2 samples of what is asked, found 1: the first to lack one is '-8o6bzBhKfE_")
+        assert refused(capsys, "found 1: the first to lack one is '-8o6bzBhKfE_000010_000020'")
         assert not stand_in.built
 
     def test_none_at_all_is_an_error(self, ask, capsys, tmp_path):
@@ -354,7 +369,9 @@ class TestWritten:
         assert settings["model"] == "tests.helpers.scripted:namer"
 
     @pytest.mark.parametrize("option", ["--json", "--predictions"])
-    @pytest.mark.parametrize("content", [b"my notes", b"3", b"\xff\xfe", b'"a text"'])
+    @pytest.mark.parametrize(
+        "content", [b"my notes", b"3", b"\xff\xfe", b'"a text"', b'[{"id": 3}]', b'{"a": 1}']
+    )
     def test_another_file_stays_as_it_is(self, ask, stand_in, capsys, tmp_path, option, content):
         path = tmp_path / "mine"
         path.write_bytes(content)
@@ -370,6 +387,20 @@ class TestWritten:
         assert ask("coco", "--json", str(tmp_path / "gone" / "result.json")) == 2
         assert refused(capsys, "expected the folder of")
 
+    @pytest.mark.parametrize("name", ["coco", "vizwiz", "msrvttqa"])
+    def test_what_is_read_is_not_written_over(self, ask, capsys, tmp_path, name):
+        path = next(iter(published_files(name, tmp_path).values()))
+        before = path.read_bytes()
+        assert ask(name, "--predictions", str(path)) == 2
+        assert refused(capsys, f"expected {path} to be new or of a run like this")
+        assert path.read_bytes() == before
+
+    @pytest.mark.parametrize("name", ["coco", "vizwiz", "vatex", "visdial", "vqav2", "star"])
+    def test_predictions_are_written_over_others(self, ask, tmp_path, name):
+        for _ in range(2):
+            assert ask(name, "--predictions", str(tmp_path / "mine.json")) == 0
+        assert json.loads((tmp_path / "mine.json").read_text())
+
     def test_a_result_is_written_over_one(self, ask, stand_in, tmp_path):
         path = tmp_path / "result.json"
         assert ask("coco", "--json", str(path)) == 0
@@ -377,7 +408,7 @@ class TestWritten:
         assert json.loads(path.read_text())["settings"]["seed"] == 5
 
     def test_one_process_of_several_speaks(self, ask, monkeypatch, capsys, tmp_path):
-        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setattr(command, "rank", lambda: 1)
         assert ask("vatex", "--json", str(tmp_path / "result.json")) == 0
         assert capsys.readouterr() == ("", "")
         assert not (tmp_path / "result.json").exists()
@@ -425,6 +456,30 @@ class TestWhole:
         assert (tmp_path / "out.jsonl").read_text() == whole
         first, second = capsys.readouterr().out.splitlines()
         assert first == second
+
+    def test_segments_of_one_video(self, tmp_path, capsys):
+        """White for a second and black for another. A video that cannot be read is counted."""
+        data = tmp_path / "data"
+        film = [SHADES["white"]] * 10 + [SHADES["black"]] * 10
+        files = published.youcook2(data)
+        content = json.loads(files["annotations"].read_text())
+        for video in content["database"].values():
+            for part, span, said in zip(
+                video["annotations"], [[0, 1], [1, 2]], ["white", "black"], strict=True
+            ):
+                part.update(segment=span, sentence=f"{said} all over")
+        content["database"]["broken"] = content["database"]["GLd3aX16zBg"]
+        published.write_json(files["annotations"], content)
+        for path in (data / "raw_videos").rglob("*.m*"):
+            write_video(path, film)
+        (data / "raw_videos" / "broken.mp4").write_bytes(b"<html>gone</html>")
+        paths = [part for name, path in files.items() for part in (f"--{name}", str(path))]
+        arguments = ["evaluate", "youcook2", "--model", "tests.helpers.scripted:namer", *paths]
+        assert main([*arguments, "--output", str(tmp_path / "out.jsonl"), "--shots", "1"]) == 0
+        _, *records = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+        named = {record["id"]: record["prediction"] for record in records if "prediction" in record}
+        assert named == {"GLd3aX16zBg_0": "white", "GLd3aX16zBg_1": "black"}
+        assert "(4 samples, 1 shots, 2 broken)" in capsys.readouterr().out
 
     def test_what_images_are_to_the_model_is_kept(self, arguments, tmp_path, monkeypatch):
         pytest.importorskip("safetensors")
