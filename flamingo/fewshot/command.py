@@ -184,7 +184,7 @@ def _load(options: argparse.Namespace, device: torch.device) -> tuple[Any, Proce
         if (value := getattr(options, name, None)) is not None:
             setattr(processor, name, value)
     use_kernels(model, not options.no_kernels, _say)
-    return model.to(device).eval(), processor
+    return model.to(device), processor
 
 
 def _check(options: argparse.Namespace) -> None:
