@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flamingo.media import Features, read_frames
+from flamingo.media import Features, Segment, read_frames
 from flamingo.processor import Processor
 
 
@@ -51,18 +52,33 @@ def of_medium(medium: Any, processor: Processor) -> str:
     digest = hashlib.sha256()
     if isinstance(medium, Features):
         _add(digest, medium.tensor.detach().cpu())
+    elif isinstance(medium, Segment):
+        digest.update(f"{medium.start} {medium.end} ".encode())
+        digest.update(_of_file(medium.path).encode())
     elif isinstance(medium, Path):
-        if not medium.is_file():
-            raise FileNotFoundError(f"Processor: expected a file, found none at {medium}.")
-        digest.update(medium.suffix.lower().encode())  # which tells videos from images
-        with open(medium, "rb") as file:
-            while piece := file.read(2**20):
-                digest.update(piece)
+        return _of_file(medium)
     elif isinstance(medium, bytes):
         digest.update(medium)
     else:
         for frame in read_frames(medium, max_pixels=processor.max_pixels):
             _add(digest, frame)
+    return digest.hexdigest()
+
+
+def _of_file(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"Processor: expected a file, found none at {path}.")
+    about = path.stat()
+    return _of_bytes(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=2**16)
+def _of_bytes(path: Path, size: int, time: int) -> str:
+    """A hash of a file that is not read again while it stays as it is: a video may have many segments."""
+    digest = hashlib.sha256(path.suffix.lower().encode())  # which tells videos from images
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ rices       shots that look like the query
 metrics     VQA accuracy, CIDEr, NDCG, WUPS and the others
 runner      a model over a dataset, resumed where it was killed
 benchmarks  the paper's sixteen, ImageNet and Kinetics, on disk
-loading     models and devices by their names
+inputs      what an evaluation reads
 results     what a run leaves besides its answers
 command     `python -m flamingo evaluate`
 """

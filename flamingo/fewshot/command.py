@@ -5,16 +5,24 @@ import math
 import sys
 import textwrap
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flamingo.fewshot.benchmarks import BENCHMARKS, Benchmark
-from flamingo.fewshot.inputs import SUPPORT_SAMPLES, Inputs, dashed, is_first, read_inputs
-from flamingo.fewshot.loading import find_device, find_model
+import torch
+from torch import distributed
+
+from flamingo import named
+from flamingo.fewshot.benchmarks import BENCHMARKS, Benchmark, option
+from flamingo.fewshot.inputs import SUPPORT_SAMPLES, Inputs, read_inputs
 from flamingo.fewshot.metrics.words import import_nltk
-from flamingo.fewshot.results import RESULT_KEYS, refuse_foreign, write_json, write_upload
+from flamingo.fewshot.results import is_result, is_upload, refuse_foreign, write_json, write_upload
 from flamingo.fewshot.runner import Evaluation, Task, evaluate, prepare
+from flamingo.fewshot.shots import SELECT
+from flamingo.generation import Latents
 from flamingo.kernels import use_kernels
+from flamingo.processor import Processor
+from flamingo.training.processes import device_of, leave, process_group, rank
 
 TASKS: dict[str, Benchmark] = BENCHMARKS  # by the names that the command knows them by
 
@@ -34,12 +42,12 @@ def add_parser(commands: Any) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for file, what in benchmark.files.items():
-            task.add_argument(f"--{dashed(file)}", type=Path, required=True, metavar="PATH", help=what)
+            task.add_argument(option(file), type=Path, required=True, metavar="PATH", help=what)
         for file, what in benchmark.more_files.items():
-            task.add_argument(f"--{dashed(file)}", type=Path, metavar="PATH", help=what)
+            task.add_argument(option(file), type=Path, metavar="PATH", help=what)
         for file in (*benchmark.files, *benchmark.more_files):
             task.add_argument(
-                f"--support-{dashed(file)}", type=Path, metavar="PATH", help="likewise, for the shots"
+                option(f"support_{file}"), type=Path, metavar="PATH", help="likewise, for the shots"
             )
         _add_options(task, benchmark)
         task.set_defaults(run=run)
@@ -49,8 +57,8 @@ def _add_options(parser: argparse.ArgumentParser, benchmark: Benchmark) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        metavar="RUN.TOML|MODULE:FUNCTION",
-        help="what was given to train, or a function without arguments that returns (model, processor)",
+        metavar="MODEL",
+        help=named.FORMS,
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, made or gone on with")
     parser.add_argument("--json", type=Path, metavar="FILE", help="for the result with its settings")
@@ -67,7 +75,9 @@ def _add_options(parser: argparse.ArgumentParser, benchmark: Benchmark) -> None:
         default=benchmark.shots,
         help=f"in the paper 0, 4, 8, 16 and 32; {zero} (default: {benchmark.shots})",
     )
-    parser.add_argument("--select", choices=("random", "rices"), default="random", help="default: random")
+    parser.add_argument(
+        "--select", choices=SELECT, default="random", help="fixed: the same for all (default: random)"
+    )
     if benchmark.task.closed:
         parser.add_argument("--permutations", type=int, default=1, help="orders of the shots; 6 in the paper")
     else:
@@ -96,8 +106,12 @@ def _add_options(parser: argparse.ArgumentParser, benchmark: Benchmark) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
     parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
     parser.add_argument("--max-pixels", type=int, help="of an image (default: the model's processor's)")
-    parser.add_argument("--device", default="cpu", help='as "cuda:0" (default: cpu)')
+    parser.add_argument(
+        "--latents", type=Path, metavar="FOLDER", help="keep what images are to the model for runs to come"
+    )
+    parser.add_argument("--device", default="cpu", help='as "cuda:0", or "auto" (default: cpu)')
     parser.add_argument("--no-kernels", action="store_true", help="evaluate without the kernels")
+    named.add_options(parser)
 
 
 class _List(argparse.Action):
@@ -119,7 +133,8 @@ def describe(name: str) -> str:
                 rareact/7frRY7aGwMU.mp4 ...                   --videos
     """
     benchmark = TASKS[name]
-    rows = [("split", benchmark.split), ("from", benchmark.source), ("files", benchmark.layout)]
+    rows = [("split", benchmark.split), ("from", benchmark.source)]
+    rows = [(title, textwrap.fill(text, 96)) for title, text in rows] + [("files", benchmark.layout)]
     if benchmark.scorings:
         rows.append(("scoring", f"also as {' or '.join(benchmark.scorings)}"))
     head = f"{name}: {benchmark.title}, {benchmark.task.metric}"
@@ -128,44 +143,48 @@ def describe(name: str) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluates, and prints the metric with its numbers of samples and shots."""
-    try:
-        _run(options)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"evaluate: {' '.join(str(error).split()).removeprefix('evaluate: ')}", file=sys.stderr)
-        return 2
+    """Evaluates, prints the metric with its numbers of samples and shots, and returns the exit status.
+
+    Raises:
+        ImportError, OSError, ValueError: for what is missing or wrong, before the model is loaded where that
+            can be seen.
+    """
+    device = device_of(options.device)
+    with process_group(device):
+        _run(options, device)
+    if distributed.is_torchelastic_launched():
+        leave()
     return 0
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace, device: torch.device) -> None:
     benchmark = TASKS[options.task]
     _check(options)
-    device = find_device(options.device)
     task = _task(options, benchmark)
     data = read_inputs(options, benchmark, _say)
     how = _how(options, task, data)
+    prepare(task, data.queries, data.support, options.output, **how)
     predictions = options.predictions or options.output.with_suffix(".predictions.json")
-    prepare(task, data.queries, data.support, options.output, **how)  # refuses before a model is loaded
-    refuse_foreign(predictions, None)
+    refuse_foreign(predictions, partial(is_upload, benchmark=benchmark))
     if options.json is not None:
-        refuse_foreign(options.json, RESULT_KEYS)
-    model, processor = find_model(options.model)()
+        refuse_foreign(options.json, is_result)
+    named.check(options.model, options)
+    model, processor = _load(options, device)
+    latents = Latents(model, processor, options.latents, batch_size=options.batch_size)
+    how |= {"batch_size": options.batch_size, "latents": latents}
+    result = evaluate(model, processor, task, data.queries, data.support, options.output, **how)
+    if rank() == 0:
+        _tell(result, options, benchmark, data, predictions)
+
+
+def _load(options: argparse.Namespace, device: torch.device) -> tuple[Any, Processor]:
+    """The model that will answer, and its processor, as the options change them."""
+    model, processor = named.load(options.model, options)
     for name in ("max_pixels", "fps", "max_frames"):
         if (value := getattr(options, name, None)) is not None:
             setattr(processor, name, value)
     use_kernels(model, not options.no_kernels, _say)
-    result = evaluate(
-        model.to(device).eval(),
-        processor,
-        task,
-        data.queries,
-        data.support,
-        options.output,
-        batch_size=options.batch_size,
-        **how,
-    )
-    if is_first():
-        _tell(result, options, benchmark, data, predictions)
+    return model.to(device), processor
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -174,7 +193,7 @@ def _check(options: argparse.Namespace) -> None:
     for name, smallest in (least | {"permutations": 1, "max_pixels": 1, "max_frames": 1}).items():
         value = getattr(options, name, None)
         if value is not None and value < smallest:
-            raise ValueError(f"expected {name} of {smallest} or more, got --{dashed(name)} {value}.")
+            raise ValueError(f"expected {name} of {smallest} or more, got {option(name)} {value}.")
     fps = getattr(options, "fps", None)
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"expected --fps above 0, got {fps}.")
@@ -216,7 +235,7 @@ def _tell(
     """Says and writes what was found."""
     print(result)
     if result.value is None or options.predictions is not None:
-        write_upload(predictions, options.output, benchmark)
+        write_upload(predictions, options.output, benchmark, data.queries)
         print(f"answers for a server that measures: {predictions}")
     if options.json is not None:
         write_json(
@@ -227,7 +246,7 @@ def _tell(
                 "value": result.value,
                 "samples": result.samples,
                 "shots": result.shots,
-                "broken": getattr(result, "broken", 0),
+                "broken": result.broken,
                 "missing": data.missing,
                 "settings": _settings(options),
             },
@@ -245,5 +264,5 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    if is_first():
+    if rank() == 0:
         print(f"evaluate: {line}", file=sys.stderr)

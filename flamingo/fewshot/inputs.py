@@ -1,16 +1,17 @@
 """What an evaluation reads: the samples that are asked, and those that shots are taken from."""
 
 import argparse
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from flamingo.fewshot.benchmarks import Benchmark, present
+from flamingo.fewshot.benchmarks import Benchmark, option, present
 from flamingo.fewshot.prompts import Sample
 
 SUPPORT_SAMPLES = 2048  # in the paper
+
+Files = Mapping[str, Path]  # by the names of their options
 
 
 class Inputs(NamedTuple):
@@ -37,21 +38,21 @@ def read_inputs(options: argparse.Namespace, benchmark: Benchmark, say: Callable
     """
     files, support_files = _files(options, benchmark)
     asked = benchmark.read(**files)
-    queries = _with_videos(asked, files, options, benchmark, "what is asked", say)
-    support = []
+    queries = _with_videos(asked, files, options, say)
+    support: list[Sample] = []
     if support_files is not None:
         support = (benchmark.read_support or benchmark.read)(**support_files)
-        if support_files == files and not _given(options, files) and _share_ids(support, queries):
+        if not _given(options, files) and _share_ids(support, queries):
+            names = " or ".join(option(f"support_{name}") for name in files)
             raise ValueError(
-                f"expected {' or '.join(f'--support-{dashed(name)}' for name in files)}: "
-                f"{_shown(files)} has no part of its own for shots."
+                f"expected {names}, where shots come from, as {_shown(files)} has no part for them."
             )
         if without := [sample for sample in support if not sample.references]:
             raise ValueError(
                 f"expected answers to what shots are made of in {_shown(support_files)}, found none to "
                 f"{without[0].id!r}."
             )
-        support = _with_videos(support, support_files, options, benchmark, "the shots", say)
+        support = _with_videos(support, support_files, options, say)
     return Inputs(
         _some(queries, options.limit, options.seed),
         _some_support(support, options, benchmark),
@@ -59,22 +60,6 @@ def read_inputs(options: argparse.Namespace, benchmark: Benchmark, say: Callable
         {name: str(path) for name, path in files.items()},
         [str(path) for path in (support_files or {}).values()],
     )
-
-
-def _shown(files: Mapping[str, Path]) -> str:
-    return " and ".join(map(str, files.values()))
-
-
-def _share_ids(some: Sequence[Sample], others: Sequence[Sample]) -> bool:
-    return bool({sample.id for sample in some} & {sample.id for sample in others})
-
-
-def _given(options: argparse.Namespace, files: Mapping[str, Path]) -> bool:
-    """Whether the user said where shots come from."""
-    return any(getattr(options, f"support_{name}") for name in files)
-
-
-Files = Mapping[str, Path]
 
 
 def _files(options: argparse.Namespace, benchmark: Benchmark) -> tuple[Files, Files | None]:
@@ -87,29 +72,38 @@ def _files(options: argparse.Namespace, benchmark: Benchmark) -> tuple[Files, Fi
     if not given and benchmark.task.closed and options.shots == 0:
         return files, None
     if missing := [name for name in benchmark.files if name not in given and name not in benchmark.shared]:
-        raise ValueError(f"expected --support-{dashed(missing[0])}, where shots come from, got none.")
+        raise ValueError(f"expected {option(f'support_{missing[0]}')}, where shots come from, got none.")
     return files, {**{name: path for name, path in files.items() if name in benchmark.shared}, **given}
 
 
+def _given(options: argparse.Namespace, files: Files) -> bool:
+    """Whether the user said where shots come from."""
+    return any(getattr(options, f"support_{name}") for name in files)
+
+
+def _shown(files: Files) -> str:
+    return " and ".join(map(str, files.values()))
+
+
+def _share_ids(some: Sequence[Sample], others: Sequence[Sample]) -> bool:
+    return bool({sample.id for sample in some} & {sample.id for sample in others})
+
+
 def _with_videos(
-    samples: list[Sample],
-    files: Files,
-    options: argparse.Namespace,
-    benchmark: Benchmark,
-    what: str,
-    say: Callable[[str], object],
+    samples: list[Sample], files: Files, options: argparse.Namespace, say: Callable[[str], object]
 ) -> list[Sample]:
     """The samples whose videos are there. Videos of the web vanish, so everybody has a part of them."""
-    if benchmark.media != "videos":
+    if "videos" not in files:
         return samples
     found, folder = present(samples), files["videos"]
-    if not found or (options.all_videos and len(found) < len(samples)):
+    gone = len(samples) - len(found)
+    if not found or (gone and options.all_videos):
         raise ValueError(
-            f"expected a video in {folder} for each of {len(samples)} samples of {what}, found "
+            f"expected a video in {folder} for each of {len(samples)} samples of {_shown(files)}, found "
             f"{len(found) or 'none'}: the first to lack one is {_first_missing(samples, found)!r}."
         )
-    if len(found) < len(samples):
-        say(f"{len(samples) - len(found)} of {len(samples)} samples of {what} have no video in {folder}")
+    if gone:
+        say(f"{gone} of {len(samples)} samples of {files['annotations']} have no video in {folder}")
     return found
 
 
@@ -135,13 +129,3 @@ def _some_support(samples: list[Sample], options: argparse.Namespace, benchmark:
     for sample in samples:
         by_answer.setdefault(sample.answer, []).append(sample)
     return [sample for few in by_answer.values() for sample in _some(few, each, options.seed)]
-
-
-def dashed(name: str) -> str:
-    """The name of an option as it is written on the command line."""
-    return name.replace("_", "-")
-
-
-def is_first() -> bool:
-    """Whether this is the process that speaks, among those that torchrun has started."""
-    return os.environ.get("RANK", "0") == "0"

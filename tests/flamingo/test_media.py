@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flamingo import Processor, media
-from flamingo.media import MAX_PIXELS, read_frames, read_image, read_video
+from flamingo.media import MAX_PIXELS, Segment, read_frames, read_image, read_video
 
 RATE = 10  # frames a second of the video
 LEVELS = [10 * n for n in range(25)]  # of grey, one a frame
@@ -83,6 +83,54 @@ class TestVideo:
     def test_a_video_that_begins_late(self, tmp_path):
         late = write_video(tmp_path / "late.mkv", start=3)
         assert levels(list(read_video(late, fps=2))) == [LEVELS[place] for place in (0, 5, 10, 15, 20)]
+
+    @pytest.mark.parametrize(
+        ("start", "end", "fps", "expected"),
+        [
+            (0.0, 1.0, 2, [0, 5]),
+            (0.5, 1.5, 2, [5, 10]),
+            (0.55, 1.0, 10, [5, 6, 7, 8, 9]),  # what is on show at 0.55, 0.65 ...
+            (1.0, 1.01, 1, [10]),  # one frame at least
+            (2.0, 9.0, 1, [20]),  # the video ends before
+            (2.4, 9.0, 1, [24]),
+        ],
+    )
+    @pytest.mark.parametrize("late", [0, 3])
+    def test_a_segment(self, tmp_path, start, end, fps, expected, late):
+        path = write_video(tmp_path / "greys.mkv", start=late)
+        frames = read_frames(Segment(path, start, end), fps=fps, max_frames=30)
+        assert levels(frames) == [LEVELS[place] for place in expected]
+
+    def test_a_segment_between_frames_that_stand_alone(self, tmp_path):
+        """Most frames of a real video say what has changed since the last."""
+        av = pytest.importorskip("av")
+        path = tmp_path / "greys.mp4"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg4", rate=RATE, options={"g": "10", "qscale": "1"})
+            stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+            for level in LEVELS:
+                frame = np.full((16, 32, 3), level, dtype=np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        whole = [frame.mean().item() for frame in read_video(path, fps=RATE, max_frames=30)]
+        part = [
+            frame.mean().item() for frame in read_frames(Segment(path, 1.7, 2.1), fps=RATE, max_frames=30)
+        ]
+        assert part == whole[17:21]
+        assert max(abs(value - level / 255) for value, level in zip(whole, LEVELS, strict=True)) < 0.03
+
+    @pytest.mark.parametrize(("start", "end"), [(1.0, 1.0), (2.0, 1.0), (-1.0, 1.0), (float("nan"), 1.0)])
+    def test_a_segment_without_length(self, video, start, end):
+        with pytest.raises(ValueError, match="0 <= start < end in seconds, got"):
+            list(read_frames(Segment(video, start, end)))
+
+    def test_a_segment_behind_the_end(self, video):
+        with pytest.raises(ValueError, match="a video with frames"):
+            list(read_frames(Segment(video, 9.0, 10.0)))
+
+    def test_a_segment_in_a_document(self, video):
+        batch = Processor(16, fps=10)([[Segment(video, 1.0, 1.3), "a film"]])
+        assert batch.pixels.shape == (1, 1, 3, 3, 16, 16)
 
     def test_a_document_with_an_image_and_a_video(self, video, photo):
         batch = Processor(16, fps=3, max_frames=30)([[photo[0], "a photo", video, "a film"]])

@@ -315,7 +315,7 @@ def hatefulmemes(folder: Path) -> dict[str, Path]:
 def rareact(folder: Path) -> dict[str, Path]:
     header = "id,video_id,start,end,class_id,verb,noun,annotation"
     rows = [
-        [0, "7frRY7aGwMU", 50, 60, 0, "shake", "tomato", 0],
+        [0, "7frRY7aGwMU", 50, 60, 19, "shake", "table", 0],
         [1, "7frRY7aGwMU", 20, 30, 89, "cut", "laptop", 1],
         [2, "ppNqpTCZgf4", 40, 50, 89, "cut", "laptop", 3],
     ]

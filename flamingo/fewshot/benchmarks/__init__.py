@@ -11,7 +11,7 @@ classes    ImageNet, Kinetics, RareAct
 """
 
 from flamingo.fewshot.benchmarks import captions, classes, dialogue, memes, questions, videos
-from flamingo.fewshot.benchmarks.benchmark import Benchmark
+from flamingo.fewshot.benchmarks.benchmark import Benchmark, option
 from flamingo.fewshot.benchmarks.captions import read_captions, read_vatex, read_youcook2
 from flamingo.fewshot.benchmarks.classes import read_imagenet, read_kinetics, read_rareact
 from flamingo.fewshot.benchmarks.dialogue import read_visdial
@@ -50,6 +50,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 __all__ = [
     "BENCHMARKS",
     "Benchmark",
+    "option",
     "present",
     "read_captions",
     "read_hateful_memes",

@@ -10,9 +10,23 @@ from flamingo.fewshot.runner import Task
 Records = Sequence[dict[str, Any]]
 
 
+def option(name: str) -> str:
+    """The option of the command that has a name in Python.
+
+    >>> option("support_images")
+    '--support-images'
+    """
+    return f"--{name.replace('_', '-')}"
+
+
 def plain_answers(records: Records) -> Any:
     """What is written of answers that cannot be measured here, where nobody has fixed a form."""
     return [{"id": record["id"], "answer": record["prediction"]} for record in records]
+
+
+def details_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The details of a sample, which a record lacks where there are none."""
+    return record.get("details", {})
 
 
 def _nothing(scoring: str | None) -> None:
@@ -37,6 +51,7 @@ class Benchmark:
         default_factory=dict
     )  # others', by name
     upload: Callable[[Records], Any] = plain_answers  # JSON of answers that a server measures
+    upload_keys: tuple[str, ...] | None = ("id", "answer")  # of each answer in it; None: answers by their ids
     needs: Callable[[str | None], Any] = _nothing  # fails where what a scoring reads is not installed
     reads_wordnet: bool = False
     shots: int = 4  # unless something else is asked for

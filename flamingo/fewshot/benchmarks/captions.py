@@ -216,6 +216,7 @@ coco/                                         --images
     read=_karpathy,
     read_support=_karpathy_support,
     upload=upload_captions,
+    upload_keys=("image_id", "caption"),
 )
 
 FLICKR30K = Benchmark(
@@ -231,6 +232,7 @@ flickr30k-images/1000092795.jpg ...           --images""",
     read=_karpathy,
     read_support=_karpathy_support,
     upload=upload_captions,
+    upload_keys=("image_id", "caption"),
 )
 
 VATEX = Benchmark(
@@ -244,6 +246,7 @@ videos/G9zN5TTuGO4_000179_000189.mp4 ...      --videos""",
     files=_VIDEO_FILES,
     read=read_vatex,
     upload=upload_vatex,
+    upload_keys=None,
 )
 
 YOUCOOK2 = Benchmark(
@@ -272,4 +275,5 @@ images/0001.jpg ...                           --images""",
     read=read_captions,
     read_support=partial(read_captions, splits=TRAIN),
     upload=upload_captions,
+    upload_keys=("image_id", "caption"),
 )

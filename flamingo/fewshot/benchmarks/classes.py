@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from flamingo.fewshot import metrics
-from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records
+from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records, details_of
 from flamingo.fewshot.benchmarks.files import IMAGES, TEXTS, Videos, read_json, seconds, table, with_ids
 from flamingo.fewshot.prompts import ACTION, CLASSIFICATION, Sample, action
 from flamingo.fewshot.runner import Task
@@ -77,7 +77,7 @@ def _in_folders(
         )
         for path, name in named.items()
         for file in sorted(path.iterdir())
-        if file.suffix.lower() in suffixes
+        if file.suffix.lower() in suffixes and not file.name.startswith(".")
     ]
     return with_ids(samples, folder)
 
@@ -187,7 +187,7 @@ def top_one_score(records: Records) -> float | None:
 
 def mwap_score(records: Records) -> float | None:
     """RareAct's mWAP in per cent; None if no clip shows its action."""
-    clips = [metrics.Action(**record["details"]) for record in records]
+    clips = [metrics.Action(**details_of(record)) for record in records]
     if not any(clip.annotation == 1 for clip in clips):
         return None
     return 100 * metrics.mean_weighted_ap([record["scores"] for record in records], clips)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flamingo.fewshot import metrics
-from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records
+from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records, details_of
 from flamingo.fewshot.benchmarks.files import (
     ID,
     INDEX,
@@ -155,9 +155,9 @@ def ndcg_score(records: Records) -> float | None:
     Questions of which no option is relevant are left out: they have no NDCG.
     """
     scores = [
-        metrics.ndcg(record["scores"], record["details"]["relevance"])
+        metrics.ndcg(record["scores"], details_of(record)["relevance"])
         for record in records
-        if any(record["details"].get("relevance", ()))
+        if any(details_of(record).get("relevance", ()))
     ]
     return 100 * sum(scores) / len(scores) if scores else None
 
@@ -166,8 +166,8 @@ def upload_visdial(records: Records) -> list[dict[str, Any]]:
     """The form of the challenge's server: the rank of every option, from 1."""
     return [
         {
-            "image_id": record["details"]["image_id"],
-            "round_id": record["details"]["round_id"],
+            "image_id": details_of(record)["image_id"],
+            "round_id": details_of(record)["round_id"],
             "ranks": [*_ranks(record["scores"])],
         }
         for record in records
@@ -194,4 +194,5 @@ VisualDialog_val2018/VisualDialog_val2018_000000185565.jpg ...   --images""",
     more_files={"annotations": "JSON of how right each option is; without it ranks are written for a server"},
     read=read_visdial,
     upload=upload_visdial,
+    upload_keys=("image_id", "round_id", "ranks"),
 )

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -102,7 +102,10 @@ def table(path: Path, *columns: str) -> list[dict[str, str]]:
         FileNotFoundError: if there is no such file.
         ValueError: if it lacks a column, or a row is longer or shorter than the first.
     """
-    rows = list(csv.reader(io.StringIO(_text(path, "a CSV file"))))
+    try:
+        rows = list(csv.reader(io.StringIO(_text(path, "a CSV file"))))
+    except csv.Error as error:
+        raise ValueError(f"expected CSV in {path}, got {error}.") from error
     header = rows[0] if rows else []
     if missing := [column for column in columns if column not in header]:
         raise ValueError(
@@ -210,15 +213,11 @@ class Folder:
         self.path = path
         self._named: dict[str, list[Path]] = {}
         self._numbered: dict[int, list[Path]] = {}
-        for folder, below, files in os.walk(path, followlinks=True):
-            below.sort()
-            for name in sorted(files):
-                stem, suffix = os.path.splitext(name)
-                if suffix.lower() in suffixes:
-                    file = Path(folder, name)
-                    self._named.setdefault(stem, []).append(file)
-                    if number := re.search(r"\d+$", stem):
-                        self._numbered.setdefault(int(number[0]), []).append(file)
+        for file in _below(path):
+            if file.suffix.lower() in suffixes:
+                self._named.setdefault(file.stem, []).append(file)
+                if number := re.search(r"\d+$", file.stem):
+                    self._numbered.setdefault(int(number[0]), []).append(file)
 
     def named(self, *stems: str) -> Path | None:
         """The file that has one of these names without its suffix."""
@@ -235,6 +234,18 @@ class Folder:
                 "folder that has the right ones."
             )
         return files[0]
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """The files in a folder and below, but hidden ones. Links are followed, to no folder twice."""
+    seen = set()
+    for folder, below, files in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below.sort()
+        yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
 
 
 def images_in(path: Path) -> Folder:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flamingo.fewshot import metrics
-from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records
+from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records, details_of
 from flamingo.fewshot.benchmarks.files import ID, TEXT, YES_NO, expect, image_file, json_lines, with_ids
 from flamingo.fewshot.prompts import HATEFUL_MEMES, Sample
 from flamingo.fewshot.runner import Task
@@ -54,7 +54,7 @@ def auc_score(records: Records) -> float | None:
     Raises:
         ValueError: if all memes have one label.
     """
-    labels = [record["details"]["label"] for record in records if "label" in record["details"]]
+    labels = [details_of(record)["label"] for record in records if "label" in details_of(record)]
     if not labels or len(labels) < len(records):
         return None
     scores = [record["scores"][0] - record["scores"][1] for record in records]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flamingo.fewshot import metrics
-from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records
+from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records, details_of
 from flamingo.fewshot.benchmarks.files import (
     ID,
     LIST,
@@ -89,16 +89,15 @@ def _sample(entry: Entry, image: Path, annotation: Entry | None, path: Path | No
     said = tuple(
         expect(one, "raw_answer", TEXT, path) if "raw_answer" in one else one["answer"] for one in given
     )
-    shown = most_common(said)
     if "multiple_choice_answer" in annotation:
         shown = expect(annotation, "multiple_choice_answer", TEXT, path)
+    else:
+        shown = most_common(said)
     details: dict[str, Any] = {}
     if any("raw_answer" in one for one in given):
         details["stems"] = [one["answer"] for one in given]
-    if all(isinstance(one.get("answer_confidence"), str) for one in given):
-        details["confidences"] = [one["answer_confidence"] for one in given]
-    if not all("answer_id" in one for one in given):
-        details["unnamed"] = True  # annotators that open_flamingo takes for one if they say the same
+    if not all("answer_id" in one for one in given):  # all that tells annotators apart
+        details["confidences"] = [str(one.get("answer_confidence", "")) for one in given]
     return replace(sample, answer=shown, references=said, details=details)
 
 
@@ -224,7 +223,7 @@ def ok_vqa_score(records: Records) -> float | None:
     if not records or not records[0]["references"]:
         return None
     scores = [
-        metrics.stem_accuracy(record["prediction"], record["references"], record["details"].get("stems", ()))
+        metrics.stem_accuracy(record["prediction"], record["references"], details_of(record).get("stems", ()))
         for record in records
     ]
     return 100 * sum(scores) / len(scores)
@@ -241,12 +240,11 @@ def open_flamingo_score(records: Records) -> float | None:
         return None
     scores = []
     for record in records:
-        details, answers = record["details"], record["references"]
-        if details.get("unnamed"):
-            sure = details.get("confidences", [""] * len(answers))
-            scores.append(metrics.open_flamingo_accuracy(record["prediction"], answers, sure))
+        said, answers = record["prediction"], record["references"]
+        if "confidences" in details_of(record):
+            scores.append(metrics.open_flamingo_accuracy(said, answers, details_of(record)["confidences"]))
         else:
-            scores.append(metrics.vqa_accuracy(record["prediction"], answers))
+            scores.append(metrics.vqa_accuracy(said, answers))
     return 100 * sum(scores) / len(scores)
 
 
@@ -257,7 +255,7 @@ def upload_vqa(records: Records) -> list[dict[str, Any]]:
 
 def upload_vizwiz(records: Records) -> list[dict[str, Any]]:
     """The form of VizWiz's server."""
-    return [{"image": record["details"]["image"], "answer": record["prediction"]} for record in records]
+    return [{"image": details_of(record)["image"], "answer": record["prediction"]} for record in records]
 
 
 _OFFICIAL = {"official": partial(vqa_score, unanimous_as_written=True)}
@@ -285,6 +283,7 @@ val2014/COCO_val2014_000000000042.jpg ...     --images""",
     read=_read,
     scorings=_OFFICIAL,
     upload=upload_vqa,
+    upload_keys=("question_id", "answer"),
 )
 
 OK_VQA = Benchmark(
@@ -300,6 +299,7 @@ val2014/COCO_val2014_000000000042.jpg ...     --images""",
     more_files=_ANSWERS,
     read=_read,
     upload=upload_vqa,
+    upload_keys=("question_id", "answer"),
     needs=lambda scoring: metrics.stem("stem"),
 )
 
@@ -316,6 +316,7 @@ train_images/003a8ae2ef43b901.jpg ...         --images""",
     read=read_textvqa,
     scorings=_OFFICIAL,
     upload=upload_vqa,
+    upload_keys=("question_id", "answer"),
 )
 
 VIZWIZ = Benchmark(
@@ -331,6 +332,7 @@ val/VizWiz_val_00000000.jpg ...               --images""",
     read=read_vizwiz,
     scorings={**_OFFICIAL, "open_flamingo": open_flamingo_score},
     upload=upload_vizwiz,
+    upload_keys=("image", "answer"),
 )
 
 # Files of one's own in VQAv2's format.
@@ -345,4 +347,5 @@ ANY_VQA = Benchmark(
     read=_read,
     scorings=_OFFICIAL,
     upload=upload_vqa,
+    upload_keys=("question_id", "answer"),
 )

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from flamingo.fewshot import metrics
-from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records
+from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records, details_of
 from flamingo.fewshot.benchmarks.classes import top_one_score
 from flamingo.fewshot.benchmarks.files import (
     ID,
@@ -248,7 +248,7 @@ def wups_score(records: Records, *, tagged: bool = False) -> float | None:
     """
 
     def score(record: dict) -> float:
-        exact = record["details"]["type"] in ("DB", "DC")
+        exact = details_of(record)["type"] in ("DB", "DC")
         return max(
             metrics.wups(record["prediction"], answer, tagged=tagged, exact=exact)
             for answer in record["references"]

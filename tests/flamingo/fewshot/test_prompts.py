@@ -13,6 +13,7 @@ from flamingo.fewshot.prompts import (
     HATEFUL_MEMES,
     QUESTION,
     VISUAL_DIALOGUE,
+    action,
     dialogue_history,
 )
 
@@ -112,3 +113,18 @@ def test_a_conversation():
     assert CONVERSATION.startswith(
         "This is a conversation between a human, User, and an intelligent visual AI, Flamingo."
     )
+
+
+@pytest.mark.parametrize(
+    ("verb", "noun", "said"),
+    [
+        ("cut", "laptop", "a person cuts a laptop"),
+        ("wash", "apple", "a person washes an apple"),
+        ("fry", "eggs", "a person fries eggs"),
+        ("spray", "shoes", "a person sprays shoes"),
+        ("unplug", "oven", "a person unplugs an oven"),
+        ("close", "glass", "a person closes a glass"),
+    ],
+)
+def test_an_action_is_in_the_third_person_and_has_an_article(verb, noun, said):
+    assert action(verb, noun) == said

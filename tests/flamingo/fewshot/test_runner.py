@@ -472,12 +472,9 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (
-                ["--model", "tests.flamingo"],
-                "expected --model run.toml or module:function, got 'tests.flamingo'",
-            ),
+            (["--model", "tests.flamingo"], "got 'tests.flamingo', which is none of them"),
             (["--model", "no.such:thing"], "No module named 'no'"),
-            (["--model", "gone.toml"], "No such file or directory: 'gone.toml'"),
+            (["--model", "gone.toml"], "gone.toml: No such file or directory"),
             (["--shots", "9"], "expected 9 samples or more in the support"),
             (["--questions", "gone.json"], "expected a JSON file, found none at gone.json"),
         ],

@@ -94,6 +94,12 @@ class TestVQA:
         above = read_vqa(**files | {"images": tmp_path})
         assert [sample.image for sample in above] == [sample.image for sample in read_vqa(**files)]
 
+    def test_links_and_hidden_files(self, vqa):
+        """A folder that holds itself, and what a Mac leaves beside every file."""
+        (vqa["images"] / "again").symlink_to(vqa["images"])
+        (vqa["images"] / "._COCO_val2014_000000000001.png").touch()
+        assert len(read_vqa(**vqa)) == 2
+
     def test_two_files_of_one_number(self, vqa):
         vqa["images"].joinpath("000001.jpg").touch()
         with pytest.raises(ValueError, match=r"one file for 1 in .*, got .*000001\.jpg and .*\.png\. Name"):
@@ -119,6 +125,15 @@ class TestVQA:
         data["annotations"][0]["answers"] = value
         vqa["annotations"].write_text(json.dumps(data))
         with pytest.raises(ValueError, match=r"answers?'? in .*annotations\.json to (be|have)"):
+            read_vqa(**vqa)
+
+    @pytest.mark.parametrize("value", [None, True, [2], 2.5])
+    @pytest.mark.parametrize("field", ["question_id", "image_id"])
+    def test_ids_are_numbers_or_texts(self, vqa, field, value):
+        data = json.loads(vqa["questions"].read_text())
+        data["questions"][1][field] = value
+        vqa["questions"].write_text(json.dumps(data))
+        with pytest.raises(ValueError, match=rf"'{field}' in .*questions\.json to be a number or a text"):
             read_vqa(**vqa)
 
     def test_ids(self, vqa):
