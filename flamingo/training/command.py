@@ -87,14 +87,10 @@ def load_run(path: str | Path) -> tuple[Flamingo, Processor]:
         FileNotFoundError: if there is no such file, or no checkpoint yet.
     """
     config, of_model = _read(path)
-    folder = Path(config.folder)
-    saved = checkpoint.latest(folder / "checkpoints", _say, files=["weights.safetensors"])
-    if saved is not None:
-        expect_same(folder, of_model)
+    folder = Path(config.folder, "checkpoints")
+    saved = checkpoint.latest(folder, _say, files=["weights.safetensors"])
     if saved is None and of_model.checkpoint is None:
-        raise FileNotFoundError(
-            f"{path}: expected a checkpoint in {config.folder}/checkpoints, got none yet."
-        )
+        raise FileNotFoundError(f"{path}: expected a checkpoint in {folder}, got none yet.")
     model, processor = _start(config, of_model)
     if saved is not None:
         checkpoint.load_weights(dict(model.named_parameters()), saved / "weights.safetensors")
@@ -110,6 +106,9 @@ def _read(path: str | Path) -> tuple[TrainingConfig, ModelConfig]:
     except ValueError as error:
         where = f"{path}, " if str(error).startswith("[model]") else ""
         raise ValueError(f"{where}{error}") from error
+    folder = Path(config.folder)
+    if checkpoint.latest(folder / "checkpoints", files=()) is not None:
+        expect_same(folder, config.model)
     return config, config.model
 
 
