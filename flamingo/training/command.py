@@ -102,14 +102,10 @@ def load_run(path: str | Path) -> tuple[Flamingo, Processor]:
 def check_saved(path: str | Path) -> tuple[TrainingConfig, ModelConfig, Path | None]:
     """What `load_run` does before it builds a model: the run, its model and the latest checkpoint."""
     config, of_model = _read(path)
-    folder = Path(config.folder)
-    saved = checkpoint.latest(folder / "checkpoints", _say, files=["weights.safetensors"])
-    if saved is not None:
-        expect_same(folder, of_model)
+    folder = Path(config.folder, "checkpoints")
+    saved = checkpoint.latest(folder, _say, files=["weights.safetensors"])
     if saved is None and of_model.checkpoint is None:
-        raise FileNotFoundError(
-            f"{path}: expected a checkpoint in {config.folder}/checkpoints, got none yet."
-        )
+        raise FileNotFoundError(f"{path}: expected a checkpoint in {folder}, got none yet.")
     return config, of_model, saved
 
 
@@ -131,6 +127,9 @@ def _read(path: str | Path) -> tuple[TrainingConfig, ModelConfig]:
     except ValueError as error:
         where = f"{file}, " if str(error).startswith("[model]") else ""
         raise ValueError(f"{where}{error}") from error
+    folder = Path(config.folder)
+    if checkpoint.latest(folder / "checkpoints", files=()) is not None:
+        expect_same(folder, config.model)
     return config, config.model
 
 

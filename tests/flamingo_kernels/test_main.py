@@ -168,7 +168,7 @@ def test_bench_fails_when_our_result_is_wrong(monkeypatch, capsys):
         (["--against", "cudnn"], "--against cudnn is not one of eager, sdpa, compile, flex, flash-attn, "),
         (["--device", "mps"], "expected the device cpu or cuda:0, got mps"),
         (["--op", "decode step", "--against", "cudnn"], "--against cudnn is not one of"),
-        (["--op", "decod_step"], "PerceiverResampler. Did you mean 'its decode step'?"),
+        (["--op", "decod_step"], "PerceiverResampler. Did you mean 'its decode step' or"),
         (["--load", "nowhere.json"], "bench: nowhere.json: No such file or directory"),
         (
             ["--load", "pyproject.toml"],

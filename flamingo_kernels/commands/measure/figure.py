@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from flamingo.command_line import expect_writable
+from flamingo.command_line import expect_writable, remedy
 
 
 def new_figure(**options: Any) -> Any:
@@ -15,7 +14,11 @@ def new_figure(**options: Any) -> Any:
     Raises:
         ImportError: matplotlib is missing.
     """
-    return import_module("matplotlib.figure").Figure(**options)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"a picture needs matplotlib. {remedy('bench')}") from error
+    return Figure(**options)
 
 
 def expect_picture(path: str | Path) -> None:

@@ -201,6 +201,7 @@ def test_a_run_is_loaded_as_it_was_trained(data, tmp_path):
 def test_shards_that_are_not_there_are_said_before_there_is_a_model(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "build", lambda *_: pytest.fail("a model was built"))
     text = toml(data, tmp_path, steps=1).replace("pairs/*.tar", "pairs/{00..19}.tar")
+    text = text.replace("length = ", "flip = 0\ncolour = 0\nfeatures = 'none'\nlength = ")
     for name in ("train", "encode"):
         (tmp_path / "run.toml").write_text(text)
         assert main([name, str(tmp_path / "run.toml")]) == 2

@@ -77,7 +77,7 @@ def test_several_processes_share_the_shards(data, tmp_path, monkeypatch):
     for rank, written in ((0, 2), (1, 3)):
         monkeypatch.setattr(encoding, "rank", lambda rank=rank: rank)
         encode(model(), processor(), run)
-        assert len(list((tmp_path / "features" / "pairs").iterdir())) == written
+        assert len(list((tmp_path / "features" / "pairs").glob("*.safetensors"))) == written
 
 
 class TestStale:
@@ -122,11 +122,11 @@ class TestStale:
         train(model(), processor(), other)
 
     def test_none(self, run, tmp_path):
-        next((tmp_path / "features").iterdir()).unlink()
+        next((tmp_path / "features").glob("*.safetensors")).unlink()
         self.refused(run, r"got none\. Run `python -m flamingo encode` with the same file first")
 
     def test_a_damaged_file(self, run, tmp_path):
-        next((tmp_path / "features").iterdir()).write_bytes(b"features")
+        next((tmp_path / "features").glob("*.safetensors")).write_bytes(b"features")
         self.refused(run, r"data-000000\.safetensors: expected features, got a file that cannot be read")
 
 
@@ -194,6 +194,6 @@ def test_the_documentation_of_a_file_is_its_settings(tmp_path):
     from safetensors import safe_open
 
     encode(model(), processor(), run_of(tmp_path))
-    with safe_open(next((tmp_path / "features").iterdir()), framework="pt") as file:
+    with safe_open(next((tmp_path / "features").glob("*.safetensors")), framework="pt") as file:
         assert json.loads(file.metadata()["preprocessing"])["image_size"] == 32
         assert {file.get_tensor(name).shape for name in file.keys()} == {(1, 16, 48)}  # noqa: SIM118

@@ -197,7 +197,7 @@ def test_another_run_in_the_folder_is_refused(data, tmp_path):
             "of the checkpoint, clips, pages, pairs, got clips, images, pages. Name",
         ),
         (("pages", "pairs"), "clips, pages, pairs, got pages, pairs"),
-        (("pairs", "pages", "clips"), "shards_at_once of the checkpoint for dataset 'pairs', got others"),
+        (("pages", "clips", "pairs"), "shards_at_once of the checkpoint for dataset 'clips', got others"),
     ],
 )
 def test_datasets_that_are_called_otherwise_do_not_begin_anew(data, tmp_path, names, message):
