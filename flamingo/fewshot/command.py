@@ -97,7 +97,7 @@ def _add_options(parser: argparse.ArgumentParser, benchmark: Benchmark) -> None:
         parser.add_argument("--scoring", choices=[*benchmark.scorings], help="as another script measures")
     if benchmark.reads_wordnet:
         parser.add_argument("--nltk-data", type=Path, metavar="PATH", help="the folder of nltk's data")
-    if benchmark.media == "videos":
+    if "videos" in benchmark.files:
         parser.add_argument(
             "--all-videos", action="store_true", help="refuse to leave out those that are gone"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flamingo.fewshot import metrics
-from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records
+from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records, are_answered
 from flamingo.fewshot.benchmarks.files import (
     ID,
     INDEX,
@@ -174,7 +174,7 @@ def _database(annotations: Path) -> dict[str, Entry]:
 
 def caption_score(records: Records) -> float | None:
     """CIDEr, times 100 as papers have it; None where no captions are known."""
-    if not records or not records[0]["references"]:
+    if not are_answered(records):
         return None
     predictions = [record["prediction"] for record in records]
     return 100 * metrics.cider(predictions, [record["references"] for record in records])[0]

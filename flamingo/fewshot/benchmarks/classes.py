@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from flamingo.fewshot import metrics
-from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records, details_of
+from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records, details_of, per_cent
 from flamingo.fewshot.benchmarks.files import IMAGES, TEXTS, Videos, read_json, seconds, table, with_ids
 from flamingo.fewshot.prompts import ACTION, CLASSIFICATION, Sample, action
 from flamingo.fewshot.runner import Task
@@ -179,10 +179,7 @@ def top_one_score(records: Records) -> float | None:
 
     Candidates of one text are one: ImageNet has two cranes.
     """
-    if not records or not records[0]["references"]:
-        return None
-    hits = [record["prediction"] == record["references"][0] for record in records]
-    return 100 * sum(hits) / len(hits)
+    return per_cent(records, lambda record: record["prediction"] == record["references"][0])
 
 
 def mwap_score(records: Records) -> float | None:

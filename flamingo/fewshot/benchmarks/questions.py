@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flamingo.fewshot import metrics
-from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records, details_of
+from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records, details_of, per_cent
 from flamingo.fewshot.benchmarks.files import (
     ID,
     LIST,
@@ -207,26 +207,22 @@ def _all_or_none_answered(samples: list[Sample], path: Path) -> list[Sample]:
 
 def vqa_score(records: Records, *, unanimous_as_written: bool = False) -> float | None:
     """The mean VQA accuracy in per cent; None where no answers are known."""
-    if not records or not records[0]["references"]:
-        return None
-    scores = [
-        metrics.vqa_accuracy(
-            record["prediction"], record["references"], unanimous_as_written=unanimous_as_written
-        )
-        for record in records
-    ]
-    return 100 * sum(scores) / len(scores)
+
+    def score(record: dict[str, Any]) -> float:
+        said, answers = record["prediction"], record["references"]
+        return metrics.vqa_accuracy(said, answers, unanimous_as_written=unanimous_as_written)
+
+    return per_cent(records, score)
 
 
 def ok_vqa_score(records: Records) -> float | None:
     """The mean accuracy of stems in per cent; None where no answers are known."""
-    if not records or not records[0]["references"]:
-        return None
-    scores = [
-        metrics.stem_accuracy(record["prediction"], record["references"], details_of(record).get("stems", ()))
-        for record in records
-    ]
-    return 100 * sum(scores) / len(scores)
+
+    def score(record: dict[str, Any]) -> float:
+        stems = details_of(record).get("stems", ())
+        return metrics.stem_accuracy(record["prediction"], record["references"], stems)
+
+    return per_cent(records, score)
 
 
 def open_flamingo_score(records: Records) -> float | None:
@@ -236,16 +232,14 @@ def open_flamingo_score(records: Records) -> float | None:
     VQAv2 an entry has its number. In VizWiz it is an answer and a confidence, so whoever said the same as
     surely goes with him: ten who agree score 0.
     """
-    if not records or not records[0]["references"]:
-        return None
-    scores = []
-    for record in records:
+
+    def score(record: dict[str, Any]) -> float:
         said, answers = record["prediction"], record["references"]
         if "confidences" in details_of(record):
-            scores.append(metrics.open_flamingo_accuracy(said, answers, details_of(record)["confidences"]))
-        else:
-            scores.append(metrics.vqa_accuracy(said, answers))
-    return 100 * sum(scores) / len(scores)
+            return metrics.open_flamingo_accuracy(said, answers, details_of(record)["confidences"])
+        return metrics.vqa_accuracy(said, answers)
+
+    return per_cent(records, score)
 
 
 def upload_vqa(records: Records) -> list[dict[str, Any]]:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flamingo.fewshot import metrics
-from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records, details_of
+from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records, details_of, per_cent
 from flamingo.fewshot.benchmarks.classes import top_one_score
 from flamingo.fewshot.benchmarks.files import (
     ID,
@@ -231,14 +232,14 @@ def read_star(annotations: Path, videos: Path) -> list[Sample]:
 
 def exact_score(records: Records) -> float | None:
     """The share of answers that are the right one, both normalised, in per cent; None without answers."""
-    return _mean(
+    return per_cent(
         records, lambda record: bool(metrics.answer_matches(record["prediction"], record["references"]))
     )
 
 
 def ivqa_score(records: Records) -> float | None:
     """The mean accuracy of iVQA in per cent; None without answers."""
-    return _mean(records, lambda record: metrics.ivqa_accuracy(record["prediction"], record["references"]))
+    return per_cent(records, lambda record: metrics.ivqa_accuracy(record["prediction"], record["references"]))
 
 
 def wups_score(records: Records, *, tagged: bool = False) -> float | None:
@@ -247,20 +248,14 @@ def wups_score(records: Records, *, tagged: bool = False) -> float | None:
     Yes or no (DB) and numbers (DC) are right or wrong, as in NExT-QA's script.
     """
 
-    def score(record: dict) -> float:
+    def score(record: dict[str, Any]) -> float:
         exact = details_of(record)["type"] in ("DB", "DC")
         return max(
             metrics.wups(record["prediction"], answer, tagged=tagged, exact=exact)
             for answer in record["references"]
         )
 
-    return _mean(records, score)
-
-
-def _mean(records: Records, score) -> float | None:
-    if not records or not records[0]["references"]:
-        return None
-    return 100 * sum(map(score, records)) / len(records)
+    return per_cent(records, score)
 
 
 _FILES = {"annotations": "the file of questions and answers", "videos": "the folder of the videos"}
