@@ -102,7 +102,7 @@ def apart(results: str | Path, folder: str) -> str:
     """
     from .profile.report import apart_table
 
-    return apart_table(_read(path) for path in sorted(Path(results, folder).glob("*.json")))
+    return apart_table(_read(path, "conditions") for path in sorted(Path(results, folder).glob("*.json")))
 
 
 def real(results: str | Path | None = None) -> str:
@@ -115,7 +115,7 @@ def real(results: str | Path | None = None) -> str:
     from .profile.report import real_table
 
     paths = sorted(Path(results, "real").glob("*.json")) if results else []
-    return "\n\n".join(real_table(_read(path)) for path in paths)
+    return "\n\n".join(real_table(_read(path, "conditions")) for path in paths)
 
 
 def table() -> str:
@@ -172,13 +172,13 @@ def _load(results: str | Path | None, folder: str, name: str) -> dict[str, Any]:
     return _read(path) if results and path.exists() else {}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What `profile --json` wrote. Raises ValueError for a file of something else."""
+def _read(path: Path, *keys: str) -> dict[str, Any]:
+    """What `profile --json` wrote. Raises ValueError for a file of something else, without these keys."""
     try:
         found = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got: {error}.") from error
-    if not isinstance(found, dict) or "conditions" not in found:
+    if not isinstance(found, dict) or {*keys} - found.keys():
         raise ValueError(f"{path}: expected what `profile --json` has written, got something else.")
     return found
 
