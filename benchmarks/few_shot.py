@@ -6,13 +6,15 @@
     python -m benchmarks.few_shot --page docs/evaluating.md --json record.json
 
 The model has OpenFlamingo-3B's widths, fewer layers and random weights. The rival is what a loop over queries
-does: `generate` on the pixels of whole prompts, and `log_likelihoods` on whole prompts, a batch a call. Both
-sides have the kernels. The first run encodes every image once, the second finds them in files.
+does: `generate` on the pixels of whole prompts, and `log_likelihoods` on whole prompts, a batch a call, which
+encodes each image of a batch once. Both sides have the kernels. The first run encodes every image once, the
+second finds them in files.
 """
 
 import argparse
 import itertools
 import json
+import random
 import statistics
 import sys
 import time
@@ -119,8 +121,12 @@ def measure(
     times = []
 
     def read_anew(batch: Sequence[Sample], number: int) -> None:
-        few = [support[(number * shots + place) % len(support)] for place in range(shots)]
-        documents = [task.template.prompt(query, few) for query in batch]
+        draw = random.Random(number)
+        shared = draw.sample(support, shots)
+        documents = [
+            task.template.prompt(query, shared if select == "fixed" else draw.sample(support, shots))
+            for query in batch
+        ]
         times.append(_seconds(lambda: anew(model, processor, documents)) / len(batch))
 
     read_anew(batches[0], 0)
