@@ -313,7 +313,7 @@ videos/1164/5772591393.mp4 ...                --videos""",
     read=read_nextqa,
     scorings={"official": partial(wups_score, tagged=True)},
     reads_wordnet=True,
-    needs=lambda scoring: metrics.load_words(tagged=scoring == "official"),
+    check=lambda scoring, _: metrics.load_words(tagged=scoring == "official"),
 )
 
 STAR = Benchmark(
