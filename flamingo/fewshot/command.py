@@ -162,6 +162,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> None:
     _check(options)
     task = _task(options, benchmark)
     data = read_inputs(options, benchmark, _say)
+    benchmark.check(getattr(options, "scoring", None), data.queries)
     how = _how(options, task, data)
     prepare(task, data.queries, data.support, options.output, **how)
     predictions = options.predictions or options.output.with_suffix(".predictions.json")
@@ -200,13 +201,12 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _task(options: argparse.Namespace, benchmark: Benchmark) -> Task:
-    """The benchmark's task as the options change it, if all that its metric reads is installed."""
+    """The benchmark's task as the options change it."""
     if folder := getattr(options, "nltk_data", None):
         if not folder.is_dir():
             raise ValueError(f"expected --nltk-data that is a folder, got {folder}.")
         import_nltk("nltk.data").path.insert(0, str(folder.absolute()))
     scoring = getattr(options, "scoring", None)
-    benchmark.needs(scoring)
     task = benchmark.task if scoring is None else replace(benchmark.task, score=benchmark.scorings[scoring])
     return task if task.closed else replace(task, max_new_tokens=options.max_new_tokens)
 

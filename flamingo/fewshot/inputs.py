@@ -41,7 +41,7 @@ def read_inputs(options: argparse.Namespace, benchmark: Benchmark, say: Callable
     queries = _with_videos(asked, files, options, say)
     support: list[Sample] = []
     if support_files is not None:
-        support = (benchmark.read_support or benchmark.read)(**support_files)
+        support = _read_support(options, benchmark, support_files)
         if not _given(options, files) and _share_ids(support, queries):
             names = " or ".join(option(f"support_{name}") for name in files)
             raise ValueError(
@@ -60,6 +60,17 @@ def read_inputs(options: argparse.Namespace, benchmark: Benchmark, say: Callable
         {name: str(path) for name, path in files.items()},
         [str(path) for path in (support_files or {}).values()],
     )
+
+
+def _read_support(options: argparse.Namespace, benchmark: Benchmark, files: Files) -> list[Sample]:
+    try:
+        return (benchmark.read_support or benchmark.read)(**files)
+    except FileNotFoundError as error:
+        if "images" in files and options.support_images is None:
+            raise FileNotFoundError(
+                f"{error} Name the folder of the shots' images: --support-images."
+            ) from error
+        raise
 
 
 def _files(options: argparse.Namespace, benchmark: Benchmark) -> tuple[Files, Files | None]:

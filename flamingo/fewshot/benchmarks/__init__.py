@@ -8,6 +8,9 @@ videos     MSVD-QA, MSRVTT-QA, iVQA, NExT-QA, STAR
 dialogue   VisDial
 memes      Hateful Memes
 classes    ImageNet, Kinetics, RareAct
+
+A new one is a reader and a `Benchmark` in the file of its kind, a row in `BENCHMARKS`, a small set in its
+published layout in `tests/helpers/published.py`, and a command in `docs/evaluating.md`.
 """
 
 from flamingo.fewshot.benchmarks import captions, classes, dialogue, memes, questions, videos

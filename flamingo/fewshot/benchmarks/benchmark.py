@@ -1,6 +1,6 @@
 """What there is to know of a benchmark before it is run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ def per_cent(records: Records, score: Callable[[Any], float]) -> float | None:
     return 100 * sum(map(score, records)) / len(records) if are_answered(records) else None
 
 
-def _nothing(scoring: str | None) -> None:
+def _nothing(scoring: str | None, queries: Sequence[Sample]) -> None:
     pass
 
 
@@ -64,7 +64,8 @@ class Benchmark:
         shots: how many are shown, unless something else is asked for.
         support_per_answer: how many samples of each class shots are taken from; None for 2048 in all.
         scorings: what other scripts measure, by their names.
-        needs: is given the name of a scoring or None, and fails where something it reads is not installed.
+        check: is given the name of a scoring, or None, and what is asked, and fails where that cannot be
+            measured, as something is not installed.
         reads_wordnet: whether that is data of nltk's.
         upload: makes JSON of answers for the server that measures them.
         upload_keys: of each answer in it; None for an object of answers by their ids.
@@ -83,7 +84,7 @@ class Benchmark:
     shots: int = 4
     support_per_answer: int | None = None
     scorings: Mapping[str, Score] = field(default_factory=dict)
-    needs: Callable[[str | None], Any] = _nothing
+    check: Callable[[str | None, Sequence[Sample]], Any] = _nothing
     reads_wordnet: bool = False
     upload: Callable[[Records], Any] = plain_answers
     upload_keys: tuple[str, ...] | None = ("id", "answer")

@@ -232,5 +232,5 @@ rareact/7frRY7aGwMU.mp4 ...                   --videos""",
     files={"annotations": "CSV of the clips", "videos": "the folder of the videos"},
     read=read_rareact,
     shots=0,
-    needs=lambda scoring: metrics.weighted_ap([1.0], [], [[1.0]]),
+    check=lambda scoring, _: metrics.weighted_ap([1.0], [], [[1.0]]),
 )

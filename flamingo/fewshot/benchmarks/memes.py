@@ -1,5 +1,6 @@
 """Pictures with words on them: Hateful Memes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from flamingo.fewshot import metrics
@@ -61,6 +62,12 @@ def auc_score(records: Records) -> float | None:
     return 100 * metrics.roc_auc(scores, labels)
 
 
+def _check(scoring: str | None, queries: Sequence[Sample]) -> None:
+    labels = [query.details["label"] for query in queries if "label" in query.details]
+    if labels:
+        metrics.roc_auc(range(len(labels)), labels)  # refuses labels of one kind
+
+
 HATEFUL = Benchmark(
     title="Hateful Memes",
     task=Task("hatefulmemes", HATEFUL_MEMES, "ROC AUC", auc_score, closed=True),
@@ -71,5 +78,5 @@ test_seen.jsonl                               --annotations
 img/08291.png ...                             --images (the folder above img, or img)""",
     files={"annotations": "JSON lines of the memes", "images": "the folder of img"},
     read=read_hateful_memes,
-    needs=lambda scoring: metrics.roc_auc([0.0, 1.0], [0, 1]),
+    check=_check,
 )

@@ -294,7 +294,7 @@ val2014/COCO_val2014_000000000042.jpg ...     --images""",
     read=_read,
     upload=upload_vqa,
     upload_keys=("question_id", "answer"),
-    needs=lambda scoring: metrics.stem("stem"),
+    check=lambda scoring, _: metrics.stem("stem"),
 )
 
 TEXTVQA = Benchmark(

@@ -39,6 +39,24 @@ def _sample(name: int | str, video: object, question: str, answers: Sequence[str
     )
 
 
+class _Names:
+    """Names of questions. Another question under a name that is taken gets a number behind it.
+
+    NExT-QA's training split, as it is published, has three of them. A question that is there twice keeps its
+    name, to be refused.
+    """
+
+    def __init__(self) -> None:
+        self._asked: dict[str, list[str]] = {}
+
+    def of(self, name: str, question: str) -> str:
+        asked = self._asked.setdefault(name, [])
+        if question not in asked:
+            asked.append(question)
+        place = asked.index(question) + 1
+        return name if place == 1 else f"{name}_{place}"
+
+
 def read_video_qa(annotations: Path, videos: Path, mapping: Path | None = None) -> list[Sample]:
     """MSVD-QA and MSRVTT-QA: one sample a question, which has one answer.
 
@@ -101,11 +119,11 @@ def read_ivqa(annotations: Path, videos: Path) -> list[Sample]:
     Raises:
         FileNotFoundError: if the file or the folder does not exist. A video that is not there is no error
             here: many are gone from the web.
-        ValueError: if the file is of another format, or a clip is there twice.
+        ValueError: if the file is of another format, or a question is there twice.
 
     Source: antoyang.github.io/just-ask.html.
     """
-    found = Videos(videos)
+    found, names = Videos(videos), _Names()
     answers = [f"answer{number}" for number in range(1, 6)]
     samples = []
     for row in table(annotations, "video_id", "question", *answers):
@@ -116,7 +134,8 @@ def read_ivqa(annotations: Path, videos: Path) -> list[Sample]:
         given = [row[answer].strip() for answer in answers if row[answer].strip()]
         if not given:
             raise ValueError(f"expected answers to the question about {name} in {annotations}, found none.")
-        samples.append(_sample(name, clip or found.find(name), row["question"], given))
+        clip = clip or found.find(name)
+        samples.append(_sample(names.of(name, row["question"]), clip, row["question"], given))
     return with_ids(samples, annotations)
 
 
@@ -153,11 +172,11 @@ def read_nextqa(annotations: Path, videos: Path, more_answers: Path | None = Non
 
     Source: github.com/doc-doc/NExT-OE; the same videos' choices are in github.com/doc-doc/NExT-QA.
     """
-    found = Videos(videos)
+    found, names = Videos(videos), _Names()
     more = _more_answers(more_answers)
     samples = []
     for row in table(annotations, "video", "question", "answer", "qid", "type"):
-        video, name = row["video"], f"{row['video']}_{row['qid']}"
+        video, name = row["video"], names.of(f"{row['video']}_{row['qid']}", row["question"])
         answers = [_nextqa_answer(row, annotations)]
         if row["qid"] in more.get(video, {}):
             answers.append(more[video][row["qid"]])
@@ -313,7 +332,7 @@ videos/1164/5772591393.mp4 ...                --videos""",
     read=read_nextqa,
     scorings={"official": partial(wups_score, tagged=True)},
     reads_wordnet=True,
-    needs=lambda scoring: metrics.load_words(tagged=scoring == "official"),
+    check=lambda scoring, _: metrics.load_words(tagged=scoring == "official"),
 )
 
 STAR = Benchmark(

@@ -217,6 +217,17 @@ class TestShots:
         assert ask("vqav2", more[0], paths[0], more[1], paths[1], support=False) == 0
         assert len(stand_in.asked["support"]) == 2
 
+    def test_their_images_may_be_elsewhere(self, ask, capsys, tmp_path):
+        other = published.okvqa(tmp_path / "other")
+        more = [
+            part for name in ("questions", "annotations") for part in (f"--support-{name}", str(other[name]))
+        ]
+        assert ask("vqav2", *more, support=False) == 2
+        assert refused(capsys, "number 297147 in ")
+        assert ask("vqav2", *more, support=False) == 2
+        assert refused(capsys, "Name the folder of the shots' images: --support-images.")
+        assert ask("vqav2", *more, "--support-images", str(other["images"]), support=False) == 0
+
     def test_zero_of_a_closed_ended_one_need_no_files(self, ask, stand_in):
         assert ask("imagenet", "--shots", "0", support=False) == 0
         assert stand_in.asked["support"] == []
@@ -312,6 +323,12 @@ class TestScoring:
         assert not stand_in.built
         write_tagger(wordnet, {"dog": "NN", "spoon": "NN", "no": "DT"})
         assert ask("nextqa", *more) == 0
+
+    def test_memes_of_one_label(self, ask, capsys, stand_in):
+        pytest.importorskip("sklearn")
+        assert ask("hatefulmemes", "--limit", "1") == 2
+        assert refused(capsys, "expected labels of both kinds, got only [")
+        assert not stand_in.built
 
     def test_without_wordnet(self, ask, capsys, monkeypatch, stand_in):
         monkeypatch.setattr(pytest.importorskip("nltk.data"), "path", [])

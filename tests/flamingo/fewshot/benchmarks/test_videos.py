@@ -108,6 +108,21 @@ class TestNExTQA:
         assert second.image == files["videos"] / "0016/3747890905.mp4"
         assert (first.details, second.details) == ({"type": "DB"}, {"type": "CH"})
 
+    def test_another_question_of_one_id_and_a_question_that_is_there_twice(self, tmp_path):
+        """The published training split has three of the former."""
+        files = published.nextqa(tmp_path)
+        header = "video,frame_count,width,height,question,answer,qid,type"
+        rows = [
+            [3617262562, 99, 64, 36, "are the kids enjoying", "yes", 2, "DB"],
+            [3617262562, 99, 64, 36, "How did the lady react", "pushes it back", 2, "TN"],
+        ]
+        published.write_csv(files["annotations"], header, *rows)
+        samples = read_nextqa(files["annotations"], files["videos"])
+        assert [sample.id for sample in samples] == ["3617262562_2", "3617262562_2_2"]
+        published.write_csv(files["annotations"], header, *rows, rows[0])
+        with pytest.raises(ValueError, match=r"ids that differ in .*test\.csv, got two of '3617262562_2'"):
+            read_nextqa(files["annotations"], files["videos"])
+
     def test_choices(self, tmp_path):
         files = published.nextqa(tmp_path)
         header = "video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4"
