@@ -4,7 +4,9 @@ prompts     samples to documents, with the paper's templates
 scoring     closed-ended tasks: the log-likelihood of each candidate
 rices       shots that look like the query
 metrics     VQA accuracy, CIDEr, NDCG, WUPS and the others
-runner      a model over a dataset, resumed where it was killed
+shots       which samples a query is shown
+runner      a model over a dataset
+records     its answers in a file, resumed where a run was killed
 benchmarks  the paper's sixteen, ImageNet and Kinetics, on disk
 inputs      what an evaluation reads
 results     what a run leaves besides its answers
@@ -12,6 +14,8 @@ command     `python -m flamingo evaluate`
 """
 
 from flamingo.fewshot.benchmarks import BENCHMARKS, Benchmark, read_captions, read_vqa
+from flamingo.fewshot.benchmarks.captions import CAPTIONS
+from flamingo.fewshot.benchmarks.questions import VQA
 from flamingo.fewshot.metrics import cider, roc_auc, top_one, vqa_accuracy
 from flamingo.fewshot.prompts import (
     ACTION,
@@ -27,7 +31,7 @@ from flamingo.fewshot.prompts import (
     trim,
 )
 from flamingo.fewshot.rices import image_embeddings, nearest
-from flamingo.fewshot.runner import CAPTIONS, VQA, Evaluation, Task, evaluate
+from flamingo.fewshot.runner import Evaluation, Task, evaluate
 from flamingo.fewshot.scoring import ensemble_log_likelihoods, log_likelihoods
 
 __all__ = [

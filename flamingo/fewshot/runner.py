@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from flamingo.fewshot import metrics
-from flamingo.fewshot.prompts import CAPTION, QUESTION, Sample, Template, trim
+from flamingo.fewshot.prompts import Sample, Template, trim
 from flamingo.fewshot.records import Record, Results
 from flamingo.fewshot.scoring import batches, log_likelihoods
 from flamingo.fewshot.shots import Shots, check_support
@@ -40,20 +39,6 @@ class Task:
     score: Callable[[Records], float | None]  # of such records; None where no answers are known
     max_new_tokens: int = 10  # the paper names no limit
     closed: bool = False  # whether a sample's candidates are ranked, instead of an answer generated
-
-
-def _vqa_score(records: Records) -> float:
-    scores = [metrics.vqa_accuracy(record["prediction"], record["references"]) for record in records]
-    return 100 * sum(scores) / len(scores)
-
-
-def _caption_score(records: Records) -> float:
-    predictions = [record["prediction"] for record in records]
-    return 100 * metrics.cider(predictions, [record["references"] for record in records])[0]
-
-
-VQA = Task("vqa", QUESTION, "VQA accuracy", _vqa_score, max_new_tokens=10)
-CAPTIONS = Task("captions", CAPTION, "CIDEr", _caption_score, max_new_tokens=32)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from flamingo.fewshot.prompts import Sample, Template
 from flamingo.generation import Context, Latents, Prompt
 from flamingo.generation.prompts import EncodedPrompts, encode, lay_out, reading, together
+from flamingo.media import Segment
 from flamingo.processor import Processor, pad
 
 T = TypeVar("T")
@@ -128,8 +129,8 @@ def ensemble_log_likelihoods(
 
 
 def identity(medium: Any) -> Hashable:
-    """What two media that are one have in common: the path of a file, else being the same object."""
-    return medium if isinstance(medium, Path) else id(medium)
+    """What two media that are one have in common: the file, or part of it, else being the same object."""
+    return medium if isinstance(medium, (Path, Segment)) else id(medium)
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -25,8 +25,8 @@ from flamingo.fewshot.benchmarks.files import (
     read_json,
     with_ids,
 )
-from flamingo.fewshot.prompts import Sample
-from flamingo.fewshot.runner import CAPTIONS
+from flamingo.fewshot.prompts import CAPTION, Sample
+from flamingo.fewshot.runner import Task
 
 TRAIN = ("train", "restval")  # of Karpathy's splits
 
@@ -180,6 +180,9 @@ def caption_score(records: Records) -> float | None:
     return 100 * metrics.cider(predictions, [record["references"] for record in records])[0]
 
 
+CAPTIONS = Task("captions", CAPTION, "CIDEr", caption_score, max_new_tokens=32)
+
+
 def upload_captions(records: Records) -> list[dict[str, Any]]:
     """The form of COCO's server."""
     return [{"image_id": record["id"], "caption": record["prediction"]} for record in records]
@@ -203,7 +206,7 @@ _VIDEO_FILES = {"annotations": "JSON of the captions", "videos": "the folder of 
 
 COCO = Benchmark(
     title="COCO captions",
-    task=replace(CAPTIONS, name="coco", score=caption_score),
+    task=replace(CAPTIONS, name="coco"),
     split="Karpathy's test split, 5000 images",
     source="cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip (captions) and "
     "cocodataset.org (images: train2014, val2014)",
@@ -221,7 +224,7 @@ coco/                                         --images
 
 FLICKR30K = Benchmark(
     title="Flickr30k",
-    task=replace(CAPTIONS, name="flickr30k", score=caption_score),
+    task=replace(CAPTIONS, name="flickr30k"),
     split="Karpathy's test split, 1000 images",
     source="cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip (captions) and "
     "shannon.cs.illinois.edu/DenotationGraph (images)",
@@ -237,7 +240,7 @@ flickr30k-images/1000092795.jpg ...           --images""",
 
 VATEX = Benchmark(
     title="VATEX",
-    task=replace(CAPTIONS, name="vatex", score=caption_score),
+    task=replace(CAPTIONS, name="vatex"),
     split="test; validation, to choose settings by",
     source="eric-xw.github.io/vatex-website/download.html (captions); the videos are YouTube's",
     layout="""\
@@ -251,7 +254,7 @@ videos/G9zN5TTuGO4_000179_000189.mp4 ...      --videos""",
 
 YOUCOOK2 = Benchmark(
     title="YouCook2",
-    task=replace(CAPTIONS, name="youcook2", score=caption_score),
+    task=replace(CAPTIONS, name="youcook2"),
     split="validation",
     source="youcook2.eecs.umich.edu/download (captions); the videos are YouTube's",
     layout="""\
@@ -265,7 +268,7 @@ raw_videos/validation/101/GLd3aX16zBg.mp4 ... --videos""",
 # Files of one's own in COCO's format or Karpathy's.
 ANY_CAPTIONS = Benchmark(
     title="files in COCO's format, or Karpathy's",
-    task=replace(CAPTIONS, score=caption_score),
+    task=CAPTIONS,
     split="yours, or Karpathy's test split",
     source="your own",
     layout="""\

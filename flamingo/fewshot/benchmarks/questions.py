@@ -24,8 +24,8 @@ from flamingo.fewshot.benchmarks.files import (
     read_json,
     with_ids,
 )
-from flamingo.fewshot.prompts import Sample
-from flamingo.fewshot.runner import VQA
+from flamingo.fewshot.prompts import QUESTION, Sample
+from flamingo.fewshot.runner import Task
 
 
 def read_vqa(questions: Path, annotations: Path | None, images: Path) -> list[Sample]:
@@ -215,6 +215,9 @@ def vqa_score(records: Records, *, unanimous_as_written: bool = False) -> float 
     return per_cent(records, score)
 
 
+VQA = Task("vqa", QUESTION, "VQA accuracy", vqa_score, max_new_tokens=10)
+
+
 def ok_vqa_score(records: Records) -> float | None:
     """The mean accuracy of stems in per cent; None where no answers are known."""
 
@@ -265,7 +268,7 @@ def _read(questions: Path, images: Path, annotations: Path | None = None) -> lis
 
 VQAV2 = Benchmark(
     title="VQAv2",
-    task=replace(VQA, name="vqav2", score=vqa_score),
+    task=replace(VQA, name="vqav2"),
     split="test-dev, which has no answers; validation, to choose settings by",
     source="visualqa.org/download (questions, annotations) and cocodataset.org (images)",
     layout="""\
@@ -299,7 +302,7 @@ val2014/COCO_val2014_000000000042.jpg ...     --images""",
 
 TEXTVQA = Benchmark(
     title="TextVQA",
-    task=replace(VQA, name="textvqa", score=vqa_score),
+    task=replace(VQA, name="textvqa"),
     split="validation",
     source="textvqa.org/dataset; the images are OpenImages' train_val_images.zip, linked there",
     layout="""\
@@ -315,7 +318,7 @@ train_images/003a8ae2ef43b901.jpg ...         --images""",
 
 VIZWIZ = Benchmark(
     title="VizWiz",
-    task=replace(VQA, name="vizwiz", score=vqa_score),
+    task=replace(VQA, name="vizwiz"),
     split="test-dev, which has no answers; validation, to choose settings by",
     source="vizwiz.org/tasks-and-datasets/vqa",
     layout="""\
@@ -332,7 +335,7 @@ val/VizWiz_val_00000000.jpg ...               --images""",
 # Files of one's own in VQAv2's format.
 ANY_VQA = Benchmark(
     title="files in VQAv2's format",
-    task=replace(VQA, score=vqa_score),
+    task=VQA,
     split="yours",
     source="your own",
     layout=VQAV2.layout,

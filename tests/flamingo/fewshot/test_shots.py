@@ -1,11 +1,14 @@
 """Which shots a query is shown: none of its own image, none that is broken, the same however a run goes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from flamingo import Latents
 from flamingo.fewshot import Sample
-from flamingo.fewshot.shots import Shots
+from flamingo.fewshot.shots import Shots, others
+from flamingo.media import Segment
 from tests.helpers.scripted import PROCESSOR, Namer
 
 
@@ -74,6 +77,16 @@ def test_which_one_is_broken_changes_no_other(broken):
     order = choose("random", number=7)[0][0]
     support = [Sample(id=one.id, image=broken) if one.id == order[1] else one for one in SUPPORT]
     assert choose("random", support, number=3)[0][0] == [order[0], order[2], order[3]]
+
+
+def test_files_and_parts_of_them_are_told_by_what_they_are():
+    """Not as objects, and with their folders and seconds."""
+    media = [Path("a/x.png"), Path("b/x.png"), Segment(Path("v.mp4"), 0, 1), Segment(Path("v.mp4"), 1, 2)]
+    same = [Path("a/x.png"), Path("b/x.png"), Segment(Path("v.mp4"), 0, 1), Segment(Path("v.mp4"), 1, 2)]
+    support = [Sample(image=medium) for medium in media]
+    for place, medium in enumerate(same):
+        left = others(support, [Sample(image=medium)])
+        assert left == [each for each in range(4) if each != place]
 
 
 def test_without_their_images_none_is_broken(broken):
