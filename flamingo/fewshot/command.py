@@ -255,7 +255,7 @@ def _tell(
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """All options, as JSON."""
-    hidden = ("command", "run", "json", "predictions")
+    hidden = ("command", "run", "list", "json", "predictions")
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(options).items()
