@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from setuptools import Command, Distribution
 
-from flamingo_kernels._backends import cpu
+from flamingo_kernels._backends import missing
 from tests.helpers import ROOT
 
 SETUP = ROOT / "setup.py"
@@ -197,10 +197,10 @@ def test_a_failed_build_leaves_its_reason_until_one_succeeds(tmp_path, monkeypat
     monkeypatch.setattr(build, "build_library", lambda *_: outcome and sys.exit(outcome[0]))
     with pytest.raises(SystemExit, match="no such type"):
         build.build_extension(setup.EXTENSION)
-    assert cpu.failed_build(library) == outcome[0]
+    assert missing.failed_build(library) == outcome[0]
     outcome.clear()
     build.build_extension(setup.EXTENSION)
-    assert cpu.failed_build(library) == ""
+    assert missing.failed_build(library) == ""
 
 
 @pytest.mark.parametrize(

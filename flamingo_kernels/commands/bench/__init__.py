@@ -108,7 +108,7 @@ def _show(outcome: Run, options: argparse.Namespace) -> None:
 def _load_or_run(options: argparse.Namespace) -> Run:
     import torch
 
-    from ..info import expect_device
+    from ..info import expect_device, tell_of_no_kernels
     from ..measure.progress import ProgressBar
     from .floors import ceilings
     from .report import RIVALS
@@ -119,6 +119,7 @@ def _load_or_run(options: argparse.Namespace) -> Run:
     if options.load:
         return reduce(Run.updated, map(Run.load, options.load))
     expect_device(options.device)
+    tell_of_no_kernels("bench")
     device = torch.device(options.device)
     every = QUICK if options.quick else CASES_OF[device.type]
     ops = _chosen(options.op or [], [case.op for case in every])
