@@ -157,11 +157,8 @@ def torch_folders() -> Iterator[Path]:
 def pythons() -> Iterator[str]:
     """Those that may have torch: this one, which pip's isolation runs too; that of the process which started
     this one, as `python -m build` makes an environment of its own; and those of active environments."""
-    yield sys.executable
-    yield from parent_python()
-    for folder in os.environ.get("PATH", "").split(os.pathsep):
-        if found := shutil.which(Path(folder, "python3")):
-            yield found
+    active = [str(Path(folder, "python3")) for folder in os.environ.get("PATH", "").split(os.pathsep)]
+    yield from filter(None, map(shutil.which, (sys.executable, *parent_python(), *active)))
 
 
 def parent_python() -> list[str]:
@@ -172,7 +169,7 @@ def parent_python() -> list[str]:
         path = (process / "cwd").readlink() / name
     except OSError:
         return []
-    return [str(path)] if path.name.startswith("python") and shutil.which(path) else []
+    return [str(path)] if path.name.startswith("python") else []
 
 
 def no_torch(found: str) -> str:

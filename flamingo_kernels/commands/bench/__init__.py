@@ -119,7 +119,6 @@ def _load_or_run(options: argparse.Namespace) -> Run:
     if options.load:
         return reduce(Run.updated, map(Run.load, options.load))
     expect_device(options.device)
-    tell_of_no_kernels("bench")
     device = torch.device(options.device)
     every = QUICK if options.quick else CASES_OF[device.type]
     ops = _chosen(options.op or [], [case.op for case in every])
@@ -133,6 +132,7 @@ def _load_or_run(options: argparse.Namespace) -> Run:
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
         reached = ceilings(options.device)
+    tell_of_no_kernels("bench")
     progress = ProgressBar(len(cases))
     try:
         return run(
