@@ -4,9 +4,12 @@ One binary serves every torch >= 2.10 and every Python >= 3.10: `bindings.cpp` s
 `kernels.cpp` is compiled once for each instruction set in `VARIANTS`; the processor's is chosen at run time.
 The CUDA kernels need nvcc but no GPU, and compile with a torch for the CPU too.
 
+Only headers and libraries of torch are read, so any torch will do. An isolated build does not see the one
+that is installed: `find_torch` looks where pip and build hide it, so that no second one is downloaded.
+
 Environment:
-    FLAMINGO_KERNELS_BUILD       cpu | cuda (both) | cuda-alone | none; without it cpu where a C++ compiler is
-                                 found, cuda where nvcc and a torch for CUDA are too, else none
+    FLAMINGO_KERNELS_BUILD       cpu | cuda (both) | cuda-alone | none; without it cpu where a C++ compiler
+                                 and torch are found, cuda where nvcc and a torch for CUDA are, else none
     FLAMINGO_KERNELS_CUDA_ARCHS  what GPUs to compile for, as in "80;90"; PTX for later ones comes along
     FLAMINGO_KERNELS_EMULATE     1: compile every CPU variant for this very processor, so that the tests run
                                  the wide kernels on machines that lack their instructions
@@ -24,23 +27,26 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata, util
+from functools import cache
+from importlib import util
 from pathlib import Path
 from typing import NamedTuple
 
-from setuptools import Command, Extension, setup
+import setuptools
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # before setuptools 70.1 the package wheel has it
-    try:
-        from wheel.bdist_wheel import bdist_wheel
-    except ImportError:  # libraries are built all the same
-        bdist_wheel = Command
+SETUPTOOLS_OLDEST = 77  # the first that reads pyproject.toml's license
+if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS_OLDEST:
+    sys.exit(
+        f"flamingo_kernels: a build needs setuptools>={SETUPTOOLS_OLDEST}, found {setuptools.__version__}: "
+        "pip install --upgrade setuptools, or leave out --no-build-isolation."
+    )
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402  (not in older ones)
 
 BUILDS = ("cpu", "cuda", "cuda-alone", "none")
 EMULATE = os.environ.get("FLAMINGO_KERNELS_EMULATE", "")
@@ -63,6 +69,8 @@ USERS_FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
 # What bindings.cpp is held to: the C ABI of torch 2.10 and of Python 3.10.
 TORCH_OLDEST = (2, 10)
 TORCH_LIBRARIES = ("torch_cpu", "torch_cuda")
+# By which pip hides an environment from the Python that is in it.
+ISOLATION = ("PYTHONPATH", "PYTHONNOUSERSITE")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030A0000"
 
 CUDA_ARCHS = "80;86;89;90;100;120"
@@ -109,29 +117,64 @@ def best_build(compiler: list[str]) -> str:
     """What is worth building here, where nobody has said."""
     if not compiler:
         return "none"
-    return "cuda" if shutil.which(NVCC) and torch_is_for_cuda() else "cpu"
+    torch, found = find_torch()
+    if not torch:
+        say(f"{no_torch(found)}; nothing is compiled, backend 'reference' still works")
+        return "none"
+    return "cuda" if shutil.which(NVCC) and is_for_cuda(torch) else "cpu"
 
 
-def torch_is_for_cuda() -> bool:
+def is_for_cuda(torch: Path) -> bool:
+    return re.search(r"^cuda\b.*= '", (torch / "version.py").read_text(), re.MULTILINE) is not None
+
+
+@cache
+def find_torch() -> tuple[Path | None, str]:
+    """The folder of a torch that is new enough, or none; and which versions were found. None is imported."""
+    versions = []
+    for folder in torch_folders():
+        text = (folder / "version.py").read_text() if (folder / "version.py").exists() else ""
+        if found := re.search(r"^__version__ = '((\d+)\.(\d+).*)'", text, re.MULTILINE):
+            if (int(found[2]), int(found[3])) >= TORCH_OLDEST:
+                return folder, found[1]
+            versions.append(found[1])
+    return None, ", ".join(dict.fromkeys(versions)) or "none"
+
+
+def torch_folders() -> Iterator[Path]:
+    """Torch in this environment, then in those that an isolated build hides from it."""
     spec = util.find_spec("torch")
-    if not spec or not spec.submodule_search_locations:
-        return False
-    version = Path(spec.submodule_search_locations[0], "version.py")
-    return version.exists() and re.search(r"^cuda\b.*= '", version.read_text(), re.MULTILINE) is not None
+    if spec and spec.submodule_search_locations:
+        yield Path(spec.submodule_search_locations[0])
+    code = "from importlib.util import find_spec; print(*find_spec('torch').submodule_search_locations)"
+    seen = {key: value for key, value in os.environ.items() if key not in ISOLATION}
+    for python in pythons():
+        asked = subprocess.run([python, "-c", code], env=seen, text=True, capture_output=True)
+        if asked.returncode == 0:
+            yield Path(asked.stdout.strip())
 
 
-def find_torch() -> Path:
-    """Torch's folder, found without importing torch."""
-    spec = util.find_spec("torch")
-    found = metadata.version("torch") if spec else "none"
-    if not spec or tuple(map(int, found.split(".")[:2])) < TORCH_OLDEST:
-        oldest = ".".join(map(str, TORCH_OLDEST))
-        sys.exit(
-            f"flamingo_kernels: building the kernels needs torch>={oldest} in this environment, "
-            f"found {found}: pip install torch, then pip install --no-build-isolation .\n"
-            "Or build without them: FLAMINGO_KERNELS_BUILD=none pip install ."
-        )
-    return Path(spec.submodule_search_locations[0])
+def pythons() -> Iterator[str]:
+    """Those that may have torch: this one, which pip's isolation runs too; that of the process which started
+    this one, as `python -m build` makes an environment of its own; and those of active environments."""
+    active = [str(Path(folder, "python3")) for folder in os.environ.get("PATH", "").split(os.pathsep)]
+    yield from filter(None, map(shutil.which, (sys.executable, *parent_python(), *active)))
+
+
+def parent_python() -> list[str]:
+    """The Python that the parent process was started as, where Linux tells."""
+    process = Path("/proc", str(os.getppid()))
+    try:
+        name = (process / "cmdline").read_bytes().split(b"\0")[0].decode()
+        path = (process / "cwd").readlink() / name
+    except OSError:
+        return []
+    return [str(path)] if path.name.startswith("python") else []
+
+
+def no_torch(found: str) -> str:
+    oldest = ".".join(map(str, TORCH_OLDEST))
+    return f"the kernels need headers of torch>={oldest}, found {found}: install torch, then this once more"
 
 
 def cuda_archs() -> list[str]:
@@ -227,6 +270,10 @@ class Build(build_ext):
 
     emulate = EMULATE == "1"
 
+    def get_ext_filename(self, fullname: str) -> str:
+        """The same for every Python: none imports it, and it names none of its symbols."""
+        return f"{Path(*fullname.split('.'))}.abi3.so"
+
     def build_extension(self, extension: Extension) -> None:
         """Build it, or leave the reason beside where it would be, for `python -m flamingo_kernels info`."""
         output = Path(self.get_ext_fullpath(extension.name))
@@ -240,7 +287,12 @@ class Build(build_ext):
             raise
 
     def build_library(self, extension: Extension, output: Path) -> None:
-        self.torch = find_torch()
+        torch, found = find_torch()
+        if not torch:
+            raise SystemExit(
+                f"flamingo_kernels: {no_torch(found)}. Or without them: FLAMINGO_KERNELS_BUILD=none"
+            )
+        self.torch = torch
         self.stable_abi = [*STABLE_ABI.split(), "-isystem", str(self.torch / "include")]
         cuda = extension.name == CUDA_EXTENSION.name
         objects = self.objects() if not cuda else self.emulated_objects() if EMULATE else self.cuda_objects()
@@ -327,11 +379,25 @@ class Build(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """A wheel that any Python from 3.10 on takes, when it holds the extension."""
+    """A wheel that any Python from 3.10 on takes, when it holds the extension.
+
+    Free-threaded Pythons have no abi3: a wheel made by one is for its version alone.
+    """
 
     def finalize_options(self) -> None:
-        self.py_limited_api = "cp310" if self.distribution.ext_modules else None
+        abi3 = self.distribution.ext_modules and not sysconfig.get_config_var("Py_GIL_DISABLED")
+        self.py_limited_api = "cp310" if abi3 else None
         super().finalize_options()
+
+    def run(self) -> None:
+        """Leaves the kernels in this checkout too: who works in it imports its package, not the installed."""
+        super().run()
+        build = self.get_finalized_command("build_ext")
+        for extension in self.distribution.ext_modules or ():
+            here = Path(build.get_ext_filename(extension.name))
+            here.unlink(missing_ok=True)  # not overwritten, as a process may have it loaded
+            here.with_name(f"{here.name}.failed").unlink(missing_ok=True)
+            shutil.copy2(build.get_ext_fullpath(extension.name), here)
 
 
 COMPILER = find_compiler()
@@ -351,14 +417,12 @@ EXTENSION = Extension(
             ),
         )
     ),
-    py_limited_api=True,
 )
 
 CUDA_EXTENSION = Extension(
     "flamingo_kernels._C_cuda",
     sources=sorted(map(str, (CUDA_SOURCES / "bindings.cpp", *CUDA_SOURCES.glob("*.cu")))),
     depends=sorted(map(str, (*SHARED.glob("*.h"), *CUDA_SOURCES.glob("*.h"), *CUDA_SOURCES.glob("host/*")))),
-    py_limited_api=True,
 )
 
 
@@ -373,5 +437,5 @@ def extensions() -> list[Extension]:
 if __name__ == "__main__":
     setup(
         ext_modules=extensions(),
-        cmdclass={"build_ext": Build} | ({} if bdist_wheel is Command else {"bdist_wheel": Wheel}),
+        cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
     )

@@ -186,6 +186,32 @@ def test_a_wheel_computes_in_a_clean_environment(build, source, cuda_wheel, else
 
 
 @pytest.mark.slow
+def test_a_plain_install_builds_with_the_torch_that_is_there(source, tmp_path):
+    """In an isolated environment, with every dependency: no second torch is collected."""
+    if not EXTENSION.exists():
+        pytest.skip("the C++ extension is not built")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path)
+    python = tmp_path / "bin" / "python"
+    (packages,) = tmp_path.glob("lib/python*/site-packages")
+    seen = [path for path in site.getsitepackages() if Path(path, "torch").exists()]
+    (packages / "torch.pth").write_text("\n".join(seen))
+    (source / "flamingo_kernels" / EXTENSION.name).unlink(missing_ok=True)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("FLAMINGO_KERNELS_")}
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--verbose", "--ignore-installed"]
+    said = run(*pip, "--no-deps", source, env=clean | {"PYTHONPATH": ""})
+    assert "Installing build dependencies" in said
+    assert not re.search(r"(Collecting|Downloading|Processing) \S*\btorch\b", said)
+    for library in (
+        packages / "flamingo_kernels" / EXTENSION.name,
+        source / "flamingo_kernels" / EXTENSION.name,
+    ):
+        assert library.exists(), "installed, and in the checkout"
+    loaded = "import flamingo_kernels as fk; print(fk.available_backends('linear')['cpu'])"
+    for folder in (tmp_path, source):
+        assert run(python, "-c", loaded, cwd=folder, env=clean | {"PYTHONPATH": ""}) == "True\n"
+
+
+@pytest.mark.slow
 def test_the_wheel_without_kernels_is_pure(source, tmp_path):
     name, files = wheel(source, tmp_path, "none")
     assert re.fullmatch(r"flamingo_kernels-[\d.]+-py3-none-any\.whl", name)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
+from importlib import util
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from setuptools import Command, Distribution
+from setuptools import Distribution
 
-from flamingo_kernels._backends import cpu
+from flamingo_kernels._backends import missing
 from tests.helpers import ROOT
 
 SETUP = ROOT / "setup.py"
@@ -23,18 +24,31 @@ pytestmark = pytest.mark.skipif(not SETUP.exists(), reason="setup.py is not besi
 
 
 def load_setup():
-    spec = importlib.util.spec_from_file_location("flamingo_setup", SETUP)
-    module = importlib.util.module_from_spec(spec)
+    spec = util.spec_from_file_location("flamingo_setup", SETUP)
+    module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+RUN = "import runpy; runpy.run_path('setup.py', run_name='__main__')"
+NO_TORCH = """
+import subprocess, sys
+run, sys.modules["torch"] = subprocess.run, None
+def ask_nobody(command, **options):
+    return run(["false"] if command[1] == "-c" else command, **options)
+subprocess.run = ask_nobody
+"""
+
+
 def run_without_torch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs setup.py in a process where `import torch` fails."""
-    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('setup.py', run_name='__main__')"
+    """Runs setup.py in a process where `import torch` fails, and no other Python has it."""
+    return run_setup(NO_TORCH, *arguments, **environment)
+
+
+def run_setup(before: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("FLAMINGO_KERNELS_")}
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", before + RUN, *arguments],
         cwd=ROOT,
         env=clean | environment,
         text=True,
@@ -56,20 +70,120 @@ def test_setup_imports_no_torch():
     assert done.stdout.split()[-1].count(".") == 2
 
 
-def test_older_setuptools_take_wheels_from_their_own_package(monkeypatch):
-    theirs = type("bdist_wheel", (), {})
-    monkeypatch.setitem(sys.modules, "setuptools.command.bdist_wheel", None)
-    monkeypatch.setitem(sys.modules, "wheel.bdist_wheel", SimpleNamespace(bdist_wheel=theirs))
-    assert issubclass(load_setup().Wheel, theirs)
-    monkeypatch.setitem(sys.modules, "wheel.bdist_wheel", None)
-    assert load_setup().bdist_wheel is Command, "libraries are built without either"
-
-
 def test_a_build_without_torch_names_the_remedy(compiler, tmp_path):
     done = run_without_torch("build_ext", "--build-lib", str(tmp_path), FLAMINGO_KERNELS_BUILD="cpu")
     assert done.returncode != 0
-    assert "torch>=2.10" in done.stderr
-    assert "pip install torch, then pip install --no-build-isolation ." in done.stderr
+    assert "need headers of torch>=2.10, found none: install torch, then this once more." in done.stderr
+
+
+def test_without_torch_nothing_is_built_and_a_line_says_so(compiler, tmp_path):
+    done = run_without_torch("build_ext", "--build-lib", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("need headers of torch>=2.10, found none: install torch") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def fake_torch(folder: Path, version: str, cuda: str = "None") -> Path:
+    folder.mkdir()
+    text = f"__version__ = '{version}'\ncuda: Optional[str] = {cuda}\nhip: Optional[str] = '6.0'\n"
+    (folder / "version.py").write_text(text)
+    return folder
+
+
+def fake_python(folder: Path, torch: Path) -> str:
+    """A Python that finds this torch."""
+    folder.mkdir()
+    (folder / "python3").write_text(f"#!/bin/sh\necho {torch}\n")
+    (folder / "python3").chmod(0o755)
+    return str(folder)
+
+
+def test_torch_is_found_where_pip_hides_it(tmp_path, monkeypatch):
+    setup = load_setup()
+    expected = Path(util.find_spec("torch").submodule_search_locations[0])
+    (tmp_path / "torch.py").write_text("")  # what isolation puts before everything
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(setup.util, "find_spec", lambda name: None)
+    assert next(setup.torch_folders()) == expected
+
+
+def test_torch_is_found_in_an_active_environment(tmp_path, monkeypatch):
+    setup = load_setup()
+    old, new = fake_torch(tmp_path / "old", "2.9.1+cpu"), fake_torch(tmp_path / "new", "2.10.0")
+    folders = [fake_python(tmp_path / f"bin-{torch.name}", torch) for torch in (old, new)]
+    monkeypatch.setattr(setup.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(setup, "parent_python", list)
+    monkeypatch.setattr(setup.sys, "executable", "")
+    monkeypatch.setenv("PATH", os.pathsep.join(["/bin/none", *folders]))
+    assert setup.find_torch() == (new, "2.10.0")
+    setup.find_torch.cache_clear()
+    monkeypatch.setenv("PATH", folders[0])
+    assert setup.find_torch() == (None, "2.9.1+cpu")
+
+
+def test_the_parents_python_is_known_by_its_relative_name(tmp_path):
+    """As `venv/bin/python -m build`, whose hooks run elsewhere in another environment."""
+    if not Path("/proc/self/cmdline").exists():
+        pytest.skip("no Linux")
+    child = f"import runpy; print(*runpy.run_path({str(SETUP)!r})['parent_python']())"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], cwd={str(ROOT)!r})"
+    python = Path(sys.executable)
+    said = subprocess.run(
+        [f"{python.parent.name}/{python.name}", "-c", parent],
+        cwd=python.parents[1],
+        text=True,
+        capture_output=True,
+    )
+    assert said.stdout.strip() == sys.executable, said.stderr
+
+
+def test_setuptools_that_cannot_read_the_project_says_so():
+    done = run_setup("import setuptools; setuptools.__version__ = '76.1.0'\n", "--version")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "needs setuptools>=77, found 76.1.0: pip install --upgrade setuptools" in line
+
+
+@pytest.mark.parametrize(("free_threaded", "tag"), [(0, "cp310-abi3"), (1, "cp3")])
+def test_free_threaded_python_gets_a_wheel_of_its_own(free_threaded, tag, monkeypatch):
+    setup = load_setup()
+    read = sysconfig.get_config_var
+    monkeypatch.setattr(
+        sysconfig, "get_config_var", lambda name: free_threaded if name == "Py_GIL_DISABLED" else read(name)
+    )
+    wheel = setup.Wheel(Distribution({"name": "k", "ext_modules": [setup.EXTENSION]}))
+    wheel.finalize_options()
+    python, abi, _ = wheel.get_tag()
+    assert f"{python}-{abi}".startswith(tag)
+    assert (abi == "abi3") is not bool(free_threaded)
+
+
+def test_the_library_has_one_name_for_every_python(monkeypatch):
+    setup = load_setup()
+    monkeypatch.setattr(
+        "setuptools.command.build_ext.get_abi3_suffix", lambda: None
+    )  # as in free-threaded ones
+    built = setup.Build(Distribution({"ext_modules": [setup.EXTENSION]}))
+    built.finalize_options()
+    assert built.get_ext_filename("flamingo_kernels._C") == str(Path("flamingo_kernels", "_C.abi3.so"))
+
+
+def test_a_wheel_leaves_its_kernels_in_the_checkout(tmp_path, monkeypatch):
+    setup = load_setup()
+    monkeypatch.chdir(tmp_path)
+    for path in ("lib/flamingo_kernels/_C.abi3.so", "flamingo_kernels/_C.abi3.so.failed"):
+        Path(path).parent.mkdir(parents=True)
+        Path(path).write_text("new")
+    loaded = Path("flamingo_kernels", "_C.abi3.so")
+    loaded.write_text("old")
+    with loaded.open() as before:
+        monkeypatch.setattr(setup.bdist_wheel, "run", lambda self: None)
+        distribution = Distribution({"name": "k", "ext_modules": [setup.EXTENSION]})
+        distribution.cmdclass["build_ext"] = setup.Build
+        distribution.get_command_obj("build_ext").build_lib = "lib"
+        setup.Wheel(distribution).run()
+        assert (before.read(), loaded.read_text()) == ("old", "new"), "a process that has it keeps it"
+    assert missing.failed_build(loaded) == ""
 
 
 def test_an_unknown_build_lists_the_legal_ones():
@@ -112,9 +226,8 @@ def test_architectures_that_nvcc_does_not_know_are_left_out(tmp_path, monkeypatc
 @pytest.mark.parametrize(("cuda", "expected"), [("'13.0'", "cuda"), ("None", "cpu")])
 def test_cuda_is_built_unasked_only_for_a_torch_of_cuda(cuda, expected, compiler, tmp_path, monkeypatch):
     setup = load_setup()
-    (tmp_path / "version.py").write_text(f"cuda: Optional[str] = {cuda}\nhip: Optional[str] = '6.0'\n")
     monkeypatch.setattr(setup, "NVCC", nvcc(tmp_path))
-    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    found = SimpleNamespace(submodule_search_locations=[str(fake_torch(tmp_path / "torch", "2.13.0", cuda))])
     monkeypatch.setattr(setup.util, "find_spec", lambda _: found)
     assert setup.best_build(compiler) == expected
     assert setup.best_build([]) == "none"
@@ -197,10 +310,10 @@ def test_a_failed_build_leaves_its_reason_until_one_succeeds(tmp_path, monkeypat
     monkeypatch.setattr(build, "build_library", lambda *_: outcome and sys.exit(outcome[0]))
     with pytest.raises(SystemExit, match="no such type"):
         build.build_extension(setup.EXTENSION)
-    assert cpu.failed_build(library) == outcome[0]
+    assert missing.failed_build(library) == outcome[0]
     outcome.clear()
     build.build_extension(setup.EXTENSION)
-    assert cpu.failed_build(library) == ""
+    assert missing.failed_build(library) == ""
 
 
 @pytest.mark.parametrize(

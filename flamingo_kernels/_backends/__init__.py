@@ -5,5 +5,6 @@ dispatch  which backend runs a call
 library   how operators are registered with torch
 cpu       loads the C++ kernels
 cuda      loads the CUDA kernels
+missing   why a compiled library is not there, and what builds it
 triton    what the Triton kernels share
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from . import env
+from .missing import why_missing
 
 
 def path() -> Path:
@@ -39,27 +40,6 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             f"(usable here: {built})"
         )
     return library, ""
-
-
-def record_of_failure(path: Path) -> Path:
-    """Where setup.py leaves why the latest build of a library failed."""
-    return path.with_name(f"{path.name}.failed")
-
-
-def failed_build(path: Path) -> str:
-    """Why the latest build of a library failed, or an empty string."""
-    record = record_of_failure(path)
-    return " ".join(record.read_text().split()) if record.exists() else ""
-
-
-def why_missing(path: Path, name: str, *, compiler: str, build: str) -> str:
-    """Why there is no library at a path, and how to get it; empty if there is one."""
-    if path.exists():
-        return ""
-    return failed_build(path) or (
-        f"{name} not built; install {compiler} and run "
-        f"`FLAMINGO_KERNELS_BUILD={build} pip install --no-build-isolation .`"
-    )
 
 
 def why_not() -> str:

@@ -15,7 +15,7 @@ import torch
 
 from .._constant import constant
 from . import env
-from .cpu import why_missing
+from .missing import why_missing
 
 OLDEST_CAPABILITY = (8, 0)
 TORCH_FOLDER = Path(torch.__file__).with_name("lib")

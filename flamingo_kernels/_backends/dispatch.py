@@ -131,6 +131,13 @@ def resolve(operator: str, backend: str, *tensors: Tensor | None) -> str:
     raise UnsupportedError(f"{operator}: no backend supports these inputs:{lines}", everything)
 
 
+def why_no_kernels() -> str:
+    """Why every call runs in plain PyTorch though nobody asked for that, or an empty string."""
+    if default_backend != "auto" or not all(backend.why_not() for backend in (cpu, triton, cuda)):
+        return ""
+    return f"no kernels run here, PyTorch computes alone: {cpu.why_not()}"
+
+
 def _is_stand_in(backend: str) -> bool:
     """Whether a GPU's kernels run on the processor: never the best there is, so only when asked for."""
     return env.INTERPRET if backend == "triton" else backend == "cuda" and cuda.emulated()

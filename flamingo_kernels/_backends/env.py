@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -16,6 +17,14 @@ def _choice(name: str, default: str, legal: tuple[str, ...]) -> str:
     return value
 
 
+def _home() -> Path:
+    """The user's folder; one for temporary files where he has none, as in a container under any number."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir(), f"home-of-{os.getuid()}")
+
+
 # Which backend `backend="auto"` means; "auto" takes the first that supports the inputs.
 BACKEND = _choice("FLAMINGO_KERNELS_BACKEND", "auto", ("auto", *BACKENDS))
 
@@ -24,7 +33,7 @@ CPU_VARIANT = _choice("FLAMINGO_KERNELS_CPU_VARIANT", "auto", ("auto", *CPU_VARI
 
 # Whether the Triton kernels measure their configurations on first use, and where they keep what they found.
 AUTOTUNE = _choice("FLAMINGO_KERNELS_AUTOTUNE", "0", ("0", "1")) == "1"
-CACHE = Path(os.environ.get("FLAMINGO_KERNELS_CACHE") or Path.home() / ".cache" / "flamingo_kernels")
+CACHE = Path(os.environ.get("FLAMINGO_KERNELS_CACHE") or _home() / ".cache" / "flamingo_kernels")
 
 # Triton's own: its kernels run in an interpreter, on the processor.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

@@ -90,6 +90,7 @@ def main(options: argparse.Namespace) -> int:
         ValueError: there is no such device.
     """
     info.expect_device(options.device)
+    info.tell_of_no_kernels("check")
     found = _as_json(options.device) if options.json else _as_table(options.device)
     return 0 if _passed(found) else 1
 

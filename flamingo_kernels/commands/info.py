@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from .._backends import cpu, cuda, dispatch, env
+from .._backends import cpu, cuda, dispatch, env, missing
 from .._backends.triton.config import architecture_of
 
 ROOT = Path(__file__).parents[2]
@@ -201,6 +202,12 @@ def why_not_on(device: str) -> str:
     return ""
 
 
+def tell_of_no_kernels(command: str) -> None:
+    """One line on stderr where a command would see nothing but PyTorch."""
+    if why := dispatch.why_no_kernels():
+        print(f"{command}: {why}", file=sys.stderr)
+
+
 def expect_device(device: str) -> None:
     """Raises ValueError if nothing can run on a device."""
     if why := why_not_on(device):
@@ -248,7 +255,7 @@ def _facts(gpu: Any) -> dict[str, Any]:
 
 def _extension_file() -> dict[str, Any]:
     path = cpu.path()
-    why_not, failed = cpu.why_not() or None, cpu.failed_build(path) or None
+    why_not, failed = cpu.why_not() or None, missing.failed_build(path) or None
     built = None if why_not else _date(path)
     return {
         "loaded": not why_not,
@@ -268,7 +275,7 @@ def _cuda_extension_file() -> dict[str, Any]:
         "built": built,
         "build": build,
         "why_not": why_not,
-        "failed_build": cpu.failed_build(path) or None,
+        "failed_build": missing.failed_build(path) or None,
     }
 
 

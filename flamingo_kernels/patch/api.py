@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from torch import nn
 
-from .._backends.dispatch import UnsupportedError
+from .._backends.dispatch import UnsupportedError, why_no_kernels
 from .known import KNOWN
 from .linears import expect_table, find, swap_linear
 from .recognise import Found, Left, Recogniser
@@ -124,6 +124,8 @@ def patch(
     for layer in chosen.values():
         swap_linear(layer)
     _warn_of(model, left)
+    if why := why_no_kernels():
+        warnings.warn(f"patch: {why}", UserWarning, stacklevel=2)
     modules = [module for module, _ in found.values()]
     return PatchReport(
         replaced,

@@ -258,7 +258,7 @@ def test_results_of_something_else_are_named(tmp_path, capsys):
 
 def test_info_tells_of_a_build_that_failed_after_the_one_that_is_there(monkeypatch):
     line = "csrc/cuda/bindings.cpp does not compile: error: no such macro"
-    monkeypatch.setattr(info.cpu, "failed_build", lambda path: line)
+    monkeypatch.setattr(info.missing, "failed_build", lambda path: line)
     found = info.collect()
     assert found["extension"]["failed_build"] == found["cuda_extension"]["failed_build"] == line
     if found["extension"]["loaded"]:

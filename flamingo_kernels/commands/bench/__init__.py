@@ -108,7 +108,7 @@ def _show(outcome: Run, options: argparse.Namespace) -> None:
 def _load_or_run(options: argparse.Namespace) -> Run:
     import torch
 
-    from ..info import expect_device
+    from ..info import expect_device, tell_of_no_kernels
     from ..measure.progress import ProgressBar
     from .floors import ceilings
     from .report import RIVALS
@@ -132,6 +132,7 @@ def _load_or_run(options: argparse.Namespace) -> Run:
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
         reached = ceilings(options.device)
+    tell_of_no_kernels("bench")
     progress = ProgressBar(len(cases))
     try:
         return run(

@@ -12,7 +12,7 @@ import time
 import torch
 
 from ..._backends import env
-from ..._backends.cpu import failed_build, record_of_failure
+from ..._backends.missing import failed_build, record_of_failure
 from ..info import ROOT
 
 FOLDER = ROOT / "build" / "gpu"
