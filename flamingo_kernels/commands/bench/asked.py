@@ -42,12 +42,9 @@ def cases(
     else:
         found = [case for case in every if case.op in chosen]
     if dtypes:
-        found = [
-            case if case.dtype == dtype else Case(case.op, case.sizes, dtype, case.mode)
-            for dtype in dtypes
-            for case in found
-        ]
-    return list(dict.fromkeys(found))
+        found = [Case(case.op, case.sizes, dtype, case.mode) for dtype in dtypes for case in found]
+    built_in = {case: case for case in every}  # with their targets, which do not count for a comparison
+    return [built_in.get(case, case) for case in dict.fromkeys(found)]
 
 
 def operators(names: Sequence[str], known: Iterable[str]) -> list[str]:
@@ -127,6 +124,8 @@ def _why_impossible(sizes: dict[str, int], device: str) -> str:
         return f"has M{sizes['M']}, where more tokens than media are expected"
     if "Hkv" in sizes and sizes["H"] % sizes["Hkv"]:
         return f"has Hkv{sizes['Hkv']}, where a divisor of H{sizes['H']} is expected"
+    if "M" in sizes and sizes.get("D", 2) < 2:
+        return "has D1, where at least 2 is expected, as media are half as wide"
     free, needed = available(device), _EXACT_BYTES * _least_numbers(sizes)
     if free is not None and needed > free:
         return (

@@ -2,8 +2,8 @@
 
 NAME is a function that is called as the operator is, by position: see `TAKES`. For a layer it gets a copy of
 that of `flamingo` and what it is called with. It returns what the operator does, in the shape and dtype of
-eager's result, from which gradients of every argument can be taken. It is timed as a whole; but as a mask and a
-layer are the same objects in every call, it may keep what it makes of them.
+eager's result, from which gradients of every argument can be taken. It is timed as a whole; but as a mask and
+a layer are the same objects in every call, it may keep what it makes of them.
 """
 
 from __future__ import annotations
