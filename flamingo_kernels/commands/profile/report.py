@@ -26,6 +26,7 @@ _TITLES = {
     COMPILED: "torch.compile",
     FROZEN: "inductor, frozen",
 }
+_OVERLAP = '"~": the spreads of both, 20% to 80%, overlap'
 _WIDTH, _FACTOR = 27, 8  # of a cell, and of what it gains
 
 
@@ -72,6 +73,7 @@ def measured(found: Profile) -> str:
         lines += ["", _heading(f"time by part, {name}", sides), *_by_part(work)]
     lines += [
         "",
+        f"Gains of speed: {_OVERLAP}.",
         "Parts: medians under torch.profiler, with its cost. A gate that rides on a product counts there.",
     ]
     return "\n".join(lines)
@@ -110,7 +112,9 @@ def apart(found: Apart) -> str:
         f"{found.model}, {found.dtype}, {rounded(found.parameters / 1e6)} M random parameters; "
         f"{sizes.batch} x {sizes.text} tokens{generated}, {sizes.media} images",
         f"{setting['device']}, {setting['threads']} threads, torch {setting['torch']}",
-        "each in a process of its own" + (", beside the model as it is" if found.beside else ""),
+        "each in a process of its own"
+        + (", beside the model as it is" if found.beside else "")
+        + f"; {_OVERLAP}",
     ]
     for work, times in found.times.items():
         heading = f"{work}, ms", "median", "20% to 80%", "gain", "tokens/s", "memory", "difference"
@@ -122,7 +126,7 @@ def apart(found: Apart) -> str:
             cells = (
                 rounded(spread.median),
                 f"{rounded(spread.p20)} to {rounded(spread.p80)}",
-                factor(before.median / spread.median) if before else "",
+                before.gain(spread) if before else "",
                 rounded(1e3 * found.tokens[work] / spread.median),
                 "" if peak is None else mebibytes(peak),
                 "" if difference is None else f"{difference:.1e}",
@@ -159,8 +163,8 @@ def apart_table(runs: Iterable[Mapping[str, Any]]) -> str:
     latest = max(run["conditions"]["time"] for run in runs)
     lines += [
         "",
-        'Times as it is over times of each side; "~": the spreads of both, 20% to 80%, overlap; "-": '
-        f"not measured. Medians on {said['device']}, {said['threads']} threads, "
+        f'Times as it is over times of each side; {_OVERLAP}; "-": not measured. '
+        f"Medians on {said['device']}, {said['threads']} threads, "
         f"torch {said['torch']}, commit {said['commit']}, {latest[:10]}.",
     ]
     return "\n".join(lines)
@@ -218,9 +222,7 @@ def _real_cell(run: Mapping[str, Any], work: str, side: str) -> str:
 def _apart_gain(times: Mapping[str, Any], side: str, before: Mapping[str, float] | None = None) -> str:
     if side not in times:
         return "-"
-    before, after = before or times[BEFORE], times[side]
-    overlap = before["p20"] <= after["p80"] and after["p20"] <= before["p80"]
-    return f"{'~' * overlap}{factor(before['median'] / after['median'])}"
+    return Spread(**before or times[BEFORE]).gain(Spread(**times[side]))
 
 
 def counted(found: Counted) -> str:
@@ -261,34 +263,46 @@ def plain(value: Any) -> Any:
 
 
 def picture(found: Profile, path: str | Path) -> None:
-    """Draw the time by part on every side. Raises as `new_figure`."""
+    """Draw the time of a call on every side, divided as its parts are. Raises as `new_figure`."""
     rows = [(name, side) for name, work in found.works.items() for side in work.times][::-1]  # drawn upwards
     figure = new_figure(figsize=(11, 1.6 + 0.45 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     ends = dict.fromkeys(rows, 0.0)
+    bars = [bar(found.works[name], side) for name, side in rows]
     for part in PARTS:
-        widths = []
-        for name, side in rows:
-            parts = found.works[name].parts
-            widths.append(parts[side].get(part, 0.0) / sum(parts[BEFORE].values()))
+        widths = [each.get(part, 0.0) for each in bars]
         if any(widths):
             axes.barh(
                 range(len(rows)), widths, 0.72, left=list(ends.values()), color=_COLOURS[part], label=part
             )
         ends = {row: end + width for (row, end), width in zip(ends.items(), widths, strict=True)}
     for y, (name, side) in enumerate(rows):
-        work = found.works[name]
-        gain = "" if side == BEFORE else f", {factor(work.gain(side))}"
-        label = f"  {rounded(work.speed(side).median)} tokens/s{gain}"
+        label = f"  {ends[name, side]:.2f}: {_labelled(found.works[name], side)}"
         axes.text(ends[name, side], y, label, va="center", fontsize=9, color="#333333")
     axes.set_yticks(range(len(rows)), [f"{name}, {_TITLES[side]}" for name, side in rows], fontsize=9)
-    axes.set_xlim(0, 1.3 * max([1.0, *ends.values()]))
-    axes.set_xlabel("time under torch.profiler, of what the work takes before", fontsize=9)
+    axes.set_xlim(0, 1.4 * max([1.0, *ends.values()]))
+    axes.set_xlabel(
+        f"median time of a call, of that as it is; colours: shares under torch.profiler; {_OVERLAP}",
+        fontsize=9,
+    )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.set_title(f"{found.model}, {found.dtype}, {found.conditions['device']}", loc="left", fontsize=11)
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=130)
+
+
+def bar(work: Measured, side: str) -> dict[str, float]:
+    """The time of a call on a side, over that as it is, divided by part as under torch.profiler."""
+    parts = work.parts[side]
+    length = work.times[side].median / work.times[BEFORE].median
+    return {part: length * taken / sum(parts.values()) for part, taken in parts.items()}
+
+
+def _labelled(work: Measured, side: str) -> str:
+    """The numbers beside a bar."""
+    gain = "" if side == BEFORE else f", {_gains(work)[side]}"
+    return f"{duration(work.times[side].median)}, {rounded(work.speed(side).median)} tokens/s{gain}"
 
 
 # A gated block in shades of red, the rest of the model in cold colours.
@@ -303,22 +317,22 @@ def _heading(name: str, sides: Iterable[str]) -> str:
     return _line(name, {side: _TITLES[side] for side in sides}, {})
 
 
-def _line(name: str, cells: Mapping[str, str], gains: Mapping[str, float]) -> str:
+def _line(name: str, cells: Mapping[str, str], gains: Mapping[str, str]) -> str:
     """A row: a cell for each side, and behind each but the first what it gains."""
     text = f"{name:<34}"
     for side, cell in cells.items():
         text += f"{cell:>{_WIDTH}}"
         if side != BEFORE:
-            text += f"{factor(gains[side]) if side in gains else '':>{_FACTOR}}"
+            text += f"{gains.get(side, ''):>{_FACTOR}}"
     return text.rstrip()
 
 
-def _gains(work: Measured) -> dict[str, float]:
-    return {side: work.gain(side) for side in work.times if side != BEFORE}
+def _gains(work: Measured) -> dict[str, str]:
+    return {side: work.times[BEFORE].gain(spread) for side, spread in work.times.items() if side != BEFORE}
 
 
 def _compared(name: str, values: Mapping[str, Any], shown: Callable[[float], str]) -> str:
-    gains = {side: values[BEFORE] / value for side, value in values.items() if value}
+    gains = {side: factor(values[BEFORE] / value) for side, value in values.items() if value}
     return _line(name, {side: shown(value) for side, value in values.items()}, gains)
 
 

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import re
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -208,7 +209,7 @@ def test_a_rival_of_the_users_has_a_column_and_a_bar(outcome, tmp_path, monkeypa
     bars = drawn[0].axes[0].patches
     assert [bar.get_width() for bar in bars] == [21.0, 5.0, 8.0, 8.0]
     places = sorted((bar.get_y(), bar.get_y() + bar.get_height()) for bar in bars)
-    assert all(end == pytest.approx(start) for (_, end), (start, _) in zip(places, places[1:], strict=False))
+    assert all(end == pytest.approx(start) for (_, end), (start, _) in pairwise(places))
     assert len({bar.get_facecolor() for bar in bars}) == 4
 
 
