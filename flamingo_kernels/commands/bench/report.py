@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from ..._html import bar, page, paragraph
+from ..._html import table as html_table
 from .. import readme
 from ..measure.figure import new_figure
 from ..measure.text import duration, factor
 from .baselines import BACKENDS, FLOORS, OURS
-from .rows import Key, Row, Run, Skipped
 from .shapes import CASES_OF, FLAT_MEMORY, HEADS, Floor, Target
+
+if TYPE_CHECKING:
+    from .rows import Key, Row, Run, Skipped
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 COLUMNS = {"eager": "eager", "sdpa": "SDPA", "compile": "compile"}
@@ -92,6 +96,28 @@ def table(run: Run) -> str:
         lines += [""]
     lines += [f"{' '.join(each.key)}: {each.contender} {_reason(each)}" for each in _without_case(run)]
     return "\n".join([*lines, *filter(None, [memory_verdict(run), conditions(run)])])
+
+
+def html(run: Run) -> str:
+    """For a notebook: a table with a bar for each time, and what is missing."""
+    rows = [
+        (
+            "  ".join(key) if row.contender == OURS else "",
+            row.contender,
+            duration(row.median_ms),
+            factor(row.ratio),
+            "floor" if row.err is None else f"{row.err:.1e} of {row.budget:.1e}",
+            bar(row.median_ms / max(each.median_ms for each in timed.values())),
+        )
+        for key, timed in run.cases.items()
+        for row in sorted(timed.values(), key=_order)
+    ]
+    missing = [("  ".join(each.key), each.contender, _reason(each)) for each in run.skipped]
+    return page(
+        html_table(("", "contender", "median", "ratio", "error", ""), rows) if rows else "",
+        html_table(("without a row", "contender", "why"), missing) if missing else "",
+        paragraph(conditions(run)),
+    )
 
 
 def brief(run: Run) -> str:

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import report
+
 
 class Key(NamedTuple):
     """What tells one case from another."""
@@ -73,6 +75,14 @@ class Run(NamedTuple):
 
     rows: list[Row]
     skipped: list[Skipped]
+
+    def __str__(self) -> str:
+        return report.table(self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return report.html(self)
 
     @property
     def cases(self) -> dict[Key, dict[str, Row]]:

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..._html import bar as html_bar
+from ..._html import page, paragraph, table
 from .. import readme
 from ..measure.figure import new_figure
 from ..measure.text import duration, factor, mebibytes, rounded, verdict
 from ..measure.timing import Spread
-from .apart import COMPILED, FOLDED, FROZEN, Apart
-from .count import Counted
 from .parts import BLOCKS, INSIDE, PARTS
-from .run import BEFORE, INT8, LINEARS, PATCHED, Measured, Profile
+from .sides import BEFORE, COMPILED, FOLDED, FROZEN, INT8, LINEARS, PATCHED
 from .subject import DECODE, GENERATION, PREFILL, STEP
+
+if TYPE_CHECKING:
+    from .apart import Apart
+    from .count import Counted
+    from .run import Measured, Profile
 
 _TITLES = {
     BEFORE: "as it is",
@@ -251,15 +256,91 @@ def plain(value: Any) -> Any:
     """What JSON can keep, fields and properties by name."""
     if is_dataclass(value):
         named = {each.name: plain(getattr(value, each.name)) for each in fields(value)}
-        if isinstance(value, Measured):
-            named |= {
-                "tokens_per_s": {side: plain(value.speed(side)) for side in value.times},
-                "gain": {side: value.gain(side) for side in value.times if side != BEFORE},
-            }
+        named |= {name: plain(each) for name, each in getattr(value, "derived", {}).items()}
         return named
     if hasattr(value, "_asdict"):
         return value._asdict()
     return {key: plain(each) for key, each in value.items()} if isinstance(value, Mapping) else value
+
+
+def html_of_profile(found: Profile) -> str:
+    """For a notebook: errors, speeds and memory as tables, times as bars."""
+    proofs = [
+        (f"{name}, {_TITLES[side]}", *verdict(proof))
+        for name, by_side in found.proofs.items()
+        for side, proof in by_side.items()
+    ]
+    told = [
+        (f"{name}, {_TITLES[side]}", f"{error:.1e}", "told", "")
+        for name, by_side in found.told.items()
+        for side, error in by_side.items()
+    ]
+    return page(
+        paragraph(f"{found.model}, {found.dtype}, {found.conditions['device']}; {_shapes(found.inputs)}"),
+        paragraph(found.patched),
+        table(("relative error against float64", "found", "allowed", ""), proofs + told),
+        table(("", "time", "tokens/s", "gain", "peak", ""), _speeds(found)) if found.works else "",
+        paragraph(
+            f"Gains: {_OVERLAP}. Bars: median times of a call, of that as it is."
+            if found.works
+            else "The patched model computes something else: nothing was timed."
+        ),
+    )
+
+
+def _speeds(found: Profile) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{name}, {_TITLES[side]}",
+            duration(spread.median),
+            rounded(work.speed(side).median),
+            "" if side == BEFORE else work.times[BEFORE].gain(spread),
+            mebibytes(peak) if (peak := work.peak.get(side)) else "",
+            html_bar(spread.median / max(each.median for each in work.times.values())),
+        )
+        for name, work in found.works.items()
+        for side, spread in work.times.items()
+    ]
+
+
+def html_of_apart(found: Apart) -> str:
+    """For a notebook: times of processes of their own."""
+    rows = []
+    for work, times in found.times.items():
+        longest = max(spread.median for spread in times.values())
+        for side, spread in times.items():
+            before = found.beside.get(work, {}).get(side) or times.get(BEFORE)
+            peak = found.peak[work][side]
+            rows.append(
+                (
+                    f"{work}, {_TITLES[side]}",
+                    duration(spread.median),
+                    before.gain(spread) if before else "",
+                    "" if peak is None else mebibytes(peak),
+                    html_bar(spread.median / longest),
+                )
+            )
+    return page(
+        paragraph(
+            f"{found.model}, {found.dtype}, {found.conditions['device']}: each in a process of its own"
+        ),
+        table(("", "time", "gain", "memory", ""), rows),
+        paragraph(f"Gains: {_OVERLAP}."),
+    )
+
+
+def html_of_counted(found: Counted) -> str:
+    """For a notebook: what was counted."""
+    parts = [
+        (part, f"{size / 1e6:.4g}", f"{found.prefill_flops.get(part, 0) / 1e9:.4g}")
+        for part, size in found.parameters.items()
+    ]
+    works = [(name, f"{flops / 1e9:.4g}") for name, flops in found.flops.items()]
+    return page(
+        paragraph(f"{found.model}, {found.dtype}. Not run: it {found.lacking}. All is counted."),
+        table(("part", "M parameters", "GFLOP of a prefill"), parts),
+        table(("work", "GFLOP"), works),
+    )
 
 
 def picture(found: Profile, path: str | Path) -> None:
