@@ -22,7 +22,8 @@ def draw(lo: Tensor, hi: Tensor, num_media: int) -> list[str]:
         spans = [each[:MOST_TEXTS, :MOST_TOKENS].tolist() for each in (lo, hi)]
     except RuntimeError:  # on meta, or while a graph is traced
         return []
-    lines = [line for at, rows in enumerate(zip(*spans, strict=True)) for line in _text(at, *rows, num_media)]
+    texts = enumerate(zip(*spans, strict=True))
+    lines = [line for at, (first, last) in texts for line in _text(at, first, last, num_media)]
     limits = {
         "texts": (lo.shape[0], MOST_TEXTS),
         "tokens": (lo.shape[1], MOST_TOKENS),
@@ -40,7 +41,7 @@ def _text(at: int, lo: list[int], hi: list[int], num_media: int) -> list[str]:
     averages = [last < 0 for last in hi]
     if any(averages):
         rows["averages"] = averages
-    lines = []
+    lines: list[str] = []
     for name, row in rows.items():
         heading = "" if lines else f"text {at}"
         lines.append(f"{heading:<7} {name:<9} {''.join(SEEN if each else UNSEEN for each in row)}".rstrip())

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-MOST_ROWS = 100  # of a table
+MOST_ROWS = 60  # of a table
 
-_CELL = "padding:1px 8px;text-align:{};vertical-align:top;border:0;background:none"
-_LINE = "border-top:1px solid rgba(128,128,128,.4);background:none"
+_CELL = "padding:1px 8px;text-align:{}"
+_LINE = "border-top:1px solid rgba(128,128,128,.4)"
 
 
 class Raw(str):

@@ -79,7 +79,8 @@ class Run(NamedTuple):
     def __str__(self) -> str:
         return report.table(self)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_html_(self) -> str:
         return report.html(self)
