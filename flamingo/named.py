@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import inspect
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 from flamingo.processor import Processor
 from flamingo.saved import load_model
+from flamingo.user_function import user_function
 
 FORMS = "RUN|MODEL.safetensors|CHECKPOINT.pt|MODULE:FUNCTION|FILE.py:FUNCTION"
 
@@ -93,12 +93,7 @@ def _towers(path: Path, options: argparse.Namespace) -> Any:
 
 
 def _function(name: str) -> Any:
-    where, colon, function = name.rpartition(":")
-    if not colon:
-        raise ValueError(f"expected {FORMS}, got {name!r}, which is none of them.")
-    found = getattr(_module(where), function, None)
-    if not callable(found):
-        raise ValueError(f"expected a function {function} in {where}, got {type(found).__name__}.")
+    found = user_function(name, FORMS)
     needed = [
         each.name
         for each in inspect.signature(found).parameters.values()
@@ -109,17 +104,6 @@ def _function(name: str) -> Any:
             f"expected {name} to be a function without arguments, got one that needs {', '.join(needed)}."
         )
     return found
-
-
-def _module(where: str) -> Any:
-    if not where.endswith(".py"):
-        return import_module(where)
-    if not Path(where).is_file():
-        raise ValueError(f"expected a file of Python, found none at {where}.")
-    spec: Any = spec_from_file_location(Path(where).stem, where)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _called(name: str) -> tuple[Any, Processor]:

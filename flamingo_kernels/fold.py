@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ._backends.dispatch import UnsupportedError
 from ._predicates import is_ordinary, is_plain
-from ._report import Report, listing
+from ._report import Listing, Report
 from .sublayers import arguments
 
 
@@ -98,7 +98,7 @@ class Scale(NamedTuple):
         folding.put(self.scale, 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FoldReport(Report):
     """What `fold` changed and what it did not; as a context manager, it unfolds the model at the end.
 
@@ -118,9 +118,9 @@ class FoldReport(Report):
     folded: Mapping[str, tuple[str, ...]]
     skipped: Mapping[str, str]
 
-    def __str__(self) -> str:
+    def _listing(self) -> Listing:
         title = f"fold: {len(self.folded)} module{'s' * (len(self.folded) != 1)} folded"
-        return listing(title, {path: ", ".join(names) for path, names in self.folded.items()}, self.skipped)
+        return Listing(title, {path: ", ".join(names) for path, names in self.folded.items()}, self.skipped)
 
     def _undo(self, modules: Iterator[nn.Module]) -> None:
         for module in modules:

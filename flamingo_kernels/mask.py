@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ._checks import INTEGERS, expect_count, expect_same_device, expect_shape, expect_tensors
+from ._drawing import SEEN, UNSEEN, draw
+from ._html import drawing, page, paragraph
 
 Policy = Literal["zero", "open_flamingo"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MediaMask:
     """The span of media that every text row sees, built once per batch and shared by every layer.
 
@@ -52,6 +54,10 @@ class MediaMask:
         >>> mask = MediaMask.last_preceding(locations, num_media=2)
         >>> mask.lo.tolist(), mask.hi.tolist()
         ([[0, 0, 0, 1, 1]], [[0, 1, 1, 2, 2]])
+        >>> mask
+        MediaMask of 1 x 5 tokens and 2 media on cpu, policy "zero"
+          text 0  medium 0  .##..
+                  medium 1  ...##
     """
 
     lo: Tensor
@@ -73,6 +79,21 @@ class MediaMask:
         expect_shape("MediaMask", "stop", self.stop, tuple(self.start.shape), "to match start")
         expect_same_device("MediaMask", **spans)
         _expect_policy(self.policy)
+
+    def __repr__(self) -> str:
+        return "\n".join([self._title(), *(f"  {line}" for line in draw(self.lo, self.hi, self.num_media))])
+
+    def _repr_html_(self) -> str:
+        filled = {ord(SEEN): "█", ord(UNSEEN): "·"}
+        lines = [line.translate(filled) for line in draw(self.lo, self.hi, self.num_media)]
+        return page(paragraph(self._title()), drawing(lines))
+
+    def _title(self) -> str:
+        (batch, length), device = self.lo.shape, self.lo.device
+        return (
+            f"MediaMask of {batch} x {length} tokens and {self.num_media} media on {device}, "
+            f'policy "{self.policy}"'
+        )
 
     @property
     def num_media(self) -> int:

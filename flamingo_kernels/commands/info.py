@@ -165,11 +165,18 @@ def sm_clock(device: str) -> int | None:
         return None
 
 
-def backend_in_use(operator: str, device: str = "cpu") -> str:
-    """What an operator runs on where the caller chooses nothing, as in "cpu/avx2"."""
+def backend_in_use(operator: str, device: str = "cpu", **asked: Any) -> str:
+    """What an operator runs on where the caller chooses nothing, as in "cpu/avx2".
+
+    Args:
+        operator, device: its name, and where its tensors are.
+        asked: dtype and sizes of its `testing` case. Default: small ones in float32.
+    """
     from ..testing import CASES  # needs `flamingo`, which this file otherwise does without
 
-    return variant(dispatch.resolve(operator, "auto", *CASES[operator](device=device).tensors().values()))
+    return variant(
+        dispatch.resolve(operator, "auto", *CASES[operator](device=device, **asked).tensors().values())
+    )
 
 
 def variant(backend: str) -> str:

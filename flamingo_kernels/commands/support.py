@@ -12,6 +12,7 @@ from ..patch.known import KNOWN
 from ..patch.registry import families
 from . import readme
 from .measure.text import dtype_name, factor, gibibytes, mebibytes, rounded
+from .measure.timing import Spread
 
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
@@ -191,10 +192,8 @@ def _gain(found: dict[str, Any], work: str) -> str:
     times = found.get("times", {}).get(work)
     if times is None:
         return "-"
-    before, *after = (times[side] for side in ("before", "patch", "linears"))
-    overlaps = (before["p20"] <= each["p80"] and each["p20"] <= before["p80"] for each in after)
-    gains = (before["median"] / each["median"] for each in after)
-    return ", ".join(f"{'~' * overlap}{factor(gain)}" for overlap, gain in zip(overlaps, gains, strict=True))
+    before, *after = (Spread(**times[side]) for side in ("before", "patch", "linears"))
+    return ", ".join(map(before.gain, after))
 
 
 def _conditions(found: list[dict[str, Any]]) -> list[str]:

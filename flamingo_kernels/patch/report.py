@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .._report import Report, listing
+from .._report import Listing, Report
 from .swap import restore
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PatchReport(Report):
     """What `patch` swapped and what it did not; as a context manager, it unpatches the model at the end.
 
@@ -40,7 +40,7 @@ class PatchReport(Report):
     notes: Mapping[str, str] = field(default_factory=dict)
     linears: Mapping[str, type[nn.Module]] = field(default_factory=dict)
 
-    def __str__(self) -> str:
+    def _listing(self) -> Listing:
         policies = " and ".join(f'"{policy}"' for policy in self.policies)
         title = (
             f"patch: {len(self.replaced)} module{'s' * (len(self.replaced) != 1)} replaced"
@@ -54,7 +54,7 @@ class PatchReport(Report):
             + (f" ({self.notes[path]})" if path in self.notes else "")
             for path, (old, _) in self.replaced.items()
         }
-        return listing(title, old, self.skipped)
+        return Listing(title, old, self.skipped)
 
     def _undo(self, modules: Iterator[nn.Module]) -> None:
         restore(modules)

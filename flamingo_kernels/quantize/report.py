@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .._report import Report, listing
+from .._report import Listing, Report
 from .layer import is_quantized, restore_layer
 
 
@@ -28,7 +28,7 @@ class QuantizedLayer(NamedTuple):
     kept: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantizeReport(Report):
     """What `quantize` changed and what it did not; as a context manager, it unquantizes the model at the end.
 
@@ -73,12 +73,12 @@ class QuantizeReport(Report):
         kept = sum(layer.kept for layer in self.quantized.values())
         return f"{title}; {kept} original{'s' * (kept != 1)} kept" if kept else title
 
-    def __str__(self) -> str:
+    def _listing(self) -> Listing:
         rows = {
             path: f"{_mib(layer.bytes_before)} to {_mib(layer.bytes_after)}"
             for path, layer in self.quantized.items()
         }
-        return listing(self.title, rows, self.skipped)
+        return Listing(self.title, rows, self.skipped)
 
     def _undo(self, modules: Iterator[nn.Module]) -> None:
         layers = [module for module in modules if is_quantized(module)]

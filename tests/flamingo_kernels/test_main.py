@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import json
 import os
@@ -75,11 +76,15 @@ def test_bench_writes_all_its_files_and_shows_them_again(tmp_path, capsys):
     for ours, eager in (rows[:2], rows[2:]):
         assert eager["ratio"] == eager["median_ms"] / ours["median_ms"]
         assert ours["ratio"] == 1
-    assert len(files["csv"].read_text().splitlines()) == 1 + len(rows)
+    with files["csv"].open() as file:
+        table = list(csv.DictReader(file))
+    assert [(row["rows"], row["D"], row["contender"]) for row in table] == [
+        ("32", "64", row["contender"]) for row in rows
+    ]
     assert files["png"].read_bytes().startswith(b"\x89PNG")
     assert "| `gated_residual`" in readme.read_text()
     assert "2/2" not in shown.out, "progress belongs on stderr"
-    assert "1/2  gated_residual" in shown.err
+    assert "left  gated_residual" in shown.err.splitlines()[-1]
 
     assert cli.main(["bench", "--load", str(files["json"])]) == 0
     assert capsys.readouterr().out == shown.out
@@ -169,6 +174,12 @@ def test_bench_fails_when_our_result_is_wrong(monkeypatch, capsys):
         (["--device", "mps"], "expected the device cpu or cuda:0, got mps"),
         (["--op", "decode step", "--against", "cudnn"], "--against cudnn is not one of"),
         (["--op", "decod_step"], "PerceiverResampler. Did you mean 'its decode step' or"),
+        (
+            ["--shape", "B2 T8"],
+            "--shape 'B2 T8' is one of no operator. They take masked_cross_attention: B T M",
+        ),
+        (["--rival", "json:dumps"], "expected --op NAME with --rival"),
+        (["--op", "linear", "--rival", "gone.py:f"], "expected a file of Python, found none at gone.py"),
         (["--load", "nowhere.json"], "bench: nowhere.json: No such file or directory"),
         (
             ["--load", "pyproject.toml"],
@@ -209,6 +220,36 @@ def test_bench_finds_an_operator_by_a_part_of_its_name(asked, ops, monkeypatch):
     )
     assert cli.main(["bench", "--quick", "--op", asked]) == 0
     assert {case.op for case in taken} == ops
+
+
+def test_bench_times_what_is_the_users_own(tmp_path, monkeypatch, capsys):
+    """Shape, dtype, threads and rival; what was found is saved after every case."""
+    (tmp_path / "mine.py").write_text("def add(x, y, gate):\n    return x + gate.tanh() * y\n")
+    saved, save = [], Run.save_json
+    monkeypatch.setattr(Run, "save_json", lambda run, path: (saved.append(len(run.rows)), save(run, path)))
+    monkeypatch.setattr("flamingo_kernels.commands.measure.busy.busy_cores", lambda: 1.5)
+    threads = torch.get_num_threads()
+    asked = ["--shape", "rows3 D8", "--dtype", "float16", "--threads", "1", "--seconds", "0"]
+    rival = f"{tmp_path / 'mine.py'}:add"
+    try:
+        assert (
+            cli.main(
+                ["bench", *asked, "--against", "eager", "--rival", rival, "--json", str(tmp_path / "x.json")]
+            )
+            == 0
+        )
+    finally:
+        torch.set_num_threads(threads)
+    shown = capsys.readouterr()
+    rows = Run.load(tmp_path / "x.json").rows
+    assert {(row.op, row.shape, row.dtype, row.threads) for row in rows} == {
+        ("gated_residual", "rows3 D8", "float16", 1)
+    }
+    assert {row.contender for row in rows} == {baselines.OURS, "eager", rival}
+    assert saved == [3, 6, 6]
+    assert shown.err.startswith("bench: others keep 1.5 cores of this machine busy: ")
+    assert "0/2  more than 1 s left  gated_residual rows3 D8 float16 forward: checking" in shown.err
+    assert "1/2  about " in shown.err
 
 
 def test_bench_keeps_what_was_timed_before_ctrl_c(tmp_path, monkeypatch, capsys):

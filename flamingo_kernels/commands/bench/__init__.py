@@ -1,7 +1,9 @@
 """Times operators and layers against their rivals, after checking that they compute the same.
 
 shapes     what is timed and what must be reached, as data
+asked      which cases the options ask for, of this library's shapes or the user's
 baselines  the contenders' calls
+rival      a contender of the user's own
 run        check, then time
 floors     the bytes a call must move, and how fast the device moves bytes
 rows       what is kept of a run
@@ -11,12 +13,11 @@ report     tables and the picture
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from difflib import get_close_matches
+import sys
 from functools import reduce
 from typing import TYPE_CHECKING
 
-from flamingo.command_line import expect_writable, time_span
+from flamingo.command_line import count_from, expect_writable, time_span
 
 if TYPE_CHECKING:
     from .rows import Run
@@ -32,6 +33,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against", action="append", metavar="NAME", help=f"only this rival (repeatable): {_rivals()}"
     )
+    parser.add_argument(
+        "--rival",
+        action="append",
+        metavar="FILE.py:NAME|MODULE:NAME",
+        help="also a function of yours, which is called with the operator's arguments, or with the layer and "
+        "its, and returns the same (repeatable)",
+    )
+    parser.add_argument(
+        "--shape",
+        action="append",
+        metavar="SIZES",
+        help='instead of the built-in shapes, as "B2 T512 M4 H16 d80 R64", of the operators that have these '
+        f"dimensions (repeatable): {_dimensions()}",
+    )
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        choices=("float32", "bfloat16", "float16"),
+        help="only this dtype (repeatable; default: float32 and bfloat16)",
+    )
+    parser.add_argument("--threads", type=count_from(1), help="of the cpu (default: as torch chooses)")
     parser.add_argument("--device", default="cpu", help='where to run, as in "cuda:0" (default: cpu)')
     parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that it works, not how fast")
     parser.add_argument(
@@ -43,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="show an earlier --json FILE instead of running (repeatable: the later replaces a case)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write every row with its conditions")
-    parser.add_argument("--csv", metavar="FILE", help="write the rows for a spreadsheet")
+    parser.add_argument("--json", metavar="FILE", help="write every row with its conditions, case by case")
+    parser.add_argument("--csv", metavar="FILE", help="write the rows for a spreadsheet, case by case")
     parser.add_argument("--picture", metavar="FILE", help="draw the speed-ups (.png, .svg, .pdf)")
     parser.add_argument(
         "--readme", metavar="FILE", help="replace the table between this file's bench markers"
@@ -55,6 +77,13 @@ def _operators() -> str:
     from .shapes import CASES_OF
 
     return "; ".join(dict.fromkeys(case.op for cases in CASES_OF.values() for case in cases))
+
+
+def _dimensions() -> str:
+    from .asked import takes
+    from .shapes import DIMENSIONS
+
+    return "; ".join(f"{op} {takes(op)}" for op in DIMENSIONS)
 
 
 def _rivals() -> str:
@@ -94,10 +123,7 @@ def _show(outcome: Run, options: argparse.Namespace) -> None:
     """Writes what is asked for, then prints, as nobody may read that any more."""
     from .report import picture, table, update_readme
 
-    if options.json:
-        outcome.save_json(options.json)
-    if options.csv:
-        outcome.save_csv(options.csv)
+    _save(outcome, options)
     if options.readme and outcome.rows:
         update_readme(outcome, options.readme)
     if options.picture and outcome.rows:
@@ -105,13 +131,20 @@ def _show(outcome: Run, options: argparse.Namespace) -> None:
     print(table(outcome))
 
 
+def _save(outcome: Run, options: argparse.Namespace) -> None:
+    if options.json:
+        outcome.save_json(options.json)
+    if options.csv:
+        outcome.save_csv(options.csv)
+
+
 def _load_or_run(options: argparse.Namespace) -> Run:
     import torch
 
     from ..info import expect_device, tell_of_no_kernels
     from ..measure.progress import ProgressBar
+    from . import asked, rival
     from .floors import ceilings
-    from .report import RIVALS
     from .rows import Run
     from .run import run
     from .shapes import CASES_OF, QUICK
@@ -120,26 +153,30 @@ def _load_or_run(options: argparse.Namespace) -> Run:
         return reduce(Run.updated, map(Run.load, options.load))
     expect_device(options.device)
     device = torch.device(options.device)
+    _expect_rivals(options)
     every = QUICK if options.quick else CASES_OF[device.type]
-    ops = _chosen(options.op or [], [case.op for case in every])
-    against = options.against or []
-    for name in against:
-        if name not in RIVALS:
-            raise ValueError(f"--against {name} is not one of {', '.join(RIVALS)}.")
-    cases = [case for case in every if not ops or case.op in ops]
+    wanted = options.op or [], options.shape or [], options.dtype or []
+    cases = asked.cases(every, *wanted, device=options.device)
+    rivals = rival.rivals(options.rival or [], dict.fromkeys(case.op for case in cases))
     seconds = options.seconds if options.seconds is not None else 0.1 if options.quick else 2.0
     reached = None
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
         reached = ceilings(options.device)
+    else:
+        _warn_if_busy()
     tell_of_no_kernels("bench")
-    progress = ProgressBar(len(cases))
+    progress = ProgressBar(len(cases), seconds)
     try:
         return run(
             cases,
-            against=against,
+            against=options.against or [],
+            rivals=rivals,
             seconds=seconds,
             progress=progress,
+            keep=lambda found: _save(found, options),
             device=options.device,
             ceilings=reached,
         )
@@ -147,21 +184,23 @@ def _load_or_run(options: argparse.Namespace) -> Run:
         progress.close()
 
 
-def _chosen(names: Sequence[str], known: Sequence[str]) -> set[str]:
-    """The operators and layers of these names, or all that have one of them in theirs.
+def _expect_rivals(options: argparse.Namespace) -> None:
+    from .report import RIVALS
 
-    Raises:
-        ValueError: for a name that nothing has; it lists the nearest.
-    """
-    known = list(dict.fromkeys(known))
-    chosen: set[str] = set()
-    for name in names:
-        found = [each for each in known if each == name] or [
-            each for each in known if name.lower() in each.lower()
-        ]
-        if not found:
-            near = get_close_matches(name, known, cutoff=0.4)
-            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise ValueError(f"--op {name} is not one of {', '.join(known)}.{hint}")
-        chosen.update(found)
-    return chosen
+    for name in options.against or []:
+        if name not in RIVALS:
+            raise ValueError(f"--against {name} is not one of {', '.join(RIVALS)}.")
+    if options.rival and not (options.op or options.shape):
+        raise ValueError("expected --op NAME with --rival, which computes what that does.")
+
+
+def _warn_if_busy() -> None:
+    from ..measure.busy import QUIET, busy_cores
+
+    busy = busy_cores()
+    if busy is not None and busy > QUIET:
+        print(
+            f"bench: others keep {busy:.1f} cores of this machine busy: times are longer than on a quiet "
+            "one, and ratios are less certain.",
+            file=sys.stderr,
+        )

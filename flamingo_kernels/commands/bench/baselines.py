@@ -56,7 +56,7 @@ from .shapes import ALL_MODES, Case, Mode
 OURS = "flamingo_kernels"
 BACKENDS = ("cuda", "triton")
 FLOORS = ("torch.add", "products", "read")
-_OF_INTEGERS = 0.03  # what rounding weights and x to 8 bits may cost
+OF_INTEGERS = 0.03  # what rounding weights and x to 8 bits may cost
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
 Randn = Callable[..., Tensor]
@@ -71,6 +71,8 @@ class Contender(NamedTuple):
         same: whether it computes what ours does.
         modes: those in which it takes part.
         budget: the relative error that it may have, where that is not what rounding in the dtype costs.
+        given: of eager, what a rival of the user's is called with: the arguments of the operator, or the
+            layer and those of its forward.
     """
 
     call: Call
@@ -78,6 +80,7 @@ class Contender(NamedTuple):
     same: bool = True
     modes: tuple[Mode, ...] = ALL_MODES
     budget: float | None = None
+    given: Callable[[], tuple[Any, ...]] | None = None
 
 
 Contenders = dict[str, Callable[[], Contender]]
@@ -124,6 +127,7 @@ def _masked_cross_attention(randn: Randn, *, B: int, T: int, M: int, R: int, H: 
     eager = _by_sequence if q.dtype == torch.float64 else modules.dense_masked_attention
     makers = _over(
         (q, k, v),
+        (q, k, v, mask),
         ours=lambda: fk.masked_cross_attention(q, k, v, mask),
         eager=lambda: eager(q, k, v, times),
         sdpa=lambda: _sdpa(q, k.flatten(1, 2), v.flatten(1, 2), dense),
@@ -142,6 +146,7 @@ def _perceiver_attention(randn: Randn, *, N: int, S: int, R: int, H: int, d: int
     module = modules.PerceiverAttention(dim=1, dim_head=d, heads=H)
     return _over(
         tensors,
+        tensors,
         ours=lambda: fk.perceiver_attention(*tensors),
         eager=lambda: module.attend(*tensors),
         sdpa=lambda: _sdpa(q, torch.cat((k_media, k_latents), dim=1), torch.cat((v_media, v_latents), dim=1)),
@@ -152,6 +157,7 @@ def _gated_residual(randn: Randn, *, rows: int, D: int) -> Contenders:
     x, y, gate = randn(rows, D), randn(rows, D, mean=1.0), randn(1)
     return {
         **_over(
+            (x, y, gate),
             (x, y, gate),
             ours=lambda: fk.gated_residual(x, y, gate),
             eager=lambda: x + torch.tanh(gate) * y,
@@ -197,24 +203,26 @@ def _gated_block_decode(
         z = x + torch.tanh(gates[0]) * (attended @ to_out.T)
         return z + torch.tanh(gates[1]) * (F.gelu(norms[1](z) @ up.T) @ down.T)
 
-    def of_step(wholes: Iterator[Tensor], scales: Sequence[Tensor | None]) -> Call:
-        def step() -> Tensor:
-            to_q, to_out, up, down = map(fk.Linear, split(next(wholes)), (None,) * 4, scales)
-            weights = fk.GatedBlockWeights(norms[0], to_q, to_out, norms[1], up, down, gates[0], gates[1])
-            k, v = next(seen()).view(2, *media)
-            return fk.gated_block_decode(x, k, v, mask, weights)
-
-        return step
+    def arguments(wholes: Iterator[Tensor], scales: Sequence[Tensor | None] = (None,) * 4) -> tuple[Any, ...]:
+        to_q, to_out, up, down = map(fk.Linear, split(next(wholes)), (None,) * 4, scales)
+        weights = fk.GatedBlockWeights(norms[0], to_q, to_out, norms[1], up, down, gates[0], gates[1])
+        k, v = next(seen()).view(2, *media)
+        return x, k, v, mask, weights
 
     def of_eager(call: Callable[..., Tensor]) -> Contender:
-        return Contender(lambda: call(next(seen()), *split(next(numbers()))), ())
+        return Contender(
+            lambda: call(next(seen()), *split(next(numbers()))), (), given=lambda: arguments(numbers())
+        )
+
+    def of_integers(wholes: Iterator[Tensor]) -> Contender:
+        return Contender(lambda: fk.gated_block_decode(*arguments(wholes, scales)), (), budget=OF_INTEGERS)
 
     integers, scales = zip(*map(quantize_weight, matrices), strict=True)
     return {
-        OURS: lambda: Contender(of_step(numbers(), (None,) * 4), ()),
+        OURS: lambda: Contender(lambda: fk.gated_block_decode(*arguments(numbers())), ()),
         "eager": lambda: of_eager(eager),
         "compile": lambda: of_eager(torch.compile(eager, dynamic=False)),
-        "int8": lambda: Contender(of_step(copies(*integers), scales), (), budget=_OF_INTEGERS),
+        "int8": lambda: of_integers(copies(*integers)),
         **({"read": lambda: _read(copies(*matrices, k[:, -1], v[:, -1]))} if on_cpu else {}),
     }
 
@@ -224,7 +232,14 @@ def _gated_cross_attention_block(
 ) -> Contenders:
     x, media, locations, sdpa = _text_and_media(randn, B, T, M, D, R)
     block = _block(x, D, H, d)
-    return _layer(block, randn, (x, media), call=lambda layer: layer(x, media, locations), attend=sdpa)
+    return _layer(
+        block,
+        randn,
+        (x, media),
+        call=lambda layer: layer(x, media, locations),
+        attend=sdpa,
+        more=(locations,),
+    )
 
 
 def _cross_attention_sublayer(
@@ -239,7 +254,7 @@ def _cross_attention_sublayer(
             return add_attended(cast(GatedBlock, block), x, Media(media, locations, cached=False))
         return x + torch.tanh(block.attn_gate) * block.attn(x, media, locations)
 
-    made = _layer(block, randn, (x, media), call=call, attend=sdpa)
+    made = _layer(block, randn, (x, media), call=call, attend=sdpa, more=(locations,))
     del made["compile"]  # it compiles a whole block
     return made
 
@@ -259,7 +274,12 @@ def _decode_step(randn: Randn, *, B: int, M: int, D: int, R: int, H: int, d: int
         return Contender(lambda: call(changed), (), modes=("forward",))
 
     made = _layer(
-        block, randn, (x, media), call=call, attend=lambda q, k, v, *_: _sdpa(q, k[:, -1], v[:, -1])
+        block,
+        randn,
+        (x, media),
+        call=call,
+        attend=lambda q, k, v, *_: _sdpa(q, k[:, -1], v[:, -1]),
+        more=(locations,),
     )
     return {**made, "folded": folded}
 
@@ -269,11 +289,12 @@ def _linear(randn: Randn, *, rows: int, D: int, out: int) -> Contenders:
     on_cpu = x.is_cpu and x.dtype != torch.float64
     copies = cycle(copies_beyond_caches(weight) if on_cpu else [weight])
 
+    def arguments() -> tuple[Tensor, Tensor]:
+        """A forward pass takes the next copy every time; a gradient is of the first."""
+        return x, weight if torch.is_grad_enabled() else next(copies)
+
     def over(multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Contender]:
-        """A contender whose forward pass takes the next copy every time; a gradient is of the first."""
-        return lambda: Contender(
-            lambda: multiply(x, weight if torch.is_grad_enabled() else next(copies)), (x, weight)
-        )
+        return lambda: Contender(lambda: multiply(*arguments()), (x, weight), given=arguments)
 
     def compiled() -> Contender:
         return over(torch.compile(lambda x, weight: F.linear(x, weight), dynamic=False))()
@@ -294,7 +315,7 @@ def _linear_int8(randn: Randn, *, rows: int, D: int, out: int) -> Contenders:
     copies = cycle(copies_beyond_caches(integers) if on_cpu else [integers])
 
     def of_integers(multiply: Callable[[Tensor], Tensor]) -> Callable[[], Contender]:
-        return lambda: Contender(lambda: multiply(next(copies)), (), budget=_OF_INTEGERS)
+        return lambda: Contender(lambda: multiply(next(copies)), (), budget=OF_INTEGERS)
 
     def of_numbers(weight: Tensor, budget: float | None) -> Callable[[], Contender]:
         def make() -> Contender:
@@ -306,7 +327,7 @@ def _linear_int8(randn: Randn, *, rows: int, D: int, out: int) -> Contenders:
 
     made = {
         OURS: of_integers(lambda each: fk.linear(x, each, weight_scale=scale)),
-        "eager": of_numbers(weight, None),
+        "eager": lambda: of_numbers(weight, None)()._replace(given=lambda: (x, next(copies), scale)),
     }
     if not on_cpu:
         return made
@@ -316,7 +337,7 @@ def _linear_int8(randn: Randn, *, rows: int, D: int, out: int) -> Contenders:
     made["torchao"] = lambda: _torchao(x, weight)
     made["read"] = lambda: _read(copies)
     if x.dtype != torch.bfloat16:
-        made["bfloat16"] = of_numbers(weight.bfloat16(), _OF_INTEGERS)
+        made["bfloat16"] = of_numbers(weight.bfloat16(), OF_INTEGERS)
     return made
 
 
@@ -331,7 +352,7 @@ def _dynamic(x: Tensor, integers: Tensor, scale: Tensor) -> Contender:
             layers.append(torch.ao.nn.quantized.dynamic.Linear(*reversed(integers.shape)))
         layers[-1].set_weight_bias(weight, None)
     walk = cycle(layers)
-    return Contender(lambda: next(walk)(x.float()).to(x.dtype), (), budget=_OF_INTEGERS)
+    return Contender(lambda: next(walk)(x.float()).to(x.dtype), (), budget=OF_INTEGERS)
 
 
 def _torchao(x: Tensor, weight: Tensor) -> Contender:
@@ -344,7 +365,7 @@ def _torchao(x: Tensor, weight: Tensor) -> Contender:
         layers[-1].weight.copy_(each)
         quantize_(layers[-1], Int8WeightOnlyConfig())
     walk = cycle(layers)
-    return Contender(lambda: next(walk)(x), (), budget=_OF_INTEGERS)
+    return Contender(lambda: next(walk)(x), (), budget=OF_INTEGERS)
 
 
 def _read(copies: Iterator[Tensor]) -> Contender:
@@ -406,9 +427,12 @@ _BUILDERS: dict[str, Callable[..., Contenders]] = {
 }
 
 
-def _over(wrt: tuple[Tensor, ...], *, ours: Call, eager: Call, **others: Call) -> Contenders:
+def _over(
+    wrt: tuple[Tensor, ...], arguments: tuple[Any, ...], *, ours: Call, eager: Call, **others: Call
+) -> Contenders:
     makers: Contenders = {
-        name: partial(Contender, call, wrt) for name, call in {OURS: ours, "eager": eager, **others}.items()
+        name: partial(Contender, call, wrt, given=lambda: arguments)
+        for name, call in {OURS: ours, "eager": eager, **others}.items()
     }
     return {**makers, "compile": lambda: Contender(torch.compile(eager, dynamic=False), wrt)}
 
@@ -420,15 +444,25 @@ def _layer(
     *,
     call: Callable[[nn.Module], Tensor],
     attend: Callable[..., Tensor],
+    more: tuple[Tensor, ...] = (),
 ) -> Contenders:
-    """Every contender gets its own copy of the layer, with the same weights; sdpa also gets its `attend`."""
+    """Every contender gets its own copy of the layer, with the same weights; sdpa also gets its `attend`.
+
+    Args:
+        layer, inputs, call: what is called, with what, and how.
+        more: what the layer is called with behind the inputs.
+    """
     _fill(layer, randn)
 
     def maker(change: Callable[[nn.Module], object]) -> Callable[[], Contender]:
         def make() -> Contender:
             changed = copy.deepcopy(layer)
             change(changed)
-            return Contender(lambda: call(changed), (*inputs, *changed.parameters()))
+            return Contender(
+                lambda: call(changed),
+                (*inputs, *changed.parameters()),
+                given=lambda: (changed, *inputs, *more),
+            )
 
         return make
 

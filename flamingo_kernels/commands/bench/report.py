@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from ..._html import bar, page, paragraph
+from ..._html import table as html_table
 from .. import readme
 from ..measure.figure import new_figure
 from ..measure.text import duration, factor
 from .baselines import BACKENDS, FLOORS, OURS
-from .rows import Key, Row, Run, Skipped
 from .shapes import CASES_OF, FLAT_MEMORY, HEADS, Floor, Target
+
+if TYPE_CHECKING:
+    from .rows import Key, Row, Run, Skipped
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 COLUMNS = {"eager": "eager", "sdpa": "SDPA", "compile": "compile"}
@@ -82,14 +87,37 @@ def memory_verdict(run: Run) -> str:
 def table(run: Run) -> str:
     """Every row, grouped by case, for the terminal."""
     lines: list[str] = []
+    width = max([17, *(len(each.contender) for each in (*run.rows, *run.skipped))])
     for key, rows in run.cases.items():
         lines += ["  ".join(key)]
-        lines += [_line(row) for row in sorted(rows.values(), key=_order)]
+        lines += [_line(row, width) for row in sorted(rows.values(), key=_order)]
         lines += [f"    {verdict}" for verdict in verdicts(key, rows)]
-        lines += [f"    {each.contender:<17} {_reason(each)}" for each in run.skipped if each.key == key]
+        lines += [f"    {each.contender:<{width}} {_reason(each)}" for each in run.skipped if each.key == key]
         lines += [""]
     lines += [f"{' '.join(each.key)}: {each.contender} {_reason(each)}" for each in _without_case(run)]
     return "\n".join([*lines, *filter(None, [memory_verdict(run), conditions(run)])])
+
+
+def html(run: Run) -> str:
+    """For a notebook: a table with a bar for each time, and what is missing."""
+    rows = [
+        (
+            "  ".join(key) if row.contender == OURS else "",
+            row.contender,
+            duration(row.median_ms),
+            factor(row.ratio),
+            "floor" if row.err is None else f"{row.err:.1e} of {row.budget:.1e}",
+            bar(row.median_ms / max(each.median_ms for each in timed.values())),
+        )
+        for key, timed in run.cases.items()
+        for row in sorted(timed.values(), key=_order)
+    ]
+    missing = [("  ".join(each.key), each.contender, _reason(each)) for each in run.skipped]
+    return page(
+        html_table(("", "contender", "median", "ratio", "error", ""), rows) if rows else "",
+        html_table(("without a row", "contender", "why"), missing) if missing else "",
+        paragraph(conditions(run)),
+    )
 
 
 def brief(run: Run) -> str:
@@ -141,7 +169,12 @@ def markdown(run: Run) -> str:
 
 def columns_of(run: Run) -> dict[str, str]:
     """The rivals that have a column in a table of this run, and its heading."""
-    return COLUMNS | _timed(run, MORE_COLUMNS)
+    return COLUMNS | _timed(run, MORE_COLUMNS) | {name: f"`{name}`" for name in own_rivals(run)}
+
+
+def own_rivals(run: Run) -> list[str]:
+    """The rivals of the user's that have a row."""
+    return list(dict.fromkeys(row.contender for row in run.rows if row.contender not in (OURS, *RIVALS)))
 
 
 def _timed(run: Run, columns: dict[str, str]) -> dict[str, str]:
@@ -175,13 +208,15 @@ def picture(run: Run, path: str | Path) -> None:
     cases = list(run.cases.items())[::-1]  # barh draws upwards
     figure = new_figure(figsize=(9, 1.4 + 0.45 * len(cases)), layout="constrained")
     axes = figure.add_subplot()
-    for name in RIVALS:
+    own = own_rivals(run)
+    colours = _COLOURS | dict(zip(own, cycle(_OWN_COLOURS), strict=False))
+    for name in (*RIVALS, *own):
         bars = [(y, rows[name].ratio, _slot(name, rows)) for y, (_, rows) in enumerate(cases) if name in rows]
         if bars:
             heights = [y + centre for y, _, (centre, _) in bars]
             widths = [ratio - 1 for _, ratio, _ in bars]
             drawn = axes.barh(
-                heights, widths, [each for *_, (_, each) in bars], left=1, color=_COLOURS[name], label=name
+                heights, widths, [each for *_, (_, each) in bars], left=1, color=colours[name], label=name
             )
             labels = [factor(ratio) for _, ratio, _ in bars]
             axes.bar_label(drawn, labels, padding=3, fontsize=7, color="#444444")
@@ -194,14 +229,15 @@ def picture(run: Run, path: str | Path) -> None:
     axes.set_xlabel("times as long as flamingo_kernels; right of 1 ours is faster", fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    figure.legend(frameon=False, fontsize=9, loc="outside upper right", ncols=len(RIVALS))
+    figure.legend(frameon=False, fontsize=9, loc="outside upper right", ncols=len(RIVALS) + len(own))
     figure.supxlabel(conditions(run), fontsize=7, color="#666666")
     figure.savefig(path, dpi=160)
 
 
 def _slot(name: str, rows: dict[str, Row]) -> tuple[float, float]:
     """Centre, off the middle, and thickness of a rival's bar among those of its case."""
-    present = [rival for rival in RIVALS if rival in rows]
+    present = list(dict.fromkeys([*(rival for rival in RIVALS if rival in rows), *rows]))
+    present.remove(OURS)
     thickness = min(0.8 / len(present), 0.35)
     return (len(present) / 2 - present.index(name) - 0.5) * thickness, thickness
 
@@ -227,6 +263,7 @@ _COLOURS = {
     "products": "#b0a8b9",
     "read": "#adb5bd",
 }
+_OWN_COLOURS = ("#1d3557", "#e63946", "#ffb703")  # of the user's rivals
 
 
 def _label(key: Key) -> str:
@@ -243,11 +280,11 @@ def _order(row: Row) -> tuple[bool, float]:
     return row.contender != OURS, row.median_ms
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, width: int) -> str:
     time = f"{duration(row.median_ms):>10} ({row.p20_ms:.4g} to {row.p80_ms:.4g})"
     error = "a floor, not compared" if row.err is None else f"error {row.err:.1e} of {row.budget:.1e}"
     memory = "" if row.extra_mib is None else f"{row.extra_mib:.1f} MiB"
-    cells = [f"{row.contender:<17}", f"{time:<32}", f"{factor(row.ratio):>7}", f"{memory:>10}", error]
+    cells = [f"{row.contender:<{width}}", f"{time:<32}", f"{factor(row.ratio):>7}", f"{memory:>10}", error]
     floor = "" if row.floor_share is None else f"{row.floor_share:.0%} of the byte floor"
     return "    " + "  ".join([*cells, row.variant, floor]).rstrip()
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from . import report
 
 
 class Key(NamedTuple):
@@ -29,6 +32,11 @@ class _Entry:
     @property
     def key(self) -> Key:
         return Key(self.op, self.shape, self.dtype, self.mode)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The shape by its dimensions: "B1 T256" as {"B": 1, "T": 256}."""
+        return {letter: int(size) for letter, size in re.findall(r"([A-Za-z]+)(\d+)", self.shape)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +76,15 @@ class Run(NamedTuple):
     rows: list[Row]
     skipped: list[Skipped]
 
+    def __str__(self) -> str:
+        return report.table(self)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return report.html(self)
+
     @property
     def cases(self) -> dict[Key, dict[str, Row]]:
         """The rows of every case by contender."""
@@ -106,8 +123,13 @@ class Run(NamedTuple):
         Path(path).write_text(json.dumps(self.as_dict(), indent=1) + "\n")
 
     def save_csv(self, path: str | Path) -> None:
-        """The rows alone, for a spreadsheet."""
+        """The rows alone, for a spreadsheet, with a column for each dimension in place of the shape."""
+        every = dict.fromkeys(letter for row in self.rows for letter in row.sizes)
+        names = [field.name for field in dataclasses.fields(Row)]
+        place = names.index("shape")
         with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+            writer = csv.DictWriter(
+                file, [*names[:place], *every, *names[place + 1 :]], extrasaction="ignore"
+            )
             writer.writeheader()
-            writer.writerows(map(dataclasses.asdict, self.rows))
+            writer.writerows(dataclasses.asdict(row) | row.sizes for row in self.rows)

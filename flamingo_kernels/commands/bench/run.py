@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from ..measure.text import first_line
 from ..measure.timing import Clock, Spread, clock_of, interleave
 from .baselines import OURS, Contender, contenders
 from .floors import Ceilings, least_bytes
+from .rival import Function, contender
 from .rows import Key, Row, Run, Skipped
 from .shapes import Case, Mode
 
@@ -53,8 +55,10 @@ def run(
     cases: Iterable[Case],
     *,
     against: Sequence[str] = (),
+    rivals: Mapping[str, Function] | None = None,
     seconds: float = 2.0,
     progress: Callable[[str], None] = lambda text: None,
+    keep: Callable[[Run], None] = lambda found: None,
     device: str = "cpu",
     clock: Clock | None = None,
     ceilings: Ceilings | None = None,
@@ -64,8 +68,10 @@ def run(
     Args:
         cases: what to run.
         against: names of the contenders to compare with; all if empty.
+        rivals: the user's own contenders beside them, by name; see `rival`.
         seconds: how long to time one case, all contenders together.
         progress: told what is going on.
+        keep: given all that was found until then, after every case.
         device: where to run.
         clock: what keeps the time; the device's own by default.
         ceilings: what the device reaches, to judge ours by; None to leave that out.
@@ -78,12 +84,13 @@ def run(
     clock = clock or clock_of(device)
     for case in cases:
         try:
-            found = _run_case(case, against, seconds, progress, device, clock, ceilings)
+            found = _run_case(case, against, rivals or {}, seconds, progress, device, clock, ceilings)
         except RuntimeError as error:  # the device is out of memory, or worse
             found = without(case, first_line(error))
         except KeyboardInterrupt:
             raise Stopped(Run(rows, skipped)) from None
         rows, skipped = rows + found.rows, skipped + found.skipped
+        keep(Run(rows, skipped))
         _clean_up(against, device)
     return Run(rows, skipped)
 
@@ -91,6 +98,7 @@ def run(
 def _run_case(
     case: Case,
     against: Sequence[str],
+    rivals: Mapping[str, Function],
     seconds: float,
     progress: Callable[[str], None],
     device: str,
@@ -98,7 +106,7 @@ def _run_case(
     ceilings: Ceilings | None,
 ) -> Run:
     progress(f"{case}: checking")
-    sound, refused = check(case, against, device)
+    sound, refused = check(case, against, device, rivals)
     skipped = [Skipped(*_key(case), name, each.reason, each.wrong) for name, each in refused.items()]
     if OURS not in sound:
         alone = [Skipped(*_key(case), name, "nothing to compare with", refused=False) for name in sound]
@@ -165,15 +173,21 @@ def prepare(task: tuple[Case, str, str]) -> None:
 
 
 def check(
-    case: Case, against: Sequence[str] = (), device: str = "cpu"
+    case: Case,
+    against: Sequence[str] = (),
+    device: str = "cpu",
+    rivals: Mapping[str, Function] | None = None,
 ) -> tuple[dict[str, Checked], dict[str, Refused]]:
     """Hold the contenders of a case against float64: those within the error budget, and the others."""
     exact = call_of(contenders(case, torch.float64, device)["eager"](), case.mode)()
     makers = contenders(case, device=device)
-    expected = _expected(makers["eager"](), case.mode, exact)
+    eager = makers["eager"]()
+    expected = _expected(eager, case.mode, exact)
+    makers = {name: make for name, make in makers.items() if not against or name in (OURS, *against)}
+    makers |= {name: partial(contender, each, case, eager) for name, each in (rivals or {}).items()}
     sound: dict[str, Checked] = {}
     refused: dict[str, Refused] = {}
-    for name in [name for name in makers if not against or name in (OURS, *against)]:
+    for name in makers:
         try:
             rival = makers[name]()
             if not rival.same and case.mode not in rival.modes:
@@ -269,4 +283,7 @@ def _variant(case: Case, device: str) -> str:
         "its decode step": "masked_cross_attention",
         "PerceiverResampler": "perceiver_attention",
     }
-    return info.backend_in_use(attention.get(case.op, case.op), device)
+    sizes = {"head_dim": case.sizes["d"]} if "d" in case.sizes else {}
+    return info.backend_in_use(
+        attention.get(case.op, case.op), device, dtype=getattr(torch, case.dtype), **sizes
+    )

@@ -17,6 +17,24 @@ HEADS = {"H": 8, "d": 64, "R": 64}  # most attentions below are of this size, as
 _LLAMA_VISION = {"H": 32, "Hkv": 8, "d": 128, "R": 6404}  # Llama 3.2 Vision: four tiles at 560 pixels
 
 
+# What each operator and layer has, with the size where a shape does not say: None where it has to, 0 for
+# Hkv, of which there are then as many as H.
+_OF_BLOCK: dict[str, int | None] = {"B": None, "T": None, "M": None, "D": None, **HEADS}
+_OF_TOKEN: dict[str, int | None] = {"B": None, "M": None, "D": None, **HEADS}
+DIMENSIONS: dict[str, dict[str, int | None]] = {
+    "masked_cross_attention": {"B": None, "T": None, "M": None, **HEADS},
+    "perceiver_attention": {"N": None, "S": None, **HEADS},
+    "gated_residual": {"rows": None, "D": None},
+    "gated_block_decode": {"B": None, "M": None, "D": None, "H": 8, "Hkv": 0, "d": 64, "R": 64},
+    "linear": {"rows": None, "D": None, "out": None},
+    "linear, int8": {"rows": None, "D": None, "out": None},
+    "GatedCrossAttentionBlock": _OF_BLOCK,
+    "its cross-attention sublayer": _OF_BLOCK,
+    "its decode step": _OF_TOKEN,
+    "PerceiverResampler": {"N": None, "S": None, "D": None, "layers": 6, **HEADS},
+}
+
+
 class Target:
     """The fastest contender of `against` must take at least `ratio` times as long as ours."""
 

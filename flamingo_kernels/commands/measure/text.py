@@ -20,6 +20,13 @@ def duration(milliseconds: float) -> str:
     return f"{rounded(milliseconds)} ms" if milliseconds < 1000 else f"{rounded(milliseconds / 1000)} s"
 
 
+def time_left(seconds: float) -> str:
+    """A time that is still to come, in the unit that suits it."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def mebibytes(size: float) -> str:
     """A number of bytes, in MiB."""
     return f"{rounded(size / 2**20)} MiB"

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from .text import factor
+
 SHORT_MS = 100.0  # a longer call has outgrown every cache
 LONGEST_LEAD = 256  # readings through the cache before one sample
 
@@ -23,6 +25,11 @@ class Spread(NamedTuple):
     median: float
     p20: float
     p80: float
+
+    def gain(self, after: Spread) -> str:
+        """How many times as fast it is after, behind "~" where the two spreads overlap."""
+        overlap = self.p20 <= after.p80 and after.p20 <= self.p80
+        return f"{'~' * overlap}{factor(self.median / after.median)}"
 
 
 class Clock(Protocol):

@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model",
-        metavar="FILE.py:NAME",
-        help="instead: a function of yours, of any of tokens, images and batch, that returns a model and the "
-        "keyword arguments of its forward",
+        metavar="FILE.py:NAME|MODULE:NAME",
+        help="instead: a function of yours, of any of tokens, images and batch, that returns a model and a "
+        "dict of the keyword arguments of its forward",
     )
     parser.add_argument("--tokens", type=count_from(1), help="in a text (default: 1024)")
     parser.add_argument("--images", type=count_from(1), help="in a text (default: 8)")
@@ -142,7 +142,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     from .subject import FULL, QUICK
 
     if bool(options.name) == bool(options.model):
-        raise ValueError("expected a MODEL, or your own as --model FILE.py:NAME.")
+        raise ValueError("expected a MODEL, or your own as --model FILE.py:NAME or module:NAME.")
     usual = QUICK if options.quick else FULL
     sizes = usual._replace(
         text=usual.text if options.tokens is None else options.tokens,

@@ -28,10 +28,11 @@ from ..measure.memory import available, peak_resident
 from ..measure.progress import ProgressBar
 from ..measure.text import dtype_name, first_line, gibibytes
 from ..measure.timing import Call, Spread, host_clock, interleave
-from .run import BEFORE, INT8, LINEARS, PATCHED, call
+from . import report
+from .run import call
+from .sides import BEFORE, COMPILED, FOLDED, FROZEN, INT8, LINEARS, PATCHED
 from .subject import GENERATION, STEP, Plan, Sizes
 
-COMPILED, FROZEN, FOLDED = "compile", "freezing", "fold"
 PAUSE = 0.05  # seconds between two processes, after which threads of the first no longer spin
 WARM = 3  # calls before the first that counts
 COMPARED = 4096  # numbers
@@ -39,7 +40,7 @@ LONG_ROUNDS = 3  # at least, of whole generations
 OVERHEAD = 2**30  # bytes of a process beside its model: libraries, activations, caches
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Apart:
     """What one run found.
 
@@ -64,6 +65,14 @@ class Apart:
     peak: dict[str, dict[str, int | None]] = field(default_factory=dict)
     differences: dict[str, dict[str, float]] = field(default_factory=dict)
     failed: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return report.apart(self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return report.html_of_apart(self)
 
 
 class Size(NamedTuple):

@@ -19,9 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ..measure.memory import available, saved_bytes
 from ..measure.swapped import swapped
 from ..measure.text import dtype_name, gibibytes
+from . import report
 from .exact import bytes_needed
 from .parts import LANGUAGE, PARTS, each_part, labels
-from .run import BEFORE, PATCHED, call, twin
+from .run import call, twin
+from .sides import BEFORE, PATCHED
 from .subject import PREFILL, STEP, Plan
 
 # The FLOP counter knows this attention on a GPU only.
@@ -35,7 +37,7 @@ _ATTENTION_ON_CPU = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Counted:
     """What can be known of a model without running it; nothing here was measured.
 
@@ -57,6 +59,14 @@ class Counted:
     prefill_flops: dict[str, int]
     flops: dict[str, int]
     saved: dict[str, int]
+
+    def __str__(self) -> str:
+        return report.counted(self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return report.html_of_counted(self)
 
 
 def lacking_memory(plan: Plan, dtype: torch.dtype, device: str, *, by_block: bool = False) -> str:

@@ -1,21 +1,22 @@
-"""The user's own model as a subject: `profile --model FILE.py:NAME`.
+"""The user's own model as a subject: `profile --model FILE.py:NAME` or `module:NAME`.
 
-NAME is a function of any of `tokens`, `images` and `batch`. It returns the model and the keyword arguments of
-its forward, or a `Subject` where more is to be said.
+NAME is a function of any of `tokens`, `images` and `batch`. It returns the model and a dict of the keyword
+arguments of its forward, or a `Subject` where more is to be said. The forward returns logits, or something
+that has them as `logits` or as its first tensor, and may have a `loss`.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-import runpy
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from flamingo.user_function import user_function
 
 from ..measure.swapped import swapped
 from .parts import BLOCKS, RESAMPLER, VISION
@@ -27,28 +28,31 @@ def plan(where: str, sizes: Sizes) -> Plan:
     """How to build the model of a function.
 
     Args:
-        where: its file and name, as "mine.py:build".
+        where: its file or module, and its name, as "mine.py:build".
 
     Raises:
-        ValueError: no such file, or no function of this name in it.
+        ImportError, ValueError: there is no such function, see `user_function`.
     """
-    file, _, name = where.rpartition(":")
-    if not Path(file).is_file():
-        raise ValueError(f"expected --model FILE.py:NAME, got {where}: there is no file {file!r}.")
-    if not callable(runpy.run_path(file).get(name)):
-        raise ValueError(f"expected --model FILE.py:NAME, got {where}: {file} has no function {name!r}.")
-    return Plan(where, sizes, partial(_build, file, name), needs_memory=True)
+    user_function(where)
+    return Plan(where, sizes, partial(_build, where), needs_memory=True)
 
 
-def _build(file: str, name: str, sizes: Sizes) -> Subject:
-    make = runpy.run_path(file)[name]
+def _build(where: str, sizes: Sizes) -> Subject:
+    make = user_function(where)
     offered = {"tokens": sizes.text, "images": sizes.media, "batch": sizes.batch}
     made = make(**{each: offered[each] for each in inspect.signature(make).parameters if each in offered})
     if isinstance(made, Subject):
         return made
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+    if not (
+        isinstance(made, tuple)
+        and len(made) == 2
+        and isinstance(made[0], nn.Module)
+        and isinstance(made[1], Mapping)
+    ):
+        kinds = made if isinstance(made, tuple) else (made,)
         raise ValueError(
-            f"expected {name} to return a model and a dict of inputs, got {type(made).__name__}."
+            f"expected {where} to return a model and a dict of inputs, got "
+            f"{', '.join(type(each).__name__ for each in kinds) or 'an empty tuple'}."
         )
     model, inputs = made
     model.eval()

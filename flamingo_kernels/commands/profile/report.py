@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..._html import bar as html_bar
+from ..._html import page, paragraph, table
 from .. import readme
 from ..measure.figure import new_figure
 from ..measure.text import duration, factor, mebibytes, rounded, verdict
 from ..measure.timing import Spread
-from .apart import COMPILED, FOLDED, FROZEN, Apart
-from .count import Counted
 from .parts import BLOCKS, INSIDE, PARTS
-from .run import BEFORE, INT8, LINEARS, PATCHED, Measured, Profile
+from .sides import BEFORE, COMPILED, FOLDED, FROZEN, INT8, LINEARS, PATCHED
 from .subject import DECODE, GENERATION, PREFILL, STEP
+
+if TYPE_CHECKING:
+    from .apart import Apart
+    from .count import Counted
+    from .run import Measured, Profile
 
 _TITLES = {
     BEFORE: "as it is",
@@ -26,6 +31,7 @@ _TITLES = {
     COMPILED: "torch.compile",
     FROZEN: "inductor, frozen",
 }
+_OVERLAP = '"~": the spreads of both, 20% to 80%, overlap'
 _WIDTH, _FACTOR = 27, 8  # of a cell, and of what it gains
 
 
@@ -72,6 +78,7 @@ def measured(found: Profile) -> str:
         lines += ["", _heading(f"time by part, {name}", sides), *_by_part(work)]
     lines += [
         "",
+        f"Gains of speed: {_OVERLAP}.",
         "Parts: medians under torch.profiler, with its cost. A gate that rides on a product counts there.",
     ]
     return "\n".join(lines)
@@ -110,7 +117,9 @@ def apart(found: Apart) -> str:
         f"{found.model}, {found.dtype}, {rounded(found.parameters / 1e6)} M random parameters; "
         f"{sizes.batch} x {sizes.text} tokens{generated}, {sizes.media} images",
         f"{setting['device']}, {setting['threads']} threads, torch {setting['torch']}",
-        "each in a process of its own" + (", beside the model as it is" if found.beside else ""),
+        "each in a process of its own"
+        + (", beside the model as it is" if found.beside else "")
+        + f"; {_OVERLAP}",
     ]
     for work, times in found.times.items():
         heading = f"{work}, ms", "median", "20% to 80%", "gain", "tokens/s", "memory", "difference"
@@ -122,7 +131,7 @@ def apart(found: Apart) -> str:
             cells = (
                 rounded(spread.median),
                 f"{rounded(spread.p20)} to {rounded(spread.p80)}",
-                factor(before.median / spread.median) if before else "",
+                before.gain(spread) if before else "",
                 rounded(1e3 * found.tokens[work] / spread.median),
                 "" if peak is None else mebibytes(peak),
                 "" if difference is None else f"{difference:.1e}",
@@ -159,8 +168,8 @@ def apart_table(runs: Iterable[Mapping[str, Any]]) -> str:
     latest = max(run["conditions"]["time"] for run in runs)
     lines += [
         "",
-        'Times as it is over times of each side; "~": the spreads of both, 20% to 80%, overlap; "-": '
-        f"not measured. Medians on {said['device']}, {said['threads']} threads, "
+        f'Times as it is over times of each side; {_OVERLAP}; "-": not measured. '
+        f"Medians on {said['device']}, {said['threads']} threads, "
         f"torch {said['torch']}, commit {said['commit']}, {latest[:10]}.",
     ]
     return "\n".join(lines)
@@ -218,9 +227,7 @@ def _real_cell(run: Mapping[str, Any], work: str, side: str) -> str:
 def _apart_gain(times: Mapping[str, Any], side: str, before: Mapping[str, float] | None = None) -> str:
     if side not in times:
         return "-"
-    before, after = before or times[BEFORE], times[side]
-    overlap = before["p20"] <= after["p80"] and after["p20"] <= before["p80"]
-    return f"{'~' * overlap}{factor(before['median'] / after['median'])}"
+    return Spread(**before or times[BEFORE]).gain(Spread(**times[side]))
 
 
 def counted(found: Counted) -> str:
@@ -249,46 +256,134 @@ def plain(value: Any) -> Any:
     """What JSON can keep, fields and properties by name."""
     if is_dataclass(value):
         named = {each.name: plain(getattr(value, each.name)) for each in fields(value)}
-        if isinstance(value, Measured):
-            named |= {
-                "tokens_per_s": {side: plain(value.speed(side)) for side in value.times},
-                "gain": {side: value.gain(side) for side in value.times if side != BEFORE},
-            }
+        named |= {name: plain(each) for name, each in getattr(value, "derived", {}).items()}
         return named
     if hasattr(value, "_asdict"):
         return value._asdict()
     return {key: plain(each) for key, each in value.items()} if isinstance(value, Mapping) else value
 
 
+def html_of_profile(found: Profile) -> str:
+    """For a notebook: errors, speeds and memory as tables, times as bars."""
+    proofs = [
+        (f"{name}, {_TITLES[side]}", *verdict(proof))
+        for name, by_side in found.proofs.items()
+        for side, proof in by_side.items()
+    ]
+    told = [
+        (f"{name}, {_TITLES[side]}", f"{error:.1e}", "told", "")
+        for name, by_side in found.told.items()
+        for side, error in by_side.items()
+    ]
+    return page(
+        paragraph(f"{found.model}, {found.dtype}, {found.conditions['device']}; {_shapes(found.inputs)}"),
+        paragraph(found.patched),
+        table(("relative error against float64", "found", "allowed", ""), proofs + told),
+        table(("", "time", "tokens/s", "gain", "peak", ""), _speeds(found)) if found.works else "",
+        paragraph(
+            f"Gains: {_OVERLAP}. Bars: median times of a call, of that as it is."
+            if found.works
+            else "The patched model computes something else: nothing was timed."
+        ),
+    )
+
+
+def _speeds(found: Profile) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{name}, {_TITLES[side]}",
+            duration(spread.median),
+            rounded(work.speed(side).median),
+            "" if side == BEFORE else work.times[BEFORE].gain(spread),
+            mebibytes(peak) if (peak := work.peak.get(side)) else "",
+            html_bar(spread.median / max(each.median for each in work.times.values())),
+        )
+        for name, work in found.works.items()
+        for side, spread in work.times.items()
+    ]
+
+
+def html_of_apart(found: Apart) -> str:
+    """For a notebook: times of processes of their own."""
+    rows = []
+    for work, times in found.times.items():
+        longest = max(spread.median for spread in times.values())
+        for side, spread in times.items():
+            before = found.beside.get(work, {}).get(side) or times.get(BEFORE)
+            peak = found.peak[work][side]
+            rows.append(
+                (
+                    f"{work}, {_TITLES[side]}",
+                    duration(spread.median),
+                    before.gain(spread) if before else "",
+                    "" if peak is None else mebibytes(peak),
+                    html_bar(spread.median / longest),
+                )
+            )
+    return page(
+        paragraph(
+            f"{found.model}, {found.dtype}, {found.conditions['device']}: each in a process of its own"
+        ),
+        table(("", "time", "gain", "memory", ""), rows),
+        paragraph(f"Gains: {_OVERLAP}."),
+    )
+
+
+def html_of_counted(found: Counted) -> str:
+    """For a notebook: what was counted."""
+    parts = [
+        (part, f"{size / 1e6:.4g}", f"{found.prefill_flops.get(part, 0) / 1e9:.4g}")
+        for part, size in found.parameters.items()
+    ]
+    works = [(name, f"{flops / 1e9:.4g}") for name, flops in found.flops.items()]
+    return page(
+        paragraph(f"{found.model}, {found.dtype}. Not run: it {found.lacking}. All is counted."),
+        table(("part", "M parameters", "GFLOP of a prefill"), parts),
+        table(("work", "GFLOP"), works),
+    )
+
+
 def picture(found: Profile, path: str | Path) -> None:
-    """Draw the time by part on every side. Raises as `new_figure`."""
+    """Draw the time of a call on every side, divided as its parts are. Raises as `new_figure`."""
     rows = [(name, side) for name, work in found.works.items() for side in work.times][::-1]  # drawn upwards
     figure = new_figure(figsize=(11, 1.6 + 0.45 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     ends = dict.fromkeys(rows, 0.0)
+    bars = [bar(found.works[name], side) for name, side in rows]
     for part in PARTS:
-        widths = []
-        for name, side in rows:
-            parts = found.works[name].parts
-            widths.append(parts[side].get(part, 0.0) / sum(parts[BEFORE].values()))
+        widths = [each.get(part, 0.0) for each in bars]
         if any(widths):
             axes.barh(
                 range(len(rows)), widths, 0.72, left=list(ends.values()), color=_COLOURS[part], label=part
             )
         ends = {row: end + width for (row, end), width in zip(ends.items(), widths, strict=True)}
     for y, (name, side) in enumerate(rows):
-        work = found.works[name]
-        gain = "" if side == BEFORE else f", {factor(work.gain(side))}"
-        label = f"  {rounded(work.speed(side).median)} tokens/s{gain}"
+        label = f"  {ends[name, side]:.2f}: {_labelled(found.works[name], side)}"
         axes.text(ends[name, side], y, label, va="center", fontsize=9, color="#333333")
     axes.set_yticks(range(len(rows)), [f"{name}, {_TITLES[side]}" for name, side in rows], fontsize=9)
-    axes.set_xlim(0, 1.3 * max([1.0, *ends.values()]))
-    axes.set_xlabel("time under torch.profiler, of what the work takes before", fontsize=9)
+    axes.set_xlim(0, 1.4 * max([1.0, *ends.values()]))
+    axes.set_xlabel(
+        f"median time of a call, of that as it is; colours: shares under torch.profiler; {_OVERLAP}",
+        fontsize=9,
+    )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.set_title(f"{found.model}, {found.dtype}, {found.conditions['device']}", loc="left", fontsize=11)
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=130)
+
+
+def bar(work: Measured, side: str) -> dict[str, float]:
+    """The time of a call on a side, over that as it is, divided by part as under torch.profiler."""
+    parts = work.parts[side]
+    length = work.times[side].median / work.times[BEFORE].median
+    return {part: length * taken / sum(parts.values()) for part, taken in parts.items()}
+
+
+def _labelled(work: Measured, side: str) -> str:
+    """The numbers beside a bar."""
+    gain = "" if side == BEFORE else f", {_gains(work)[side]}"
+    return f"{duration(work.times[side].median)}, {rounded(work.speed(side).median)} tokens/s{gain}"
 
 
 # A gated block in shades of red, the rest of the model in cold colours.
@@ -303,22 +398,22 @@ def _heading(name: str, sides: Iterable[str]) -> str:
     return _line(name, {side: _TITLES[side] for side in sides}, {})
 
 
-def _line(name: str, cells: Mapping[str, str], gains: Mapping[str, float]) -> str:
+def _line(name: str, cells: Mapping[str, str], gains: Mapping[str, str]) -> str:
     """A row: a cell for each side, and behind each but the first what it gains."""
     text = f"{name:<34}"
     for side, cell in cells.items():
         text += f"{cell:>{_WIDTH}}"
         if side != BEFORE:
-            text += f"{factor(gains[side]) if side in gains else '':>{_FACTOR}}"
+            text += f"{gains.get(side, ''):>{_FACTOR}}"
     return text.rstrip()
 
 
-def _gains(work: Measured) -> dict[str, float]:
-    return {side: work.gain(side) for side in work.times if side != BEFORE}
+def _gains(work: Measured) -> dict[str, str]:
+    return {side: work.times[BEFORE].gain(spread) for side, spread in work.times.items() if side != BEFORE}
 
 
 def _compared(name: str, values: Mapping[str, Any], shown: Callable[[float], str]) -> str:
-    gains = {side: values[BEFORE] / value for side, value in values.items() if value}
+    gains = {side: factor(values[BEFORE] / value) for side, value in values.items() if value}
     return _line(name, {side: shown(value) for side, value in values.items()}, gains)
 
 

@@ -23,11 +23,12 @@ from ..measure.progress import ProgressBar
 from ..measure.swapped import swapped
 from ..measure.text import dtype_name
 from ..measure.timing import Clock, Spread, clock_of, interleave
+from . import report
 from .exact import in_float64
 from .parts import PARTS, device_time, each_part, host_time, labels, time_by_part
+from .sides import BEFORE, INT8, LINEARS, PATCHED
 from .subject import STEP, Plan, Subject, Work
 
-BEFORE, PATCHED, LINEARS, INT8 = "before", "patch", "linears", "int8"
 PROFILED = 5  # calls of every work and side under torch.profiler, whose events take seconds to read
 
 Call = Callable[[], tuple[Tensor, ...]]
@@ -61,8 +62,16 @@ class Measured:
         """How many times as fast it is as before."""
         return self.times[BEFORE].median / self.times[side].median
 
+    @property
+    def derived(self) -> dict[str, dict[str, Any]]:
+        """What JSON has beside the fields."""
+        return {
+            "tokens_per_s": {side: self.speed(side) for side in self.times},
+            "gain": {side: self.gain(side) for side in self.times if side != BEFORE},
+        }
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Profile:
     """What one run found; `works` is empty if the results are not the same.
 
@@ -89,6 +98,14 @@ class Profile:
     @property
     def same(self) -> bool:
         return all(proof.passed for by_side in self.proofs.values() for proof in by_side.values())
+
+    def __str__(self) -> str:
+        return report.measured(self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return report.html_of_profile(self)
 
 
 def run(

@@ -1,7 +1,9 @@
+import csv
 import dataclasses
 import json
 import re
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -194,6 +196,34 @@ def test_a_file_without_markers_is_left_alone(outcome, tmp_path, text):
     assert readme.read_text() == text
 
 
+def test_a_rival_of_the_users_has_a_column_and_a_bar(outcome, tmp_path, monkeypatch):
+    figure_module = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure_module.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    own = [dataclasses.replace(outcome.rows[1], contender=f"mine.py:{name}", ratio=9.0) for name in "ab"]
+    found = Run(own + outcome.rows, [])
+    head, _, line, *_ = report.markdown(found).splitlines()
+    assert head.endswith("| compile | `mine.py:a` | `mine.py:b` | target |")
+    assert "| - | 9.00x | 9.00x |" in line
+    report.picture(found, tmp_path / "x.png")
+    bars = drawn[0].axes[0].patches
+    assert [bar.get_width() for bar in bars] == [21.0, 5.0, 8.0, 8.0]
+    places = sorted((bar.get_y(), bar.get_y() + bar.get_height()) for bar in bars)
+    assert all(end == pytest.approx(start) for (_, end), (start, _) in pairwise(places))
+    assert len({bar.get_facecolor() for bar in bars}) == 4
+
+
+def test_a_table_for_a_spreadsheet_has_a_column_for_each_dimension(outcome, tmp_path):
+    other = row(Key("linear", "rows1 D2048 out8192", "float32", "forward"), OURS, 1.0)
+    Run([*outcome.rows[:1], other], []).save_csv(tmp_path / "run.csv")
+    with (tmp_path / "run.csv").open() as file:
+        head, masked, linear = csv.reader(file)
+    assert head[:12] == ["op", *"BTMHdR", "rows", "D", "out", "dtype", "mode"]
+    assert masked[:12] == [MASKED.op, "1", "1024", "8", "8", "64", "64", "", "", "", "float32", "forward"]
+    assert linear[1:10] == [""] * 6 + ["1", "2048", "8192"]
+    assert "shape" not in head
+
+
 def test_a_stored_run_is_the_same_run(outcome, tmp_path):
     outcome.save_json(tmp_path / "run.json")
     assert Run.load(tmp_path / "run.json") == outcome
@@ -241,7 +271,7 @@ def test_the_picture_has_a_bar_for_every_rival(outcome, tmp_path, monkeypatch):
     assert (tmp_path / "bench.png").stat().st_size > 10_000
 
 
-def test_a_picture_without_matplotlib_names_the_extra(outcome, tmp_path, monkeypatch):
+def test_a_picture_without_matplotlib_says_so(outcome, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "\.\[bench\]"'):
         report.picture(outcome, tmp_path / "bench.png")

@@ -257,3 +257,53 @@ def test_a_slower_side_is_shown_to_be_slower(monkeypatch):
     page = report.measured(found)
     assert "24,000 (24,000 to 24,000)" in page
     assert "2,400 (2,400 to 2,400)   0.10x" in page
+
+
+def profile_of(times, parts):
+    work = run.Measured(100, "", times, dict.fromkeys(times, 1), {}, parts)
+    conditions = {"device": "a processor", "threads": 2, "torch": "2.13.0", "device_type": "cpu"}
+    return run.Profile(
+        "a model", "float32", {}, 10, "patch: 1", conditions, False, False, {}, {}, {models.PREFILL: work}
+    )
+
+
+TIMES = {
+    run.BEFORE: Spread(10.0, 9.0, 12.0),
+    run.PATCHED: Spread(8.0, 7.0, 9.0),
+    run.LINEARS: Spread(4.0, 3.0, 5.0),
+}
+TAKEN = {
+    run.BEFORE: {parts.VISION: 30.0, parts.LANGUAGE: 10.0},
+    run.PATCHED: {parts.VISION: 30.0, parts.LANGUAGE: 30.0},
+    run.LINEARS: {parts.LANGUAGE: 50.0},
+}
+
+
+def test_a_gain_whose_spreads_overlap_is_marked():
+    page = report.measured(profile_of(TIMES, TAKEN))
+    assert "12,500 (11,111 to 14,286)  ~1.25x" in page
+    assert "25,000 (20,000 to 33,333)   2.50x" in page
+    assert 'Gains of speed: "~": the spreads of both, 20% to 80%, overlap.' in page
+    assert "30 ms  " in page
+    assert "~1.00x" not in page, "parts have no spread"
+
+
+def test_the_bars_are_the_numbers_beside_them(tmp_path, monkeypatch):
+    figure_module = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure_module.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    report.picture(profile_of(TIMES, TAKEN), tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    ends = {}
+    for bar in axes.patches:
+        y = round(bar.get_y() + bar.get_height() / 2)
+        ends[y] = max(ends.get(y, 0.0), bar.get_x() + bar.get_width())
+    assert ends == pytest.approx({2: 1.0, 1: 0.8, 0: 0.4})
+    assert [text.get_text().strip() for text in axes.texts] == [
+        "0.40: 4 ms, 25,000 tokens/s, 2.50x",
+        "0.80: 8 ms, 12,500 tokens/s, ~1.25x",
+        "1.00: 10 ms, 10,000 tokens/s",
+    ]
+    assert report.bar(profile_of(TIMES, TAKEN).works[models.PREFILL], run.PATCHED) == pytest.approx(
+        {parts.VISION: 0.4, parts.LANGUAGE: 0.4}
+    )

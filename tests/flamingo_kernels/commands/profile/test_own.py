@@ -39,6 +39,9 @@ def fixed():
 def wrong():
     return 3
 
+def listed():
+    return Model(), [1]
+
 def whole(tokens):
     from flamingo_kernels.commands.profile.subject import Subject, Work
     model, inputs = build(tokens, 1, 1)
@@ -87,17 +90,18 @@ def _compare(subject):
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("nowhere.py:build", "there is no file 'nowhere.py'"),
-        ("build", "there is no file ''"),
-        ("{file}:nothing", "has no function 'nothing'"),
-        ("{file}:number", "has no function 'number'"),
-        ("{file}:wrong", "expected wrong to return a model and a dict of inputs, got int"),
+        ("nowhere.py:build", "expected a file of Python, found none at nowhere.py"),
+        ("build", "expected FILE.py:NAME or module:NAME, got 'build'"),
+        ("{file}:nothing", "expected a function nothing in {file}, got NoneType"),
+        ("{file}:wrong", "expected {file}:wrong to return a model and a dict of inputs, got int"),
+        ("{file}:listed", "to return a model and a dict of inputs, got Model, list"),
     ],
 )
 def test_what_is_no_model_is_refused(where, message, file, capsys):
     assert cli.main(["profile", "--model", where.format(file=file), "--quick"]) == 2
     shown = capsys.readouterr()
-    assert message in shown.err
+    assert message.format(file=file) in shown.err
+    assert shown.err.rstrip().count("\n") == shown.err.count(": building")
     assert shown.out == ""
 
 

@@ -1,0 +1,65 @@
+"""A function of the user's, by what names it on the command line: `FILE.py:NAME` or `module:NAME`."""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+FORMS = "FILE.py:NAME or module:NAME"
+
+
+def user_function(name: str, forms: str = FORMS) -> Callable[..., Any]:
+    """Runs a file, or imports a module, and takes what has this name there.
+
+    It may import what lies beside its file, or a module in the working directory, as under `python FILE.py`.
+
+    Args:
+        name: as "mine.py:build", "folder/mine.py:build" or "package.module:Class.method".
+        forms: what an error says that is expected.
+
+    Returns:
+        The function, or whatever else can be called: it is not called here. What it is given, and what it has
+        to return, says the option that names it.
+
+    Raises:
+        ValueError: `name` is none of both, there is no such file or nothing of this name in it that can be
+            called, or its code fails.
+        ImportError: there is no such module, or it needs one that is not there.
+    """
+    where, _, path = name.rpartition(":")
+    if not (where and path):
+        raise ValueError(f"expected {forms}, got {name!r}, which is none of them.")
+    found: Any = _module(where)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise ValueError(f"expected a function {path} in {where}, got {type(found).__name__}.")
+    return found
+
+
+def _module(where: str) -> Any:
+    file = Path(where)
+    if file.suffix == ".py" and not file.is_file():
+        raise ValueError(f"expected a file of Python, found none at {where}.")
+    if where.startswith("."):
+        raise ValueError(f"expected the whole name of a module, got {where!r}.")
+    folder = str(file.parent.resolve())  # of a module: the working directory
+    if folder not in sys.path:
+        sys.path.append(folder)  # at the end, where it hides nothing
+    try:
+        return _run(file) if file.suffix == ".py" else import_module(where)
+    except (ImportError, OSError, SyntaxError):
+        raise
+    except Exception as error:
+        lines = f"{type(error).__name__}: {error}".splitlines()
+        raise ValueError(f"expected code that can be run in {where}, got {lines[0]}.") from error
+
+
+def _run(file: Path) -> Any:
+    spec: Any = spec_from_file_location(file.stem, file)
+    module = module_from_spec(spec)
+    sys.modules.setdefault(file.stem, module)  # where dataclasses and pickle look for it
+    spec.loader.exec_module(module)
+    return module
