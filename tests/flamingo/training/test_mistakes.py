@@ -1,6 +1,7 @@
 """Fifty mistakes in a run's file and in what it names: each is its one line, before there is a model."""
 
 import re
+import sys
 
 import pytest
 from safetensors.torch import save_file
@@ -279,6 +280,13 @@ MISTAKES = [
     ("", "DIR/run.toml: expected a key 'folder', got none."),
     ("a = " + "[" * 50_000 + "]" * 50_000, "DIR/run.toml: expected TOML, got: ma..."),
 ]
+
+
+@pytest.mark.parametrize("package", ["safetensors", "PIL", "tqdm", "tensorboard"])
+def test_a_package_that_is_missing_is_said_before_there_is_a_model(refused, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    how = 'In a checkout of this library, run: pip install ".[training]".'
+    assert refused(of_run("tensorboard = true")) == f"train: {package} is missing. {how}"
 
 
 @pytest.mark.parametrize(("text", "line"), MISTAKES, ids=range(len(MISTAKES)))
