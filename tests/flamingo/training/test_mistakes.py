@@ -155,6 +155,22 @@ MISTAKES = [
         of_model('changes = { activation = "tanhh" }'),
         "DIR/run.toml, [model]: expected activation to be one of gelu, squared_relu, relu, got 'tanhh'.",
     ),
+    (
+        of_model("changes = { vocab_size = 200 }"),
+        "DIR/run.toml, [model]: expected vocab_size to be 261 or more, of bytes and special tokens, got 200.",
+    ),
+    (
+        of_model("changes = { media_token_id = 3 }"),
+        "DIR/run.toml, [model]: expected media_token_id to be 256, <image> of the byte tokenizer,...",
+    ),
+    (
+        of_model("changes = { cross_attn_first = 4 }"),
+        "DIR/run.toml, [model]: expected cross_attn_first to be below language_layers=4, got 4: there...",
+    ),
+    (
+        of_model("changes = { new_tokens = [257, 261] }"),
+        "DIR/run.toml, [model]: expected new_tokens below vocab_size=261, got [257, 261].",
+    ),
     (of_model("changes = 3"), "DIR/run.toml, [model]: changes: expected a table, got 3."),
     (
         of_model('vision_weights = "DIR/missing"'),
