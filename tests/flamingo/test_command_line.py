@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pkgutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from flamingo import __main__ as flamingo
 from flamingo.command_line import Parser, count_from, expect_writable, run_command, time_span
+from flamingo.training.config import tomllib
 from flamingo_kernels import __main__ as kernels
 from tests.helpers import ROOT
 
@@ -82,6 +84,12 @@ def test_nobody_reads_the_output(lines, unbuffered):
     process.stdout.close()
     process.stdin.close()
     assert (process.wait(), process.stderr.read()) == (141, b"")
+
+
+def test_the_programs_of_an_installation_are_these():
+    programs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    found = {name: pkgutil.resolve_name(place) for name, place in programs.items()}
+    assert found == {"flamingo": flamingo.main, "flamingo-kernels": kernels.main}
 
 
 @pytest.mark.parametrize("package", [flamingo, kernels])
