@@ -27,6 +27,7 @@ _EXTRAS = {
     "skimage": "demo",
     "sklearn": "demo",
     "tensorboard": "training",
+    "tomli": "training",
     "tqdm": "training",
     "transformers": "transformers",
 }

@@ -81,6 +81,16 @@ class FlamingoConfig:
                 f"FlamingoConfig: expected activation to be one of {', '.join(ACTIVATIONS)}, got "
                 f"{self.activation!r}."
             )
+        if self.cross_attn_first >= self.language_layers:
+            raise ValueError(
+                "FlamingoConfig: expected cross_attn_first to be below language_layers="
+                f"{self.language_layers}, got {self.cross_attn_first}: there would be no block."
+            )
+        if any(token >= self.vocab_size for token in self.new_tokens):
+            raise ValueError(
+                f"FlamingoConfig: expected new_tokens below vocab_size={self.vocab_size}, got "
+                f"{self.new_tokens}."
+            )
         if self.vision == "vit":
             self._check_vit()
         elif self.vision not in (*NFNETS, "given"):

@@ -104,7 +104,7 @@ def latest(
         files: those that have to be whole.
 
     Raises:
-        ValueError: if there are checkpoints , all of them damaged: to begin anew would write over them.
+        ValueError: if there are checkpoints, all of them damaged: to begin anew would write over them.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"expected {folder} to be a folder, got a file.")

@@ -12,6 +12,7 @@ OBELICS' as such, as a data URI, or as `{"bytes": ..., "path": ...}`. `files` lo
 """
 
 import json
+from math import inf
 from typing import Any, NamedTuple
 
 # How a data URI, and JPEG, PNG, GIF and WebP in base64, begin.
@@ -86,7 +87,9 @@ def _match(page: dict[str, Any], number: int, info: dict[str, Any], count: int) 
     matrix = page.get("similarity_matrix")
     row = matrix[number] if isinstance(matrix, list) and number < len(matrix) else None
     if row is not None and not (
-        isinstance(row, list) and len(row) == count and all(isinstance(each, (int, float)) for each in row)
+        isinstance(row, list)
+        and len(row) == count
+        and all(isinstance(each, (int, float)) and abs(each) < inf for each in row)
     ):
         raise ValueError(f"expected a similarity_matrix of numbers, one for each of {count} texts in a row.")
     place = info.get("matched_text_index")
@@ -95,7 +98,7 @@ def _match(page: dict[str, Any], number: int, info: dict[str, Any], count: int) 
     if type(place) is not int or not 0 <= place < count:
         raise ValueError(f"expected a matched_text_index below {count}, got {place!r:.40}.")
     similarity = info.get("matched_sim", row[place] if row else None)
-    if not isinstance(similarity, (int, float, type(None))):
+    if not (similarity is None or (isinstance(similarity, (int, float)) and abs(similarity) < inf)):
         raise ValueError(f"expected a matched_sim that is a number, got {similarity!r:.40}.")
     return place, similarity
 

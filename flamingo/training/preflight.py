@@ -14,7 +14,6 @@ from flamingo.training.data import Reader, expect_same_data
 from flamingo.training.features import expect_made
 from flamingo.training.log import read_log
 from flamingo.training.order import Position, SampleOrder
-from flamingo.training.processes import device_of
 from flamingo.training.shards import find_shards
 
 
@@ -42,17 +41,16 @@ def check_run(config: TrainingConfig, model: ModelConfig) -> None:
 
 
 def check_inputs(config: TrainingConfig, model: ModelConfig) -> None:
-    """Looks at the device, the weights of frozen parts, and a first sample of each dataset.
+    """Looks at the weights of frozen parts, and a first sample of each dataset.
 
     Raises:
         ImportError: if a package is missing.
         FileNotFoundError: if there are no shards.
-        ValueError: if there is no such device, or weights are of another model.
+        ValueError: if weights are of another model.
         DataError: if a shard is damaged, or many samples in a row cannot be read.
     """
     for module in ("safetensors", "PIL"):
         import_module(module)
-    device_of(config.device)
     built = _without_memory(model)
     for name in ("vision", "language"):
         path = getattr(model, f"{name}_weights")

@@ -28,6 +28,14 @@ from flamingo.training.tar import members
 
 Sample = dict[str, bytes]  # a kind of file, as "txt", to its content
 
+# Of shards in a folder. Those that are compressed are found, to be refused and not passed over.
+_ENDINGS = (
+    ".tar",
+    ".jsonl",
+    ".tgz",
+    *(f".{kind}.{packed}" for kind in ("tar", "jsonl") for packed in ("gz", "bz2", "xz", "zst")),
+)
+
 
 @dataclass
 class Entry:
@@ -63,7 +71,7 @@ def find_shards(patterns: Iterable[str]) -> list[str]:
 
     Args:
         patterns: names of files; `*`, `?` and `[...]` as in a shell, and braces, see `expand`; of a folder
-            the files `*.tar` and `*.jsonl` in it.
+            the files `*.tar` and `*.jsonl` in it, and compressed ones, which `entries` refuses.
 
     Raises:
         FileNotFoundError: if nothing has a name that a pattern stands for.
@@ -87,7 +95,7 @@ def _paths(name: str) -> list[str]:
 
 def _shards_in(folder: str) -> list[str]:
     inside = glob.escape(folder)
-    return [path for ending in ("*.tar", "*.jsonl") for path in glob.glob(os.path.join(inside, ending))]
+    return [path for ending in _ENDINGS for path in glob.glob(os.path.join(inside, f"*{ending}"))]
 
 
 def _nothing(pattern: str, names: list[str], missing: list[str]) -> str:

@@ -24,7 +24,7 @@ from flamingo.model import Flamingo
 from flamingo.open_flamingo import load_open_flamingo
 from flamingo.pretrained import load_whole, read_json
 from flamingo.processor import Processor
-from flamingo.tokenizer import PretrainedTokenizer
+from flamingo.tokenizer import ByteTokenizer, PretrainedTokenizer
 from flamingo.training.config import ModelConfig
 from flamingo.vision import PretrainedVision, read_preprocessing
 
@@ -58,16 +58,37 @@ def check(config: ModelConfig) -> None:
                 f"{config.language}: expected the language model's tokenizer beside it, one of "
                 f"{', '.join(_TOKENIZERS)}, got none. Save it there: tokenizer.save_pretrained(folder)."
             )
+    changes = dict(config.changes)
+    if config.language is not None:  # whose layers are not known yet
+        changes.pop("cross_attn_first", None)
     try:
-        FlamingoConfig.preset(config.preset, **config.changes)
+        sizes = FlamingoConfig.preset(config.preset, **changes)
     except ValueError as error:
         raise ValueError(f"[model]: {str(error).removeprefix('FlamingoConfig: ')}") from error
+    if config.language is None:
+        _expect_bytes(sizes)
     for name in ("checkpoint", "vision_weights", "language_weights"):
         file = getattr(config, name)
         if file is not None and not Path(file).is_file():
             raise ValueError(f"[model]: expected {name} to be a file, got {file}, which is none.")
         if file is not None and name != "checkpoint":
             _loaded(lambda path: import_module("safetensors").safe_open(path, framework="pt"), file)
+
+
+def _expect_bytes(sizes: FlamingoConfig) -> None:
+    """Raises ValueError if a model does not know the tokens of the byte tokenizer."""
+    tokenizer = ByteTokenizer()
+    if sizes.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"[model]: expected vocab_size to be {tokenizer.vocab_size} or more, of bytes and special "
+            f"tokens, got {sizes.vocab_size}."
+        )
+    if sizes.media_token_id != tokenizer.image_id:  # it would see no image
+        raise ValueError(
+            f"[model]: expected media_token_id to be {tokenizer.image_id}, <image> of the byte tokenizer, "
+            f"got {sizes.media_token_id}. Name a language, or set changes = {{ media_token_id = "
+            f"{tokenizer.image_id} }}."
+        )
 
 
 def _config(folder: str, name: str, kinds: tuple[str, ...]) -> dict[str, Any]:

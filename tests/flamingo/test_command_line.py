@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pkgutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from flamingo import __main__ as flamingo
 from flamingo.command_line import Parser, count_from, expect_writable, run_command, time_span
+from flamingo.training.config import tomllib
 from flamingo_kernels import __main__ as kernels
 from tests.helpers import ROOT
 
@@ -62,24 +64,32 @@ def test_a_fault_of_ours_keeps_its_traceback():
         run_command("work", fails(TypeError("of two arguments one is missing")))
 
 
-def test_nobody_reads_the_rest():
-    """As after `| head -1`."""
+@pytest.mark.parametrize("lines", [1, 10**5])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_nobody_reads_the_output(lines, unbuffered):
+    """As after `| head`; a few lines wait in a buffer until the end."""
     code = (
-        "from flamingo.command_line import run_command\n"
-        "def work():\n    for _ in range(10**5): print('a line')\n    return 0\n"
-        "raise SystemExit(run_command('work', work))"
+        "import sys\nfrom flamingo.command_line import run_command\n"
+        f"def work():\n    sys.stdin.read()\n    for _ in range({lines}): print('a line')\n    return 0\n"
+        "sys.exit(run_command('work', work))"
     )
-    for buffering in ("0", "1"):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": buffering},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        assert process.stdout.readline() == b"a line\n"
-        process.stdout.close()
-        assert (process.wait(), process.stderr.read()) == (141, b"")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    process.stdin.close()
+    assert (process.wait(), process.stderr.read()) == (141, b"")
+
+
+def test_the_programs_of_an_installation_are_these():
+    programs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    found = {name: pkgutil.resolve_name(place) for name, place in programs.items()}
+    assert found == {"flamingo": flamingo.main, "flamingo-kernels": kernels.main}
 
 
 @pytest.mark.parametrize("package", [flamingo, kernels])

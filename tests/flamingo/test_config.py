@@ -161,3 +161,29 @@ def test_a_change_of_a_field_that_there_is_not():
 def test_unknown_preset():
     with pytest.raises(ValueError, match=r"expected one of flamingo-3b, .*tiny, got 'gato'"):
         FlamingoConfig.preset("gato")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"language_layers": -1}, "expected language_layers to be positive, got -1"),
+        ({"language_layers": "4"}, "expected language_layers to be int, got '4'"),
+        ({"language_layers": True}, "expected language_layers to be int, got True"),
+        ({"num_latents": 0}, "expected num_latents to be positive, got 0"),
+        ({"max_num_frames": 1.5}, "expected max_num_frames to be int, got 1.5"),
+        ({"norm_media": 1}, "expected norm_media to be bool, got 1"),
+        ({"policy": "none"}, "expected policy to be one of zero, open_flamingo, got 'none'"),
+        ({"activation": "tanhh"}, "expected activation to be one of gelu, squared_relu, relu, got 'tanhh'"),
+        ({"new_tokens": 257}, "expected new_tokens to be a list of ids, got 257"),
+        ({"new_tokens": (261,)}, "expected new_tokens below vocab_size=261, got"),
+        ({"cross_attn_first": 4}, "expected cross_attn_first to be below language_layers=4, got 4"),
+    ],
+)
+def test_a_field_that_means_nothing_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        FlamingoConfig.preset("tiny", **change)
+
+
+def test_some_sizes_may_be_none_or_zero():
+    FlamingoConfig.preset("tiny", max_num_frames=None, max_num_media=None, cross_attn_first=0)
+    FlamingoConfig.preset("tiny", vision="given", patch_size=0, vision_layers=0, vision_heads=0)

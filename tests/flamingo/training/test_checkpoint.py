@@ -258,9 +258,10 @@ def test_another_models_checkpoint_is_refused(part, tmp_path):
         load_weights(dict(nn.Linear(4, 2).named_parameters()), path)
 
 
-def truncate(name):
+def truncate(name, by):
     def damage(checkpoints):
-        os.truncate(checkpoints / "step-00000003" / name, 100)
+        path = checkpoints / "step-00000003" / name
+        os.truncate(path, path.stat().st_size - by)
 
     return damage
 
@@ -303,8 +304,9 @@ DAMAGE = {
         "lacks optimizer.safetensors: step-00000002",
     ),
     **{
-        f"a torn {name}": (truncate(name), 2, f"which has a damaged {name}: step-00000002")
+        f"a {name} that lacks {by} bytes": (truncate(name, by), 2, f"has a damaged {name}: step-00000002")
         for name in checkpoint.FILES
+        for by in (1, 100)
     },
     "a state of something else": (
         lambda each: torch.save({"step": 3}, each / "step-00000003" / "state.pt"),

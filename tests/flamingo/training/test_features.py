@@ -1,12 +1,16 @@
 """Features made once: the same run without the encoder, and never those of another."""
 
 import json
+import os
+import signal
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 from flamingo.training import DataError, Documents, Pairs, encode, pair_sample, read_log, train, write_shards
+from flamingo.training.lock import locked
 from flamingo.training.shards import document_sample
 from tests.helpers.tiny_run import config, datasets, images, model, processor
 
@@ -66,6 +70,23 @@ def test_shards_that_are_done_are_passed_over_and_others_made(tmp_path):
     write_shards(tmp_path / "data", [pair_sample(image, "a") for image in images(4, seed=0)])
     assert encode(model(), processor(), run) == 1
     train(model(), processor(), run)
+
+
+def test_a_second_encode_is_refused_as_long_as_the_first_lives(data, tmp_path):
+    reader, writer = os.pipe()
+    first = os.fork()
+    if not first:
+        with locked(tmp_path / "features" / "pairs"):
+            os.write(writer, b"locked")
+            time.sleep(60)
+        os._exit(0)
+    assert os.read(reader, 6) == b"locked"
+    run = config(data, tmp_path, datasets=(still(data, tmp_path / "features")[1],))
+    with pytest.raises(ValueError, match=f"features/pairs to be this run's alone, .* process {first} on"):
+        encode(model(), processor(), run)
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    assert encode(model(), processor(), run) > 0
 
 
 def test_several_processes_share_the_shards(data, tmp_path, monkeypatch):

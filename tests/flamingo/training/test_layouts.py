@@ -79,6 +79,8 @@ class TestMMC4:
             (mmc4(("a", True, 0.3)), "matched_text_index below 3, got True"),
             (mmc4(("a",)), "matched_text_index below 3, got None"),
             (mmc4(("a", 0, "high")), "matched_sim that is a number, got 'high'"),
+            (mmc4(("a", 0, float("nan"))), "matched_sim that is a number, got nan"),
+            (mmc4(("a", 0), similarity_matrix=[[float("nan"), 0.1, 0.2]]), "similarity_matrix of numbers"),
             (mmc4(("a", 0), similarity_matrix=[[0.1]]), "one for each of 3 texts in a row"),
             (mmc4(("a", 0), similarity_matrix=[["x", "y", "z"]]), "similarity_matrix of numbers"),
             (mmc4(texts=["a", None]), "text_list to be a list of str, got 'None'"),

@@ -1,6 +1,7 @@
 """Fifty mistakes in a run's file and in what it names: each is its one line, before there is a model."""
 
 import re
+import sys
 
 import pytest
 from safetensors.torch import save_file
@@ -154,6 +155,22 @@ MISTAKES = [
         of_model('changes = { activation = "tanhh" }'),
         "DIR/run.toml, [model]: expected activation to be one of gelu, squared_relu, relu, got 'tanhh'.",
     ),
+    (
+        of_model("changes = { vocab_size = 200 }"),
+        "DIR/run.toml, [model]: expected vocab_size to be 261 or more, of bytes and special tokens, got 200.",
+    ),
+    (
+        of_model("changes = { media_token_id = 3 }"),
+        "DIR/run.toml, [model]: expected media_token_id to be 256, <image> of the byte tokenizer,...",
+    ),
+    (
+        of_model("changes = { cross_attn_first = 4 }"),
+        "DIR/run.toml, [model]: expected cross_attn_first to be below language_layers=4, got 4: there...",
+    ),
+    (
+        of_model("changes = { new_tokens = [257, 261] }"),
+        "DIR/run.toml, [model]: expected new_tokens below vocab_size=261, got [257, 261].",
+    ),
     (of_model("changes = 3"), "DIR/run.toml, [model]: changes: expected a table, got 3."),
     (
         of_model('vision_weights = "DIR/missing"'),
@@ -279,6 +296,13 @@ MISTAKES = [
     ("", "DIR/run.toml: expected a key 'folder', got none."),
     ("a = " + "[" * 50_000 + "]" * 50_000, "DIR/run.toml: expected TOML, got: ma..."),
 ]
+
+
+@pytest.mark.parametrize("package", ["safetensors", "PIL", "tqdm", "tensorboard"])
+def test_a_package_that_is_missing_is_said_before_there_is_a_model(refused, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    how = 'In a checkout of this library, run: pip install ".[training]".'
+    assert refused(of_run("tensorboard = true")) == f"train: {package} is missing. {how}"
 
 
 @pytest.mark.parametrize(("text", "line"), MISTAKES, ids=range(len(MISTAKES)))

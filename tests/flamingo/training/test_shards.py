@@ -1,5 +1,6 @@
 """Tar shards: what is written is what is read, by us and by anyone who reads tar."""
 
+import gzip
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import tarfile
 import pytest
 from PIL import Image
 
+from flamingo.training.bad import DataError
 from flamingo.training.shards import document_sample, entries, find_shards, pair_sample, write_shards
 from tests.helpers.tiny_run import images
 
@@ -79,6 +81,14 @@ class TestNames:
     def test_what_is_not_there_is_named(self, folder, pattern, message):
         with pytest.raises(FileNotFoundError, match=message):
             find_shards([f"{folder}/a", f"{folder}/{pattern}"])
+
+    @pytest.mark.parametrize("name", ["b.tar.gz", "b.tgz", "b.tar.zst", "b.jsonl.gz"])
+    def test_a_compressed_shard_is_not_passed_over(self, tmp_path, name):
+        write_shards(tmp_path, [{"txt": b"a"}])
+        (tmp_path / name).write_bytes(gzip.compress(b"a") + bytes(600))
+        assert find_shards([str(tmp_path)]) == [f"{tmp_path}/000000.tar", f"{tmp_path}/{name}"]
+        with pytest.raises(DataError, match=rf"{name} .*compressed by gzip, .*unpack it"):
+            entries(f"{tmp_path}/{name}")
 
     def test_a_folder_without_shards(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="got none"):
