@@ -51,15 +51,17 @@ def of_medium(medium: Any, processor: Processor) -> str:
     """
     digest = hashlib.sha256()
     if isinstance(medium, Features):
+        digest.update(b"features ")
         _add(digest, medium.tensor.detach().cpu())
     elif isinstance(medium, Segment):
-        digest.update(f"{medium.start} {medium.end} ".encode())
-        digest.update(_of_file(medium.path).encode())
+        digest.update(f"segment {medium.start} {medium.end} {_of_file(medium.path)}".encode())
     elif isinstance(medium, Path):
         return _of_file(medium)
     elif isinstance(medium, bytes):
+        digest.update(b"bytes ")
         digest.update(medium)
     else:
+        digest.update(b"pixels ")
         for frame in read_frames(medium, max_pixels=processor.max_pixels):
             _add(digest, frame)
     return digest.hexdigest()
@@ -69,13 +71,13 @@ def _of_file(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"Processor: expected a file, found none at {path}.")
     about = path.stat()
-    return _of_bytes(path, about.st_size, about.st_mtime_ns)
+    return _of_bytes(path.absolute(), about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
 
 
 @lru_cache(maxsize=2**16)
-def _of_bytes(path: Path, size: int, time: int) -> str:
+def _of_bytes(path: Path, *_stamp: int) -> str:
     """A hash of a file that is not read again while it stays as it is: a video may have many segments."""
-    digest = hashlib.sha256(path.suffix.lower().encode())  # which tells videos from images
+    digest = hashlib.sha256(f"file {path.suffix.lower()} ".encode())  # which tells videos from images
     with open(path, "rb") as file:
         while piece := file.read(2**20):
             digest.update(piece)

@@ -5,6 +5,7 @@ import math
 import sys
 import textwrap
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from flamingo.processor import Processor
 from flamingo.training.processes import device_of, leave, process_group, rank
 
 TASKS: dict[str, Benchmark] = BENCHMARKS  # by the names that the command knows them by
+_LONGEST_WAIT = timedelta(days=7)  # for the slowest of several processes
 
 
 def add_parser(commands: Any) -> None:
@@ -150,7 +152,7 @@ def run(options: argparse.Namespace) -> int:
             can be seen.
     """
     device = device_of(options.device)
-    with process_group(device):
+    with process_group(device, _LONGEST_WAIT):
         _run(options, device)
     if distributed.is_torchelastic_launched():
         leave()
@@ -213,12 +215,16 @@ def _task(options: argparse.Namespace, benchmark: Benchmark) -> Task:
 
 def _how(options: argparse.Namespace, task: Task, data: Inputs) -> dict[str, Any]:
     """What `prepare` and `evaluate` are told."""
-    settings = data.files | {
+    settings: dict[str, Any] = data.files | {
         "model": options.model,
         "support": data.support_files,
         "support_samples": len(data.support),
         "batch_size": options.batch_size,
     }
+    # What else changes answers, where it is given.
+    for name in ("preset", "vision", "language", "fps", "max_frames", "max_pixels"):
+        if (value := getattr(options, name, None)) is not None:
+            settings[name] = value
     how = {"shots": options.shots, "select": options.select, "seed": options.seed, "settings": settings}
     if task.closed:
         return how | {"num_beams": 1, "permutations": options.permutations}

@@ -9,6 +9,7 @@
                        when a run goes on
 """
 
+import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ class Results:
         header: what two runs must share to be one.
 
     Attributes:
-        records: by their ids, those that were there and those added.
+        records: by their ids, the answers that were there and what was added.
 
     Raises:
         ValueError: if the file, which is then left as it is, is of a run with other settings, or of no run.
@@ -50,9 +51,11 @@ class Results:
         self.header = header
         self._first = (json.dumps(header) + "\n").encode()
         self._found = self._read(path)
-        self.records = dict(self._found.records)
+        found = dict(self._found.records)
         for part in self._parts():
-            self.records |= self._read(part).records
+            found |= self._read(part).records
+        # An image that could not be read may have been mended.
+        self.records = {name: record for name, record in found.items() if "error" not in record}
 
     def open(self, order: Sequence[Any]) -> None:
         """Begins to write, behind what is there; order is that of ids in a file that is made anew."""
@@ -98,7 +101,7 @@ class Results:
 
     def _parts(self) -> list[Path]:
         """The files of several processes, of this run or of one that was killed."""
-        found = self.path.parent.glob(f"{self.path.name}.*")
+        found = self.path.parent.glob(f"{glob.escape(self.path.name)}.*")
         return sorted(path for path in found if path.name[len(self.path.name) + 1 :].isdigit())
 
     def _join(self, order: Sequence[Any]) -> None:

@@ -1,6 +1,7 @@
 """Closed-ended tasks: each candidate is appended to the prompt and ranked by its log-likelihood."""
 
 from collections.abc import Hashable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,7 +131,17 @@ def ensemble_log_likelihoods(
 
 def identity(medium: Any) -> Hashable:
     """What two media that are one have in common: the file, or part of it, else being the same object."""
-    return medium if isinstance(medium, (Path, Segment)) else id(medium)
+    if isinstance(medium, Path):
+        return _resolved(medium)
+    if isinstance(medium, Segment):
+        return _resolved(medium.path), medium.start, medium.end
+    return id(medium)
+
+
+@lru_cache(maxsize=2**18)
+def _resolved(path: Path) -> Path:
+    """One path, however it is written and whatever links lead there."""
+    return path.resolve()
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -116,13 +116,14 @@ def _documents(options: argparse.Namespace) -> tuple[list, list[list]]:
 def _lines(path: Path) -> Iterator[list]:
     """The prompts of a file, each with its images."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected prompts in UTF-8, a line each, got other bytes.") from error
-    if not lines:
+    lines = text.removesuffix("\n").split("\n")  # not where else a text may end a line
+    if not text:
         raise ValueError(f"{path}: expected a prompt a line, got an empty file.")
     for line in lines:
-        *images, prompt = line.split("\t")
+        *images, prompt = line.removesuffix("\r").split("\t")
         yield [*(_image(image) for image in images), prompt]
 
 

@@ -84,7 +84,6 @@ class Latents:
         self._held = 0  # bytes
         self._unsaved: dict[str, Kept] = {}
         self._errors: dict[str, str] = {}
-        self._names: dict[tuple, str] = {}  # of files, by path, size and time
         self._files = _Files(folder, model, processor)
 
     def broken(self, media: Sequence[Any]) -> list[str | None]:
@@ -167,14 +166,12 @@ class Latents:
         return names
 
     def _name(self, medium: Any) -> str:
-        """The name of a medium's content; a file is not read again while it stays as it is."""
-        if not isinstance(medium, Path) or not medium.is_file():
+        """The name of a medium's content; of one that cannot be read, why."""
+        try:
             return fingerprint.of_medium(medium, self.processor)
-        about = medium.stat()
-        key = (medium, about.st_size, about.st_mtime_ns)
-        if key not in self._names:
-            self._names[key] = fingerprint.of_medium(medium, self.processor)
-        return self._names[key]
+        except ValueError as error:
+            self._errors[str(error)] = str(error)
+            return str(error)
 
     def _clips(self, wanted: dict[str, tuple[Any, int]]) -> Iterator[list[tuple[str, Tensor, int]]]:
         """Names, pixels or features, and places: as many as are encoded at once, of one size."""

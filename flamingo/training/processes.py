@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -75,14 +76,19 @@ def device_of(name: str) -> torch.device:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the processes that torchrun has started; without torchrun it does nothing."""
+def process_group(device: torch.device, timeout: timedelta | None = None) -> Iterator[None]:
+    """Joins the processes that torchrun has started; without torchrun it does nothing.
+
+    Args:
+        device: of this process.
+        timeout: how long one waits for another; None for torch's own, 10 or 30 minutes.
+    """
     if not distributed.is_torchelastic_launched():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         yield
         distributed.barrier()  # the first to leave would close the connection

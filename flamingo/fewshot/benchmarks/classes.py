@@ -1,11 +1,22 @@
 """Things and actions to be named: ImageNet, Kinetics and RareAct."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from flamingo.fewshot import metrics
 from flamingo.fewshot.benchmarks.benchmark import Benchmark, Records, details_of, per_cent
-from flamingo.fewshot.benchmarks.files import IMAGES, TEXTS, Videos, read_json, seconds, table, with_ids
+from flamingo.fewshot.benchmarks.files import (
+    IMAGES,
+    TEXTS,
+    Videos,
+    by_id,
+    lines,
+    read_json,
+    seconds,
+    table,
+    with_ids,
+)
 from flamingo.fewshot.prompts import ACTION, CLASSIFICATION, Sample, action
 from flamingo.fewshot.runner import Task
 from flamingo.media import VIDEOS
@@ -88,16 +99,20 @@ def _names(path: Path | None) -> dict[str, str]:
         return {}
     if path.suffix.lower() == ".json":
         return _indexed(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a file of folders and their names, found none at {path}.")
-    names = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        folder, _, name = line.strip().partition(" ")
-        if line.strip() and not name:
+    pairs = []
+    for number, line in enumerate(lines(path, "a file of folders and their names"), start=1):
+        folder, _, names = line.strip().partition(" ")
+        name = names.split(",")[0].strip()
+        if folder and not name:
             raise ValueError(f"expected a folder and its name in line {number} of {path}, got {line!r}.")
-        if line.strip():
-            names[folder] = name.split(",")[0].strip()
-    return names
+        if folder:
+            pairs.append((folder, name))
+    return _once(pairs, path)
+
+
+def _once(pairs: Sequence[tuple[str, str]], path: Path) -> dict[str, str]:
+    """The name of each folder, which is there once."""
+    return dict(by_id(pairs, lambda pair: pair[0], path).values())
 
 
 def _indexed(path: Path) -> dict[str, str]:
@@ -105,7 +120,7 @@ def _indexed(path: Path) -> dict[str, str]:
     pairs = list(found.values()) if isinstance(found, dict) else []
     if not pairs or not all(TEXTS.holds(pair) and len(pair) == 2 for pair in pairs):
         raise ValueError(f'expected JSON like {{"0": ["n01440764", "tench"]}} in {path}, got something else.')
-    return {folder: name.replace("_", " ") for folder, name in pairs}
+    return _once([(folder, name.replace("_", " ")) for folder, name in pairs], path)
 
 
 def read_rareact(annotations: Path, videos: Path) -> list[Sample]:

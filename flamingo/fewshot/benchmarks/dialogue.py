@@ -10,7 +10,7 @@ from flamingo.fewshot.benchmarks.files import (
     ID,
     INDEX,
     LIST,
-    NUMBERS,
+    SHARES,
     TABLE,
     TEXT,
     Entry,
@@ -87,7 +87,7 @@ def _data(path: Path) -> Entry:
 
 
 def _dense(path: Path) -> dict[Any, Entry]:
-    found = entries(path, None, image_id=ID, round_id=INDEX, gt_relevance=NUMBERS)
+    found = entries(path, None, image_id=ID, round_id=INDEX, gt_relevance=SHARES)
     return by_id(found, lambda entry: entry["image_id"], path)
 
 

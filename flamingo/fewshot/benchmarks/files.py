@@ -6,6 +6,7 @@ Every mistake in a file is an error that names the file, the entry and the key.
 import csv
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,21 +31,34 @@ class Kind(NamedTuple):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 ID = Kind("a number or a text", lambda value: isinstance(value, (int, str)) and not isinstance(value, bool))
 INDEX = Kind("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool))
-NUMBER = Kind("a number", _is_number)
+NUMBER = Kind("a number", _is_number)  # as a float takes it: no NaN, and none without end
 TEXTS = Kind(
     "a list of texts",
     lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
 )
 NUMBERS = Kind("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value)))
+SHARES = Kind(
+    "a list of numbers of 0 or more", lambda value: NUMBERS.holds(value) and min(value, default=0) >= 0
+)
 LIST = Kind("a list", lambda value: isinstance(value, list))
 TABLE = Kind("an object", lambda value: isinstance(value, dict))
 YES_NO = Kind("0 or 1", lambda value: value in (0, 1) and INDEX.holds(value))
+
+
+def lines(path: Path, what: str) -> list[str]:
+    """The lines of a text, without their ends.
+
+    Raises:
+        FileNotFoundError: if there is no such file, which is told as what it was to be.
+        ValueError: if it is not UTF-8.
+    """
+    return [line.removesuffix("\r") for line in _text(path, what).split("\n")]
 
 
 def read_json(path: Path) -> Any:
@@ -124,9 +138,12 @@ def seconds(path: Path, row: Mapping[str, str], column: str) -> float:
         ValueError: if it is none.
     """
     try:
-        return float(row[column])
-    except ValueError as error:
-        raise ValueError(f"expected {column} in {path} to be a number, got {row[column]!r}.") from error
+        number = float(row[column])
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"expected {column} in {path} to be a number, got {row[column]!r}.")
+    return number
 
 
 def checked(found: Sequence[Any], path: Path, key: str, **kinds: Kind) -> list[Entry]:

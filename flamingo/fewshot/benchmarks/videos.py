@@ -19,6 +19,7 @@ from flamingo.fewshot.benchmarks.files import (
     checked,
     entries,
     expect,
+    lines,
     read_json,
     seconds,
     table,
@@ -92,15 +93,13 @@ def _mapping(path: Path | None) -> dict[str, str]:
     """The name on YouTube of each number of MSVD."""
     if path is None:
         return {}
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a file of names and numbers, found none at {path}.")
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for number, line in enumerate(lines, start=1):
+    pairs = [line.split() for line in lines(path, "a file of names and numbers") if line.strip()]
+    for number, line in enumerate(pairs, start=1):
         if len(line) != 2:
             raise ValueError(
                 f"expected a name and a number in line {number} of {path}, got {' '.join(line)!r}."
             )
-    return {number: name for name, number in lines}
+    return {number: name for name, number in pairs}
 
 
 def read_ivqa(annotations: Path, videos: Path) -> list[Sample]:

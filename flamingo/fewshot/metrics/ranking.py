@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flamingo.command_line import remedy
+
 
 def top_one(scores: Tensor, targets: Sequence[int] | Tensor) -> float:
     """The share of samples whose best candidate is the right one.
@@ -57,10 +59,7 @@ def _sklearn(metric: str) -> Any:
     try:
         return import_module("sklearn.metrics")
     except ImportError as error:
-        raise ImportError(
-            f"{metric}: needs scikit-learn: pip install scikit-learn, or "
-            'pip install "flamingo-kernels[evaluate]".'
-        ) from error
+        raise ImportError(f"{metric}: needs scikit-learn. {remedy('evaluate')}") from error
 
 
 def ndcg(scores: Sequence[float], relevances: Sequence[float]) -> float:
@@ -80,18 +79,18 @@ def ndcg(scores: Sequence[float], relevances: Sequence[float]) -> float:
         A number in 0..1; papers print 100 times its mean.
 
     Raises:
-        ValueError: if the two differ in length, or no candidate is relevant.
+        ValueError: if the two differ in length, a relevance is below 0, or no candidate is relevant.
 
     Source: visualdialog.org/challenge/2018#evaluation, and the challenge's starter code.
 
     >>> ndcg([-1.0, -2.0, -3.0], [0.0, 1.0, 0.5])
     0.4796...
     """
-    if len(scores) != len(relevances) or not any(relevances):
+    if len(scores) != len(relevances) or not any(relevances) or min(relevances) < 0:
         raise ValueError(
-            "ndcg: expected a score and a relevance for each candidate, and one above 0, got "
-            f"{len(scores)} scores and {len(relevances)} relevances, {sum(map(bool, relevances))} of them "
-            "above 0."
+            "ndcg: expected a score and a relevance of 0 or more for each candidate, and one above 0, got "
+            f"{len(scores)} scores and {len(relevances)} relevances from {min(relevances, default=0)} to "
+            f"{max(relevances, default=0)}."
         )
     k = sum(relevance != 0 for relevance in relevances)
     order = sorted(range(len(scores)), key=lambda place: -scores[place])  # stable

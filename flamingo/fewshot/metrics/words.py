@@ -7,6 +7,8 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from flamingo.command_line import remedy
+
 # Words that say nothing, as NExT-QA's script has them; those of order, place and number stay.
 _STOPPED = frozenset(
     re.findall(
@@ -175,6 +177,4 @@ def import_nltk(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(
-            f'{module}: needs nltk: pip install nltk, or pip install "flamingo-kernels[evaluate]".'
-        ) from error
+        raise ImportError(f"{module}: needs nltk. {remedy('evaluate')}") from error

@@ -298,6 +298,7 @@ class TestVideos:
     def test_frames_are_taken_as_often_as_asked(self, ask, stand_in):
         assert ask("youcook2", "--fps", "3", "--max-frames", "30") == 0
         assert (stand_in.asked["processor"].fps, stand_in.asked["processor"].max_frames) == (3, 30)
+        assert {"fps": 3, "max_frames": 30}.items() <= stand_in.asked["settings"].items()  # of the run
         assert all(isinstance(sample.image, Segment) for sample in stand_in.asked["queries"])
 
 

@@ -113,6 +113,12 @@ class TestParts:
         assert [each["id"] for each in lines(output)[1:]] == [0, 2, 3, 4, 1]
         assert list(tmp_path.iterdir()) == [output]
 
+    def test_a_name_is_no_pattern(self, tmp_path):
+        output = tmp_path / "out[1]*.jsonl"
+        self.write(tmp_path / "out[1]*.jsonl.0", [1])
+        self.write(tmp_path / "out1.jsonl.1", [2])
+        assert sorted(Results(output, HEADER).records) == [1]
+
     def test_those_of_another_run_are_refused(self, tmp_path):
         self.write(tmp_path / "out.1", [2], header=HEADER | {"seed": 1})
         with pytest.raises(ValueError, match=r"out\.1 to be of a run with .*'seed': 0"):
@@ -128,9 +134,15 @@ class TestParts:
         assert {path.name for path in tmp_path.iterdir()} == {"out", "out.txt", "out.1.txt", "out1"}
 
 
-def test_a_broken_query_is_a_record_too(tmp_path):
+def test_a_broken_image_is_tried_again_when_a_run_goes_on(tmp_path):
     results = Results(tmp_path / "out", HEADER)
     results.open([1, 2])
     results.add([{"id": 1, "error": "no image"}, record(2)])
     results.close([1, 2])
-    assert sorted(Results(tmp_path / "out", HEADER).records) == [1, 2]
+    assert sorted(results.records) == [1, 2]
+    again = Results(tmp_path / "out", HEADER)
+    assert sorted(again.records) == [2]
+    again.open([1, 2])
+    again.add([record(1)])
+    again.close([1, 2])
+    assert Results(tmp_path / "out", HEADER).records == {1: record(1), 2: record(2)}

@@ -89,6 +89,17 @@ def test_files_and_parts_of_them_are_told_by_what_they_are():
         assert left == [each for each in range(4) if each != place]
 
 
+def test_a_file_is_one_however_its_path_is_written(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "x.png").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    query = Sample(image=tmp_path / "images" / "x.png")
+    for path in (tmp_path / "images" / ".." / "images" / "x.png", tmp_path / "link" / "x.png"):
+        assert others([Sample(image=path)], [query]) == []
+        parts = [Sample(image=Segment(each, 0, 1)) for each in (path, query.image)]
+        assert others(parts[:1], parts[1:]) == []
+
+
 def test_without_their_images_none_is_broken(broken):
     support = [Sample(id=number, image=broken) for number in range(3)]
     found, latents = choose("random", support, number=2, text_only=True)

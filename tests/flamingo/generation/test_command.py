@@ -124,6 +124,14 @@ def test_lines_of_a_file(ask, expected, folder, tmp_path):
     assert json.loads(with_image[0])["images"] == [str(blue), str(red)]
 
 
+def test_a_line_ends_where_a_line_of_the_file_does(ask, tmp_path):
+    """Behind a mark of its bytes' order, and with Windows' ends."""
+    prompts = ["Output: a\u2028b\x0cc", "second", "", "last"]
+    (tmp_path / "lines").write_bytes(("\ufeff" + "\r\n".join(prompts) + "\r\n").encode())
+    found = ask("--lines", tmp_path / "lines", "--json", "--max-new-tokens", 2).splitlines()
+    assert [json.loads(line)["prompt"] for line in found] == prompts
+
+
 def test_kernels_are_on(folder, capsys):
     assert main(["complete", str(folder / "model.safetensors"), "a:", "--max-new-tokens", "2"]) == 0
     assert "complete: with kernels: 7 modules" in capsys.readouterr().err

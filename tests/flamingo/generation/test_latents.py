@@ -1,5 +1,8 @@
 """Media that are encoded once: in memory, in files, in their places, and broken ones."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +74,24 @@ class TestEncoding:
         found = Latents(model, PROCESSOR).of_documents([[images[0], Features(features), images[1]]])
         torch.testing.assert_close(found[0, 0], found[0, 1])
         assert not torch.allclose(found[0, 0], found[0, 2])
+
+    def test_features_are_no_pixels_of_the_same_numbers(self, model):
+        numbers = torch.rand(3, 16, model.vision.dim)
+        latents = Latents(model, PROCESSOR)
+        pixels, features = latents.of_documents([[numbers], [Features(numbers)]])
+        assert latents.encoded == 2
+        assert not torch.allclose(pixels, features)
+
+    def test_a_relative_path_is_of_its_folder(self, model, tmp_path, monkeypatch):
+        pillow = pytest.importorskip("PIL.Image")
+        latents, found = Latents(model, PROCESSOR), []
+        for name in ("black", "white"):
+            (tmp_path / name).mkdir()
+            pillow.new("RGB", (9, 9), name).save(tmp_path / name / "x.bmp")  # of the same size
+            os.utime(tmp_path / name / "x.bmp", (0, 0))
+            monkeypatch.chdir(tmp_path / name)
+            found.append(latents.of_documents([[Path("x.bmp")]]))
+        assert not torch.allclose(*found)
 
     def test_with_media_embeddings_every_place_has_its_own(self, images):
         model = build(max_num_media=4)
@@ -161,6 +182,16 @@ class TestBroken:
         assert latents.encoded == 2
         with pytest.raises(ValueError, match=r"broken\.png"):
             latents.of_documents([media])
+
+    def test_a_clip_with_a_broken_frame_is_broken(self, model, images, tmp_path):
+        pytest.importorskip("PIL")
+        (tmp_path / "broken.png").write_bytes(b"no image")
+        found = Latents(model, PROCESSOR).broken(
+            [[images[0], tmp_path / "broken.png"], [b"no"], [], images[:2]]
+        )
+        assert "broken.png" in found[0]
+        assert all(found[:3])
+        assert found[3] is None
 
     def test_a_file_that_is_not_there_is_an_error(self, model, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"gone\.png"):

@@ -43,6 +43,17 @@ class TestImageNet:
         files["classes"].write_text("n01440764\n")
         with pytest.raises(ValueError, match=r"a folder and its name in line 1 of .*, got 'n01440764'"):
             read_imagenet(**files)
+        files["classes"].write_text("n01440764 , tench\n")
+        with pytest.raises(ValueError, match="a folder and its name in line 1"):
+            read_imagenet(**files)
+        files["classes"].write_text("n01440764 tench\nn01440764 crane\n")
+        with pytest.raises(ValueError, match=r"ids that differ in .*mapping\.txt, got two of 'n01440764'"):
+            read_imagenet(**files)
+        files["classes"].write_bytes(b"\xff")
+        with pytest.raises(ValueError, match=r"expected .*mapping\.txt to be UTF-8"):
+            read_imagenet(**files)
+        files["classes"].write_bytes(b"\xef\xbb\xbfn01440764 tench\r\nn03126707 crane\r\n")
+        assert read_imagenet(**files)[0].answer == "tench"
         with pytest.raises(FileNotFoundError, match="a folder of images, found none at"):
             read_imagenet(tmp_path / "gone")
         (tmp_path / "empty").mkdir()

@@ -90,6 +90,18 @@ def test_ranks_for_the_server(files):
         ({"round_id": "2"}, r"'round_id' in .*dense.* to be a whole number, got \"2\""),
         ({"gt_relevance": [1.0]}, "a relevance for each of 3 options of image 185565 in .*dense.*, got 1"),
         ({"gt_relevance": None}, "'gt_relevance' in .*dense.* to be a list of numbers"),
+        (
+            {"gt_relevance": [1.0, math.nan, 0.0]},
+            "'gt_relevance' in .*dense.* numbers of 0 or more, got .*NaN",
+        ),
+        (
+            {"gt_relevance": [1.0, -1.0, 0.0]},
+            "'gt_relevance' in .*dense.* to be a list of numbers of 0 or more",
+        ),
+        (
+            {"gt_relevance": [1, 10**400, 0]},
+            "'gt_relevance' in .*dense.* to be a list of numbers of 0 or more",
+        ),
         ({"image_id": 7}, r"a dialogue about image 7 of .*dense.* in .*visdial_1\.0_val\.json, found none"),
         ({"image_id": "185565"}, "a dialogue about image '185565' of"),
     ],

@@ -38,6 +38,8 @@ class TestVideoQA:
         first, second = read_video_qa(files["annotations"], named, mapping)
         assert (first.image.name, second.image.name) == ("-4wsuPCjDBc_5_15.avi", "xxHx6s_DbUo_1301.avi")
         assert present(read_video_qa(files["annotations"], named)) == []  # 1301 at the end of another's name
+        mapping.write_bytes(b"\xef\xbb\xbf-4wsuPCjDBc_5_15 vid1301\r\nxxHx6s_DbUo_1301 vid1302\r\n")
+        assert read_video_qa(files["annotations"], named, mapping)[0].image == first.image
         mapping.write_text("vid1\n")
         with pytest.raises(ValueError, match=r"a name and a number in line 1 of .*mapping\.txt, got 'vid1'"):
             read_video_qa(files["annotations"], named, mapping)

@@ -30,7 +30,7 @@ class TestClasses:
 
     def test_without_scikit_learn(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-        with pytest.raises(ImportError, match=r"needs scikit-learn: pip install .*\[evaluate\]"):
+        with pytest.raises(ImportError, match=r'needs scikit-learn\. .* pip install "\.\[evaluate\]"'):
             roc_auc([0.1, 0.2], [0, 1])
         with pytest.raises(ImportError, match=r"needs scikit-learn"):
             weighted_ap([0.5], [[0.1]], [[1.0], [1.0]])
@@ -52,7 +52,11 @@ class TestNDCG:
 
     @pytest.mark.parametrize(
         ("scores", "relevances", "found"),
-        [([0.1], [0.0], "1 scores and 1 relevances, 0 of them"), ([0.1], [1.0, 1.0], "1 scores and 2")],
+        [
+            ([0.1], [0.0], "1 scores and 1 relevances from 0.0 to 0.0"),
+            ([0.1], [1.0, 1.0], "1 scores and 2"),
+            ([0.1, 0.2], [1.0, -1.0], "relevances from -1.0 to 1.0"),
+        ],
     )
     def test_errors(self, scores, relevances, found):
         with pytest.raises(ValueError, match=found):
