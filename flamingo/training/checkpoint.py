@@ -17,6 +17,7 @@ the newest checkpoint that is whole takes its place.
 
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
@@ -109,7 +110,7 @@ def latest(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"expected {folder} to be a folder, got a file.")
     link = folder / LATEST
-    named = Path(os.path.realpath(link))
+    named = _target(link)
     damage = _damage(named, files)
     if not damage:
         return named
@@ -229,7 +230,11 @@ def _is_ours(path: Path) -> bool:
 def _point_to(path: Path) -> None:
     link = path.parent / f"{_UNFINISHED}{LATEST}"
     link.unlink(missing_ok=True)
-    link.symlink_to(path.name)
+    try:
+        link.symlink_to(path.name)
+    except OSError:  # a file system without links: a file says the name
+        link.write_text(f"{path.name}\n")
+        _flush(link)
     target = path.parent / LATEST
     if target.is_dir() and not target.is_symlink():  # a copy has made a folder of the link
         if _is_ours(target):
@@ -237,6 +242,15 @@ def _point_to(path: Path) -> None:
         else:
             os.rename(target, path.parent / f"{LATEST}-kept")
     os.replace(link, target)
+
+
+def _target(link: Path) -> Path:
+    """The checkpoint that `latest` is a link to, or a file with the name of."""
+    if link.is_symlink() or not link.is_file():
+        return Path(os.path.realpath(link))
+    with open(link, errors="replace") as file:
+        name = file.read(100).strip()
+    return link.parent / name if re.fullmatch(r"step-\d+", name) else link
 
 
 def _remove(path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is saved, and that no moment is wrong for a kill."""
 
+import errno
 import os
 import pickle
 import random
@@ -71,6 +72,19 @@ def test_the_last_are_kept(part, tmp_path):
         save(tmp_path, part, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000003"]
     assert checkpoint.latest(tmp_path).name == "step-00000003"
+
+
+def test_a_file_names_the_latest_where_there_are_no_links(part, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    for step in (1, 2, 3):
+        save(tmp_path, part, step)
+        assert (tmp_path / "latest").read_text() == f"step-{step:08d}\n"
+        assert checkpoint.latest(tmp_path, pytest.fail).name == f"step-{step:08d}"
+    (tmp_path / "latest").write_text("step-00000002\n")
+    assert checkpoint.latest(tmp_path, pytest.fail).name == "step-00000002"
 
 
 @pytest.mark.parametrize("keep", [1, 3, 4, 6])
@@ -280,7 +294,8 @@ def replace_link(write):
 DAMAGE = {
     "no link": (lambda each: (each / "latest").unlink(), 3, "latest is not there: step-00000003 is taken"),
     "an empty file": (replace_link(Path.touch), 3, "latest is no folder: step-00000003"),
-    "a text": (replace_link(lambda link: link.write_text("step-00000003\n")), 3, "latest is no folder: "),
+    "a text": (replace_link(lambda link: link.write_text("../step-00000003\n")), 3, "latest is no folder: "),
+    "a name": (replace_link(lambda link: link.write_text("step-00000003\n")), 3, None),
     "a link to itself": (replace_link(lambda link: link.symlink_to("latest")), 3, "is not there: step-00"),
     "a link to a file": (
         replace_link(lambda link: link.symlink_to("step-00000003/state.pt")),
