@@ -94,12 +94,21 @@ def time_span(text: str) -> float:
     return number
 
 
+def expect_apart(*files: str | Path | None) -> None:
+    """Raises ValueError if two of the files that are given are one: it would be written over."""
+    given = [Path(file) for file in files if file is not None]
+    if len({file.resolve() for file in given}) < len(given):
+        raise ValueError(f"expected a file for each of what is written, got {', '.join(map(str, given))}.")
+
+
 def expect_writable(*files: str | Path | None) -> None:
     """Opens the files that are given as if to write; what is in them stays, and none is left behind.
 
     Raises:
         OSError: for one that cannot be written.
+        ValueError: if two are one.
     """
+    expect_apart(*files)
     for file in (Path(file) for file in files if file is not None):
         existed = file.exists()
         file.open("ab").close()

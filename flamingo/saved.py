@@ -10,6 +10,7 @@ from flamingo.config import FlamingoConfig
 from flamingo.language import LanguageModel
 from flamingo.model import Flamingo
 from flamingo.processor import Processor
+from flamingo.tensor_files import save_tensors
 
 # By their names in a file: tokenizers that need nothing but their class.
 _TOKENIZERS = {"bytes": "flamingo.tokenizer:ByteTokenizer", "words": "flamingo.demo.words:WordTokenizer"}
@@ -27,6 +28,7 @@ def save_model(model: Flamingo, processor: Processor, path: str | Path) -> None:
     Raises:
         ValueError: for towers or a tokenizer of other libraries.
         ImportError: without safetensors.
+        OSError: if it cannot be written; what was there stays.
     """
     if model.config.vision == "given" or not isinstance(model.language, LanguageModel):
         raise ValueError(
@@ -35,7 +37,7 @@ def save_model(model: Flamingo, processor: Processor, path: str | Path) -> None:
         )
     about = {"config": asdict(model.config), "processor": _about(processor)}
     metadata = {name: json.dumps(value) for name, value in about.items()}
-    import_module("safetensors.torch").save_file(model.state_dict(), path, metadata=metadata)
+    save_tensors(model.state_dict(), path, metadata)
 
 
 def load_model(path: str | Path) -> tuple[Flamingo, Processor]:
@@ -58,6 +60,14 @@ def load_model(path: str | Path) -> tuple[Flamingo, Processor]:
         raise ValueError(
             f"{path}: expected a model of flamingo.saved.save_model, got safetensors of something else."
         )
+    try:
+        return _built(path, about)
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: expected a model of this release, got another: {reason}.") from error
+
+
+def _built(path: str | Path, about: dict[str, str]) -> tuple[Flamingo, Processor]:
     sizes = json.loads(about["config"])
     sizes["new_tokens"] = tuple(sizes["new_tokens"])
     options = json.loads(about["processor"])

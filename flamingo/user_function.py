@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -27,6 +28,7 @@ def user_function(name: str, forms: str = FORMS) -> Callable[..., Any]:
         ValueError: `name` is none of both, there is no such file or nothing of this name in it that can be
             called, or its code fails.
         ImportError: there is no such module, or it needs one that is not there.
+        OSError, SyntaxError: of the file.
     """
     where, _, path = name.rpartition(":")
     if not (where and path):
@@ -49,7 +51,7 @@ def _module(where: str) -> Any:
     if folder not in sys.path:
         sys.path.append(folder)  # at the end, where it hides nothing
     try:
-        return _run(file) if file.suffix == ".py" else import_module(where)
+        return _run(file.resolve(), file.stat().st_mtime_ns) if file.suffix == ".py" else import_module(where)
     except (ImportError, OSError, SyntaxError):
         raise
     except Exception as error:
@@ -57,9 +59,16 @@ def _module(where: str) -> Any:
         raise ValueError(f"expected code that can be run in {where}, got {lines[0]}.") from error
 
 
-def _run(file: Path) -> Any:
+@cache
+def _run(file: Path, _changed: int) -> Any:
+    """The module of a file, which runs once however often it is asked for."""
     spec: Any = spec_from_file_location(file.stem, file)
     module = module_from_spec(spec)
-    sys.modules.setdefault(file.stem, module)  # where dataclasses and pickle look for it
-    spec.loader.exec_module(module)
+    is_new = sys.modules.setdefault(file.stem, module) is module  # where dataclasses and pickle look for it
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        if is_new:
+            del sys.modules[file.stem]
+        raise
     return module

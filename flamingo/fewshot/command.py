@@ -14,6 +14,7 @@ import torch
 from torch import distributed
 
 from flamingo import named
+from flamingo.command_line import expect_apart
 from flamingo.fewshot.benchmarks import BENCHMARKS, Benchmark, option
 from flamingo.fewshot.inputs import SUPPORT_SAMPLES, Inputs, read_inputs
 from flamingo.fewshot.metrics.words import import_nltk
@@ -167,7 +168,8 @@ def _run(options: argparse.Namespace, device: torch.device) -> None:
     benchmark.check(getattr(options, "scoring", None), data.queries)
     how = _how(options, task, data)
     prepare(task, data.queries, data.support, options.output, **how)
-    predictions = options.predictions or options.output.with_suffix(".predictions.json")
+    predictions = options.predictions or _beside(options.output)
+    expect_apart(options.output, predictions, options.json)
     refuse_foreign(predictions, partial(is_upload, benchmark=benchmark))
     if options.json is not None:
         refuse_foreign(options.json, is_result)
@@ -178,6 +180,12 @@ def _run(options: argparse.Namespace, device: torch.device) -> None:
     result = evaluate(model, processor, task, data.queries, data.support, options.output, **how)
     if rank() == 0:
         _tell(result, options, benchmark, data, predictions)
+
+
+def _beside(output: Path) -> Path:
+    """Where predictions go, if nobody says: `coco.predictions.json` of `coco.jsonl`."""
+    name = output.stem if output.suffix == ".jsonl" else output.name
+    return output.with_name(f"{name}.predictions.json")
 
 
 def _load(options: argparse.Namespace, device: torch.device) -> tuple[Any, Processor]:

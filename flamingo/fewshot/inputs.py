@@ -114,7 +114,7 @@ def _with_videos(
             f"{len(found) or 'none'}: the first to lack one is {_first_missing(samples, found)!r}."
         )
     if gone:
-        say(f"{gone} of {len(samples)} samples of {files['annotations']} have no video in {folder}")
+        say(f"{gone} of {len(samples)} samples of {_shown(files)} have no video in {folder}")
     return found
 
 

@@ -9,6 +9,7 @@
                        when a run goes on
 """
 
+import fcntl
 import glob
 import json
 import os
@@ -61,16 +62,32 @@ class Results:
         """Begins to write, behind what is there; order is that of ids in a file that is made anew."""
         wait_for_all()  # all have read what there is
         if rank() == 0:
+            self._hold()
             if self._parts():
                 self._join(order)
-            elif self._found.whole:
-                os.truncate(self.path, self._found.whole)
+                self._hold()  # another file now
             else:
-                self.path.write_bytes(self._first)
+                self._held.truncate(self._found.whole)
+                if not self._found.whole:
+                    self._held.write(self._first)
+                self._held.flush()
         wait_for_all()
         self._file: BinaryIO = self._own.open("ab")
         if world_size() > 1:
             self._file.write(self._first)
+
+    def _hold(self) -> None:
+        """Keeps other runs from this file until the process ends, however it does."""
+        self._held = self.path.open("ab")
+        try:
+            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(
+                f"evaluate: expected {self.path} to be this run's alone, got one that another process writes "
+                "to. Wait for its end, or name another output."
+            ) from error
+        except OSError:
+            pass  # a file system without locks
 
     def add(self, records: Sequence[Record]) -> None:
         """Writes samples at once: a kill leaves all or none."""
@@ -83,6 +100,7 @@ class Results:
         """Ends to write; of several processes the first joins what all have found."""
         self._file.close()
         if world_size() == 1:
+            self._held.close()
             return
         wait_for_all()
         for part in self._parts():
@@ -90,6 +108,7 @@ class Results:
         wait_for_all()
         if rank() == 0:
             self._join(order)
+            self._held.close()
         wait_for_all()
 
     @property
@@ -141,7 +160,7 @@ class Results:
                 f"evaluate: expected {path} to be new, empty or the results of an evaluation, got a file of "
                 "something else, which is left as it is. Name another output."
             )
-        if found != self.header:
+        if found != json.loads(self._first):
             raise ValueError(
                 f"evaluate: expected {path} to be of a run with {self.header}, got one with {found}. Name "
                 "another output."

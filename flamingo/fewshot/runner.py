@@ -83,8 +83,8 @@ def evaluate(
     is counted, and a shot's is replaced by the next.
 
     Every medium is encoded once, whatever prompts it is in. Where all queries have the same shots
-    (`select="fixed"`), these are read once too. Several processes (torchrun) share the queries; they must see
-    one file system.
+    (`select="fixed"`), these are read once too. Several processes (torchrun) share the queries, and each
+    encodes what it needs; they must see one file system.
 
     Args:
         model: a Flamingo in eval mode.
@@ -139,8 +139,10 @@ def evaluate(
         text_only=shots == 0,
     )
     results.open(names)
-    _answer_all(run, results, queries, choose)
-    latents.save()
+    try:
+        _answer_all(run, results, queries, choose)
+    finally:
+        latents.save()
     results.close(names)
     answered = [results.records[name] for name in names if "error" not in results.records[name]]
     if not answered:
@@ -336,6 +338,7 @@ class _Run:
         if key not in self.read:
             document = self.task.template.shown(shots, text_only=self.text_only)
             self.read[key] = read_prompt(self.model, self.processor, document, latents=self.latents)
+            self.read[key].keeps_memory = self.permutations == 1
         return self.read[key]
 
 

@@ -25,6 +25,7 @@ from flamingo.generation.texts import complete, stream_text
 from flamingo.kernels import use_kernels
 from flamingo.processor import Processor
 from flamingo.tokenizer import EOC
+from flamingo.training.processes import device_of
 
 AT_ONCE = 8  # prompts of a file
 
@@ -60,7 +61,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--beams", type=count_from(1), default=1, metavar="N", help="default: 1, greedy")
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0: draw (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
-    parser.add_argument("--device", default="cpu", help='as "cuda:0" (default: cpu)')
+    parser.add_argument("--device", default="cpu", help='as "cuda:0", or "auto" (default: cpu)')
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's")
     parser.add_argument("--no-kernels", action="store_true", help="ask without the kernels")
     named.add_options(parser)
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
             can be seen.
     """
     shots, documents = _documents(options)
-    device = torch.device(_known_device(options.device))
+    device = device_of(options.device)
     named.check(options.model, options)
     model, processor = named.load(options.model, options)
     use_kernels(model, not options.no_kernels, lambda line: print(f"complete: {line}", file=sys.stderr))
@@ -104,6 +105,12 @@ def _documents(options: argparse.Namespace) -> tuple[list, list[list]]:
         raise ValueError(f"expected two --choices or more to rank, got {options.choices}.")
     if not 0 <= options.temperature < float("inf"):
         raise ValueError(f"expected --temperature of 0 or more, got {options.temperature}.")
+    if options.choices is not None and (options.beams > 1 or options.temperature > 0):
+        raise ValueError("expected --choices, or --beams or --temperature, got both: nothing is drawn.")
+    if options.beams > 1 and options.temperature > 0:
+        raise ValueError("expected --beams or --temperature, got both: beam search draws nothing.")
+    if not -(2**63) <= options.seed < 2**64:
+        raise ValueError(f"expected --seed of at most 64 bits, got {options.seed}.")
     shots: list = []
     for image, text in options.shot:
         shots += [_image(image), text if text.endswith(EOC) else f"{text}{EOC}"]
@@ -116,7 +123,8 @@ def _documents(options: argparse.Namespace) -> tuple[list, list[list]]:
 def _lines(path: Path) -> Iterator[list]:
     """The prompts of a file, each with its images."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            text = file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected prompts in UTF-8, a line each, got other bytes.") from error
     lines = text.removesuffix("\n").split("\n")  # not where else a text may end a line
@@ -132,16 +140,6 @@ def _image(name: str) -> Path:
     if not path.is_file():
         raise ValueError(f"expected an image or a video before the prompt, found no file {name}.")
     return path
-
-
-def _known_device(name: str) -> str:
-    """A device that is there."""
-    try:
-        torch.zeros(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"expected --device to be one of this machine, got {name!r}: {reason}") from error
-    return name
 
 
 def _generation(options: argparse.Namespace, model: Any) -> dict[str, Any]:

@@ -104,11 +104,16 @@ class Context:
                 more `<image>` tokens than media.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        self.add(input_ids, mask != 0)
-        input_ids, mask = self._take_unread()
-        is_image = (input_ids == self.model.config.media_token_id) & mask  # [B, T]
-        media = self._encode(input_ids, pixels, num_frames) if media is None else media
-        self._check(mask, is_image, media)
+        waiting, padded = [*self._unread], self._padded
+        try:
+            self.add(input_ids, mask != 0)
+            input_ids, mask = self._take_unread()
+            is_image = (input_ids == self.model.config.media_token_id) & mask  # [B, T]
+            media = self._encode(input_ids, pixels, num_frames) if media is None else media
+            self._check(mask, is_image, media)
+        except Exception:
+            self._unread, self._padded = waiting, padded  # what was added before can still be read
+            raise
         if self.length == 0:
             self.media, self.num_seen, self.attention_mask = media, is_image.sum(dim=1), mask
             self._padded = not bool(mask.all())
@@ -132,7 +137,8 @@ class Context:
 
     def forget_unread(self) -> None:
         """Forgets what was added and not read."""
-        self._unread, self._padded, self._visible = [], False, None
+        self._unread, self._visible = [], None
+        self._padded = not bool(self.attention_mask.all())
 
     @torch.no_grad()
     def step(self) -> Tensor:

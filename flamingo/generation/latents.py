@@ -11,7 +11,6 @@ Every file says of which model and which preprocessing it is; one of others is r
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from flamingo import fingerprint
 from flamingo.processor import Processor
+from flamingo.tensor_files import save_tensors
 
 _IN_A_FILE = 512  # media
 
@@ -229,9 +229,12 @@ class _Files:
             return
         self.settings = {
             "vision": fingerprint.of_weights(model.vision),
-            "resampler": fingerprint.of_weights(model.resampler),
+            "resampler": f"{fingerprint.of_weights(model.resampler)} {_unseen(model.config)}",
             "preprocessing": fingerprint.of_preprocessing(
-                processor, fps=processor.fps, max_frames=processor.max_frames
+                processor,
+                fps=processor.fps,
+                max_frames=processor.max_frames,
+                max_pixels=processor.max_pixels,
             ),
         }
         folder.mkdir(parents=True, exist_ok=True)
@@ -252,9 +255,7 @@ class _Files:
             for name, kept in media.items()
             for part, x in kept._asdict().items()
         }
-        unfinished = path.with_suffix(".unfinished")
-        import_module("safetensors.torch").save_file(tensors, unfinished, metadata=self.settings)
-        os.replace(unfinished, path)
+        save_tensors(tensors, path, self.settings)
         self.where |= dict.fromkeys(media, path)
 
     def read(self, name: str) -> Kept:
@@ -272,6 +273,11 @@ class _Files:
                     "folder, or name another."
                 )
         return sorted({name.rpartition(".")[0] for name in names})
+
+
+def _unseen(config: Any) -> str:
+    """What decides a resampler's latents and does not show in its weights."""
+    return f"heads={config.resampler_heads} activation={config.activation}"
 
 
 def _open(path: Path) -> Any:

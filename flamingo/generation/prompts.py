@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -32,7 +32,10 @@ class Prompt:
 
     Attributes:
         layout: its tokens and media.
+        keeps_memory: whether that of one batch is held for the next. Of many prompts it would be much.
     """
+
+    keeps_memory = True
 
     def __init__(self, layout: Layout, context: Context):
         self.layout = layout
@@ -48,17 +51,18 @@ class Prompt:
         context = self._take(count)
         length, before = context.length, (context.attention_mask, context.media, context.num_seen)
         yield context
-        if len(context.attention_mask) == count:
+        if self.keeps_memory and len(context.attention_mask) == count:
             context.crop(length)
             context.forget_unread()
             context.attention_mask, context.media, context.num_seen = before
             self._idle = [(count, context)]  # one: they are large
 
     def _take(self, count: int) -> Context:
-        while self._idle:
-            size, context = self._idle.pop()
-            if size == count:
-                return context
+        with suppress(IndexError):  # another thread may have taken the last
+            while True:
+                size, context = self._idle.pop()
+                if size == count:
+                    return context
         return self._read.copies(count)
 
 

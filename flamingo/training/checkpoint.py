@@ -240,8 +240,14 @@ def _point_to(path: Path) -> None:
         if _is_ours(target):
             _remove(target)
         else:
-            os.rename(target, path.parent / f"{LATEST}-kept")
+            os.rename(target, _free(path.parent / f"{LATEST}-kept"))
     os.replace(link, target)
+
+
+def _free(path: Path) -> Path:
+    """A name that nothing has: this, or this with a number."""
+    names = (path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _target(link: Path) -> Path:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from flamingo import fingerprint
 from flamingo.media import Features
 from flamingo.processor import Processor
+from flamingo.tensor_files import save_tensors
 from flamingo.training.bad import DataError
 from flamingo.training.config import Clips, DatasetConfig, TrainingConfig
 from flamingo.training.files import File
@@ -118,14 +119,10 @@ class FeatureStore:
 
     def add(self, shard: str, tensors: dict[str, Tensor]) -> None:
         """A shard's features, beside those that there are; the file has its name once it is whole."""
-        safetensors = import_module("safetensors.torch")
         path = self.path(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        known = safetensors.load_file(path) if self.has(shard) else {}
-        metadata = self.settings | {"shard": _stamp(shard)}
-        safetensors.save_file(known | tensors, unfinished, metadata=metadata)
-        os.replace(unfinished, path)
+        known = import_module("safetensors.torch").load_file(path) if self.has(shard) else {}
+        save_tensors(known | tensors, path, self.settings | {"shard": _stamp(shard)})
 
     def show(self, shard: str) -> Show:
         """What reads the features of a medium of this shard, instead of its files."""

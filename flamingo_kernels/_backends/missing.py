@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from importlib import metadata
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def _source() -> str:
     origin = json.loads(record or "{}")
     checkout = Path(__file__).parents[2]
     if (checkout / "setup.py").exists():
-        return f"--editable {checkout}" if origin.get("dir_info", {}).get("editable") else str(checkout)
+        where = shlex.quote(str(checkout))
+        return f"--editable {where}" if origin.get("dir_info", {}).get("editable") else where
     if "vcs_info" in origin:
         return "{vcs}+{url}@{commit_id}".format(url=origin["url"], **origin["vcs_info"])
     return origin.get("url", "flamingo-kernels")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from flamingo import Flamingo, FlamingoConfig, PretrainedLanguage, Processor, load_model, save_model
@@ -69,6 +70,32 @@ def test_other_files(tmp_path):
         ValueError, match=r"torn\.safetensors: expected a saved model, got a file that cannot"
     ):
         load_model(tmp_path / "torn.safetensors")
+    save_model(Flamingo(TINY), Processor(image_size=32), tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        about = file.metadata()
+    for name, key, value in (("config", "no_such_size", 1), ("processor", "tokenizer", "none such")):
+        changed = about | {name: json.dumps(json.loads(about[name]) | {key: value})}
+        save_file({"x": torch.zeros(1)}, tmp_path / "later.safetensors", metadata=changed)
+        with pytest.raises(ValueError, match=r"later\.safetensors: expected a model of this release"):
+            load_model(tmp_path / "later.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "later.safetensors", metadata=about)
+    with pytest.raises(ValueError, match=r"later\.safetensors: expected a model of this release.* Missing"):
+        load_model(tmp_path / "later.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors", metadata={"config": json.dumps({})})
     with pytest.raises(ValueError, match=r"other\.safetensors: expected a model of .*save_model"):
         load_model(tmp_path / "other.safetensors")
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save_model(Flamingo(TINY), Processor(image_size=32), path)
+    before = path.read_bytes()
+
+    def full(*args, **options):
+        (tmp_path / "model.safetensors.unfinished").write_bytes(b"half")
+        raise SafetensorError("no space left")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"model\.safetensors: expected to write tensors, got: no space left"):
+        save_model(Flamingo(TINY), Processor(image_size=32), path)
+    assert path.read_bytes() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -71,3 +72,25 @@ def test_what_is_no_function_is_refused_in_a_line(name, message, file):
 def test_a_module_that_is_not_there_is_named():
     with pytest.raises(ImportError, match="no_such_module"):
         user_function("no_such_module:give")
+
+
+def test_a_file_runs_once_and_again_when_it_has_changed(tmp_path):
+    """One that fails leaves no half module behind."""
+    file = tmp_path / "counted_here.py"
+    file.write_text("import sys\nsys.runs = getattr(sys, 'runs', 0) + 1\ndef make(): return sys.runs\n")
+    try:
+        made = [user_function(f"{file}:make") for _ in range(3)]
+        assert [each() for each in made] == [1, 1, 1]
+        assert made[0] is made[2]
+        file.write_text(file.read_text() + "1 / 0\n")
+        os.utime(file, (0, 0))
+        with pytest.raises(ValueError, match="division by zero"):
+            user_function(f"{file}:make")
+    finally:
+        del sys.runs
+    sys.modules.pop("counted_here")
+    broken = tmp_path / "broken_here.py"
+    broken.write_text("1 / 0\n")
+    with pytest.raises(ValueError, match="division by zero"):
+        user_function(f"{broken}:make")
+    assert "broken_here" not in sys.modules

@@ -18,6 +18,7 @@ from flamingo.fewshot.benchmarks.files import (
     TEXTS,
     Entry,
     Videos,
+    all_or_none_answered,
     checked,
     entries,
     expect,
@@ -123,7 +124,7 @@ def read_vatex(annotations: Path, videos: Path) -> list[Sample]:
             raise ValueError(f"expected a caption of {entry['videoID']} in {annotations}, found none.")
         name = entry["videoID"]
         samples.append(_sample(name, found.find(name), [caption.strip() for caption in captions]))
-    return with_ids(samples, annotations)
+    return with_ids(all_or_none_answered(samples, annotations), annotations)
 
 
 def read_youcook2(annotations: Path, videos: Path, subset: str = "validation") -> list[Sample]:

@@ -117,7 +117,7 @@ def table(path: Path, *columns: str) -> list[dict[str, str]]:
         ValueError: if it lacks a column, or a row is longer or shorter than the first.
     """
     try:
-        rows = list(csv.reader(io.StringIO(_text(path, "a CSV file"))))
+        rows = list(csv.reader(io.StringIO(_text(path, "a CSV file"), newline="")))
     except csv.Error as error:
         raise ValueError(f"expected CSV in {path}, got {error}.") from error
     header = rows[0] if rows else []
@@ -205,11 +205,22 @@ def with_ids(samples: Iterable[Sample], path: Path) -> list[Sample]:
     return found
 
 
+def all_or_none_answered(samples: list[Sample], path: Path) -> list[Sample]:
+    """Samples of a split: to leave some out of a score without a word would change what it is of."""
+    without = [sample for sample in samples if not sample.references]
+    if without and len(without) < len(samples):
+        raise ValueError(
+            f"expected answers to everything asked in {path} or to none, found none to {without[0].id!r}."
+        )
+    return samples
+
+
 def _text(path: Path, what: str) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"expected {what}, found none at {path}.")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig", newline="") as file:  # a line ends where the format says
+            return file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"expected {path} to be UTF-8, got {error}.") from error
 

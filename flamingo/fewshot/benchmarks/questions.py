@@ -16,6 +16,7 @@ from flamingo.fewshot.benchmarks.files import (
     TEXTS,
     Entry,
     Folder,
+    all_or_none_answered,
     by_id,
     checked,
     entries,
@@ -150,7 +151,7 @@ def read_textvqa(questions: Path, images: Path, annotations: Path | None = None)
         sample = _sample(entry, _image(folder, entry["image_id"]), None, None)
         shown = most_common(answers) if answers else ""
         samples.append(replace(sample, answer=shown, references=tuple(answers)))
-    return with_ids(_all_or_none_answered(samples, questions), questions)
+    return with_ids(all_or_none_answered(samples, questions), questions)
 
 
 def read_vizwiz(questions: Path, images: Path, annotations: Path | None = None) -> list[Sample]:
@@ -187,22 +188,12 @@ def read_vizwiz(questions: Path, images: Path, annotations: Path | None = None) 
         annotation = entry if "answers" in entry else None
         sample = _sample(entry, _image(folder, entry["image"]), annotation, questions)
         samples.append(replace(sample, details={**sample.details, "image": entry["image"]}))
-    return with_ids(_all_or_none_answered(samples, questions), questions)
+    return with_ids(all_or_none_answered(samples, questions), questions)
 
 
 def _keys(path: Path) -> set[str]:
     found = read_json(path)
     return {*found} if isinstance(found, dict) else set()
-
-
-def _all_or_none_answered(samples: list[Sample], path: Path) -> list[Sample]:
-    """Samples of a split: to leave some out of a score without a word would change what it is of."""
-    without = [sample for sample in samples if not sample.references]
-    if without and len(without) < len(samples):
-        raise ValueError(
-            f"expected answers to every question in {path} or to none, found none to {without[0].id!r}."
-        )
-    return samples
 
 
 def vqa_score(records: Records, *, unanimous_as_written: bool = False) -> float | None:

@@ -16,6 +16,7 @@ from flamingo.fewshot.benchmarks.files import (
     TABLE,
     TEXT,
     Videos,
+    all_or_none_answered,
     checked,
     entries,
     expect,
@@ -245,7 +246,7 @@ def read_star(annotations: Path, videos: Path) -> list[Sample]:
         clip = found.segment(str(name), entry["video_id"], entry["start"], entry["end"])
         sample = _sample(name, clip, entry["question"], answers)
         samples.append(replace(sample, candidates=choices))
-    return with_ids(samples, annotations)
+    return with_ids(all_or_none_answered(samples, annotations), annotations)
 
 
 def exact_score(records: Records) -> float | None:

@@ -109,7 +109,7 @@ def main(options: argparse.Namespace) -> int:
         expect_picture(options.picture)
     if options.readme:
         around(options.readme, BEGIN, END)
-    expect_writable(options.json, options.csv)
+    expect_writable(options.json, options.csv, options.picture)
     try:
         outcome = _load_or_run(options)
     except Stopped as stopped:
@@ -132,6 +132,9 @@ def _show(outcome: Run, options: argparse.Namespace) -> None:
 
 
 def _save(outcome: Run, options: argparse.Namespace) -> None:
+    """Writes over an earlier run only where there is something of this one."""
+    if not (outcome.rows or outcome.skipped):
+        return
     if options.json:
         outcome.save_json(options.json)
     if options.csv:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from . import report
 
@@ -120,16 +123,26 @@ class Run(NamedTuple):
         return {name: [dataclasses.asdict(each) for each in kept] for name, kept in self._asdict().items()}
 
     def save_json(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        with _whole(path) as file:
+            file.write(json.dumps(self.as_dict(), indent=1) + "\n")
 
     def save_csv(self, path: str | Path) -> None:
         """The rows alone, for a spreadsheet, with a column for each dimension in place of the shape."""
         every = dict.fromkeys(letter for row in self.rows for letter in row.sizes)
         names = [field.name for field in dataclasses.fields(Row)]
         place = names.index("shape")
-        with open(path, "w", newline="") as file:
+        with _whole(path) as file:
             writer = csv.DictWriter(
                 file, [*names[:place], *every, *names[place + 1 :]], extrasaction="ignore"
             )
             writer.writeheader()
             writer.writerows(dataclasses.asdict(row) | row.sizes for row in self.rows)
+
+
+@contextmanager
+def _whole(path: str | Path) -> Iterator[TextIO]:
+    """A file that has its name once it is whole: a kill leaves the cases before."""
+    unfinished = f"{path}.unfinished"
+    with open(unfinished, "w", newline="") as file:
+        yield file
+    os.replace(unfinished, path)

@@ -5,6 +5,7 @@ A stand-in answers, so that no model is built; the runner has tests of its own.
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -300,6 +301,22 @@ class TestVideos:
         assert (stand_in.asked["processor"].fps, stand_in.asked["processor"].max_frames) == (3, 30)
         assert {"fps": 3, "max_frames": 30}.items() <= stand_in.asked["settings"].items()  # of the run
         assert all(isinstance(sample.image, Segment) for sample in stand_in.asked["queries"])
+
+
+class TestOutputs:
+    @pytest.mark.parametrize("option", ["--json", "--predictions"])
+    def test_each_has_a_file_of_its_own(self, ask, stand_in, capsys, tmp_path, option):
+        output = tmp_path / "one"
+        assert ask("coco", "--output", str(output), option, str(tmp_path / "." / "one")) == 2
+        assert refused(capsys, "expected a file for each of what is written")
+        assert not stand_in.built
+        assert not output.exists()
+
+    @pytest.mark.parametrize(
+        ("output", "expected"), [("vqa.4", "vqa.4.predictions.json"), ("a.jsonl", "a.predictions.json")]
+    )
+    def test_predictions_are_named_after_it(self, output, expected):
+        assert command._beside(Path(output)) == Path(expected)
 
 
 class TestScoring:

@@ -1,6 +1,8 @@
 """The results of several processes, joined to those of one."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,24 @@ def test_a_broken_image_is_tried_again_when_a_run_goes_on(tmp_path):
     again.add([record(1)])
     again.close([1, 2])
     assert Results(tmp_path / "out", HEADER).records == {1: record(1), 2: record(2)}
+
+
+def test_a_second_run_in_another_process_is_refused(tmp_path):
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'ab'); fcntl.lockf(file, 2); print(); input()"
+    output = tmp_path / "out"
+    output.touch()
+    command = [sys.executable, "-c", hold, str(output)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=r"expected .*out to be this run's alone"):
+            Results(output, HEADER).open([1])
+        other.communicate("\n")
+    Results(output, HEADER).open([1])
+
+
+def test_settings_are_compared_as_they_are_written(tmp_path):
+    header = HEADER | {"sizes": (1, 2)}
+    for _ in range(2):
+        results = Results(tmp_path / "out", header)
+        results.open([1])
+        results.close([1])

@@ -196,8 +196,11 @@ HERE = "tests.flamingo.generation.test_command"
         (["MODEL", "--lines", "broken.png"], "broken.png: expected prompts in UTF-8"),
         (["MODEL", "a", "--choices", "one"], "expected two --choices or more"),
         (["MODEL", "a", "--temperature", "nan"], "expected --temperature of 0 or more, got nan"),
-        (["MODEL", "a", "--temperature", "1", "--beams", "2"], "expected beam search or sampling"),
-        (["MODEL", "a", "--device", "gpu"], "expected --device to be one of this machine, got 'gpu'"),
+        (["MODEL", "a", "--temperature", "1", "--beams", "2"], "expected --beams or --temperature, got both"),
+        (["MODEL", "a", "--device", "gpu"], 'expected device to be "auto", "cpu" or a GPU'),
+        (["MODEL", "a", "--beams", "2", "--choices", "b", "c"], "expected --choices, or --beams or"),
+        (["MODEL", "a", "--seed", str(2**64)], "expected --seed of at most 64 bits"),
+        (["MODEL", "a", "--device", "meta"], 'got "meta"'),
         (["MODEL", "a", "--preset", "tiny"], "expected --vision, --language beside MODEL"),
         (["gone.safetensors", "a"], "expected a saved model, found none at gone.safetensors"),
         (

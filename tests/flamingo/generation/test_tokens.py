@@ -479,6 +479,24 @@ class TestTurns:
         whole = naive(model, torch.cat((ids, later), dim=1), pixels, steps=3)
         assert torch.equal(generate(model, later, pixels, max_new_tokens=3, context=context), whole)
 
+    def test_a_mistake_costs_nothing_that_was_said(self, plain):
+        """What was added waits on, and the same turn can be read once it is right."""
+        ids, pixels, mask = documents()
+        found = []
+        for mistake in (False, True):
+            context = Context(plain)
+            context.read(ids, pixels, mask)
+            context.add(torch.tensor([[20], [21], [22]]))
+            if mistake:
+                for wrong in (
+                    torch.tensor([[23, IMAGE]] * 3),
+                    torch.tensor([[23]]),
+                ):  # no image; one document
+                    with pytest.raises(ValueError, match="expected"):
+                        context.read(wrong)
+            found.append(context.read(torch.tensor([[23], [24], [25]])))
+        assert torch.equal(*found)
+
 
 class TestCost:
     """What a token costs, counted."""

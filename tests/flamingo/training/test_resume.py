@@ -114,6 +114,7 @@ def ctrl_c(monkeypatch):
         def interrupted(run):
             for _ in range(times if run.step + 1 == step else 0):
                 signal.raise_signal(signal.SIGINT)
+                time.sleep(0.05)  # two that wait for the interpreter would count as one
             return update(run)
 
         monkeypatch.setattr(loop._Run, "update", interrupted)

@@ -74,7 +74,8 @@ def no_kernels(monkeypatch) -> None:
 @pytest.mark.parametrize("command", ["bench", "check"])
 def test_commands_tell_where_no_kernels_run(command, no_kernels, capsys):
     assert main([command]) == 0
-    (line,) = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in lines if "of this machine busy" not in line]  # as it may be
     assert line == f"{command}: no kernels run here, PyTorch computes alone: none were found"
 
 

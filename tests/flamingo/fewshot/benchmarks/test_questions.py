@@ -247,7 +247,7 @@ class TestVizWiz:
         entries = json.loads(files["questions"].read_text())
         del entries[1]["answers"]
         published.write_json(files["questions"], entries)
-        with pytest.raises(ValueError, match=r"every question in .*val\.json or to none, .*00000001"):
+        with pytest.raises(ValueError, match=r"everything asked in .*val\.json or to none, .*00000001"):
             read_vizwiz(**files)
 
 
