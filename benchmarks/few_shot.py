@@ -87,6 +87,8 @@ def build(preset: str, layers: int, dtype: torch.dtype) -> tuple[Flamingo, Proce
     if preset != "tiny":
         changes |= {"vision_layers": layers, "language_layers": layers}
     model = Flamingo(FlamingoConfig.preset(preset, **changes)).eval().to(dtype)
+    for block in model.cross_attn.values():  # as after training: a gate of 0 is a case of its own
+        block.attn_gate.data.fill_(0.5), block.ff_gate.data.fill_(0.5)
     use_kernels(model, True, lambda line: print(line, file=sys.stderr))
     return model, Processor(image_size=model.config.image_size)
 

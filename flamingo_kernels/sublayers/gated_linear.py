@@ -54,8 +54,9 @@ def forward(x: Tensor, a: Tensor, linear: Linear, gate: Tensor | None, backend: 
         return torch.addmm(x, a, linear.weight.t())
     if x.device.type != "cpu":
         return torch.addmm(x, a, _gated(linear.weight, gate).t())
-    if gate.numel() == 1:
-        return torch.addmm(x, a, linear.weight.t(), alpha=float(gate.tanh()))
+    if gate.numel() == 1 and (factor := float(gate.tanh())):
+        return torch.addmm(x, a, linear.weight.t(), alpha=factor)
+    # A gate of 0, as before training: with alpha=0 torch's product in bfloat16 takes 30 times as long.
     return FWD[backend](x, linear(a), gate)
 
 
