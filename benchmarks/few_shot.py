@@ -42,6 +42,15 @@ CLOSED = Task("closed", CAPTION, "answers", lambda records: float(len(records)),
 CASES = tuple(itertools.product((GREEDY, CLOSED), (("fixed", 8), ("fixed", 32), ("random", 8))))
 
 
+class Setup(NamedTuple):
+    """What all cases share."""
+
+    model: Flamingo
+    processor: Processor
+    support: Sequence[Sample]
+    queries: Sequence[Sample]
+
+
 class Row(NamedTuple):
     """Queries a second."""
 
@@ -66,9 +75,10 @@ def main() -> int:
     options = parser.parse_args()
     model, processor = build(options.preset, options.layers, getattr(torch, options.dtype))
     support, queries = samples(options.support, 1, processor), samples(options.queries, 2, processor)
+    setup = Setup(model, processor, support, queries)
     rows = []
     for task, (select, shots) in CASES:
-        rows.append(measure(model, processor, task, select, shots, support, queries))
+        rows.append(measure(setup, task, select, shots))
         print(rows[-1], file=sys.stderr, flush=True)
     print(table(rows))
     if options.json is not None:
@@ -108,16 +118,9 @@ def samples(count: int, seed: int, processor: Processor) -> list[Sample]:
     ]
 
 
-def measure(
-    model: Flamingo,
-    processor: Processor,
-    task: Task,
-    select: str,
-    shots: int,
-    support: Sequence[Sample],
-    queries: Sequence[Sample],
-) -> Row:
+def measure(setup: Setup, task: Task, select: str, shots: int) -> Row:
     """One case: batches read anew before and after two whole runs."""
+    model, processor, support, queries = setup
     anew = _closed_anew if task.closed else _greedy_anew
     batches = [queries[start : start + BATCH] for start in range(0, len(queries), BATCH)]
     times = []
@@ -135,25 +138,16 @@ def measure(
         folder, runs = Path(name), []
         for run in range(2):
             read_anew(batches[run % len(batches)], run + 1)
-            runs.append(_run(model, processor, task, select, shots, support, queries, folder, run))
+            runs.append(_run(setup, task, select, shots, folder, run))
         read_anew(batches[-1], 3)
     median = statistics.median(times)
     spread = max(times) / min(times)
     return Row(task.name, select, shots, 1 / median, spread, *(len(queries) / seconds for seconds in runs))
 
 
-def _run(
-    model: Flamingo,
-    processor: Processor,
-    task: Task,
-    select: str,
-    shots: int,
-    support: Sequence[Sample],
-    queries: Sequence[Sample],
-    folder: Path,
-    number: int,
-) -> float:
+def _run(setup: Setup, task: Task, select: str, shots: int, folder: Path, number: int) -> float:
     """The seconds of a whole evaluation, with the latents of earlier runs."""
+    model, processor, support, queries = setup
 
     def run() -> Evaluation:
         return evaluate(
