@@ -13,6 +13,7 @@ folder, empty but for what `PREPARE` puts there.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -27,13 +28,13 @@ import pytest
 import flamingo.__main__
 import flamingo_kernels.__main__
 from flamingo import Flamingo, save_model
+from flamingo_kernels._backends import env
 from tests.helpers import ROOT
 
 PAGES = {path.stem: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\w+\.\w+)\b")
 COMMAND = re.compile(r"(?:^|\s)(?:python -m (flamingo\w*)|torchrun .*-m (flamingo)|(flamingo(?:-kernels)?))\s")
-ENVIRONMENT_NAME = re.compile(r'"([A-Z][A-Z_]*[A-Z])"')
 
 
 class Block(NamedTuple):
@@ -155,3 +156,40 @@ def test_its_commands_are_understood(page, package, arguments, monkeypatch, caps
         assert main.main(arguments) == 0
     except SystemExit as end:  # --help and --version end so, and a command that is not understood with 2
         assert end.code == 0, capsys.readouterr().err
+
+
+def read_by(path: Path) -> Iterator[str]:
+    """The environment variables that a file reads or sets for itself, by its syntax."""
+    tree = ast.parse(path.read_text())
+    constants = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(tree):
+        match node:
+            case ast.Subscript(value=ast.Attribute(attr="environ"), slice=name):
+                pass
+            case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="environ")), args=[name, *_]):
+                pass
+            case ast.Call(func=ast.Name(id="_choice"), args=[name, *_]):
+                pass
+            case ast.Compare(left=name, comparators=[ast.Attribute(attr="environ")]):
+                pass
+            case _:
+                continue
+        name = constants.get(name.id, name) if isinstance(name, ast.Name) else name
+        if isinstance(name, ast.Constant):
+            yield name.value
+
+
+def test_every_environment_variable_has_its_row():
+    rows = [line for line in PAGES["environment"].read_text().splitlines() if line.startswith("| `")]
+    told = {name for row in rows for name in re.findall("`([A-Z_]+)`", row.split(" | ")[0])}
+    folders = ("flamingo", "flamingo_kernels", "tests", "benchmarks", "examples")
+    files = [ROOT / "setup.py", *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    everybodys = {"PATH", "PYTHONPATH"}
+    assert told == {name for path in files for name in read_by(path)} - everybodys
+    assert {*env.BACKENDS, *env.CPU_VARIANTS} <= {*re.findall("`(\\w+)`", "".join(rows))}
