@@ -38,6 +38,7 @@ def build(width: int) -> Flamingo:
         resampler_dim=width,
         num_latents=64,
         only_attend_immediate_media=False,  # text sees all images before it
+        tie_embeddings=False,  # a random model would repeat its last token
     )
     model = Flamingo(config).eval()
     for name, parameter in model.named_parameters():
@@ -61,7 +62,7 @@ def question(model: Flamingo, turn: int) -> Tensor:
 
 
 def read(model: Flamingo, tokens: Tensor, media: Tensor | MediaCache, text: KVCache) -> Tensor:
-    """The likeliest next token. The blocks take a `MediaCache` in the place of the images."""
+    """The logits of the byte that follows. The blocks take a `MediaCache` in the place of the images."""
     begins = text.get_seq_length() == 0  # later text follows all images that were shown
     every = torch.ones(1, media.shape[1], dtype=torch.bool)
     shown = tokens == model.config.media_token_id if begins else every
@@ -73,13 +74,13 @@ def read(model: Flamingo, tokens: Tensor, media: Tensor | MediaCache, text: KVCa
         return seen
 
     logits = model.language(tokens, cache=text, before_layer=before_layer, logits_to_keep=1)
-    return logits[:, -1, :256].argmax(-1, keepdim=True)  # a byte, not a special token
+    return logits[:, -1, :256]  # [1, 256]; special tokens are not to be said
 
 
 @torch.no_grad()
-def chat(model: Flamingo, cached: bool = False) -> tuple[list[int], list[float]]:
-    """The tokens of all answers, and the milliseconds: to the first token of each turn, and of the chat."""
-    began, said, waited = time.perf_counter(), [], []
+def chat(model: Flamingo, cached: bool = False) -> tuple[Tensor, list[float]]:
+    """The logits of all answers' tokens, and the milliseconds: to each turn's first one, and of the chat."""
+    began, answers, waited = time.perf_counter(), [], []
     text, media = KVCache(), images_of(model, 0)
     cache = MediaCache(model, media) if cached else None
     for turn, new in enumerate(IMAGES):
@@ -89,12 +90,12 @@ def chat(model: Flamingo, cached: bool = False) -> tuple[list[int], list[float]]
             if cache is not None:
                 cache.append(later)
         start = time.perf_counter()
-        token = read(model, question(model, turn), cache or media, text)
+        logits = read(model, question(model, turn), cache or media, text)
         waited.append(1e3 * (time.perf_counter() - start))
         for _ in range(ANSWER):
-            said.append(int(token))
-            token = read(model, token, cache or media, text)
-    return said, [*waited, 1e3 * (time.perf_counter() - began)]
+            answers.append(logits)
+            logits = read(model, logits.argmax(-1, keepdim=True), cache or media, text)
+    return torch.cat(answers), [*waited, 1e3 * (time.perf_counter() - began)]
 
 
 def main(width: int = 512) -> None:
@@ -106,9 +107,11 @@ def main(width: int = 512) -> None:
     patch(model)
     for name, cached in (("patched", False), ("MediaCache", True)):
         chat(model, cached)
-        said, times = chat(model, cached)
-        same = sum(one == other for one, other in zip(said, original, strict=True))
-        print(f"{name:<10}  {in_words(times)}, {same} of {len(original)} tokens the same")
+        answers, times = chat(model, cached)
+        same = int((answers.argmax(-1) == original.argmax(-1)).sum())
+        apart = float((answers - original).norm() / original.norm())
+        print(f"{name:<10}  {in_words(times)}")
+        print(f"            {same} of {len(original)} tokens are the same, logits {apart:.1e} apart")
 
 
 def in_words(times: list[float]) -> str:
