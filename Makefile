@@ -25,7 +25,7 @@ NEWEST_TESTS := tests/flamingo_kernels/patch tests/flamingo_kernels/commands/pro
 	tests/flamingo/generation/test_tokens.py tests/flamingo/test_open_flamingo.py \
 	--ignore tests/flamingo_kernels/patch/test_oldest_transformers.py
 
-.PHONY: help demo test test-slow test-newest mutate sanitize lint format docs bench gpu info build emulated clean
+.PHONY: help demo test test-slow test-newest mutate sanitize lint format docs bench tables gpu info build emulated clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -65,6 +65,9 @@ sanitize: build emulated ## run the operators' tests with kernels that watch the
 
 bench: build ## time every operator and layer against its rivals
 	@$(BIN)/python -m flamingo_kernels bench $(ARGS)
+
+tables: build ## write the tables and the picture of README.md and docs/ anew, from the code and benchmarks/results
+	@$(BIN)/python -m benchmarks.tables $(ARGS)
 
 gpu: ## prove and time the kernels on a GPU: any python3 with torch and Triton, nothing is installed
 	@$(PYTHON) -c 'import importlib.util as i, sys; sys.exit(not (i.find_spec("torch") and i.find_spec("einops")))' \

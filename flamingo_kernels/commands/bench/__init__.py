@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flamingo.command_line import count_from, expect_writable, time_span
@@ -68,9 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write every row with its conditions, case by case")
     parser.add_argument("--csv", metavar="FILE", help="write the rows for a spreadsheet, case by case")
     parser.add_argument("--picture", metavar="FILE", help="draw the speed-ups (.png, .svg, .pdf)")
-    parser.add_argument(
-        "--readme", metavar="FILE", help="replace the table between this file's bench markers"
-    )
+    parser.add_argument("--markdown", metavar="FILE", help="write one line a case, as a table in Markdown")
 
 
 def _operators() -> str:
@@ -100,16 +99,12 @@ def main(options: argparse.Namespace) -> int:
         KeyboardInterrupt: by Ctrl-C, after what was timed until then is shown and written.
     """
     from ..measure.figure import expect_picture
-    from ..readme import around
     from .baselines import OURS
-    from .report import BEGIN, END
     from .run import Stopped
 
     if options.picture:
         expect_picture(options.picture)
-    if options.readme:
-        around(options.readme, BEGIN, END)
-    expect_writable(options.json, options.csv, options.picture)
+    expect_writable(options.json, options.csv, options.markdown, options.picture)
     try:
         outcome = _load_or_run(options)
     except Stopped as stopped:
@@ -121,11 +116,11 @@ def main(options: argparse.Namespace) -> int:
 
 def _show(outcome: Run, options: argparse.Namespace) -> None:
     """Writes what is asked for, then prints, as nobody may read that any more."""
-    from .report import picture, table, update_readme
+    from .report import markdown, picture, table
 
     _save(outcome, options)
-    if options.readme and outcome.rows:
-        update_readme(outcome, options.readme)
+    if options.markdown and outcome.rows:
+        Path(options.markdown).write_text(f"{markdown(outcome)}\n")
     if options.picture and outcome.rows:
         picture(outcome, options.picture)
     print(table(outcome))
