@@ -8,6 +8,7 @@ import griffe
 RULE = re.compile(r"=+( =+)+")
 DRAWING = re.compile(r"(.*?)( ?)::")
 SENTENCE = re.compile(r"(Args|Attributes|Determinism|Limits|Raises|Source): (.*)")
+SEVERAL = re.compile(r"    \w+(, \w+)+: .*")
 
 
 class Docstrings(griffe.Extension):
@@ -16,6 +17,20 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj, **kwargs):
         if obj.docstring:
             obj.docstring.value = markdown(obj.docstring.value)
+            if obj.is_class and not re.search("^(Args|Attributes):", obj.docstring.value, flags=re.MULTILINE):
+                first, *others = obj.docstring.value.split("\n\n")
+                obj.docstring.value = "\n\n".join([first, *fields(obj), *others])
+
+
+def fields(cls):
+    """A section of the fields that a comment behind them explains, if there are any."""
+    comments = {
+        name: re.findall(r"  # (.*)", "\n".join(each.lines))
+        for name, each in cls.members.items()
+        if each.is_attribute and "property" not in each.labels and not name.startswith("_")
+    }
+    items = [f"    {name}: {comment[0]}." for name, comment in comments.items() if comment]
+    return ["\n".join(["Attributes:", *items])] if items else []
 
 
 def markdown(text):
@@ -35,13 +50,16 @@ def markdown(text):
         elif line.startswith(">>> "):
             out += ["Examples:", *("    " + each for each in [line, *_take(lines, bool)])]
         elif line.startswith("Example; "):
-            out += [line, "", "Examples:"]
+            out += ["Examples:", "    " + line.removeprefix("Example; "), ""]
         elif line == "Example:":
             out += ["Examples:"]
         elif line == "Args:" and lines[0].startswith("    See "):
             out += [f"**Args:** {lines.pop(0).strip()}"]
         elif found := SENTENCE.fullmatch(line):
             out += ["**{}:** {}".format(*found.groups())]
+        elif SEVERAL.fullmatch(line):
+            names, colon, rest = line.partition(":")
+            out += [names.replace(", ", ",\N{NO-BREAK SPACE}") + colon + rest]
         else:
             out += [line]
     return "\n".join(out)
