@@ -32,8 +32,7 @@ class FlamingoConfig:
     """
 
     # Vision encoder
-    # a plain ViT of the sizes below, an NFNet ("nfnet-f0" to "nfnet-f6"), or "given": Flamingo(vision=...)
-    vision: str = "vit"
+    vision: str = "vit"  # of the sizes below, "nfnet-f0" to "nfnet-f6", or "given": Flamingo(vision=...)
     image_size: int  # pixels of one side
     vision_dim: int  # width of the features; 3072 for every named NFNet
     patch_size: int = 0  # ViT: pixels of one side; (image_size / patch_size)^2 features a frame
