@@ -25,9 +25,10 @@ _STYLE = """
   text { font: 12px system-ui, sans-serif; fill: #24292f }
   .small { font-size: 10.5px; fill: #57606a }
   .title { font-size: 14px; font-weight: 600 }
+  .card { fill: #ffffff }
   .line { stroke: #8c959f; stroke-width: 1 }
   @media (prefers-color-scheme: dark) {
-    text { fill: #e6edf3 } .small { fill: #9198a1 }
+    text { fill: #e6edf3 } .small { fill: #9198a1 } .card { fill: #0d1117 }
   }
 """
 
@@ -73,7 +74,8 @@ def svg(device: Path, processors: Mapping[str, Path]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top:.0f}" role="img" '
         f'aria-label="How many times as fast models and operators are with flamingo-kernels">'
     )
-    return "\n".join([head, f"<style>{_STYLE}</style>", *parts, "</svg>", ""])
+    card = f'<rect class="card" width="{WIDTH}" height="{top:.0f}" rx="6"/>'
+    return "\n".join([head, f"<style>{_STYLE}</style>", card, *parts, "</svg>", ""])
 
 
 def _models(device: Path) -> Panel:
@@ -81,7 +83,10 @@ def _models(device: Path) -> Panel:
     for headline in models.HEADLINES:
         run = models.whole_model(device, headline.folder, headline.record)
         said = run["conditions"]
-        notes.add(f"{said['device']}, {said['threads']} threads, torch {said['torch']}, random weights")
+        notes.add(
+            f"{said['device']}, {said['threads']} threads, torch {said['torch']}, random weights, "
+            f"{said['time'][:10]}"
+        )
         bars = [
             Bar(before.median / after.median, before.gain(after), _COLOURS[side])
             for side, (before, after) in models.gains_of(device, headline).items()
@@ -103,8 +108,10 @@ def _operators(processors: Mapping[str, Path]) -> Panel:
         shape = key.shape.removesuffix(operators.ATTENTION)
         against = {"sdpa": "SDPA", "compile": "compile"}[rival]
         groups.append(Group(key.op, f"{shape}, {key.dtype}, {key.mode}; {against}", bars))
-    rows = [next(iter(operators.operators(folder).rows)) for folder in processors.values()]
-    note = "; ".join(f"{row.device}, {row.threads} threads, torch {row.torch}" for row in rows)
+    rows = [max(operators.operators(folder).rows, key=lambda row: row.time) for folder in processors.values()]
+    note = "; ".join(
+        f"{row.device}, {row.threads} threads, torch {row.torch}, {row.time[:10]}" for row in rows
+    )
     return Panel("Operators: times as fast as SDPA, or torch.compile", legend, groups, note)
 
 
