@@ -3,7 +3,7 @@
 ::
 
     python -m benchmarks.few_shot                        all cases, as docs/evaluating.md shows them
-    python -m benchmarks.few_shot --page docs/evaluating.md --json record.json
+    python -m benchmarks.few_shot --json benchmarks/results/DEVICE/few_shot.json
 
 The model has OpenFlamingo-3B's widths, fewer layers and random weights. The rival is what a loop over queries
 does: `generate` on the pixels of whole prompts, and `log_likelihoods` on whole prompts, a batch a call, which
@@ -29,10 +29,9 @@ import torch
 from flamingo import Flamingo, FlamingoConfig, Latents, Processor
 from flamingo.fewshot import CAPTION, Evaluation, Sample, Task, evaluate, log_likelihoods
 from flamingo.kernels import use_kernels
-from flamingo_kernels.commands import readme
 from flamingo_kernels.commands.measure.text import factor, rounded
+from flamingo_kernels.commands.measure.text import row as row_of
 
-BEGIN, END = "<!-- few-shot: begin -->", "<!-- few-shot: end -->"
 BATCH, NEW_TOKENS = 8, 5
 CANDIDATES = ("yes", "no", "a cat", "a dog")
 WORDS = ("a cat", "a dog", "a red bus", "two men", "a kite")
@@ -71,7 +70,6 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--preset", default="openflamingo-3b", help="default: openflamingo-3b")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="whose table is replaced")
     options = parser.parse_args()
     model, processor = build(options.preset, options.layers, getattr(torch, options.dtype))
     support, queries = samples(options.support, 1, processor), samples(options.queries, 2, processor)
@@ -82,11 +80,9 @@ def main() -> int:
         print(rows[-1], file=sys.stderr, flush=True)
     print(table(rows))
     if options.json is not None:
-        settings = {name: str(value) for name, value in vars(options).items() if name not in ("json", "page")}
+        settings = {name: str(value) for name, value in vars(options).items() if name != "json"}
         record = {"settings": settings, "rows": [row._asdict() for row in rows]}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
-    if options.page is not None:
-        readme.replace(options.page, BEGIN, END, table(rows))
     return 0
 
 
@@ -185,11 +181,11 @@ def _seconds(call: Callable[[], object]) -> float:
 def table(rows: Sequence[Row]) -> str:
     """The rows in Markdown."""
     head = ("answers", "shots", "anew", "first run", "", "second run", "")
-    lines = [readme.row(*head), readme.row(*["---"] * len(head))]
+    lines = [row_of(*head), row_of(*["---"] * len(head))]
     for row in rows:
         gains = [(rounded(rate), factor(rate / row.anew)) for rate in (row.first, row.second)]
         lines.append(
-            readme.row(row.task, f"{row.shots} {row.select}", rounded(row.anew), *itertools.chain(*gains))
+            row_of(row.task, f"{row.shots} {row.select}", rounded(row.anew), *itertools.chain(*gains))
         )
     return "\n".join(lines)
 

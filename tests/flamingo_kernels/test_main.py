@@ -13,8 +13,8 @@ import flamingo_kernels
 from flamingo_kernels import __main__ as cli
 from flamingo_kernels import available_backends
 from flamingo_kernels._backends import dispatch, env
-from flamingo_kernels.commands import info
-from flamingo_kernels.commands.bench import baselines, report, shapes
+from flamingo_kernels.commands import info, support
+from flamingo_kernels.commands.bench import baselines, shapes
 from flamingo_kernels.commands.bench import run as bench_run
 from flamingo_kernels.commands.bench.rows import Run
 from flamingo_kernels.commands.gpu import RESULTS, _folder, plan
@@ -63,10 +63,9 @@ def test_info_page_has_what_the_json_has(capsys):
 def test_bench_writes_all_its_files_and_shows_them_again(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     files = {option: tmp_path / f"bench.{option}" for option in ("json", "csv", "png")}
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}{report.END}")
+    page = tmp_path / "bench.md"
     asked = ["--quick", "--op", "gated_residual", "--against", "eager", "--seconds", "0"]
-    written = ["--json", files["json"], "--csv", files["csv"], "--picture", files["png"], "--readme", readme]
+    written = ["--json", files["json"], "--csv", files["csv"], "--picture", files["png"], "--markdown", page]
     assert cli.main(["bench", *asked, *map(str, written)]) == 0
     shown = capsys.readouterr()
     rows = json.loads(files["json"].read_text())["rows"]
@@ -82,7 +81,7 @@ def test_bench_writes_all_its_files_and_shows_them_again(tmp_path, capsys):
         ("32", "64", row["contender"]) for row in rows
     ]
     assert files["png"].read_bytes().startswith(b"\x89PNG")
-    assert "| `gated_residual`" in readme.read_text()
+    assert page.read_text().splitlines()[2].startswith("| `gated_residual`")
     assert "2/2" not in shown.out, "progress belongs on stderr"
     assert "left  gated_residual" in shown.err.splitlines()[-1]
 
@@ -189,7 +188,7 @@ def test_bench_fails_when_our_result_is_wrong(monkeypatch, capsys):
         (["--csv", "docs"], "bench: docs: Is a directory"),
         (["--picture", "x.text"], "bench: expected a picture named ."),
         (["--picture", "nowhere/x.png"], "bench: nowhere/x.png: No such file or directory"),
-        (["--readme", "CHANGELOG.md"], "CHANGELOG.md: expected one '<!-- bench: begin -->'"),
+        (["--markdown", "nowhere/x.md"], "bench: nowhere/x.md: No such file or directory"),
     ],
 )
 def test_bench_says_before_the_work_what_it_cannot_do(asked, message, monkeypatch, capsys):
@@ -270,31 +269,31 @@ def test_bench_keeps_what_was_timed_before_ctrl_c(tmp_path, monkeypatch, capsys)
     assert len(json.loads((tmp_path / "x.json").read_text())["rows"]) == 2
 
 
-def test_support_says_before_the_work_what_it_cannot_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("flamingo_kernels.commands.support.models", lambda *_: pytest.fail("it went to work"))
-    for asked, message in (
-        (["--results", "nowhere"], "support: expected --results to be a folder, got nowhere."),
-        (["--readme", "nowhere.md"], "support: nowhere.md: No such file or directory"),
-        (["--readme", str(ROOT / "CHANGELOG.md")], "CHANGELOG.md: expected one '<!-- support: begin -->'"),
-        (["--page", str(ROOT / "benchmarks" / "README.md")], "expected --page with --results DIR"),
-    ):
-        assert cli.main(["support", *asked]) == 2
-        shown = capsys.readouterr().err
-        assert message in shown
-        assert shown.count("\n") == 1
+def test_support_shows_tables_in_markdown(capsys):
+    assert cli.main(["support"]) == 0
+    shown = capsys.readouterr().out
+    assert "| `masked_cross_attention` | `cpu` |" in shown
+    assert "| flamingo-pytorch | 0.1.0 to before 0.1.2 |" in shown
+    assert "open-flamingo 0.0.2 to 2.0.1, " in support.libraries()
+    assert "whisper-flamingo main" in support.libraries()
+    rows = [line.split(" | ") for line in support.backends().splitlines()[2:]]
+    assert [row[0] for row in rows if row[-1] == "all |"] == [
+        "| `reference`",
+        "| `cpu`",
+        "| `cuda`",
+        "| `triton`",
+    ]
+    assert ["| `mkl`", "processors for which torch has it", "`linear` |"] in rows
 
 
 def test_results_of_something_else_are_named(tmp_path, capsys):
-    (tmp_path / "real").mkdir()
     for content in ("{", "[]", "{}", "null", "[" * 10**5):
-        (tmp_path / "real" / "x.json").write_text(content)
         (tmp_path / "environment.json").write_text(content)
-        for asked in (["support", "--results"], ["gpu", "--load"]):
-            assert cli.main([*asked, str(tmp_path)]) == 2
-            shown = capsys.readouterr()
-            assert shown.err.startswith(f"{asked[0]}: {tmp_path}")
-            assert ": expected " in shown.err
-            assert (shown.err.count("\n"), shown.out) == (1, "")
+        assert cli.main(["gpu", "--load", str(tmp_path)]) == 2
+        shown = capsys.readouterr()
+        assert shown.err.startswith(f"gpu: {tmp_path}")
+        assert ": expected " in shown.err
+        assert (shown.err.count("\n"), shown.out) == (1, "")
 
 
 def test_info_tells_of_a_build_that_failed_after_the_one_that_is_there(monkeypatch):

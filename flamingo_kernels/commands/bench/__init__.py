@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flamingo.command_line import count_from, expect_writable, time_span
+from flamingo.command_line import MOST_THREADS, count_from, expect_writable, time_span
 
 if TYPE_CHECKING:
     from .rows import Run
@@ -53,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="only this dtype (repeatable; default: float32 and bfloat16)",
     )
-    parser.add_argument("--threads", type=count_from(1), help="of the cpu (default: as torch chooses)")
+    parser.add_argument(
+        "--threads", type=count_from(1, MOST_THREADS), help="of the cpu (default: as torch chooses)"
+    )
     parser.add_argument("--device", default="cpu", help='where to run, as in "cuda:0" (default: cpu)')
     parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that it works, not how fast")
     parser.add_argument(
@@ -68,9 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write every row with its conditions, case by case")
     parser.add_argument("--csv", metavar="FILE", help="write the rows for a spreadsheet, case by case")
     parser.add_argument("--picture", metavar="FILE", help="draw the speed-ups (.png, .svg, .pdf)")
-    parser.add_argument(
-        "--readme", metavar="FILE", help="replace the table between this file's bench markers"
-    )
+    parser.add_argument("--markdown", metavar="FILE", help="write one line a case, as a table in Markdown")
 
 
 def _operators() -> str:
@@ -100,16 +101,12 @@ def main(options: argparse.Namespace) -> int:
         KeyboardInterrupt: by Ctrl-C, after what was timed until then is shown and written.
     """
     from ..measure.figure import expect_picture
-    from ..readme import around
     from .baselines import OURS
-    from .report import BEGIN, END
     from .run import Stopped
 
     if options.picture:
         expect_picture(options.picture)
-    if options.readme:
-        around(options.readme, BEGIN, END)
-    expect_writable(options.json, options.csv, options.picture)
+    expect_writable(options.json, options.csv, options.markdown, options.picture)
     try:
         outcome = _load_or_run(options)
     except Stopped as stopped:
@@ -121,11 +118,11 @@ def main(options: argparse.Namespace) -> int:
 
 def _show(outcome: Run, options: argparse.Namespace) -> None:
     """Writes what is asked for, then prints, as nobody may read that any more."""
-    from .report import picture, table, update_readme
+    from .report import markdown, picture, table
 
     _save(outcome, options)
-    if options.readme and outcome.rows:
-        update_readme(outcome, options.readme)
+    if options.markdown and outcome.rows:
+        Path(options.markdown).write_text(f"{markdown(outcome)}\n")
     if options.picture and outcome.rows:
         picture(outcome, options.picture)
     print(table(outcome))

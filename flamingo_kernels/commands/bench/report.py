@@ -1,4 +1,4 @@
-"""Shows a run: a table for the terminal, one for the README, and a picture."""
+"""Shows a run: a table for the terminal, one in Markdown, and a picture."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..._html import bar, page, paragraph
 from ..._html import table as html_table
-from .. import readme
 from ..measure.figure import new_figure
 from ..measure.text import duration, factor
+from ..measure.text import row as row_of
 from .baselines import BACKENDS, FLOORS, OURS
 from .shapes import CASES_OF, FLAT_MEMORY, HEADS, Floor, Target
 
 if TYPE_CHECKING:
     from .rows import Key, Row, Run, Skipped
 
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 COLUMNS = {"eager": "eager", "sdpa": "SDPA", "compile": "compile"}
 _OF_INTEGERS = ("int8", "bfloat16", "dynamic", "int8pack", "torchao")
 MORE_COLUMNS = {
@@ -146,7 +145,7 @@ def _left_out(run: Run) -> list[str]:
 
 
 def markdown(run: Run) -> str:
-    """One line a case, for the README."""
+    """One line a case, in Markdown."""
     columns = columns_of(run) | _timed(run, {name: name for name in FLOORS})
     lines = [
         f"| | dtype | mode | ours | {' | '.join(columns.values())} | target |",
@@ -156,7 +155,7 @@ def markdown(run: Run) -> str:
         cells = [f"`{key.op}` {_short(key.shape)}", key.dtype, key.mode, duration(rows[OURS].median_ms)]
         cells += [factor(rows[name].ratio) if name in rows else "-" for name in columns]
         cells.append("<br>".join(map(str, verdicts(key, rows))))
-        lines.append(readme.row(*cells))
+        lines.append(row_of(*cells))
     notes = [
         f"Columns of rivals: how many times as long as ours they take. Attention has{_USUAL}. "
         f"{' and '.join(FLOORS)} are no rivals but floors: they do a part of the work. "
@@ -196,11 +195,6 @@ def conditions(run: Run) -> str:
         f"Medians on {row.device}{threads}, torch {row.torch}, backend "
         f"{', '.join(sorted(ours))}{commit}, {row.time}."
     )
-
-
-def update_readme(run: Run, path: str | Path) -> None:
-    """Replace what stands between the two markers of a page by the table. Raises as `readme.around`."""
-    readme.replace(path, BEGIN, END, markdown(run))
 
 
 def picture(run: Run, path: str | Path) -> None:

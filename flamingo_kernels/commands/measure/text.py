@@ -1,4 +1,4 @@
-"""Numbers, dtypes, proofs and errors as a report shows them."""
+"""Numbers, dtypes, rows, proofs and errors as a report shows them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def gibibytes(size: float) -> str:
 def factor(ratio: float) -> str:
     """How many times as fast, as long or as large."""
     return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"
+
+
+def row(*cells: str) -> str:
+    """One line of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -9,20 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from ..._html import bar as html_bar
 from ..._html import page, paragraph, table
-from .. import readme
 from ..measure.figure import new_figure
 from ..measure.text import duration, factor, mebibytes, rounded, verdict
 from ..measure.timing import Spread
 from .parts import BLOCKS, INSIDE, PARTS
 from .sides import BEFORE, COMPILED, FOLDED, FROZEN, INT8, LINEARS, PATCHED
-from .subject import DECODE, GENERATION, PREFILL, STEP
 
 if TYPE_CHECKING:
     from .apart import Apart
     from .count import Counted
     from .run import Measured, Profile
 
-_TITLES = {
+TITLES = {
     BEFORE: "as it is",
     PATCHED: "patch",
     LINEARS: "patch with linears",
@@ -31,7 +29,7 @@ _TITLES = {
     COMPILED: "torch.compile",
     FROZEN: "inductor, frozen",
 }
-_OVERLAP = '"~": the spreads of both, 20% to 80%, overlap'
+OVERLAP = '"~": the spreads of both, 20% to 80%, overlap'
 _WIDTH, _FACTOR = 27, 8  # of a cell, and of what it gains
 
 
@@ -55,12 +53,12 @@ def measured(found: Profile) -> str:
         _PROOF.format("relative error against float64", "found", "allowed", "").rstrip(),
     ]
     lines += [
-        _PROOF.format(f"  {name}, {_TITLES[side]}", *verdict(proof))
+        _PROOF.format(f"  {name}, {TITLES[side]}", *verdict(proof))
         for name, by_side in found.proofs.items()
         for side, proof in by_side.items()
     ]
     lines += [
-        _PROOF.format(f"  {name}, {_TITLES[side]}", f"{error:.1e}", "told", "").rstrip()
+        _PROOF.format(f"  {name}, {TITLES[side]}", f"{error:.1e}", "told", "").rstrip()
         for name, by_side in found.told.items()
         for side, error in by_side.items()
     ]
@@ -78,7 +76,7 @@ def measured(found: Profile) -> str:
         lines += ["", _heading(f"time by part, {name}", sides), *_by_part(work)]
     lines += [
         "",
-        f"Gains of speed: {_OVERLAP}.",
+        f"Gains of speed: {OVERLAP}.",
         "Parts: medians under torch.profiler, with its cost. A gate that rides on a product counts there.",
     ]
     return "\n".join(lines)
@@ -119,7 +117,7 @@ def apart(found: Apart) -> str:
         f"{setting['device']}, {setting['threads']} threads, torch {setting['torch']}",
         "each in a process of its own"
         + (", beside the model as it is" if found.beside else "")
-        + f"; {_OVERLAP}",
+        + f"; {OVERLAP}",
     ]
     for work, times in found.times.items():
         heading = f"{work}, ms", "median", "20% to 80%", "gain", "tokens/s", "memory", "difference"
@@ -136,98 +134,10 @@ def apart(found: Apart) -> str:
                 "" if peak is None else mebibytes(peak),
                 "" if difference is None else f"{difference:.1e}",
             )
-            lines.append(row.format(f"  {_TITLES[side]}", *cells).rstrip())
+            lines.append(row.format(f"  {TITLES[side]}", *cells).rstrip())
     for work, failed in found.failed.items():
-        lines += [f"{work}, {_TITLES[side]}, failed: {error}" for side, error in failed.items()]
+        lines += [f"{work}, {TITLES[side]}, failed: {error}" for side, error in failed.items()]
     return "\n".join(lines)
-
-
-def apart_table(runs: Iterable[Mapping[str, Any]]) -> str:
-    """Gains of whole models, a side's process against that of the model as it is, in Markdown.
-
-    Args:
-        runs: what `profile --apart --json` wrote, of one machine.
-    """
-    runs = list(runs)
-    measured = {side for run in runs for times in run["times"].values() for side in times}
-    sides = [side for side in (COMPILED, FROZEN, PATCHED, LINEARS, FOLDED, INT8) if side in measured]
-    lines = [
-        f"| model | dtype | work | batch | as it is | {' | '.join(_TITLES[side] for side in sides)} |",
-        f"|---|---|---|--:|{'--:|' * (1 + len(sides))}",
-    ]
-    for run in sorted(runs, key=lambda run: (run["model"], run["dtype"] != "float32", run["sizes"]["batch"])):
-        for work, times in run["times"].items():
-            cells = run["model"], run["dtype"], work, str(run["sizes"]["batch"])
-            beside = run.get("beside", {}).get(work, {})
-            gains = (_apart_gain(times, side, beside.get(side)) for side in sides)
-            lines.append(readme.row(*cells, duration(times[BEFORE]["median"]), *gains))
-    said = {
-        key: " and ".join(dict.fromkeys(str(run["conditions"][key]) for run in runs))
-        for key in ("device", "threads", "torch", "commit")
-    }
-    latest = max(run["conditions"]["time"] for run in runs)
-    lines += [
-        "",
-        f'Times as it is over times of each side; {_OVERLAP}; "-": not measured. '
-        f"Medians on {said['device']}, {said['threads']} threads, "
-        f"torch {said['torch']}, commit {said['commit']}, {latest[:10]}.",
-    ]
-    return "\n".join(lines)
-
-
-def real_table(run: Mapping[str, Any]) -> str:
-    """What a user of one model sees of each side, in Markdown: times, tokens a second, gains and memory.
-
-    Args:
-        run: what `profile NAME --apart --new TOKENS --json` wrote.
-    """
-    sizes, said = run["sizes"], run["conditions"]
-    sides = [side for side in _TITLES if side in run["times"][DECODE]]
-    headings = {
-        PREFILL: "time to the first token",
-        DECODE: "tokens/s",
-        GENERATION: f"all of {sizes['new']} tokens",
-        STEP: "training step",
-    }
-    works = [work for work in headings if work in run["times"]]
-    lines = [
-        f"| {run['model']}, {run['dtype']} | {' | '.join(headings[work] for work in works)} | memory |",
-        f"|---|{'--:|' * len(works)}--:|",
-    ]
-    for side in sides:
-        cells = [_real_cell(run, work, side) for work in works]
-        peaks = [run["peak"][work].get(side) for work in works if work != STEP]
-        known = [peak for peak in peaks if peak is not None]
-        memory = f"{max(known) / 2**30:.2f} GiB" if known else "-"
-        lines.append(readme.row(_TITLES[side], *cells, memory))
-    images = f"{sizes['media']} images" if sizes["media"] > 1 else "an image"
-    lines += [
-        "",
-        f"{rounded(run['parameters'] / 1e9)} G random parameters, {sizes['batch']} x {sizes['text']} tokens "
-        f"with {images}. Each in a process of its own, in turn with the model as it is: gains are those of "
-        "the same minutes, and a machine whose speed drifts makes other rows look unlike them. Memory is "
-        'what the process holds at most in inference. "~": the spreads, 20% to 80%, overlap. Medians on '
-        f"{said['device']}, {said['threads']} threads, torch {said['torch']}, commit {said['commit']}, "
-        f"{said['time'][:10]}.",
-    ]
-    return "\n".join(lines)
-
-
-def _real_cell(run: Mapping[str, Any], work: str, side: str) -> str:
-    times = run["times"][work]
-    if side not in times:
-        return "-"
-    median = times[side]["median"]
-    shown = rounded(1e3 * run["tokens"][work] / median) if work == DECODE else duration(median)
-    if side == BEFORE:
-        return shown
-    return f"{shown} ({_apart_gain(times, side, run['beside'].get(work, {}).get(side))})"
-
-
-def _apart_gain(times: Mapping[str, Any], side: str, before: Mapping[str, float] | None = None) -> str:
-    if side not in times:
-        return "-"
-    return Spread(**before or times[BEFORE]).gain(Spread(**times[side]))
 
 
 def counted(found: Counted) -> str:
@@ -266,12 +176,12 @@ def plain(value: Any) -> Any:
 def html_of_profile(found: Profile) -> str:
     """For a notebook: errors, speeds and memory as tables, times as bars."""
     proofs = [
-        (f"{name}, {_TITLES[side]}", *verdict(proof))
+        (f"{name}, {TITLES[side]}", *verdict(proof))
         for name, by_side in found.proofs.items()
         for side, proof in by_side.items()
     ]
     told = [
-        (f"{name}, {_TITLES[side]}", f"{error:.1e}", "told", "")
+        (f"{name}, {TITLES[side]}", f"{error:.1e}", "told", "")
         for name, by_side in found.told.items()
         for side, error in by_side.items()
     ]
@@ -281,7 +191,7 @@ def html_of_profile(found: Profile) -> str:
         table(("relative error against float64", "found", "allowed", ""), proofs + told),
         table(("", "time", "tokens/s", "gain", "peak", ""), _speeds(found)) if found.works else "",
         paragraph(
-            f"Gains: {_OVERLAP}. Bars: median times of a call, of that as it is."
+            f"Gains: {OVERLAP}. Bars: median times of a call, of that as it is."
             if found.works
             else "The patched model computes something else: nothing was timed."
         ),
@@ -291,7 +201,7 @@ def html_of_profile(found: Profile) -> str:
 def _speeds(found: Profile) -> list[tuple[str, ...]]:
     return [
         (
-            f"{name}, {_TITLES[side]}",
+            f"{name}, {TITLES[side]}",
             duration(spread.median),
             rounded(work.speed(side).median),
             "" if side == BEFORE else work.times[BEFORE].gain(spread),
@@ -313,7 +223,7 @@ def html_of_apart(found: Apart) -> str:
             peak = found.peak[work][side]
             rows.append(
                 (
-                    f"{work}, {_TITLES[side]}",
+                    f"{work}, {TITLES[side]}",
                     duration(spread.median),
                     before.gain(spread) if before else "",
                     "" if peak is None else mebibytes(peak),
@@ -325,7 +235,7 @@ def html_of_apart(found: Apart) -> str:
             f"{found.model}, {found.dtype}, {found.conditions['device']}: each in a process of its own"
         ),
         table(("", "time", "gain", "memory", ""), rows),
-        paragraph(f"Gains: {_OVERLAP}."),
+        paragraph(f"Gains: {OVERLAP}."),
     )
 
 
@@ -360,10 +270,10 @@ def picture(found: Profile, path: str | Path) -> None:
     for y, (name, side) in enumerate(rows):
         label = f"  {ends[name, side]:.2f}: {_labelled(found.works[name], side)}"
         axes.text(ends[name, side], y, label, va="center", fontsize=9, color="#333333")
-    axes.set_yticks(range(len(rows)), [f"{name}, {_TITLES[side]}" for name, side in rows], fontsize=9)
+    axes.set_yticks(range(len(rows)), [f"{name}, {TITLES[side]}" for name, side in rows], fontsize=9)
     axes.set_xlim(0, 1.4 * max([1.0, *ends.values()]))
     axes.set_xlabel(
-        f"median time of a call, of that as it is; colours: shares under torch.profiler; {_OVERLAP}",
+        f"median time of a call, of that as it is; colours: shares under torch.profiler; {OVERLAP}",
         fontsize=9,
     )
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -395,7 +305,7 @@ _PROOF = "{:<48}{:>12}{:>12}{:>10}"
 
 
 def _heading(name: str, sides: Iterable[str]) -> str:
-    return _line(name, {side: _TITLES[side] for side in sides}, {})
+    return _line(name, {side: TITLES[side] for side in sides}, {})
 
 
 def _line(name: str, cells: Mapping[str, str], gains: Mapping[str, str]) -> str:

@@ -1,7 +1,6 @@
 import csv
 import dataclasses
 import json
-import re
 import sys
 from itertools import pairwise
 
@@ -172,28 +171,6 @@ def test_markdown_has_a_line_for_every_case(outcome):
         "at least 8x sdpa: not met (6.00x)<br>at least 15x eager: met (22.0x) |"
     )
     assert {line.count("|") for line in lines if line.startswith("|")} == {9}
-
-
-def test_only_what_stands_between_the_markers_is_replaced(outcome, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.update_readme(outcome, readme)
-    once = readme.read_text()
-    assert "old" not in once
-    assert re.fullmatch(rf"before\n{report.BEGIN}\n\n\| .*\n\n{report.END}\nafter\n", once, flags=re.DOTALL)
-    report.update_readme(outcome, readme)
-    assert readme.read_text() == once
-
-
-@pytest.mark.parametrize(
-    "text", ["", report.BEGIN, f"{report.END}{report.BEGIN}", report.BEGIN * 2 + report.END]
-)
-def test_a_file_without_markers_is_left_alone(outcome, tmp_path, text):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    with pytest.raises(ValueError, match=r"README.md: expected one '<!-- bench: begin -->'"):
-        report.update_readme(outcome, readme)
-    assert readme.read_text() == text
 
 
 def test_a_rival_of_the_users_has_a_column_and_a_bar(outcome, tmp_path, monkeypatch):
