@@ -25,7 +25,7 @@ NEWEST_TESTS := tests/flamingo_kernels/patch tests/flamingo_kernels/commands/pro
 	tests/flamingo/generation/test_tokens.py tests/flamingo/test_open_flamingo.py \
 	--ignore tests/flamingo_kernels/patch/test_oldest_transformers.py
 
-.PHONY: help demo test test-slow test-newest mutate sanitize lint format bench tables gpu info build emulated wheel clean
+.PHONY: help demo test test-slow test-newest mutate sanitize lint format docs bench tables gpu info build emulated wheel clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -37,7 +37,7 @@ demo: build ## swap a Flamingo's modules for kernels on real images, compare and
 test: build emulated $(OLDEST) ## run the tests (ARGS="-k mask" for some of them)
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-test-slow: build emulated $(OLDEST) ## run the slow tests too
+test-slow: build emulated $(OLDEST) $(VENV)/docs ## run the slow tests too
 	@$(BIN)/python -m pytest $(PARALLEL) -m "" $(ARGS)
 
 # transformers comes with what it needs. A plain torch may bring gigabytes of CUDA: another than that of the tests
@@ -87,6 +87,11 @@ format: $(VENV)/installed ## format the code
 	@$(BIN)/ruff check --fix --quiet . || true
 	@$(BIN)/ruff format .
 
+# No kernels are needed: docstrings are read, not imported.
+docs: $(VENV)/docs ## build the documentation as a site, and say where it is
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open file://$(CURDIR)/build/site/index.html"
+
 build: $(VENV)/installed ## compile the kernels that have changed
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
@@ -110,6 +115,11 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/torch
 	@$(PIP) --no-deps $(PEERS)
 	@$(BIN)/python -c 'import triton' 2> /dev/null || $(PIP) --no-deps $(TRITON) \
 		|| echo "no Triton for this machine: the tests of its kernels are skipped"
+	@touch $@
+
+$(VENV)/docs: pyproject.toml constraints.txt | $(VENV)/torch
+	@echo "installing what builds the documentation"
+	@FLAMINGO_KERNELS_BUILD=none $(PIP) --no-build-isolation --editable ".[docs]"
 	@touch $@
 
 $(VENV)/triton-oldest: | $(VENV)/installed
