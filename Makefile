@@ -25,7 +25,7 @@ NEWEST_TESTS := tests/flamingo_kernels/patch tests/flamingo_kernels/commands/pro
 	tests/flamingo/generation/test_tokens.py tests/flamingo/test_open_flamingo.py \
 	--ignore tests/flamingo_kernels/patch/test_oldest_transformers.py
 
-.PHONY: help demo test test-slow test-newest mutate sanitize lint format docs bench tables gpu info build emulated clean
+.PHONY: help demo test test-slow test-newest mutate sanitize lint format docs bench tables gpu info build emulated wheel clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -81,6 +81,7 @@ lint: $(VENV)/installed ## check formatting, style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy examples
 
 format: $(VENV)/installed ## format the code
 	@$(BIN)/ruff check --fix --quiet . || true
@@ -96,6 +97,13 @@ build: $(VENV)/installed ## compile the kernels that have changed
 
 emulated: $(VENV)/installed ## compile the CUDA kernels for this processor, as the tests run them without a GPU
 	@FLAMINGO_KERNELS_EMULATE=cuda $(BIN)/python setup.py --quiet build_ext --build-lib build/emulated-cuda
+
+# setuptools packs whatever build/lib has, files that are gone from the sources too.
+wheel: $(VENV)/installed ## build the wheel into dist/ and try it (FLAMINGO_KERNELS_BUILD=cuda: the CUDA kernels too)
+	@rm -rf dist build/lib build/lib.* build/bdist.*
+	@export FLAMINGO_KERNELS_BUILD=$${FLAMINGO_KERNELS_BUILD:-cpu} FLAMINGO_KERNELS_EMULATE=; \
+		$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . \
+		&& $(BIN)/python -m tests.wheel dist
 
 clean: ## remove everything that make has made
 	rm -rf $(VENV) build dist *.egg-info flamingo_kernels/_C*.so .benchmarks .mypy_cache .pytest_cache .ruff_cache
