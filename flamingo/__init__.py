@@ -16,6 +16,7 @@ generation     what follows a prompt: greedy, sampled, by beam search, token by 
 fingerprint    what tells encoders and media apart, to know what was kept of them
 saved          a whole model in one file
 kernels        faster layers, for the commands
+starting       Ctrl-C before a command has begun
 threads        how long they wait for work
 command_line   what every command does with a mistake
 ranges         which numbers a configuration may have
@@ -25,7 +26,7 @@ demo           all of it on real digits, from nothing
 fewshot        prompts, closed-ended scoring, retrieval, metrics, evaluation over datasets on disk
 """
 
-from flamingo import threads  # noqa: F401  first, as torch's OpenMP looks once for what it sets
+from flamingo import starting, threads  # noqa: F401  first: torch's OpenMP looks once for what they set
 
 # isort: split
 

@@ -11,12 +11,16 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from math import inf
 from pathlib import Path
 from typing import Any, NoReturn
+
+from flamingo import starting
 
 # Which extra of this library brings a package that may be missing, by the name under which it is imported.
 _EXTRAS = {
@@ -33,10 +37,18 @@ _EXTRAS = {
 }
 
 
+MOST_THREADS = 1024  # of torch: OpenMP ends the process where it cannot start as many
+_LONGEST = 1200  # characters of a line; a path may have some hundreds
+
+
 class Parser(argparse.ArgumentParser):
     """A parser, and parsers of commands below it, that tell a wrong argument in a line."""
 
     intermixed = False  # whether options may stand between positional arguments
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register("type", None, _some_text)  # of arguments that name no type
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if not self.intermixed:
@@ -48,8 +60,15 @@ class Parser(argparse.ArgumentParser):
             self.intermixed = True
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}. See {self.prog} --help", file=sys.stderr)
+        print(f"{self.prog}: {_shortened(message)}. See {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _some_text(text: str) -> str:
+    """An argument's type: `--json "$FILE"` with a variable that is not set would be taken for no option."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a text, got an empty one")
+    return text
 
 
 def parser_of(module: str, description: str) -> Parser:
@@ -68,8 +87,8 @@ def _version() -> str:
         return "that is not installed"
 
 
-def count_from(least: int) -> Callable[[str], int]:
-    """An argument's type: an integer of so much at least."""
+def count_from(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """An argument's type: an integer of so much at least, and at most."""
 
     def read(text: str) -> int:
         try:
@@ -78,6 +97,8 @@ def count_from(least: int) -> Callable[[str], int]:
             number = least - 1
         if number < least:
             raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at most {most}, got {text!r}")
         return number
 
     return read
@@ -97,7 +118,7 @@ def time_span(text: str) -> float:
 def expect_apart(*files: str | Path | None) -> None:
     """Raises ValueError if two of the files that are given are one: it would be written over."""
     given = [Path(file) for file in files if file is not None]
-    if len({file.resolve() for file in given}) < len(given):
+    if len({os.path.realpath(file) for file in given}) < len(given):
         raise ValueError(f"expected a file for each of what is written, got {', '.join(map(str, given))}.")
 
 
@@ -106,11 +127,14 @@ def expect_writable(*files: str | Path | None) -> None:
 
     Raises:
         OSError: for one that cannot be written.
-        ValueError: if two are one.
+        ValueError: if two are one, or one is a device or a pipe: a file takes its name once it is whole.
     """
     expect_apart(*files)
-    for file in (Path(file) for file in files if file is not None):
+    for given in (file for file in files if file is not None):
+        file = Path(os.path.realpath(given))
         existed = file.exists()
+        if existed and not (file.is_file() or file.is_dir()):
+            raise ValueError(f"expected {given} to be a file, got a device or a pipe.")
         file.open("ab").close()
         if not existed:
             file.unlink()
@@ -127,6 +151,7 @@ def run_command(name: str, command: Callable[[], int], *, extra: str | None = No
     Returns:
         The exit status.
     """
+    starting.done()
     try:
         status = command()
         sys.stdout.flush()
@@ -142,8 +167,24 @@ def run_command(name: str, command: Callable[[], int], *, extra: str | None = No
         line, status = _missing(error, extra), 2
     except (OSError, ValueError, SyntaxError) as error:  # that of a file which the user names
         line, status = _told(error), 2
-    print(f"{name}: {' '.join(line.split()).removeprefix(f'{name}: ')}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        line, status = f"expected more memory: {error or 'there is no more'}", 2
+    line = " ".join(line.split()).removeprefix(f"{name}: ")
+    with suppress(OSError):  # nobody reads what goes wrong either
+        print(f"{name}: {_shortened(line)}", file=sys.stderr)
     return status
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether there is too little of it; torch says so of a processor's by the text alone."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
+
+
+def _shortened(line: str) -> str:
+    """A line of a length that can be read: a file may have a number of thousands of digits."""
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 300]} ... {line[-300:]}"
 
 
 def _missing(error: ImportError, extra: str | None) -> str:

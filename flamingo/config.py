@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from flamingo.language.decoder import PositionKind
 from flamingo.modules import ACTIVATIONS, Policy
-from flamingo.ranges import POSITIVE, at_least, expect_ranges
+from flamingo.ranges import POSITIVE, at_least, at_most, expect_ranges
 from flamingo.vision import NFNETS
 
 # Sizes that may be 0: a given encoder has none of a ViT's.
@@ -19,6 +19,8 @@ _ZERO = (
     "cross_attn_first",
     "media_token_id",
 )
+_LAYERS = ("vision_layers", "resampler_depth", "language_layers")
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # of a size that is no slip of the hand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +75,9 @@ class FlamingoConfig:
 
     def __post_init__(self):
         _expect_types(self)
-        sizes = (each.name for each in fields(self) if type(getattr(self, each.name)) is int)
+        sizes = [each.name for each in fields(self) if type(getattr(self, each.name)) is int]
         expect_ranges(self, {name: at_least(0) if name in _ZERO else POSITIVE for name in sizes})
+        expect_ranges(self, {name: at_most(_MOST_LAYERS if name in _LAYERS else _MOST) for name in sizes})
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"FlamingoConfig: expected activation to be one of {', '.join(ACTIVATIONS)}, got "

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from flamingo.processor import Processor
 from flamingo.saved import load_model
-from flamingo.user_function import user_function
+from flamingo.user_function import user_function, users_code
 
 FORMS = "RUN|MODEL.safetensors|CHECKPOINT.pt|MODULE:FUNCTION|FILE.py:FUNCTION"
 
@@ -32,8 +34,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     of_checkpoint.add_argument("--language", metavar="FOLDER", help="of its language model and tokenizer")
 
 
-def check(name: str, options: argparse.Namespace) -> None:
+def find(
+    name: str, options: argparse.Namespace, say: Callable[[str], object]
+) -> Callable[[], tuple[Any, Processor]]:
     """Looks at what a model is named by, and loads nothing.
+
+    Args:
+        name: one of `FORMS`.
+        options: of the command.
+        say: is told, in a line, what is remarkable about the model.
+
+    Returns:
+        What loads the model, in eval mode, and its processor. It raises ValueError or OSError, in a line,
+        for what cannot be read.
 
     Raises:
         ValueError: if it is no such thing, in a line.
@@ -41,32 +54,23 @@ def check(name: str, options: argparse.Namespace) -> None:
     """
     path = Path(name)
     if _is_checkpoint(path, options):
-        import_module("flamingo.training.towers").check(_towers(path, options))
+        towers, config = import_module("flamingo.training.towers"), _towers(path, options)
+        towers.check(config)
+        load = partial(towers.build, config, say)
     elif path.is_dir() or path.suffix == ".toml":
-        import_module("flamingo.training.command").check_saved(path)
+        load = import_module("flamingo.training.command").find_run(path, say)
     elif path.suffix == ".safetensors":
         if not path.is_file():
             raise ValueError(f"expected a saved model, found none at {path}.")
         import_module("safetensors")
+        load = partial(load_model, path)
     else:
-        _function(name)
+        load = partial(_called, _function(name), name)
+    return partial(_in_eval_mode, load)
 
 
-def load(name: str, options: argparse.Namespace) -> tuple[Any, Processor]:
-    """The model, in eval mode, and its processor.
-
-    Raises:
-        ValueError, OSError: if it cannot be read, in a line.
-    """
-    path = Path(name)
-    if _is_checkpoint(path, options):
-        model, processor = import_module("flamingo.training.towers").build(_towers(path, options), print)
-    elif path.is_dir() or path.suffix == ".toml":
-        model, processor = import_module("flamingo.training.command").load_run(path)
-    elif path.suffix == ".safetensors":
-        model, processor = load_model(path)
-    else:
-        model, processor = _called(name)
+def _in_eval_mode(load: Callable[[], tuple[Any, Processor]]) -> tuple[Any, Processor]:
+    model, processor = load()
     return model.eval(), processor
 
 
@@ -106,8 +110,9 @@ def _function(name: str) -> Any:
     return found
 
 
-def _called(name: str) -> tuple[Any, Processor]:
-    pair = _function(name)()
+def _called(function: Callable[[], Any], name: str) -> tuple[Any, Processor]:
+    with users_code(name):
+        pair = function()
     if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Processor)):
         kinds = [type(each).__name__ for each in pair] if isinstance(pair, tuple) else type(pair).__name__
         raise ValueError(f"expected {name} to return (model, Processor), got {kinds}.")

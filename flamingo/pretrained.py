@@ -41,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got: {error}.") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected an object of JSON, got {type(found).__name__}.")

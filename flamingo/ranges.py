@@ -21,6 +21,10 @@ def at_least(least: int) -> Range:
     return Range(f"{least} or more", lambda value: least <= value < inf)
 
 
+def at_most(most: int) -> Range:
+    return Range(f"{most} or less", lambda value: value <= most)
+
+
 def expect_ranges(config: Any, ranges: Mapping[str, Range], *, of: str = "") -> None:
     """Compares those fields of a dataclass that have a range and are not None; NaN is in none.
 

@@ -7,6 +7,8 @@ takes several times as long, as the thread that works waits for one that spins.
 import os
 import sys
 
+from flamingo.starting import is_command
+
 # A quiet machine does not lose by it, as it does by OMP_WAIT_POLICY=PASSIVE.
 SPINS = "20000"
 # The demo's products are too small to wait awake for: with one of two cores taken, a step of two threads took
@@ -16,9 +18,7 @@ DEMO_SPINS = "0"
 
 def _wait_briefly() -> None:
     """For both names of the command, before torch starts its threads; whatever the user has set stays."""
-    program = os.path.basename(sys.argv[0]) if sys.argv else ""
-    is_command = program == "flamingo" or (program == "-m" and "flamingo" in sys.orig_argv)
-    if is_command and "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    if is_command("flamingo") and "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", DEMO_SPINS if "demo" in sys.orig_argv else SPINS)
 
 

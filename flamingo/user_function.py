@@ -1,7 +1,8 @@
 """A function of the user's, by what names it on the command line: `FILE.py:NAME` or `module:NAME`."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -50,11 +51,23 @@ def _module(where: str) -> Any:
     folder = str(file.parent.resolve())  # of a module: the working directory
     if folder not in sys.path:
         sys.path.append(folder)  # at the end, where it hides nothing
-    try:
+    with users_code(where):
         return _run(file.resolve(), file.stat().st_mtime_ns) if file.suffix == ".py" else import_module(where)
+
+
+@contextmanager
+def users_code(where: str) -> Iterator[None]:
+    """What fails in code of the user's is a ValueError of one line.
+
+    Raises:
+        ValueError: for whatever it raises, sys.exit included; but not for these:
+        ImportError, OSError, SyntaxError: which say enough, and KeyboardInterrupt.
+    """
+    try:
+        yield
     except (ImportError, OSError, SyntaxError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = f"{type(error).__name__}: {error}".splitlines()
         raise ValueError(f"expected code that can be run in {where}, got {lines[0]}.") from error
 

@@ -1,6 +1,10 @@
 """Flamingo's attention, gates and resampler, fast: operators, drop-in layers and a one-line swap."""
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+if "flamingo_kernels" in sys.orig_argv or (sys.argv and sys.argv[0].endswith("flamingo-kernels")):
+    import flamingo.starting  # noqa: F401  the command, for which Ctrl-C is a line from here on
 
 from ._backends.dispatch import UnsupportedError, available_backends, use_backend
 from .fold import FoldReport, fold, unfold

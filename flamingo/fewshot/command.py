@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import sys
 import textwrap
 from dataclasses import replace
 from datetime import timedelta
@@ -24,10 +23,11 @@ from flamingo.fewshot.shots import SELECT
 from flamingo.generation import Latents
 from flamingo.kernels import use_kernels
 from flamingo.processor import Processor
-from flamingo.training.processes import device_of, leave, process_group, rank
+from flamingo.training.processes import device_of, leave, process_group, rank, say
 
 TASKS: dict[str, Benchmark] = BENCHMARKS  # by the names that the command knows them by
 _LONGEST_WAIT = timedelta(days=7)  # for the slowest of several processes
+_say = partial(say, "evaluate")
 
 
 def add_parser(commands: Any) -> None:
@@ -173,8 +173,9 @@ def _run(options: argparse.Namespace, device: torch.device) -> None:
     refuse_foreign(predictions, partial(is_upload, benchmark=benchmark))
     if options.json is not None:
         refuse_foreign(options.json, is_result)
-    named.check(options.model, options)
-    model, processor = _load(options, device)
+    load = named.find(options.model, options, _say)
+    model, processor = _changed(*load(), options)
+    model = model.to(device)
     latents = Latents(model, processor, options.latents, batch_size=options.batch_size)
     how |= {"batch_size": options.batch_size, "latents": latents}
     result = evaluate(model, processor, task, data.queries, data.support, options.output, **how)
@@ -188,14 +189,13 @@ def _beside(output: Path) -> Path:
     return output.with_name(f"{name}.predictions.json")
 
 
-def _load(options: argparse.Namespace, device: torch.device) -> tuple[Any, Processor]:
+def _changed(model: Any, processor: Processor, options: argparse.Namespace) -> tuple[Any, Processor]:
     """The model that will answer, and its processor, as the options change them."""
-    model, processor = named.load(options.model, options)
     for name in ("max_pixels", "fps", "max_frames"):
         if (value := getattr(options, name, None)) is not None:
             setattr(processor, name, value)
     use_kernels(model, not options.no_kernels, _say)
-    return model.to(device), processor
+    return model, processor
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -275,8 +275,3 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         for name, value in vars(options).items()
         if name not in hidden
     }
-
-
-def _say(line: str) -> None:
-    if rank() == 0:
-        print(f"evaluate: {line}", file=sys.stderr)

@@ -10,8 +10,8 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from flamingo.generation.texts import complete, stream_text
 from flamingo.kernels import use_kernels
 from flamingo.processor import Processor
 from flamingo.tokenizer import EOC
-from flamingo.training.processes import device_of
+from flamingo.training.processes import device_of, say
 
 AT_ONCE = 8  # prompts of a file
 
@@ -40,11 +40,12 @@ def add_parser(commands: Any) -> None:
     parser.intermixed = True
     parser.add_argument("model", metavar="MODEL", help=named.FORMS)
     parser.add_argument(
-        "prompt", nargs="*", metavar="[IMAGE ...] PROMPT", help="files, and a text after them"
+        "prompt", nargs="*", type=str, metavar="[IMAGE ...] PROMPT", help="files, and a text after them"
     )
     parser.add_argument(
         "--shot",
         nargs=2,
+        type=str,  # of which the text may be empty
         action="append",
         default=[],
         metavar=("IMAGE", "TEXT"),
@@ -77,9 +78,9 @@ def run(options: argparse.Namespace) -> int:
     """
     shots, documents = _documents(options)
     device = device_of(options.device)
-    named.check(options.model, options)
-    model, processor = named.load(options.model, options)
-    use_kernels(model, not options.no_kernels, lambda line: print(f"complete: {line}", file=sys.stderr))
+    load = named.find(options.model, options, partial(say, "complete"))
+    model, processor = load()
+    use_kernels(model, not options.no_kernels, partial(say, "complete"))
     model = model.to(device, None if options.dtype is None else getattr(torch, options.dtype))
     latents = Latents(model, processor)
     after = read_prompt(model, processor, shots, latents=latents) if shots else None

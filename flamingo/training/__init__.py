@@ -17,6 +17,7 @@ optimizer   AdamW on float32 weights
 blocks      what is sharded and recomputed as one
 processes   one process or several
 checkpoint  what is saved, and how it survives a kill
+damage      whether a checkpoint is whole
 log         progress bar, JSON lines, TensorBoard
 loop        one update after the other
 towers      the frozen parts that a run names

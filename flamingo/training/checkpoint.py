@@ -28,11 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flamingo.training.damage import FILES, FLOATS, OPTIMIZER, STATE, WEIGHTS, damage, read_state, shapes
+from flamingo.training.lock import expect_folder
 from flamingo.training.processes import gather, like, rank, wait_for_all, whole
 
 LATEST = "latest"
+_NAME = re.compile(r"step-[0-9]+")
 _UNFINISHED = "unfinished-"
-_WEIGHTS, _OPTIMIZER, _STATE = FILES = ("weights.safetensors", "optimizer.safetensors", "state.pt")
 
 
 def save(
@@ -70,11 +72,11 @@ def save(
         _write(unfinished, tensors, moments, state)
         for file in (*unfinished.iterdir(), unfinished):
             _flush(file)
-        _remove(path)
+        _make_room(path)
         os.rename(unfinished, path)
         _point_to(path)
         _flush(folder)
-        older = sorted(each for each in folder.glob("step-*") if each.name < path.name and _is_ours(each))
+        older = [each for each in _checkpoints(folder) if _step(each) < step and _is_ours(each)]
         for old in older[: max(0, len(older) - (keep - 1))]:
             _remove(old)
     wait_for_all()
@@ -87,9 +89,9 @@ def _write(
     """Raises OSError if the disk is full."""
     safetensors = import_module("safetensors.torch")
     try:
-        safetensors.save_file(weights, folder / _WEIGHTS)
-        safetensors.save_file(moments, folder / _OPTIMIZER)
-        torch.save(state, folder / _STATE)
+        safetensors.save_file(weights, folder / WEIGHTS)
+        safetensors.save_file(moments, folder / OPTIMIZER)
+        torch.save(state, folder / STATE)
     except (import_module("safetensors").SafetensorError, RuntimeError) as error:
         raise OSError(f"{folder}: expected to write a checkpoint, got: {error}") from error
 
@@ -107,51 +109,33 @@ def latest(
     Raises:
         ValueError: if there are checkpoints, all of them damaged: to begin anew would write over them.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"expected {folder} to be a folder, got a file.")
+    expect_folder(folder)
     link = folder / LATEST
     named = _target(link)
-    damage = _damage(named, files)
-    if not damage:
+    lack = damage(named, files)
+    if not lack:
         return named
-    steps = [path for path in folder.glob("step-*") if any((path / name).exists() for name in FILES)]
-    for path in sorted(steps, reverse=True):
-        if not _damage(path, files):
-            target = "" if named.name == LATEST else f"points to {named.name}, which "
-            say(f"{link} {target}{damage}: {path.name} is taken, the newest checkpoint that is whole")
+    steps = [path for path in _checkpoints(folder) if any((path / name).exists() for name in FILES)]
+    for path in reversed(steps):
+        if not damage(path, files):
+            target = "" if named.name == LATEST else f"points to {named.name or named}, which "
+            say(f"{link} {target}{lack}: {path.name} is taken, the newest checkpoint that is whole")
             return path
     if steps or os.path.lexists(link):
         raise ValueError(
-            f"expected a whole checkpoint in {folder}, got none: {named.name} {damage}. Put one back, or "
+            f"expected a whole checkpoint in {folder}, got none: {named.name} {lack}. Put one back, or "
             "remove them all to begin anew."
         )
     return None
 
 
-def _damage(path: Path, files: Collection[str]) -> str:
-    """What a checkpoint lacks to be whole."""
-    if not path.is_dir():
-        return "is no folder" if path.exists() else "is not there"
-    for name in files:
-        if not (path / name).is_file():
-            return f"lacks {name}"
-        try:
-            if name == _STATE:
-                read_state(path)
-            else:  # the sizes in the header have to be that of the file
-                with import_module("safetensors").safe_open(path / name, framework="pt"):
-                    pass
-        except ImportError:
-            raise
-        except Exception:  # whatever a reader says of damage
-            return f"has a damaged {name}"
-    return ""
+def _checkpoints(folder: Path) -> list[Path]:
+    """Whatever has the name of a checkpoint, the oldest first; `step-00001000-best` is somebody's own."""
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=_step)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's step, the state of each dataset's `Stream`, and those of the random generators."""
-    state = torch.load(path / _STATE, weights_only=True)
-    return {name: state[name] for name in ("step", "streams", "random")}
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def load(
@@ -167,9 +151,9 @@ def load(
     Raises:
         ValueError: if the checkpoint is of other parameters.
     """
-    load_weights(weights, path / _WEIGHTS)
+    load_weights(weights, path / WEIGHTS)
     safetensors = import_module("safetensors")
-    with safetensors.safe_open(path / _OPTIMIZER, framework="pt") as file:
+    with safetensors.safe_open(path / OPTIMIZER, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - it is no dictionary
             kind, _, name = key.partition(".")
             value = file.get_tensor(key)
@@ -200,26 +184,25 @@ def load_weights(weights: Mapping[str, Tensor], path: Path | str) -> None:
 
 def expect_fit(weights: Mapping[str, Tensor], path: Path | str) -> None:
     """Compares parameters with those of a checkpoint, by names and shapes; raises as `load_weights`."""
-    safetensors = import_module("safetensors")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+        found = shapes(Path(path))
+    except import_module("safetensors").SafetensorError as error:
         raise ValueError(f"{path}: expected safetensors, got a damaged file: {error}.") from error
-    others = shapes.keys() - weights.keys()
-    missing = {name for name, weight in weights.items() if weight.requires_grad} - shapes.keys()
+    others = found.keys() - weights.keys()
+    missing = {name for name, weight in weights.items() if weight.requires_grad} - found.keys()
     if others or missing:
-        raise ValueError(
-            f"{path}: expected the parameters of this model, got {len(others)} others "
-            f"{_some(others)} and not {len(missing)} of them {_some(missing)}."
-        )
-    for name, shape in shapes.items():
+        wrong = [f"{len(others)} others ({_some(others)})"] * bool(others)
+        wrong += [f"none for {len(missing)} of them ({_some(missing)})"] * bool(missing)
+        raise ValueError(f"{path}: expected the parameters of this model, got {' and '.join(wrong)}.")
+    for name, (shape, dtype) in found.items():
         if shape != tuple(weights[name].shape):
             raise ValueError(f"{path}: expected {name} with shape {tuple(weights[name].shape)}, got {shape}.")
+        if dtype not in FLOATS and weights[name].is_floating_point():
+            raise ValueError(f"{path}: expected {name} in floating point, got {dtype}.")
 
 
 def _some(names: set[str]) -> str:
-    return f"({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+    return f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 def _is_ours(path: Path) -> bool:
@@ -229,7 +212,7 @@ def _is_ours(path: Path) -> bool:
 
 def _point_to(path: Path) -> None:
     link = path.parent / f"{_UNFINISHED}{LATEST}"
-    link.unlink(missing_ok=True)
+    _remove(link)
     try:
         link.symlink_to(path.name)
     except OSError:  # a file system without links: a file says the name
@@ -237,11 +220,16 @@ def _point_to(path: Path) -> None:
         _flush(link)
     target = path.parent / LATEST
     if target.is_dir() and not target.is_symlink():  # a copy has made a folder of the link
-        if _is_ours(target):
-            _remove(target)
-        else:
-            os.rename(target, _free(path.parent / f"{LATEST}-kept"))
+        _make_room(target)
     os.replace(link, target)
+
+
+def _make_room(path: Path) -> None:
+    """Removes what `save` wrote under a name, and sets aside whatever else has it."""
+    if _is_ours(path):
+        _remove(path)
+    elif os.path.lexists(path):
+        os.rename(path, _free(path.with_name(f"{path.name}-kept")))
 
 
 def _free(path: Path) -> Path:
@@ -256,16 +244,19 @@ def _target(link: Path) -> Path:
         return Path(os.path.realpath(link))
     with open(link, errors="replace") as file:
         name = file.read(100).strip()
-    return link.parent / name if re.fullmatch(r"step-\d+", name) else link
+    return link.parent / name if _NAME.fullmatch(name) else link
 
 
 def _remove(path: Path) -> None:
-    """Removes a checkpoint; half removed it no longer looks like one."""
-    if path.exists():
+    """Removes a checkpoint, or what is left of one; half removed it no longer looks like one."""
+    if path.is_dir() and not path.is_symlink():
         unfinished = path.parent / f"{_UNFINISHED}removed"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        os.rename(path, unfinished)
+        if path != unfinished:
+            _remove(unfinished)
+            os.rename(path, unfinished)
         shutil.rmtree(unfinished)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -1,10 +1,10 @@
 """`python -m flamingo train` and `encode`: a run from a file, its features, and the model it has trained."""
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +18,8 @@ from flamingo.training.config import ModelConfig, TrainingConfig
 from flamingo.training.encoding import encode
 from flamingo.training.lock import locked
 from flamingo.training.loop import train
-from flamingo.training.preflight import check_inputs, check_run
-from flamingo.training.processes import device_of, leave, process_group, rank
+from flamingo.training.preflight import check_inputs, check_run, expect_fit
+from flamingo.training.processes import device_of, leave, process_group, rank, say
 from flamingo.training.towers import build, check, expect_same, remember
 
 _FILE = "run.toml"  # a copy of the file of a run, in its folder
@@ -33,21 +33,22 @@ def run(path: str) -> int:
             can be seen.
         KeyboardInterrupt: see `train`.
     """
-    config, of_model = _read(path)
+    config, of_model, text = _read(path)
     check_run(config, of_model)
 
     def work(model: Flamingo, processor: Processor) -> str:
         if rank() == 0:
             remember(Path(config.folder), of_model)
-            _keep(Path(path), Path(config.folder) / _FILE)
-        return f"{config.steps} steps done, the last checkpoint is {train(model, processor, config)}"
+            _keep(text, Path(config.folder) / _FILE)
+        last = train(model, processor, config)
+        return f"{config.steps} steps done, {f'the last checkpoint is {last}' if last else 'no checkpoint'}"
 
-    return _run(config, of_model, [config.folder], work)
+    return _run("train", config, of_model, [config.folder], work)
 
 
 def run_encode(path: str) -> int:
     """Makes the features that a TOML file names and returns the command's exit status; raises as `run`."""
-    config, of_model = _read(path)
+    config, of_model, _ = _read(path)
     folders = sorted({str(dataset.features) for dataset in config.datasets if dataset.features is not None})
     if not folders:
         raise ValueError(f'{path}: expected a dataset with a folder, as features = "features", got none.')
@@ -56,10 +57,11 @@ def run_encode(path: str) -> int:
     def work(model: Flamingo, processor: Processor) -> str:
         return f"{encode(model, processor, config)} images and clips encoded, in {', '.join(folders)}"
 
-    return _run(config, of_model, folders, work)
+    return _run("encode", config, of_model, folders, work)
 
 
 def _run(
+    command: str,
     config: TrainingConfig,
     of_model: ModelConfig,
     folders: Sequence[str],
@@ -69,8 +71,8 @@ def _run(
     with process_group(device_of(config.device)), ExitStack() as stack:
         for folder in folders if rank() == 0 else ():
             stack.enter_context(locked(Path(folder)))
-        model, processor = _start(config, of_model)
-        use_kernels(model, config.kernels, _say)  # before it is sharded
+        model, processor = _start(config, of_model, partial(say, command))
+        use_kernels(model, config.kernels, partial(say, command))  # before it is sharded
         done = work(model, processor)
         if rank() == 0:
             print(done)
@@ -92,24 +94,35 @@ def load_run(path: str | Path) -> tuple[Flamingo, Processor]:
             towers are not those that the run began with.
         FileNotFoundError: if there is no such file, or no checkpoint yet.
     """
-    config, of_model, saved = check_saved(path)
-    model, processor = _start(config, of_model)
-    if saved is not None:
-        checkpoint.load_weights(dict(model.named_parameters()), saved / "weights.safetensors")
-    return model.eval(), processor
+    return find_run(path, partial(say, "train"))()
 
 
-def check_saved(path: str | Path) -> tuple[TrainingConfig, ModelConfig, Path | None]:
-    """What `load_run` does before it builds a model: the run, its model and the latest checkpoint."""
-    config, of_model = _read(path)
+def find_run(path: str | Path, say: Callable[[str], object]) -> Callable[[], tuple[Flamingo, Processor]]:
+    """What `load_run` does before it builds a model; what is returned does the rest.
+
+    Args:
+        path: see `load_run`.
+        say: is told what stands for something that is lost, and which parts are random.
+    """
+    config, of_model, _ = _read(path)
     folder = Path(config.folder, "checkpoints")
-    saved = checkpoint.latest(folder, _say, files=["weights.safetensors"])
+    saved = checkpoint.latest(folder, say, files=["weights.safetensors"])
     if saved is None and of_model.checkpoint is None:
         raise FileNotFoundError(f"{path}: expected a checkpoint in {folder}, got none yet.")
-    return config, of_model, saved
+    if saved is not None:
+        expect_fit(of_model, saved)
+
+    def load() -> tuple[Flamingo, Processor]:
+        model, processor = _start(config, of_model, say)
+        if saved is not None:
+            checkpoint.load_weights(dict(model.named_parameters()), saved / "weights.safetensors")
+        return model.eval(), processor
+
+    return load
 
 
-def _read(path: str | Path) -> tuple[TrainingConfig, ModelConfig]:
+def _read(path: str | Path) -> tuple[TrainingConfig, ModelConfig, bytes]:
+    """A run, its model, and the text of its file, which may be read once only, as /dev/stdin."""
     path = Path(path)
     file = path / _FILE if path.is_dir() else path
     if path.is_dir() and not file.is_file():
@@ -117,7 +130,8 @@ def _read(path: str | Path) -> tuple[TrainingConfig, ModelConfig]:
             f"{path}: expected the folder of a run, which has a {_FILE}, got another. Name the TOML file "
             "that the run was started with."
         )
-    config = TrainingConfig.from_toml(file)
+    text = file.read_bytes()
+    config = TrainingConfig.from_text(text, file)
     if path.is_dir():
         config = replace(config, folder=str(path))  # it may have moved
     if config.model is None:
@@ -130,23 +144,19 @@ def _read(path: str | Path) -> tuple[TrainingConfig, ModelConfig]:
     folder = Path(config.folder)
     if checkpoint.latest(folder / "checkpoints", files=()) is not None:
         expect_same(folder, config.model)
-    return config, config.model
+    return config, config.model, text
 
 
-def _keep(path: Path, copy: Path) -> None:
-    """Copies a run's file into its folder, which is then enough to find the model again."""
+def _keep(text: bytes, copy: Path) -> None:
+    """Writes a run's file into its folder, which is then enough to find the model again."""
     unfinished = copy.with_name(f"unfinished-{copy.name}")
-    unfinished.write_bytes(path.read_bytes())
+    unfinished.write_bytes(text)
     os.replace(unfinished, copy)
 
 
-def _start(config: TrainingConfig, of_model: ModelConfig) -> tuple[Flamingo, Processor]:
+def _start(
+    config: TrainingConfig, of_model: ModelConfig, say: Callable[[str], object]
+) -> tuple[Flamingo, Processor]:
     """What a run begins with; its frozen weights are the same every time, also those that are random."""
     torch.manual_seed(config.seed)
-    return build(of_model, _say)
-
-
-def _say(line: str) -> None:
-    """Says something once, whatever the number of processes."""
-    if rank() == 0:
-        print(f"train: {line}", file=sys.stderr)
+    return build(of_model, say)

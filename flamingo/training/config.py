@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from flamingo.media import MAX_PIXELS
-from flamingo.ranges import POSITIVE, SHARE, Range, at_least, expect_ranges
+from flamingo.ranges import POSITIVE, SHARE, Range, at_least, at_most, expect_ranges
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,6 +43,12 @@ _RANGES = {
     "checkpoint_every": POSITIVE,
     "keep": POSITIVE,
     "max_bad": SHARE,
+}
+# What is above is a slip of the hand: it would fill the memory, or the machine with processes.
+_MOST = {name: at_most(2**31 - 1) for name in _RANGES} | {
+    "batch_size": at_most(1_000_000),
+    "workers": at_most(1000),
+    "seed": at_most(2**63 - 1),
 }
 
 
@@ -86,6 +92,9 @@ class DatasetConfig:
         if not self.shards:
             raise ValueError(f"expected {where} to have shards, got none.")
         expect_ranges(self, _RANGES, of=where)
+        expect_ranges(self, _MOST, of=where)
+        if self.features is not None:
+            _expect_name("features", self.features)
         if self.features is not None and (self.flip or self.colour):
             raise ValueError(
                 f"expected flip = 0 and colour = 0 of {where}, whose features are of images "
@@ -286,14 +295,14 @@ class TrainingConfig:
     model: ModelConfig | None = None
 
     def __post_init__(self):
-        if not self.folder or "\0" in self.folder:
-            raise ValueError(f"expected folder to name a folder, got {self.folder!r}.")
+        _expect_name("folder", self.folder)
         names = [dataset.name for dataset in self.datasets]
         if not names:
             raise ValueError("expected datasets, each a table [[datasets]], got none.")
         if len(set(names)) < len(names):
             raise ValueError(f"expected datasets of different names, got {names}.")
         expect_ranges(self, _RANGES, of="the run")
+        expect_ranges(self, _MOST, of="the run")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"expected two betas from 0 to below 1, got {self.betas}.")
 
@@ -304,11 +313,15 @@ class TrainingConfig:
         Raises:
             ValueError: for a key that does not exist, is missing, or has a value of the wrong type.
         """
-        with open(path, "rb") as file:
-            try:
-                table = tomllib.load(file)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: expected TOML, got: {error}.") from error
+        return TrainingConfig.from_text(Path(path).read_bytes(), path)
+
+    @staticmethod
+    def from_text(text: bytes, path: str | Path) -> "TrainingConfig":
+        """The run that the text of a TOML file describes; `path` is for errors, which are `from_toml`'s."""
+        try:
+            table = tomllib.loads(text.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: expected TOML, got: {error}.") from error
         tables = table.pop("datasets", [])
         if not (isinstance(tables, list) and all(isinstance(each, dict) for each in tables)):
             raise ValueError(
@@ -323,11 +336,19 @@ class TrainingConfig:
         return _from_table(TrainingConfig, {**table, "datasets": datasets, "model": model}, str(path))
 
 
+def _expect_name(field: str, name: str) -> None:
+    """Raises ValueError for what is no name of a folder that may be made."""
+    if not name or "\0" in name:
+        raise ValueError(f"expected {field} to name a folder, got {name!r}.")
+    if name.startswith("~"):
+        raise ValueError(f"expected {field} without ~, which a shell alone knows, got {name!r}.")
+
+
 def _dataset(table: dict[str, Any], path: str | Path) -> DatasetConfig:
     kinds = {kind.kind: kind for kind in (Documents, Pairs, Clips)}
     where = f"{path}, [[datasets]] {table.get('name', '')!r}"
     kind = table.pop("kind", None)
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"{where}: expected kind to be one of {', '.join(kinds)}, got {kind!r}.")
     if isinstance(table.get("shards"), str):
         table["shards"] = [table["shards"]]
@@ -350,7 +371,7 @@ def _from_table(kind: type, table: dict[str, Any], where: str) -> Any:
     try:
         return kind(**typed)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {str(error).removeprefix('[model]: ')}") from error
 
 
 def _typed(value: Any, expected: Any, where: str) -> Any:

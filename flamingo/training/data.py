@@ -115,7 +115,7 @@ def order_of(
         ValueError: if the state is of other shards, another seed or another `at_once`.
     """
     order = SampleOrder(find_shards(config.shards), seed=seed, at_once=at_once)
-    if state and state["order"] != order.identity:
+    if state and state.get("order") != order.identity:
         raise ValueError(
             "expected the shards, the seed and shards_at_once of the checkpoint for dataset "
             f"{config.name!r}, got others. Take those again, or another folder for another run."

@@ -1,10 +1,10 @@
 """Ctrl-C, which is to end a run between two updates."""
 
+import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import distributed
@@ -30,7 +30,8 @@ def noticed() -> Iterator[Callable[[], bool]]:
         came = True
         if not distributed.is_torchelastic_launched():
             signal.signal(signal.SIGINT, before)
-            print("\ntrain: stops after this update; Ctrl-C again ends at once", file=sys.stderr)
+            with suppress(OSError):  # no print: it may have been interrupted in the middle of one
+                os.write(2, b"\ntrain: stops after this update; Ctrl-C again ends at once\n")
 
     signal.signal(signal.SIGINT, notice)
     try:

@@ -24,12 +24,11 @@ def locked(folder: Path) -> Iterator[None]:
         ValueError: if another process holds it, or it is a file.
         OSError: if nothing can be written there.
     """
-    path = folder.resolve() / "lock"
+    path = Path(os.path.realpath(folder)) / "lock"
     if path in _held:
         yield
         return
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"expected {folder} to be a folder, got a file.")
+    expect_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:  # it stays: another process may be about to lock it
         _lock(file, folder)
@@ -41,6 +40,14 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             _held.discard(path)
+
+
+def expect_folder(path: Path) -> None:
+    """Raises ValueError for what is there and no folder: a file, or a link that leads nowhere."""
+    if os.path.lexists(path) and not path.is_dir():
+        raise ValueError(
+            f"expected {path} to be a folder, got a {'file' if path.exists() else 'link to nothing'}."
+        )
 
 
 def _lock(file: TextIO, folder: Path) -> None:

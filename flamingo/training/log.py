@@ -80,6 +80,10 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The updates, and how many whole lines are no update."""
+    if path.exists() and not path.is_file():
+        raise ValueError(
+            f"expected {path} to be a file, got something else. Name another folder for the run."
+        )
     *lines, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
     if parse_line(cut) is not None:  # it lacks nothing but its end
         lines, cut = [*lines, cut], b""

@@ -1,9 +1,9 @@
 """The training loop."""
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from flamingo.training.features import FeatureStore
 from flamingo.training.lock import locked
 from flamingo.training.log import RunLog
 from flamingo.training.optimizer import TrainedWeights, learning_rate, make_optimizer, store_as
-from flamingo.training.processes import device_of, gather, rank, sum_over_processes, world_size
+from flamingo.training.processes import device_of, gather, rank, say, sum_over_processes, world_size
 
 
 def train(
@@ -117,7 +117,7 @@ class _Run:
         self.optimizer = make_optimizer(self.weights.by_name, config)
         states: dict[str, Any] = {}
         self.step = 0
-        self.saved = checkpoint.latest(self.folder / "checkpoints", _say)
+        self.saved = checkpoint.latest(self.folder / "checkpoints", partial(say, "train"))
         if self.saved is not None:
             self.step, states = checkpoint.load(self.saved, self.weights.by_name, self.optimizer)
             expect_same_data(config, states)
@@ -246,11 +246,6 @@ class _Run:
             states,
             keep=self.config.keep,
         )
-
-
-def _say(line: str) -> None:
-    if rank() == 0:
-        print(f"train: {line}", file=sys.stderr)
 
 
 def accumulate_gradients(

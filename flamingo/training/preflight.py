@@ -1,5 +1,6 @@
 """What would end a run after its model was built, looked for before that."""
 
+import os
 from importlib import import_module
 from pathlib import Path
 
@@ -35,9 +36,14 @@ def check_run(config: TrainingConfig, model: ModelConfig) -> None:
     saved = checkpoint.latest(folder / "checkpoints")
     if saved is not None:
         expect_same_data(config, checkpoint.read_state(saved)["streams"])
-        built = _without_memory(model)
-        if built is not None:
-            checkpoint.expect_fit(dict(built.freeze().named_parameters()), saved / "weights.safetensors")
+        expect_fit(model, saved)
+
+
+def expect_fit(model: ModelConfig, saved: Path) -> None:
+    """Raises ValueError if a checkpoint is of another model, where that can be seen without its towers."""
+    built = _without_memory(model)
+    if built is not None:
+        checkpoint.expect_fit(dict(built.freeze().named_parameters()), saved / "weights.safetensors")
 
 
 def check_inputs(config: TrainingConfig, model: ModelConfig) -> None:
@@ -64,12 +70,27 @@ def _without_memory(model: ModelConfig) -> Flamingo | None:
     """The model with names and shapes alone; None if a tower in a folder decides them."""
     if model.vision is not None or model.language is not None:
         return None
-    with torch.device("meta"):
-        return Flamingo(FlamingoConfig.preset(model.preset, **model.changes))
+    try:
+        with torch.device("meta"):
+            built = Flamingo(FlamingoConfig.preset(model.preset, **model.changes))
+    except (RuntimeError, OverflowError) as error:  # sizes whose product no tensor has
+        raise ValueError(f"[model]: expected sizes of a model that can be built, got: {error}.") from error
+    needed, memory = sum(each.nbytes for each in built.state_dict().values()), _memory()
+    if needed > memory:
+        raise ValueError(
+            f"[model]: expected a model that fits into the memory of this machine, {memory / 2**30:.0f} GiB, "
+            f"got one with weights of {needed / 2**30:.0f} GiB. Take a smaller preset, or another machine."
+        )
+    return built
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _read_one(dataset: DatasetConfig) -> None:
-    if isinstance(dataset, Documents) and dataset.images and not Path(dataset.images).is_dir():
+    if isinstance(dataset, Documents) and dataset.images is not None and not os.path.isdir(dataset.images):
         raise ValueError(
             f"dataset {dataset.name!r}: expected images to be a folder, got {dataset.images}, which is none."
         )

@@ -22,6 +22,12 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+def say(command: str, line: str) -> None:
+    """Says something on stderr, once, whatever the number of processes."""
+    if rank() == 0:
+        print(f"{command}: {line}", file=sys.stderr)
+
+
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """Adds a tensor up over all processes, in place."""
     if world_size() > 1:

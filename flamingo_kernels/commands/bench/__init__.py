@@ -18,7 +18,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flamingo.command_line import count_from, expect_writable, time_span
+from flamingo.command_line import MOST_THREADS, count_from, expect_writable, time_span
 
 if TYPE_CHECKING:
     from .rows import Run
@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="only this dtype (repeatable; default: float32 and bfloat16)",
     )
-    parser.add_argument("--threads", type=count_from(1), help="of the cpu (default: as torch chooses)")
+    parser.add_argument(
+        "--threads", type=count_from(1, MOST_THREADS), help="of the cpu (default: as torch chooses)"
+    )
     parser.add_argument("--device", default="cpu", help='where to run, as in "cuda:0" (default: cpu)')
     parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that it works, not how fast")
     parser.add_argument(

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flamingo.command_line import count_from, expect_writable
+from flamingo.command_line import MOST_THREADS, count_from, expect_writable
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="WORK", nargs="+", choices=WORKS, help=", ".join(WORKS))
     parser.add_argument("--device", default="cpu", help='where to run, as in "cuda:0" (default: cpu)')
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--threads", type=count_from(1), help="of the cpu (default: as torch chooses)")
+    parser.add_argument(
+        "--threads", type=count_from(1, MOST_THREADS), help="of the cpu (default: as torch chooses)"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="a short text: shows that it works, not how fast"
     )

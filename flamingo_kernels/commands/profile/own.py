@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flamingo.user_function import user_function
+from flamingo.user_function import user_function, users_code
 
 from ..measure.swapped import swapped
 from .parts import BLOCKS, RESAMPLER, VISION
@@ -40,7 +40,8 @@ def plan(where: str, sizes: Sizes) -> Plan:
 def _build(where: str, sizes: Sizes) -> Subject:
     make = user_function(where)
     offered = {"tokens": sizes.text, "images": sizes.media, "batch": sizes.batch}
-    made = make(**{each: offered[each] for each in inspect.signature(make).parameters if each in offered})
+    with users_code(where):
+        made = make(**{each: offered[each] for each in inspect.signature(make).parameters if each in offered})
     if isinstance(made, Subject):
         return made
     if not (
