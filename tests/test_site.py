@@ -94,7 +94,7 @@ def public_names() -> list[str]:
         importlib.import_module(each.name)
         for package in (flamingo, flamingo_kernels)
         for each in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-        if each.ispkg and each.name not in INTERNAL
+        if each.ispkg and each.name not in INTERNAL and "._" not in each.name
     ]
     return [
         f"{package.__name__}.{name}"
