@@ -28,6 +28,7 @@ import pytest
 import flamingo.__main__
 import flamingo_kernels.__main__
 from flamingo import Flamingo, save_model
+from flamingo.training.config import tomllib
 from flamingo_kernels._backends import env
 from tests.helpers import ROOT
 
@@ -157,6 +158,13 @@ def test_its_commands_are_understood(page, package, arguments, monkeypatch, caps
     except SystemExit as end:  # of --help and --version too
         status = end.code
     assert status == 0, capsys.readouterr().err
+
+
+def test_every_extra_has_its_row():
+    text = (ROOT / "pyproject.toml").read_text()
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    table = PAGES["getting_started"].read_text().partition("| extra | for |\n")[2].partition("\n\n")[0]
+    assert {*re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)} == {*extras}
 
 
 def read_by(path: Path) -> Iterator[str]:
