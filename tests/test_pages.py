@@ -160,6 +160,14 @@ def test_its_commands_are_understood(page, package, arguments, monkeypatch, caps
     assert status == 0, capsys.readouterr().err
 
 
+def test_every_target_of_make_is_one():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {*re.findall(r"^([\w-]+):", makefile, flags=re.MULTILINE)}
+    shown = "".join(block.text for page in PAGES for block in blocks(page))
+    named = {*re.findall(r"^make ([\w-]+)", shown, flags=re.MULTILINE)}
+    assert {"demo", "test"} <= named <= targets
+
+
 def test_every_extra_has_its_row():
     text = (ROOT / "pyproject.toml").read_text()
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
