@@ -1,10 +1,12 @@
 # `make demo` and `make test` do all the set-up on a fresh clone; a rerun only does what has changed.
 
 PYTHON ?= python3
-VENV := .venv
+# Another torch than the pinned one (TORCH=2.10.0) gets an environment of its own, for each Python one.
+VENV := .venv$(if $(TORCH),/$(notdir $(PYTHON))-torch-$(TORCH))
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
-PIP := $(INSTALL) --constraint constraints.txt
+PIP := $(INSTALL) --constraint $(CONSTRAINTS)
 
 # A worker for every core; the tests of one file stay together, as some build the same files. In their order:
 # files of few tests, the slowest, would else come last.
@@ -108,7 +110,7 @@ wheel: $(VENV)/installed ## build the wheel into dist/ and try it (FLAMINGO_KERN
 clean: ## remove everything that make has made
 	rm -rf $(VENV) build dist *.egg-info flamingo_kernels/_C*.so .benchmarks .mypy_cache .pytest_cache .ruff_cache
 
-$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/torch
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/torch
 	@echo "installing the dependencies"
 	@# BUILD=none: pip would hide the compiler's output, the target 'build' shows it
 	@FLAMINGO_KERNELS_BUILD=none $(PIP) --no-build-isolation --editable ".[dev,bench,demo,media,evaluate,training,transformers]"
@@ -131,10 +133,13 @@ $(VENV)/transformers-oldest: | $(VENV)/installed
 	@$(INSTALL) --no-deps --target $@ $(OLDEST_TRANSFORMERS) || echo "not for this machine: its test is skipped"
 
 # Torch first and by its exact version: left to choose, pip may take a build with gigabytes of CUDA.
-$(VENV)/torch: constraints.txt | $(VENV)/created
-	@echo "installing $$(grep '^torch==' constraints.txt)"
-	@$(PIP) "$$(grep '^torch==' constraints.txt)" setuptools wheel
+$(VENV)/torch: $(CONSTRAINTS) | $(VENV)/created
+	@echo "installing $$(grep '^torch==' $(CONSTRAINTS))"
+	@$(PIP) "$$(grep '^torch==' $(CONSTRAINTS))" setuptools wheel
 	@touch $@
+
+$(VENV)/constraints.txt: constraints.txt | $(VENV)/created
+	@sed 's/^torch==.*/torch==$(TORCH)/' $< > $@
 
 $(VENV)/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

@@ -18,6 +18,7 @@ saved          a whole model in one file
 kernels        faster layers, for the commands
 starting       Ctrl-C before a command has begun
 threads        how long they wait for work
+machine        what a result was computed on
 command_line   what every command does with a mistake
 ranges         which numbers a configuration may have
 json_lines     results and logs that a crash may have damaged

@@ -54,9 +54,10 @@ def markdown(text):
         elif line == "Example:":
             out += ["Examples:"]
         elif line == "Args:" and lines[0].startswith("    See "):
-            out += [f"**Args:** {lines.pop(0).strip()}"]
+            out += [f"**Parameters:** {lines.pop(0).strip()}"]
         elif found := SENTENCE.fullmatch(line):
-            out += ["**{}:** {}".format(*found.groups())]
+            name, rest = found.groups()
+            out += [f"**{'Parameters' if name == 'Args' else name}:** {rest}"]
         elif SEVERAL.fullmatch(line):
             names, colon, rest = line.partition(":")
             out += [names.replace(", ", ",\N{NO-BREAK SPACE}") + colon + rest]

@@ -1,10 +1,14 @@
 """What one run of the demo found, and how it is told."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from flamingo.demo.digits import Kind
 from flamingo.demo.lessons import Course
+from flamingo.machine import counted, processor_name
 
 TITLES: dict[Kind, str] = {
     "captions": "called by their names",
@@ -19,6 +23,8 @@ class Findings:
 
     Attributes:
         seed, threads: what it ran with.
+        kernels: whether it learnt with the kernels, as `use_kernels` says.
+        parameters: how many the Flamingo has.
         zero_shot: accuracy of the vision encoder alone, by contrast, on digits it has not seen.
         course: how the language model's lessons went.
         recall: how often the language model knows a number that was said before.
@@ -31,6 +37,8 @@ class Findings:
 
     seed: int = 0
     threads: int = 1
+    kernels: str = ""
+    parameters: int = 0
     zero_shot: float = 0.0
     course: Course = field(default_factory=Course)
     recall: float = 0.0
@@ -38,6 +46,15 @@ class Findings:
     accuracy: dict[Kind, dict[int, float]] = field(default_factory=dict)
     difference: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def setting(self) -> str:
+        """The model, and what it ran on today."""
+        today = time.strftime("%Y-%m-%d", time.gmtime())
+        return (
+            f"A Flamingo of {self.parameters / 1e6:.2g} M parameters in float32, trained from nothing in "
+            f"this run, seed {self.seed}\nCPU: {processor_name()}, {counted(self.threads, 'thread')}, "
+            f"torch {torch.__version__}, {today}; {self.kernels}"
+        )
 
     def missed(self) -> list[str]:
         """What it should have learnt and has not; nothing, as a rule.

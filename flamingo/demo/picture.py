@@ -23,11 +23,12 @@ def draw(found: Findings, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     _draw_lessons(left, found)
     _draw_shots(right, found)
+    figure.suptitle(found.setting(), x=0.01, ha="left", fontsize="small", color="0.3")
     figure.savefig(path, dpi=150)
 
 
 def _figure() -> Any:
-    return import_module("matplotlib.figure").Figure(figsize=(10, 4), layout="constrained")
+    return import_module("matplotlib.figure").Figure(figsize=(10, 4.6), layout="constrained")
 
 
 def _draw_lessons(axes: Any, found: Findings) -> None:
@@ -46,9 +47,10 @@ def _draw_lessons(axes: Any, found: Findings) -> None:
 
 
 def _draw_shots(axes: Any, found: Findings) -> None:
-    for kind, title in TITLES.items():
+    for size, (kind, title) in zip((9, 6, 6), TITLES.items(), strict=True):  # the first two may coincide
         results = found.accuracy[kind]
-        axes.plot(list(results), [100 * value for value in results.values()], marker="o", label=title)
+        shown = [100 * value for value in results.values()]
+        axes.plot(list(results), shown, marker="o", markersize=size, label=title)
     axes.axhline(10, color="0.6", linewidth=0.8, linestyle="--", label="chance among ten")
     axes.set(
         xlabel="shots",
@@ -56,4 +58,4 @@ def _draw_shots(axes: Any, found: Findings) -> None:
         ylim=(0, 108),
         xticks=list(found.accuracy["codes"]),
     )
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.12))

@@ -46,7 +46,8 @@ def run(*, seed: int = 0, kernels: bool = True, quick: bool = False) -> tuple[Fi
 
     model = Flamingo(stages.CONFIG, vision=vision, language=language).freeze()
     plain = copy.deepcopy(model)
-    if use_kernels(model, kernels, print):
+    found.parameters = sum(parameter.numel() for parameter in model.parameters())
+    if _use_kernels(model, kernels, found):
         found.difference = _difference(plain, model, digits, steps=2 if quick else 10)
         print(f"  the first losses differ by at most {found.difference:.1e} from those without")
     with _stage("resampler and gated blocks on documents", found):
@@ -89,6 +90,16 @@ def _read(found: Findings, quick: bool) -> LanguageModel:
     print(f"  learnt by step: {ends}")
     print(f"  knows what a text has said before: {found.recall:.1%}, and facts: {found.knowledge:.1%}")
     return model
+
+
+def _use_kernels(model: Flamingo, wanted: bool, found: Findings) -> bool:
+    """As `use_kernels`, and keeps what it says."""
+
+    def tell(line: str) -> None:
+        found.kernels = line
+        print(line)
+
+    return use_kernels(model, wanted, tell)
 
 
 def _difference(plain: Flamingo, fused: Flamingo, digits: Digits, *, steps: int) -> float:

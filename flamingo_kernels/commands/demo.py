@@ -31,10 +31,10 @@ from flamingo import modules
 
 from .. import PatchReport, patch
 from ..testing import Expected, Proof, expect, open_gates, prove
-from . import info
+from .info import backend_in_use, conditions_on
 from .measure.figure import expect_picture
 from .measure.memory import peak_growth
-from .measure.text import duration, factor, mebibytes, verdict
+from .measure.text import dtype_name, duration, factor, mebibytes, rounded, setting, verdict
 from .measure.timing import interleave
 
 # Photographs that scikit-image brings inside its wheel, and what is said about them.
@@ -46,6 +46,8 @@ PHOTOGRAPHS = {
     "motorcycle_left.png": "A red motorcycle is parked in a garage.",
 }
 OPENING = "Five photographs and what they show:"
+TITLE = "A Flamingo with the reference's modules, and the same one patched"
+GIVEN = "What it reads: five photographs and their texts. Nothing of this is its answer."
 
 FORWARD, STEP = MODES = ("forward", "forward + backward")
 OPERATORS = ("masked_cross_attention", "perceiver_attention", "gated_residual")  # that the model calls
@@ -71,6 +73,8 @@ class Findings:
     images: list[Any]
     tokens: int
     parameters: int
+    dtype: str
+    conditions: dict[str, Any]  # see `conditions_on`
     report: PatchReport
     proofs: dict[str, Proof]
     memory: dict[str, Pair]  # bytes by mode; empty where it cannot be measured
@@ -122,7 +126,9 @@ def run(images: list[Any], *, rounds: int = 5, **changes: Any) -> Findings:
     times, share = time(model, batch, rounds)
     with patch(model) as report:
         parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Findings(images, batch.input_ids.shape[1], parameters, report, proofs, memory, times, share)
+    tokens, dtype = batch.input_ids.shape[1], dtype_name(next(model.parameters()).dtype)
+    conditions = conditions_on("cpu")
+    return Findings(images, tokens, parameters, dtype, conditions, report, proofs, memory, times, share)
 
 
 def build(**changes: Any) -> flamingo.Flamingo:
@@ -294,10 +300,8 @@ def _arguments_of_attend(module: Any, run_model: Callable[[], object]) -> tuple[
 def render(found: Findings) -> str:
     """The findings as a page of text."""
     lines = [
-        f"{len(found.images)} photographs in one document of {found.tokens} tokens, "
-        f"a Flamingo of {found.parameters / 1e6:.0f} M parameters in float32",
-        f"{info.processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"backend {', '.join(sorted({info.backend_in_use(name) for name in OPERATORS}))}",
+        f"{len(found.images)} photographs in one document of {found.tokens} tokens",
+        *_setting(found),
         "",
         str(found.report),
         "",
@@ -316,6 +320,16 @@ def render(found: Findings) -> str:
             "Run the demo again when it is idle."
         )
     return "\n".join(lines)
+
+
+def _setting(found: Findings) -> list[str]:
+    """The model, and what it ran on."""
+    backends = ", ".join(sorted({backend_in_use(name) for name in OPERATORS}))
+    return [
+        f"A Flamingo of {rounded(found.parameters / 1e6)} M parameters in {found.dtype}, "
+        "with random weights and open gates",
+        f"{setting(found.conditions)}, backend {backends}",
+    ]
 
 
 def _line(name: str, first: str, second: str, third: str = "") -> str:
@@ -341,10 +355,13 @@ def picture(found: Findings, path: str | Path) -> None:
     """Draw the photographs with their texts, and what was measured as bars."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8), layout="constrained", facecolor="white")
-    panels: Any = figure.subfigures(2, 1, height_ratios=(1, 1.2), hspace=0.05)
-    top, bottom = panels
-    top.suptitle(OPENING, fontsize=12, x=0.01, ha="left", weight="bold")
+    figure = Figure(figsize=(13, 9), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    panels: Any = figure.subfigures(3, 1, height_ratios=(0.24, 1, 1.2))
+    head, top, bottom = panels
+    head.text(0.01, 0.85, TITLE, fontsize=14, weight="bold", va="top")
+    head.text(0.01, 0.45, "\n".join(_setting(found)), fontsize=10, color="#333333", va="top")
+    top.suptitle(GIVEN, fontsize=11, x=0.01, ha="left", weight="bold")
     for axes, image, text in zip(
         top.subplots(1, len(found.images)), found.images, PHOTOGRAPHS.values(), strict=True
     ):
@@ -352,16 +369,15 @@ def picture(found: Findings, path: str | Path) -> None:
         axes.set_axis_off()
         axes.set_title("\n".join(textwrap.wrap(text, 26)), y=-0.04, va="top", fontsize=9.5)
 
-    left, right = bottom.subplots(1, 2, width_ratios=(1.5, 1))
-    named = {f"{what}\n{mode}": pair for (what, mode), pair in found.times.items()}
-    _draw_bars(left, "median time", named, duration)
-    _draw_bars(right, "peak memory above the parameters", found.memory, mebibytes)
-    left.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
-    proofs = ";  ".join(
-        f"{what}: relative error {proof.err:.1e}, allowed {proof.budget:.1e}"
-        for what, proof in found.proofs.items()
+    places = bottom.subplot_mosaic(
+        [["times", "memory"], ["times", "errors"]], width_ratios=(1.5, 1), height_ratios=(1.2, 1)
     )
-    figure.supxlabel(f"{proofs}\n{_share(found)}", fontsize=9, color="#555555")
+    named = {f"{what}\n{mode}": pair for (what, mode), pair in found.times.items()}
+    _draw_bars(places["times"], "median time", named, duration)
+    _draw_bars(places["memory"], "peak memory above the parameters", found.memory, mebibytes)
+    _draw_errors(places["errors"], found.proofs)
+    places["times"].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
+    figure.supxlabel(_share(found), fontsize=9, color="#555555")
     figure.savefig(path, dpi=130)
 
 
@@ -370,6 +386,15 @@ def _square(image: Any) -> Any:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).resize((360, 360))
+
+
+def _draw_errors(axes: Any, proofs: dict[str, Proof]) -> None:
+    """The page's lines about the results."""
+    shown = [(what, *verdict(proof)) for what, proof in proofs.items()]
+    lines = [f"{what}: {err}, allowed {allowed}: {same}" for what, err, allowed, same in shown]
+    axes.set_title("patched: worst relative error against float64", loc="left", fontsize=11, weight="bold")
+    axes.text(0, 0.9, "\n".join(lines), va="top", fontsize=9, linespacing=1.6, color="#333333")
+    axes.set_axis_off()
 
 
 def _draw_bars(axes: Any, title: str, pairs: dict[str, Pair], shown: Shown) -> None:

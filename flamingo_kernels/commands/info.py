@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from flamingo.machine import processor_name
+
 from .. import __version__
 from .._backends import cpu, cuda, dispatch, env, missing
 from .._backends.triton.config import architecture_of
@@ -117,19 +119,6 @@ def _render_able(backend: str, able: bool | str) -> str:
 
 
 @cache
-def processor_name() -> str:
-    """The processor's name as its maker spells it, or the architecture."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            field, _, value = line.partition(":")
-            if field.strip() in ("model name", "Model"):
-                return " ".join(value.split())
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-@cache
 def commit() -> str | None:
     """The commit this package is run from, "-dirty" where files were changed since; None if nothing says so.
 
@@ -172,7 +161,7 @@ def backend_in_use(operator: str, device: str = "cpu", **asked: Any) -> str:
         operator, device: its name, and where its tensors are.
         asked: dtype and sizes of its `testing` case. Default: small ones in float32.
     """
-    from ..testing import CASES  # needs `flamingo`, which this file otherwise does without
+    from ..testing import CASES
 
     return variant(
         dispatch.resolve(operator, "auto", *CASES[operator](device=device, **asked).tensors().values())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from flamingo.machine import counted
 
 from ..._html import bar, page, paragraph
 from ..._html import table as html_table
@@ -190,7 +194,7 @@ def conditions(run: Run) -> str:
     row = max(run.rows, key=lambda row: row.time)
     commits = ", ".join(dict.fromkeys(each.commit for each in run.rows if each.commit))
     commit = f", commit {commits}" if commits else ""
-    threads = f", {row.threads} threads" if row.device_type == "cpu" else ""
+    threads = f", {counted(row.threads, 'thread')}" if row.device_type == "cpu" else ""
     return (
         f"Medians on {row.device}{threads}, torch {row.torch}, backend "
         f"{', '.join(sorted(ours))}{commit}, {row.time}."
@@ -199,41 +203,45 @@ def conditions(run: Run) -> str:
 
 def picture(run: Run, path: str | Path) -> None:
     """Draw how many times as long as ours the rivals take. Raises as `new_figure`."""
-    cases = list(run.cases.items())[::-1]  # barh draws upwards
-    figure = new_figure(figsize=(9, 1.4 + 0.45 * len(cases)), layout="constrained")
+    names = [*RIVALS, *own_rivals(run)]
+    places, ticks, height = _places(run, names)
+    figure = new_figure(figsize=(9, 1.8 + 0.15 * height), layout="constrained")
     axes = figure.add_subplot()
-    own = own_rivals(run)
-    colours = _COLOURS | dict(zip(own, cycle(_OWN_COLOURS), strict=False))
-    for name in (*RIVALS, *own):
-        bars = [(y, rows[name].ratio, _slot(name, rows)) for y, (_, rows) in enumerate(cases) if name in rows]
-        if bars:
-            heights = [y + centre for y, _, (centre, _) in bars]
-            widths = [ratio - 1 for _, ratio, _ in bars]
-            drawn = axes.barh(
-                heights, widths, [each for *_, (_, each) in bars], left=1, color=colours[name], label=name
-            )
-            labels = [factor(ratio) for _, ratio, _ in bars]
+    colours = _COLOURS | dict(zip(own_rivals(run), cycle(_OWN_COLOURS), strict=False))
+    for name in names:
+        ratios = {y: rows[name].ratio for y, (rows, contender) in places.items() if contender == name}
+        if ratios:
+            widths = [ratio - 1 for ratio in ratios.values()]
+            drawn = axes.barh(list(ratios), widths, 0.9, left=1, color=colours[name], label=name)
+            labels = [factor(ratio) for ratio in ratios.values()]
             axes.bar_label(drawn, labels, padding=3, fontsize=7, color="#444444")
     axes.axvline(1, color="#222222", linewidth=1)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
-    axes.set_yticks(range(len(cases)), [_label(key) for key, _ in cases], fontsize=8)
-    axes.margins(x=0.08, y=0.3 / len(cases))
+    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
+    axes.set_ylim(height, -1)  # downwards
+    axes.margins(x=0.08)
     axes.set_xlabel("times as long as flamingo_kernels; right of 1 ours is faster", fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    figure.legend(frameon=False, fontsize=9, loc="outside upper right", ncols=len(RIVALS) + len(own))
-    figure.supxlabel(conditions(run), fontsize=7, color="#666666")
+    figure.legend(frameon=False, fontsize=9, loc="outside upper right", ncols=6)
+    figure.supxlabel(textwrap.fill(conditions(run), 105), fontsize=8, color="#555555")
     figure.savefig(path, dpi=160)
 
 
-def _slot(name: str, rows: dict[str, Row]) -> tuple[float, float]:
-    """Centre, off the middle, and thickness of a rival's bar among those of its case."""
-    present = list(dict.fromkeys([*(rival for rival in RIVALS if rival in rows), *rows]))
-    present.remove(OURS)
-    thickness = min(0.8 / len(present), 0.35)
-    return (len(present) / 2 - present.index(name) - 0.5) * thickness, thickness
+def _places(
+    run: Run, names: Sequence[str]
+) -> tuple[dict[float, tuple[dict[str, Row], str]], dict[float, str], float]:
+    """Where the bar of each rival of a case is, where the case has its label, and the height of all."""
+    places, ticks, top = {}, {}, 0.0
+    for key, rows in run.cases.items():
+        present = [name for name in names if name in rows]
+        places |= {top + number: (rows, name) for number, name in enumerate(present)}
+        most = max(len(present), 2)  # a label has two lines
+        ticks[top + (max(len(present), 1) - 1) / 2] = _label(key)
+        top += most + 1
+    return places, ticks, top
 
 
 _USUAL = "".join(f" {letter}{size}" for letter, size in HEADS.items())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from flamingo.machine import counted
 
 if TYPE_CHECKING:
     from ...testing import Proof
@@ -50,6 +53,16 @@ def row(*cells: str) -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype without its module: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def setting(conditions: Mapping[str, Any]) -> str:
+    """What `conditions_on` gave, in a line: "CPU: AMD EPYC, 2 threads, torch 2.13.0, 2026-11-30"."""
+    on_cpu = conditions["device_type"] == "cpu"
+    threads = f", {counted(conditions['threads'], 'thread')}" if on_cpu else ""
+    return (
+        f"{'CPU' if on_cpu else 'GPU'}: {conditions['device']}{threads}, torch {conditions['torch']}, "
+        f"{conditions['time'][:10]}"
+    )
 
 
 def verdict(proof: Proof) -> tuple[str, str, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..._html import bar as html_bar
 from ..._html import page, paragraph, table
 from ..measure.figure import new_figure
-from ..measure.text import duration, factor, mebibytes, rounded, verdict
+from ..measure.text import duration, factor, mebibytes, rounded, setting, verdict
 from ..measure.timing import Spread
 from .parts import BLOCKS, INSIDE, PARTS
 from .sides import BEFORE, COMPILED, FOLDED, FROZEN, INT8, LINEARS, PATCHED
@@ -35,8 +35,6 @@ _WIDTH, _FACTOR = 27, 8  # of a cell, and of what it gains
 
 def measured(found: Profile) -> str:
     """A profile as a page of text."""
-    setting = found.conditions
-    threads = f", {setting['threads']} threads" if setting["device_type"] == "cpu" else ""
     size = f"{rounded(found.parameters / 1e6)} M random parameters"
     lines = [
         f"{found.model}, {found.dtype}, {size}; {_shapes(found.inputs)}",
@@ -46,7 +44,7 @@ def measured(found: Profile) -> str:
             if found.by_block
             else []
         ),
-        f"{setting['device']}{threads}, torch {setting['torch']}",
+        setting(found.conditions),
         "",
         found.patched,
         "",
@@ -109,12 +107,12 @@ def _by_part(work: Measured) -> list[str]:
 
 def apart(found: Apart) -> str:
     """Times of processes of their own, as a page of text."""
-    setting, sizes, row = found.conditions, found.sizes, "{:<24}{:>12}{:>24}{:>9}{:>12}{:>12}{:>14}"
+    sizes, row = found.sizes, "{:<24}{:>12}{:>24}{:>9}{:>12}{:>12}{:>14}"
     generated = f", {sizes.new} to generate" if sizes.new else ""
     lines = [
         f"{found.model}, {found.dtype}, {rounded(found.parameters / 1e6)} M random parameters; "
         f"{sizes.batch} x {sizes.text} tokens{generated}, {sizes.media} images",
-        f"{setting['device']}, {setting['threads']} threads, torch {setting['torch']}",
+        setting(found.conditions),
         "each in a process of its own"
         + (", beside the model as it is" if found.beside else "")
         + f"; {OVERLAP}",
@@ -278,7 +276,10 @@ def picture(found: Profile, path: str | Path) -> None:
     )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.set_title(f"{found.model}, {found.dtype}, {found.conditions['device']}", loc="left", fontsize=11)
+    size = f"{rounded(found.parameters / 1e6)} M random parameters"
+    compiled = ", under torch.compile" if found.compiled else ""
+    title = f"{found.model}, {found.dtype}, {size}{compiled}\n{setting(found.conditions)}"
+    axes.set_title(title, loc="left", fontsize=10)
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=130)
 

@@ -1,9 +1,13 @@
 """What counts as learnt, and what is written of a run."""
 
 import pytest
+import torch
 
 from flamingo.demo.findings import Findings
 from flamingo.demo.lessons import Course
+from flamingo.demo.picture import draw
+from flamingo.machine import processor_name
+from tests.helpers.figures import texts_of
 
 
 def found(known=0.98, none=0.1, eight=0.92):
@@ -42,3 +46,13 @@ def test_as_json():
     assert (told["recall"], told["facts"], told["questions"]) == (0.99, 1.0, {"0": 0.97})
     assert (told["seed"], told["threads"], told["lessons"]) == (3, 2, {"lists": 500, "all": 600})
     assert told["seconds"] == found().seconds
+
+
+def test_the_picture_says_what_it_is_and_what_it_ran_on(tmp_path):
+    pytest.importorskip("matplotlib")
+    told = found()
+    told.parameters, told.kernels = 640_000, "with kernels: 7 modules and 26 linear layers are swapped"
+    texts = texts_of(lambda: draw(told, tmp_path / "x.png"))
+    assert "A Flamingo of 0.64 M parameters in float32, trained from nothing in this run, seed 3\n" in texts
+    assert f"CPU: {processor_name()}, 2 threads, torch {torch.__version__}, 20" in texts
+    assert texts.count(told.kernels) == 1

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flamingo import load_model
 from flamingo.demo import lessons, main, run, stages
 from flamingo.demo.digits import load_digits
 from flamingo.demo.words import ANSWERS, NAMES, WordTokenizer
@@ -103,6 +104,12 @@ def test_what_is_found_is_said_and_drawn(capsys, tmp_path, monkeypatch):
     assert 0 < min(by_name) <= max(by_name) < 1
     table = re.search(r"^shots +0 +1\n.* (\d+\.\d)% +(\d+\.\d)%\n", capsys.readouterr().out, re.MULTILINE)
     assert [float(each) / 100 for each in table.groups()] == pytest.approx(by_name, abs=1e-3)
+    heading = drawn[0].get_suptitle()
+    assert (
+        f"of {sum(p.numel() for p in load_model('digits.safetensors')[0].parameters()) / 1e6:.2g} M"
+        in heading
+    )
+    assert heading.endswith("; without kernels: they are switched off")
     of_lessons, of_shots = (axes.lines[0] for axes in drawn[0].axes)
     assert list(of_shots.get_xdata()) == [0, 1]
     assert list(of_shots.get_ydata()) == pytest.approx([100 * each for each in by_name])

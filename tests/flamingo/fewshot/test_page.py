@@ -1,4 +1,4 @@
-"""The page "Evaluate on the paper's benchmarks": what it says of each, its commands and its code."""
+"""The page "Evaluate on the paper's benchmarks": what it says of each, and its commands. Its code: test_pages.py."""
 
 import re
 import shlex
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import flamingo.fewshot
 from flamingo.__main__ import main
 from flamingo.fewshot import command
 from flamingo.fewshot.benchmarks import BENCHMARKS
@@ -32,8 +31,7 @@ def stand_in(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "prepare", found.prepare)
     monkeypatch.setattr(command, "evaluate", found.evaluate)
-    monkeypatch.setattr(command.named, "check", lambda name, options: None)
-    monkeypatch.setattr(command.named, "load", lambda name, options: found.make())
+    monkeypatch.setattr(command.named, "find", lambda name, options, say: found.make)
     return found
 
 
@@ -72,15 +70,6 @@ def test_it_says_what_the_command_lists(name):
     assert f"```text\n{command.describe(name)}\n```" in PAGE
     asked = "candidates ranked" if benchmark.task.closed else "answers generated"
     assert f"| `{name}` | {benchmark.split} | {asked} | {benchmark.task.metric} |" in PAGE
-
-
-def test_its_code_runs(stand_in, monkeypatch):
-    monkeypatch.setattr(flamingo.fewshot, "evaluate", stand_in.evaluate)
-    put("coco", ["--annotations", "dataset_coco.json", "--images", "coco"])
-    (code,) = (text for language, text in BLOCKS if language == "python")
-    names = {"model": None, "processor": None}
-    exec(code, names)
-    assert (names["result"].samples, names["result"].shots) == (1, 4)
 
 
 def test_every_option_that_it_names_is_one(capsys):

@@ -107,6 +107,18 @@ def test_in_a_checkout_that_is_what_pip_installs(editable, tmp_path, monkeypatch
     assert re.search(rf"--no-cache-dir {'--editable ' * editable}{tmp_path}`$", why)
 
 
+def test_a_wheel_is_not_installed_again(tmp_path, monkeypatch):
+    """It has no more in it than the first time: the source is wanted."""
+    monkeypatch.setattr(missing, "__file__", str(tmp_path / "a" / "b" / "missing.py"))
+    record = json.dumps(
+        {"url": "file:///dist/flamingo_kernels-1-cp310-abi3-linux_x86_64.whl", "archive_info": {}}
+    )
+    monkeypatch.setattr(metadata, "distribution", lambda name: SimpleNamespace(read_text=lambda name: record))
+    why = missing.why_missing(tmp_path / "_C.so", "the kernels are", compiler="c++", build="cpu")
+    assert "if there is none, and in a checkout of the source run `" in why
+    assert why.endswith("--no-cache-dir .`")
+
+
 def test_a_package_that_pip_did_not_install(tmp_path, monkeypatch):
     monkeypatch.setattr(missing, "__file__", str(tmp_path / "a" / "b" / "missing.py"))
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from flamingo_kernels import __main__ as cli
-from flamingo_kernels.commands import demo
+from flamingo_kernels.commands import demo, info
 from flamingo_kernels.layers import cross_attention, resampler
+from tests.helpers.figures import texts_of
 
 for extra in ("skimage", "matplotlib", "PIL"):
     pytest.importorskip(extra)
@@ -52,6 +53,30 @@ def test_prints_and_draws_what_it_found(found, monkeypatch, tmp_path, capsys):
     assert page.count("same") == 2
     assert "DIFFERS" not in page
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_page_and_picture_say_what_it_is_and_what_it_ran_on(found):
+    conditions = {
+        "device": "a processor",
+        "device_type": "cpu",
+        "threads": 3,
+        "torch": "2.13.0",
+        "time": "2026-01-02T03:04:05Z",
+    }
+    told = dataclasses.replace(found, conditions=conditions, parameters=275_000_000)
+    texts = texts_of(lambda: demo.picture(told, "x.png"))
+    for said in (texts, demo.render(told)):
+        assert "A Flamingo of 275 M parameters in float32, with random weights" in said
+        assert "CPU: a processor, 3 threads, torch 2.13.0, 2026-01-02, backend " in said
+        assert info.backend_in_use("masked_cross_attention") in said
+        assert all(what in said for what in found.proofs)
+    assert "Nothing of this is its answer." in texts
+
+
+def test_it_was_measured_here_and_today(found):
+    assert found.conditions["device"] == info.processor_name()
+    assert found.conditions["threads"] == torch.get_num_threads()
+    assert found.dtype == "float32"
 
 
 def test_one_wrong_result_is_enough_to_fail(found, monkeypatch, tmp_path):

@@ -11,6 +11,7 @@ from flamingo_kernels.commands.bench.baselines import OURS
 from flamingo_kernels.commands.bench.rows import Key, Row, Run, Skipped
 from flamingo_kernels.commands.bench.shapes import CASES, CASES_OF, GPU_CASES
 from tests.helpers import ROOT
+from tests.helpers.figures import texts_of
 
 MASKED = Key("masked_cross_attention", "B1 T1024 M8 H8 d64 R64", "float32", "forward")
 STEP = MASKED._replace(mode="forward+backward")
@@ -186,7 +187,7 @@ def test_a_rival_of_the_users_has_a_column_and_a_bar(outcome, tmp_path, monkeypa
     bars = drawn[0].axes[0].patches
     assert [bar.get_width() for bar in bars] == [21.0, 5.0, 8.0, 8.0]
     places = sorted((bar.get_y(), bar.get_y() + bar.get_height()) for bar in bars)
-    assert all(end == pytest.approx(start) for (_, end), (start, _) in pairwise(places))
+    assert all(end < start for (_, end), (start, _) in pairwise(places))
     assert len({bar.get_facecolor() for bar in bars}) == 4
 
 
@@ -246,6 +247,34 @@ def test_the_picture_has_a_bar_for_every_rival(outcome, tmp_path, monkeypatch):
     assert [bar.get_width() for bar in axes.patches] == [21.0, 5.0]
     assert axes.get_xscale() == "log"
     assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_the_picture_says_of_what_it_is(outcome):
+    texts = texts_of(lambda: report.picture(outcome, "x.png"))
+    assert "masked_cross_attention" in texts
+    assert "float32, forward" in texts
+    said = texts.replace("\n", " ")
+    assert report.conditions(outcome) in said
+    assert "a processor, 2 threads, torch 2.13.0" in said
+
+
+def test_in_the_picture_no_bar_lies_on_another_and_each_case_has_room_for_its_label(outcome):
+    """Of six rivals, of one and of none."""
+    ours, rival = outcome.rows[0], outcome.rows[1]
+
+    def case(shape, rivals):
+        rows = [ours, *(dataclasses.replace(rival, contender=name) for name in rivals)]
+        return [dataclasses.replace(row, shape=shape) for row in rows]
+
+    many = report.RIVALS[:6]
+    found = Run([*case("B1", many), *case("B2", many[:1]), *case("B3", []), *case("B4", many)], [])
+    places, ticks, height = report._places(found, report.RIVALS)
+    assert [name for _, name in places.values()] == [*many, many[0], *many]
+    assert [rows[OURS].shape for rows, _ in places.values()] == ["B1"] * 6 + ["B2"] + ["B4"] * 6
+    ys = list(ticks)
+    assert ys[0] == 2.5
+    assert all(below - above >= 2 for above, below in pairwise(ys))
+    assert height > max(places)
 
 
 def test_a_picture_without_matplotlib_says_so(outcome, tmp_path, monkeypatch):

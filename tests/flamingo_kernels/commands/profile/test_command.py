@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from flamingo_kernels.commands.profile import count, models, parts, report, run
 from flamingo_kernels.commands.profile.subject import QUICK
 from flamingo_kernels.layers import cross_attention, fused, resampler
 from flamingo_kernels.patch import linears
+from tests.helpers.figures import texts_of
 
 WORKS = [models.PREFILL, models.DECODE, models.STEP]
 ASKED = ["--quick", "--threads", "1"]
@@ -261,7 +263,13 @@ def test_a_slower_side_is_shown_to_be_slower(monkeypatch):
 
 def profile_of(times, parts):
     work = run.Measured(100, "", times, dict.fromkeys(times, 1), {}, parts)
-    conditions = {"device": "a processor", "threads": 2, "torch": "2.13.0", "device_type": "cpu"}
+    conditions = {
+        "device": "a processor",
+        "threads": 2,
+        "torch": "2.13.0",
+        "device_type": "cpu",
+        "time": "2026-01-02T03:04:05Z",
+    }
     return run.Profile(
         "a model", "float32", {}, 10, "patch: 1", conditions, False, False, {}, {}, {models.PREFILL: work}
     )
@@ -286,6 +294,15 @@ def test_a_gain_whose_spreads_overlap_is_marked():
     assert 'Gains of speed: "~": the spreads of both, 20% to 80%, overlap.' in page
     assert "30 ms  " in page
     assert "~1.00x" not in page, "parts have no spread"
+
+
+def test_the_picture_says_of_what_it_is():
+    texts = texts_of(lambda: report.picture(profile_of(TIMES, TAKEN), "x.png"))
+    assert "CPU: a processor, 2 threads, torch 2.13.0, 2026-01-02" in texts
+    assert "a model, float32, 1e-05 M random parameters\n" in texts
+    assert "compile" not in texts
+    compiled = dataclasses.replace(profile_of(TIMES, TAKEN), compiled=True)
+    assert ", under torch.compile\n" in texts_of(lambda: report.picture(compiled, "x.png"))
 
 
 def test_the_bars_are_the_numbers_beside_them(tmp_path, monkeypatch):
