@@ -7,8 +7,8 @@ text      right after such a block: what it prints
 sh        commands that run: each ends without an error and prints something
 others    their commands of this project are parsed, not run: they need what is not here, or minutes
 
-A block whose first line is a comment with a file's name, as `# mine.py`, is that file. All of a page runs in one
-folder, empty but for what `PREPARE` puts there.
+A block whose first line is a comment with a file's name, as `# mine.py`, is that file. All of a page runs in
+one folder, empty but for what `PREPARE` puts there.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ import pytest
 import flamingo.__main__
 import flamingo_kernels.__main__
 from flamingo import Flamingo, save_model
+from flamingo.training.config import tomllib
 from flamingo_kernels._backends import env
 from tests.helpers import ROOT
 
 PAGES = {path.stem: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\w+\.\w+)\b")
-COMMAND = re.compile(r"(?:^|\s)(?:python -m (flamingo\w*)|torchrun .*-m (flamingo)|(flamingo(?:-kernels)?))\s")
+COMMAND = re.compile(
+    r"(?:^|\s)(?:python -m (flamingo\w*)|torchrun .*-m (flamingo)|(flamingo(?:-kernels)?))\s"
+)
 
 
 class Block(NamedTuple):
@@ -62,6 +65,7 @@ def runs(page: str) -> bool:
 
 def digits(folder: Path) -> None:
     """What the demo leaves, but for its training."""
+    pytest.importorskip("safetensors")
     pytest.importorskip("sklearn", reason="the demo's digits are scikit-learn's")
     from flamingo.demo.stages import CONFIG, make_processor
 
@@ -70,6 +74,7 @@ def digits(folder: Path) -> None:
 
 def towers(folder: Path) -> None:
     """A CLIP and an OPT of a few thousand parameters."""
+    pytest.importorskip("transformers")
     from tests.helpers import tower_folders
 
     tower_folders.write_vision(folder / "towers/vision", "clip")
@@ -77,28 +82,23 @@ def towers(folder: Path) -> None:
 
 
 PREPARE: dict[str, Callable[[Path], None]] = {
-    "README": digits,
     "asking": digits,
     "demo": digits,
     "evaluating": digits,
     "train_on_your_own_data": towers,
 }
-SLOW = [page for page in PAGES if any(block.language == "sh" for block in blocks(page))]  # a process for each
-NEEDS = {"safetensors": "digits|towers", "transformers": "transformers|towers", "PIL": "PIL|digits"}
+# Those that start processes, and a model of transformers with images of real size.
+SLOW = ["README", *(page for page in PAGES if any(block.language == "sh" for block in blocks(page)))]
+IMPORTED = re.compile(r"^ *(?:from|import) (PIL|transformers)\b", flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW), id=page)
-        for page in PAGES
-        if runs(page)
-    ],
+    [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in PAGES if runs(page)],
 )
 def test_it_runs_as_printed(page, tmp_path, monkeypatch, capsys):
-    for package, mention in NEEDS.items():
-        if re.search(mention, PAGES[page].read_text()):
-            pytest.importorskip(package)
+    for package in IMPORTED.findall("".join(block.text for block in blocks(page))):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     PREPARE.get(page, lambda folder: None)(tmp_path)
@@ -154,9 +154,25 @@ def test_its_commands_are_understood(page, package, arguments, monkeypatch, caps
     main = {"flamingo": flamingo.__main__, "flamingo_kernels": flamingo_kernels.__main__}[package]
     monkeypatch.setattr(main, "run_command", lambda *_, **__: 0)
     try:
-        assert main.main(arguments) == 0
-    except SystemExit as end:  # --help and --version end so, and a command that is not understood with 2
-        assert end.code == 0, capsys.readouterr().err
+        status = main.main(arguments)
+    except SystemExit as end:  # of --help and --version too
+        status = end.code
+    assert status == 0, capsys.readouterr().err
+
+
+def test_every_target_of_make_is_one():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {*re.findall(r"^([\w-]+):", makefile, flags=re.MULTILINE)}
+    shown = "".join(block.text for page in PAGES for block in blocks(page))
+    named = {*re.findall(r"^make ([\w-]+)", shown, flags=re.MULTILINE)}
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_every_extra_has_its_row():
+    text = (ROOT / "pyproject.toml").read_text()
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    table = PAGES["getting_started"].read_text().partition("| extra | for |\n")[2].partition("\n\n")[0]
+    assert {*re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)} == {*extras}
 
 
 def read_by(path: Path) -> Iterator[str]:
@@ -192,6 +208,8 @@ def test_every_environment_variable_has_its_row():
     folders = ("flamingo", "flamingo_kernels", "tests", "benchmarks", "examples")
     files = [ROOT / "setup.py", *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
     everybodys = {"PATH", "PYTHONPATH"}
-    read = {name for path in files if re.search(r"environ|_choice\(", path.read_text()) for name in read_by(path)}
+    read = {
+        name for path in files if re.search(r"environ|_choice\(", path.read_text()) for name in read_by(path)
+    }
     assert told == read - everybodys
     assert {*env.BACKENDS, *env.CPU_VARIANTS} <= {*re.findall("`(\\w+)`", "".join(rows))}

@@ -1,4 +1,4 @@
-"""The page "Evaluate on the paper's benchmarks": what it says of each, and its commands. Its code: test_pages.py."""
+"""The page "Evaluate on the paper's benchmarks": what it says of each, and its commands."""
 
 import re
 import shlex
