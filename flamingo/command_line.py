@@ -170,7 +170,7 @@ def run_command(name: str, command: Callable[[], int], *, extra: str | None = No
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
             raise
-        line, status = f"expected more memory: {error or 'there is no more'}", 2
+        line, status = f"expected more memory: {str(error) or 'there is no more'}", 2
     line = " ".join(line.split()).removeprefix(f"{name}: ")
     with suppress(OSError):  # nobody reads what goes wrong either
         print(f"{name}: {_shortened(line)}", file=sys.stderr)
