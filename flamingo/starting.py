@@ -25,6 +25,16 @@ def _end(*_: Any) -> None:
     os._exit(130)
 
 
+def _tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """What is wrong already while a command imports, as a variable of the environment, is one line too."""
+    if not isinstance(error, (ImportError, ValueError)):
+        sys.__excepthook__(kind, error, trace)
+        return
+    with suppress(OSError):
+        os.write(2, f"flamingo: {' '.join(str(error).split())}\n".encode())
+    os._exit(2)
+
+
 def _open_streams() -> None:
     """Puts the null device in the place of standard streams that are closed."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -47,13 +57,16 @@ def begin() -> None:
         return
     _open_streams()
     _show_otherwise()
+    sys.excepthook = _tell
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
 def done() -> None:
-    """From here on Ctrl-C is a KeyboardInterrupt."""
+    """From here on Ctrl-C is a KeyboardInterrupt, and errors are the command's to tell."""
+    if sys.excepthook is _tell:
+        sys.excepthook = sys.__excepthook__
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

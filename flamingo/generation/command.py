@@ -23,7 +23,7 @@ from flamingo.command_line import count_from
 from flamingo.generation.latents import Latents
 from flamingo.generation.prompts import Prompt, read_prompt
 from flamingo.generation.texts import complete, stream_text
-from flamingo.kernels import use_kernels
+from flamingo.kernels import check_kernels, use_kernels
 from flamingo.media import read_frames
 from flamingo.processor import Processor
 from flamingo.text_files import lines
@@ -81,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
     """
     shots, documents = _documents(options)
     device = device_of(options.device)
+    check_kernels(not options.no_kernels)
     load = named.find(options.model, options, partial(say, "complete"))
     model, processor = load()
     use_kernels(model, not options.no_kernels, partial(say, "complete"))
@@ -109,6 +110,8 @@ def _documents(options: argparse.Namespace) -> tuple[list, list[list]]:
         raise ValueError(f"expected two --choices or more to rank, got {options.choices}.")
     if not 0 <= options.temperature < float("inf"):
         raise ValueError(f"expected --temperature of 0 or more, got {options.temperature}.")
+    if options.temperature and not 1e-3 <= options.temperature <= 1e3:  # float32 would divide to infinity
+        raise ValueError(f"expected --temperature of 0, or from 0.001 to 1000, got {options.temperature}.")
     if options.choices is not None and (options.beams > 1 or options.temperature > 0):
         raise ValueError("expected --choices, or --beams or --temperature, got both: nothing is drawn.")
     if options.beams > 1 and options.temperature > 0:

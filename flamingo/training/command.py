@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from flamingo.kernels import use_kernels
+from flamingo.kernels import check_kernels, use_kernels
 from flamingo.model import Flamingo
 from flamingo.processor import Processor
 from flamingo.training import checkpoint
@@ -34,6 +34,7 @@ def run(path: str) -> int:
         KeyboardInterrupt: see `train`.
     """
     config, of_model, text = _read(path)
+    check_kernels(config.kernels)
     with _named(path):
         check_run(config, of_model)
 
@@ -53,6 +54,7 @@ def run_encode(path: str) -> int:
     folders = sorted({str(dataset.features) for dataset in config.datasets if dataset.features is not None})
     if not folders:
         raise ValueError(f'{path}: expected a dataset with a folder, as features = "features", got none.')
+    check_kernels(config.kernels)
     with _named(path):
         check_inputs(config, of_model)
 

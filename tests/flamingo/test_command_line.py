@@ -191,6 +191,13 @@ def test_a_variable_that_is_not_set_is_no_name(words, capsys):
     assert "argument --file: expected a text, got an empty one." in capsys.readouterr().err
 
 
+def test_a_commands_text_may_be_empty(capsys):
+    parser = Parser(prog="work")
+    command = parser.add_subparsers(dest="command").add_parser("say")
+    command.add_argument("text", type=str)
+    assert parser.parse_args(["say", ""]).text == ""
+
+
 def test_the_folder_of_what_is_written_has_to_be_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         expect_writable(tmp_path / "none" / "x")

@@ -63,6 +63,14 @@ def test_once_it_works_ctrl_c_is_told_by_the_command():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # here nothing has changed
 
 
+def test_a_variable_without_a_meaning_is_a_line():
+    show = "from flamingo_kernels.__main__ import main"
+    done = run(COMMANDS["flamingo_kernels"], show, env={**os.environ, "FLAMINGO_KERNELS_BACKEND": "gpu"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("flamingo: FLAMINGO_KERNELS_BACKEND='gpu' is not one of auto, ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_no_file_takes_the_place_of_a_stream_that_is_closed(tmp_path):
     def close():
         for number in (0, 1, 2):

@@ -200,6 +200,7 @@ HERE = "tests.flamingo.generation.test_command"
         (["MODEL", "--lines", "broken.png"], "expected broken.png to be UTF-8"),
         (["MODEL", "a", "--choices", "one"], "expected two --choices or more"),
         (["MODEL", "a", "--temperature", "nan"], "expected --temperature of 0 or more, got nan"),
+        (["MODEL", "a", "--temperature", "1e308"], "expected --temperature of 0, or from 0.001 to 1000, got"),
         (["MODEL", "a", "--temperature", "1", "--beams", "2"], "expected --beams or --temperature, got both"),
         (["MODEL", "a", "--device", "gpu"], 'expected device to be "auto", "cpu" or a GPU'),
         (["MODEL", "a", "--beams", "2", "--choices", "b", "c"], "expected --choices, or --beams or"),
