@@ -5,6 +5,7 @@ python -m tests.wheel FOLDER
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import site
@@ -67,4 +68,6 @@ def check_installed(wheel: Path, place: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m tests.wheel", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    main(parser.parse_args().folder)
