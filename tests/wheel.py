@@ -1,7 +1,4 @@
-"""Tries what `make wheel` has built: its name, what it holds, and that it computes where it is installed.
-
-python -m tests.wheel FOLDER
-"""
+"""Tries what `make wheel` has built: its name, what it holds, and that it computes where it is installed."""
 
 from __future__ import annotations
 
