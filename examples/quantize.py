@@ -80,8 +80,8 @@ def main(folder: Path, width: int = 1024) -> None:
     after, fast = logits(model), milliseconds(model)
 
     apart = (after - before).norm() / before.norm()
-    likely = [each.flatten(0, 1).log_softmax(-1) for each in (after, before)]
-    divergence = torch.nn.functional.kl_div(*likely, reduction="batchmean", log_target=True)
+    new, old = (each.flatten(0, 1).log_softmax(-1) for each in (after, before))
+    divergence = torch.nn.functional.kl_div(new, old, reduction="batchmean", log_target=True)
     same = (after.argmax(-1) == before.argmax(-1)).float().mean()
     print(f"logits: {float(apart):.1%} apart, KL {float(divergence):.1e} a token,")
     print(f"  {float(same):.0%} of the likeliest tokens are the same (the weights are random)")
