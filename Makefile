@@ -119,7 +119,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/torch
 		|| echo "no Triton for this machine: the tests of its kernels are skipped"
 	@touch $@
 
-$(VENV)/docs: pyproject.toml constraints.txt | $(VENV)/torch
+$(VENV)/docs: pyproject.toml $(CONSTRAINTS) | $(VENV)/torch
 	@echo "installing what builds the documentation"
 	@FLAMINGO_KERNELS_BUILD=none $(PIP) --no-build-isolation --editable ".[docs]"
 	@touch $@

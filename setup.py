@@ -50,6 +50,8 @@ from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402  (not in ol
 
 BUILDS = ("cpu", "cuda", "cuda-alone", "none")
 EMULATE = os.environ.get("FLAMINGO_KERNELS_EMULATE", "")
+if EMULATE not in ("", "1", "cuda"):
+    sys.exit(f"FLAMINGO_KERNELS_EMULATE={EMULATE!r} is not one of 1, cuda.")
 SHARED = Path("csrc")
 SOURCES = Path("csrc", "cpu")
 CUDA_SOURCES = Path("csrc", "cuda")
@@ -65,7 +67,10 @@ VARIANTS = {  # from the least to the most capable: see `Build.objects`
     "avx512_amx": f"{AVX512} -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8",
 }
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi"
-USERS_FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
+try:
+    USERS_FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
+except ValueError as error:  # a quotation mark without its other
+    sys.exit(f"CXXFLAGS={os.environ['CXXFLAGS']!r}: {error}.")
 # What bindings.cpp is held to: the C ABI of torch 2.10 and of Python 3.10.
 TORCH_OLDEST = (2, 10)
 TORCH_LIBRARIES = ("torch_cpu", "torch_cuda")

@@ -21,7 +21,8 @@ threads        how long they wait for work
 machine        what a result was computed on
 command_line   what every command does with a mistake
 ranges         which numbers a configuration may have
-json_lines     results and logs that a crash may have damaged
+json_lines     what is handed in, and results and logs that a crash may have damaged
+text_files     texts that are handed in
 training       of what is new, on tar shards, by one process or many
 demo           all of it on real digits, from nothing
 fewshot        prompts, closed-ended scoring, retrieval, metrics, evaluation over datasets on disk

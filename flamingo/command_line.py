@@ -50,6 +50,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self.register("type", None, _some_text)  # of arguments that name no type
 
+    def add_subparsers(self, **kwargs: Any) -> Any:
+        commands = super().add_subparsers(**kwargs)
+        commands.type = str  # a command's arguments are its own to read
+        return commands
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if not self.intermixed:
             return super().parse_known_args(args, namespace)
@@ -131,7 +136,7 @@ def expect_writable(*files: str | Path | None) -> None:
     """
     expect_apart(*files)
     for given in (file for file in files if file is not None):
-        file = Path(os.path.realpath(given))
+        file = Path(os.path.realpath(given) if os.path.islink(given) else given)
         existed = file.exists()
         if existed and not (file.is_file() or file.is_dir()):
             raise ValueError(f"expected {given} to be a file, got a device or a pipe.")
@@ -170,7 +175,7 @@ def run_command(name: str, command: Callable[[], int], *, extra: str | None = No
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
             raise
-        line, status = f"expected more memory: {error or 'there is no more'}", 2
+        line, status = f"expected more memory: {str(error) or 'there is no more'}", 2
     line = " ".join(line.split()).removeprefix(f"{name}: ")
     with suppress(OSError):  # nobody reads what goes wrong either
         print(f"{name}: {_shortened(line)}", file=sys.stderr)

@@ -4,9 +4,17 @@ No other file of this package names them.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 
 from torch import nn
+
+
+def check_kernels(wanted: bool) -> None:
+    """Raises ValueError for an environment variable of theirs without a meaning, before there is a model."""
+    if wanted:
+        with suppress(ImportError):  # `use_kernels` says so
+            import_module("flamingo_kernels")
 
 
 def use_kernels(model: nn.Module, wanted: bool, say: Callable[[str], object]) -> bool:

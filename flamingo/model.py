@@ -160,7 +160,7 @@ class Flamingo(nn.Module):
     def _in_our_dtype(self, x: Tensor) -> Tensor:
         """What a tower makes, in the dtype of the layers between the towers; theirs may be another."""
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):  # which does not know "meta"
             return x  # autocast casts it where it must be
         latents = self.resampler.latents
         if hasattr(latents, "full_tensor"):

@@ -1,9 +1,10 @@
 """What lies in a folder of a transformers' model: its JSON, and its weights, all of them or none."""
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from flamingo.json_lines import parse
 
 
 def load_whole(kind: Any, name: str, **options: Any) -> Any:
@@ -40,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: if it is none.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got: {error}.") from error
     if not isinstance(found, dict):

@@ -55,12 +55,9 @@ def is_eager(tensor: Tensor) -> bool:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of matrix products under torch.autocast on this device; None where autocast is off."""
-    available = torch.amp.is_autocast_available(device.type)
-    return (
-        torch.get_autocast_dtype(device.type)
-        if available and torch.is_autocast_enabled(device.type)
-        else None
-    )
+    # It does not know "meta". torch.amp.is_autocast_available does, but torch 2.10 cannot trace that.
+    enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else None
 
 
 def current_stream(tensor: Tensor) -> int | None:

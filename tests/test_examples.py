@@ -234,7 +234,7 @@ def test_what_was_learnt_is_in_the_checkpoint(tmp_path):
     example.main(tmp_path, steps=200)
     assert (tmp_path / "pairs/0.txt").read_text() in example.COLOURS
     torch.manual_seed(0)  # the frozen parts of the example
-    model = Flamingo(FlamingoConfig.preset("tiny", image_size=example.SIZE)).eval()
+    model = Flamingo(FlamingoConfig.preset("tiny", image_size=example.SIZE)).freeze().eval()
     load_weights(dict(model.named_parameters()), tmp_path / "run/checkpoints/latest/weights.safetensors")
     images = [Image.new("RGB", (example.SIZE, example.SIZE), "white") for _ in example.COLOURS]
     for image, colour in zip(images, example.COLOURS, strict=True):

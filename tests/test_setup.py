@@ -192,6 +192,18 @@ def test_an_unknown_build_lists_the_legal_ones():
     assert "FLAMINGO_KERNELS_BUILD='gpu' is not one of cpu, cuda, cuda-alone, none." in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("FLAMINGO_KERNELS_EMULATE", "yes", "FLAMINGO_KERNELS_EMULATE='yes' is not one of 1, cuda."),
+        ("CXXFLAGS", '-DNAME="a', "CXXFLAGS='-DNAME=\"a': No closing quotation."),
+    ],
+)
+def test_a_variable_without_a_meaning_is_a_line(name, value, line):
+    done = run_without_torch("--version", **{name: value})
+    assert (done.returncode, done.stderr) == (1, f"{line}\n")
+
+
 def test_cuda_without_its_compiler_is_an_error():
     done = run_without_torch("--version", FLAMINGO_KERNELS_BUILD="cuda", NVCC="no-such-nvcc")
     assert done.returncode != 0

@@ -15,6 +15,7 @@ from flamingo.demo.lessons import NotLearntError
 from flamingo.demo.picture import check_format, draw
 from flamingo.demo.run import run
 from flamingo.demo.stages import make_processor
+from flamingo.kernels import check_kernels
 from flamingo.saved import save_model
 
 
@@ -50,7 +51,7 @@ def main(
             or a number is out of its range.
     """
     files = [Path(file) for file in (picture, model, json) if file is not None]
-    _check(files, seed, threads)
+    _check(files, seed, threads, kernels)
     check_format(Path(picture))
     try:
         with _threads(threads):
@@ -69,7 +70,7 @@ def main(
     return 1 if missed else 0
 
 
-def _check(files: Sequence[Path], seed: int, threads: int) -> None:
+def _check(files: Sequence[Path], seed: int, threads: int, kernels: bool) -> None:
     """Raises what would otherwise be raised in the middle of the work, or after it."""
     for module in ("sklearn", "safetensors", "matplotlib"):
         import_module(module)
@@ -78,6 +79,7 @@ def _check(files: Sequence[Path], seed: int, threads: int) -> None:
     cores = os.cpu_count() or 1
     if not 1 <= threads <= cores:
         raise ValueError(f"expected --threads from 1 to {cores}, the cores of this machine, got {threads}.")
+    check_kernels(kernels)
     expect_writable(*files)
 
 

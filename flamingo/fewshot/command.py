@@ -21,8 +21,9 @@ from flamingo.fewshot.results import is_result, is_upload, refuse_foreign, write
 from flamingo.fewshot.runner import Evaluation, Task, evaluate, prepare
 from flamingo.fewshot.shots import SELECT
 from flamingo.generation import Latents
-from flamingo.kernels import use_kernels
+from flamingo.kernels import check_kernels, use_kernels
 from flamingo.processor import Processor
+from flamingo.training.lock import expect_folder
 from flamingo.training.processes import device_of, leave, process_group, rank, say
 
 TASKS: dict[str, Benchmark] = BENCHMARKS  # by the names that the command knows them by
@@ -173,6 +174,9 @@ def _run(options: argparse.Namespace, device: torch.device) -> None:
     refuse_foreign(predictions, partial(is_upload, benchmark=benchmark))
     if options.json is not None:
         refuse_foreign(options.json, is_result)
+    if options.latents is not None:
+        expect_folder(options.latents)
+    check_kernels(not options.no_kernels)
     load = named.find(options.model, options, _say)
     model, processor = _changed(*load(), options)
     model = model.to(device)

@@ -10,6 +10,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,10 @@ from flamingo.command_line import count_from
 from flamingo.generation.latents import Latents
 from flamingo.generation.prompts import Prompt, read_prompt
 from flamingo.generation.texts import complete, stream_text
-from flamingo.kernels import use_kernels
+from flamingo.kernels import check_kernels, use_kernels
+from flamingo.media import read_frames
 from flamingo.processor import Processor
+from flamingo.text_files import lines
 from flamingo.tokenizer import EOC
 from flamingo.training.processes import device_of, say
 
@@ -78,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
     """
     shots, documents = _documents(options)
     device = device_of(options.device)
+    check_kernels(not options.no_kernels)
     load = named.find(options.model, options, partial(say, "complete"))
     model, processor = load()
     use_kernels(model, not options.no_kernels, partial(say, "complete"))
@@ -106,6 +110,8 @@ def _documents(options: argparse.Namespace) -> tuple[list, list[list]]:
         raise ValueError(f"expected two --choices or more to rank, got {options.choices}.")
     if not 0 <= options.temperature < float("inf"):
         raise ValueError(f"expected --temperature of 0 or more, got {options.temperature}.")
+    if options.temperature and not 1e-3 <= options.temperature <= 1e3:  # float32 would divide to infinity
+        raise ValueError(f"expected --temperature of 0, or from 0.001 to 1000, got {options.temperature}.")
     if options.choices is not None and (options.beams > 1 or options.temperature > 0):
         raise ValueError("expected --choices, or --beams or --temperature, got both: nothing is drawn.")
     if options.beams > 1 and options.temperature > 0:
@@ -114,26 +120,33 @@ def _documents(options: argparse.Namespace) -> tuple[list, list[list]]:
         raise ValueError(f"expected --seed of at most 64 bits, got {options.seed}.")
     shots: list = []
     for image, text in options.shot:
+        text = _text(text)
         shots += [_image(image), text if text.endswith(EOC) else f"{text}{EOC}"]
+    options.choices = options.choices and [_text(choice) for choice in options.choices]
     shared = [_image(image) for image in images]
+    for image in (part for part in (*shots, *shared) if isinstance(part, Path)):
+        next(read_frames(image))
     if options.lines is None:
-        return shots, [[*shared, *texts]]
+        return shots, [[*shared, *map(_text, texts)]]
     return shots, [[*shared, *parts] for parts in _lines(Path(options.lines))]
 
 
 def _lines(path: Path) -> Iterator[list]:
     """The prompts of a file, each with its images."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected prompts in UTF-8, a line each, got other bytes.") from error
-    lines = text.removesuffix("\n").split("\n")  # not where else a text may end a line
-    if not text:
+    found = lines(path, "a file of prompts, a line each")
+    if found == [""]:
         raise ValueError(f"{path}: expected a prompt a line, got an empty file.")
-    for line in lines:
-        *images, prompt = line.removesuffix("\r").split("\t")
+    for line in found:
+        *images, prompt = line.split("\t")
         yield [*(_image(image) for image in images), prompt]
+
+
+def _text(argument: str) -> str:
+    """A text as it was typed, which Python does not decode as UTF-8 where LANG is C."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except ValueError as error:
+        raise ValueError(f"expected a text in UTF-8, got {argument!r}.") from error
 
 
 def _image(name: str) -> Path:

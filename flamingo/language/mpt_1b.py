@@ -4,7 +4,6 @@ It is an MPT whose queries and keys have a LayerNorm each, over the width of all
 that of "mosaic_gpt", for transformers 4.27; here its weights go into transformers' MPT.
 """
 
-import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from flamingo.pretrained import read_json
 
 # What its configuration says, and transformers' MPT computes.
 _CHOICES = {
@@ -76,7 +77,7 @@ def load_mpt_1b(name: str, *, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import MptConfig, MptForCausalLM
 
     folder = _folder(name)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     wrong = {key: value for key, value in _CHOICES.items() if config.get(key, value) != value}
     if wrong:
         raise ValueError(

@@ -1,8 +1,8 @@
 """`python -m flamingo train` and `encode`: a run from a file, its features, and the model it has trained."""
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from flamingo.kernels import use_kernels
+from flamingo.kernels import check_kernels, use_kernels
 from flamingo.model import Flamingo
 from flamingo.processor import Processor
 from flamingo.training import checkpoint
@@ -34,7 +34,9 @@ def run(path: str) -> int:
         KeyboardInterrupt: see `train`.
     """
     config, of_model, text = _read(path)
-    check_run(config, of_model)
+    check_kernels(config.kernels)
+    with _named(path):
+        check_run(config, of_model)
 
     def work(model: Flamingo, processor: Processor) -> str:
         if rank() == 0:
@@ -52,7 +54,9 @@ def run_encode(path: str) -> int:
     folders = sorted({str(dataset.features) for dataset in config.datasets if dataset.features is not None})
     if not folders:
         raise ValueError(f'{path}: expected a dataset with a folder, as features = "features", got none.')
-    check_inputs(config, of_model)
+    check_kernels(config.kernels)
+    with _named(path):
+        check_inputs(config, of_model)
 
     def work(model: Flamingo, processor: Processor) -> str:
         return f"{encode(model, processor, config)} images and clips encoded, in {', '.join(folders)}"
@@ -110,7 +114,8 @@ def find_run(path: str | Path, say: Callable[[str], object]) -> Callable[[], tup
     if saved is None and of_model.checkpoint is None:
         raise FileNotFoundError(f"{path}: expected a checkpoint in {folder}, got none yet.")
     if saved is not None:
-        expect_fit(of_model, saved)
+        with _named(path):
+            expect_fit(of_model, saved)
 
     def load() -> tuple[Flamingo, Processor]:
         model, processor = _start(config, of_model, say)
@@ -136,15 +141,23 @@ def _read(path: str | Path) -> tuple[TrainingConfig, ModelConfig, bytes]:
         config = replace(config, folder=str(path))  # it may have moved
     if config.model is None:
         raise ValueError(f"{file}: expected a table [model], got none.")
-    try:
+    with _named(file):
         check(config.model)
-    except ValueError as error:
-        where = f"{file}, " if str(error).startswith("[model]") else ""
-        raise ValueError(f"{where}{error}") from error
     folder = Path(config.folder)
     if checkpoint.latest(folder / "checkpoints", files=()) is not None:
         expect_same(folder, config.model)
     return config, config.model, text
+
+
+@contextmanager
+def _named(file: str | Path) -> Iterator[None]:
+    """What is wrong with a table [model] is told with its file."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("[model]"):
+            raise
+        raise ValueError(f"{file}, {error}") from error
 
 
 def _keep(text: bytes, copy: Path) -> None:

@@ -83,7 +83,8 @@ def _is_stream(state: Any) -> bool:
     """Whether this is the state of a `Stream`, with that of its `Tally` or without."""
     if not isinstance(state, dict):
         return False
-    position, latest = state.get("position"), state.get("latest", [])
+    position: Any = state.get("position")
+    latest = state.get("latest", [])
     return (
         _is_triple(position)
         and all(map(_is_count, (*position, *(state.get(key, 0) for key in ("drawn", "bad", "epoch")))))

@@ -2,12 +2,12 @@
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from flamingo.json_lines import parse
 from flamingo.media import VIDEOS
 from flamingo.training.layouts import Picture
 from flamingo.training.shards import Sample
@@ -61,7 +61,7 @@ def find_caption(sample: Sample) -> str:
         ValueError: if there is none, it is empty, or no UTF-8.
     """
     kind = next((kind for kind in _CAPTIONS if kind in sample), None)
-    known = json.loads(sample["json"]) if kind is None and "json" in sample else None
+    known = parse(sample["json"]) if kind is None and "json" in sample else None
     caption = sample[kind].decode("utf-8-sig") if kind else isinstance(known, dict) and known.get("caption")
     if not isinstance(caption, str):
         raise ValueError(f"expected a caption (txt, or in the json), got {_kinds(sample)}.")

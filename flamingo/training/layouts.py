@@ -11,9 +11,10 @@ An image may stand in the json itself, in base64: MMC4's as `image_base64`, as o
 OBELICS' as such, as a data URI, or as `{"bytes": ..., "path": ...}`. `files` looks for the others.
 """
 
-import json
 from math import inf
 from typing import Any, NamedTuple
+
+from flamingo.json_lines import parse
 
 # How a data URI, and JPEG, PNG, GIF and WebP in base64, begin.
 _BASE64 = ("data:", "/9j/", "iVBOR", "R0lGOD", "UklGR")
@@ -38,7 +39,7 @@ def read_layout(content: bytes, *, min_similarity: float) -> list[str | Picture]
     Raises:
         ValueError: if it is no json, of no known layout, or a layout's fields do not fit together.
     """
-    page = json.loads(content)
+    page = parse(content)
     if isinstance(page, list):
         parts = [_ours(part) for part in page]
     elif isinstance(page, dict) and {"text_list", "image_info"} <= page.keys():

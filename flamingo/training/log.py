@@ -43,7 +43,10 @@ class RunLog:
     def write(self, step: int, numbers: dict[str, float], bad: Sequence[Bad] = ()) -> None:
         """The numbers of an update, and the first few samples that it left out."""
         skipped = {"skipped": [each._asdict() for each in bad[:_MOST_SKIPPED]]} if bad else {}
-        self._file.write(json.dumps({"step": step, **numbers, **skipped}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, **numbers, **skipped}) + "\n")
+        except OSError as error:  # a full disk
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         count = sum(number for name, number in numbers.items() if name.startswith("bad/"))
         self._bar.set_postfix(loss=f"{numbers['loss']:.4f}", bad=count, refresh=False)
         self._bar.update()

@@ -356,7 +356,8 @@ def picture(found: Findings, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 9), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    layout: Any = figure.get_layout_engine()
+    layout.set(w_pad=0.08, h_pad=0.06)
     panels: Any = figure.subfigures(3, 1, height_ratios=(0.24, 1, 1.2))
     head, top, bottom = panels
     head.text(0.01, 0.85, TITLE, fontsize=14, weight="bold", va="top")

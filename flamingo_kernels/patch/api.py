@@ -61,7 +61,7 @@ def patch(
     Args:
         model: a model, or a single module, of `flamingo`, open-flamingo, flamingo-pytorch, transformers
             (Idefics, Mllama, Idefics2's and Evolla's resamplers, Evolla's aligner), torchtune, or one of the
-            other families in the README's table of models, with their versions.
+            other families in the table of `docs/models.md`, with their versions.
             Subclasses of their classes are swapped too, unless they override what would be replaced.
         fixes: names from the table above, for bugs that the model has. Default: none.
         like: known classes, as "open_flamingo.PerceiverResampler", by the classes of the model that compute

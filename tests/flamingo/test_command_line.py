@@ -34,6 +34,17 @@ def fails(error):
             "work: x.toml: No such file or directory",
         ),
         (OSError("no disk"), 2, "work: no disk"),
+        (MemoryError(), 2, "work: expected more memory: there is no more"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes."),
+            2,
+            "work: expected more memory: DefaultCPUAllocator: can't allocate memory: 9 bytes.",
+        ),
+        (
+            ValueError(f"got {'9' * 5000}. Remove it."),
+            2,
+            f"work: got {'9' * 896} ... {'9' * 288}. Remove it.",
+        ),
         (OSError(28, "No space left on device"), 2, "work: [Errno 28] No space left on device"),
         (FloatingPointError("expected a finite gradient"), 1, "work: expected a finite gradient"),
         (KeyboardInterrupt(), 130, "work: stopped by Ctrl-C"),
@@ -59,9 +70,10 @@ def test_what_is_missing_comes_with_the_commands_own_extra(capsys):
     assert 'pip install ".[demo]"' in capsys.readouterr().err
 
 
-def test_a_fault_of_ours_keeps_its_traceback():
-    with pytest.raises(TypeError):
-        run_command("work", fails(TypeError("of two arguments one is missing")))
+@pytest.mark.parametrize("error", [TypeError("of two arguments one is missing"), RuntimeError("shapes")])
+def test_a_fault_of_ours_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        run_command("work", fails(error))
 
 
 @pytest.mark.parametrize("lines", [1, 10**5])
@@ -128,7 +140,9 @@ class TestPrograms:
     ("kind", "right", "wrong"),
     [
         (count_from(1), {"1": 1, "20": 20}, ["0", "-1", "1.5", "nan", "x", ""]),
-        (count_from(0), {"0": 0}, ["-1"]),
+        (count_from(0), {"0": 0}, ["-1", "9" * 30]),
+        (count_from(1, 8), {"8": 8}, ["9"]),
+        (None, {"x": "x", " ": " "}, []),
         (time_span, {"0": 0.0, "2": 2.0, "1e-3": 0.001}, ["-1", "nan", "inf", "x"]),
     ],
 )
@@ -151,5 +165,39 @@ def test_files_are_tried_and_stay_as_they_are(tmp_path):
     assert not new.exists()
     with pytest.raises(IsADirectoryError):
         expect_writable(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        expect_writable(tmp_path / "loop", there)
+
+
+def test_a_file_that_replaces_another_replaces_no_device(tmp_path):
+    """Nor does it wait for a pipe's reader, or take a link for its target."""
+    os.mkfifo(tmp_path / "pipe")
+    for file in (os.devnull, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match=rf"expected {file} to be a file, got a device or a pipe\."):
+            expect_writable(file)
+    (tmp_path / "link").symlink_to("target")
+    expect_writable(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("words", [["--file", ""], ["--file="]])
+def test_a_variable_that_is_not_set_is_no_name(words, capsys):
+    parser = Parser(prog="work")
+    parser.add_argument("--file")
+    with pytest.raises(SystemExit):
+        parser.parse_args(words)
+    assert "argument --file: expected a text, got an empty one." in capsys.readouterr().err
+
+
+def test_a_commands_text_may_be_empty(capsys):
+    parser = Parser(prog="work")
+    command = parser.add_subparsers(dest="command").add_parser("say")
+    command.add_argument("text", type=str)
+    assert parser.parse_args(["say", ""]).text == ""
+
+
+def test_the_folder_of_what_is_written_has_to_be_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         expect_writable(tmp_path / "none" / "x")

@@ -59,13 +59,16 @@ def test_a_module_is_imported_from_the_working_directory_too(file, monkeypatch):
         ("{file}:number", "expected a function number in .*its_file.py, got int"),
         (".json:dumps", "expected the whole name of a module, got '.json'"),
         ("{fails}:give", "expected code that can be run in .*fails.py, got ZeroDivisionError: "),
+        ("{ends}:give", "expected code that can be run in .*ends.py, got SystemExit: 3"),
     ],
 )
 def test_what_is_no_function_is_refused_in_a_line(name, message, file):
     fails = file.parent / "fails.py"
     fails.write_text("1 / 0\n")
+    ends = file.parent / "ends.py"
+    ends.write_text("raise SystemExit(3)\n")
     with pytest.raises(ValueError, match=message) as caught:
-        user_function(name.format(file=file, fails=fails))
+        user_function(name.format(file=file, fails=fails, ends=ends))
     assert "\n" not in str(caught.value)
 
 

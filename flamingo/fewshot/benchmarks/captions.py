@@ -24,6 +24,7 @@ from flamingo.fewshot.benchmarks.files import (
     expect,
     image_file,
     read_json,
+    span,
     with_ids,
 )
 from flamingo.fewshot.prompts import CAPTION, Sample
@@ -156,12 +157,12 @@ def read_youcook2(annotations: Path, videos: Path, subset: str = "validation") -
         said = expect(entry, "annotations", LIST, annotations)
         for part in checked(said, annotations, "annotations", id=INDEX, segment=NUMBERS, sentence=TEXT):
             name, segment = f"{video}_{part['id']}", part["segment"]
-            if len(segment) != 2 or not 0 <= segment[0] < segment[1]:
+            if len(segment) != 2:
                 raise ValueError(
-                    f"expected 'segment' of {name} in {annotations} to be [begin, end] in seconds, got "
-                    f"{segment}."
+                    f"expected 'segment' of {name} in {annotations} to be [start, end], got {segment}."
                 )
-            samples.append(_sample(name, found.segment(name, video, *segment), [part["sentence"].strip()]))
+            clip = found.segment(name, video, *span(annotations, name, *segment))
+            samples.append(_sample(name, clip, [part["sentence"].strip()]))
     return with_ids(samples, annotations)
 
 

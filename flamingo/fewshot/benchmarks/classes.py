@@ -11,15 +11,16 @@ from flamingo.fewshot.benchmarks.files import (
     TEXTS,
     Videos,
     by_id,
-    lines,
     read_json,
     seconds,
+    span,
     table,
     with_ids,
 )
 from flamingo.fewshot.prompts import ACTION, CLASSIFICATION, Sample, action
 from flamingo.fewshot.runner import Task
 from flamingo.media import VIDEOS
+from flamingo.text_files import lines
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -154,9 +155,8 @@ def read_rareact(annotations: Path, videos: Path) -> list[Sample]:
     candidates = tuple(action(*actions[number]) for number in order)
     samples = []
     for row in rows:
-        start, end = (seconds(annotations, row, column) for column in ("start", "end"))
-        if not 0 <= start < end:
-            raise ValueError(f"expected 0 <= start < end of id {row['id']} in {annotations}.")
+        times = (seconds(annotations, row, column) for column in ("start", "end"))
+        start, end = span(annotations, f"id {row['id']}", *times)
         name, annotation = _whole(annotations, row, "id"), _whole(annotations, row, "annotation")
         if annotation not in range(5):
             raise ValueError(

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from flamingo.fewshot.prompts import Sample
+from flamingo.json_lines import parse
 from flamingo.media import VIDEOS, Segment
+from flamingo.text_files import lines, read_text
 
 T = TypeVar("T")
 Entry = dict[str, Any]
@@ -34,13 +36,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-TEXT = Kind("a text", lambda value: isinstance(value, str))
-ID = Kind("a number or a text", lambda value: isinstance(value, (int, str)) and not isinstance(value, bool))
+def _is_text(value: Any) -> bool:
+    """Whether this is a text that can be written: JSON may have halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= each <= "\udfff" for each in value)
+
+
+TEXT = Kind("a text", _is_text)
+ID = Kind(
+    "a number or a text",
+    lambda value: _is_text(value) or (isinstance(value, int) and not isinstance(value, bool)),
+)
 INDEX = Kind("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool))
 NUMBER = Kind("a number", _is_number)  # as a float takes it: no NaN, and none without end
 TEXTS = Kind(
     "a list of texts",
-    lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
+    lambda value: isinstance(value, list) and all(map(_is_text, value)),
 )
 NUMBERS = Kind("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value)))
 SHARES = Kind(
@@ -51,16 +61,6 @@ TABLE = Kind("an object", lambda value: isinstance(value, dict))
 YES_NO = Kind("0 or 1", lambda value: value in (0, 1) and INDEX.holds(value))
 
 
-def lines(path: Path, what: str) -> list[str]:
-    """The lines of a text, without their ends.
-
-    Raises:
-        FileNotFoundError: if there is no such file, which is told as what it was to be.
-        ValueError: if it is not UTF-8.
-    """
-    return [line.removesuffix("\r") for line in _text(path, what).split("\n")]
-
-
 def read_json(path: Path) -> Any:
     """The value of a JSON file.
 
@@ -69,7 +69,7 @@ def read_json(path: Path) -> Any:
         ValueError: if it is not JSON.
     """
     try:
-        return json.loads(_text(path, "a JSON file"))
+        return parse(read_text(path, "a JSON file"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON in {path}, got {error!r}.") from error
 
@@ -81,14 +81,13 @@ def entries(path: Path, key: str | None, **kinds: Kind) -> list[Entry]:
         FileNotFoundError: if there is no such file.
         ValueError: if it has no such list, or an entry lacks a field or has one of another kind.
     """
-    what = "a list" if key is None else f"a list {key!r}"
-    try:
-        found = json.loads(_text(path, "a JSON file"))
-        found = found if key is None else found[key]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"expected JSON with {what} in {path}, got {error!r}.") from error
+    what, found = "a list", read_json(path)
+    if key is not None:
+        what = f"a list {key!r}"
+        found = found.get(key) if isinstance(found, dict) else None
     if not isinstance(found, list):
-        raise ValueError(f"expected JSON with {what} in {path}, got {type(found).__name__}.")
+        got = "none" if found is None else type(found).__name__
+        raise ValueError(f"expected JSON with {what} in {path}, got {got}.")
     return checked(found, path, key or "entries", **kinds)
 
 
@@ -100,10 +99,10 @@ def json_lines(path: Path, **kinds: Kind) -> list[Entry]:
         ValueError: if a line is not JSON, lacks a field or has one of another kind.
     """
     found = []
-    for number, line in enumerate(_text(path, "a file of JSON lines").split("\n"), start=1):
+    for number, line in enumerate(lines(path, "a file of JSON lines"), start=1):
         try:
             if line.strip():
-                found.append(json.loads(line))
+                found.append(parse(line))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"expected JSON in line {number} of {path}, got {line[:40]!r}.") from error
     return checked(found, path, "lines", **kinds)
@@ -117,7 +116,7 @@ def table(path: Path, *columns: str) -> list[dict[str, str]]:
         ValueError: if it lacks a column, or a row is longer or shorter than the first.
     """
     try:
-        rows = list(csv.reader(io.StringIO(_text(path, "a CSV file"), newline="")))
+        rows = list(csv.reader(io.StringIO(read_text(path, "a CSV file"), newline="")))
     except csv.Error as error:
         raise ValueError(f"expected CSV in {path}, got {error}.") from error
     header = rows[0] if rows else []
@@ -144,6 +143,17 @@ def seconds(path: Path, row: Mapping[str, str], column: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"expected {column} in {path} to be a number, got {row[column]!r}.")
     return number
+
+
+def span(path: Path, name: Any, start: float, end: float) -> tuple[float, float]:
+    """Begin and end of a part of a video, in seconds.
+
+    Raises:
+        ValueError: if they are none.
+    """
+    if not 0 <= start < end:
+        raise ValueError(f"expected 0 <= start < end of {name} in {path}, got {start} and {end}.")
+    return start, end
 
 
 def checked(found: Sequence[Any], path: Path, key: str, **kinds: Kind) -> list[Entry]:
@@ -213,16 +223,6 @@ def all_or_none_answered(samples: list[Sample], path: Path) -> list[Sample]:
             f"expected answers to everything asked in {path} or to none, found none to {without[0].id!r}."
         )
     return samples
-
-
-def _text(path: Path, what: str) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"expected {what}, found none at {path}.")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:  # a line ends where the format says
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected {path} to be UTF-8, got {error}.") from error
 
 
 class Folder:

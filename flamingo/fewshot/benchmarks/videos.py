@@ -20,15 +20,16 @@ from flamingo.fewshot.benchmarks.files import (
     checked,
     entries,
     expect,
-    lines,
     read_json,
     seconds,
+    span,
     table,
     with_ids,
 )
 from flamingo.fewshot.benchmarks.questions import most_common
 from flamingo.fewshot.prompts import QUESTION, Sample
 from flamingo.fewshot.runner import Task
+from flamingo.text_files import lines
 
 
 def _sample(name: int | str, video: object, question: str, answers: Sequence[str]) -> Sample:
@@ -130,25 +131,14 @@ def read_ivqa(annotations: Path, videos: Path) -> list[Sample]:
         name, clip = row["video_id"], None
         if "start" in row and "end" in row:
             name = f"{row['video_id']}_{row['start']}_{row['end']}"
-            clip = found.segment(name, row["video_id"], *part(annotations, row))
+            times = (seconds(annotations, row, column) for column in ("start", "end"))
+            clip = found.segment(name, row["video_id"], *span(annotations, name, *times))
         given = [row[answer].strip() for answer in answers if row[answer].strip()]
         if not given:
             raise ValueError(f"expected answers to the question about {name} in {annotations}, found none.")
         clip = clip or found.find(name)
         samples.append(_sample(names.of(name, row["question"]), clip, row["question"], given))
     return with_ids(samples, annotations)
-
-
-def part(path: Path, row: dict[str, str]) -> tuple[float, float]:
-    """Begin and end of a clip in a row of CSV, in seconds.
-
-    Raises:
-        ValueError: if they are none.
-    """
-    start, end = (seconds(path, row, column) for column in ("start", "end"))
-    if not 0 <= start < end:
-        raise ValueError(f"expected 0 <= start < end in {path}, got {start} and {end}.")
-    return start, end
 
 
 def read_nextqa(annotations: Path, videos: Path, more_answers: Path | None = None) -> list[Sample]:
@@ -241,9 +231,8 @@ def read_star(annotations: Path, videos: Path) -> list[Sample]:
             raise ValueError(
                 f"expected the answer of {name} in {annotations} to be a choice of it, got {choices}."
             )
-        if not 0 <= entry["start"] < entry["end"]:
-            raise ValueError(f"expected 0 <= start < end of {name} in {annotations}.")
-        clip = found.segment(str(name), entry["video_id"], entry["start"], entry["end"])
+        times = span(annotations, name, entry["start"], entry["end"])
+        clip = found.segment(str(name), entry["video_id"], *times)
         sample = _sample(name, clip, entry["question"], answers)
         samples.append(replace(sample, candidates=choices))
     return with_ids(all_or_none_answered(samples, annotations), annotations)

@@ -234,7 +234,9 @@ def _places(
     run: Run, names: Sequence[str]
 ) -> tuple[dict[float, tuple[dict[str, Row], str]], dict[float, str], float]:
     """Where the bar of each rival of a case is, where the case has its label, and the height of all."""
-    places, ticks, top = {}, {}, 0.0
+    places: dict[float, tuple[dict[str, Row], str]] = {}
+    ticks: dict[float, str] = {}
+    top = 0.0
     for key, rows in run.cases.items():
         present = [name for name in names if name in rows]
         places |= {top + number: (rows, name) for number, name in enumerate(present)}

@@ -18,6 +18,7 @@ from flamingo.fewshot.benchmarks import BENCHMARKS
 from flamingo.generation import Latents
 from flamingo.media import Segment
 from flamingo.processor import Processor
+from flamingo.training import processes
 from tests.helpers import published
 from tests.helpers.scripted import SHADES, Namer, write_images
 from tests.helpers.wordnet import write_tagger, write_wordnet
@@ -443,7 +444,8 @@ class TestWritten:
         assert json.loads(path.read_text())["settings"]["seed"] == 5
 
     def test_one_process_of_several_speaks(self, ask, monkeypatch, capsys, tmp_path):
-        monkeypatch.setattr(command, "rank", lambda: 1)
+        for each in (command, processes):
+            monkeypatch.setattr(each, "rank", lambda: 1)
         assert ask("vatex", "--json", str(tmp_path / "result.json")) == 0
         assert capsys.readouterr() == ("", "")
         assert not (tmp_path / "result.json").exists()

@@ -178,6 +178,10 @@ def wrong():
     return 1, 2
 
 
+def fails():
+    raise RuntimeError("it has\nno weights")
+
+
 HERE = "tests.flamingo.generation.test_command"
 
 
@@ -191,11 +195,12 @@ HERE = "tests.flamingo.generation.test_command"
         ),
         (["MODEL", "--shot", "gone.png", "a", "Output:"], "found no file gone.png"),
         (["MODEL", "broken.png", "Output:"], "broken.png"),
-        (["MODEL", "--lines", "gone.txt"], "gone.txt: No such file"),
+        (["MODEL", "--lines", "gone.txt"], "expected a file of prompts, a line each, found none at gone.txt"),
         (["MODEL", "--lines", "empty.txt"], "empty.txt: expected a prompt a line, got an empty file"),
-        (["MODEL", "--lines", "broken.png"], "broken.png: expected prompts in UTF-8"),
+        (["MODEL", "--lines", "broken.png"], "expected broken.png to be UTF-8"),
         (["MODEL", "a", "--choices", "one"], "expected two --choices or more"),
         (["MODEL", "a", "--temperature", "nan"], "expected --temperature of 0 or more, got nan"),
+        (["MODEL", "a", "--temperature", "1e308"], "expected --temperature of 0, or from 0.001 to 1000, got"),
         (["MODEL", "a", "--temperature", "1", "--beams", "2"], "expected --beams or --temperature, got both"),
         (["MODEL", "a", "--device", "gpu"], 'expected device to be "auto", "cpu" or a GPU'),
         (["MODEL", "a", "--beams", "2", "--choices", "b", "c"], "expected --choices, or --beams or"),
@@ -215,6 +220,11 @@ HERE = "tests.flamingo.generation.test_command"
         (["gone.py:make", "a"], "expected a file of Python, found none at gone.py"),
         (["json:nothing", "a"], "expected a function nothing in json, got NoneType"),
         ([f"{HERE}:needs", "a"], "to be a function without arguments, got one that needs path"),
+        ([f"{HERE}:fails", "a"], f"expected code that can be run in {HERE}:fails, got RuntimeError: it has"),
+        (["MODEL", "\udcff"], "expected a text in UTF-8, got '\\udcff'"),
+        (["MODEL", "a", "--shot", "IMAGE", "\udcff"], "expected a text in UTF-8, got '\\udcff'"),
+        (["MODEL", "a", "--choices", "b", "\udcff"], "expected a text in UTF-8, got '\\udcff'"),
+        ([f"{HERE}:needs", "broken.png", "a"], "expected an image that Pillow can read, got broken.png"),
         ([f"{HERE}:wrong", "a"], "to return (model, Processor), got ['int', 'int']"),
         (
             ["run:main", "a", "--vision", "clip"],

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flamingo.training import checkpoint, load_weights, train
@@ -257,19 +257,22 @@ def test_a_state_that_would_run_code_is_refused(part, tmp_path):
 
 def test_another_models_checkpoint_is_refused(part, tmp_path):
     path = save(tmp_path, part, 1) / "weights.safetensors"
-    with pytest.raises(ValueError, match=r"got 1 others \(bias\) and not 0 of them"):
+    with pytest.raises(ValueError, match=r"got 1 others \(bias\)\.$"):
         load_weights({"weight": nn.Parameter(torch.zeros(2, 3))}, path)
     more = {**dict(nn.Linear(3, 2).named_parameters()), "gate": nn.Parameter(torch.zeros(1))}
-    with pytest.raises(ValueError, match=r"got 0 others  and not 1 of them \(gate\)"):
+    with pytest.raises(ValueError, match=r"of this model, got none for 1 of them \(gate\)\.$"):
         load_weights(more, path)
     load_weights({**more, "gate": more["gate"].requires_grad_(False)}, path)  # what is frozen may lack
     other = dict(nn.Linear(3, 2).named_parameters(prefix="new"))
     with pytest.raises(
-        ValueError, match=r"2 others \(bias, weight\) and not 2 of them \(new\.bias, new\.weight\)"
+        ValueError, match=r"2 others \(bias, weight\) and none for 2 of them \(new\.bias, new\.weight\)\.$"
     ):
         load_weights(other, path)
     with pytest.raises(ValueError, match=r"expected weight with shape \(2, 4\), got \(2, 3\)"):
         load_weights(dict(nn.Linear(4, 2).named_parameters()), path)
+    save_file({name: value.to(torch.int32) for name, value in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=r"expected bias in floating point, got I32\."):
+        load_weights(dict(nn.Linear(3, 2).named_parameters()), path)
 
 
 def truncate(name, by):
@@ -286,6 +289,22 @@ def replace_link(write):
     def damage(checkpoints):
         (checkpoints / "latest").unlink()
         write(checkpoints / "latest")
+
+    return damage
+
+
+def state_with(key, value):
+    def damage(checkpoints):
+        path = checkpoints / "step-00000003" / "state.pt"
+        torch.save(torch.load(path, weights_only=True) | {key.strip(): value}, path)
+
+    return damage
+
+
+def moments(change):
+    def damage(checkpoints):
+        path = checkpoints / "step-00000003" / "optimizer.safetensors"
+        save_file(change(load_file(path)), path)
 
     return damage
 
@@ -327,6 +346,37 @@ DAMAGE = {
         lambda each: torch.save({"step": 3}, each / "step-00000003" / "state.pt"),
         2,
         "which has a damaged state.pt",
+    ),
+    **{
+        f"a state whose {key} is {value}": (state_with(key, value), 2, "which has a damaged state.pt")
+        for key, value in {
+            "step": "3",
+            "streams": 3,
+            "streams ": {"pages": 3},
+            "streams  ": {"pages": {"position": "abc"}},
+            "streams   ": {"pages": {"position": (0, -1, 0)}},
+            "streams    ": {"pages": {"position": (0, 0, 0), "drawn": "4"}},
+            "streams     ": {"pages": {"position": (0, 0, 0), "latest": [1]}},
+            "random": [3],
+            "random ": [{"python": 1}],
+        }.items()
+    },
+    **{
+        f"moments {what}": (moments(change), 2, "which has an optimizer.safetensors of other weights")
+        for what, change in {
+            "of nothing": lambda found: {},
+            "of another weight": lambda found: found | {"exp_avg.gate": torch.zeros(1)},
+            "without a kind": lambda found: {key: found[key] for key in found if key != "exp_avg.bias"},
+            "of another shape": lambda found: found | {"exp_avg.bias": torch.zeros(1)},
+            "of whole numbers": lambda found: found | {"exp_avg.bias": torch.zeros(2, dtype=torch.int32)},
+        }.items()
+    },
+    "another optimizer": (
+        lambda each: shutil.copy(
+            each / "step-00000003" / "weights.safetensors", each / "step-00000003" / "optimizer.safetensors"
+        ),
+        2,
+        "of other weights",
     ),
 }
 
@@ -426,6 +476,51 @@ def test_the_death_of_a_process_at_any_line_of_a_save_loses_that_step_at_most(pa
         shutil.rmtree(folder)
     assert found == sorted(found)
     assert set(found) == {2 if before else 0, 3}
+
+
+def test_what_is_not_ours_is_kept(part, tmp_path):
+    """Copies under names of one's own, and whatever has the name of a checkpoint that is written."""
+    for copy in ("step-00000001-best", "step-0.old"):
+        shutil.copytree(save(tmp_path, part, 1), tmp_path / copy)
+    (tmp_path / "step-00000002").mkdir()
+    (tmp_path / "step-00000002" / "notes.txt").touch()
+    (tmp_path / "step-00000003").write_text("notes")
+    for step in range(2, 6):
+        save(tmp_path, part, step, keep=1)
+    kept = ["step-0.old", "step-00000001-best", "step-00000002-kept", "step-00000003-kept", "step-00000005"]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == kept
+
+
+@pytest.mark.parametrize("name", ["unfinished-step-00000001", "unfinished-latest", "unfinished-removed"])
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_names_of_what_is_unfinished_are_free(part, tmp_path, name, make):
+    make(tmp_path / name)
+    for step in (1, 2):
+        save(tmp_path, part, step, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002"]
+
+
+def test_a_copy_of_an_old_one_is_not_the_newest(part, tmp_path):
+    for step in (1, 2):
+        save(tmp_path, part, step)
+    for copy in ("step-best", "step-00000003.old"):
+        shutil.copytree(tmp_path / "step-00000001", tmp_path / copy)
+    (tmp_path / "latest").unlink()
+    assert checkpoint.latest(tmp_path).name == "step-00000002"
+
+
+def test_the_hundred_millionth_step_comes_after_those_before(part, tmp_path):
+    for step in (99_999_999, 100_000_000, 100_000_001):
+        save(tmp_path, part, step)
+    (tmp_path / "latest").unlink()
+    assert checkpoint.latest(tmp_path).name == "step-100000001"
+    assert not (tmp_path / "step-99999999").exists()
+
+
+def test_a_link_to_nothing_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "checkpoints").symlink_to("gone")
+    with pytest.raises(ValueError, match=r"expected .*checkpoints to be a folder, got a link to nothing\."):
+        checkpoint.latest(tmp_path / "checkpoints")
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import zeros
 
 from flamingo.__main__ import main
-from flamingo.training import command, pair_sample, write_shards
+from flamingo.training import TrainingConfig, command, pair_sample, write_shards
 from tests.helpers.tiny_run import images
 
 RUN = """folder = "DIR/run"
@@ -39,6 +39,7 @@ def folder(tmp_path):
     write_shards(tmp_path / "pages", [{"json": b'{"a page": "its text"}'}])
     (tmp_path / "none").mkdir()
     (tmp_path / "a_file").write_text("a")
+    (tmp_path / "loop").symlink_to("loop")
     save_file({"weight": zeros(1)}, tmp_path / "other.safetensors")
     return tmp_path
 
@@ -127,6 +128,14 @@ MISTAKES = [
         'expected device to be "auto", "cpu" or a GPU of this machine as "cuda:0", got "cuda:99".',
     ),
     (of_run('folder = ""'), "DIR/run.toml: expected folder to name a folder, got ''."),
+    (
+        of_run('folder = "~/run"'),
+        "DIR/run.toml: expected folder without ~, which a shell alone knows, got '~/run'.",
+    ),
+    (of_run('folder = "DIR/loop"'), "expected DIR/loop to be a folder, got a link to nothing."),
+    (of_run("steps = 3000000000"), "DIR/run.toml: expected steps of the run to be 2147483647 or less,..."),
+    (of_run("workers = 5000"), "DIR/run.toml: expected workers of the run to be 1000 or less, got 5000."),
+    (of_run(f"steps = '{'x' * 5000}'"), "DIR/run.toml: steps: expected int, got 'xxxxxx..."),
     (of_run('folder = "DIR/a_file"'), "expected DIR/a_file to be a folder, got a file."),
     (of_run('folder = "DIR/a_file/run"'), "DIR/a_file/run: Not a directory"),
     (of_run('folder = "/proc/run"'), "/proc/run: No such file or directory"),
@@ -173,6 +182,26 @@ MISTAKES = [
     ),
     (of_model("changes = 3"), "DIR/run.toml, [model]: changes: expected a table, got 3."),
     (
+        of_model("changes = { num_latents = 100000000000000000000 }"),
+        "DIR/run.toml, [model]: expected num_latents to be 2147483647 or less, got 100000000000000000000.",
+    ),
+    (
+        of_model("changes = { language_layers = 20000 }"),
+        "DIR/run.toml, [model]: expected language_layers to be 10000 or less, got 20000.",
+    ),
+    (
+        of_model("changes = { resampler_dim = 2147483647, resampler_dim_head = 2147483647 }"),
+        "DIR/run.toml, [model]: expected sizes of a model that can be built, got: Storage size...",
+    ),
+    (
+        of_model("changes = { vocab_size = 2147483647, language_dim = 4096 }"),
+        "DIR/run.toml, [model]: expected a model that fits into the memory of this machine,...",
+    ),
+    (
+        of_model('checkpoint = "DIR/a_file"'),
+        'DIR/run.toml, [model]: expected vision and language beside checkpoint = "DIR/a_file", the...',
+    ),
+    (
         of_model('vision_weights = "DIR/missing"'),
         "DIR/run.toml, [model]: expected vision_weights to be a file, got DIR/missing, which is none.",
     ),
@@ -182,7 +211,7 @@ MISTAKES = [
     ),
     (
         of_model('language_weights = "DIR/other.safetensors"'),
-        "DIR/other.safetensors: expected the parameters of this model, got 1 others (weight) and not...",
+        "DIR/other.safetensors: expected the parameters of this model, got 1 others (weight) and none for...",
     ),
     (
         of_model('vision = "DIR/none"'),
@@ -220,6 +249,22 @@ MISTAKES = [
     (
         of_data('kind = "movies"'),
         "DIR/run.toml, [[datasets]] 'd': expected kind to be one of documents, pairs, clips, got 'movies'.",
+    ),
+    (
+        of_data('kind = ["pairs"]'),
+        "DIR/run.toml, [[datasets]] 'd': expected kind to be one of documents, pairs, clips, got ['pairs'].",
+    ),
+    (
+        of_data("batch_size = 2000000000"),
+        "DIR/run.toml, [[datasets]] 'd': expected batch_size of dataset 'd' to be 1000000 or less, got...",
+    ),
+    (
+        of_data('flip = 0\ncolour = 0\nfeatures = ""'),
+        "DIR/run.toml, [[datasets]] 'd': expected features to name a folder, got ''.",
+    ),
+    (
+        of_data('kind = "documents"').replace("batch_size = 2", 'batch_size = 2\nimages = ""'),
+        "dataset 'd': expected images to be a folder, got , which is none.",
     ),
     (
         of_data('kind = "documents"'),
@@ -303,6 +348,11 @@ def test_a_package_that_is_missing_is_said_before_there_is_a_model(refused, monk
     monkeypatch.setitem(sys.modules, package, None)
     how = 'In a checkout of this library, run: pip install ".[training]".'
     assert refused(of_run("tensorboard = true")) == f"train: {package} is missing. {how}"
+
+
+def test_an_editor_may_put_a_mark_of_bytes_order_in_front(folder):
+    (folder / "run.toml").write_text(RUN, encoding="utf-8-sig")
+    assert TrainingConfig.from_toml(folder / "run.toml").steps == 2
 
 
 @pytest.mark.parametrize(("text", "line"), MISTAKES, ids=range(len(MISTAKES)))

@@ -1,5 +1,6 @@
 """A run that was stopped, by its end or by a kill, continues to the bit."""
 
+import io
 import os
 import random
 import signal
@@ -137,6 +138,22 @@ def test_ctrl_c_saves_the_update_that_is_being_made(data, tmp_path, monkeypatch,
     assert checkpoint.latest(stopped / "checkpoints").name == "step-00000003"
     train(model(), processor(), config(data, stopped, steps=5))
     assert_same_run(whole, stopped)
+
+
+def test_ctrl_c_in_the_middle_of_a_print(data, tmp_path, monkeypatch, ctrl_c, capfd):
+    """What is being printed cannot be interrupted by another print."""
+
+    class Busy(io.StringIO):
+        def write(self, text):
+            if "stops after" in text:
+                raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+            return super().write(text)
+
+    ctrl_c(2)
+    monkeypatch.setattr(sys, "stderr", Busy())
+    with pytest.raises(KeyboardInterrupt, match="stopped after update 2 of 5"):
+        train(model(), processor(), config(data, tmp_path, steps=5))
+    assert "train: stops after this update; Ctrl-C again ends at once\n" in capfd.readouterr().err
 
 
 def test_ctrl_c_in_the_last_update_changes_nothing(data, tmp_path, ctrl_c):

@@ -223,6 +223,16 @@ def test_autocast_is_compiled_too(backend):
     assert torch.equal(out, expected)
 
 
+def test_a_traced_call_does_not_ask_what_the_oldest_torch_cannot_trace(monkeypatch):
+    """Torch 2.10 stops at this function, as any torch stops at one that is disabled."""
+    untraceable = torch.compiler.disable(torch.amp.is_autocast_available)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    case = MaskedCrossAttentionCase(length=11)
+    arguments = *case.tensors().values(), case.media_locations(), "reference"
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), attend(*arguments))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("immediate", [True, False])
 def test_a_shape_function_knows_which_rows_are_one_tile(immediate, dtype, kernels):

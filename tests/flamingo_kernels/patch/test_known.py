@@ -95,11 +95,6 @@ def assert_left_alone(module, *tensors, **options):
     return report.skipped[""]
 
 
-UNKNOWN = (
-    r'its forward is not one that is known: hash [0-9a-f]{16}, see "Adding a version" in CONTRIBUTING.md'
-)
-
-
 class TestOtherVersions:
     """Releases and branches with the names and arguments of those that are known."""
 

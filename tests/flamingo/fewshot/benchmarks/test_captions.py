@@ -132,10 +132,8 @@ class TestVideos:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (
-                {"segment": [102, 90]},
-                r"'segment' of GLd3aX16zBg_0 in .* \[begin, end\] in seconds, got",
-            ),
+            ({"segment": [102, 90]}, "0 <= start < end of GLd3aX16zBg_0 in .*, got 102 and 90"),
+            ({"segment": [90]}, r"'segment' of GLd3aX16zBg_0 in .* to be \[start, end\], got \[90\]"),
             ({"segment": "90"}, "'segment' in .* to be a list of numbers"),
             ({"sentence": None}, "'sentence' in .* to be a text, got null"),
             ({"id": 1}, "ids that differ in .*, got two of 'GLd3aX16zBg_1'"),

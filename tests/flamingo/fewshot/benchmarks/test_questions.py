@@ -74,7 +74,19 @@ class TestVQA:
         with pytest.raises(ValueError, match=r"questions in .* to have 'question', which one lacks"):
             read_vqa(**vqa)
         vqa["questions"].write_text("{")
-        with pytest.raises(ValueError, match=r"JSON with a list 'questions' in .*JSONDecodeError"):
+        with pytest.raises(ValueError, match=r"expected JSON in .*questions\.json, got JSONDecodeError"):
+            read_vqa(**vqa)
+
+    @pytest.mark.parametrize("question", ["\ud800", "?\udc00"])
+    def test_half_a_character_is_no_text(self, vqa, question):
+        change(vqa["questions"], "questions", 0, question=question)
+        with pytest.raises(ValueError, match=r"'question' in .* to be a text, got \"\??\\ud[8c]00\""):
+            read_vqa(**vqa)
+
+    def test_no_key_is_lost_to_another_of_its_name(self, vqa):
+        text = vqa["questions"].read_text()
+        vqa["questions"].write_text(text.replace('"questions"', '"questions": [], "questions"', 1))
+        with pytest.raises(ValueError, match=r"an object with the key 'questions' twice"):
             read_vqa(**vqa)
 
     def test_as_published(self, tmp_path):

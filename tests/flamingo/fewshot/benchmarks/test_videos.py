@@ -85,7 +85,7 @@ class TestIVQA:
         ("row", "message"),
         [
             (["a", "x", 9, "?", *"12345"], r"start in .*test\.csv to be a number, got 'x'"),
-            (["a", 9, 9, "?", *"12345"], r"0 <= start < end in .*test\.csv, got 9\.0 and 9\.0"),
+            (["a", 9, 9, "?", *"12345"], r"0 <= start < end of a_9_9 in .*test\.csv, got 9\.0 and 9\.0"),
             (["a", 1, 9, "?", *"1234"], r"9 fields in row 2 of .*test\.csv, got 8"),
             (["a", 1, 9, "?", *[""] * 5], r"answers to the question about a_1_9 in .*test\.csv, found none"),
         ],
