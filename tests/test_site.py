@@ -157,7 +157,7 @@ LINKS = "return [...document.querySelectorAll('.md-search-result__link')].map(ea
 # What a reader should never see: the markup of Markdown and of docstrings.
 MARKUP = r"""
     const article = document.querySelector("article").cloneNode(true);
-    article.querySelectorAll("pre, code").forEach(each => each.remove());
+    article.querySelectorAll("pre, code, h1, h2, h3").forEach(each => each.remove());
     const lines = article.textContent.split("\n");
     return lines.filter(line => /^ *(- |\d+\. |```|~~~|\|)|::|====|\]\(|>>>|\*\*/.test(line));
 """
