@@ -29,12 +29,12 @@ def expand(pattern: str) -> list[str]:
     numbers, letters, names = found.groups()
     options = _numbers(numbers) if numbers else _letters(letters) if letters else names.split(",")
     before, after = pattern[: found.start()], pattern[found.end() :]
-    names: dict[str, None] = {}
+    expanded: dict[str, None] = {}
     for option in options:
-        names |= dict.fromkeys(expand(f"{before}{option}{after}"))
-        if len(names) > _MOST:
+        expanded.update((name, None) for name in expand(f"{before}{option}{after}"))
+        if len(expanded) > _MOST:
             raise _too_many(pattern)
-    return list(names)
+    return list(expanded)
 
 
 def _numbers(text: str) -> list[str]:
