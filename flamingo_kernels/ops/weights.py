@@ -32,7 +32,7 @@ class Linear(NamedTuple):
             return Linear(*checks.autocast(*(each for each in self[:2] if each is not None)))
         return self if self.bias is None else self._replace(bias=checks.autocast(self.bias)[0])
 
-    def __call__(self, a: Tensor, into: Tensor | None = None) -> Tensor:  # [N, out]
+    def project(self, a: Tensor, into: Tensor | None = None) -> Tensor:  # [N, out]
         """The projection by the fastest product, which may write `into` a tensor; not of integers."""
         by = fastest("forward", a, self.weight, self.weight.numel())
         if by != "torch":
@@ -58,7 +58,7 @@ class Norm(NamedTuple):
     rms: bool = False
 
     @labelled(NORM)
-    def __call__(self, x: Tensor) -> Tensor:
+    def normed(self, x: Tensor) -> Tensor:
         """The normed rows."""
         shape = x.shape[-1:]
         if self.rms:

@@ -34,7 +34,7 @@ def forward(
         n, statistics = norms.forward(x, norm, memory)
         n = n.to(linears[0].weight.dtype)
         first, *others = linears
-        return [first(n, into), *(linear(n) for linear in others)], statistics
+        return [first.project(n, into), *(linear.project(n) for linear in others)], statistics
 
 
 def backward(

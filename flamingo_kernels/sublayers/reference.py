@@ -27,8 +27,8 @@ def gated_cross_attention(
     scale: float,
 ) -> Tensor:  # [B, T, D]
     norm, to_q, to_out, q_norm = weights
-    q = F.linear(norm(x), *to_q[:2]).unflatten(-1, (-1, k.shape[-1]))  # [B, T, H, d]
-    q = q if q_norm is None else q_norm(q)
+    q = F.linear(norm.normed(x), *to_q[:2]).unflatten(-1, (-1, k.shape[-1]))  # [B, T, H, d]
+    q = q if q_norm is None else q_norm.normed(q)
     out = _attend(q, k, v, mask, scale=scale, backend="reference")
     y = F.linear(out.flatten(2), *to_out[:2])
     return x + y if gate is None else _add(x, y, gate, backend="reference")
@@ -43,7 +43,7 @@ def gated_feed_forward(
     activation: str,
     gate_proj: Linear | None,
 ) -> Tensor:  # [..., D]
-    n = norm(x)
+    n = norm.normed(x)
     act = ACTIVATIONS[activation].eager
     h = F.linear(n, *up[:2])
     h = act(h) if gate_proj is None else act(F.linear(n, *gate_proj[:2])) * h

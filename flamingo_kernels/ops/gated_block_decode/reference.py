@@ -42,7 +42,7 @@ def _add(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
 def _norm(x: Tensor, norm: Norm, like: Tensor) -> Tensor:
     """The normed rows, in the dtype of the products."""
     bias = None if norm.bias is None else norm.bias.to(x.dtype)
-    return norm._replace(weight=norm.weight.to(x.dtype), bias=bias)(x).to(like.dtype)
+    return norm._replace(weight=norm.weight.to(x.dtype), bias=bias).normed(x).to(like.dtype)
 
 
 def _linear(x: Tensor, linear: Linear, activation: str | None = None) -> Tensor:
