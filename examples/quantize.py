@@ -2,7 +2,8 @@
 
     python examples/quantize.py [--width 1024] [--folder FOLDER]
 
-Takes about a minute on two cores. FOLDER is where the weights are saved; by default they go with the process.
+Takes about half a minute on two cores. FOLDER is where the weights are saved; by default they go with the
+process.
 
 It prints what was quantised, how far the logits are from those before, how long a token took before and
 after, the size of the saved file, and whether a model that has loaded it computes the same. The weights are
@@ -79,8 +80,8 @@ def main(folder: Path, width: int = 1024) -> None:
     after, fast = logits(model), milliseconds(model)
 
     apart = (after - before).norm() / before.norm()
-    likely = [each.flatten(0, 1).log_softmax(-1) for each in (after, before)]
-    divergence = torch.nn.functional.kl_div(*likely, reduction="batchmean", log_target=True)
+    new, old = (each.flatten(0, 1).log_softmax(-1) for each in (after, before))
+    divergence = torch.nn.functional.kl_div(new, old, reduction="batchmean", log_target=True)
     same = (after.argmax(-1) == before.argmax(-1)).float().mean()
     print(f"logits: {float(apart):.1%} apart, KL {float(divergence):.1e} a token,")
     print(f"  {float(same):.0%} of the likeliest tokens are the same (the weights are random)")

@@ -72,21 +72,7 @@ def digits(folder: Path) -> None:
     save_model(Flamingo(CONFIG), make_processor(), folder / "digits.safetensors")
 
 
-def towers(folder: Path) -> None:
-    """A CLIP and an OPT of a few thousand parameters."""
-    pytest.importorskip("transformers")
-    from tests.helpers import tower_folders
-
-    tower_folders.write_vision(folder / "towers/vision", "clip")
-    tower_folders.write_language(folder / "towers/language", "opt")
-
-
-PREPARE: dict[str, Callable[[Path], None]] = {
-    "asking": digits,
-    "demo": digits,
-    "evaluating": digits,
-    "train_on_your_own_data": towers,
-}
+PREPARE: dict[str, Callable[[Path], None]] = {"asking": digits, "demo": digits, "evaluating": digits}
 # Those that start processes, and a model of transformers with images of real size.
 SLOW = ["README", *(page for page in PAGES if any(block.language == "sh" for block in blocks(page)))]
 IMPORTED = re.compile(r"^ *(?:from|import) (PIL|transformers)\b", flags=re.MULTILINE)

@@ -1,10 +1,8 @@
-"""Tries what `make wheel` has built: its name, what it holds, and that it computes where it is installed.
-
-python -m tests.wheel FOLDER
-"""
+"""Tries what `make wheel` has built: its name, what it holds, and that it computes where it is installed."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import site
@@ -67,4 +65,6 @@ def check_installed(wheel: Path, place: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m tests.wheel", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    main(parser.parse_args().folder)

@@ -79,21 +79,20 @@ def svg(device: Path, processors: Mapping[str, Path]) -> str:
 
 
 def _models(device: Path) -> Panel:
-    groups, notes = [], set()
+    groups, where, days = [], {}, set()
     for headline in models.HEADLINES:
         run = models.whole_model(device, headline.folder, headline.record)
         said = run["conditions"]
-        notes.add(
-            f"{said['device']}, {said['threads']} threads, torch {said['torch']}, random weights, "
-            f"{said['time'][:10]}"
-        )
+        where[f"{said['device']}, {said['threads']} threads, torch {said['torch']}"] = None
+        days.add(said["time"][:10])
         bars = [
             Bar(before.median / after.median, before.gain(after), _COLOURS[side])
             for side, (before, after) in models.gains_of(device, headline).items()
         ]
         groups.append(Group(headline.model, models.work_of(run, headline), bars))
     legend = {TITLES[side]: colour for side, colour in _COLOURS.items()}
-    return Panel("Whole models: times as fast as without", legend, groups, "; ".join(sorted(notes)))
+    note = f"{'; '.join(where)}, random weights, {' to '.join(sorted({min(days), max(days)}))}"
+    return Panel("Whole models: times as fast as without", legend, groups, note)
 
 
 def _operators(processors: Mapping[str, Path]) -> Panel:

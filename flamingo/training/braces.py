@@ -7,6 +7,8 @@ _LETTERS = r"[A-Za-z]\.\.[A-Za-z]"
 # Braces that hold no others: the innermost come first. A list has a comma, and other braces are a name's own.
 _BRACES = re.compile(rf"\{{(?:({_NUMBERS})|({_LETTERS})|([^{{}}]*,[^{{}}]*))\}}")
 
+_MOST = 1_000_000
+
 
 def expand(pattern: str) -> list[str]:
     """Every name that a pattern stands for, in its order.
@@ -14,6 +16,9 @@ def expand(pattern: str) -> list[str]:
     Ranges of numbers may have a step, and keep the zeros in front of them::
 
         {8..10}  8 9 10        {008..010}  008 009 010        {0..4..2}  0 2 4        {a,b}  a b
+
+    Raises:
+        ValueError: if there are more than a million.
 
     >>> expand("cc/{09..10}/{a,b}.tar")
     ['cc/09/a.tar', 'cc/09/b.tar', 'cc/10/a.tar', 'cc/10/b.tar']
@@ -24,7 +29,12 @@ def expand(pattern: str) -> list[str]:
     numbers, letters, names = found.groups()
     options = _numbers(numbers) if numbers else _letters(letters) if letters else names.split(",")
     before, after = pattern[: found.start()], pattern[found.end() :]
-    return list(dict.fromkeys(name for option in options for name in expand(f"{before}{option}{after}")))
+    expanded: dict[str, None] = {}
+    for option in options:
+        expanded.update((name, None) for name in expand(f"{before}{option}{after}"))
+        if len(expanded) > _MOST:
+            raise _too_many(pattern)
+    return list(expanded)
 
 
 def _numbers(text: str) -> list[str]:
@@ -32,7 +42,14 @@ def _numbers(text: str) -> list[str]:
     padded = any(re.match(r"-?0\d", number) for number in (first, last))
     width = max(len(first), len(last)) if padded else 0
     by = abs(int(step[0])) or 1 if step else 1
-    return [f"{number:0{width}d}" for number in _from_to(int(first), int(last), by)]
+    found = _from_to(int(first), int(last), by)
+    if len(found[: _MOST + 1]) > _MOST:
+        raise _too_many(text)
+    return [f"{number:0{width}d}" for number in found]
+
+
+def _too_many(pattern: str) -> ValueError:
+    return ValueError(f"find_shards: expected braces that stand for at most {_MOST} names, got {pattern}.")
 
 
 def _letters(text: str) -> list[str]:

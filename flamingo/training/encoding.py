@@ -13,7 +13,7 @@ from flamingo.processor import Processor
 from flamingo.training import interrupt
 from flamingo.training.bad import DataError
 from flamingo.training.config import DatasetConfig, TrainingConfig
-from flamingo.training.features import FeatureStore, name_of
+from flamingo.training.features import FeatureStore, name_apart, name_of
 from flamingo.training.files import File
 from flamingo.training.lock import locked
 from flamingo.training.optimizer import store_as
@@ -73,7 +73,7 @@ def encode(model: nn.Module, processor: Processor, config: TrainingConfig) -> in
             stack.enter_context(locked(store.folder))
         for dataset, store in stores:
             shards = find_shards(dataset.shards)
-            store.name_apart(shards)
+            name_apart(store.folder, shards)
             mine = shards[rank() :: world_size()]
             for shard in import_module("tqdm").tqdm(mine, desc=dataset.name, unit="shard"):
                 if not store.is_done(shard):

@@ -70,17 +70,6 @@ class FeatureStore:
     def path(self, shard: str) -> Path:
         return _path(self.folder, shard)
 
-    def name_apart(self, shards: Sequence[str]) -> None:
-        """Raises DataError if the features of two shards would have one name."""
-        by_path: dict[Path, str] = {}
-        for shard in shards:
-            other = by_path.setdefault(self.path(shard), shard)
-            if other != shard:
-                raise DataError(
-                    f"encode: expected shards whose names, or whose folders' names, differ, got {other} and "
-                    f"{shard}, whose features would both be {self.path(shard)}."
-                )
-
     def has(self, shard: str) -> bool:
         """Whether there is a file for a shard.
 
@@ -136,6 +125,18 @@ class FeatureStore:
                 return file.metadata() or {}
         except safetensors.SafetensorError as error:
             raise DataError(f"{path}: expected features, got a file that cannot be read: {error}.") from error
+
+
+def name_apart(folder: Path, shards: Sequence[str]) -> None:
+    """Raises DataError if the features of two shards would have one name."""
+    by_path: dict[Path, str] = {}
+    for shard in shards:
+        other = by_path.setdefault(_path(folder, shard), shard)
+        if other != shard:
+            raise DataError(
+                f"encode: expected shards whose names, or whose folders' names, differ, got {other} and "
+                f"{shard}, whose features would both be {_path(folder, shard)}."
+            )
 
 
 def expect_made(folder: Path, shards: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from flamingo.processor import Processor
 from flamingo.training import checkpoint
 from flamingo.training.config import DatasetConfig, Documents, ModelConfig, TrainingConfig
 from flamingo.training.data import Reader, expect_same_data
-from flamingo.training.features import expect_made
+from flamingo.training.features import expect_made, name_apart
 from flamingo.training.log import read_log
 from flamingo.training.order import Position, SampleOrder
 from flamingo.training.shards import find_shards
@@ -25,8 +25,8 @@ def check_run(config: TrainingConfig, model: ModelConfig) -> None:
         ValueError: if the log or all checkpoints are damaged, or of another model or other data.
         DataError: if features are not made yet.
     """
-    for module in ("tqdm", *(["tensorboard"] if config.tensorboard else [])):
-        import_module(module)
+    if config.tensorboard:
+        import_module("tensorboard")
     check_inputs(config, model)
     for dataset in config.datasets:
         if dataset.features is not None:
@@ -55,7 +55,7 @@ def check_inputs(config: TrainingConfig, model: ModelConfig) -> None:
         ValueError: if weights are of another model.
         DataError: if a shard is damaged, or many samples in a row cannot be read.
     """
-    for module in ("safetensors", "PIL"):
+    for module in ("tqdm", "safetensors", "PIL"):
         import_module(module)
     built = _without_memory(model)
     for name in ("vision", "language"):
@@ -63,7 +63,21 @@ def check_inputs(config: TrainingConfig, model: ModelConfig) -> None:
         if built is not None and path is not None:
             checkpoint.expect_fit(getattr(built, name).state_dict(keep_vars=True), path)
     for dataset in config.datasets:
+        _expect_room(dataset, model)
         _read_one(dataset)
+        if dataset.features is not None:
+            name_apart(Path(dataset.features), find_shards(dataset.shards))
+
+
+def _expect_room(dataset: DatasetConfig, model: ModelConfig) -> None:
+    """Raises ValueError if a document may have more images than the model has embeddings of their places."""
+    most = FlamingoConfig.preset(model.preset).max_num_media
+    most = model.changes.get("max_num_media", most)
+    if isinstance(dataset, Documents) and most is not None and dataset.max_images > most:
+        raise ValueError(
+            f"dataset {dataset.name!r}: expected max_images to be at most max_num_media = {most} of the "
+            f"model, got {dataset.max_images}."
+        )
 
 
 def _without_memory(model: ModelConfig) -> Flamingo | None:

@@ -64,12 +64,16 @@ def main(options: argparse.Namespace) -> int:
     """The command `tune`: measure on a quiet machine, show, and keep for later processes.
 
     Raises:
-        ValueError: there is no kernel to compare.
-        OSError: --out cannot be written.
+        ValueError: there is no kernel to compare, or what was kept before is damaged.
+        OSError: what was found cannot be kept.
     """
     if why := cpu.why_not():
         raise ValueError(why)
-    expect_writable(options.out)
+    if not options.out:
+        config.OWN.parent.mkdir(parents=True, exist_ok=True)
+        config.forget()
+        config.table()  # what is kept there already, which can be read or not
+    expect_writable(options.out or config.OWN)
     threads = torch.get_num_threads()
     print(f"{config.processor()}: {info.processor_name()}, {threads} threads, torch {torch.__version__}")
     print(f"{'dtype':<9} {'way':<8} {'rows':>5}  {'best':<7}  gain of each over torch's")

@@ -85,7 +85,7 @@ def _read(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text())
         if not isinstance(found, dict) or not _is_measured(found.get(processor())):
             raise ValueError("something else than tables of products")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"linear: expected JSON in {path}, got {error}; delete it and tune again.") from None
     return found
 

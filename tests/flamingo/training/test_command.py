@@ -14,6 +14,7 @@ from flamingo.training import (
     command,
     load_run,
     load_weights,
+    processes,
     read_log,
     write_shards,
 )
@@ -124,7 +125,8 @@ def test_without_the_package_a_run_says_so_and_goes_on(data, tmp_path, trained, 
 
 
 def test_one_process_of_several_speaks(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "rank", lambda: 1)
+    for each in (command, processes):
+        monkeypatch.setattr(each, "rank", lambda: 1)
     assert run(tmp_path, toml(data, tmp_path, steps=0)) == 0
     assert "kernels" not in capsys.readouterr().err
 

@@ -34,6 +34,7 @@ batch_size = 2
 def folder(tmp_path):
     """Shards that are right, and files that are not."""
     write_shards(tmp_path / "data", [pair_sample(each, f"number {i}") for i, each in enumerate(images(4, 0))])
+    write_shards(tmp_path / "other" / "data", [{"txt": b"a"}])
     write_shards(tmp_path / "html", [{"png": b"<html>", "txt": b"a"}] * 4)
     write_shards(tmp_path / "cut", [{"png": b"", "txt": b"a"}] * 4)[0].write_bytes(b"x" * 700)
     write_shards(tmp_path / "pages", [{"json": b'{"a page": "its text"}'}])
@@ -277,6 +278,18 @@ MISTAKES = [
     (
         of_data('name = ""'),
         "DIR/run.toml, [[datasets]] '': expected a dataset to have a name, got an empty one.",
+    ),
+    (
+        of_data('shards = ["DIR/{0..999999999999}.tar"]'),
+        "find_shards: expected braces that stand for at most 1000000 names, got 0..999999999999.",
+    ),
+    (
+        of_model("changes = { max_num_media = 2 }").replace('"pairs"', '"documents"'),
+        "dataset 'd': expected max_images to be at most max_num_media = 2 of the model, got 5.",
+    ),
+    (
+        of_data('flip = 0\ncolour = 0\nfeatures = "DIR/f"').replace("DIR/data/*", "DIR/{data,other/data}/*"),
+        "encode: expected shards whose names, or whose folders' names, differ, got DIR/data/000000.tar...",
     ),
     (
         of_data('shards = ["DIR/missing/*.tar"]'),

@@ -70,6 +70,32 @@ def test_a_run_is_kept_for_later_processes(tmp_path, monkeypatch, capsys):
     assert kept["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda own: own.parent.write_text(""), "tune: {folder}: File exists\n"),
+        (lambda own: own.mkdir(parents=True), "tune: {own}: Is a directory\n"),
+        (
+            lambda own: (own.parent.mkdir(), own.write_text("[" * 99_999)),
+            "tune: linear: expected JSON in {own}",
+        ),
+    ],
+)
+def test_what_could_not_be_kept_is_not_measured(tmp_path, monkeypatch, capsys, make, line):
+    own = tmp_path / "cache" / "linear.json"
+    make(own)
+    monkeypatch.setattr(config, "OWN", own)
+    monkeypatch.setattr(tune, "measure", lambda *_: pytest.fail("it was measured"))
+    try:
+        assert cli.main(["tune", "linear"]) == 2
+    finally:
+        monkeypatch.undo()
+        config.forget()
+    said = capsys.readouterr().err
+    assert said.startswith(line.format(own=own, folder=own.parent))
+    assert said.count("\n") == 1
+
+
 def test_a_file_that_is_named_changes_nothing_here(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "OWN", tmp_path / "own.json")
     monkeypatch.setattr(tune, "measure", lambda rows, seconds: iter([]))
