@@ -27,7 +27,7 @@ class Source(NamedTuple):
     heads: int
     norm: Any = None
 
-    def __call__(self, media: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, media: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[..., H, d]` of media `[..., D]`."""
         return self.split(self.linear(media if self.norm is None else self.norm(media)))
 
@@ -65,7 +65,7 @@ def keys_and_values(sources: Sequence[Source], media: Tensor) -> list[tuple[Tens
     parameters = [parameter for source in sources for parameter in source.parameters()]
     one_by_one = media.device.type == "cpu" and not needs_grad(media, *parameters)
     if one_by_one or not _alike(sources) or _are_few(media, sources[0].linear):
-        return [source(media) for source in sources]
+        return [source.project(media) for source in sources]
     norm = sources[0].norm
     xhat = media if norm is None else F.layer_norm(media, norm.normalized_shape, eps=norm.eps)
     weights, biases = zip(*(source.folded() for source in sources), strict=True)
@@ -213,4 +213,4 @@ def load_or_project(
         )
     source = layer.media_source()
     modules = (source.linear,) if source.norm is None else (source.linear, source.norm)
-    return kept_kv(layer, media, modules, lambda: source(media), step=follows)
+    return kept_kv(layer, media, modules, lambda: source.project(media), step=follows)

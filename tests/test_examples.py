@@ -193,7 +193,7 @@ def test_the_cache_of_a_chat_makes_keys_of_each_image_once(monkeypatch):
     example = functions("media_cache_chat")
     model = example.build(64)
     patch(model)
-    plain, made = media_cache.Source.__call__, []
+    plain, made = media_cache.Source.project, []
     projections = [block.attn.to_kv for block in model.cross_attn.values()]
 
     def count(source, media):
@@ -201,7 +201,7 @@ def test_the_cache_of_a_chat_makes_keys_of_each_image_once(monkeypatch):
             made.append(media.shape[1])
         return plain(source, media)
 
-    monkeypatch.setattr(media_cache.Source, "__call__", count)
+    monkeypatch.setattr(media_cache.Source, "project", count)
     without, _ = example.chat(model)
     assert made == [8, 8, 9, 9]
     made.clear()

@@ -159,7 +159,7 @@ def perceive(
     batch, media = k_media.shape[:2]
     n = attn.norms[1](latents)
     q = attn.to_q(n).unflatten(-1, (attn.heads, -1))
-    k, v = Source(attn.to_kv, attn.heads)(n)
+    k, v = Source(attn.to_kv, attn.heads).project(n)
     q, k, v = (each.expand(batch, media, *each.shape[2:]).flatten(0, 1) for each in (q, k, v))
     media_kv, scale = (k_media.flatten(0, 1), v_media.flatten(0, 1)), attn.softmax_scale
     out = perceiver_attention(q, *media_kv, k, v, media_lengths=lengths, scale=scale)

@@ -44,14 +44,14 @@ class EvollaSequenceCompressorAttention(LatentAttention):
         if first is None or self.is_watched():
             return cast(Tensor, super().forward(x, latents, mask))
         order, lengths = first
-        k, v = Source(self.to_kv, self.heads, self.norm_media)(in_order(x, order)[:, None])
+        k, v = Source(self.to_kv, self.heads, self.norm_media).project(in_order(x, order)[:, None])
         return perceive(self, latents[:, None], k, v, lengths)[:, 0]
 
     def _attend(self, x: Tensor, latents: Tensor, mask: Tensor) -> Tensor:  # [N, R, D]
         """The same in a compiled model."""
         n, source = self.norm_latents(latents), Source(self.to_kv, self.heads)
         q = self.to_q(n).unflatten(-1, (self.heads, -1))  # [N, R, H, d]
-        tensors = (q, *source(self.norm_media(x)), *source(n))
+        tensors = (q, *source.project(self.norm_media(x)), *source.project(n))
         out = dense_perceiver_attention(*tensors, mask, scale=self.scale, sdpa=False)
         return self.to_out(out.flatten(-2))
 

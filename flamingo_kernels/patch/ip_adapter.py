@@ -49,7 +49,7 @@ class PerceiverAttention(LatentAttention):
     ) -> Tensor:  # [N, R, D]
         if self.is_watched():
             return cast(Tensor, super().forward(x, latents))
-        k, v = Source(self.to_kv, self.heads, self.norm1)(x[:, None])
+        k, v = Source(self.to_kv, self.heads, self.norm1).project(x[:, None])
         return perceive(self, latents[:, None], k, v)[:, 0]
 
 

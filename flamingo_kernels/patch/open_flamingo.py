@@ -76,7 +76,7 @@ class PerceiverAttention(LatentAttention):
     ) -> Tensor:  # [B, M, R, D]
         if self.is_watched():
             return cast(Tensor, super().forward(x, latents))
-        k, v = Source(self.to_kv, self.heads, self.norm_media)(x)
+        k, v = Source(self.to_kv, self.heads, self.norm_media).project(x)
         return perceive(self, latents, k, v)
 
 

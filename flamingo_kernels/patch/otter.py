@@ -57,7 +57,7 @@ class OtterPerceiverBlock(LatentAttention):
     ) -> Tensor:  # [B, M, R, D]
         if self.is_watched():
             return cast(Tensor, super().forward(x, latents))
-        k, v = Source(self.to_kv, self.heads, self.norm_media)(x)
+        k, v = Source(self.to_kv, self.heads, self.norm_media).project(x)
         return self.advance(latents, k, v)
 
     def advance(self, latents: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class PerceiverAttention(LatentAttention):
         if seen is None:
             return cast(Tensor, super().forward(x, latents, vision_attn_masks))
         x, lengths = seen
-        k, v = Source(self.to_kv, self.heads, self.norm_media)(x)
+        k, v = Source(self.to_kv, self.heads, self.norm_media).project(x)
         return perceive(self, latents, k, v, None if lengths is None else lengths.flatten())
 
 

@@ -569,9 +569,9 @@ class TestCost:
 
         ids, pixels, mask = documents()
         expected = model.generate(ids, pixels, mask, max_new_tokens=5, **options)
-        calls, project = [], Source.__call__
+        calls, project = [], Source.project
         monkeypatch.setattr(
-            Source, "__call__", lambda self, media: calls.append(media.shape[:2]) or project(self, media)
+            Source, "project", lambda self, media: calls.append(media.shape[:2]) or project(self, media)
         )
         with patch(model):
             assert torch.equal(model.generate(ids, pixels, mask, max_new_tokens=5, **options), expected)

@@ -241,7 +241,8 @@ class TestFeedForward:
         x, media = inputs()
         ours = model(x, media, LOCATIONS)
         theirs = reference(model)(x, media, LOCATIONS)
-        torch.testing.assert_close(ours, theirs)
+        # Weights of 1 make numbers of a hundred.
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         assert len(calls) == fused
 
 
