@@ -7,7 +7,7 @@ fourth brings one more. Weights, images and questions are random. The whole chat
 
     as it is       every token computes the images' keys and values again
     patched        the first question does, and a turn that brings an image; other tokens reuse them
-    MediaCache     they are made when images arrive, before the question is known; a new image is added to the others
+    MediaCache     they are made when images arrive, before the question is known; a new one is added
 
 It prints how long the first token of each turn took, the whole chat, and whether all answers are the same.
 """

@@ -24,7 +24,7 @@ DIM, LAYERS, IMAGES, FEATURES, LATENTS = 256, 2, 3, 196, 64
 
 
 class Reads(nn.Module):
-    """The attention of a resampler, written by hand: latents read the features of an image, and themselves."""
+    """A resampler's attention, written by hand: latents read the features of an image, and themselves."""
 
     def __init__(self, *, dim: int, dim_head: int = 64, heads: int = 8) -> None:
         super().__init__()
