@@ -119,6 +119,7 @@ class _Run:
         self.step = 0
         self.saved = checkpoint.latest(self.folder / "checkpoints", partial(say, "train"))
         if self.saved is not None:
+            say("train", f"goes on from {self.saved}")
             self.step, states = checkpoint.load(self.saved, self.weights.by_name, self.optimizer)
             expect_same_data(config, states)
             self.weights.publish()

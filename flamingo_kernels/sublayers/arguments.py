@@ -63,7 +63,7 @@ def as_linear(module: Any, x: Tensor) -> Linear | None:
 
 def has_integers(module: Any) -> bool:
     """Whether a module is a linear layer with a weight of integers, see `quantize`."""
-    return hasattr(type(module), "integer_weight")
+    return hasattr(module, "integer_weight")
 
 
 def as_weight(module: Any, x: Tensor) -> Linear | None:

@@ -186,15 +186,12 @@ class _Inputs(NamedTuple):
     out_weight: Tensor
     out_bias: Tensor | None
 
-    @property
     def spans(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.lo, self.hi, self.start, self.stop
 
-    @property
     def to_q(self) -> Linear:
         return Linear(self.q_weight, self.q_bias)
 
-    @property
     def to_out(self) -> Linear:
         return Linear(self.out_weight, self.out_bias)
 
@@ -211,13 +208,13 @@ def _forward(options: _Options, t: _Inputs) -> tuple[Tensor, tuple[Tensor | None
     """z, and what the backward pass needs besides the inputs."""
     batch, length, _ = t.x.shape
     x = t.x.flatten(0, -2)
-    (u,), statistics = normed_linear.forward(x, t.norm(options), [t.to_q])
+    (u,), statistics = normed_linear.forward(x, t.norm(options), [t.to_q()])
     head_dim = t.k.shape[-1]
     u = u.view(batch, length, len(t.q_weight) // head_dim, head_dim)
     q, q_statistics = _queries(u, t.q_norm(options))
     attend = FWD[options.backend]
-    out, softmax = attend(q, t.k, t.v, *t.spans, options.immediate, options.averages, options.scale)
-    z = gated_linear.forward(x, out.flatten(2).flatten(0, 1), t.to_out, t.gate, options.backend)
+    out, softmax = attend(q, t.k, t.v, *t.spans(), options.immediate, options.averages, options.scale)
+    z = gated_linear.forward(x, out.flatten(2).flatten(0, 1), t.to_out(), t.gate, options.backend)
     return z.view(t.x.shape), (u, out, softmax, *statistics, *q_statistics)
 
 
@@ -249,7 +246,7 @@ class _GatedCrossAttention(torch.autograd.Function):
         last = gated_linear.backward(
             dz,
             out.flatten(2).flatten(0, 1),
-            t.to_out,
+            t.to_out(),
             t.gate,
             options.backend,
             needs_weight=needed["out_weight"],
@@ -260,7 +257,7 @@ class _GatedCrossAttention(torch.autograd.Function):
         dout = last.a.view(out.shape)
         q, _ = _queries(u, q_norm)
         du, dk, dv = attend(
-            *(dout, q, t.k, t.v, out, softmax, *t.spans),
+            *(dout, q, t.k, t.v, out, softmax, *t.spans()),
             *(options.immediate, options.averages, options.scale),
         )
         dq_norm: list[Tensor | None] = [None, None]
@@ -274,7 +271,7 @@ class _GatedCrossAttention(torch.autograd.Function):
             x,
             t.norm(options),
             Statistics(mean, rstd),
-            [t.to_q],
+            [t.to_q()],
             needs_x=needed["x"],
             needs_norm=learns("norm", needed),
             needs_weights=[needed["q_weight"]],

@@ -146,7 +146,10 @@ class _Options:
 
 
 class _Inputs(NamedTuple):
-    """The tensors, in the order in which autograd passes them and takes their gradients."""
+    """The tensors, in the order in which autograd passes them and takes their gradients.
+
+    What is made of them is a method each: torch 2.10 traces no property of a NamedTuple.
+    """
 
     x: Tensor
     gate: Tensor | None
@@ -159,7 +162,6 @@ class _Inputs(NamedTuple):
     gate_proj_weight: Tensor | None
     gate_proj_bias: Tensor | None
 
-    @property
     def hidden(self) -> dict[str, Linear]:
         """The projections that read the norm by name, first the one whose result is activated."""
         linears = {"up": Linear(self.up_weight, self.up_bias)}
@@ -167,7 +169,6 @@ class _Inputs(NamedTuple):
             return linears
         return {"gate_proj": Linear(self.gate_proj_weight, self.gate_proj_bias), **linears}
 
-    @property
     def down(self) -> Linear:
         return Linear(self.down_weight, self.down_bias)
 
@@ -178,21 +179,21 @@ class _Inputs(NamedTuple):
 def _infer(options: _Options, t: _Inputs) -> Tensor:
     """z, with the hidden layer in scratch memory."""
     with scratch(len(t.x), len(t.up_weight), like=t.up_weight) as memory:
-        us, _ = normed_linear.forward(t.x, t.norm(options), [*t.hidden.values()], into=memory)
+        us, _ = normed_linear.forward(t.x, t.norm(options), [*t.hidden().values()], into=memory)
         h = _activate(options.activation, us, into=us[0])
-        return gated_linear.forward(t.x, h, t.down, t.gate, options.backend)
+        return gated_linear.forward(t.x, h, t.down(), t.gate, options.backend)
 
 
 class _GatedFeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, *tensors):
         t = _Inputs(*tensors)
-        us, statistics = normed_linear.forward(t.x, t.norm(options), [*t.hidden.values()])
+        us, statistics = normed_linear.forward(t.x, t.norm(options), [*t.hidden().values()])
         ctx.save_for_backward(*tensors, *statistics, *us)
         ctx.options, ctx.backend = options, options.backend
         with scratch(*us[0].shape, like=us[0]) as memory:
             h = _activate(options.activation, us, into=memory)
-            return gated_linear.forward(t.x, h, t.down, t.gate, options.backend)
+            return gated_linear.forward(t.x, h, t.down(), t.gate, options.backend)
 
     @staticmethod
     @once_differentiable(_NAME, batched=False)
@@ -204,7 +205,7 @@ class _GatedFeedForward(torch.autograd.Function):
             last = gated_linear.backward(
                 dz,
                 _activate(options.activation, us, into=memory),
-                t.down,
+                t.down(),
                 t.gate,
                 options.backend,
                 needs_weight=needed["down_weight"],
@@ -218,11 +219,11 @@ class _GatedFeedForward(torch.autograd.Function):
                 t.x,
                 t.norm(options),
                 Statistics(mean, rstd),
-                [*t.hidden.values()],
+                [*t.hidden().values()],
                 needs_x=needed["x"],
                 needs_norm=learns("norm", needed),
-                needs_weights=[needed[f"{name}_weight"] for name in t.hidden],
-                needs_biases=[needed[f"{name}_bias"] for name in t.hidden],
+                needs_weights=[needed[f"{name}_weight"] for name in t.hidden()],
+                needs_biases=[needed[f"{name}_bias"] for name in t.hidden()],
             )
         gradients = {
             "x": first.x,

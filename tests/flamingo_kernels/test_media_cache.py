@@ -116,7 +116,7 @@ def test_layers_that_are_not_alike():
     _, media = inputs()
     cache = MediaCache(fused, media)
     for block in fused:
-        for ours, theirs in zip(cache[block.attn], block.attn.media_source()(media), strict=True):
+        for ours, theirs in zip(cache[block.attn], block.attn.media_source().project(media), strict=True):
             assert torch.equal(ours, theirs)
 
 
@@ -149,7 +149,7 @@ class TestRecorded:
         media = torch.randn(2, 2, 12, 12, requires_grad=True)
         dout = torch.randn(2, 2, 12, 3, 16)
         found = []
-        for every in (keys_and_values(sources, media), [source(media) for source in sources]):
+        for every in (keys_and_values(sources, media), [source.project(media) for source in sources]):
             every = [torch.cat(pair, dim=-1) for pair in every]
             found += [every, torch.autograd.grad(every, [media, *parameters], [dout] * 3)]
         torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-4)

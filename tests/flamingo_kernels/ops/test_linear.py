@@ -505,6 +505,8 @@ def test_compiled(asked, needs_grad, measured, running):
 
 
 def test_a_library_is_refused_under_a_compiler(library):
+    if torch.__version__ < "2.11":
+        pytest.skip("torch 2.10 fails in its own code where an error is raised in a traced call")
     torch._dynamo.reset()
     tensors = inputs()
     compiled = torch.compile(lambda *t: linear(*t, backend=library), backend="eager")
