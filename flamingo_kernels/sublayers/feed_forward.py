@@ -231,7 +231,7 @@ class _GatedFeedForward(torch.autograd.Function):
             **pair("norm", first.norm),
             **pair("down", last.linear),
         }
-        for name, linear in zip(t.hidden, first.linears, strict=True):
+        for name, linear in zip(t.hidden(), first.linears, strict=True):
             gradients |= pair(name, linear)
         return None, *in_order(t, gradients)
 
