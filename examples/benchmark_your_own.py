@@ -7,8 +7,9 @@ Takes about half a minute on two cores. It is `python -m flamingo_kernels bench`
     python -m flamingo_kernels bench --op masked_cross_attention --shape "B1 T512 M4 H8 d64 R64" \
         --rival examples/benchmark_your_own.py:dense --rival examples/benchmark_your_own.py:unmasked
 
-Every contender is held against float64 before it is timed. So `dense` gets a row; `unmasked`, which forgets
-the mask, gets none, but a reason. It prints the table, and how many times as long as ours the rival took.
+Every contender is compared with float64 before it is timed. So `dense` gets a row; `unmasked`, which
+ignores the mask, gets a reason instead. It prints the table, and how many times as long as ours the rival
+took.
 """
 
 from __future__ import annotations

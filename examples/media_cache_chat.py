@@ -5,9 +5,9 @@
 Takes about twenty seconds on two cores. The first turn comes with eight images, two follow without, the
 fourth brings one more. Weights, images and questions are random. The whole chat runs three times:
 
-    as it is       every token makes the images' keys and values anew
-    patched        a text's beginning does, and a turn that brings an image; tokens in between find them
-    MediaCache     made when images arrive, before the question is there; a new image is added to those before
+    as it is       every token computes the images' keys and values again
+    patched        the first question does, and a turn that brings an image; other tokens reuse them
+    MediaCache     they are made when images arrive, before the question is known; a new one is added
 
 It prints how long the first token of each turn took, the whole chat, and whether all answers are the same.
 """
@@ -74,7 +74,7 @@ def read(model: Flamingo, tokens: Tensor, media: Tensor | MediaCache, text: KVCa
         return seen
 
     logits = model.language(tokens, cache=text, before_layer=before_layer, logits_to_keep=1)
-    return logits[:, -1, :256]  # [1, 256]; special tokens are not to be said
+    return logits[:, -1, :256]  # [1, 256]; special tokens are left out
 
 
 @torch.no_grad()

@@ -2,11 +2,11 @@
 
     python examples/quantize.py [--width 1024] [--folder FOLDER]
 
-Takes about half a minute on two cores. FOLDER is where the weights are saved; by default they go with the
-process.
+Takes about half a minute on two cores. FOLDER is where the weights are saved; by default they are deleted
+at the end.
 
-It prints what was quantised, how far the logits are from those before, how long a token took before and
-after, the size of the saved file, and whether a model that has loaded it computes the same. The weights are
+It prints what was quantized, how far the logits are from those before, how long a token took before and
+after, the size of the saved file, and whether a model that loads it computes the same. The weights are
 random.
 """
 

@@ -2,10 +2,10 @@
 
     python examples/swap_and_generate.py [--width 512] [--tokens 32]
 
-Takes about half a minute on two cores, and downloads nothing: the model is an Idefics from a configuration,
-with random weights. It prints what was swapped, whether the tokens before and after are the same, and how
-many of them were made in a second. A narrow model gains little: most of its time goes into calls, not into
-numbers.
+Takes about half a minute on two cores, and downloads nothing: the model is an Idefics from a
+configuration, with random weights. It prints what was swapped, whether the tokens before and after are
+the same, and how many were generated a second. A narrow model gains little: Python takes most of its
+time, not arithmetic.
 """
 
 from __future__ import annotations

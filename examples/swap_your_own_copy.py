@@ -2,12 +2,13 @@
 
     python examples/swap_your_own_copy.py
 
-Takes a few seconds. `patch` knows classes by their code. One that you have rewritten it does not know: `like`
-says what the class is, and a trial of a small instance decides whether that is true, by outputs and
-gradients. Parts must have the same names (here `norm_media`, `norm_latents`, `to_q`, `to_kv`, `to_out`).
+Takes a few seconds. `patch` knows classes by their code, so it does not know one that you have rewritten.
+`like` says what the class is, and a trial of a small instance decides by outputs and gradients whether
+that is true. Parts must have the same names (here `norm_media`, `norm_latents`, `to_q`, `to_kv`,
+`to_out`).
 
-It prints the report with the trial, how far outputs and gradients are from those before, and the error that a
-class gets which computes something else.
+It prints the report with the trial, how far outputs and gradients are from those before, and the error
+for a class that computes something else.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ DIM, LAYERS, IMAGES, FEATURES, LATENTS = 256, 2, 3, 196, 64
 
 
 class Reads(nn.Module):
-    """The attention of a resampler, written anew: latents read the features of an image, and themselves."""
+    """A resampler's attention, written by hand: latents read the features of an image, and themselves."""
 
     def __init__(self, *, dim: int, dim_head: int = 64, heads: int = 8) -> None:
         super().__init__()

@@ -2,10 +2,11 @@
 
     python examples/train_on_pairs.py [--steps 200] [--folder FOLDER]
 
-Takes about half a minute on two cores. FOLDER is where images, checkpoints and logs go; by default they go
-with the process. It draws squares of six colours, with their captions beside them, as `0.png` and `0.txt`.
-Then it trains the resampler and the gated blocks between a vision encoder and a language model that stay as
-they are: random, here. The library's kernels train. It prints the loss, some answers, and how many are right.
+Takes about half a minute on two cores. FOLDER is where images, checkpoints and logs go; by default they
+are deleted at the end. It draws squares of six colours, with their captions beside them, as `0.png` and
+`0.txt`. Then it trains the resampler and the gated blocks between a frozen vision encoder and a frozen
+language model, here with random weights, by the library's kernels. It prints the loss, some answers, and
+how many are right.
 
 For a CLIP and a language model of yours, and `python -m flamingo train`: docs/train_on_your_own_data.md.
 """

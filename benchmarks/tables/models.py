@@ -102,12 +102,13 @@ def swapped(device: Path) -> str:
     shown = ", ".join(f"`{each['model']}`" for each in found.values())
     dtypes = " and ".join(dict.fromkeys(each["dtype"] for each in found.values()))
     note = (
-        "Gains: times before over times after `patch(model)`, then after `patch(model, linears=True)`, of a "
-        "whole model, each in a process of its own (`python -m flamingo_kernels profile NAME --apart`). "
+        "Prefill, decode, training step: how many times as fast a whole model is after `patch(model)`, then "
+        "after `patch(model, linears=True)`, each in a process of its own "
+        "(`python -m flamingo_kernels profile NAME --apart`). "
         f"NAME: {shown}. Random weights, {dtypes}, D {WIDE['width']}, {Sizes().layers} layers of which every "
         f"second reads images; one text of {FULL.text} tokens and {FULL.media} images, for Evolla a protein. "
-        '"~": its spread, 20% to 80%, overlaps with that before. "-": it has no cache to decode with, or was '
-        "not timed. The two rows of Idefics are one measurement. "
+        '"~": the spreads of the two times, 20% to 80%, overlap. "-": not timed, or no cache to decode with. '
+        "The two rows of Idefics are one measurement. "
     )
     return "\n".join([*lines, "", note + _conditions(found.values())])
 
@@ -173,9 +174,10 @@ def _real_table(run: Mapping[str, Any]) -> str:
     images = f"{sizes['media']} images" if sizes["media"] > 1 else "an image"
     note = (
         f"{rounded(run['parameters'] / 1e9)} G random parameters, {sizes['batch']} x {sizes['text']} tokens "
-        f"with {images}. Each in a process of its own, in turn with the model as it is: gains are those of "
-        "the same minutes, and a machine whose speed drifts makes other rows look unlike them. Memory is "
-        'what the process holds at most in inference. "~": the spreads, 20% to 80%, overlap. '
+        f"with {images}. Each row runs in a process of its own, in turn with the model as it is. A gain "
+        "compares times of the same minutes; the machine's speed drifts, so times of different rows need not "
+        "agree with it. "
+        'Memory is the most that the process holds in inference. "~": the spreads, 20% to 80%, overlap. '
     )
     return "\n".join([*lines, "", note + _conditions([run])])
 

@@ -315,7 +315,7 @@ NEXT_QA = Benchmark(
     layout="""\
 test.csv                                      --annotations
 add_reference_answer_test.json                --more-answers
-videos/1164/5772591393.mp4 ...                --videos""",
+NExTVideo/1164/5772591393.mp4 ...             --videos""",
     files=_FILES,
     more_files={"more_answers": "add_reference_answer_test.json, the second answers of the test split"},
     read=read_nextqa,

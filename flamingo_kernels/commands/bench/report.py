@@ -162,7 +162,7 @@ def markdown(run: Run) -> str:
         lines.append(row_of(*cells))
     notes = [
         f"Columns of rivals: how many times as long as ours they take. Attention has{_USUAL}. "
-        f"{' and '.join(FLOORS)} are no rivals but floors: they do a part of the work. "
+        f"{' and '.join(FLOORS)} are floors, not rivals: they do only a part of the work. "
         "A dash: no such rival, or it was left out (no compiler, or a wrong result).",
         memory_verdict(run),
         conditions(run),
