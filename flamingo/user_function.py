@@ -38,7 +38,8 @@ def user_function(name: str, forms: str = FORMS) -> Callable[..., Any]:
     for part in path.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        raise ValueError(f"expected a function {path} in {where}, got {type(found).__name__}.")
+        got = "found none" if found is None else f"got {type(found).__name__}"
+        raise ValueError(f"expected a function {path} in {where}, {got}.")
     return found
 
 

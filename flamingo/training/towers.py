@@ -190,7 +190,7 @@ def _loaded(load: Callable[[str], Any], path: str) -> Any:
 
 def _set_weights(part: nn.Module, name: str, path: str | None, say: Callable[[str], object]) -> None:
     if path is None:
-        say(f"{name} has random weights, as {name}_weights is not given")
+        say(f"{name} has random weights, as [model] names neither {name} nor {name}_weights")
     else:
         _loaded(lambda path: part.load_state_dict(import_module("safetensors.torch").load_file(path)), path)
 

@@ -145,7 +145,7 @@ def _make(parts: Parts, x: Tensor) -> Step | None:
     tensors = weights.by_name().values()
     fit = all(tensor.is_contiguous() and tensor.device == x.device for tensor in tensors)
     known = all(tensor.dtype in (*dispatch.KERNEL_DTYPES, torch.int8) for tensor in tensors)
-    gates_fit = all(gate.numel() in (1, x.shape[-1]) for gate in weights.gates.values())
+    gates_fit = all(gate.numel() in (1, x.shape[-1]) for gate in weights.gates().values())
     return Step(parts, weights, x) if fit and known and gates_fit and _may_cast(weights, x) else None
 
 
@@ -158,4 +158,4 @@ def _may_cast(weights: GatedBlockWeights, x: Tensor) -> bool:
 
 def _dtype_of(weights: GatedBlockWeights) -> torch.dtype | None:
     """The dtype of the matrices; None where all are integers."""
-    return next((each.weight.dtype for each in weights.linears.values() if each.scale is None), None)
+    return next((each.weight.dtype for each in weights.linears().values() if each.scale is None), None)

@@ -238,6 +238,8 @@ def _unknown(model: nn.Module, namesakes: dict[str, str]) -> UnsupportedError:
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return UnsupportedError(
         f"patch: found no module to replace in {type(model).__name__}, which is made of "
-        f"{', '.join(names[:10])}{more}. Supported are:{supported()}",
+        f"{', '.join(names[:10])}{more}. A class that computes the same as one below is swapped by "
+        'patch(model, like={"MyResampler": "open_flamingo.PerceiverResampler"}), linear layers by '
+        f"linears=True. Supported are:{supported()}",
         {path: [reason] for path, reason in namesakes.items()},
     )

@@ -55,7 +55,7 @@ def test_a_module_is_imported_from_the_working_directory_too(file, monkeypatch):
         (":give", "expected FILE.py:NAME or module:NAME, got ':give'"),
         ("{file}:", "expected FILE.py:NAME or module:NAME, got"),
         ("gone.py:give", "found none at gone.py"),
-        ("{file}:gone", "expected a function gone in .*its_file.py, got NoneType"),
+        ("{file}:gone", "expected a function gone in .*its_file.py, found none"),
         ("{file}:number", "expected a function number in .*its_file.py, got int"),
         (".json:dumps", "expected the whole name of a module, got '.json'"),
         ("{fails}:give", "expected code that can be run in .*fails.py, got ZeroDivisionError: "),

@@ -196,12 +196,12 @@ def _gated_block_decode(
         return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
 
     def eager(kv: Tensor, to_q: Tensor, to_out: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        q = (norms[0](x) @ to_q.T).view(B, 1, H, d)
+        q = (norms[0].normed(x) @ to_q.T).view(B, 1, H, d)
         groups = H // media[-2]
         k, v = (each.repeat_interleave(groups, dim=-2) if groups > 1 else each for each in kv.view(2, *media))
         attended = modules.dense_masked_attention(q, k, v, time).flatten(1)
         z = x + torch.tanh(gates[0]) * (attended @ to_out.T)
-        return z + torch.tanh(gates[1]) * (F.gelu(norms[1](z) @ up.T) @ down.T)
+        return z + torch.tanh(gates[1]) * (F.gelu(norms[1].normed(z) @ up.T) @ down.T)
 
     def arguments(wholes: Iterator[Tensor], scales: Sequence[Tensor | None] = (None,) * 4) -> tuple[Any, ...]:
         to_q, to_out, up, down = map(fk.Linear, split(next(wholes)), (None,) * 4, scales)

@@ -35,7 +35,7 @@ _WIDTH, _FACTOR = 27, 8  # of a cell, and of what it gains
 
 def measured(found: Profile) -> str:
     """A profile as a page of text."""
-    size = f"{rounded(found.parameters / 1e6)} M random parameters"
+    size = _size(found)
     lines = [
         f"{found.model}, {found.dtype}, {size}; {_shapes(found.inputs)}",
         *(["all under torch.compile; their parts without it"] if found.compiled else []),
@@ -110,7 +110,7 @@ def apart(found: Apart) -> str:
     sizes, row = found.sizes, "{:<24}{:>12}{:>24}{:>9}{:>12}{:>12}{:>14}"
     generated = f", {sizes.new} to generate" if sizes.new else ""
     lines = [
-        f"{found.model}, {found.dtype}, {rounded(found.parameters / 1e6)} M random parameters; "
+        f"{found.model}, {found.dtype}, {_size(found)}; "
         f"{sizes.batch} x {sizes.text} tokens{generated}, {sizes.media} images",
         setting(found.conditions),
         "each in a process of its own"
@@ -127,7 +127,7 @@ def apart(found: Apart) -> str:
             cells = (
                 rounded(spread.median),
                 f"{rounded(spread.p20)} to {rounded(spread.p80)}",
-                before.gain(spread) if before else "",
+                before.gain(spread) if before and side != BEFORE else "",
                 rounded(1e3 * found.tokens[work] / spread.median),
                 "" if peak is None else mebibytes(peak),
                 "" if difference is None else f"{difference:.1e}",
@@ -136,6 +136,11 @@ def apart(found: Apart) -> str:
     for work, failed in found.failed.items():
         lines += [f"{work}, {TITLES[side]}, failed: {error}" for side, error in failed.items()]
     return "\n".join(lines)
+
+
+def _size(found: Profile | Apart) -> str:
+    random = "" if ":" in found.model else "random "  # the weights of a user's own may be trained
+    return f"{rounded(found.parameters / 1e6)} M {random}parameters"
 
 
 def counted(found: Counted) -> str:
@@ -223,7 +228,7 @@ def html_of_apart(found: Apart) -> str:
                 (
                     f"{work}, {TITLES[side]}",
                     duration(spread.median),
-                    before.gain(spread) if before else "",
+                    before.gain(spread) if before and side != BEFORE else "",
                     "" if peak is None else mebibytes(peak),
                     html_bar(spread.median / longest),
                 )
@@ -276,7 +281,7 @@ def picture(found: Profile, path: str | Path) -> None:
     )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    size = f"{rounded(found.parameters / 1e6)} M random parameters"
+    size = _size(found)
     compiled = ", under torch.compile" if found.compiled else ""
     title = f"{found.model}, {found.dtype}, {size}{compiled}\n{setting(found.conditions)}"
     axes.set_title(title, loc="left", fontsize=10)

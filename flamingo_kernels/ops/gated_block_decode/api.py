@@ -166,7 +166,7 @@ def why_not(x: Tensor, k: Tensor, v: Tensor, weights: GatedBlockWeights) -> str:
     """Why the kernels refuse a call that the reference takes, or an empty string."""
     if needs_grad(x, k, v, *weights.by_name().values()):
         return "it has no gradient; call it under torch.no_grad()"
-    for name, linear in weights.linears.items():
+    for name, linear in weights.linears().items():
         if not linear.weight.is_contiguous():
             strides = linear.weight.stride()
             return f"expected a contiguous {name}.weight, got strides {strides}; make it so once"
@@ -192,7 +192,7 @@ def _validate(
     scale = checks.expect_scale(_NAME, scale, k.shape[-1])
     _expect_weights(weights, x.shape[1], k.shape[3], k.shape[4])
     given = weights.by_name()
-    integers = [f"{name}.weight" for name, linear in weights.linears.items() if linear.scale is not None]
+    integers = [f"{name}.weight" for name, linear in weights.linears().items() if linear.scale is not None]
     numbers = {name: tensor for name, tensor in given.items() if name not in integers}
     checks.expect_floating_point(_NAME, x=x, k=k, v=v, **numbers)
     checks.expect_same_device(_NAME, x=x, k=k, v=v, mask=mask.lo, **given)
@@ -240,7 +240,7 @@ def _expect_weights(weights: GatedBlockWeights, width: int, kv_heads: int, head_
 
 def _expect_dtypes(k: Tensor, v: Tensor, weights: GatedBlockWeights) -> None:
     """Products are in one dtype, that of k, or of integers."""
-    linears = weights.linears
+    linears = weights.linears()
     matrices = {f"{name}.weight": each.weight for name, each in linears.items() if each.scale is None}
     biases = {f"{name}.bias": each.bias for name, each in linears.items() if each.bias is not None}
     checks.expect_same_dtype(_NAME, k=k, v=v, **matrices, **biases)

@@ -81,17 +81,17 @@ def check_weights(checks: Checks, w: GatedBlockWeights, width: int, heads: int, 
     checks.dimensions("up.weight", w.up.weight, 2)
     inner, hidden = heads * head_dim, len(w.up.weight)
     shapes = {"to_q": (inner, width), "to_out": (width, inner), "down": (width, hidden)}
-    for name, layer in w.linears.items():
+    for name, layer in w.linears().items():
         names = [f"{name}.{field}" for field in Linear._fields]
         checks.given(names[0], layer.weight)
         checks.layer(names, layer, shapes.get(name, (hidden, width)))
-    for name, by in w.norms.items():
+    for name, by in w.norms().items():
         size = head_dim if name == "q_norm" else width
         checks.given(f"{name}.weight", by.weight)
         checks.vector(f"{name}.weight", by.weight, size)
         if by.bias is not None:
             checks.vector(f"{name}.bias", by.bias, size)
-    for name, gate in w.gates.items():
+    for name, gate in w.gates().items():
         checks.parameter(name, gate, width)
 
 

@@ -40,19 +40,16 @@ class GatedBlockWeights(NamedTuple):
     gate_proj: Linear | None = None
     activation: str = "gelu"
 
-    @property
     def norms(self) -> dict[str, Norm]:
         """By name, those that there are."""
         norms = {"norm": self.norm, "q_norm": self.q_norm, "ff_norm": self.ff_norm}
         return {name: norm for name, norm in norms.items() if norm is not None}
 
-    @property
     def linears(self) -> dict[str, Linear]:
         """By name, those that there are."""
         linears = {name: getattr(self, name) for name in ("to_q", "to_out", "gate_proj", "up", "down")}
         return {name: linear for name, linear in linears.items() if linear is not None}
 
-    @property
     def gates(self) -> dict[str, Tensor]:
         """By name, those that there are."""
         gates = {"gate": self.gate, "ff_gate": self.ff_gate}
@@ -60,12 +57,12 @@ class GatedBlockWeights(NamedTuple):
 
     def autocast(self) -> GatedBlockWeights:
         """The same with what products read in the dtype of torch.autocast, if that is on."""
-        cast: Any = {name: linear.autocast() for name, linear in self.linears.items()}
+        cast: Any = {name: linear.autocast() for name, linear in self.linears().items()}
         return self._replace(**cast)
 
     def by_name(self) -> dict[str, Tensor]:
         """Every tensor, as "to_q.weight" and "gate"."""
-        return {**named_parameters(**self.norms, **self.linears), **self.gates}
+        return {**named_parameters(**self.norms(), **self.linears()), **self.gates()}
 
     def tensors(self) -> list[Tensor]:
         """One tensor for each name in `TENSORS`, without an element where there is none."""

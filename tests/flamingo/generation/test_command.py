@@ -218,7 +218,7 @@ HERE = "tests.flamingo.generation.test_command"
         (["other", "a"], "got 'other', which is none of them"),
         (["no_such_module:make", "a"], "No module named 'no_such_module'"),
         (["gone.py:make", "a"], "expected a file of Python, found none at gone.py"),
-        (["json:nothing", "a"], "expected a function nothing in json, got NoneType"),
+        (["json:nothing", "a"], "expected a function nothing in json, found none"),
         ([f"{HERE}:needs", "a"], "to be a function without arguments, got one that needs path"),
         ([f"{HERE}:fails", "a"], f"expected code that can be run in {HERE}:fails, got RuntimeError: it has"),
         (["MODEL", "\udcff"], "expected a text in UTF-8, got '\\udcff'"),

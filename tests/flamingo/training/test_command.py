@@ -30,7 +30,7 @@ def test_it_trains_and_says_where_the_result_is(data, tmp_path, capsys):
     assert main(["train", str(tmp_path / "run.toml")]) == 0
     shown = capsys.readouterr()
     assert shown.out == (f"2 steps done, the last checkpoint is {tmp_path}/run/checkpoints/step-00000002\n")
-    assert "train: vision has random weights, as vision_weights is not given" in shown.err
+    assert "train: vision has random weights, as [model] names neither vision nor vision_weights" in shown.err
     assert "2/2" in shown.err
     assert len(read_log(tmp_path / "run")) == 2
 

@@ -422,6 +422,8 @@ class TestRecognition:
             patch(model)
         message = str(raised.value)
         assert "found no module to replace in Sequential" in message
+        assert "swapped by patch(model, like={" in message
+        assert "linear layers by linears=True" in message
         assert f"{__name__}.GatedCrossAttentionBlock" in message
         for family in ("flamingo", "open_flamingo", "flamingo_pytorch"):
             assert (

@@ -31,8 +31,8 @@ def test_each_side_has_a_process_of_its_own(tmp_path, capsys):
     assert all(each["median"] > 0 for each in found["times"][models.DECODE].values())
     assert found["failed"] == {}
     assert all(0 <= each < 1e-5 for each in found["differences"][models.DECODE].values())
-    for side in EAGER:
-        assert report.TITLES[side] in shown
+    gains = {line[2:26].strip(): "x" in line[62:71] for line in shown.splitlines() if line.startswith("  ")}
+    assert gains == {report.TITLES[side]: side != run.BEFORE for side in EAGER}
 
 
 @pytest.mark.slow  # five processes

@@ -63,7 +63,7 @@ def test_a_model_of_its_own_is_profiled(file, tmp_path, capsys):
     asked = ["--model", f"{file}:build", "--tokens", "20", "--images", "2", "--batch", "3"]
     assert cli.main(["profile", *asked, "--quick", "--threads", "1", "--json", str(found)]) == 0
     shown = capsys.readouterr().out
-    assert "x [3, 20, 16], media [3, 2, 4, 8], places [3, 20]" in shown
+    assert " M parameters; x [3, 20, 16], media [3, 2, 4, 8], places [3, 20]" in shown
     assert "flamingo.modules.GatedCrossAttentionBlock" in shown
     works = json.loads(found.read_text())["works"]
     assert list(works) == [models.PREFILL, models.STEP]
@@ -92,7 +92,7 @@ def _compare(subject):
     [
         ("nowhere.py:build", "expected a file of Python, found none at nowhere.py"),
         ("build", "expected FILE.py:NAME or module:NAME, got 'build'"),
-        ("{file}:nothing", "expected a function nothing in {file}, got NoneType"),
+        ("{file}:nothing", "expected a function nothing in {file}, found none"),
         ("{file}:wrong", "expected {file}:wrong to return a model and a dict of inputs, got int"),
         ("{file}:listed", "to return a model and a dict of inputs, got Model, list"),
     ],
