@@ -101,7 +101,9 @@ def test_each_norm_has_its_own_eps_and_each_branch_its_own_gate(kernels):
     x, k, v = (tensors[name] for name in ("x", "k", "v"))
     weights = case.weights(tensors)
     norms = {"norm": 1e-3, "q_norm": 0.1, "ff_norm": 1.0}
-    weights = weights._replace(**{name: weights.norms()[name]._replace(eps=eps) for name, eps in norms.items()})
+    weights = weights._replace(
+        **{name: weights.norms()[name]._replace(eps=eps) for name, eps in norms.items()}
+    )
     expected = gated_block_decode(x, k, v, weights=weights, **options, backend="reference")
     found = gated_block_decode(x, k, v, weights=weights, **options, backend=kernels)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
