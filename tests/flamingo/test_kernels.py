@@ -13,9 +13,13 @@ from tests.helpers.kernels import has_kernels
 from tests.helpers.tiny_run import model
 
 
-def test_one_file_names_the_kernels():
+def test_one_file_imports_the_kernels():
+    """And one names their command, which begins as those of `flamingo` do."""
     files = Path(flamingo.__file__).parent.rglob("*.py")
-    assert [file.name for file in files if "flamingo_kernels" in file.read_text()] == ["kernels.py"]
+    naming = {file.name: file.read_text() for file in files if "flamingo_kernels" in file.read_text()}
+    assert {*naming} == {"kernels.py", "starting.py"}
+    assert naming["starting.py"].count("flamingo_kernels") == 1
+    assert 'is_command("flamingo_kernels")' in naming["starting.py"]
 
 
 def test_modules_and_linear_layers_are_swapped_and_a_line_says_so():

@@ -428,7 +428,10 @@ class TestBlocks:
         x = torch.randn(2, length, original.attn.to_q.in_features)
         for _ in range(3):
             torch.testing.assert_close(
-                fused(x, media, LOCATIONS[:, :length]), original(x, media, LOCATIONS[:, :length])
+                fused(x, media, LOCATIONS[:, :length]),
+                original(x, media, LOCATIONS[:, :length]),
+                rtol=1e-4,
+                atol=1e-4,  # weights grow with every text
             )
             for weight, other in zip(fused.parameters(), original.parameters(), strict=True):
                 weight.data[..., -1] += 1  # a few numbers, not counted

@@ -512,4 +512,7 @@ with torch.no_grad():
     torch.save(model(given["ids"], given["pixels"]).logits, {str(tmp_path / "logits.pt")!r})
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    loaded = torch.load(tmp_path / "logits.pt")
+    assert torch.equal(loaded.argmax(-1), expected.argmax(-1))
+    # Not bit for bit: float32 products of another process may be summed in another order.
+    torch.testing.assert_close(loaded, expected, rtol=1e-3, atol=1e-3)

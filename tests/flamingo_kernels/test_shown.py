@@ -19,6 +19,7 @@ from flamingo_kernels.commands.profile.count import Counted
 from flamingo_kernels.commands.profile.subject import Sizes
 from tests.helpers import ROOT
 
+WHEN = {"time": "2026-11-30T01:02:03Z"}
 STORED = ROOT / "benchmarks" / "results" / "intel-xeon-2-cores" / "bench.json"
 
 
@@ -53,7 +54,7 @@ class Reader(HTMLParser):
 def measured():
     times = {run.BEFORE: Spread(10.0, 9.0, 12.0), run.PATCHED: Spread(8.0, 7.0, 9.0)}
     work = run.Measured(100, "", times, dict.fromkeys(times, 2**20), {}, {side: {} for side in times})
-    conditions = {"device": "a <processor>", "threads": 2, "torch": "2.13.0", "device_type": "cpu"}
+    conditions = {"device": "a <processor>", "threads": 2, "torch": "2.13.0", "device_type": "cpu"} | WHEN
     return run.Profile(
         "a model", "float32", {}, 10, "patch: 1", conditions, False, False, {}, {}, {models.PREFILL: work}
     )
@@ -62,7 +63,7 @@ def measured():
 def apart():
     times = {models.PREFILL: {run.BEFORE: Spread(10.0, 9.0, 11.0), run.PATCHED: Spread(5.0, 4.0, 6.0)}}
     peak = {models.PREFILL: dict.fromkeys(times[models.PREFILL], 2**20)}
-    conditions = {"device": "a processor", "threads": 2, "torch": "2.13.0"}
+    conditions = {"device": "a processor", "threads": 2, "torch": "2.13.0", "device_type": "cpu"} | WHEN
     return Apart("a model", "float32", Sizes(8, 2), 10, conditions, times, {}, {models.PREFILL: 8}, peak)
 
 

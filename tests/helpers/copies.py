@@ -54,7 +54,8 @@ def assert_same(original, swapped, *arguments, tolerance=1e-4, **flags):
         results.append([out, *gradients])
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * a.abs().max().item())
+        allowed = 10 * tolerance if a.numel() == 1 else tolerance  # in a gate's gradient nearly all cancels
+        torch.testing.assert_close(a, b, rtol=allowed, atol=allowed * a.abs().max().item())
 
 
 def assert_a_trial_finds(cls, *parts):

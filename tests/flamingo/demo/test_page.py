@@ -36,7 +36,7 @@ def test_its_last_row_is_what_can_be_known():
             known += 1 if query.answer in shown else 1 / (len(NAMES) - len(shown))
         shares.append(f"{known / EPISODES:.1%}")
     (row,) = re.findall(
-        r"^\| such names if the shots show them, else a guess \| (.+) \|$", PAGE, re.MULTILINE
+        r"^\| such a name: known if a shot shows it, else guessed \| (.+) \|$", PAGE, re.MULTILINE
     )
     assert row.split(" | ") == shares
 

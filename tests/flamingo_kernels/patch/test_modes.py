@@ -9,8 +9,8 @@ from itertools import combinations
 
 import pytest
 
+from benchmarks.tables.models import PROFILED
 from flamingo_kernels import patch
-from flamingo_kernels.commands.support import PROFILED
 from flamingo_kernels.patch import registry
 from flamingo_kernels.testing import tiny
 from tests.helpers import slow_unless

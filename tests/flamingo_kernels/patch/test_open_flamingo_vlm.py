@@ -104,9 +104,9 @@ class Counts:
     def __getattr__(self, name):
         return getattr(self.source, name)
 
-    def __call__(self, media):
+    def project(self, media):
         self.made.append(media)
-        return self.source(media)
+        return self.source.project(media)
 
 
 def test_fewer_locations_than_text():

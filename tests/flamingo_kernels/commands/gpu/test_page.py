@@ -31,5 +31,5 @@ def test_it_ends_when_it_says():
     assert FULL.seconds + GRACE <= 500 < 9 * 60
     assert QUICK.seconds + GRACE <= 3 * 60 + 5
     assert CONFIGS.seconds + GRACE <= 250
-    for said in ("under nine minutes", "after 500 seconds", "in three minutes", "in 250 seconds"):
+    for said in ("under nine minutes", "after at most 500 seconds", "in three minutes", "in 250 seconds"):
         assert said in PAGE
