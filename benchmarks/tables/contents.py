@@ -10,14 +10,14 @@ from flamingo_kernels.commands import support
 
 from . import models, operators, picture
 from .pages import ROOT
-from .records import AMD, INTEL
+from .records import INTEL, ZEN3, ZEN4
 from .records import few_shot as few_shot_record
 
-PROCESSORS = {"Intel Xeon (AMX)": INTEL, "AMD EPYC (Zen 3)": AMD}
+PROCESSORS = {"Intel Xeon (AMX)": INTEL, "AMD EPYC (Zen 4)": ZEN4}
 PICTURE = ROOT / "docs" / "assets" / "gains.svg"
 
 TABLES: dict[str, Callable[[], str]] = {
-    "gains": partial(models.headlines, INTEL),
+    "gains": partial(models.headlines, PROCESSORS),
     "speed": partial(operators.headlines, PROCESSORS),
     "libraries": support.libraries,
     "backends": support.backends,
@@ -25,9 +25,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "swapped": partial(models.swapped, INTEL),
     "versions": support.versions,
     "bench": partial(operators.whole, INTEL),
-    "bench-amd": partial(operators.whole, AMD),
+    "bench-zen4": partial(operators.whole, ZEN4),
+    "bench-zen3": partial(operators.whole, ZEN3),
     "apart": partial(models.apart, INTEL, "apart"),
+    "apart-zen4": partial(models.apart, ZEN4, "apart"),
     "int8": partial(models.apart, INTEL, "int8"),
+    "int8-zen4": partial(models.apart, ZEN4, "int8"),
     "real": partial(models.real, INTEL),
     "presets": partial(models.presets, INTEL),
     "few-shot": lambda: few_shot.table([few_shot.Row(**each) for each in few_shot_record()["rows"]]),
@@ -36,4 +39,4 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def drawn() -> str:
     """The picture of README.md."""
-    return picture.svg(INTEL, PROCESSORS)
+    return picture.svg(PROCESSORS)

@@ -16,7 +16,7 @@ from flamingo_kernels.commands.profile.subject import DECODE, FULL, GENERATION, 
 from flamingo_kernels.patch.registry import families
 from flamingo_kernels.testing.tiny import Sizes
 
-from .records import whole_model, whole_models
+from .records import was_measured, whole_model, whole_models
 
 # By family, what `profile` calls the model whose gains stand in its row; the others have no model there.
 PROFILED = {
@@ -63,18 +63,33 @@ def gains_of(device: Path, headline: Headline) -> dict[str, tuple[Spread, Spread
     }
 
 
-def headlines(device: Path) -> str:
-    """The rows of README.md."""
-    titles = (TITLES[side] for side in SIDES)
-    lines = [f"| model | work | as it is | {' | '.join(titles)} |", "|---|---|--:|--:|--:|--:|"]
+def headlines(devices: Mapping[str, Path]) -> str:
+    """The rows of README.md: the time as it is, and the gain of each side, on each processor.
+
+    Args:
+        devices: the folders of the records, by the names of the processors.
+    """
+    sides = ", ".join(TITLES[side].removeprefix("patch with ").removeprefix("patch and ") for side in SIDES)
+    lines = [
+        f"| model | work | {' | '.join(f'{name}: as it is; {sides}' for name in devices)} |",
+        f"|---|---|{'--:|' * len(devices)}",
+    ]
     for headline in HEADLINES:
-        run = whole_model(device, headline.folder, headline.record)
-        gains = gains_of(device, headline)
-        shown = {side: before.gain(after) for side, (before, after) in gains.items()}
-        time = duration(run["times"][headline.work][BEFORE]["median"])
-        cells = (shown.get(side, "-") for side in SIDES)
-        lines.append(row(headline.model, work_of(run, headline), time, *cells))
+        of = headline.folder, headline.record
+        found = [
+            _headline_cell(folder, headline) if was_measured(folder, *of) else "-"
+            for folder in devices.values()
+        ]
+        (run,) = [whole_model(folder, *of) for folder in devices.values() if was_measured(folder, *of)][:1]
+        lines.append(row(headline.model, work_of(run, headline), *found))
     return "\n".join(lines)
+
+
+def _headline_cell(device: Path, headline: Headline) -> str:
+    times = whole_model(device, headline.folder, headline.record)["times"][headline.work]
+    gains = gains_of(device, headline)
+    shown = (gains[side][0].gain(gains[side][1]) if side in gains else "-" for side in SIDES)
+    return f"{duration(times[BEFORE]['median'])}; {', '.join(shown)}"
 
 
 def work_of(run: Mapping[str, Any], headline: Headline) -> str:

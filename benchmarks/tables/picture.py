@@ -58,15 +58,14 @@ class Panel(NamedTuple):
     note: str
 
 
-def svg(device: Path, processors: Mapping[str, Path]) -> str:
+def svg(processors: Mapping[str, Path]) -> str:
     """The whole picture.
 
     Args:
-        device: whose records of whole models it shows.
-        processors: whose records of operators it shows, by their names.
+        processors: the folders of the records, by the names of the processors.
     """
     parts, top = [], 0.0
-    for panel in (_models(device), _operators(processors)):
+    for panel in (*(_models(*each) for each in processors.items()), _operators(processors)):
         drawn, height = _panel(panel, top)
         parts += drawn
         top += height
@@ -78,9 +77,11 @@ def svg(device: Path, processors: Mapping[str, Path]) -> str:
     return "\n".join([head, f"<style>{_STYLE}</style>", card, *parts, "</svg>", ""])
 
 
-def _models(device: Path) -> Panel:
+def _models(name: str, device: Path) -> Panel:
     groups, where, days = [], {}, set()
     for headline in models.HEADLINES:
+        if not models.was_measured(device, headline.folder, headline.record):
+            continue
         run = models.whole_model(device, headline.folder, headline.record)
         said = run["conditions"]
         where[f"{said['device']}, {said['threads']} threads, torch {said['torch']}"] = None
@@ -92,7 +93,7 @@ def _models(device: Path) -> Panel:
         groups.append(Group(headline.model, models.work_of(run, headline), bars))
     legend = {TITLES[side]: colour for side, colour in _COLOURS.items()}
     note = f"{'; '.join(where)}, random weights, {' to '.join(sorted({min(days), max(days)}))}"
-    return Panel("Whole models: times as fast as without", legend, groups, note)
+    return Panel(f"Whole models on {name}: times as fast as without", legend, groups, note)
 
 
 def _operators(processors: Mapping[str, Path]) -> Panel:

@@ -11,7 +11,8 @@ from flamingo_kernels.commands.bench.rows import Run
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 INTEL = RESULTS / "intel-xeon-2-cores"
-AMD = RESULTS / "amd-epyc-zen3-2-cores"
+ZEN3 = RESULTS / "amd-epyc-zen3-2-cores"
+ZEN4 = RESULTS / "amd-epyc-zen4-2-cores"
 
 
 @cache
@@ -32,6 +33,11 @@ def whole_models(device: Path, folder: str) -> list[dict[str, Any]]:
 def whole_model(device: Path, folder: str, name: str) -> dict[str, Any]:
     """One of them, by its file's name without its ending."""
     return _read(device / folder / f"{name}.json")
+
+
+def was_measured(device: Path, folder: str, name: str) -> bool:
+    """Whether there is such a record."""
+    return (device / folder / f"{name}.json").exists()
 
 
 def few_shot() -> dict[str, Any]:
