@@ -52,15 +52,21 @@ HEADLINES = (
 SIDES = PATCHED, LINEARS, INT8  # that README.md shows
 
 
-def gains_of(device: Path, headline: Headline) -> dict[str, tuple[Spread, Spread]]:
-    """The times of each side: of the model as it is beside it, and its own."""
-    run = whole_model(device, headline.folder, headline.record)
-    times, beside = run["times"][headline.work], run.get("beside", {}).get(headline.work, {})
-    return {
-        side: (Spread(**beside.get(side, times[BEFORE])), Spread(**times[side]))
-        for side in SIDES
-        if side in times
-    }
+def compared(run: Mapping[str, Any], work: str, side: str) -> tuple[Spread, Spread] | None:
+    """Times of a work: of the model as it is beside a side, and of the side. None where it was not timed."""
+    times = run.get("times", {}).get(work, {})
+    if side not in times:
+        return None
+    beside = run.get("beside", {}).get(work, {})
+    return Spread(**beside.get(side, times[BEFORE])), Spread(**times[side])
+
+
+def gain(run: Mapping[str, Any], work: str, side: str) -> str:
+    """How many times as fast a side is, or "-"."""
+    if (pair := compared(run, work, side)) is None:
+        return "-"
+    before, after = pair
+    return before.gain(after)
 
 
 def headlines(devices: Mapping[str, Path]) -> str:
@@ -86,10 +92,9 @@ def headlines(devices: Mapping[str, Path]) -> str:
 
 
 def _headline_cell(device: Path, headline: Headline) -> str:
-    times = whole_model(device, headline.folder, headline.record)["times"][headline.work]
-    gains = gains_of(device, headline)
-    shown = (gains[side][0].gain(gains[side][1]) if side in gains else "-" for side in SIDES)
-    return f"{duration(times[BEFORE]['median'])}; {', '.join(shown)}"
+    run = whole_model(device, headline.folder, headline.record)
+    before = run["times"][headline.work][BEFORE]["median"]
+    return f"{duration(before)}; {', '.join(gain(run, headline.work, side) for side in SIDES)}"
 
 
 def work_of(run: Mapping[str, Any], headline: Headline) -> str:
@@ -111,7 +116,7 @@ def swapped(device: Path) -> str:
     ]
     for family in families():
         classes = ", ".join(f"`{name}`" for name in family.fused)
-        gains = (_gain(found.get(PROFILED.get(family.name, ""), {}), work) for work in WORKS)
+        gains = (_gains(found.get(PROFILED.get(family.name, ""), {}), work) for work in WORKS)
         fixes = "; ".join(f"`{name}`: {bug}" for name, bug in family.fixes.items())
         lines.append(row(family.name, family.versions, classes, *gains, fixes))
     shown = ", ".join(f"`{each['model']}`" for each in found.values())
@@ -128,13 +133,11 @@ def swapped(device: Path) -> str:
     return "\n".join([*lines, "", note + _conditions(found.values())])
 
 
-def _gain(run: Mapping[str, Any], work: str) -> str:
+def _gains(run: Mapping[str, Any], work: str) -> str:
     """What a work gains without and with linear layers."""
-    times = run.get("times", {}).get(work)
-    if times is None:
+    if work not in run.get("times", {}):
         return "-"
-    before, *after = (Spread(**times[side]) for side in (BEFORE, PATCHED, LINEARS))
-    return ", ".join(map(before.gain, after))
+    return ", ".join(gain(run, work, side) for side in (PATCHED, LINEARS))
 
 
 def apart(device: Path, folder: str) -> str:
@@ -154,8 +157,7 @@ def apart(device: Path, folder: str) -> str:
     for run in sorted(runs, key=lambda run: (run["model"], run["dtype"] != "float32", run["sizes"]["batch"])):
         for work, times in run["times"].items():
             cells = run["model"], run["dtype"], work, str(run["sizes"]["batch"])
-            beside = run.get("beside", {}).get(work, {})
-            gains = (_apart_gain(times, side, beside.get(side)) for side in sides)
+            gains = (gain(run, work, side) for side in sides)
             lines.append(row(*cells, duration(times[BEFORE]["median"]), *gains))
     note = f'Times as it is over times of each side; {OVERLAP}; "-": not measured. '
     return "\n".join([*lines, "", note + _conditions(runs)])
@@ -205,13 +207,7 @@ def _real_cell(run: Mapping[str, Any], work: str, side: str) -> str:
     shown = rounded(1e3 * run["tokens"][work] / median) if work == DECODE else duration(median)
     if side == BEFORE:
         return shown
-    return f"{shown} ({_apart_gain(times, side, run['beside'].get(work, {}).get(side))})"
-
-
-def _apart_gain(times: Mapping[str, Any], side: str, before: Mapping[str, float] | None = None) -> str:
-    if side not in times:
-        return "-"
-    return Spread(**before or times[BEFORE]).gain(Spread(**times[side]))
+    return f"{shown} ({gain(run, work, side)})"
 
 
 def _conditions(runs: Iterable[Mapping[str, Any]]) -> str:

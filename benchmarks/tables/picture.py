@@ -86,9 +86,11 @@ def _models(name: str, device: Path) -> Panel:
         said = run["conditions"]
         where[f"{said['device']}, {said['threads']} threads, torch {said['torch']}"] = None
         days.add(said["time"][:10])
+        pairs = {side: models.compared(run, headline.work, side) for side in models.SIDES}
         bars = [
-            Bar(before.median / after.median, before.gain(after), _COLOURS[side])
-            for side, (before, after) in models.gains_of(device, headline).items()
+            Bar(pair[0].median / pair[1].median, pair[0].gain(pair[1]), _COLOURS[side])
+            for side, pair in pairs.items()
+            if pair is not None
         ]
         groups.append(Group(headline.model, models.work_of(run, headline), bars))
     legend = {TITLES[side]: colour for side, colour in _COLOURS.items()}
